@@ -1,0 +1,234 @@
+"""Decoupled BERT as Hugging Face models (DATE 2024, Section III-B, Eq. 2, Fig. 4b).
+
+Only the layers differ from `transformers`' BERT: embeddings, original layers, pooler and heads are its own classes.
+Parameter names are BERT's too; a decoupled layer's weights carry a leading sub-block axis.
+
+Shapes: B batch, T tokens, D hidden size, P = Ndiv sub-blocks, d = D/P slice, A attention width of a sub-block (D, or d
+if narrow), H heads, I intermediate size.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForQuestionAnswering
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForQuestionAnswering
+from transformers import BertForSequenceClassification, BertModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention, eager_attention_forward
+
+from detransformer.models.configuration import DecoupledBertConfig, layer_kinds
+
+
+class BatchedLinear(nn.Module):
+    """P independent linear maps as one batched matrix product: [P, M, in] -> [P, M, out]."""
+
+    def __init__(self, num_blocks: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, out_features, in_features))  # as nn.Linear, stacked
+        self.bias = nn.Parameter(torch.empty(num_blocks, out_features))
+        for block in self.weight.data:
+            nn.init.kaiming_uniform_(block, a=5**0.5)  # nn.Linear's own default
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class BatchedLayerNorm(nn.Module):
+    """P independent LayerNorms of width d: [P, M, d] -> [P, M, d]."""
+
+    def __init__(self, num_blocks: int, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_blocks, width))
+        self.bias = nn.Parameter(torch.zeros(num_blocks, width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias.unsqueeze(1), normed, self.weight.unsqueeze(1))
+
+
+class DecoupledSelfAttention(BertSelfAttention):
+    """Self-attention of P sub-blocks: Q, K, V are Linear(d -> A), all heads in each sub-block."""
+
+    def __init__(self, config: DecoupledBertConfig, layer_idx: int | None = None):
+        nn.Module.__init__(self)
+        self.config = config
+        self.layer_idx = layer_idx
+        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
+        attention_width = config.hidden_size if config.attention_width == "full" else width
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = attention_width // config.num_attention_heads
+        self.scaling = self.attention_head_size**-0.5
+        self.query = BatchedLinear(blocks, width, attention_width)
+        self.key = BatchedLinear(blocks, width, attention_width)
+        self.value = BatchedLinear(blocks, width, attention_width)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.is_decoder, self.is_causal = False, False  # read by the attention functions of transformers
+
+    def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
+        """x [P, B*T, d] -> ([P, B*T, A], attention weights [P*B, H, T, T] or None)."""
+        blocks, rows, _ = x.shape
+
+        def heads(projected: torch.Tensor) -> torch.Tensor:  # -> [P*B, H, T, A/H]
+            split = projected.view(blocks * batch_size, rows // batch_size, self.num_attention_heads, -1)
+            return split.transpose(1, 2)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        context, weights = attend(
+            self,
+            heads(self.query(x)),
+            heads(self.key(x)),
+            heads(self.value(x)),
+            None if attention_mask is None else attention_mask.repeat(blocks, 1, 1, 1),  # [B,...] -> [P*B,...]
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return context.reshape(blocks, rows, -1), weights
+
+
+class DecoupledAttention(nn.Module):
+    """Attention, output projection Linear(A -> d), residual and LayerNorm, all inside the slice."""
+
+    def __init__(self, config: DecoupledBertConfig, layer_idx: int | None = None):
+        super().__init__()
+        self.self = DecoupledSelfAttention(config, layer_idx)
+        self.output = _SliceOutput(config, in_features=self.self.query.weight.shape[1])
+
+    def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
+        context, weights = self.self(x, batch_size, attention_mask, **kwargs)
+        return self.output(context, x), weights
+
+
+class _SliceOutput(nn.Module):
+    """Linear(in -> d), dropout, residual, LayerNorm of width d."""
+
+    def __init__(self, config: DecoupledBertConfig, in_features: int):
+        super().__init__()
+        width = config.hidden_size // config.num_divisions
+        self.dense = BatchedLinear(config.num_divisions, in_features, width)
+        self.LayerNorm = BatchedLayerNorm(config.num_divisions, width, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class _SliceIntermediate(nn.Module):
+    def __init__(self, config: DecoupledBertConfig):
+        super().__init__()
+        width = config.hidden_size // config.num_divisions
+        self.dense = BatchedLinear(config.num_divisions, width, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(x))
+
+
+class DecoupledBertLayer(BertLayer):
+    """One decoupled layer: P sub-blocks, each an attention and an FFN over its own slice of the hidden axis (Eq. 2)."""
+
+    def __init__(self, config: DecoupledBertConfig, layer_idx: int | None = None):
+        GradientCheckpointingLayer.__init__(self)
+        self.num_divisions = config.num_divisions
+        self.attention = DecoupledAttention(config, layer_idx)
+        self.intermediate = _SliceIntermediate(config)
+        self.output = _SliceOutput(config, config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args, **kwargs):
+        """hidden_states [B, T, D] -> [B, T, D]; the remaining arguments are BertLayer's and unused (no decoder)."""
+        for unused in ("encoder_attention_mask", "past_key_values"):
+            kwargs.pop(unused, None)
+        batch_size, num_tokens, _ = hidden_states.shape
+        x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]
+        x, _ = self.attention(x, batch_size, attention_mask, **kwargs)
+        x = self.output(self.intermediate(x), x)
+        return merge_hidden(x, batch_size)
+
+
+def split_hidden(hidden_states: torch.Tensor, num_divisions: int) -> torch.Tensor:
+    """Cuts the hidden axis in slices: [B, T, D] -> [P, B*T, d]."""
+    return hidden_states.flatten(0, 1).unflatten(-1, (num_divisions, -1)).transpose(0, 1)
+
+
+def merge_hidden(slices: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Concatenates the slices again: [P, B*T, d] -> [B, T, D]."""
+    return slices.transpose(0, 1).flatten(1).unflatten(0, (batch_size, -1))
+
+
+class _DecoupledBertMixin:
+    """What the four models below share: their configuration and the initialisation of stacked weights."""
+
+    config_class = DecoupledBertConfig
+    _no_split_modules = ["BertEmbeddings", "BertLayer", "DecoupledBertLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, BatchedLinear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, BatchedLayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class DecoupledBertModel(_DecoupledBertMixin, BertModel):
+    """Decoupled BERT encoder (and pooler); outputs as `transformers.BertModel`."""
+
+    def __init__(self, config: DecoupledBertConfig, add_pooling_layer: bool = True):
+        if config.is_decoder or config.add_cross_attention:
+            raise ValueError("decoupled BERT is an encoder: set is_decoder=False and add_cross_attention=False.")
+        super().__init__(config, add_pooling_layer)
+        for i, kind in enumerate(layer_kinds(config)):
+            if kind == "decoupled":
+                self.encoder.layer[i] = DecoupledBertLayer(config, layer_idx=i)
+        self.post_init()
+
+
+class DecoupledBertForMaskedLM(_DecoupledBertMixin, BertForMaskedLM):
+    def __init__(self, config: DecoupledBertConfig):
+        super().__init__(config)
+        self.bert = DecoupledBertModel(config, add_pooling_layer=False)
+        self.post_init()
+
+
+class DecoupledBertForSequenceClassification(_DecoupledBertMixin, BertForSequenceClassification):
+    def __init__(self, config: DecoupledBertConfig):
+        super().__init__(config)
+        self.bert = DecoupledBertModel(config)
+        self.post_init()
+
+
+class DecoupledBertForQuestionAnswering(_DecoupledBertMixin, BertForQuestionAnswering):
+    def __init__(self, config: DecoupledBertConfig):
+        super().__init__(config)
+        self.bert = DecoupledBertModel(config, add_pooling_layer=False)
+        self.post_init()
+
+
+DECOUPLED_CLASS = {
+    BertModel: DecoupledBertModel,
+    BertForMaskedLM: DecoupledBertForMaskedLM,
+    BertForSequenceClassification: DecoupledBertForSequenceClassification,
+    BertForQuestionAnswering: DecoupledBertForQuestionAnswering,
+}
+
+
+def register() -> None:
+    """Makes `AutoConfig` and the AutoModel classes know decoupled BERT."""
+    AutoConfig.register(DecoupledBertConfig.model_type, DecoupledBertConfig, exist_ok=True)
+    for auto, model in (
+        (AutoModel, DecoupledBertModel),
+        (AutoModelForMaskedLM, DecoupledBertForMaskedLM),
+        (AutoModelForSequenceClassification, DecoupledBertForSequenceClassification),
+        (AutoModelForQuestionAnswering, DecoupledBertForQuestionAnswering),
+    ):
+        auto.register(DecoupledBertConfig, model, exist_ok=True)
+
+
+register()
