@@ -1,0 +1,58 @@
+"""Files that are either whole or not there: everything is written beside its destination, then renamed onto it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file in `path`'s folder and rename it onto `path` when the block ends well.
+
+    `mode` is "w" (UTF-8 text) or "wb". An exception in the block, or a full disk, removes the temporary file and leaves
+    what was at `path` before. The folder is created.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode {mode!r} cannot be written atomically; use 'w' or 'wb'.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes `path`'s place when the block ends well.
+
+    An existing folder at `path` is kept until the new one is complete, then replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        # mkdtemp makes 0700; the folder gets what mkdir would have given it.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

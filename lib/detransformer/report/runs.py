@@ -1,0 +1,92 @@
+"""A run's folder: `tables/` (CSV and Markdown), `figures/` (SVG and PNG), `notebooks/` (executed), `manifest.json`.
+
+The tables are the only thing that passes from one notebook to the next and from notebooks to figures. The CSV is the
+record; the Markdown beside it is for reading, with a note that says what the rows were made from.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from detransformer.files import atomic_write
+
+# Which notebook makes a table, so that a missing one can be asked for by name.
+TABLE_NOTEBOOKS = {
+    "decoupling": "01_decoupling",
+    "pretraining_loss": "02_pretraining",
+    "pretraining": "02_pretraining",
+    "accuracy_runs": "03_accuracy",
+    "table_iii": "03_accuracy",
+    "profile": "04_profiling",
+    "links": "04_profiling",
+    "fig2a": "04_profiling",
+    "placement": "05_placement",
+    "latency": "06_latency",
+    "table_ii": "06_latency",
+    "table_iv": "06_latency",
+    "summary": "07_summary",
+}
+
+
+class RunFolder:
+    """The folder of one run; makes `tables/`, `figures/` and `notebooks/` in it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.tables, self.figures, self.notebooks = (self.path / name for name in ("tables", "figures", "notebooks"))
+        for folder in (self.tables, self.figures, self.notebooks):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    def save_table(
+        self, frame: pd.DataFrame, name: str, note: str = "", markdown: pd.DataFrame | str | None = None
+    ) -> pd.DataFrame:
+        """Save `frame` as tables/NAME.csv and tables/NAME.md, and return it.
+
+        `note` stands under the Markdown table (data source, row counts). `markdown` replaces the
+        Markdown's body where the paper's wide form reads better than one row a fact.
+        """
+        if not len(frame):
+            raise ValueError(f"Table {name!r} has no rows; a table is saved only when something was measured.")
+        body = frame if markdown is None else markdown
+        if isinstance(body, pd.DataFrame):
+            body = to_markdown(body)
+        with atomic_write(self.tables / f"{name}.csv") as file:
+            frame.to_csv(file, index=False)
+        with atomic_write(self.tables / f"{name}.md") as file:
+            file.write(body.rstrip() + "\n" + (f"\n{note.strip()}\n" if note.strip() else ""))
+        return frame
+
+    def has_table(self, name: str) -> bool:
+        return (self.tables / f"{name}.csv").is_file()
+
+    def load_table(self, name: str) -> pd.DataFrame:
+        """The saved table NAME; ValueError naming the notebook that makes it when it is missing or damaged."""
+        path = self.tables / f"{name}.csv"
+        notebook = TABLE_NOTEBOOKS.get(name, "the notebook that makes it")
+        if not path.is_file():
+            raise ValueError(f"Table {name!r} is not in {self.tables}; run {notebook} first.")
+        try:
+            frame = pd.read_csv(path)
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise ValueError(f"Table {path} cannot be read ({error}); delete it and run {notebook} again.") from error
+        return frame
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """`frame` as a Markdown table: four significant digits, empty cells for missing values, no index."""
+    cells = frame.astype(object).map(_cell)
+    return cells.to_markdown(index=False, disable_numparse=True)
+
+
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return value.replace("|", "\\|").replace("\n", " ")
+    if value is None or value is pd.NA or value != value:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)
