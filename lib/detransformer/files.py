@@ -56,3 +56,17 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def repository_root() -> Path:
+    """The clone this package runs from: the folder with `notebooks/` and `pyproject.toml`.
+
+    Looked for above the package (an editable install), then above the current directory. Raises FileNotFoundError.
+    """
+    for start in (Path(__file__).resolve().parent, Path.cwd()):
+        for folder in (start, *start.parents):
+            if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+                return folder
+    raise FileNotFoundError(
+        f"No folder with notebooks/ and pyproject.toml above {Path.cwd()}; run this inside a clone of the repository."
+    )
