@@ -5,9 +5,9 @@ Verdicts, in the order they are tried:
 | verdict | when |
 |---|---|
 | `not run` | nothing was obtained |
+| `does not hold` | not on the published value's side of `neutral` (1 for a speedup, 0 for a difference) |
 | `matches` | within `tolerance` of the published value (15% unless told) |
-| `holds, larger` / `holds, smaller` | off by more, on the same side of `neutral` (1 for a speedup, 0 for a difference) |
-| `does not hold` | on the other side of `neutral`, or at it |
+| `holds, larger` / `holds, smaller` | off by more, with a larger or smaller effect on the same side of `neutral` |
 | `differs, larger` / `differs, smaller` | off by more, for a quantity without a direction (a latency, a count) |
 """
 
@@ -48,12 +48,12 @@ def judge(expected: float, obtained: float | None, tolerance: float = TOLERANCE,
     """The verdict on one value, by the module's table."""
     if _missing(obtained):
         return "not run"
+    if neutral is not None and (obtained - neutral) * (expected - neutral) <= 0:
+        return "does not hold"
     if math.isclose(obtained, expected, rel_tol=0, abs_tol=tolerance * abs(expected)):
         return "matches"
     if neutral is None:
         return "differs, larger" if obtained > expected else "differs, smaller"
-    if (obtained - neutral) * (expected - neutral) <= 0:
-        return "does not hold"
     return "holds, larger" if abs(obtained - neutral) > abs(expected - neutral) else "holds, smaller"
 
 
