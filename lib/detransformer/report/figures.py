@@ -4,6 +4,7 @@
 diamond or a hatched bar beside the obtained one. Drawing computes nothing but the ratios that the axes name.
 """
 
+import io
 from collections.abc import Callable
 
 import matplotlib
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from detransformer.files import atomic_write
-from detransformer.report.expected import published, published_claim
+from detransformer.report.expected import published_claim
 from detransformer.report.runs import RunFolder
 from detransformer.report.tables import (
     BASELINES,
@@ -58,6 +59,15 @@ STYLE = {
     "svg.fonttype": "none",
     "hatch.linewidth": 0.6,
 }
+
+
+class NotebookFigure(Figure):
+    """A Figure that a notebook shows without pyplot: nothing is registered, so nothing needs closing."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
 
 
 def draw(run: RunFolder, name: str) -> Figure:
@@ -271,7 +281,7 @@ def fig2b(latency: pd.DataFrame) -> Figure:
         rows = rows.groupby("num_devices")[["latency_s", "compute_s", "comm_s"]].median()
         rows.loc[1] = {"latency_s": base, "compute_s": base, "comm_s": 0.0}
         rows = rows.sort_index()
-        # Compute and communication are the slowest rank's means; the rest of the median latency is shown with the latter.
+        # compute_s is the slowest rank's; whatever else the median latency holds is communication and waiting.
         compute = rows["compute_s"].clip(upper=rows["latency_s"])
         axis.bar(rows.index, compute, 0.6, color="C0", label="compute")
         axis.bar(
@@ -470,13 +480,12 @@ def _need(rows: pd.DataFrame, table: str, what: str) -> pd.DataFrame:
 
 
 def _grid(num_rows: int, num_columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    # Figure without pyplot: nothing is registered, so nothing needs closing, and notebooks show it once.
-    figure = Figure(figsize=(max(width * num_columns, 4.2), height * num_rows + 0.7), layout="constrained")
+    figure = NotebookFigure(figsize=(max(width * num_columns, 4.2), height * num_rows + 0.7), layout="constrained")
     return figure, figure.subplots(num_rows, num_columns, squeeze=False)
 
 
 def _panels(count: int, width: float, sharey: bool = True) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(width * count, 4.6), 3.6), layout="constrained")
+    figure = NotebookFigure(figsize=(max(width * count, 4.6), 3.6), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False, sharey=sharey)[0])
 
 

@@ -149,7 +149,8 @@ def table_ii(
     """Table II measured: does each approach lower latency, raise throughput and save memory against one device?
 
     Ratios are to the single device (latency and weights of the fullest device: below 1 is better; throughput: above
-    1 is better); `yes`, `no` or `not run` beside the published mark. Uses the measured bandwidth nearest to the wanted one.
+    1 is better); `yes`, `no` or `not run` beside the published mark. Of the bandwidths
+    measured, the nearest to the wanted one counts.
     """
     latency = valid_rows(latency)
     single = latency[(latency["method"] == "single") & (latency["model"] == model)]
