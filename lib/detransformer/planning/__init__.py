@@ -1,0 +1,1 @@
+"""Profile records -> cost model -> placement. Decides; measures nothing itself."""
