@@ -42,7 +42,9 @@ METHOD_NAMES = {
     "pp": "PP",
 }
 # One colour a method in every figure; the palette is safe for colour-blind readers.
-COLOURS = dict(zip(METHOD_NAMES, sns.color_palette("colorblind", len(METHOD_NAMES)), strict=True))
+COLOURS = dict(zip(("bp+auto", *METHODS[:-1], "dp", "pp"), sns.color_palette("colorblind"), strict=False)) | {
+    "single": "0.4"
+}
 SCALING_BANDWIDTH_MBPS = 500  # Section IV-C-2
 STYLE = {
     "font.size": 9,
@@ -127,7 +129,7 @@ def decoupling(frame: pd.DataFrame) -> Figure:
     _whole_ticks(axis, sorted(rows["num_divisions"].unique()))
     axis.set(xlabel="Ndiv (sub-blocks a layer)", ylabel="FLOPs, decoupled / original layer")
     axis.set_ylim(0)
-    axis.set_title("Cost of a decoupled BERT-Base layer (paper Fig. 4, Eq. 2)")
+    figure.suptitle("Cost of a decoupled BERT-Base layer (paper Fig. 4, Eq. 2)", fontsize=10)
     _legend_beside(axis)
     return figure
 
