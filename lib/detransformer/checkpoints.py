@@ -1,0 +1,191 @@
+"""Checkpoint in, decoupled checkpoint out: a Hugging Face BERT folder (or Hub name) converted on disk."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from detransformer.files import atomic_folder
+
+HEADS = ("auto", "base", "masked-lm", "classification", "question-answering")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ARCHITECTURE_HEADS = {
+    "BertForMaskedLM": "masked-lm",
+    "BertForPreTraining": "masked-lm",
+    "BertForSequenceClassification": "classification",
+    "BertForQuestionAnswering": "question-answering",
+}
+
+
+def decouple_checkpoint(
+    source: str,
+    output: str | Path,
+    num_original_layers: int = 4,
+    num_divisions: int = 4,
+    attention_width: str = "full",
+    head: str = "auto",
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Convert the BERT at `source` (folder or Hub name); the result is at `output` whole or not at all.
+
+    `head` is the model class to load; `auto` takes the one the checkpoint was saved with. Tokenizer files are copied.
+
+    Raises:
+        ValueError: for a source that is not a whole BERT checkpoint, sizes that do not divide, an output in the way.
+    """
+    output = Path(output)
+    if output.exists() and not force:
+        raise ValueError(f"--output {output} exists already; choose another folder, or replace it with --force.")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; choose a folder.")
+    config = read_config(source)
+    if Path(source).is_dir() and output.resolve() == Path(source).resolve():
+        raise ValueError(f"--output {output} is the checkpoint itself; choose another folder.")
+    if head == "auto":
+        head = ARCHITECTURE_HEADS.get((config.get("architectures") or [""])[0], "base")
+
+    from detransformer.models import decouple
+    from detransformer.models.configuration import check_decoupling
+
+    check_decoupling(
+        *(config.get(key, default) for key, default in BERT_SIZES.items()),
+        num_original_layers,
+        num_divisions,
+        attention_width,
+    )
+    original, fresh = load_bert(source, head)
+    decoupled = decouple(original, num_original_layers, num_divisions, attention_width)
+    with atomic_folder(output) as folder:
+        decoupled.save_pretrained(folder)
+        copied = copy_tokenizer(source, folder)
+    sizes = f"Nb={num_original_layers}, Ndiv={num_divisions}, {attention_width} attention"
+    say(f"{type(original).__name__}: {original.num_parameters():,} parameters")
+    say(f"{type(decoupled).__name__} ({sizes}): {decoupled.num_parameters():,} parameters")
+    if fresh:
+        say(f"Not in the checkpoint, so newly initialised: {', '.join(fresh)}")
+    say(f"Written to {output}, {'with' if copied else 'without'} tokenizer files.")
+    return output
+
+
+# What BertConfig takes where config.json is silent.
+BERT_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+
+def read_config(source: str) -> dict:
+    """config.json of a BERT checkpoint; ValueError where `source` is not one."""
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file; give the checkpoint's folder (with config.json and model.safetensors).")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{source} is not a checkpoint: it has no config.json; give a folder that save_pretrained made."
+            )
+        if not any((folder / name).is_file() for name in WEIGHT_FILES):
+            raise ValueError(f"{source} has no weights; it needs one of {', '.join(WEIGHT_FILES)}.")
+        path = folder / "config.json"
+    elif source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{source} does not exist; give a checkpoint's folder or a name on the Hub such as bert-base-uncased."
+        )
+    else:
+        path = _hub_file(source, "config.json")
+        if path is None:
+            raise ValueError(
+                f"{source} is neither a folder here nor a model the Hub could give; check the name or the connection."
+            )
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch the checkpoint again.") from error
+    if kind == "decoupled_bert":
+        raise ValueError(f"{source} is decoupled already; give the original BERT checkpoint.")
+    if kind != "bert":
+        raise ValueError(
+            f"{source} is not a BERT checkpoint (model_type {kind!r}); give one whose model_type is 'bert'."
+        )
+    return config
+
+
+def load_bert(source: str, head: str):
+    """(model, names of modules the checkpoint had no weights for); ValueError for damaged or foreign weights."""
+    from safetensors import SafetensorError
+    from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertModel
+    from transformers.utils import logging
+
+    classes = {
+        "base": BertModel,
+        "masked-lm": BertForMaskedLM,
+        "classification": BertForSequenceClassification,
+        "question-answering": BertForQuestionAnswering,
+    }
+    if head not in classes:
+        raise ValueError(f"--head {head} is unknown; choose one of {', '.join(HEADS)}.")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = classes[head].from_pretrained(source, output_loading_info=True)
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(
+            f"The weights of {source} are damaged ({_short(error)}); fetch the checkpoint again."
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise ValueError(
+            f"{source} cannot be loaded as a BERT checkpoint ({_short(error)}); fetch it again."
+        ) from error
+    missing = {key for key in info["missing_keys"] if "position_ids" not in key}
+    lost = sorted(key for key in missing if "encoder." in key or "embeddings." in key)
+    if lost:
+        raise ValueError(
+            f"The weights of {source} are not a whole BERT: {len(lost)} tensors are missing, first {lost[0]}; "
+            f"fetch the checkpoint again."
+        )
+    return model, sorted({key.rsplit(".", 1)[0] for key in missing})
+
+
+def copy_tokenizer(source: str, folder: Path) -> list[str]:
+    """Copy the tokenizer files that `source` has; their names."""
+    copied = []
+    for name in TOKENIZER_FILES:
+        path = Path(source) / name if Path(source).is_dir() else _hub_file(source, name)
+        if path is not None and Path(path).is_file():
+            shutil.copyfile(path, folder / name)
+            copied.append(name)
+    return copied
+
+
+def _hub_file(source: str, name: str) -> str | None:
+    """The Hub's file in the local cache, downloaded if need be; None where it cannot be had."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:160] + " ..."

@@ -1,0 +1,174 @@
+"""The `detransformer` command. Each command parses words and calls the library; heavy modules load when one runs.
+
+`main` is the one place where what a user can set right becomes one sentence on stderr and exit code 2. A notebook that
+fails ends with 1, Ctrl-C with 130. `DETRANSFORMER_DEBUG=1` shows the traceback instead.
+"""
+
+import errno
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+app = typer.Typer(
+    help="DeTransformer, reproduced: decouple Transformers and run them over the devices you have.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+# --- Reproduction ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def reproduce(
+    profile: Annotated[str, typer.Option(help="quick, laptop, paper, or the path of a YAML file.")] = "quick",
+    only: Annotated[list[str] | None, typer.Option(help="Run only this notebook, e.g. 06; may be repeated.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run also what has not changed.")] = False,
+    output: Annotated[str | None, typer.Option(help="Folder of the run; results/PROFILE where not given.")] = None,
+) -> None:
+    """Run the notebooks in order into results/<run>/: tables, figures, executed notebooks, manifest."""
+    from detransformer.reproduce import reproduce
+
+    reproduce(profile, only or [], force, output)
+
+
+@app.command()
+def figures(run: Annotated[str, typer.Argument(help="Folder of a run, e.g. results/quick.")]) -> None:
+    """Redraw all figures of a run from its saved tables alone."""
+    from pathlib import Path
+
+    from detransformer.report.figures import draw_all
+    from detransformer.report.runs import RunFolder
+
+    if not (Path(run) / "tables").is_dir():
+        raise ValueError(f"{run} is not the folder of a run (it has no tables/); give one such as results/quick.")
+    folder = RunFolder(run)
+    drawn, missing = draw_all(folder)
+    for name in drawn:
+        print(f"{folder.figures / name}.svg")
+    for name, reason in missing.items():
+        print(f"{name} not drawn: {reason}")
+    if not drawn:
+        raise ValueError(f"{run} holds no table that a figure is drawn from; run `detransformer reproduce` first.")
+
+
+# --- Models ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def decouple(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint, or its name on the Hub.")],
+    output: Annotated[str, typer.Option(help="Folder to write the decoupled checkpoint to.")],
+    num_original_layers: Annotated[str, typer.Option(help="Nb, the layers that stay original.")] = "4",
+    num_divisions: Annotated[str, typer.Option(help="Ndiv, the sub-blocks of a decoupled layer.")] = "4",
+    attention_width: Annotated[str, typer.Option(help="full (published) or narrow.")] = "full",
+    head: Annotated[str, typer.Option(help="auto, base, masked-lm, classification or question-answering.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Convert a BERT checkpoint to a decoupled one by slicing its weights."""
+    from detransformer.checkpoints import HEADS, decouple_checkpoint
+    from detransformer.parse import one_of, whole_number
+
+    decouple_checkpoint(
+        checkpoint,
+        output,
+        whole_number(num_original_layers, "--num-original-layers", 1),
+        whole_number(num_divisions, "--num-divisions", 1),
+        one_of(attention_width, "--attention-width", ("full", "narrow")),
+        one_of(head, "--head", HEADS),
+        force,
+    )
+
+
+# --- Cluster -----------------------------------------------------------------------------------------------------
+
+
+# --- This machine ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, and what to do about what it cannot."""
+    from detransformer.doctor import examine, report
+
+    print(report(examine()))
+
+
+# --- The frame ---------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 a user error in one sentence, 1 a failed notebook, 130 Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # A terminated run unwinds like an interrupted one, so that its temporary files and namespaces go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(arguments or ["--help"], prog_name="detransformer", standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if os.environ.get("DETRANSFORMER_DEBUG"):
+            raise
+        code, message = explain(error)
+        if message is None:
+            raise
+        print(f"detransformer: {message}", file=sys.stderr)
+    if code == 130:
+        print("detransformer: interrupted; what was finished is kept.", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain(error: Exception) -> tuple[int, str | None]:
+    """(exit code, sentence) for an error a user can do something about; (1, None) for a defect of ours."""
+    if is_disk_full(error):
+        place = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
+        return 2, f"The disk is full{place}; free some space or write elsewhere (nothing half-written was left)."
+    if isinstance(error, TyperException):
+        return 2, f"{_sentence(error.format_message()).rstrip('.')}; see `detransformer {_command_name()}--help`."
+    if isinstance(error, Abort):
+        return 130, "stopped."
+    if type(error).__name__ == "NotebookFailed":  # by name: the module is loaded only where notebooks run
+        return 1, str(error)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return 2, f"{error.filename} does not exist; check the path."
+    if isinstance(error, PermissionError) and error.filename:
+        return (
+            2,
+            f"{error.filename} may not be read or written by you; choose another place or change its permissions.",
+        )
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return 2, f"{error.filename}: {error.strerror}; choose another path."
+    if isinstance(error, (ValueError, OSError)):
+        return 2, _sentence(str(error))
+    return 1, None
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether this error, or one it came from, is a full disk or an exhausted quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):  # as safetensors' and torch's own writers say it
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _command_name() -> str:
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    return "".join(f"{word} " for word in sys.argv[1:2] if word in names)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What made a run: commit, package versions, hardware, data, seeds. Collected here, written to the run's manifest.
+
+Nothing that names a person, a host or a place outside the repository goes in: a run may be committed and shared.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+from detransformer.report.runs import RunFolder
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def commit(root: Path) -> dict:
+    """Commit of the clone at `root` and whether tracked files differ from it; "unknown" outside a git clone."""
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": None}
+    return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def pins(root: Path) -> dict[str, str]:
+    """Package -> version pin (`==2.13.0`, `==5.23.*`) from pyproject.toml, run-time and development."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [
+        *project["dependencies"],
+        *(d for extra in project.get("optional-dependencies", {}).values() for d in extra),
+    ]
+    return dict(re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line).groups() for line in lines)
+
+
+def versions(root: Path) -> dict[str, str]:
+    """Installed versions of Python, this package and every pinned package ("missing" where one is not installed)."""
+    found = {"python": platform.python_version()}
+    for package in ("detransformer", *pins(root)):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("model name", "model\t")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def gpu_names() -> list[str]:
+    """GPUs as nvidia-smi lists them; empty without one. (Asking torch would cost its import.)"""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> dict:
+    return {
+        "cpu": cpu_model(),
+        "machine": platform.machine(),
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "gpus": gpu_names(),
+    }
+
+
+def mirror_folder(root: Path) -> Path | None:
+    """The mirror that data source `auto` would take: DETRANSFORMER_DATA, else data/mirror; None where neither is."""
+    setting = os.environ.get("DETRANSFORMER_DATA")
+    folder = Path(setting).expanduser() if setting else root / "data" / "mirror"
+    return folder if folder.is_dir() else None
+
+
+def data_setting(root: Path) -> dict:
+    """Which data the machine offers, without its place: the mirror's size and a digest of its file names and sizes."""
+    folder = mirror_folder(root)
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    if folder is None:
+        named = bool(os.environ.get("DETRANSFORMER_DATA"))
+        return {"mirror": "named but not there" if named else "none", "hub": "offline" if offline else "tried"}
+    files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+    return {
+        "mirror": "present",
+        "mirror_files": len(files),
+        "mirror_bytes": sum(size for _, size in files),
+        "mirror_digest": hashlib.sha256(repr(files).encode()).hexdigest()[:16],
+        "hub": "offline" if offline else "tried",
+    }
+
+
+def data_sources(run: RunFolder) -> dict[str, list[str]]:
+    """What the run's tables say their rows were made from: table -> values of its `source` column."""
+    found = {}
+    for path in sorted(run.tables.glob("*.csv")):
+        columns = pd.read_csv(path, nrows=0).columns
+        if "source" in columns:
+            values = pd.read_csv(path, usecols=["source"])["source"].dropna().astype(str).unique()
+            found[path.stem] = sorted(values)
+    return found
+
+
+def seeds(parameters: dict[str, dict]) -> dict[str, object]:
+    """Every parameter that is a seed or a list of seeds, by notebook."""
+    return {
+        f"{notebook}.{key}": value
+        for notebook, values in parameters.items()
+        for key, value in values.items()
+        if key in ("seed", "seeds") or key.endswith(("_seed", "_seeds"))
+    }
+
+
+def command_line() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
