@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import nbformat
 import yaml
@@ -270,6 +272,7 @@ def execute(notebook: Notebook, run: RunFolder, root: Path, title: str) -> None:
     bar = {"desc": title, "file": sys.stderr}
     if not sys.stderr.isatty():
         bar |= {"mininterval": 20, "ascii": True, "ncols": 100}  # a log wants few lines
+    log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
     try:
         executed = papermill.execute_notebook(
             notebook.path,
@@ -278,38 +281,43 @@ def execute(notebook: Notebook, run: RunFolder, root: Path, title: str) -> None:
             cwd=notebook.path.parent,
             kernel_name="python3",
             language="python",
-            kernel_manager_class=_this_python_kernels(),
+            kernel_manager_class=_this_python_kernels(log),
             request_save_on_cell_execute=True,
             progress_bar=bar,
         )
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".strip(": ")
         raise NotebookFailed(_failure(notebook, run, f"in code cell {error.exec_count}: {reason}")) from error
-    except DeadKernelError as error:
-        reason = "because its kernel died, most often for want of memory"
+    except (DeadKernelError, RuntimeError) as error:  # RuntimeError: the kernel died before it was ready
+        log.seek(0)
+        last = ([line.strip() for line in log if line.strip()] or [str(error)])[-1]
+        reason = f"because its kernel died, most often for want of memory: {last}"
         raise NotebookFailed(_failure(notebook, run, reason)) from error
+    finally:
+        log.close()
     _tidy(executed, notebook, root)
     with atomic_write(target) as file:
         nbformat.write(executed, file)
 
 
-def _this_python_kernels() -> type:
-    """A kernel manager that starts this interpreter, whatever kernel specs are installed on the machine."""
+def _this_python_kernels(log: IO) -> type:
+    """A kernel manager that starts this interpreter, whatever kernel specs are installed, its stderr to `log`."""
+    from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
     env = {"TOKENIZERS_PARALLELISM": "false"}
     if os.environ.get("DETRANSFORMER_DATA"):  # relative to the user's folder, not to notebooks/
         env["DETRANSFORMER_DATA"] = str(Path(os.environ["DETRANSFORMER_DATA"]).expanduser().resolve())
-    spec = KernelSpec(
-        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        display_name="Python 3",
-        language="python",
-        env=env,
-    )
+    spec = KernelSpec(**get_kernel_dict() | {"env": env})
 
     class ThisPythonKernelManager(AsyncKernelManager):
         kernel_spec = property(lambda self: spec)
+
+        async def _async_start_kernel(self, **kwargs):
+            await super()._async_start_kernel(**kwargs | {"stderr": log})
+
+        start_kernel = _async_start_kernel
 
     return ThisPythonKernelManager
 

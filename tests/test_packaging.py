@@ -1,0 +1,92 @@
+"""Packaging stays in step: conda and pip pins, installed versions, make targets, atomic files."""
+
+import importlib.metadata
+import os
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+
+from detransformer.files import atomic_folder, atomic_write, repository_root
+from detransformer.report.provenance import pins, versions
+
+ROOT = repository_root()
+
+
+def requirements() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["dependencies"] + project["optional-dependencies"]["dev"]
+
+
+def test_conda_environment_has_the_same_pins():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(pip) == sorted([*requirements(), "-e ."])
+    assert "python>=3.11" in environment["dependencies"]
+
+
+def test_every_requirement_is_pinned_and_torch_exactly():
+    found = pins(ROOT)
+    assert found["torch"] == "==2.13.0"
+    assert all(pin.startswith("==") for pin in found.values()), found
+
+
+def test_installed_versions_satisfy_the_pins():
+    for package, pin in pins(ROOT).items():
+        wanted = pin.removeprefix("==").removesuffix("*")
+        assert importlib.metadata.version(package).startswith(wanted), package
+    assert "missing" not in versions(ROOT).values()
+
+
+def test_make_knows_its_targets():
+    for target in ("reproduce", "test", "lab", "figures", "lint", "clean"):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_make_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python3"
+    # A stand-in that runs the check with the version of an old interpreter.
+    old.write_text(
+        '#!/bin/sh\nexec python3 -c "import sys; sys.version_info = (3, 9, 2, \'final\', 0); exec(sys.argv[1])" "$2"\n'
+    )
+    old.chmod(0o755)
+    command = ["make", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}", "install"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed" in done.stderr and "3.9" in done.stderr
+
+
+def test_ci_runs_lint_and_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make --no-print-directory test" in script.read_text() and "lint" in script.read_text()
+
+
+def test_atomic_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    target = tmp_path / "sub" / "table.csv"
+    with atomic_write(target) as file:
+        file.write("old\n")
+    with pytest.raises(RuntimeError), atomic_write(target) as file:
+        file.write("half")
+        raise RuntimeError
+    assert target.read_text() == "old\n" and [p.name for p in target.parent.iterdir()] == ["table.csv"]
+    with atomic_write(target, "wb") as file:
+        file.write(b"new")
+    assert target.read_bytes() == b"new"
+    with pytest.raises(ValueError, match="'a'.*use 'w' or 'wb'"), atomic_write(target, "a"):
+        pass
+
+
+def test_atomic_folder_replaces_only_when_complete(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(RuntimeError), atomic_folder(target) as folder:
+        (folder / "b").write_text("2")
+        raise RuntimeError
+    assert [p.name for p in target.iterdir()] == ["a"]
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("2")
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,201 @@
+"""Reproduction with tiny notebooks made here: order, skipping, continuing, a failing cell, the manifest, the kernel."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+import yaml
+
+from detransformer.report.runs import RunFolder
+from detransformer.reproduce import NotebookFailed, load_profile, reproduce
+
+PARAMETERS = 'run_dir = "../results/local"\nvalue = 1\nseed = 3'
+SAVE = (
+    "import pandas as pd\nfrom detransformer.report.runs import RunFolder\n"
+    'RunFolder(run_dir).save_table(pd.DataFrame({{"value": [value], "source": ["made here"]}}), "{table}")'
+)
+
+
+def write_notebook(root, name, *cells):
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_markdown_cell(f"# {name}"), nbformat.v4.new_code_cell(PARAMETERS)]
+    notebook.cells[1].metadata["tags"] = ["parameters"]
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in cells]
+    (root / "notebooks").mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, root / "notebooks" / f"{name}.ipynb")
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A repository of two notebooks, each saving one table, and a profile for them."""
+    monkeypatch.delenv("DETRANSFORMER_DATA", raising=False)
+    root = tmp_path / "clone"
+    root.mkdir()
+    (root / "pyproject.toml").write_text('[project]\nname = "x"\ndependencies = ["pandas==3.1.*"]\n')
+    write_notebook(root, "01_first", SAVE.format(table="first"))
+    write_notebook(root, "02_second", SAVE.format(table="second"))
+    set_profile(root, first={"value": 5}, second={})
+    return root
+
+
+def set_profile(root, first, second):
+    (root / "tiny.yaml").write_text(yaml.safe_dump({"01_first": first, "02_second": second}))
+
+
+def run_all(root, **options):
+    said = []
+    run = reproduce(str(root / "tiny.yaml"), root=root, say=said.append, **options)
+    return run, said, json.loads(run.manifest_path.read_text())
+
+
+def test_runs_in_order_and_writes_everything(clone):
+    run, said, manifest = run_all(clone)
+    assert run.path == clone / "results" / "tiny"
+    assert [line.split(":")[0] for line in said[:-1]] == ["[1/2] 01_first"] * 2 + ["[2/2] 02_second"] * 2
+    assert run.load_table("first")["value"].tolist() == [5], "the profile's parameter is injected"
+    assert run.load_table("second")["value"].tolist() == [1], "the notebook's own default stays"
+    for name in ("01_first", "02_second"):
+        executed = nbformat.read(run.notebooks / f"{name}.ipynb", as_version=4)
+        assert any(cell.get("execution_count") for cell in executed.cells)
+        assert str(clone) not in json.dumps(executed), "an executed notebook names no place outside the clone"
+    first = manifest["notebooks"]["01_first"]
+    assert (first["status"], first["tables"]) == ("done", ["first"]) and first["duration_s"] > 0
+    assert manifest["profile"] == "tiny" and manifest["parameters"]["01_first"] == {"value": 5}
+    assert manifest["versions"]["pandas"].startswith("3.1") and manifest["hardware"]["memory_bytes"] > 2**28
+    assert manifest["hardware"]["cores"] >= 1 and manifest["hardware"]["kernel"]
+    assert manifest["data"]["mirror"] == "none" and manifest["data"]["sources"]["first"] == ["made here"]
+    assert manifest["commit"] == "unknown" and manifest["command"] and manifest["date"].startswith("20")
+
+
+def test_second_run_skips_and_a_change_runs_what_it_touches(clone):
+    run_all(clone)
+    _, said, _ = run_all(clone)
+    assert sum("skipped" in line for line in said) == 2
+    set_profile(clone, first={"value": 5}, second={"value": 8})
+    run, said, _ = run_all(clone)
+    assert [line.split(" ")[1].rstrip(":") for line in said if "skipped" in line] == ["01_first"]
+    assert run.load_table("second")["value"].tolist() == [8]
+    write_notebook(clone, "01_first", SAVE.format(table="first"), "print('one cell more')")
+    _, said, _ = run_all(clone)
+    assert ["skipped" in line for line in said if ": started" in line or "skipped" in line] == [False, True]
+
+
+def test_only_force_and_a_deleted_table_run_again(clone):
+    run, _, before = run_all(clone)
+    _, said, after = run_all(clone, only=["2"], force=True)
+    assert "[1/1] 02_second: started" in said[0]
+    assert after["notebooks"]["01_first"] == before["notebooks"]["01_first"]
+    (run.tables / "first.csv").unlink()
+    _, said, _ = run_all(clone)
+    assert "started" in said[0] and "skipped" in said[2]
+
+
+def test_data_on_offer_is_part_of_the_key(clone, monkeypatch, tmp_path):
+    run_all(clone, only=["01"])
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "rows.tsv").write_text("a\tb\n")
+    monkeypatch.setenv("DETRANSFORMER_DATA", str(tmp_path / "mirror"))
+    _, said, manifest = run_all(clone, only=["01"])
+    assert "started" in said[0]
+    assert manifest["data"]["mirror_files"] == 1 and str(tmp_path) not in json.dumps(manifest["data"])
+
+
+def test_failing_cell_is_named_and_the_rest_is_kept(clone):
+    write_notebook(clone, "02_second", SAVE.format(table="half"), "raise KeyError('no such layer')", "1 + 1")
+    with pytest.raises(NotebookFailed, match=r"02_second stopped in code cell 4: KeyError: 'no such layer'") as caught:
+        run_all(clone)
+    assert len(str(caught.value).splitlines()) == 2 and "Traceback" not in str(caught.value)
+    run = RunFolder(clone / "results" / "tiny")
+    manifest = json.loads(run.manifest_path.read_text())
+    assert [manifest["notebooks"][n]["status"] for n in ("01_first", "02_second")] == ["done", "failed"]
+    assert run.has_table("first") and run.has_table("half") and (run.notebooks / "02_second.ipynb").is_file()
+    write_notebook(clone, "02_second", SAVE.format(table="second"))
+    _, said, manifest = run_all(clone)
+    assert "01_first: unchanged" in said[0] and manifest["notebooks"]["02_second"]["status"] == "done"
+
+
+def test_dead_kernel_is_a_failed_notebook(clone):
+    write_notebook(clone, "01_first", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(NotebookFailed, match="01_first stopped because its kernel died"):
+        run_all(clone, only=["01"])
+
+
+def test_interrupted_run_continues_with_the_next_notebook(clone):
+    write_notebook(clone, "02_second", "import time; time.sleep(60)")
+    # The command finds the clone it runs from; the tiny one is put in its place.
+    code = (
+        f"import pathlib, detransformer.reproduce as r; r.repository_root = lambda: pathlib.Path({str(clone)!r})\n"
+        "from detransformer.cli import main; main()"
+    )
+    options = ["reproduce", "--profile", str(clone / "tiny.yaml"), "--output", "results/run"]
+    command = [sys.executable, "-c", code, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=clone, text=True, **pipes)
+    manifest_path = clone / "results" / "run" / "manifest.json"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if manifest_path.is_file() and "02_second" in json.loads(manifest_path.read_text())["notebooks"]:
+            break
+        time.sleep(0.2)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr and stderr.strip().endswith("interrupted; what was finished is kept.")
+    statuses = {n: e["status"] for n, e in json.loads(manifest_path.read_text())["notebooks"].items()}
+    assert statuses == {"01_first": "done", "02_second": "interrupted"}
+    write_notebook(clone, "02_second", SAVE.format(table="second"))
+    _, said, manifest = run_all(clone, output=clone / "results" / "run")
+    assert "01_first: unchanged" in said[0] and manifest["notebooks"]["02_second"]["status"] == "done"
+
+
+def test_kernel_is_this_interpreter_whatever_is_installed(clone, monkeypatch, tmp_path):
+    foreign = tmp_path / "jupyter" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    write_notebook(clone, "01_first", "import sys, os\nprint(sys.executable, os.environ['TOKENIZERS_PARALLELISM'])")
+    run, _, _ = run_all(clone, only=["01"])
+    executed = nbformat.read(run.notebooks / "01_first.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.strip().replace("./", f"{clone}/") == f"{sys.executable} false"
+
+
+@pytest.mark.parametrize(
+    ("section", "only", "message"),
+    [
+        ({"01_first": {"vaule": 2}, "02_second": {}}, [], "'vaule'.*01_first.*run_dir, value, seed"),
+        ({"01_first": {}}, [], "no section '02_second'"),
+        ({"01_first": {}, "02_second": {}, "09_more": {}}, [], "'09_more'"),
+        ({"01_first": {}, "02_second": {}}, ["07"], "--only 07 names no notebook.*02_second"),
+    ],
+)
+def test_wrong_profile_is_one_sentence(clone, section, only, message):
+    (clone / "tiny.yaml").write_text(yaml.safe_dump(section))
+    with pytest.raises(ValueError, match=message):
+        run_all(clone, only=only)
+    assert not (clone / "results").exists(), "nothing is started"
+
+
+def test_damaged_manifest_names_the_file(clone):
+    run, _, _ = run_all(clone, only=["01"])
+    run.manifest_path.write_text('{"notebooks": ')
+    with pytest.raises(ValueError, match="manifest.json is damaged; delete it"):
+        run_all(clone)
+
+
+def test_seeds_are_collected_from_the_profile(clone):
+    set_profile(clone, first={"seed": 7}, second={})
+    _, _, manifest = run_all(clone, only=["01"])
+    assert manifest["seeds"] == {"01_first.seed": 7}
+
+
+def test_every_builtin_profile_loads():
+    for name in ("quick", "laptop", "paper"):
+        assert load_profile(name)[0] == name
+    with pytest.raises(ValueError, match="'slow'.*laptop, paper, quick"):
+        load_profile("slow")
