@@ -1,0 +1,6 @@
+"""Text and tasks: the mirror folder, the Hub, or the built-in corpus (`open_data`)."""
+
+from detransformer.training.data.sources import SOURCES, TaskRows, TrainingData, open_data
+from detransformer.training.data.tasks import TASKS, Task
+
+__all__ = ["SOURCES", "TASKS", "Task", "TaskRows", "TrainingData", "open_data"]

@@ -1,0 +1,33 @@
+"""The environment variables that say where data is: read here and nowhere else in this room."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from detransformer.files import repository_root
+
+TRUE_WORDS = {"1", "on", "yes", "true"}
+
+
+@dataclass(frozen=True)
+class DataEnvironment:
+    """Where to look: the mirror folder, and whether the Hub may be asked."""
+
+    mirror: Path
+    mirror_named_by: str
+    hub_offline: bool
+
+
+def data_environment() -> DataEnvironment:
+    """DETRANSFORMER_DATA, else `data/mirror` in the repository or the current folder; HF_HUB_OFFLINE."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE_WORDS
+    named = os.environ.get("DETRANSFORMER_DATA", "")
+    if named:
+        return DataEnvironment(Path(named).expanduser().resolve(), "DETRANSFORMER_DATA", offline)
+    try:
+        root = repository_root()
+    except FileNotFoundError:
+        root = Path.cwd()
+    folders = [root / "data" / "mirror", Path.cwd() / "data" / "mirror"]
+    found = next((folder for folder in folders if folder.is_dir()), folders[0])
+    return DataEnvironment(found, "data/mirror", offline)

@@ -1,0 +1,218 @@
+"""Real data from a local folder: glue/*/*.tsv, squad/*.json, wikipedia/*.txt.xz, vocab/tokenizer.json.
+
+TSV is not CSV: quotes are literal. Every damaged, missing or wrongly encoded file is a ValueError that names the file,
+the line and the remedy.
+"""
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from tokenizers import Tokenizer
+
+from detransformer.training.data.tasks import Task
+
+
+@dataclass(frozen=True)
+class TsvLayout:
+    """Where a task's columns stand: names in the header line, or positions if there is none."""
+
+    folder: str
+    train: tuple[str, ...]  # the first that exists
+    validation: tuple[str, ...]
+    columns: tuple[str, ...] | tuple[int, ...]
+    label: str | int
+    labels: tuple[str, ...]  # as written in the file, in the task's order
+    num_fields: int = 0
+
+
+LAYOUTS = {
+    "CoLA": TsvLayout("CoLA", ("train.tsv",), ("dev.tsv",), (3,), 1, ("0", "1"), num_fields=4),
+    "SST-2": TsvLayout("SST-2", ("train.tsv",), ("dev.tsv",), ("sentence",), "label", ("0", "1")),
+    "MRPC": TsvLayout("MRPC", ("train.tsv",), ("dev.tsv",), ("#1 String", "#2 String"), "Quality", ("0", "1")),
+    "MNLI": TsvLayout(
+        *("MNLI", ("train.tsv", "train_subset.tsv"), ("dev_matched.tsv",), ("sentence1", "sentence2"), "gold_label"),
+        labels=("entailment", "neutral", "contradiction"),
+    ),
+}
+
+
+class MirrorSource:
+    """The mirror folder as a data source (see `sources.py` for what a source offers)."""
+
+    name = "mirror"
+    is_real = True
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise ValueError(
+                f"no mirror folder at {folder}: set DETRANSFORMER_DATA to a folder with glue/, squad/, wikipedia/ and "
+                "vocab/, or choose the source hub or built-in."
+            )
+        self.folder = folder
+
+    def tokenizer(self) -> Tokenizer:
+        path = require_file(self.folder / "vocab" / "tokenizer.json")
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ValueError(f"{path} is no tokenizer file ({error}): copy it again from the original.") from error
+
+    def fingerprint(self) -> str:
+        """Changes with the names and sizes of the text and vocabulary files."""
+        paths = [self.folder / "vocab" / "tokenizer.json", *sorted((self.folder / "wikipedia").glob("*.txt.xz"))]
+        listing = [(path.name, path.stat().st_size) for path in paths if path.exists()]
+        return hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+
+    def task_rows(self, task: Task, split: str) -> Dataset:
+        """Rows of `split` ("train" or "validation"): the task's columns and `label`, or SQuAD's."""
+        if task.is_question_answering:
+            return Dataset.from_list([row for path in self._squad_files(split) for row in read_squad(path)])
+        layout = LAYOUTS[task.name]
+        folder = self.folder / "glue" / layout.folder
+        names = getattr(layout, split)
+        path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+        return Dataset.from_dict(read_tsv(path, layout, task))
+
+    def articles(self, split: str) -> Iterator[str]:
+        """Wikipedia articles, one text each with its paragraphs in lines; files named `*valid*` are the validation."""
+        folder = self.folder / "wikipedia"
+        paths = [p for p in sorted(folder.glob("*.txt.xz")) if ("valid" in p.name) == (split == "validation")]
+        if not paths:
+            pattern = "*-valid.txt.xz" if split == "validation" else "*.txt.xz"
+            raise ValueError(
+                f"no {split} text {folder / pattern}: copy it there, or choose the source hub or built-in."
+            )
+        for path in paths:
+            yield from read_articles(path)
+
+    def _squad_files(self, split: str) -> list[Path]:
+        folder = self.folder / "squad"
+        whole = folder / ("train-v1.1.json" if split == "train" else "dev-v1.1.json")
+        parts = sorted(folder.glob("train-v1.1-*.json")) if split == "train" and not whole.exists() else []
+        return parts or [whole]
+
+
+def require_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: copy it there, or choose the source hub or built-in.")
+    return path
+
+
+def decoded_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file without its byte order mark; only line feeds end a line."""
+    lines = require_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    decoded = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            decoded.append(line.decode("utf-8").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
+                "convert the file to UTF-8 or copy it again from the original."
+            ) from error
+    return decoded
+
+
+def read_tsv(path: Path, layout: TsvLayout, task: Task) -> dict[str, list]:
+    """A GLUE TSV file as columns: the task's text columns and `label` (its index in the task's labels)."""
+    lines = decoded_lines(path)
+    if layout.num_fields:  # no header: positions
+        first, num_fields, wanted, label_at = 0, layout.num_fields, list(layout.columns), layout.label
+    else:
+        header = lines[0].split("\t") if lines else []
+        missing = [name for name in (*layout.columns, layout.label) if name not in header]
+        if missing:
+            raise ValueError(
+                f"{path}, line 1: the header has no column {missing[0]!r}; it must be GLUE's file for {task.name}, "
+                "copy it again from the original."
+            )
+        first, num_fields = 1, len(header)
+        wanted, label_at = [header.index(name) for name in layout.columns], header.index(layout.label)
+    columns: dict[str, list] = {name: [] for name in (*task.columns, "label")}
+    for number, line in enumerate(lines[first:], start=first + 1):
+        fields = line.split("\t")
+        if len(fields) != num_fields:
+            raise ValueError(
+                f"{path}, line {number}: {len(fields)} tab-separated fields where {num_fields} are expected; "
+                "the file is damaged, copy it again from the original."
+            )
+        if fields[label_at] not in layout.labels:
+            raise ValueError(
+                f"{path}, line {number}: label {fields[label_at]!r} is none of {', '.join(layout.labels)}; "
+                "the file is damaged, copy it again from the original."
+            )
+        for name, at in zip(task.columns, wanted, strict=True):
+            columns[name].append(fields[at])
+        columns["label"].append(layout.labels.index(fields[label_at]))
+    if not columns["label"]:
+        raise ValueError(f"{path} has no rows: the file is empty, copy it again from the original.")
+    return columns
+
+
+def read_squad(path: Path) -> Iterator[dict]:
+    """SQuAD v1.1 JSON as rows id, question, context, answers {text, answer_start}; every span is checked."""
+    text = "\n".join(decoded_lines(path))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}), the file is damaged; copy it again."
+        ) from error
+    try:
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
+                for question in paragraph["qas"]:
+                    answers = question["answers"]
+                    for answer in answers:
+                        start = answer["answer_start"]
+                        if context[start : start + len(answer["text"])] != answer["text"]:
+                            raise ValueError(
+                                f"{path}, question {question['id']}: the answer {answer['text']!r} is not at character "
+                                f"{start} of its context; the file is damaged, copy it again from the original."
+                            )
+                    yield {
+                        "id": str(question["id"]),
+                        "question": question["question"],
+                        "context": context,
+                        "answers": {
+                            "text": [a["text"] for a in answers],
+                            "answer_start": [a["answer_start"] for a in answers],
+                        },
+                    }
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line 1: not SQuAD v1.1 ({type(error).__name__}: {error}); copy it again from the original."
+        ) from error
+
+
+def read_articles(path: Path) -> Iterator[str]:
+    """Articles of an xz text file: title line, one paragraph a line, blank line between articles; read as needed."""
+    number, article = 0, []
+    try:
+        with lzma.open(require_file(path), "rb") as file:
+            for raw in file:
+                number += 1
+                line = raw.decode("utf-8").strip()
+                if line:
+                    article.append(line)
+                elif article:
+                    yield "\n".join(article)
+                    article = []
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, line {number}: not UTF-8 ({error.reason}); convert the text to UTF-8 or copy it again."
+        ) from error
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(
+            f"{path}, after line {number}: the xz data is damaged ({error}); copy it again from the original."
+        ) from error
+    if article:
+        yield "\n".join(article)

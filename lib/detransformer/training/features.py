@@ -1,0 +1,153 @@
+"""Task rows as token features: sentences (pairs) with a label, SQuAD as overlapping windows with answer positions.
+
+Batches are a function of (seed, step): shuffled each epoch, rows of like length together, so little is padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from detransformer.training.data import TaskRows
+from detransformer.training.data.tasks import Task
+
+POOL_BATCHES = 16  # batches sorted by length together
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input of a model; for SQuAD also where its tokens stand in the context.
+
+    `label` is a class, or (start, end) token positions of the answer, (0, 0) where the window does not hold it.
+    """
+
+    tokens: np.ndarray
+    types: np.ndarray
+    label: int | tuple[int, int]
+    row: int
+    offsets: np.ndarray | None = None  # [T, 2] characters; (-1, -1) outside the context
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """Features of both splits, and the rows they were made from."""
+
+    rows: TaskRows
+    train: list[Feature]
+    validation: list[Feature]
+
+
+def prepare_task(rows: TaskRows, tokenizer: Tokenizer, seq_len: int, doc_stride: int) -> PreparedTask:
+    """Tokenises both splits of a task once."""
+    if rows.task.is_question_answering:
+        make = lambda part: question_features(part, tokenizer, seq_len, doc_stride)  # noqa: E731
+    else:
+        make = lambda part: sentence_features(part, rows.task, tokenizer, seq_len)  # noqa: E731
+    return PreparedTask(rows, make(rows.train), make(rows.validation))
+
+
+def sentence_features(rows, task: Task, tokenizer: Tokenizer, seq_len: int) -> list[Feature]:
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy: truncation is a tokenizer's state
+    tokenizer.enable_truncation(seq_len)
+    columns = [rows[name] for name in task.columns]
+    texts = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
+    encodings = tokenizer.encode_batch(texts)
+    return [
+        Feature(np.array(e.ids, dtype=np.int32), np.array(e.type_ids, dtype=np.int8), int(label), row)
+        for row, (e, label) in enumerate(zip(encodings, rows["label"], strict=True))
+    ]
+
+
+def question_features(rows, tokenizer: Tokenizer, seq_len: int, doc_stride: int) -> list[Feature]:
+    """Windows `[CLS] question [SEP] part of the context [SEP]` that overlap by `doc_stride` tokens."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    questions = []
+    for question, encoding in zip(
+        rows["question"], tokenizer.encode_batch(list(rows["question"]), add_special_tokens=False), strict=True
+    ):
+        limit = seq_len // 3  # a longer question leaves no room for the context
+        questions.append(question if len(encoding) <= limit else question[: encoding.offsets[limit - 1][1]])
+    tokenizer.enable_truncation(seq_len, stride=doc_stride, strategy="only_second")
+    features = []
+    encodings = tokenizer.encode_batch(list(zip(questions, rows["context"], strict=True)))
+    for row, (encoding, answers) in enumerate(zip(encodings, rows["answers"], strict=True)):
+        start = answers["answer_start"][0]
+        end = start + len(answers["text"][0])
+        for window in (encoding, *encoding.overflowing):
+            in_context = np.array([s == 1 for s in window.sequence_ids])
+            offsets = np.where(in_context[:, None], np.array(window.offsets), -1).astype(np.int32)
+            features.append(
+                Feature(
+                    np.array(window.ids, dtype=np.int32),
+                    np.array(window.type_ids, dtype=np.int8),
+                    answer_positions(offsets, start, end),
+                    row,
+                    offsets,
+                )
+            )
+    return features
+
+
+def answer_positions(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:
+    """First and last token that touch characters start..end, or (0, 0) if the window does not hold all of them."""
+    inside = offsets[:, 0] >= 0
+    if not inside.any() or offsets[inside][0, 0] > start or offsets[inside][-1, 1] < end:
+        return 0, 0
+    touching = np.flatnonzero(inside & (offsets[:, 0] < end) & (offsets[:, 1] > start))
+    return (int(touching[0]), int(touching[-1])) if len(touching) else (0, 0)
+
+
+def collate(features: Sequence[Feature], pad: int) -> dict[str, torch.Tensor]:
+    """Features as padded tensors [B, T]: input_ids, token_type_ids, attention_mask and the labels."""
+    length = max(len(f.tokens) for f in features)
+    shape = (len(features), length)
+    tokens, types, mask = np.full(shape, pad), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for i, feature in enumerate(features):
+        n = len(feature.tokens)
+        tokens[i, :n], types[i, :n], mask[i, :n] = feature.tokens, feature.types, 1
+    batch = {"input_ids": tokens, "token_type_ids": types, "attention_mask": mask}
+    if isinstance(features[0].label, tuple):
+        positions = np.array([f.label for f in features])
+        batch |= {"start_positions": positions[:, 0], "end_positions": positions[:, 1]}
+    else:
+        batch["labels"] = np.array([f.label for f in features])
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row numbers of each batch of an epoch: shuffled, sorted by length in pools, the batches shuffled again."""
+    rng = np.random.default_rng([seed, epoch])
+    lengths = np.asarray(lengths)
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), batch_size * POOL_BATCHES):
+        pool = order[start : start + batch_size * POOL_BATCHES]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def by_length(features: Sequence[Feature], batch_size: int) -> Iterator[list[int]]:
+    """All feature numbers once, longest first."""
+    order = sorted(range(len(features)), key=lambda i: -len(features[i].tokens))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def best_spans(
+    start_logits: torch.Tensor, end_logits: torch.Tensor, in_context: torch.Tensor, max_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Best answer span of each window, exactly: all [B, T] logits -> (start [B], end [B], score [B]).
+
+    A span lies in the context (`in_context` [B, T]) and has 1..max_tokens tokens.
+    """
+    low = torch.finfo(start_logits.dtype).min / 4
+    start = start_logits.masked_fill(~in_context, low)
+    end = end_logits.masked_fill(~in_context, low)
+    length = start.shape[1]
+    scores = start.unsqueeze(2) + end.unsqueeze(1)  # [B, T, T]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=start.device).triu().tril(max_tokens - 1)
+    best = scores.masked_fill(~allowed, 2 * low).flatten(1).max(dim=1)
+    return best.indices // length, best.indices % length, best.values

@@ -1,0 +1,24 @@
+"""Scores of the five tasks, times 100: scikit-learn's Matthews correlation and accuracy, torchmetrics' SQuAD."""
+
+from collections.abc import Sequence
+
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+from torchmetrics.functional.text import squad
+
+from detransformer.training.data.tasks import Task
+
+
+def classification_scores(task: Task, predicted: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
+    """The task's own metric, and accuracy for all."""
+    scores = {"accuracy": 100 * accuracy_score(labels, predicted)}
+    if task.metric == "mcc":
+        scores["mcc"] = 100 * matthews_corrcoef(labels, predicted)
+    return {name: float(value) for name, value in scores.items()}
+
+
+def squad_scores(answers: dict[str, str], rows: Sequence[dict]) -> dict[str, float]:
+    """Exact match and F1 of SQuAD v1.1 for `answers` (question id -> text) over rows with `id` and `answers`."""
+    predicted = [{"id": row["id"], "prediction_text": answers[row["id"]]} for row in rows]
+    target = [{"id": row["id"], "answers": row["answers"]} for row in rows]
+    scores = squad(predicted, target)
+    return {"exact_match": float(scores["exact_match"]), "f1": float(scores["f1"])}
