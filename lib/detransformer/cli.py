@@ -87,6 +87,85 @@ def decouple(
 
 # --- Cluster -----------------------------------------------------------------------------------------------------
 
+Model = Annotated[str, typer.Option(help="bert-base, bert-large, or a checkpoint folder.")]
+Devices = Annotated[str, typer.Option(help="How many devices.")]
+Bandwidth = Annotated[str, typer.Option(help="Link rate in Mbps; several separated by commas.")]
+Layers = Annotated[str, typer.Option(help="Nb of the decoupled model.")]
+Divisions = Annotated[str, typer.Option(help="Ndiv of the decoupled model.")]
+Width = Annotated[str, typer.Option(help="full (published) or narrow.")]
+Tokens = Annotated[str, typer.Option(help="Tokens of a request.")]
+Batch = Annotated[str, typer.Option(help="Sequences of a request.")]
+Memory = Annotated[str | None, typer.Option(help="Budget of each device in MiB; its own memory where not given.")]
+
+
+@app.command()
+def bench(
+    model: Model = "bert-base",
+    devices: Devices = "4",
+    bandwidth: Bandwidth = "125",
+    methods: Annotated[
+        str, typer.Option(help="all, or some of single,tp,sp,bp+tp,bp+sp,bp+allgather,bp+auto,dp,pp.")
+    ] = "single,tp,sp,bp+tp,bp+sp,bp+allgather,bp+auto",
+    repeats: Annotated[str, typer.Option(help="Measured requests a row.")] = "5",
+    output: Annotated[str | None, typer.Option(help="CSV file to save the rows to.")] = None,
+    num_original_layers: Layers = "4",
+    num_divisions: Divisions = "4",
+    attention_width: Width = "full",
+    seq_len: Tokens = "128",
+    batch_size: Batch = "1",
+    device: Annotated[str, typer.Option(help="Preset to emulate: rpi4b.")] = "rpi4b",
+    wire: Annotated[str, typer.Option(help="Number format of messages: float32.")] = "float32",
+    memory: Memory = None,
+    transport: Annotated[str, typer.Option(help="auto, namespaces or loopback.")] = "auto",
+    time_scale: Annotated[str, typer.Option(help="auto, or how many times slower all runs.")] = "auto",
+) -> None:
+    """Measure methods on emulated devices: one row a method and bandwidth."""
+    from detransformer.cluster.commands import bench_command
+
+    bench_command(**locals_without(locals(), "bench_command"))
+
+
+@app.command()
+def plan(
+    model: Model = "bert-base",
+    devices: Devices = "4",
+    bandwidth: Bandwidth = "125",
+    memory: Memory = None,
+    profile: Annotated[str | None, typer.Option(help="File made by `detransformer profile`.")] = None,
+    device: Annotated[str, typer.Option(help="Preset to plan for where there is no profile.")] = "rpi4b",
+    num_original_layers: Layers = "4",
+    num_divisions: Divisions = "4",
+    attention_width: Width = "full",
+    seq_len: Tokens = "128",
+    batch_size: Batch = "1",
+) -> None:
+    """Predict every plan for a model on a cluster and say which is chosen."""
+    from detransformer.cluster.commands import plan_command
+
+    plan_command(**locals_without(locals(), "plan_command"))
+
+
+@app.command()
+def profile(
+    output: Annotated[str, typer.Option(help="JSON file to save the profile to.")],
+    model: Model = "bert-base",
+    devices: Devices = "4",
+    bandwidth: Bandwidth = "125",
+    device: Annotated[str, typer.Option(help="host (measured) or a preset: rpi4b.")] = "host",
+    num_original_layers: Layers = "4",
+    num_divisions: Divisions = "4",
+    attention_width: Width = "full",
+) -> None:
+    """Measure what the planner needs: operations on this host and collectives over the links."""
+    from detransformer.cluster.commands import profile_command
+
+    profile_command(**locals_without(locals(), "profile_command"))
+
+
+def locals_without(values: dict, name: str) -> dict:
+    """A command's own arguments: its locals but the function it imports."""
+    return {key: value for key, value in values.items() if key != name}
+
 
 # --- This machine ------------------------------------------------------------------------------------------------
 
@@ -134,6 +213,8 @@ def explain(error: Exception) -> tuple[int, str | None]:
         return 2, f"{_sentence(error.format_message()).rstrip('.')}; see `detransformer {_command_name()}--help`."
     if isinstance(error, Abort):
         return 130, "stopped."
+    if type(error).__name__ == "DeviceLost":
+        return 1, str(error)
     if type(error).__name__ == "NotebookFailed":  # by name: the module is loaded only where notebooks run
         return 1, str(error)
     if isinstance(error, FileNotFoundError) and error.filename:

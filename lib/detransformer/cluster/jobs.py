@@ -119,8 +119,8 @@ def run_plan(
     for _ in range(repeats):
         comm.reset()
         pacer.reset()
-        sent = state.sent_bytes()
         comm.barrier()
+        sent = state.sent_bytes()
         start = time.perf_counter()
         pacer.begin()
         result = executor(**tensors)

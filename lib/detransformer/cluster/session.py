@@ -80,8 +80,14 @@ class EmulatedCluster:
         self.time_scale = 1.0
         self.transport = transport
         self.threads = threads
+        self.folder: Path | None = None  # for files that live as long as the session
         self._network: EmulatedNetwork | None = None
         self._workers: list[_Worker] = []
+
+    @property
+    def profile_name(self) -> str:
+        """What table rows call these devices."""
+        return f"{DEVICES[self.device].name} (emulated)"
 
     @property
     def link(self) -> str:
@@ -95,7 +101,7 @@ class EmulatedCluster:
         return ClusterProfile(devices, LinkProfile(**known | {"bandwidth_bps": self.bandwidth_bps}))
 
     def __enter__(self) -> "EmulatedCluster":
-        self._folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
         try:
             if self.transport == "namespaces":
                 self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps).__enter__()
@@ -116,7 +122,7 @@ class EmulatedCluster:
             command += ["--rank", str(rank), "--num-ranks", str(self.num_devices), "--master", master]
             command += ["--interface", INTERFACE if network else "lo", "--threads", str(self.threads)]
             command += ["--namespace", network.namespaces[rank]] if network else []
-            self._workers.append(_Worker(rank, command, self._folder / f"worker{rank}.log", self.threads))
+            self._workers.append(_Worker(rank, command, self.folder / f"worker{rank}.log", self.threads))
         self._collect("starting", START_TIMEOUT_S)
 
     def set_link(self, bandwidth_bps: float, time_scale: float = 1.0) -> None:
@@ -212,7 +218,8 @@ class EmulatedCluster:
         if self._network:
             self._network.close()
             self._network = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class _Worker:

@@ -66,7 +66,7 @@ class Comm:
         self._run(
             "all_gather",
             (self.num_ranks - 1) * part.nbytes,
-            lambda: dist.all_gather_into_tensor(gathered, part, group=self.group),
+            lambda: dist.all_gather_single(gathered, part, group=self.group),
         )
         if min(sizes) == longest:
             return gathered

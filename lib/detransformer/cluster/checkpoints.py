@@ -1,0 +1,139 @@
+"""Checkpoints that latency runs load: presets with random weights of the real size, or a user's own folder.
+
+Latency does not depend on the values, but parity does: presets get non-zero biases and LayerNorm parameters, and every
+checkpoint's single-device output, computed by its Hugging Face model, is kept beside it to compare plans with.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+
+from detransformer.files import atomic_folder
+from detransformer.models import DecoupledBertConfig, decouple
+from detransformer.models.configuration import PRESET_SIZES, preset_config
+from detransformer.settings import cache_folder
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and model.safetensors, and the configuration in it."""
+
+    path: Path
+    config: BertConfig
+
+    @property
+    def decoupled(self) -> bool:
+        return isinstance(self.config, DecoupledBertConfig)
+
+
+def original_checkpoint(model: str) -> Checkpoint:
+    """The original model: a preset's name (random weights, made once and cached) or a folder.
+
+    Raises:
+        ValueError: if it is neither, or the folder holds no BERT.
+    """
+    if model not in PRESET_SIZES:
+        return open_folder(model)
+
+    def build() -> BertModel:
+        torch.manual_seed(SEED)
+        built = BertModel(preset_config(model))
+        for name, parameter in built.named_parameters():
+            if name.endswith("bias") or "LayerNorm" in name:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+        return built
+
+    return _cached(f"{model}-original", build)
+
+
+def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> Checkpoint:
+    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself where it is decoupled already."""
+    original = original_checkpoint(model)
+    if original.decoupled:
+        return original
+    config = original.config
+    name = model
+    if model not in PRESET_SIZES:
+        stamp = (original.path / "model.safetensors").stat()
+        name = "folder-" + hashlib.sha256(f"{original.path.resolve()} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
+    # Checks the sizes before a large model is loaded for nothing.
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
+    DecoupledBertConfig(
+        **fields,
+        num_original_layers=num_original_layers,
+        num_divisions=num_divisions,
+        attention_width=attention_width,
+    )
+    name += f"-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}"
+
+    def build() -> BertModel:
+        loaded = BertModel.from_pretrained(original.path)
+        return decouple(loaded, num_original_layers, num_divisions, attention_width)
+
+    return _cached(name, build)
+
+
+def open_folder(folder: str | Path) -> Checkpoint:
+    """A BERT checkpoint in `folder`, original or decoupled."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"model {str(folder)!r} is neither a preset ({', '.join(PRESET_SIZES)}) nor a folder that exists.")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no readable config.json ({str(error).splitlines()[0]}): save the model there.") from None
+    if not isinstance(config, BertConfig):
+        raise ValueError(f"{path} is a {config.model_type} checkpoint, not BERT: only BERT and decoupled BERT can be run.")
+    if not (path / "model.safetensors").is_file():
+        raise ValueError(f"{path} has no model.safetensors: save the model with `save_pretrained` (safetensors, one file).")
+    return Checkpoint(path, config)
+
+
+def _cached(name: str, build) -> Checkpoint:
+    folder = cache_folder() / "models" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            with atomic_folder(folder) as temporary:
+                build().save_pretrained(temporary, max_shard_size="50GB")
+    return Checkpoint(folder, AutoConfig.from_pretrained(folder))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request's inputs and the single-device output for it, as safetensors files."""
+
+    inputs: Path
+    reference: Path
+
+
+def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path) -> Request:
+    """Random tokens [batch_size, seq_len], unmasked as published, and the Hugging Face model's output for them.
+
+    Raises:
+        ValueError: if the model has fewer positions than `seq_len`.
+    """
+    limit = checkpoint.config.max_position_embeddings
+    if not 1 <= seq_len <= limit:
+        raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the positions that the model has.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is below 1: choose how many sequences a request has.")
+    stem = f"{checkpoint.path.name}-seq{seq_len}-batch{batch_size}"
+    made = Request(folder / f"{stem}-inputs.safetensors", folder / f"{stem}-reference.safetensors")
+    if not made.reference.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(checkpoint.config.vocab_size, (batch_size, seq_len), generator=generator)
+        model = AutoModel.from_pretrained(checkpoint.path).eval()
+        with torch.inference_mode():
+            output = model(input_ids=ids)
+        save_file({"input_ids": ids}, made.inputs)
+        save_file({"last_hidden_state": output.last_hidden_state.contiguous()}, made.reference)
+    return made

@@ -1,0 +1,246 @@
+"""The bodies of `detransformer bench`, `plan` and `profile`: words in, tables printed and saved."""
+
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from detransformer import __version__
+from detransformer.files import atomic_write
+from detransformer.models.configuration import PRESET_SIZES
+from detransformer.parallel.plan import METHODS, WIRE_FORMATS
+from detransformer.parse import number, one_of, whole_number, words
+from detransformer.planning.profile import ClusterProfile, LinkProfile
+
+BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)
+MAX_BENCH_DEVICES = 8
+SHOWN = {  # column of a bench row -> heading in the printed table
+    "model": "model",
+    "method": "method",
+    "plan": "plan",
+    "num_devices": "devices",
+    "bandwidth_mbps": "Mbps",
+    "link": "link",
+    "wire": "wire",
+    "latency_s": "latency s",
+    "spread_s": "spread s",
+    "compute_s": "compute s",
+    "comm_s": "comm s",
+    "all_reduce_count": "all_reduce",
+    "all_gather_count": "all_gather",
+    "sent_kib": "sent KiB",
+    "predicted_s": "predicted s",
+    "valid": "valid",
+}
+
+
+def bench_command(
+    model: str,
+    devices: str,
+    bandwidth: str,
+    methods: str,
+    repeats: str,
+    output: str | None,
+    num_original_layers: str,
+    num_divisions: str,
+    attention_width: str,
+    seq_len: str,
+    batch_size: str,
+    device: str,
+    wire: str,
+    memory: str | None,
+    transport: str,
+    time_scale: str,
+) -> None:
+    """Measures the methods at each bandwidth on emulated devices; prints and saves one row a method."""
+    num_devices = whole_number(devices, "--devices", 1, MAX_BENCH_DEVICES)
+    bandwidths = _bandwidths(bandwidth)
+    names = list(METHODS) if methods == "all" else words(methods, "--methods", METHODS)
+    count = whole_number(repeats, "--repeats", 1)
+    common = dict(
+        num_original_layers=whole_number(num_original_layers, "--num-original-layers", 1),
+        num_divisions=whole_number(num_divisions, "--num-divisions", 1),
+        attention_width=one_of(attention_width, "--attention-width", ("full", "narrow")),
+        seq_len=whole_number(seq_len, "--seq-len", 1),
+        batch_size=whole_number(batch_size, "--batch-size", 1),
+        repeats=count,
+    )
+    one_of(wire, "--wire", WIRE_FORMATS)
+    scale = None if time_scale == "auto" else number(time_scale, "--time-scale", 0.1, 64)
+    if output:
+        _check_writable(output)
+
+    from detransformer.cluster.bench import Bench, check_cells, grid, measure_grid
+    from detransformer.cluster.session import EmulatedCluster
+
+    cells = grid(model, names, bandwidths, num_devices, **common)
+    cluster = EmulatedCluster(num_devices, device, bandwidths[0] * 1e6, transport)
+    bench = Bench(cluster, time_scale=scale, memory_budget_bytes=_budget(memory))
+    check_cells(bench, cells)
+    with cluster:
+        rows = measure_grid(bench, cells, f"{output}.rows.json" if output else None)
+    if output:
+        with atomic_write(output) as file:
+            rows.to_csv(file, index=False)
+        Path(f"{output}.rows.json").unlink(missing_ok=True)
+    print(_markdown(rows.assign(sent_kib=_sent_bytes(rows) / 1024)[list(SHOWN)].rename(columns=SHOWN)))
+    for row in rows[~rows["valid"].astype(bool)].itertuples():
+        print(f"not valid: {row.method} at {row.bandwidth_mbps:g} Mbps: {row.why_invalid}")
+    if output:
+        print(f"saved to {output}")
+
+
+def plan_command(
+    model: str,
+    devices: str,
+    bandwidth: str,
+    memory: str | None,
+    profile: str | None,
+    device: str,
+    num_original_layers: str,
+    num_divisions: str,
+    attention_width: str,
+    seq_len: str,
+    batch_size: str,
+) -> None:
+    """Prints the plans of a model on a cluster, what each is predicted to take, and which is chosen and why."""
+    num_devices = whole_number(devices, "--devices", 1)
+    bandwidths = _bandwidths(bandwidth)
+    layers = whole_number(num_original_layers, "--num-original-layers", 1)
+    divisions = whole_number(num_divisions, "--num-divisions", 1)
+    one_of(attention_width, "--attention-width", ("full", "narrow"))
+    tokens, batch = whole_number(seq_len, "--seq-len", 1), whole_number(batch_size, "--batch-size", 1)
+    budget = _budget(memory)
+
+    from detransformer.cluster.devices import preset_profile
+    from detransformer.planning.placement import place
+
+    config = _model_config(model, layers, divisions, attention_width)
+    if tokens > config.max_position_embeddings:
+        raise ValueError(f"--seq-len {tokens} is out of range; give one from 1 to {config.max_position_embeddings}.")
+    known = ClusterProfile.load(profile) if profile else None
+    if known and len(known.devices) < num_devices:
+        raise ValueError(f"--devices {num_devices} is more than the {len(known.devices)} in {profile}; profile them first.")
+    for mbps in bandwidths:
+        if known:
+            link = LinkProfile(mbps * 1e6, known.link.step_latency_s, known.link.efficiency, known.link.source)
+            cluster = ClusterProfile(known.devices[:num_devices], link)
+        else:
+            cluster = ClusterProfile((preset_profile(device, config),) * num_devices, LinkProfile(mbps * 1e6))
+        placement = place(config, cluster, tokens, batch, budget)
+        print(f"\n{model} on {num_devices} x {cluster.devices[0].name} at {mbps:g} Mbps (predicted)\n")
+        print(_markdown(placement_rows(placement)))
+        chosen = placement.chosen
+        print(
+            f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
+            f"least summed time of the plans that fit."
+        )
+
+
+def placement_rows(placement) -> pd.DataFrame:
+    """A row an alternative of a `Placement`, fastest first."""
+    return pd.DataFrame(
+        [
+            {
+                "method": a.plan.method,
+                "plan": a.plan.describe(),
+                "predicted_s": a.prediction.latency_s,
+                "compute_s": a.prediction.compute_s,
+                "comm_s": a.prediction.comm_s,
+                "memory_mib": max(a.prediction.memory_bytes) / 2**20,
+                "fits": a.fits,
+                "chosen": a is placement.chosen,
+                "reason": a.reason,
+            }
+            for a in placement.alternatives
+        ]
+    )
+
+
+def profile_command(
+    model: str,
+    devices: str,
+    bandwidth: str,
+    device: str,
+    output: str,
+    num_original_layers: str,
+    num_divisions: str,
+    attention_width: str,
+) -> None:
+    """Profiles operations (a preset's rates, or this host's by measuring) and links, and saves them as JSON."""
+    num_devices = whole_number(devices, "--devices", 2, MAX_BENCH_DEVICES)
+    (mbps, *more) = _bandwidths(bandwidth)
+    if more:
+        raise ValueError(f"--bandwidth {bandwidth} names several; a profile is made at one.")
+    layers = whole_number(num_original_layers, "--num-original-layers", 1)
+    divisions = whole_number(num_divisions, "--num-divisions", 1)
+    one_of(attention_width, "--attention-width", ("full", "narrow"))
+    _check_writable(output)
+
+    from detransformer.cluster.devices import DEVICES, preset_profile
+    from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
+    from detransformer.cluster.session import EmulatedCluster
+
+    one_of(device, "--device", ("host", *DEVICES))
+    config = _model_config(model, layers, divisions, attention_width)
+    if device == "host":
+        operations = profile_operations(config)
+        print(_markdown(operations))
+        compute = host_profile(platform.node() or "host", operations)
+    else:
+        compute = preset_profile(device, config)
+        print(f"{compute.name}: {compute.flops_per_s['*'] / 1e9:.1f} GFLOP/s ({compute.source})")
+    link = LinkProfile(mbps * 1e6)
+    cluster = EmulatedCluster(num_devices, bandwidth_bps=mbps * 1e6)
+    if cluster.transport == "namespaces":
+        with cluster:
+            link, rows = profile_link(cluster)
+        print(_markdown(rows))
+    print(f"link: {link.source}")
+    provenance = {
+        "model": model,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.platform(),
+        "python": sys.version.split()[0],
+        "detransformer": __version__,
+    }
+    ClusterProfile((compute,) * num_devices, link).save(output, provenance)
+    print(f"saved to {output}")
+
+
+def _model_config(model: str, num_original_layers: int, num_divisions: int, attention_width: str):
+    """The decoupled configuration of a preset, or a folder's own."""
+    from detransformer.cluster.checkpoints import open_folder
+    from detransformer.models.configuration import preset_config
+
+    if model in PRESET_SIZES:
+        return preset_config(model, num_original_layers, num_divisions, attention_width)
+    return open_folder(model).config
+
+
+def _bandwidths(text: str) -> list[float]:
+    low, high = BANDWIDTH_LIMITS_MBPS
+    return [number(word, "--bandwidth", low, high) for word in words(text, "--bandwidth")]
+
+
+def _budget(memory: str | None) -> int | None:
+    return None if memory is None else int(number(memory, "--memory", 1) * 2**20)
+
+
+def _check_writable(output: str) -> None:
+    """Fails before an hour of measuring, not after it."""
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder; give a file name.")
+    with atomic_write(f"{output}.probe") as file:
+        file.write("x")
+    Path(f"{output}.probe").unlink()
+
+
+def _sent_bytes(rows: pd.DataFrame) -> pd.Series:
+    return rows[[c for c in rows.columns if c.endswith("_bytes") and c.split("_bytes")[0] in ("all_reduce", "all_gather", "send")]].sum(axis=1)
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    return frame.to_markdown(index=False, floatfmt=".4g")

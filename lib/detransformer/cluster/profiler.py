@@ -1,0 +1,189 @@
+"""Measures what the cost model needs (DATE 2024, Section III-C): operations on this host, collectives on a cluster.
+
+Operations: one layer of each kind is timed as each strategy's share of it, on one core, without peers; repeated layers
+are measured once. Collectives: a few sizes of each kind, fitted by a latency a ring step and a share of the bandwidth.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from transformers import BertConfig
+
+from detransformer.cluster.session import EmulatedCluster
+from detransformer.models import DecoupledBertModel
+from detransformer.models.configuration import DecoupledBertConfig
+from detransformer.models.sizes import layer_flops
+from detransformer.parallel.comm import Comm
+from detransformer.parallel.partition import bounds
+from detransformer.parallel.plan import HIDDEN, SEQ, STRATEGIES, published_plan
+from detransformer.parallel.strategies import STRATEGY_CLASSES, Request
+from detransformer.parallel.weights import WeightSource
+from detransformer.planning.cost import LAYER_COSTS, Compute, Sizes
+from detransformer.planning.profile import DeviceProfile, LinkProfile
+
+METHOD_OF_STRATEGY = {"replicate": "bp+allgather", "tensor": "bp+tp", "sequence": "bp+sp", "block": "bp+tp"}
+COLLECTIVE_FLOATS = {"all_reduce": 98_304, "all_gather": 24_576, "send": 98_304}  # X [128, 768] on four devices
+FIT_SHARES = (0.001, 0.25, 1.0, 3.0)  # of the sizes above
+
+
+class LocalComm(Comm):
+    """Stands in for the other ranks while one device is profiled: right shapes, no messages."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        return x.new_zeros(sum(sizes), *x.shape[1:])
+
+
+def profile_operations(
+    config: BertConfig, num_devices: Sequence[int] = (1, 2, 4), seq_len: int = 128, batch_size: int = 1, repeats: int = 10
+) -> pd.DataFrame:
+    """Times each strategy's share of one layer on this host, on one core.
+
+    Returns rows of strategy, num_devices, gflops (of the share), latency_s (median), gflops_per_s, and efficiency: the
+    rate relative to the whole original layer's. For an original model `block` is left out.
+    """
+    decoupled = isinstance(config, DecoupledBertConfig)
+    one_layer = dict(num_hidden_layers=2 if decoupled else 1)
+    one_layer |= dict(num_original_layers=1) if decoupled else {}
+    small = type(config)(**{**_fields(config), **one_layer, "vocab_size": 32})
+    if decoupled:
+        model = DecoupledBertModel(small)
+    else:
+        from transformers import BertModel
+
+        model = BertModel(small)
+    state = model.state_dict()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [
+            _time_share(small, state, strategy, count, seq_len, batch_size, repeats)
+            for strategy in STRATEGIES
+            for count in num_devices
+            if (decoupled or strategy != "block") and (strategy != "replicate" or count == min(num_devices))
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    frame = pd.DataFrame(rows)
+    whole = frame.loc[frame["strategy"] == "replicate", "gflops_per_s"].iloc[0]
+    return frame.assign(efficiency=frame["gflops_per_s"] / whole)
+
+
+@torch.inference_mode()
+def _time_share(config, state, strategy: str, num_devices: int, seq_len: int, batch_size: int, repeats: int) -> dict:
+    method = METHOD_OF_STRATEGY[strategy]
+    if not isinstance(config, DecoupledBertConfig):
+        method = {"tensor": "tp", "sequence": "sp", "replicate": "single"}[strategy]
+    plan = published_plan(method, config, [1.0] * num_devices)
+    layer = len(plan.strategies) - 1 if strategy != "block" else 0
+    comm = LocalComm(None, 0, plan.num_devices)
+    runner = STRATEGY_CLASSES[strategy](config, plan, comm, WeightSource(state), layer)
+    tokens = plan.tokens(seq_len)
+    request = Request(batch_size, seq_len, tokens, None)
+    x = torch.randn(batch_size, seq_len, config.hidden_size)
+    layout = STRATEGIES[strategy].in_layout
+    if layout == SEQ:
+        x = x[:, slice(*bounds(tokens, 0))].contiguous()
+    elif layout == HIDDEN:
+        x = torch.randn(plan.sub_blocks[0], batch_size * seq_len, config.hidden_size // config.num_divisions)
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        runner(x, request)
+        seconds.append(time.perf_counter() - start)
+    steps = LAYER_COSTS[strategy].steps(Sizes(config, plan, 0, batch_size, seq_len))
+    flops = sum(step.flops for step in steps if isinstance(step, Compute))
+    latency = statistics.median(seconds[2:])
+    return {
+        "strategy": strategy,
+        "num_devices": num_devices,
+        "gflops": flops / 1e9,
+        "latency_s": latency,
+        "gflops_per_s": flops / latency / 1e9,
+    }
+
+
+def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
+    """This host's rates from `profile_operations`: each strategy at the largest device count measured."""
+    largest = operations.sort_values("num_devices").groupby("strategy").last()
+    rates = {strategy: float(row["gflops_per_s"]) * 1e9 for strategy, row in largest.iterrows()}
+    rates["*"] = rates["replicate"]
+    memory = psutil.virtual_memory().total
+    return DeviceProfile(name, memory, rates, "measured: one layer a strategy, one core, median")
+
+
+def single_device_latency(config: BertConfig, seq_len: int = 128, repeats: int = 3, threads: int = 1) -> float:
+    """Median seconds of one forward pass of a model of `config` (random weights) on this host."""
+    from transformers import AutoModel
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = AutoModel.from_config(config).eval()
+        ids = torch.randint(config.vocab_size, (1, seq_len))
+        seconds = []
+        with torch.inference_mode():
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                model(input_ids=ids)
+                seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return statistics.median(seconds[1:])
+
+
+def _fields(config: BertConfig) -> dict:
+    skip = ("model_type", "architectures", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in skip}
+
+
+def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfile, pd.DataFrame]:
+    """Times collectives over the cluster's links as they are set now, and fits them.
+
+    Returns the fitted profile and the rows it was fitted to: kind, num_bytes (sent a rank), latency_s, fitted_s.
+
+    Raises:
+        ValueError: on a cluster of one device.
+    """
+    n = cluster.num_devices
+    if n < 2:
+        raise ValueError(f"num_devices={n} has no link to profile: take at least 2.")
+    if cluster.transport != "namespaces":
+        raise ValueError("links are modelled here, not measured: a link profile needs network namespaces (run as root).")
+    rows = []
+    for kind, floats in COLLECTIVE_FLOATS.items():
+        for share in FIT_SHARES:
+            results = cluster.run(
+                "time_collective", kind=kind, num_floats=max(1, int(floats * share)), num_devices=n, repeats=repeats
+            )
+            seconds = [max(r["seconds"][i] for r in results) for i in range(repeats)]
+            num_bytes = max(r["bytes"] for r in results)
+            rows.append((kind, num_bytes, statistics.median(seconds) / cluster.time_scale))
+    frame = pd.DataFrame(rows, columns=["kind", "num_bytes", "latency_s"])
+    steps = {"all_reduce": 2 * (n - 1), "all_gather": n - 1, "send": 1}
+    latency, efficiency = {}, {}
+    for kind, part in frame.groupby("kind"):
+        # Relative errors count: a millisecond matters more on a small message than on a large one.
+        weight = 1 / part["latency_s"].to_numpy()
+        columns = np.stack([np.full(len(part), float(steps[kind])), 8 * part["num_bytes"].to_numpy()], axis=1)
+        (step_s, s_per_bit), *_ = np.linalg.lstsq(columns * weight[:, None], np.ones(len(part)), rcond=None)
+        latency[kind] = max(float(step_s), 0.0)
+        efficiency[kind] = float(min(1.0, 1 / (s_per_bit * cluster.bandwidth_bps)))
+    latency["*"], efficiency["*"] = latency["send"], efficiency["send"]
+    source = f"measured on {n} devices at {cluster.bandwidth_bps / 1e6:g} Mbps ({cluster.link})"
+    link = LinkProfile(cluster.bandwidth_bps, latency, efficiency, source)
+    fitted = [link.collective_s(r.kind, r.num_bytes, n) for r in frame.itertuples()]
+    return link, frame.assign(fitted_s=fitted)
+
+
+def layer_table(config: BertConfig, seq_len: int = 128) -> pd.DataFrame:
+    """GFLOPs of an original and, where there is one, a decoupled layer: what the profile times."""
+    kinds = ("original", "decoupled") if isinstance(config, DecoupledBertConfig) else ("original",)
+    return pd.DataFrame([{"layer": kind, "gflops": layer_flops(config, kind, seq_len) / 1e9} for kind in kinds])
