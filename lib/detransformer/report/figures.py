@@ -109,6 +109,8 @@ def draw_all(run: RunFolder) -> tuple[list[str], dict[str, str]]:
 def decoupling(frame: pd.DataFrame) -> Figure:
     """FLOPs of a decoupled layer over an original one: the price of all heads in every sub-block."""
     rows = _need(frame[frame["layer_flops_ratio"].notna() & (frame["num_divisions"] > 1)], "decoupling", "Ndiv > 1")
+    model = rows["model"].iloc[0]
+    rows = rows[rows["model"] == model]
     figure, axes = _panels(1, width=5.2)
     axis = axes[0]
     widths = list(dict.fromkeys(rows["attention_width"]))
@@ -129,7 +131,7 @@ def decoupling(frame: pd.DataFrame) -> Figure:
     _whole_ticks(axis, sorted(rows["num_divisions"].unique()))
     axis.set(xlabel="Ndiv (sub-blocks a layer)", ylabel="FLOPs, decoupled / original layer")
     axis.set_ylim(0)
-    figure.suptitle("Cost of a decoupled BERT-Base layer (paper Fig. 4, Eq. 2)", fontsize=10)
+    figure.suptitle(f"Cost of a decoupled {MODEL_NAMES.get(model, model)} layer (paper Fig. 4, Eq. 2)", fontsize=10)
     _legend_beside(axis)
     return figure
 

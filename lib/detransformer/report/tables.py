@@ -15,12 +15,14 @@ TASK_COLUMNS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "mnli": "MNLI",
 
 
 def valid_rows(latency: pd.DataFrame) -> pd.DataFrame:
-    """The paper's setting among the bench rows: valid, seq 128, batch 1, float32 on the wire."""
+    """The paper's setting among the bench rows: valid, seq 128, batch 1, full attention, float32 on the wire."""
     rows = latency[latency["valid"].astype(str).str.lower() == "true"]
     if "seq_len" in rows:
         rows = rows[rows["seq_len"] == SEQ_LEN]
     if "batch_size" in rows:
         rows = rows[rows["batch_size"].fillna(1) == 1]
+    if "attention_width" in rows:
+        rows = rows[rows["attention_width"].isna() | (rows["attention_width"] == "full")]
     if "wire" in rows:
         rows = rows[rows["wire"].isna() | rows["wire"].astype(str).isin(["float32", "fp32", "none", ""])]
     return rows
