@@ -38,7 +38,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter lab --notebook-dir=notebooks
 
 figures: $(STAMP)
 	$(BIN)/detransformer figures results/$(PROFILE)

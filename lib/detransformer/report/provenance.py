@@ -64,13 +64,13 @@ def versions(root: Path) -> dict[str, str]:
 
 
 def cpu_model() -> str:
+    """The processor's name as /proc/cpuinfo has it (x86 `model name`, ARM boards `Model`), else the architecture."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith(("model name", "model\t")):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:
