@@ -84,8 +84,20 @@ def parameters_cell(cells: list) -> dict:
     for cell in cells:
         if cell["cell_type"] == "code" and "parameters" in cell.get("metadata", {}).get("tags", []):
             assigned = [node for node in ast.parse(cell["source"]).body if isinstance(node, ast.Assign)]
-            return {target.id: ast.literal_eval(node.value) for node in assigned for target in node.targets}
+            return {target.id: _literal(node.value) for node in assigned for target in node.targets}
     return {}
+
+
+def _literal(node: ast.expr):
+    """The value of a literal, where `dict(name=value)` counts as one; ValueError for anything that computes."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        values = [_literal(item) for item in node.elts]
+        return values if isinstance(node, ast.List) else tuple(values)
+    return ast.literal_eval(node)
 
 
 def find_notebooks(root: Path, sections: dict[str, dict], uses: dict[str, tuple[str, ...]] = USES) -> list[Notebook]:

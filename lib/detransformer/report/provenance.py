@@ -136,14 +136,15 @@ def data_sources(run: RunFolder) -> dict[str, list[str]]:
     return found
 
 
-def seeds(parameters: dict[str, dict]) -> dict[str, object]:
-    """Every parameter that is a seed or a list of seeds, by notebook."""
-    return {
-        f"{notebook}.{key}": value
-        for notebook, values in parameters.items()
-        for key, value in values.items()
-        if key in ("seed", "seeds") or key.endswith(("_seed", "_seeds"))
-    }
+def seeds(parameters: dict, prefix: str = "") -> dict[str, object]:
+    """Every parameter that says which seeds or how many, by its place, e.g. `03_accuracy.finetuning.CoLA.num_seeds`."""
+    found = {}
+    for key, value in parameters.items():
+        if isinstance(value, dict):
+            found |= seeds(value, f"{prefix}{key}.")
+        elif key in ("seed", "seeds") or key.endswith(("_seed", "_seeds")):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def command_line() -> str:
