@@ -175,8 +175,11 @@ class PretrainConfig:
                 f"num_heads={sizes['num_attention_heads']} does not divide hidden_size={sizes['hidden_size']}: "
                 "every head takes an equal part, choose a divisor."
             )
+        # BERT's 0.02 is for width 768: a narrower layer's products keep their size with wider weights.
+        reference = PRESET_SIZES[model]["hidden_size"]
         return BertConfig(
             **sizes,
+            initializer_range=0.02 * (reference / sizes["hidden_size"]) ** 0.5,
             vocab_size=vocab_size,
             pad_token_id=pad_token_id,
             hidden_dropout_prob=self.dropout,
@@ -208,7 +211,7 @@ class FinetuneConfig:
         learning_rate, warmup, batch_size, num_epochs: linear warm-up, then linear decay to 0.
         seq_len: longest input, longer ones are cut (classification) or read in windows (SQuAD).
         micro_batch_size: rows in one forward pass, the rest is gradient accumulation; None takes the batch at once.
-        doc_stride: tokens two SQuAD windows share.
+        doc_stride: tokens two SQuAD windows share; None is a quarter of seq_len.
         max_train_rows, max_eval_rows: None takes all; a cut set is called reduced in every table.
         checkpoint_every_s: seconds between checkpoints.
     """
@@ -220,7 +223,7 @@ class FinetuneConfig:
     eval_batch_size: int = 64
     num_epochs: float = 3.0
     seq_len: int = 128
-    doc_stride: int = 64
+    doc_stride: int | None = None
     optimizer: str = "adamw"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -240,11 +243,37 @@ class FinetuneConfig:
         _check_positive(self, "micro_batch_size", "max_train_rows", "max_eval_rows")
         if not 16 <= self.seq_len <= 512:
             raise ValueError(f"seq_len={self.seq_len} is outside 16..512: BERT has 512 positions.")
-        if not 0 <= self.doc_stride < self.seq_len // 2:
+        if not 0 <= self.stride < self.seq_len // 2:
             raise ValueError(
                 f"doc_stride={self.doc_stride} is outside 0..{self.seq_len // 2 - 1}: windows of "
                 f"seq_len={self.seq_len} must move on; choose less than half of it."
             )
+
+    @property
+    def stride(self) -> int:
+        return self.seq_len // 4 if self.doc_stride is None else self.doc_stride
+
+
+def finetune_recipes(recipes: dict[str, dict]) -> tuple[dict[str, FinetuneConfig], dict[str, int]]:
+    """A profile's recipes, task -> {num_seeds, and FinetuneConfig's fields}, as configurations and numbers of seeds."""
+    num_seeds = {task: recipe.get("num_seeds", 1) for task, recipe in recipes.items()}
+    for task, number in num_seeds.items():
+        if number < 1:
+            raise ValueError(f"num_seeds={number} for {task} is below 1: give at least one seed.")
+    configs = {}
+    for task, recipe in recipes.items():
+        fields = {name: value for name, value in recipe.items() if name != "num_seeds"}
+        configs[task] = make_config(FinetuneConfig, fields)
+    return configs, num_seeds
+
+
+def make_config(kind, fields: dict):
+    """A configuration from a profile's values; an unknown name is a ValueError."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no setting {unknown[0]!r}: choose among {', '.join(known)}.")
+    return kind(**fields)
 
 
 def config_hash(*parts) -> str:

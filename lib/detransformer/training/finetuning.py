@@ -32,7 +32,7 @@ from detransformer.training.features import (
     epoch_batches,
     prepare_task,
 )
-from detransformer.training.metrics import classification_scores, squad_scores
+from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.optim import learning_rate, make_optimizer, set_learning_rate
 from detransformer.training.pretraining import PretrainResult
 from detransformer.training.summary import accuracy_table
@@ -82,6 +82,7 @@ def finetune(
         "seed": seed,
         "metric": TABLE_METRIC[chosen.metric],
         "score": scores[TABLE_METRIC[chosen.metric]],
+        "majority_score": _majority(prepared),
         **scores,
         "train_loss": float(np.mean(progress.losses[-20:])),
         "num_steps": progress.step,
@@ -150,12 +151,17 @@ def _checkpoint(checkpoint: PretrainResult | str | Path) -> tuple[Path, str]:
         return Path(checkpoint), hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _majority(prepared: PreparedTask) -> float:
+    task = prepared.rows.task
+    return 0.0 if task.is_question_answering else majority_score(task, list(prepared.rows.validation["label"]))
+
+
 def _prepared(data: TrainingData, task: str, config: FinetuneConfig) -> PreparedTask:
     """The task's features, tokenised once for all rows and seeds."""
-    key = (task, config.max_train_rows, config.max_eval_rows, config.seq_len, config.doc_stride)
+    key = (task, config.max_train_rows, config.max_eval_rows, config.seq_len, config.stride)
     if key not in data.prepared:
         rows = data.task(task, config.max_train_rows, config.max_eval_rows)
-        data.prepared[key] = prepare_task(rows, data.tokenizer, config.seq_len, config.doc_stride)
+        data.prepared[key] = prepare_task(rows, data.tokenizer, config.seq_len, config.stride)
     return data.prepared[key]
 
 

@@ -16,6 +16,13 @@ def classification_scores(task: Task, predicted: Sequence[int], labels: Sequence
     return {name: float(value) for name, value in scores.items()}
 
 
+def majority_score(task: Task, labels: Sequence[int]) -> float:
+    """What a model that learned nothing scores: always the most frequent label (0 for Matthews correlation)."""
+    if task.metric == "mcc":
+        return 0.0
+    return 100 * max(list(labels).count(label) for label in set(labels)) / len(labels)
+
+
 def squad_scores(answers: dict[str, str], rows: Sequence[dict]) -> dict[str, float]:
     """Exact match and F1 of SQuAD v1.1 for `answers` (question id -> text) over rows with `id` and `answers`."""
     predicted = [{"id": row["id"], "prediction_text": answers[row["id"]]} for row in rows]

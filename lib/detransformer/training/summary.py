@@ -10,6 +10,7 @@ import pandas as pd
 
 from detransformer.training.data.tasks import TASKS
 
+MARGIN = 1.0  # points above the most frequent label that count as learned
 ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
 PUBLISHED_COLUMNS = {
     "CoLA": "cola_mcc",
@@ -61,7 +62,19 @@ def pretraining_table(results: Iterable) -> pd.DataFrame:
 
 def accuracy_table(records: list[dict]) -> pd.DataFrame:
     """One row a fine-tuning run: the model, task, seed, score (times 100) and where the rows came from."""
-    columns = [*ROW_COLUMNS, "task", "metric", "seed", "score", "accuracy", "mcc", "exact_match", "f1", "train_loss"]
+    columns = [
+        *ROW_COLUMNS,
+        "task",
+        "metric",
+        "seed",
+        "score",
+        "majority_score",
+        "accuracy",
+        "mcc",
+        "exact_match",
+        "f1",
+        "train_loss",
+    ]
     columns += ["num_steps", "train_rows", "eval_rows", "seconds", "source", "note", "pretraining"]
     return _nullable(pd.DataFrame(records).reindex(columns=columns))
 
@@ -95,6 +108,7 @@ def table_iii(runs: pd.DataFrame, published: pd.DataFrame, profile: str = "") ->
                     "published": float(line[PUBLISHED_COLUMNS[task]]),
                     "obtained_mean": scores.mean() if found else None,
                     "obtained_std": scores.std(ddof=1) if len(scores) > 1 else None,
+                    "majority_score": group["majority_score"].iloc[0] if found else None,
                     "num_seeds": len(scores),
                     "train_rows": int(group["train_rows"].iloc[0]) if found else None,
                     "eval_rows": int(group["eval_rows"].iloc[0]) if found else None,
@@ -103,7 +117,7 @@ def table_iii(runs: pd.DataFrame, published: pd.DataFrame, profile: str = "") ->
                 }
             )
     frame = _nullable(pd.DataFrame(rows))
-    floats = ["obtained_mean", "obtained_std"]
+    floats = ["obtained_mean", "obtained_std", "majority_score"]
     return frame.astype({name: float for name in floats} | {"train_rows": "Int64", "eval_rows": "Int64"})
 
 
@@ -112,22 +126,36 @@ def table_note(runs: pd.DataFrame) -> str:
     lines = [f"Pre-training: {'; '.join(dict.fromkeys(runs['pretraining']))}."]
     for task, group in runs.groupby("task", sort=False):
         lines.append(f"{task}: {group['note'].iloc[0]}; seeds {group['seed'].nunique()}.")
+    weak = [task for task, group in runs.groupby("task", sort=False) if not learned(group).any()]
+    if weak:
+        lines.append(f"No better than the most frequent label at this scale, so without meaning: {', '.join(weak)}.")
     lines.append("SQuAD: the paper says Acc; shown is exact match, F1 is in accuracy_runs.")
     return "\n".join(lines)
 
 
-def differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Decoupled minus original, published and obtained, for each measured decoupled cell of Table III."""
-    original = table[table["num_original_layers"].isna()].set_index(["model", "task"])
-    rows = table[table["num_original_layers"].notna() & (table["status"] == "measured")].copy()
-    keys = list(zip(rows["model"], rows["task"], strict=True))
-    rows["claim"] = [
-        f"{r.task}: {r.model} Nb={r.num_original_layers}, Ndiv={r.num_divisions} minus original"
-        for r in rows.itertuples()
-    ]
-    for name, column in (("expected", "published"), ("obtained", "obtained_mean")):
-        rows[name] = rows[column].to_numpy() - original.loc[keys, column].to_numpy()
-    return rows[["claim", "expected", "obtained", "num_seeds"]].reset_index(drop=True)
+def learned(rows: pd.DataFrame) -> pd.Series:
+    """Whether each row's score is above what the most frequent label scores."""
+    scores = rows["score"] if "score" in rows else rows["obtained_mean"]
+    return scores > rows["majority_score"] + MARGIN
+
+
+def mean_differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Decoupled minus original in points, over the tasks that the original learned: one row a measured decoupled model.
+
+    Columns claim, expected (published), obtained (None where no task was learned), tasks.
+    """
+    measured = table[table["status"] == "measured"]
+    rows = []
+    for keys, group in measured[measured["num_original_layers"].notna()].groupby(ROW_COLUMNS, sort=False):
+        original = measured[(measured["model"] == keys[0]) & measured["num_original_layers"].isna()]
+        tasks = list(original.loc[learned(original), "task"])
+        pairs = group.merge(original, on="task", suffixes=("", "_original"))
+        pairs = pairs[pairs["task"].isin(tasks)] if tasks else pairs
+        expected = (pairs["published"] - pairs["published_original"]).mean()
+        obtained = (pairs["obtained_mean"] - pairs["obtained_mean_original"]).mean() if tasks else None
+        claim = f"{keys[0]} Nb={keys[1]}, Ndiv={keys[2]} minus original, points"
+        rows.append({"claim": claim, "expected": expected, "obtained": obtained, "tasks": ", ".join(tasks) or "none"})
+    return pd.DataFrame(rows, columns=["claim", "expected", "obtained", "tasks"])
 
 
 def _number(text) -> int | None:
