@@ -184,8 +184,14 @@ def doctor() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a user error in one sentence, 1 a failed notebook, 130 Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # A terminated run unwinds like an interrupted one, so that its temporary files and namespaces go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    owner = os.getpid()
+
+    def unwind(*_):
+        # A terminated run unwinds like an interrupted one, so that its temporary files and namespaces go. Children that
+        # a library forks (pyroute2 does, and terminates them) inherit this handler and must not clean up for us.
+        sys.exit(143) if os.getpid() == owner else os._exit(143)
+
+    signal.signal(signal.SIGTERM, unwind)
     try:
         command = typer.main.get_command(app)
         code = command.main(arguments or ["--help"], prog_name="detransformer", standalone_mode=False)
@@ -195,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("DETRANSFORMER_DEBUG"):
             raise
-        code, message = explain(error)
+        code, message = explain(error, arguments)
         if message is None:
             raise
         print(f"detransformer: {message}", file=sys.stderr)
@@ -204,13 +210,16 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def explain(error: Exception) -> tuple[int, str | None]:
+def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:
     """(exit code, sentence) for an error a user can do something about; (1, None) for a defect of ours."""
     if is_disk_full(error):
         place = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
         return 2, f"The disk is full{place}; free some space or write elsewhere (nothing half-written was left)."
     if isinstance(error, TyperException):
-        return 2, f"{_sentence(error.format_message()).rstrip('.')}; see `detransformer {_command_name()}--help`."
+        return (
+            2,
+            f"{_sentence(error.format_message()).rstrip('.')}; see `detransformer {_command_of(arguments)}--help`.",
+        )
     if isinstance(error, Abort):
         return 130, "stopped."
     if type(error).__name__ == "DeviceLost":
@@ -246,9 +255,9 @@ def _sentence(text: str) -> str:
     return " ".join(text.split())
 
 
-def _command_name() -> str:
+def _command_of(arguments: list[str]) -> str:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    return "".join(f"{word} " for word in sys.argv[1:2] if word in names)
+    return "".join(f"{word} " for word in arguments[:1] if word in names)
 
 
 if __name__ == "__main__":

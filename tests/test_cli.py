@@ -1,0 +1,245 @@
+"""The command line: wrong input is one sentence with exit code 2, no traceback, and nothing half-written."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from detransformer import cli
+from detransformer.files import atomic_write
+
+SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
+
+
+def run_cli(*arguments, **environment):
+    command = [sys.executable, "-c", "from detransformer.cli import main; main()", *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def call(capsys, *arguments) -> tuple[int, str]:
+    """(exit code, stderr) of the command in this process, which saves the imports."""
+    capsys.readouterr()  # what fixtures printed is not the command's
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    return end.value.code, capsys.readouterr().err
+
+
+def assert_one_sentence(code, stderr, *words):
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert code == 2, stderr
+    assert len(lines) == 1 and lines[0].startswith("detransformer: ") and lines[0].endswith("."), stderr
+    for word in words:
+        assert word in lines[0], stderr
+
+
+@pytest.fixture
+def bert(tmp_path):
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    return tmp_path / "bert"
+
+
+def test_help_is_fast_and_lists_the_commands():
+    start = time.perf_counter()
+    done = run_cli("--help")
+    assert done.returncode == 0 and time.perf_counter() - start < 2  # under a second on an idle machine
+    for command in ("reproduce", "decouple", "figures", "doctor"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from detransformer import cli; assert not {'torch', 'pandas', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["frobnicate"], ["frobnicate", "--help"]),
+        (["figures"], ["run", "figures --help"]),
+        (["figures", "--fast"], ["--fast"]),
+        (["figures", "/nowhere/at/all"], ["/nowhere/at/all", "results/quick"]),
+        (["reproduce", "--profile", "slow"], ["'slow'", "laptop, paper, quick"]),
+        (["reproduce", "--profile", "/nowhere/p.yaml"], ["/nowhere/p.yaml"]),
+        (["decouple", "x"], ["--output"]),
+        (["decouple", "x", "--output", "y", "--num-divisions", "four"], ["--num-divisions four", "whole number"]),
+        (["decouple", "x", "--output", "y", "--num-divisions", "0"], ["--num-divisions 0", "1 or more"]),
+        (["decouple", "x", "--output", "y", "--num-original-layers", "-1"], ["--num-original-layers -1"]),
+        (["decouple", "x", "--output", "y", "--attention-width", "thin"], ["thin", "full, narrow"]),
+        (["decouple", "x", "--output", "y", "--head", "two"], ["two", "masked-lm"]),
+    ],
+)
+def test_wrong_words_are_one_sentence(capsys, arguments, words):
+    assert_one_sentence(*call(capsys, *arguments), *words)
+
+
+def test_a_real_process_prints_no_traceback_unless_asked():
+    done = run_cli("figures", "/nowhere/at/all")
+    assert_one_sentence(done.returncode, done.stderr, "/nowhere/at/all")
+    assert done.stdout == ""
+    debug = run_cli("figures", "/nowhere/at/all", DETRANSFORMER_DEBUG="1")
+    assert "Traceback" in debug.stderr and debug.returncode == 1
+
+
+def test_decouple_writes_a_checkpoint_that_loads(bert, tmp_path):
+    out = tmp_path / "decoupled"
+    done = run_cli("decouple", bert, "--output", out, "--num-original-layers", "2", "--num-divisions", "4")
+    assert done.returncode == 0, done.stderr
+    assert "DecoupledBertForMaskedLM (Nb=2, Ndiv=4, full attention)" in done.stdout
+    assert (out / "vocab.txt").read_text() == "[PAD]\n[UNK]\n" and (out / "model.safetensors").is_file()
+    from detransformer.models import DecoupledBertForMaskedLM
+
+    model = DecoupledBertForMaskedLM.from_pretrained(out)
+    assert (model.config.num_original_layers, model.config.num_divisions) == (2, 4)
+    source = BertForMaskedLM.from_pretrained(bert).bert.encoder.layer[0].attention.self.query.weight
+    sliced = model.bert.encoder.layer[0].attention.self.query.weight
+    torch.testing.assert_close(sliced[1], source[:, 12:24], rtol=0, atol=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bert", "decoupled"]
+
+
+def test_decouple_refuses_an_existing_output_unless_forced(capsys, bert, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    options = ["decouple", bert, "--output", tmp_path / "out", "--num-original-layers", 2]
+    assert_one_sentence(*call(capsys, *options), "exists already", "--force")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+    code, _ = call(capsys, *options, "--force")
+    assert code == 0 and (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "mine.txt").exists()
+    assert_one_sentence(*call(capsys, "decouple", bert, "--output", bert, "--force"), "the checkpoint itself")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def damage_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def drop_layer(folder):
+    model = BertModel(BertConfig(**SIZES | {"num_hidden_layers": 3}))
+    model.save_pretrained(folder)
+    edit_config(folder, num_hidden_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda folder: edit_config(folder, model_type="gpt2"), ["not a BERT checkpoint", "'gpt2'"]),
+        (lambda folder: edit_config(folder, model_type="decoupled_bert"), ["decoupled already"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["config.json is damaged"]),
+        (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["has no weights", "model.safetensors"]),
+        (damage_weights, ["damaged", "fetch the checkpoint again"]),
+        (drop_layer, ["not a whole BERT", "layer.3"]),
+        (lambda folder: edit_config(folder, intermediate_size=100), ["cannot be loaded"]),
+    ],
+    ids=["gpt2", "decoupled", "config-damaged", "no-config", "no-weights", "weights-damaged", "layer-missing", "shape"],
+)
+def test_a_checkpoint_that_is_no_whole_bert(capsys, bert, tmp_path, break_it, words):
+    break_it(bert)
+    result = call(capsys, "decouple", bert, "--output", tmp_path / "out", "--num-original-layers", 2)
+    assert_one_sentence(*result, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["bert"], "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--num-divisions", "5"], ["num_divisions=5", "hidden_size=48", "1, 2, 3, 4"]),
+        (["--num-original-layers", "9"], ["num_original_layers=9", "1..4"]),
+        (["--num-divisions", "8", "--attention-width", "narrow"], ["num_divisions=8", "head size 12"]),
+    ],
+)
+def test_sizes_that_do_not_divide(capsys, bert, tmp_path, options, words):
+    assert_one_sentence(*call(capsys, "decouple", bert, "--output", tmp_path / "out", *options), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_the_hub_cannot_give_offline(capsys, tmp_path, monkeypatch):
+    done = run_cli("decouple", "no-such/model", "--output", tmp_path / "out", HF_HOME=str(tmp_path / "hf"))
+    assert_one_sentence(done.returncode, done.stderr, "no-such/model", "connection")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 64 kB of which a page is left; skipped where mounting is not permitted."""
+    place = tmp_path / "full"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_decouple_onto_a_full_disk(bert, full_disk):
+    done = run_cli("decouple", bert, "--output", full_disk / "out", "--num-original-layers", "2")
+    assert_one_sentence(done.returncode, done.stderr, "disk is full")
+    assert list(full_disk.iterdir()) == []
+
+
+def test_atomic_write_onto_a_full_disk_keeps_the_old_file(full_disk):
+    with atomic_write(full_disk / "table.csv") as file:
+        file.write("old\n")
+    with pytest.raises(OSError) as caught, atomic_write(full_disk / "table.csv") as file:
+        file.write("x" * 200_000)
+    assert caught.value.errno == errno.ENOSPC and cli.is_disk_full(caught.value)
+    assert (full_disk / "table.csv").read_text() == "old\n" and len(list(full_disk.iterdir())) == 1
+
+
+def test_a_full_disk_anywhere_below_is_recognised(capsys, monkeypatch, tmp_path):
+    """Where mounting is not permitted, the same error raised by the writer."""
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "fig2a.csv").write_text("model,device,latency_s,kind\nbert-base,Pi,1.57,published\n")
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert_one_sentence(*call(capsys, "figures", tmp_path), "disk is full", "free some space")
+    assert list((tmp_path / "figures").iterdir()) == []
+
+
+def test_interrupt_and_defects_are_told_apart(capsys, monkeypatch):
+    monkeypatch.setattr("detransformer.doctor.examine", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    code, stderr = call(capsys, "doctor")
+    assert code == 130 and "interrupted" in stderr and "Traceback" not in stderr
+    monkeypatch.setattr("detransformer.doctor.examine", lambda: (_ for _ in ()).throw(TypeError("ours")))
+    with pytest.raises(TypeError, match="ours"):  # a defect of ours keeps its traceback
+        cli.main(["doctor"])
+
+
+def test_doctor_speaks_plainly(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("DETRANSFORMER_DATA", "/nowhere/data")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor"])
+    output = capsys.readouterr().out
+    assert end.value.code == 0
+    for name in ("Python", "Packages", "Notebooks", "Processor", "Memory", "Disk", "GPU", "Emulated cluster"):
+        assert f"{name} " in output
+    assert "DETRANSFORMER_DATA names /nowhere/data, which is not a folder" in output
+    assert "HF_HUB_OFFLINE is set" in output and "built-in corpus" in output
+
+
+def test_doctor_says_what_to_do_about_a_wrong_version(monkeypatch, tmp_path):
+    from detransformer import doctor
+
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\ndependencies = ["torch==1.0.0", "nothere==1.*"]\n')
+    finding = doctor.packages(tmp_path)
+    assert finding.state == "missing" and "pinned ==1.0.0" in finding.found and "make install" in finding.remedy
+    assert "To be put right" in doctor.report([finding]) and "Packages" in doctor.report([finding])
