@@ -164,21 +164,22 @@ def run_plan(
     return record
 
 
-def check_link(state: WorkerState, num_bytes: int) -> dict:
-    """Sends `num_bytes` to the next rank while receiving as many from the one before: seconds this rank took."""
+def check_link(state: WorkerState, num_bytes: int, rounds: int = 3) -> dict:
+    """Sends `num_bytes` to the next rank while receiving as many from the one before: seconds of each round."""
     world = state.comm(state.num_ranks)
-    buffers = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
-    for warm in (True, False):
+    sent, received = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+    seconds = []
+    for _ in range(rounds):
         world.barrier()
-        size = min(num_bytes, 4096) if warm else num_bytes
         start = time.perf_counter()
         works = [
-            dist.isend(buffers[0][:size], (state.rank + 1) % state.num_ranks),
-            dist.irecv(buffers[1][:size], (state.rank - 1) % state.num_ranks),
+            dist.isend(sent, (state.rank + 1) % state.num_ranks),
+            dist.irecv(received, (state.rank - 1) % state.num_ranks),
         ]
         for work in works:
             work.wait()
-    return {"seconds": time.perf_counter() - start}
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds}
 
 
 def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices: int, repeats: int) -> dict | None:

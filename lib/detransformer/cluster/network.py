@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 PREFIX = "dtf"
@@ -58,6 +59,7 @@ class EmulatedNetwork:
         _names_used += 1
         self.num_devices = num_devices
         self.bandwidth_bps = bandwidth_bps
+        self._owner = os.getpid()
         self.prefix = f"{PREFIX}{os.getpid()}x{_names_used}"
         self.switch = f"{self.prefix}-sw"
         self.namespaces = [f"{self.prefix}-d{i}" for i in range(num_devices)]
@@ -83,18 +85,18 @@ class EmulatedNetwork:
             netns.create(name)
         with NetNS(self.switch) as switch:
             switch.link("add", ifname="br0", kind="bridge")
-            bridge = switch.link_lookup(ifname="br0")[0]
+            bridge = _index(switch, "br0")
             switch.link("set", index=bridge, state="up")
             for i, name in enumerate(self.namespaces):
                 switch.link("add", ifname=f"port{i}", kind="veth", peer={"ifname": INTERFACE, "net_ns_fd": name})
-                port = switch.link_lookup(ifname=f"port{i}")[0]
+                port = _index(switch, f"port{i}")
                 switch.link("set", index=port, master=bridge, state="up")
         for name, address in zip(self.namespaces, self.addresses, strict=True):
             with NetNS(name) as device:
-                interface = device.link_lookup(ifname=INTERFACE)[0]
+                interface = _index(device, INTERFACE)
                 device.addr("add", index=interface, address=address, prefixlen=24)
                 device.link("set", index=interface, state="up")
-                device.link("set", index=device.link_lookup(ifname="lo")[0], state="up")
+                device.link("set", index=_index(device, "lo"), state="up")
         self._shape("add")
 
     def set_rate(self, bandwidth_bps: float) -> None:
@@ -112,7 +114,7 @@ class EmulatedNetwork:
                 space.tc(
                     action,
                     "tbf",
-                    index=space.link_lookup(ifname=interface)[0],
+                    index=_index(space, interface),
                     handle="1:",
                     rate=int(self.bandwidth_bps / 8),  # bytes per second
                     burst=BURST_BYTES,
@@ -122,10 +124,22 @@ class EmulatedNetwork:
     def close(self) -> None:
         from pyroute2 import netns
 
+        if os.getpid() != self._owner:  # a forked child that unwinds
+            return
         for name in [*self.namespaces, self.switch]:
             if Path("/var/run/netns", name).exists():
                 with contextlib.suppress(OSError):
                     netns.remove(name)
+
+
+def _index(space, name: str) -> int:
+    """Index of interface `name` in a namespace; a new one can take a moment to be seen."""
+    for _ in range(40):
+        found = space.link_lookup(ifname=name)
+        if found:
+            return found[0]
+        time.sleep(0.05)
+    raise OSError(f"network interface {name} did not appear: the kernel refused it, or something removed it.")
 
 
 def remove_stale_namespaces() -> list[str]:

@@ -1,0 +1,70 @@
+"""Splits and plans: pure functions, checked by tables."""
+
+import pytest
+
+from detransformer.models import preset_config
+from detransformer.parallel.partition import bounds, split
+from detransformer.parallel.plan import METHODS, Plan, published_plan
+
+
+@pytest.mark.parametrize(
+    "total, speeds, expected",
+    [
+        (12, [1, 1, 1, 1], [3, 3, 3, 3]),
+        (128, [1, 1, 1], [43, 43, 42]),
+        (16, [1, 1, 1], [6, 5, 5]),
+        (4, [1, 1, 1], [2, 1, 1]),
+        (12, [1, 1, 2, 4], [2, 1, 3, 6]),
+        (2, [1, 1, 1], [1, 1, 0]),
+    ],
+)
+def test_split(total, speeds, expected):
+    assert split(total, speeds) == expected
+    assert sum(split(total, speeds)) == total
+    edges = [bounds(expected, rank) for rank in range(len(expected))]
+    assert edges[0][0] == 0 and edges[-1][1] == total
+    assert all(left[1] == right[0] for left, right in zip(edges, edges[1:], strict=False))
+
+
+@pytest.mark.parametrize("speeds", [[], [1, 0], [1, -2]])
+def test_split_needs_positive_speeds(speeds):
+    with pytest.raises(ValueError, match="above 0"):
+        split(4, speeds)
+
+
+@pytest.mark.parametrize(
+    "method, expected",
+    [
+        ("bp+tp", "(2 block + tensor) x4"),
+        ("bp+sp", "(2 block + sequence) x4"),
+        ("bp+allgather", "(2 block + replicate) x4"),
+        ("pp", "stages of 3+3+3+3 layers"),
+    ],
+)
+def test_describe(method, expected):
+    plan = published_plan(method, preset_config("bert-base", 4), [1.0] * 4)
+    assert plan.describe() == expected
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_round_trip_through_json():
+    import json
+
+    plan = published_plan("bp+sp", preset_config("bert-large", 8), [1.0, 2.0, 1.0])
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@pytest.mark.parametrize(
+    "method, nb, devices, words",
+    [
+        ("bp+tp", None, 4, "needs a decoupled model"),
+        ("tp", 4, 4, "this model is decoupled"),
+        ("bp+tp", 4, 5, "5 devices cannot share 4 sub-blocks"),
+        ("tp", None, 13, "cannot share 12 heads"),
+        ("pp", None, 13, "cannot share 12 layers"),
+        ("magic", None, 4, "choose from " + METHODS[0]),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(method, nb, devices, words):
+    with pytest.raises(ValueError, match=words.replace("+", r"\+")):
+        published_plan(method, preset_config("bert-base", nb), [1.0] * devices)
