@@ -6,6 +6,7 @@ that write its output slice. Original layers, embeddings, pooler and heads are c
 
 import torch
 from transformers import BertConfig, BertPreTrainedModel
+from transformers.initialization import no_init_weights
 
 from detransformer.models.configuration import DecoupledBertConfig, layer_kinds
 from detransformer.models.decoupled_bert import DECOUPLED_CLASS
@@ -45,7 +46,9 @@ def decouple(
     )
     config._attn_implementation = model.config._attn_implementation
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
-    decoupled = decoupled_class(config, **kwargs).to(next(model.parameters()).dtype)
+    with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds
+        decoupled = decoupled_class(config, **kwargs)
+    decoupled = decoupled.to(next(model.parameters()).dtype)
     decoupled.load_state_dict(decoupled_state_dict(model.state_dict(), config))
     return decoupled.train(model.training)
 
