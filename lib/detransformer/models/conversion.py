@@ -48,6 +48,7 @@ def decouple(
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
     with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds
         decoupled = decoupled_class(config, **kwargs)
+    decoupled.tie_weights()  # the MLM head's decoder is the word embeddings; drawing weights would have tied them
     decoupled = decoupled.to(next(model.parameters()).dtype)
     decoupled.load_state_dict(decoupled_state_dict(model.state_dict(), config))
     return decoupled.train(model.training)
