@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel
-from transformers import BertForQuestionAnswering, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 from detransformer.models import DecoupledBertConfig, DecoupledBertModel, decouple, layer_kinds, preset_config
 from detransformer.models.conversion import slice_parameter
@@ -145,7 +152,11 @@ def test_gradients_reach_every_parameter(batch):
 
 def test_narrow_slices_keep_a_part_of_every_head():
     config = DecoupledBertConfig(
-        hidden_size=8, num_attention_heads=2, num_hidden_layers=2, num_original_layers=1, num_divisions=2,
+        hidden_size=8,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_original_layers=1,
+        num_divisions=2,
         attention_width="narrow",
     )
     weight = torch.arange(64.0).view(8, 8)

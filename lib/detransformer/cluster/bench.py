@@ -95,9 +95,7 @@ class Bench:
     def checkpoint(self, cell: Cell) -> Checkpoint:
         if not cell.needs_decoupled:
             return original_checkpoint(cell.model)
-        return decoupled_checkpoint(
-            cell.model, cell.num_original_layers, cell.num_divisions, cell.attention_width
-        )
+        return decoupled_checkpoint(cell.model, cell.num_original_layers, cell.num_divisions, cell.attention_width)
 
     def plan(self, cell: Cell, config: BertConfig) -> tuple[Plan, Prediction]:
         """The plan that `cell` runs and what the cost model predicts for it."""
@@ -227,7 +225,9 @@ def check_cells(bench: Bench, cells: Iterable[Cell]) -> None:
         bench.plan(cell, bench.checkpoint(cell).config)
 
 
-def measure_grid(bench: Bench, cells: Iterable[Cell], path: str | Path | None = None, quiet: bool = False) -> pd.DataFrame:
+def measure_grid(
+    bench: Bench, cells: Iterable[Cell], path: str | Path | None = None, quiet: bool = False
+) -> pd.DataFrame:
     """Measures `cells` in order, one row each; with `path`, rows are kept there and cells already in it are skipped."""
     cells = list(dict.fromkeys(cells))
     kept = _load_rows(path)
@@ -258,10 +258,12 @@ def _load_rows(path: str | Path | None) -> dict[str, dict]:
 def grid(
     model: str, methods: Sequence[str], bandwidths_mbps: Sequence[float], num_devices: int = 4, **common
 ) -> list[Cell]:
-    """Cells of `methods` x `bandwidths_mbps`; `single` uses no link and stands once, at the first bandwidth."""
+    """Cells of `methods` x `bandwidths_mbps`, method by method, so that a device loads each method's weights once.
+
+    `single` uses no link and stands once, at the first bandwidth.
+    """
     return [
         Cell(model, method, num_devices, bandwidth, **common)
-        for bandwidth in bandwidths_mbps
         for method in methods
-        if method != "single" or bandwidth == bandwidths_mbps[0]
+        for bandwidth in (bandwidths_mbps[:1] if method == "single" else bandwidths_mbps)
     ]

@@ -64,7 +64,9 @@ def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: in
         stamp = (original.path / "model.safetensors").stat()
         name = "folder-" + hashlib.sha256(f"{original.path.resolve()} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
     # Checks the sizes before a large model is loaded for nothing.
-    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
+    fields = {
+        k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
+    }
     DecoupledBertConfig(
         **fields,
         num_original_layers=num_original_layers,
@@ -84,15 +86,23 @@ def open_folder(folder: str | Path) -> Checkpoint:
     """A BERT checkpoint in `folder`, original or decoupled."""
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"model {str(folder)!r} is neither a preset ({', '.join(PRESET_SIZES)}) nor a folder that exists.")
+        raise ValueError(
+            f"model {str(folder)!r} is neither a preset ({', '.join(PRESET_SIZES)}) nor a folder that exists."
+        )
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no readable config.json ({str(error).splitlines()[0]}): save the model there.") from None
+        raise ValueError(
+            f"{path} holds no readable config.json ({str(error).splitlines()[0]}): save the model there."
+        ) from None
     if not isinstance(config, BertConfig):
-        raise ValueError(f"{path} is a {config.model_type} checkpoint, not BERT: only BERT and decoupled BERT can be run.")
+        raise ValueError(
+            f"{path} is a {config.model_type} checkpoint, not BERT: only BERT and decoupled BERT can be run."
+        )
     if not (path / "model.safetensors").is_file():
-        raise ValueError(f"{path} has no model.safetensors: save the model with `save_pretrained` (safetensors, one file).")
+        raise ValueError(
+            f"{path} has no model.safetensors: save the model with `save_pretrained` (safetensors, one file)."
+        )
     return Checkpoint(path, config)
 
 

@@ -122,7 +122,9 @@ def plan_command(
         raise ValueError(f"--seq-len {tokens} is out of range; give one from 1 to {config.max_position_embeddings}.")
     known = ClusterProfile.load(profile) if profile else None
     if known and len(known.devices) < num_devices:
-        raise ValueError(f"--devices {num_devices} is more than the {len(known.devices)} in {profile}; profile them first.")
+        raise ValueError(
+            f"--devices {num_devices} is more than the {len(known.devices)} in {profile}; profile them first."
+        )
     for mbps in bandwidths:
         if known:
             link = LinkProfile(mbps * 1e6, known.link.step_latency_s, known.link.efficiency, known.link.source)
@@ -239,7 +241,13 @@ def _check_writable(output: str) -> None:
 
 
 def _sent_bytes(rows: pd.DataFrame) -> pd.Series:
-    return rows[[c for c in rows.columns if c.endswith("_bytes") and c.split("_bytes")[0] in ("all_reduce", "all_gather", "send")]].sum(axis=1)
+    return rows[
+        [
+            c
+            for c in rows.columns
+            if c.endswith("_bytes") and c.split("_bytes")[0] in ("all_reduce", "all_gather", "send")
+        ]
+    ].sum(axis=1)
 
 
 def _markdown(frame: pd.DataFrame) -> str:

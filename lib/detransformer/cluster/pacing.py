@@ -29,9 +29,7 @@ class Pacer:
         link_s: modelled seconds of a collective `(kind, num_bytes) -> s`; None where the network is real.
     """
 
-    def __init__(
-        self, segment_s: Sequence[float] | None = None, link_s: Callable[[str, int], float] | None = None
-    ):
+    def __init__(self, segment_s: Sequence[float] | None = None, link_s: Callable[[str, int], float] | None = None):
         self.segment_s = segment_s
         self.link_s = link_s
         self.reset()
@@ -72,4 +70,6 @@ class Pacer:
     def end(self) -> None:
         """The request is answered."""
         self._end_segment()
-        assert self.segment_s is None or self._segment == len(self.segment_s), "fewer collectives than the cost model lists"
+        assert self.segment_s is None or self._segment == len(self.segment_s), (
+            "fewer collectives than the cost model lists"
+        )

@@ -42,7 +42,11 @@ class LocalComm(Comm):
 
 
 def profile_operations(
-    config: BertConfig, num_devices: Sequence[int] = (1, 2, 4), seq_len: int = 128, batch_size: int = 1, repeats: int = 10
+    config: BertConfig,
+    num_devices: Sequence[int] = (1, 2, 4),
+    seq_len: int = 128,
+    batch_size: int = 1,
+    repeats: int = 10,
 ) -> pd.DataFrame:
     """Times each strategy's share of one layer on this host, on one core.
 
@@ -156,7 +160,9 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
     if n < 2:
         raise ValueError(f"num_devices={n} has no link to profile: take at least 2.")
     if cluster.transport != "namespaces":
-        raise ValueError("links are modelled here, not measured: a link profile needs network namespaces (run as root).")
+        raise ValueError(
+            "links are modelled here, not measured: a link profile needs network namespaces (run as root)."
+        )
     rows = []
     for kind, floats in COLLECTIVE_FLOATS.items():
         for share in FIT_SHARES:

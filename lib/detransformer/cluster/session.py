@@ -62,7 +62,9 @@ class EmulatedCluster:
         threads: int = 1,
     ):
         if not 1 <= num_devices <= MAX_DEVICES:
-            raise ValueError(f"num_devices={num_devices} is outside 1..{MAX_DEVICES}: choose how many devices to emulate.")
+            raise ValueError(
+                f"num_devices={num_devices} is outside 1..{MAX_DEVICES}: choose how many devices to emulate."
+            )
         if not bandwidth_bps > 0:
             raise ValueError(f"bandwidth_bps={bandwidth_bps} must be above 0.")
         if transport not in TRANSPORTS:

@@ -54,7 +54,9 @@ def main() -> None:
 
     from detransformer.cluster.jobs import JOBS, WorkerState
 
-    state = WorkerState.join(arguments.rank, arguments.num_ranks, arguments.master, arguments.interface, arguments.threads)
+    state = WorkerState.join(
+        arguments.rank, arguments.num_ranks, arguments.master, arguments.interface, arguments.threads
+    )
     reply({"ready": True})
     for line in sys.stdin:
         job = json.loads(line)

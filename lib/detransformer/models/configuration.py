@@ -67,7 +67,9 @@ def check_decoupling(
             f"slice of the hidden axis. Choose one of {good}."
         )
     if attention_width not in ATTENTION_WIDTHS:
-        raise ValueError(f"attention_width={attention_width!r} is unknown: choose one of {', '.join(ATTENTION_WIDTHS)}.")
+        raise ValueError(
+            f"attention_width={attention_width!r} is unknown: choose one of {', '.join(ATTENTION_WIDTHS)}."
+        )
     if attention_width == "narrow" and (hidden_size // num_heads) % num_divisions:
         raise ValueError(
             f"num_divisions={num_divisions} does not divide the head size {hidden_size // num_heads}: the narrow "

@@ -117,7 +117,9 @@ class Executor:
         """input_ids, attention_mask (1 = attend), token_type_ids [B, T] -> Output; None on a pipeline's earlier ranks."""
         batch_size, seq_len = input_ids.shape
         if seq_len > self.config.max_position_embeddings:
-            raise ValueError(f"seq_len={seq_len} is above the model's {self.config.max_position_embeddings}: shorten the input.")
+            raise ValueError(
+                f"seq_len={seq_len} is above the model's {self.config.max_position_embeddings}: shorten the input."
+            )
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             mask = attention_mask[:, None, None, :].bool()

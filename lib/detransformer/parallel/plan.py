@@ -106,10 +106,14 @@ class Plan:
         """Raises ValueError unless this plan fits a model of `config`."""
         kinds = layer_kinds(config)
         if len(self.strategies) != len(kinds):
-            raise ValueError(f"the plan has {len(self.strategies)} layers, the model {len(kinds)}: make it for this model.")
+            raise ValueError(
+                f"the plan has {len(self.strategies)} layers, the model {len(kinds)}: make it for this model."
+            )
         for i, (name, kind) in enumerate(zip(self.strategies, kinds, strict=True)):
             if STRATEGIES[name].layer_kind != kind:
-                raise ValueError(f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one.")
+                raise ValueError(
+                    f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
+                )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -150,7 +154,9 @@ def published_plan(method: str, config: BertConfig, speeds: Sequence[float] = (1
     if method in BLOCK_METHODS and not decoupled:
         raise ValueError(f"{method} needs a decoupled model: decouple the checkpoint first (`detransformer decouple`).")
     if method in ("tp", "sp") and decoupled:
-        raise ValueError(f"{method} runs original layers only, and this model is decoupled: use bp+tp, bp+sp or bp+auto.")
+        raise ValueError(
+            f"{method} runs original layers only, and this model is decoupled: use bp+tp, bp+sp or bp+auto."
+        )
     blocks = config.num_divisions if decoupled else 1
     if method in BLOCK_METHODS and len(speeds) > blocks:
         raise ValueError(
@@ -165,9 +171,7 @@ def published_plan(method: str, config: BertConfig, speeds: Sequence[float] = (1
         speeds = speeds[:1]
     return Plan(
         method=method,
-        strategies=tuple(
-            "block" if kind == "decoupled" else ORIGINAL_LAYER_STRATEGY[method] for kind in kinds
-        ),
+        strategies=tuple("block" if kind == "decoupled" else ORIGINAL_LAYER_STRATEGY[method] for kind in kinds),
         heads=tuple(split(config.num_attention_heads, speeds)),
         tokens_share=tuple(float(s) for s in speeds),
         ffn_columns=tuple(split(config.intermediate_size, speeds)),

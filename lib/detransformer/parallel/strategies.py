@@ -83,7 +83,10 @@ class Replicate(Strategy):
 
     def load(self) -> None:
         self.load_qkv()
-        self.out_weight, self.out_bias = self.take("attention.output.dense.weight"), self.take("attention.output.dense.bias")
+        self.out_weight, self.out_bias = (
+            self.take("attention.output.dense.weight"),
+            self.take("attention.output.dense.bias"),
+        )
         self.in_weight, self.in_bias = self.take("intermediate.dense.weight"), self.take("intermediate.dense.bias")
         self.ffn_weight, self.ffn_bias = self.take("output.dense.weight"), self.take("output.dense.bias")
         self.load_norms()
@@ -175,7 +178,12 @@ class BlockParallel(Strategy):
         return self.norm(self.linear(inner, self.ffn_weight, self.ffn_bias) + x, self.output_norm)
 
 
-STRATEGY_CLASSES = {"block": BlockParallel, "tensor": TensorParallel, "sequence": SequenceParallel, "replicate": Replicate}
+STRATEGY_CLASSES = {
+    "block": BlockParallel,
+    "tensor": TensorParallel,
+    "sequence": SequenceParallel,
+    "replicate": Replicate,
+}
 
 
 def gather_tokens(x: torch.Tensor, comm: Comm, tokens: Sequence[int]) -> torch.Tensor:

@@ -38,7 +38,9 @@ class WeightSource:
         """The tensor `name`, or its part start..stop along `dim`, contiguous and on its own storage."""
         full_name = self._resolve(name)
         if full_name not in self._names:
-            raise ValueError(f"the checkpoint has no weight {name!r}: it is not a BERT encoder, or was saved by another version.")
+            raise ValueError(
+                f"the checkpoint has no weight {name!r}: it is not a BERT encoder, or was saved by another version."
+            )
         index = (slice(None),) * dim + (slice(start, stop),)
         if self._file is not None:
             part = self._file.get_slice(full_name)[index]

@@ -79,6 +79,10 @@ class ClusterProfile:
             devices = tuple(DeviceProfile(**fields) for fields in record["devices"])
             return cls(devices, LinkProfile(**record["link"]))
         except FileNotFoundError:
-            raise ValueError(f"profile {path} does not exist: make it with `detransformer profile --output {path}`.") from None
+            raise ValueError(
+                f"profile {path} does not exist: make it with `detransformer profile --output {path}`."
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a profile ({error}): make it again with `detransformer profile`.") from error
+            raise ValueError(
+                f"{path} is not a profile ({error}): make it again with `detransformer profile`."
+            ) from error

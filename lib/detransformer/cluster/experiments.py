@@ -1,0 +1,165 @@
+"""The experiments behind notebooks 04 to 06: which rows make the paper's tables and figures, and their profiles.
+
+Each function returns frames in the form the tables are saved in; the notebooks argue, this module lists and measures.
+"""
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
+from detransformer.cluster.commands import placement_rows
+from detransformer.cluster.devices import DEVICES, preset_profile, published_latency_s
+from detransformer.cluster.profiler import profile_link, single_device_latency
+from detransformer.cluster.session import EmulatedCluster
+from detransformer.models.configuration import preset_config
+from detransformer.planning.cost import predict
+from detransformer.planning.placement import place
+from detransformer.planning.profile import ClusterProfile, LinkProfile
+
+
+def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats: int) -> pd.DataFrame:
+    """Fig. 2a: published, emulated and this host's single-device latency of each model, seq 128, batch 1."""
+    device = DEVICES[cluster.device]
+    emulated = measure_grid(Bench(cluster), [Cell(m, "single", 1, repeats=repeats) for m in models])
+    rows = []
+    for model, latency in zip(models, emulated["latency_s"], strict=True):
+        published = published_latency_s(device.latency_claims[model])
+        rows.append((model, device.name, published, "published"))
+        rows.append((model, cluster.profile_name, latency, "measured"))
+        rows.append((model, "this host, one core", single_device_latency(preset_config(model)), "measured"))
+    return pd.DataFrame(rows, columns=["model", "device", "latency_s", "kind"])
+
+
+def save_profiles(
+    folder: str | Path, cluster: EmulatedCluster, models: Sequence[str], num_original_layers: int, num_divisions: int
+) -> pd.DataFrame:
+    """Profiles the links as they are set, writes one profile a model to `folder`, and returns the links' rows.
+
+    Where links are modelled there is nothing to measure: the assumed figures are written, and named so.
+    """
+    link, rows = LinkProfile(cluster.bandwidth_bps), None
+    if cluster.transport == "namespaces":
+        link, rows = profile_link(cluster)
+    provenance = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.platform()}
+    for model in models:
+        config = preset_config(model, num_original_layers, num_divisions)
+        cluster.profile(config, link).save(Path(folder) / f"{model}.json", provenance | {"model": model})
+    if rows is None:
+        kinds = ("all_reduce", "all_gather", "send")
+        rows = pd.DataFrame([(k, 0, None, link.collective_s(k, 0, cluster.num_devices)) for k in kinds])
+        rows.columns = ["kind", "num_bytes", "latency_s", "fitted_s"]
+    rows = rows.assign(num_devices=cluster.num_devices, bandwidth_mbps=cluster.bandwidth_bps / 1e6, link=cluster.link)
+    return rows.assign(source=link.source)
+
+
+def load_link(folder: str | Path, model: str) -> LinkProfile | None:
+    """The link figures of a profile that `save_profiles` wrote; None where there is none."""
+    path = Path(folder) / f"{model}.json"
+    return ClusterProfile.load(path).link if path.is_file() else None
+
+
+def at_bandwidth(link: LinkProfile | None, bandwidth_mbps: float) -> LinkProfile:
+    """The same step latency and efficiency at another rate."""
+    if link is None:
+        return LinkProfile(bandwidth_mbps * 1e6)
+    return LinkProfile(bandwidth_mbps * 1e6, link.step_latency_s, link.efficiency, link.source)
+
+
+def placement_table(
+    profiles: str | Path,
+    models: Sequence[str],
+    bandwidths_mbps: Sequence[float],
+    device: str = "rpi4b",
+    num_devices: int = 4,
+    num_original_layers: int = 4,
+    num_divisions: int = 4,
+    memory_budget_mib: float | None = None,
+) -> pd.DataFrame:
+    """The paper's three plans for each model and bandwidth: predicted seconds, memory, which is chosen and why not."""
+    frames = []
+    for model in models:
+        config = preset_config(model, num_original_layers, num_divisions)
+        devices = (preset_profile(device, config),) * num_devices
+        link = load_link(profiles, model)
+        for mbps in bandwidths_mbps:
+            budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
+            profile = ClusterProfile(devices, at_bandwidth(link, mbps))
+            rows = placement_rows(place(config, profile, memory_budget_bytes=budget))
+            frames.append(rows.assign(model=model, num_devices=num_devices, bandwidth_mbps=mbps))
+    frame = pd.concat(frames, ignore_index=True)
+    frame["memory_bytes"] = (frame.pop("memory_mib") * 2**20).round().astype(int)
+    first = ["model", "num_devices", "bandwidth_mbps"]
+    return frame[first + [column for column in frame if column not in first]]
+
+
+def collective_counts(model: str, num_original_layers: int, num_divisions: int, num_devices: int = 4) -> pd.DataFrame:
+    """Collectives a request makes under each method (Section IV-C-1), from the cost model; the bench counts the same."""
+    from detransformer.parallel.plan import published_plan
+
+    rows = []
+    for method in ("tp", "sp", "bp+tp", "bp+sp", "bp+allgather"):
+        config = preset_config(model, num_original_layers if method.startswith("bp") else None, num_divisions)
+        plan = published_plan(method, config, [1.0] * num_devices)
+        profile = ClusterProfile((preset_profile("rpi4b", config),) * num_devices, LinkProfile(125e6))
+        prediction = predict(config, plan, profile)
+        counts = {kind: prediction.counts.get(kind, 0) for kind in ("all_reduce", "all_gather")}
+        sent = sum(prediction.bytes.values()) / 2**20
+        rows.append({"model": model, "method": method, **counts, "sent_mib": sent})
+    return pd.DataFrame(rows)
+
+
+def latency_cells(
+    models: Sequence[str],
+    methods: Sequence[str],
+    bandwidths_mbps: Sequence[float],
+    repeats: Mapping[str, int],
+    scaling_bandwidth_mbps: float = 500,
+    scaling_devices: Sequence[int] = (2, 3),
+    scaling_methods: Sequence[str] = ("tp", "sp", "bp+auto"),
+    fewer_original_layers: Sequence[int] = (1, 2, 3),
+    fewer_bandwidths_mbps: Sequence[float] = (1000, 500, 125),
+    table_ii_methods: Sequence[str] = ("dp", "pp"),
+) -> list[Cell]:
+    """All rows of notebook 06, model by model.
+
+    Table IV and Figs. 7a,b: `methods` x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d: `scaling_methods` over fewer
+    devices at one bandwidth. Fig. 8 (first model): BP+Auto with fewer original layers. Table II (first model): data and
+    pipeline parallelism at the scaling bandwidth.
+    """
+    cells = []
+    for model in models:
+        common = dict(repeats=repeats[model])
+        cells += grid(model, ["single"], [scaling_bandwidth_mbps], 4, **common)
+        cells += grid(model, methods, bandwidths_mbps, 4, **common)
+        if model == models[0]:
+            cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
+            for layers in fewer_original_layers:
+                cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
+        for count in scaling_devices:
+            cells += grid(model, scaling_methods, [scaling_bandwidth_mbps], count, **common)
+    return list(dict.fromkeys(cells))
+
+
+def measure_latency(
+    run_path: str | Path, cells: Sequence[Cell], num_devices: int = 4, transport: str = "auto"
+) -> pd.DataFrame:
+    """Measures `cells` on one emulated cluster, with the links' profile of notebook 04 where the run has it.
+
+    Rows are kept in `latency_rows.json` in the run's folder as they come: an interrupted run goes on from there.
+    """
+    run_path = Path(run_path)
+    link = load_link(run_path / "profiles", cells[0].model)
+    bandwidth_bps = cells[0].bandwidth_mbps * 1e6
+    with EmulatedCluster(num_devices, bandwidth_bps=bandwidth_bps, transport=transport) as cluster:
+        return measure_grid(Bench(cluster, link), cells, run_path / "latency_rows.json")
+
+
+def prediction_error(latency: pd.DataFrame) -> pd.DataFrame:
+    """Median and largest relative error of the cost model over the distributed rows, by method."""
+    rows = latency[~latency["method"].isin(["single", "dp"])].copy()
+    rows["error"] = (rows["predicted_s"] / rows["latency_s"] - 1).abs()
+    return rows.groupby("method")["error"].agg(["median", "max", "count"]).reset_index()
