@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -146,11 +148,27 @@ def test_namespaces_are_removed_also_after_a_failure():
 
 
 @needs_namespaces
+def test_namespaces_go_when_their_owner_is_killed():
+    code = (
+        "import time\nfrom detransformer.cluster.network import EmulatedNetwork\n"
+        "with EmulatedNetwork(2, 100e6) as n: print(n.switch, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        switch = Path("/var/run/netns", owner.stdout.readline().strip())
+        assert switch.exists()
+        owner.kill()
+    deadline = time.monotonic() + 10
+    while switch.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not switch.exists()
+
+
+@needs_namespaces
 def test_leftovers_of_dead_processes_are_removed():
     from pyroute2 import netns
 
     dead = 2**22 + 7  # above the largest process id
-    name = f"{network.PREFIX}{dead}x1-d0"
+    name = f"{network.PREFIX}{dead}-d0"
     netns.create(name)
     assert name in remove_stale_namespaces()
     assert not Path("/var/run/netns", name).exists()

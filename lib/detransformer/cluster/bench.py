@@ -220,7 +220,7 @@ class Bench:
 
 
 def check_cells(bench: Bench, cells: Iterable[Cell]) -> None:
-    """Raises ValueError where a cell's plan does not fit its model or the memory budget, before anything is measured."""
+    """Raises ValueError where a cell's plan does not fit its model or the memory budget; measures nothing."""
     for cell in cells:
         bench.plan(cell, bench.checkpoint(cell).config)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
-from detransformer.files import atomic_folder
+from detransformer.files import atomic_folder, atomic_write
 from detransformer.models import DecoupledBertConfig, decouple
 from detransformer.models.configuration import PRESET_SIZES, preset_config
 from detransformer.settings import cache_folder
@@ -54,7 +54,7 @@ def original_checkpoint(model: str) -> Checkpoint:
 
 
 def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> Checkpoint:
-    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself where it is decoupled already."""
+    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself where it already is one."""
     original = original_checkpoint(model)
     if original.decoupled:
         return original
@@ -127,6 +127,8 @@ class Request:
 def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path) -> Request:
     """Random tokens [batch_size, seq_len], unmasked as published, and the Hugging Face model's output for them.
 
+    A user's own checkpoint may change, so its request is made anew for each session, in `folder`.
+
     Raises:
         ValueError: if the model has fewer positions than `seq_len`.
     """
@@ -135,15 +137,21 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
         raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the positions that the model has.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1: choose how many sequences a request has.")
+    if cache_folder() in checkpoint.path.parents:  # ours, and never changed: kept for the next session too
+        folder = cache_folder() / "requests"
+    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{checkpoint.path.name}-seq{seq_len}-batch{batch_size}"
     made = Request(folder / f"{stem}-inputs.safetensors", folder / f"{stem}-reference.safetensors")
     if not made.reference.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(SEED)
         ids = torch.randint(checkpoint.config.vocab_size, (batch_size, seq_len), generator=generator)
         model = AutoModel.from_pretrained(checkpoint.path).eval()
         with torch.inference_mode():
             output = model(input_ids=ids)
-        save_file({"input_ids": ids}, made.inputs)
-        save_file({"last_hidden_state": output.last_hidden_state.contiguous()}, made.reference)
+        for path, tensors in (
+            (made.inputs, {"input_ids": ids}),
+            (made.reference, {"last_hidden_state": output.last_hidden_state.contiguous()}),
+        ):
+            with atomic_write(path, "wb") as file:
+                file.write(save(tensors))
     return made

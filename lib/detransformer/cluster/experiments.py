@@ -97,7 +97,7 @@ def placement_table(
 
 
 def collective_counts(model: str, num_original_layers: int, num_divisions: int, num_devices: int = 4) -> pd.DataFrame:
-    """Collectives a request makes under each method (Section IV-C-1), from the cost model; the bench counts the same."""
+    """Collectives of one request under each method (Section IV-C-1), by the cost model; the bench counts the same."""
     from detransformer.parallel.plan import published_plan
 
     rows = []

@@ -2,15 +2,20 @@
 
 Each device is a network namespace with one interface; its cable ends at a bridge in a namespace of its own. A token
 bucket (tbf) stands at both ends of the cable, so a device sends and receives at most at the link's rate, as on a
-full-duplex switch port. Nothing touches the host's own interfaces. Names start with `dtf<pid>`; leftovers of runs whose
-process is gone are removed at the next start.
+full-duplex switch port. Nothing touches the host's own interfaces.
+
+The namespaces belong to a small keeper process (this module run with `-m`), which removes them when its input closes:
+also when the process that asked for them was killed. Names start with `dtf<pid of the keeper>`; should a keeper itself
+have been killed, its leftovers are removed at the next start.
 """
 
 import contextlib
 import ctypes
 import functools
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +27,6 @@ SUBNET = "10.77.0"
 BURST_BYTES = 10_000  # a few MTU: small messages must not pass above the line rate (a 32 kB bucket lets them)
 QUEUE_BYTES = 4_000_000  # deep enough that an all_to_all's incast is delayed, not dropped
 _CLONE_NEWNET = 0x40000000
-_names_used = 0
 
 
 def enter_namespace(name: str) -> None:
@@ -36,100 +40,148 @@ def enter_namespace(name: str) -> None:
 
 @functools.cache
 def can_emulate() -> tuple[bool, str]:
-    """Whether this machine lets us make namespaces and shaped links, tried in a process of its own, and why not."""
-    code = (
-        "from detransformer.cluster.network import EmulatedNetwork\n"
-        "with EmulatedNetwork(2, 100e6) as n: n.set_rate(200e6)\n"
-    )
+    """Whether this machine lets us make namespaces and shaped links, by trying, and why not."""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return False, "making a network namespace took more than 60 s"
-    if done.returncode == 0:
-        return True, "network namespaces, veth, bridge and tbf work"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return False, f"network namespaces or tbf are not permitted here ({lines[-1] if lines else 'no reason given'})"
+        with EmulatedNetwork(2, 100e6) as network:
+            network.set_rate(200e6)
+    except OSError as error:
+        return False, f"network namespaces or tbf are not permitted here ({error})"
+    return True, "network namespaces, veth, bridge and tbf work"
 
 
 class EmulatedNetwork:
-    """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager."""
+    """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
+
+    `namespaces`, `addresses` and `switch` are known once entered.
+
+    Raises:
+        OSError: on entering, where the kernel does not permit it, with the reason.
+    """
 
     def __init__(self, num_devices: int, bandwidth_bps: float):
-        global _names_used
-        _names_used += 1
         self.num_devices = num_devices
         self.bandwidth_bps = bandwidth_bps
-        self._owner = os.getpid()
-        self.prefix = f"{PREFIX}{os.getpid()}x{_names_used}"
-        self.switch = f"{self.prefix}-sw"
-        self.namespaces = [f"{self.prefix}-d{i}" for i in range(num_devices)]
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(num_devices)]
+        self.namespaces: list[str] = []
+        self.switch = ""
+        self._keeper: subprocess.Popen | None = None
 
     def __enter__(self) -> "EmulatedNetwork":
-        remove_stale_namespaces()
+        command = [
+            sys.executable,
+            "-m",
+            "detransformer.cluster.network",
+            str(self.num_devices),
+            str(self.bandwidth_bps),
+        ]
+        self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
-            self._build()
+            names = self._answer()
         except BaseException:
             self.close()
             raise
+        self.switch, *self.namespaces = names
         return self
 
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _build(self) -> None:
+    def _answer(self) -> list[str]:
+        line = self._keeper.stdout.readline()
+        answer = json.loads(line) if line else {"error": "the process that keeps the namespaces ended"}
+        if "error" in answer:
+            raise OSError(answer["error"])
+        return answer["names"]
+
+    def set_rate(self, bandwidth_bps: float) -> None:
+        """Changes every link's rate, while connections stay open."""
+        self.bandwidth_bps = bandwidth_bps
+        self._keeper.stdin.write(f"{bandwidth_bps}\n")
+        self._keeper.stdin.flush()
+        self._answer()
+
+    def close(self) -> None:
+        """Removes the namespaces; safe to call twice."""
+        if self._keeper:
+            with contextlib.suppress(BrokenPipeError):
+                self._keeper.stdin.close()
+            self._keeper.wait(timeout=30)
+            self._keeper.stdout.close()
+            self._keeper = None
+
+
+class _Namespaces:
+    """What the keeper makes, shapes and removes."""
+
+    def __init__(self, num_devices: int):
+        prefix = f"{PREFIX}{os.getpid()}"
+        self.switch = f"{prefix}-sw"
+        self.devices = [f"{prefix}-d{i}" for i in range(num_devices)]
+
+    def build(self, bandwidth_bps: float) -> None:
         from pyroute2 import NetNS, netns
 
         netns.create(self.switch)
-        for name in self.namespaces:
+        for name in self.devices:
             netns.create(name)
         with NetNS(self.switch) as switch:
             switch.link("add", ifname="br0", kind="bridge")
             bridge = _index(switch, "br0")
             switch.link("set", index=bridge, state="up")
-            for i, name in enumerate(self.namespaces):
+            for i, name in enumerate(self.devices):
                 switch.link("add", ifname=f"port{i}", kind="veth", peer={"ifname": INTERFACE, "net_ns_fd": name})
-                port = _index(switch, f"port{i}")
-                switch.link("set", index=port, master=bridge, state="up")
-        for name, address in zip(self.namespaces, self.addresses, strict=True):
+                switch.link("set", index=_index(switch, f"port{i}"), master=bridge, state="up")
+        for i, name in enumerate(self.devices):
             with NetNS(name) as device:
                 interface = _index(device, INTERFACE)
-                device.addr("add", index=interface, address=address, prefixlen=24)
+                device.addr("add", index=interface, address=f"{SUBNET}.{i + 1}", prefixlen=24)
                 device.link("set", index=interface, state="up")
                 device.link("set", index=_index(device, "lo"), state="up")
-        self._shape("add")
+        self.shape("add", bandwidth_bps)
 
-    def set_rate(self, bandwidth_bps: float) -> None:
-        """Changes every link's rate, while connections stay open."""
-        self.bandwidth_bps = bandwidth_bps
-        self._shape("change")
-
-    def _shape(self, action: str) -> None:
+    def shape(self, action: str, bandwidth_bps: float) -> None:
+        """Puts a token bucket at both ends of every cable, or changes its rate (`add`, `change`)."""
         from pyroute2 import NetNS
 
-        ends = [(self.switch, f"port{i}") for i in range(self.num_devices)]
-        ends += [(name, INTERFACE) for name in self.namespaces]
-        for name, interface in ends:
+        places = {self.switch: [f"port{i}" for i in range(len(self.devices))]}
+        places |= {name: [INTERFACE] for name in self.devices}
+        for name, interfaces in places.items():
             with NetNS(name) as space:
-                space.tc(
-                    action,
-                    "tbf",
-                    index=_index(space, interface),
-                    handle="1:",
-                    rate=int(self.bandwidth_bps / 8),  # bytes per second
-                    burst=BURST_BYTES,
-                    limit=QUEUE_BYTES,
-                )
+                for interface in interfaces:
+                    space.tc(
+                        action,
+                        "tbf",
+                        index=_index(space, interface),
+                        handle="1:",
+                        rate=int(bandwidth_bps / 8),  # bytes per second
+                        burst=BURST_BYTES,
+                        limit=QUEUE_BYTES,
+                    )
 
-    def close(self) -> None:
+    def remove(self) -> None:
         from pyroute2 import netns
 
-        if os.getpid() != self._owner:  # a forked child that unwinds
-            return
-        for name in [*self.namespaces, self.switch]:
+        for name in [*self.devices, self.switch]:
             if Path("/var/run/netns", name).exists():
                 with contextlib.suppress(OSError):
                     netns.remove(name)
+
+
+def _keep(num_devices: int, bandwidth_bps: float) -> None:
+    """The keeper: builds, then takes a new rate a line until its input closes, then removes everything."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our input
+    remove_stale_namespaces()
+    made = _Namespaces(num_devices)
+    try:
+        made.build(bandwidth_bps)
+        print(json.dumps({"names": [made.switch, *made.devices]}), flush=True)
+        for line in sys.stdin:
+            made.shape("change", float(line))
+            print(json.dumps({"names": []}), flush=True)
+    except Exception as error:  # NetlinkError, PermissionError, a missing module: the parent says it in its own words
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+    finally:
+        made.remove()
 
 
 def _index(space, name: str) -> int:
@@ -148,9 +200,13 @@ def remove_stale_namespaces() -> list[str]:
 
     removed = []
     for path in Path("/var/run/netns").glob(f"{PREFIX}*"):
-        match = re.match(rf"{PREFIX}(\d+)x\d+-", path.name)
+        match = re.match(rf"{PREFIX}(\d+)-", path.name)
         if match and not Path("/proc", match[1]).exists():
             with contextlib.suppress(OSError):
                 netns.remove(path.name)
                 removed.append(path.name)
     return removed
+
+
+if __name__ == "__main__":
+    _keep(int(sys.argv[1]), float(sys.argv[2]))

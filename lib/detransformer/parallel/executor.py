@@ -114,7 +114,7 @@ class Executor:
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
     ) -> Output | None:
-        """input_ids, attention_mask (1 = attend), token_type_ids [B, T] -> Output; None on a pipeline's earlier ranks."""
+        """All three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last."""
         batch_size, seq_len = input_ids.shape
         if seq_len > self.config.max_position_embeddings:
             raise ValueError(

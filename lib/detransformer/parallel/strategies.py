@@ -3,8 +3,8 @@
 A strategy loads its device's weights once and maps X from its in-layout to its out-layout. Where it communicates it
 calls `comm`; everything between two collectives is local.
 
-Shapes: B batch, T tokens, t this device's tokens, D hidden, H heads, h this device's heads, s head size, I intermediate,
-P sub-blocks, p this device's sub-blocks, d = D/P, A attention width of a sub-block.
+Shapes: B batch, T tokens, t this device's tokens, D hidden, H heads, h this device's heads, s head size, I the
+intermediate size, P sub-blocks, p this device's sub-blocks, d = D/P, A attention width of a sub-block.
 """
 
 from collections.abc import Sequence

@@ -193,7 +193,7 @@ def device_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
 
 
 def activation_bytes(config: BertConfig, seq_len: int, batch_size: int) -> int:
-    """Upper bound on what one layer keeps alive at once: X twice, Q, K, V, context, scores and the FFN's inner state."""
+    """Upper bound on what one layer keeps alive at once: X twice, Q, K, V, context, scores, the FFN's inner state."""
     blocks = getattr(config, "num_divisions", 1)
     per_token = 6 * config.hidden_size * blocks + config.num_attention_heads * seq_len * blocks
     return FLOAT_BYTES * batch_size * seq_len * (per_token + config.intermediate_size * blocks)
