@@ -118,6 +118,14 @@ def test_failing_cell_is_named_and_the_rest_is_kept(clone):
     assert "01_first: unchanged" in said[0] and manifest["notebooks"]["02_second"]["status"] == "done"
 
 
+def test_executed_notebook_keeps_the_last_state_of_a_progress_bar(clone):
+    bar = "import sys, time\nfor i in range(4):\n    print(f'\\r{i}/3', end='', flush=True); time.sleep(0.1)\nprint()"
+    write_notebook(clone, "01_first", bar)
+    run, _, _ = run_all(clone, only=["01"])
+    executed = nbformat.read(run.notebooks / "01_first.ipynb", as_version=4)
+    assert [output.text for output in executed.cells[-1].outputs] == ["3/3\n"]
+
+
 def test_dead_kernel_is_a_failed_notebook(clone):
     write_notebook(clone, "01_first", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(NotebookFailed, match="01_first stopped because its kernel died"):

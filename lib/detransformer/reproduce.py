@@ -339,13 +339,21 @@ def _tidy(executed, notebook: Notebook, root: Path) -> None:
     """Keep only the last state of progress bars, and no absolute path of the clone, in an executed notebook."""
     executed.metadata.get("papermill", {}).update(input_path=notebook.path.name, output_path=notebook.path.name)
     for cell in executed.cells:
+        merged = []
         for output in cell.get("outputs", []):
-            texts = [output] if output.output_type == "stream" else [output.get("data", {})]
-            for holder in texts:
-                for key, value in holder.items():
-                    if isinstance(value, str) and (key == "text" or key.startswith("text/")):
-                        lines = [line.rsplit("\r", 1)[-1] for line in value.replace("\r\n", "\n").split("\n")]
-                        holder[key] = "\n".join(lines).replace(str(root), ".")
+            follows = merged and output.output_type == merged[-1].output_type == "stream"
+            if follows and output.name == merged[-1].name:  # every step of a progress bar is an output of its own
+                merged[-1].text += output.text
+            else:
+                merged.append(output)
+        for output in merged:
+            holder = output if output.output_type == "stream" else output.get("data", {})
+            for key, value in holder.items():
+                if isinstance(value, str) and (key == "text" or key.startswith("text/")):
+                    lines = [line.rsplit("\r", 1)[-1] for line in value.replace("\r\n", "\n").split("\n")]
+                    holder[key] = "\n".join(lines).replace(str(root), ".")
+        if "outputs" in cell:
+            cell.outputs = [o for o in merged if o.output_type != "stream" or o.text.strip()]
 
 
 def _failure(notebook: Notebook, run: RunFolder, reason: str) -> str:
