@@ -29,9 +29,9 @@ def valid_rows(latency: pd.DataFrame) -> pd.DataFrame:
 
 
 def links_of(latency: pd.DataFrame) -> list[str]:
-    """The kinds of link that distributed rows were measured over, clean ones first."""
+    """The kinds of link that distributed rows were measured over, those fitted to published numbers last."""
     links = latency.loc[latency["method"] != "single", "link"].dropna().unique()
-    return sorted(links, key=lambda link: ("clean" not in link, link))
+    return sorted(links, key=lambda link: ("fit" in link, link))
 
 
 def single_latency(latency: pd.DataFrame, model: str) -> float | None:
