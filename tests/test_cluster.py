@@ -1,5 +1,6 @@
 """The emulated cluster: shaped links, pacing, bench rows, and devices that die or hang."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModel
 
 from detransformer.cluster import network
 from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
@@ -44,9 +47,6 @@ def test_pacer_records_an_overrun():
 
 def test_bench_row_over_loopback(cluster, cases, tmp_path):
     """A row of a model on disk: its single-device reference, prediction, counts and self-check."""
-    import torch
-    from transformers import AutoModel
-
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
     cells = grid(str(tmp_path / "model"), ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=2)
     path = tmp_path / "rows.json"
@@ -57,11 +57,34 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     assert row["latency_s"] >= row["comm_s"] > 0
     # 10 all_reduces of [16, 48] at 100 Mbps, four ring steps each
     assert row["latency_s"] >= 10 * (4 * 2e-4 + 8 * 2 * 2 * 16 * 48 * 4 / 3 / (0.94 * 100e6))
-    # A second call measures nothing again.
-    before = path.read_text()
-    again = measure_grid(Bench(cluster, time_scale=1.0), cells, path, quiet=True)
-    assert path.read_text() == before and len(again) == 3
-    assert again["latency_s"].tolist() == frame["latency_s"].tolist()
+    assert not path.exists()
+
+
+def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
+    """Rows measured before an interruption are kept; only the rest is measured by the next call."""
+    folder = tmp_path / "model"
+    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
+    cells = grid(str(folder), ["single", "tp", "sp"], [100.0], 2, seq_len=16, repeats=1)
+    bench, path, measured = Bench(cluster, time_scale=1.0), tmp_path / "rows.json", []
+    real = bench.measure
+
+    def measure(cell):
+        if cell.method == "sp" and len(measured) == 2:
+            measured.append("interrupted")
+            raise KeyboardInterrupt
+        measured.append(cell.method)
+        return real(cell)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        measure_grid(bench, cells, path, quiet=True)
+    assert len(json.loads(path.read_text())) == 2
+    frame = measure_grid(bench, cells, path, quiet=True)
+    assert measured == ["single", "tp", "interrupted", "sp"]
+    assert frame["method"].tolist() == ["single", "tp", "sp"]
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not a bench's row file"):
+        measure_grid(bench, cells, path, quiet=True)
 
 
 def test_bench_names_what_makes_a_row_invalid(cluster):

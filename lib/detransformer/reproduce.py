@@ -319,7 +319,7 @@ def _this_python_kernels(log: IO) -> type:
     from jupyter_client.kernelspec import KernelSpec
 
     # An executed notebook shows progress as text, so tqdm need not ask for widgets.
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    env = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore:IProgress not found"}
     if os.environ.get("DETRANSFORMER_DATA"):  # relative to the user's folder, not to notebooks/
         env["DETRANSFORMER_DATA"] = str(Path(os.environ["DETRANSFORMER_DATA"]).expanduser().resolve())
     spec = KernelSpec(**get_kernel_dict() | {"env": env})

@@ -4,6 +4,7 @@ Rows carry their conditions and their self-check; a row whose link or pacing fai
 each row when it is measured and picks up where it was interrupted.
 """
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -228,21 +229,38 @@ def check_cells(bench: Bench, cells: Iterable[Cell]) -> None:
 def measure_grid(
     bench: Bench, cells: Iterable[Cell], path: str | Path | None = None, quiet: bool = False
 ) -> pd.DataFrame:
-    """Measures `cells` in order, one row each; with `path`, rows are kept there and cells already in it are skipped."""
+    """Measures `cells` in order, one row each.
+
+    With `path`, each row is written there when it is measured, and a call after an interruption goes on from there, as
+    long as code and conditions are the same. The file goes when all are measured: the frame is the record.
+    """
     cells = list(dict.fromkeys(cells))
     kept = _load_rows(path)
+    conditions = {"link": bench.cluster.link, "device": bench.cluster.profile_name, "code": _code_fingerprint()}
     rows = []
     progress = tqdm(cells, disable=quiet, unit="row", desc="bench")
     for cell in progress:
         progress.set_postfix_str(f"{cell.model} {cell.method} {cell.num_devices} devices {cell.bandwidth_mbps:g} Mbps")
-        key = json.dumps(asdict(cell) | {"link": bench.cluster.link, "device": bench.cluster.profile_name})
+        key = json.dumps(asdict(cell) | conditions)
         if key not in kept:
             kept[key] = bench.measure(cell)
             if path:
                 with atomic_write(path) as file:
                     json.dump(kept, file, indent=1)
         rows.append(kept[key])
+    if path:
+        Path(path).unlink(missing_ok=True)
     return pd.DataFrame(rows)
+
+
+def _code_fingerprint() -> str:
+    """Changes when the code that makes rows does: rows of another version are measured again."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for room in ("models", "parallel", "planning", "cluster"):
+        for source in sorted((package / room).glob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _load_rows(path: str | Path | None) -> dict[str, dict]:

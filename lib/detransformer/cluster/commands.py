@@ -84,7 +84,6 @@ def bench_command(
     if output:
         with atomic_write(output) as file:
             rows.to_csv(file, index=False)
-        Path(f"{output}.rows.json").unlink(missing_ok=True)
     print(_markdown(rows.assign(sent_kib=_sent_bytes(rows) / 1024)[list(SHOWN)].rename(columns=SHOWN)))
     for row in rows[~rows["valid"].astype(bool)].itertuples():
         print(f"not valid: {row.method} at {row.bandwidth_mbps:g} Mbps: {row.why_invalid}")

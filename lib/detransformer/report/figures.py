@@ -224,7 +224,7 @@ def fig2a(frame: pd.DataFrame) -> Figure:
     axis.margins(y=0.12)
     axis.set_ylabel("Latency (s), seq 128, batch 1")
     axis.set_title("One device (paper Fig. 2a)")
-    _legend_below(figure, axis)
+    _legend_below(figure, axis, columns=1)
     return figure
 
 
@@ -234,7 +234,7 @@ def placement(frame: pd.DataFrame) -> Figure:
     num_devices = NUM_DEVICES if (rows["num_devices"] == NUM_DEVICES).any() else rows["num_devices"].max()
     rows = rows[rows["num_devices"] == num_devices]
     models = list(dict.fromkeys(rows["model"]))
-    figure, axes = _panels(len(models), width=4.2)
+    figure, axes = _panels(len(models), width=4.2, sharey=False)
     for axis, model in zip(axes, models, strict=True):
         part = rows[rows["model"] == model]
         for method in dict.fromkeys(part["method"]):
@@ -509,4 +509,5 @@ def _whole_ticks(axis: Axes, values: list[float]) -> None:
 def _bandwidth_axis(axis: Axes, bandwidths: pd.Series) -> None:
     axis.set_xscale("log", base=2)
     _whole_ticks(axis, sorted(bandwidths.dropna().unique()))
+    axis.tick_params(axis="x", labelrotation=45)  # 750 and 1000 are close on a logarithmic axis
     axis.set_xlabel("Bandwidth (Mbps)")
