@@ -255,7 +255,7 @@ def test_order_covers_each_epoch_and_depends_on_the_seed_alone(tmp_path):
 
 def test_the_mirror_given_here_reads_whole():
     """Every file of the real mirror, where one is given: official row counts of the full sets."""
-    from detransformer.training.data.environment import data_environment
+    from detransformer.settings import data_environment
 
     folder = data_environment().mirror
     if not folder.is_dir():

@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, TyperException
 
+from detransformer.settings import debugging
+
 app = typer.Typer(
     help="DeTransformer, reproduced: decouple Transformers and run them over the devices you have.",
     rich_markup_mode=None,
@@ -199,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        if os.environ.get("DETRANSFORMER_DEBUG"):
+        if debugging():
             raise
         code, message = explain(error, arguments)
         if message is None:

@@ -1,7 +1,6 @@
 """What this machine can do, in plain words, and what to do about what it cannot. Tries things rather than guessing."""
 
 import importlib.util
-import os
 import platform
 import shutil
 import sys
@@ -12,6 +11,7 @@ import psutil
 
 from detransformer.files import repository_root
 from detransformer.report import provenance
+from detransformer.settings import data_environment
 
 MIRROR_PARTS = ("glue", "squad", "wikipedia", "vocab")
 NEEDED_DISK_GB, NEEDED_MEMORY_GB = 5, 6  # a quick run with its checkpoints; five processes with BERT-Large
@@ -157,9 +157,10 @@ def data_mirror() -> Finding:
         folder = provenance.mirror_folder(repository_root())
     except FileNotFoundError:
         folder = provenance.mirror_folder(Path.cwd())
-    named = os.environ.get("DETRANSFORMER_DATA")
+    environment = data_environment()
     if folder is None:
-        found = f"DETRANSFORMER_DATA names {named}, which is not a folder" if named else "none"
+        named = environment.mirror_named_by == "DETRANSFORMER_DATA"
+        found = f"DETRANSFORMER_DATA names {environment.mirror}, which is not a folder" if named else "none"
         return Finding(
             "Data mirror", "limited", found, "set DETRANSFORMER_DATA to a mirror, or link one to data/mirror."
         )
@@ -176,7 +177,7 @@ def hub() -> Finding:
     """Whether the Hugging Face Hub answers within three seconds."""
     from detransformer.training.data.hub import hub_problem
 
-    problem = hub_problem(os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"), timeout_s=3)
+    problem = hub_problem(data_environment().hub_offline, timeout_s=3)
     if problem is None:
         return Finding("Hugging Face Hub", "ok", "reachable")
     remedy = "not needed with a mirror; without either, a small built-in corpus is used and the tables say so."

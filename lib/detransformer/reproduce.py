@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from detransformer.files import atomic_write, repository_root
 from detransformer.report import provenance
 from detransformer.report.runs import RunFolder
+from detransformer.settings import data_environment
 
 PACKAGE = Path(__file__).resolve().parent
 PROFILES = PACKAGE / "profiles"
@@ -319,9 +320,11 @@ def _this_python_kernels(log: IO) -> type:
     from jupyter_client.kernelspec import KernelSpec
 
     # An executed notebook shows progress as text, so tqdm need not ask for widgets.
-    env = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore:IProgress not found"}
-    if os.environ.get("DETRANSFORMER_DATA"):  # relative to the user's folder, not to notebooks/
-        env["DETRANSFORMER_DATA"] = str(Path(os.environ["DETRANSFORMER_DATA"]).expanduser().resolve())
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    env["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads of a kernel must not spin beside the workers
+    environment = data_environment()
+    if environment.mirror_named_by == "DETRANSFORMER_DATA":  # relative to the user's folder, not to notebooks/
+        env["DETRANSFORMER_DATA"] = str(environment.mirror)
     spec = KernelSpec(**get_kernel_dict() | {"env": env})
 
     class ThisPythonKernelManager(AsyncKernelManager):

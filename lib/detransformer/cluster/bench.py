@@ -26,9 +26,10 @@ from detransformer.planning.profile import LinkProfile
 MIN_LINK_SHARE = 0.9  # a link must carry at least this share of its rate, and never more than the rate
 MAX_OVERRUN_SHARE = 0.03  # of the modelled compute, by which the host may be late
 MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output (size 1) by some 1e-6 a layer
-MAX_TIME_SCALE = 4
+MAX_TIME_SCALE = 8
+ATTEMPTS = 3  # at one time scale, of a row that was late or a link that was slow
 STREAM_REQUESTS = {"pp": 8, "dp": 2}  # back to back, for throughput: a pipeline has to fill and drain
-LINK_CHECK_S = 0.25
+LINK_CHECK_S = 0.15
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,27 @@ class Bench:
         self._scales: dict[tuple[str, float], float] = {}
 
     def measure(self, cell: Cell) -> dict:
-        """One row. Where the host could not keep up, it is measured again at twice the time scale."""
+        """One row.
+
+        A host that shares its processors is late now and then: a row that was late is measured again, then at twice the
+        time scale, until one is valid or the scale is at its limit; the last one is returned as it is.
+        """
         checkpoint = self.checkpoint(cell)
         plan, prediction = self.plan(cell, checkpoint.config)
         files = request(checkpoint, cell.seq_len, cell.batch_size, self.cluster.folder)
         scale = self.fixed_time_scale or self._scales.get((cell.model, cell.bandwidth_mbps), 1.0)
+        attempt = 0
         while True:
-            scale, achieved = self._set_link(cell.bandwidth_mbps, scale)
+            attempt += 1
+            scale, achieved = self._set_link(cell.bandwidth_mbps, scale, plan.num_devices > 1)
             results = self._run(cell, plan, checkpoint, files)
             row = self._row(cell, plan, prediction, results, scale, achieved)
             late = row["pacing_overrun"] > MAX_OVERRUN_SHARE
-            if not late or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
+            if not late or (attempt >= ATTEMPTS and (self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE)):
                 return row
-            scale *= 2
-            self._scales[cell.model, cell.bandwidth_mbps] = scale
+            if attempt >= ATTEMPTS:
+                scale, attempt = 2 * scale, 0
+                self._scales[cell.model, cell.bandwidth_mbps] = scale
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
         if not cell.needs_decoupled:
@@ -117,24 +125,33 @@ class Bench:
             plan = published_plan(cell.method, config, [1.0] * cell.num_devices)
         return plan, predict(config, plan, profile, cell.seq_len, cell.batch_size)
 
-    def _set_link(self, bandwidth_mbps: float, scale: float) -> tuple[float, float]:
-        """Sets the links and checks them; doubles the time scale until they carry their rate. (scale, Mbps achieved)"""
+    def _set_link(self, bandwidth_mbps: float, scale: float, used: bool) -> tuple[float, float]:
+        """Sets the links and, where they are used, checks them; doubles the time scale until they carry their rate.
+
+        Returns (scale, Mbps achieved; NaN for a link that is not used or not real).
+        """
         while True:
             self.cluster.set_link(bandwidth_mbps * 1e6, scale)
-            if self.cluster.transport != "namespaces" or self.cluster.num_devices < 2:
+            if not used or self.cluster.transport != "namespaces":
                 return scale, float("nan")
-            key = (bandwidth_mbps, scale)
-            if key not in self._achieved:
-                num_bytes = int(bandwidth_mbps * 1e6 / scale * LINK_CHECK_S / 8)
-                results = self.cluster.run("check_link", num_bytes=num_bytes)
-                # A round lasts as long as its slowest rank; what the link can carry shows in the best round.
-                seconds = min(max(each) for each in zip(*(r["seconds"] for r in results), strict=True))
-                self._achieved[key] = 8 * num_bytes / seconds * scale / 1e6
-            achieved = self._achieved[key]
+            achieved = self._link_rate(bandwidth_mbps, scale)
             enough = achieved >= MIN_LINK_SHARE * bandwidth_mbps
             if enough or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
                 return scale, achieved
             scale *= 2
+
+    def _link_rate(self, bandwidth_mbps: float, scale: float) -> float:
+        """Mbps that the links carry, in the devices' seconds; checked until they pass or have failed often enough."""
+        key = (bandwidth_mbps, scale)
+        num_bytes = int(bandwidth_mbps * 1e6 / scale * LINK_CHECK_S / 8)
+        for _ in range(ATTEMPTS):
+            if self._achieved.get(key, 0) >= MIN_LINK_SHARE * bandwidth_mbps:
+                break
+            results = self.cluster.run("check_link", num_bytes=num_bytes)
+            # A round lasts as long as its slowest rank; what the link can carry shows in the best round.
+            seconds = min(max(each) for each in zip(*(r["seconds"] for r in results), strict=True))
+            self._achieved[key] = max(self._achieved.get(key, 0), 8 * num_bytes / seconds * scale / 1e6)
+        return self._achieved[key]
 
     def _run(self, cell: Cell, plan: Plan, checkpoint, files) -> list[dict]:
         cluster = self.cluster

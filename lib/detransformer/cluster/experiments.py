@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
+from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.commands import placement_rows
 from detransformer.cluster.devices import DEVICES, preset_profile, published_latency_s
 from detransformer.cluster.profiler import profile_link, single_device_latency
@@ -30,7 +31,8 @@ def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats:
         published = published_latency_s(device.latency_claims[model])
         rows.append((model, device.name, published, "published"))
         rows.append((model, cluster.profile_name, latency, "measured"))
-        rows.append((model, "this host, one core", single_device_latency(preset_config(model)), "measured"))
+        own = single_device_latency(original_checkpoint(model).path, repeats=repeats)
+        rows.append((model, "this host, one core", own, "measured"))
     return pd.DataFrame(rows, columns=["model", "device", "latency_s", "kind"])
 
 

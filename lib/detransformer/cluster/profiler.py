@@ -7,17 +7,17 @@ are measured once. Collectives: a few sizes of each kind, fitted by a latency a 
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import psutil
 import torch
-from transformers import BertConfig
+from transformers import AutoModel, BertConfig, BertModel
 
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models import DecoupledBertModel
 from detransformer.models.configuration import DecoupledBertConfig
-from detransformer.models.sizes import layer_flops
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.partition import bounds
 from detransformer.parallel.plan import HIDDEN, SEQ, STRATEGIES, published_plan
@@ -60,8 +60,6 @@ def profile_operations(
     if decoupled:
         model = DecoupledBertModel(small)
     else:
-        from transformers import BertModel
-
         model = BertModel(small)
     state = model.state_dict()
     threads = torch.get_num_threads()
@@ -123,15 +121,13 @@ def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
     return DeviceProfile(name, memory, rates, "measured: one layer a strategy, one core, median")
 
 
-def single_device_latency(config: BertConfig, seq_len: int = 128, repeats: int = 3, threads: int = 1) -> float:
-    """Median seconds of one forward pass of a model of `config` (random weights) on this host."""
-    from transformers import AutoModel
-
+def single_device_latency(checkpoint: str | Path, seq_len: int = 128, repeats: int = 3, threads: int = 1) -> float:
+    """Median seconds of one forward pass of the model in the folder `checkpoint` on this host."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = AutoModel.from_config(config).eval()
-        ids = torch.randint(config.vocab_size, (1, seq_len))
+        model = AutoModel.from_pretrained(checkpoint).eval()
+        ids = torch.randint(model.config.vocab_size, (1, seq_len))
         seconds = []
         with torch.inference_mode():
             for _ in range(repeats + 1):
@@ -187,9 +183,3 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
     link = LinkProfile(cluster.bandwidth_bps, latency, efficiency, source)
     fitted = [link.collective_s(r.kind, r.num_bytes, n) for r in frame.itertuples()]
     return link, frame.assign(fitted_s=fitted)
-
-
-def layer_table(config: BertConfig, seq_len: int = 128) -> pd.DataFrame:
-    """GFLOPs of an original and, where there is one, a decoupled layer: what the profile times."""
-    kinds = ("original", "decoupled") if isinstance(config, DecoupledBertConfig) else ("original",)
-    return pd.DataFrame([{"layer": kind, "gflops": layer_flops(config, kind, seq_len) / 1e9} for kind in kinds])

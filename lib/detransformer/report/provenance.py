@@ -19,6 +19,7 @@ import pandas as pd
 import psutil
 
 from detransformer.report.runs import RunFolder
+from detransformer.settings import data_environment
 
 
 def now() -> str:
@@ -103,17 +104,17 @@ def hardware() -> dict:
 
 def mirror_folder(root: Path) -> Path | None:
     """The mirror that data source `auto` would take: DETRANSFORMER_DATA, else data/mirror; None where neither is."""
-    setting = os.environ.get("DETRANSFORMER_DATA")
-    folder = Path(setting).expanduser() if setting else root / "data" / "mirror"
+    folder = data_environment(root).mirror
     return folder if folder.is_dir() else None
 
 
 def data_setting(root: Path) -> dict:
     """Which data the machine offers, without its place: the mirror's size and a digest of its file names and sizes."""
     folder = mirror_folder(root)
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    environment = data_environment(root)
+    offline = environment.hub_offline
     if folder is None:
-        named = bool(os.environ.get("DETRANSFORMER_DATA"))
+        named = environment.mirror_named_by == "DETRANSFORMER_DATA"
         return {"mirror": "named but not there" if named else "none", "hub": "offline" if offline else "tried"}
     files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
     return {
