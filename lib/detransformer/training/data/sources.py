@@ -12,8 +12,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from detransformer.training.data.built_in import BuiltInSource
 from detransformer.settings import data_environment
+from detransformer.training.data.built_in import BuiltInSource
 from detransformer.training.data.hub import HubSource, hub_problem
 from detransformer.training.data.mirror import MirrorSource
 from detransformer.training.data.packing import PackedText, SpecialTokens, pack_text
