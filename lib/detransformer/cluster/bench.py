@@ -6,6 +6,7 @@ each row when it is measured and picks up where it was interrupted.
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,9 @@ MIN_LINK_SHARE = 0.9  # a link must carry at least this share of its rate, and n
 MAX_OVERRUN_SHARE = 0.03  # of the modelled compute, by which the host may be late
 MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output (size 1) by some 1e-6 a layer
 MAX_TIME_SCALE = 8
+# What two cores shape and move without making collectives late, summed over the devices' links; above it everything is
+# run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its time.)
+MAX_TOTAL_BPS = 1e9
 ATTEMPTS = 3  # at one time scale, of a row that was late or a link that was slow
 STREAM_REQUESTS = {"pp": 8, "dp": 2}  # back to back, for throughput: a pipeline has to fill and drain
 LINK_CHECK_S = 0.15
@@ -70,7 +74,7 @@ class Bench:
         time_scale: float | None = None,
         memory_budget_bytes: int | None = None,
     ):
-        """`link` is a measured profile for predictions; `time_scale` None lets the bench choose, starting from 1."""
+        """`link` is a measured profile for predictions; `time_scale` None lets the bench choose."""
         self.cluster = cluster
         self.link = link
         self.fixed_time_scale = time_scale
@@ -87,7 +91,9 @@ class Bench:
         checkpoint = self.checkpoint(cell)
         plan, prediction = self.plan(cell, checkpoint.config)
         files = request(checkpoint, cell.seq_len, cell.batch_size, self.cluster.folder)
-        scale = self.fixed_time_scale or self._scales.get((cell.model, cell.bandwidth_mbps), 1.0)
+        scale = self.fixed_time_scale or self._scales.get(
+            (cell.model, cell.bandwidth_mbps), _first_time_scale(cell.bandwidth_mbps, plan.num_devices)
+        )
         attempt = 0
         while True:
             attempt += 1
@@ -235,6 +241,12 @@ class Bench:
         if not row["max_abs_error"] <= MAX_ABS_ERROR:
             reasons.append(f"output differs from the single device's by {row['max_abs_error']:.1e}")
         return "; ".join(reasons)
+
+
+def _first_time_scale(bandwidth_mbps: float, num_devices: int) -> float:
+    """The power of two by which all is slowed so that the links together stay within `MAX_TOTAL_BPS`."""
+    total_bps = bandwidth_mbps * 1e6 * num_devices if num_devices > 1 else 0
+    return 2.0 ** max(0, math.ceil(math.log2(max(total_bps, 1) / MAX_TOTAL_BPS)))
 
 
 def check_cells(bench: Bench, cells: Iterable[Cell]) -> None:
