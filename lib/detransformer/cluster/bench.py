@@ -99,7 +99,7 @@ class Bench:
             attempt += 1
             scale, achieved = self._set_link(cell.bandwidth_mbps, scale, plan.num_devices > 1)
             results = self._run(cell, plan, checkpoint, files)
-            row = self._row(cell, plan, prediction, results, scale, achieved)
+            row = self._row(cell, checkpoint.config, plan, prediction, results, scale, achieved)
             late = row["pacing_overrun"] > MAX_OVERRUN_SHARE
             if not late or (attempt >= ATTEMPTS and (self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE)):
                 return row
@@ -177,7 +177,9 @@ class Bench:
         )
         return [result for result in results if result is not None]
 
-    def _row(self, cell: Cell, plan: Plan, prediction, results: list[dict], scale: float, achieved: float) -> dict:
+    def _row(
+        self, cell: Cell, config: BertConfig, plan: Plan, prediction, results: list[dict], scale, achieved
+    ) -> dict:
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(cell.repeats)]
         slowest = max(results, key=lambda r: sum(s["latency_s"] for s in r["samples"]))
@@ -197,8 +199,8 @@ class Bench:
             "model": cell.model,
             "method": cell.method,
             "plan": plan.describe(),
-            "num_original_layers": cell.num_original_layers if cell.needs_decoupled else None,
-            "num_divisions": cell.num_divisions if cell.needs_decoupled else None,
+            "num_original_layers": getattr(config, "num_original_layers", None),
+            "num_divisions": getattr(config, "num_divisions", None),
             "num_devices": plan.num_devices,
             "bandwidth_mbps": cell.bandwidth_mbps,
             "seq_len": cell.seq_len,

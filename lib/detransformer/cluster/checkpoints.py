@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 from detransformer.files import atomic_folder, atomic_write
 from detransformer.models import DecoupledBertConfig, decouple
-from detransformer.models.configuration import PRESET_SIZES, preset_config
+from detransformer.models.configuration import PRESET_SIZES, decoupled_config, preset_config
 from detransformer.settings import cache_folder
 
 SEED = 0
@@ -63,16 +63,8 @@ def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: in
     if model not in PRESET_SIZES:
         stamp = (original.path / "model.safetensors").stat()
         name = "folder-" + hashlib.sha256(f"{original.path.resolve()} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
-    # Checks the sizes before a large model is loaded for nothing.
-    fields = {
-        k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
-    }
-    DecoupledBertConfig(
-        **fields,
-        num_original_layers=num_original_layers,
-        num_divisions=num_divisions,
-        attention_width=attention_width,
-    )
+    # checks the sizes before a large model is loaded for nothing
+    decoupled_config(config, num_original_layers, num_divisions, attention_width)
     name += f"-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}"
 
     def build() -> BertModel:

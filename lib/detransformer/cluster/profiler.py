@@ -17,7 +17,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models import DecoupledBertModel
-from detransformer.models.configuration import DecoupledBertConfig
+from detransformer.models.configuration import DecoupledBertConfig, config_fields
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.partition import bounds
 from detransformer.parallel.plan import HIDDEN, SEQ, STRATEGIES, published_plan
@@ -56,7 +56,7 @@ def profile_operations(
     decoupled = isinstance(config, DecoupledBertConfig)
     one_layer = dict(num_hidden_layers=2 if decoupled else 1)
     one_layer |= dict(num_original_layers=1) if decoupled else {}
-    small = type(config)(**{**_fields(config), **one_layer, "vocab_size": 32})
+    small = type(config)(**{**config_fields(config), **one_layer, "vocab_size": 32})
     if decoupled:
         model = DecoupledBertModel(small)
     else:
@@ -137,11 +137,6 @@ def single_device_latency(checkpoint: str | Path, seq_len: int = 128, repeats: i
     finally:
         torch.set_num_threads(before)
     return statistics.median(seconds[1:])
-
-
-def _fields(config: BertConfig) -> dict:
-    skip = ("model_type", "architectures", "transformers_version")
-    return {key: value for key, value in config.to_dict().items() if key not in skip}
 
 
 def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfile, pd.DataFrame]:

@@ -90,6 +90,24 @@ def layer_kinds(config: BertConfig) -> tuple[str, ...]:
     )
 
 
+def config_fields(config: BertConfig) -> dict:
+    """The arguments that make a configuration like `config`, of its class or another."""
+    derived = ("model_type", "architectures", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in derived}
+
+
+def decoupled_config(
+    original: BertConfig, num_original_layers: int, num_divisions: int, attention_width: str = "full"
+) -> DecoupledBertConfig:
+    """The configuration of `original`, decoupled; ValueError where its sizes do not divide so."""
+    return DecoupledBertConfig(
+        **config_fields(original),
+        num_original_layers=num_original_layers,
+        num_divisions=num_divisions,
+        attention_width=attention_width,
+    )
+
+
 PRESET_SIZES = {
     "bert-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "bert-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
@@ -105,11 +123,7 @@ def preset_config(
     """BERT-Base or BERT-Large (DATE 2024, Section IV-A), original or, with `num_original_layers`, decoupled."""
     if name not in PRESET_SIZES:
         raise ValueError(f"model {name!r} is unknown: choose one of {', '.join(PRESET_SIZES)}, or a checkpoint folder.")
+    original = BertConfig(**PRESET_SIZES[name])
     if num_original_layers is None:
-        return BertConfig(**PRESET_SIZES[name])
-    return DecoupledBertConfig(
-        **PRESET_SIZES[name],
-        num_original_layers=num_original_layers,
-        num_divisions=num_divisions,
-        attention_width=attention_width,
-    )
+        return original
+    return decoupled_config(original, num_original_layers, num_divisions, attention_width)

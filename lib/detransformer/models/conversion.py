@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertPreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.models.configuration import DecoupledBertConfig, layer_kinds
+from detransformer.models.configuration import DecoupledBertConfig, decoupled_config, layer_kinds
 from detransformer.models.decoupled_bert import DECOUPLED_CLASS
 
 
@@ -35,15 +35,7 @@ def decouple(
             f"{type(model).__name__} cannot be decoupled: it is not an original BERT. "
             f"Load the checkpoint as one of {', '.join(c.__name__ for c in DECOUPLED_CLASS)}."
         )
-    fields = model.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        fields.pop(key, None)
-    config = DecoupledBertConfig(
-        **fields,
-        num_original_layers=num_original_layers,
-        num_divisions=num_divisions,
-        attention_width=attention_width,
-    )
+    config = decoupled_config(model.config, num_original_layers, num_divisions, attention_width)
     config._attn_implementation = model.config._attn_implementation
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
     with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds

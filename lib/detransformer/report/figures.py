@@ -197,7 +197,7 @@ def table_iii(frame: pd.DataFrame) -> Figure:
         matplotlib.lines.Line2D([], [], marker="o", color="C0", ms=4, label="obtained (mean ± std over seeds)"),
         matplotlib.lines.Line2D([], [], color="0.35", ls=":", label="original model (grey published, blue obtained)"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     figure.suptitle(f"Accuracy of decoupled {MODEL_NAMES.get(model, model)} (paper Table III)", fontsize=10)
     return figure
 
@@ -304,7 +304,7 @@ def fig2b(latency: pd.DataFrame) -> Figure:
         axis.set_title(f"link: {link}")
     handles = [h for a in (axes[0], right) for h in a.get_legend_handles_labels()[0]]
     figure.suptitle("TP on BERT-Base at 500 Mbps (paper Fig. 2b)", fontsize=10)
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from transformers import BertConfig
 
-from detransformer.models import DecoupledBertConfig
-from detransformer.models.configuration import PRESET_SIZES
+from detransformer.models.configuration import PRESET_SIZES, decoupled_config
 
 OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -188,10 +187,9 @@ class PretrainConfig:
 
     def check_row(self, row: ModelRow) -> None:
         """Raises ValueError where `row` cannot be built at this scale."""
-        fields = self.original_config(row.model, vocab_size=1024).to_dict()
+        original = self.original_config(row.model, vocab_size=1024)
         if not row.is_original:
-            fields.pop("model_type")
-            DecoupledBertConfig(**fields, num_original_layers=row.num_original_layers, num_divisions=row.num_divisions)
+            decoupled_config(original, row.num_original_layers, row.num_divisions)
 
     def scale_note(self, row: ModelRow) -> str:
         """The scale in words, so that a reduced one is never taken for the paper's."""
