@@ -88,10 +88,17 @@ def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
 
 
 def test_bench_names_what_makes_a_row_invalid(cluster):
-    row = {"bandwidth_mbps": 100, "achieved_mbps": 120.0, "pacing_overrun": 0.5, "max_abs_error": 1.0}
+    row = {
+        "bandwidth_mbps": 100,
+        "achieved_mbps": 120.0,
+        "pacing_overrun": 0.5,
+        "max_abs_error": 1.0,
+        "host_steal": 0.4,
+    }
     why = Bench(cluster)._why_invalid(row)
-    assert "120 of 100 Mbps" in why and "late by 50.0%" in why and "differs" in why
-    assert Bench(cluster)._why_invalid(row | dict(achieved_mbps=95.0, pacing_overrun=0.0, max_abs_error=1e-6)) == ""
+    assert "120 of 100 Mbps" in why and "late by 50.0%" in why and "differs" in why and "took 40%" in why
+    good = dict(achieved_mbps=95.0, pacing_overrun=0.0, max_abs_error=1e-6, host_steal=0.0)
+    assert Bench(cluster)._why_invalid(row | good) == ""
     assert Bench(cluster)._why_invalid(row | dict(max_abs_error=float("nan")))
 
 
