@@ -182,7 +182,7 @@ class Bench:
         return [result for result in results if result is not None]
 
     def _row(
-        self, cell: Cell, config: BertConfig, plan: Plan, prediction, results: list[dict], scale, achieved
+        self, cell: Cell, config: BertConfig, plan: Plan, prediction: Prediction, results, scale, achieved, steal
     ) -> dict:
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(cell.repeats)]
