@@ -95,11 +95,12 @@ class Bench:
         checkpoint = self.checkpoint(cell)
         plan, prediction = self.plan(cell, checkpoint.config)
         files = request(checkpoint, cell.seq_len, cell.batch_size, self.cluster.folder)
-        scale = self.fixed_time_scale or _first_time_scale(cell.bandwidth_mbps, plan.num_devices)
+        links_used = sum(prediction.bytes.values()) > 0
+        scale = self.fixed_time_scale or _first_time_scale(cell.bandwidth_mbps, plan.num_devices if links_used else 1)
         while True:
             rows = []
             for _ in range(ATTEMPTS):
-                scale, achieved = self._set_link(cell.bandwidth_mbps, scale, plan.num_devices > 1)
+                scale, achieved = self._set_link(cell.bandwidth_mbps, scale, links_used)
                 before = psutil.cpu_times()
                 results = self._run(cell, plan, checkpoint, files)
                 steal = _stolen_share(before, psutil.cpu_times())
