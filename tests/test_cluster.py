@@ -179,14 +179,16 @@ def test_namespaces_are_removed_also_after_a_failure():
 
 @needs_namespaces
 def test_namespaces_go_when_their_owner_is_killed():
+    """As Jupyter kills a kernel: with its whole process group."""
     code = (
         "import time\nfrom detransformer.cluster.network import EmulatedNetwork\n"
         "with EmulatedNetwork(2, 100e6) as n: print(n.switch, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+    pipes = dict(stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes) as owner:
         switch = Path("/var/run/netns", owner.stdout.readline().strip())
         assert switch.exists()
-        owner.kill()
+        os.killpg(owner.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while switch.exists() and time.monotonic() < deadline:
         time.sleep(0.1)

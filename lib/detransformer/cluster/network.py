@@ -74,7 +74,9 @@ class EmulatedNetwork:
             str(self.num_devices),
             str(self.bandwidth_bps),
         ]
-        self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # A session of its own: a kernel is killed with its whole process group, and the keeper must outlive it.
+        self._keeper = subprocess.Popen(command, start_new_session=True, **pipes)
         try:
             names = self._answer()
         except BaseException:
