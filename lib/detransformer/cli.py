@@ -224,9 +224,8 @@ def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:
         )
     if isinstance(error, Abort):
         return 130, "stopped."
-    if type(error).__name__ == "DeviceLost":
-        return 1, str(error)
-    if type(error).__name__ == "NotebookFailed":  # by name: the module is loaded only where notebooks run
+    # by name: their modules are loaded only where they are needed
+    if any(kind.__name__ in ("NotebookFailed", "DeviceError") for kind in type(error).__mro__):
         return 1, str(error)
     if isinstance(error, FileNotFoundError) and error.filename:
         return 2, f"{error.filename} does not exist; check the path."

@@ -32,12 +32,16 @@ SILENCE_LIMIT_S = 10  # a worker sends a heartbeat every second, whatever it is 
 _MASTER_PORT = 29500
 
 
-class DeviceLost(RuntimeError):
-    """A device stopped answering; `rank` says which."""
+class DeviceError(RuntimeError):
+    """A device could not do its part; `rank` says which."""
 
     def __init__(self, rank: int, message: str):
         super().__init__(message)
         self.rank = rank
+
+
+class DeviceLost(DeviceError):
+    """A device died, or stopped answering."""
 
 
 class EmulatedCluster:
@@ -143,7 +147,7 @@ class EmulatedCluster:
 
         Raises:
             DeviceLost: if a worker died, or was silent for 10 s.
-            RuntimeError: if a worker reports an error.
+            DeviceError: if a worker reports an error.
         """
         for worker in self._workers:
             extra = per_rank[worker.rank] if per_rank else {}
@@ -191,7 +195,7 @@ class EmulatedCluster:
             self._raise_if_lost(doing, time.monotonic())
             rank = min(errors)
             self.close()
-            raise RuntimeError(f"device {rank} failed while {doing}: {errors[rank]}")
+            raise DeviceError(rank, f"device {rank} failed while {doing}: {errors[rank]}")
         return results
 
     def _raise_if_lost(self, doing: str, now: float) -> None:
