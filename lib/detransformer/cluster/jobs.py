@@ -165,25 +165,26 @@ def run_plan(
     return record
 
 
-def check_link(state: WorkerState, num_bytes: int, rounds: int = 3) -> dict:
-    """Sends `num_bytes` to the next rank while receiving as many from the one before: seconds of each round.
+def check_link(state: WorkerState, num_bytes: int) -> dict:
+    """Sends `num_bytes` over every link, one direction at a time: seconds of each round, 0 where this rank is idle.
 
-    Two ranks share one connection, on which gloo takes turns: there one direction is timed a round.
+    Both directions at once would measure something else too: acknowledgements that wait behind data.
     """
-    world = state.comm(state.num_ranks)
-    sent, received = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(num_bytes, dtype=torch.uint8)
+    world, n = state.comm(state.num_ranks), state.num_ranks
+    pairs = [[(r, r + 1) for r in range(0, n - 1, 2)]] + ([[(n - 1, 0)]] if n % 2 else [])
+    rounds = [dict(pair) for pair in pairs] + [{b: a for a, b in pair} for pair in pairs]
+    buffer = torch.zeros(num_bytes, dtype=torch.uint8)
     seconds = []
-    after, before = (state.rank + 1) % state.num_ranks, (state.rank - 1) % state.num_ranks
-    for i in range(rounds):
-        sends = state.num_ranks > 2 or state.rank == i % 2
-        receives = state.num_ranks > 2 or not sends
+    for to_rank in rounds:
+        from_rank = {b: a for a, b in to_rank.items()}
         world.barrier()
         start = time.perf_counter()
-        works = [dist.isend(sent, after)] if sends else []
-        works += [dist.irecv(received, before)] if receives else []
-        for work in works:
-            work.wait()
-        seconds.append(time.perf_counter() - start)
+        if state.rank in to_rank:
+            dist.send(buffer, to_rank[state.rank])
+        elif state.rank in from_rank:
+            dist.recv(buffer, from_rank[state.rank])
+        idle = state.rank not in to_rank and state.rank not in from_rank
+        seconds.append(0.0 if idle else time.perf_counter() - start)
     return {"seconds": seconds}
 
 
