@@ -13,13 +13,13 @@ TOLERANCE = 1e-12
 UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 
 
-def run(cluster, case, plan, **job):
+def run(cluster, case, plan, reference=None, **job):
     results = cluster.run(
         "run_plan",
         checkpoint=case.checkpoint,
         plan=plan.to_dict(),
         inputs=case.inputs,
-        reference=case.reference,
+        reference=reference or case.reference,
         dtype="float64",
         repeats=1,
         warmup=0,
@@ -66,15 +66,7 @@ def test_a_wrong_weight_is_noticed(cluster, cases, tmp_path):
     """The parity check can fail: another model's output is not this one's."""
     case, other = cases["decoupled"], cases["original"]
     plan = published_plan("bp+tp", case.config, [1.0] * 2)
-    results = cluster.run(
-        "run_plan",
-        checkpoint=case.checkpoint,
-        plan=plan.to_dict(),
-        inputs=case.inputs,
-        reference=other.reference,
-        dtype="float64",
-        repeats=1,
-    )
+    results = run(cluster, case, plan, reference=other.reference)
     assert results[0]["max_abs_error"] > 1e-3
 
 

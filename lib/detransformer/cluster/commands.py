@@ -126,13 +126,14 @@ def plan_command(
         )
     for mbps in bandwidths:
         if known:
-            link = LinkProfile(mbps * 1e6, known.link.step_latency_s, known.link.efficiency, known.link.source)
-            cluster = ClusterProfile(known.devices[:num_devices], link)
+            cluster = ClusterProfile(known.devices[:num_devices], known.link.at(mbps * 1e6))
         else:
             cluster = ClusterProfile((preset_profile(device, config),) * num_devices, LinkProfile(mbps * 1e6))
         placement = place(config, cluster, tokens, batch, budget)
         print(f"\n{model} on {num_devices} x {cluster.devices[0].name} at {mbps:g} Mbps (predicted)\n")
-        print(_markdown(placement_rows(placement)))
+        rows = placement_rows(placement)
+        rows["memory_bytes"] /= 2**20
+        print(_markdown(rows.rename(columns={"memory_bytes": "memory_mib"})))
         chosen = placement.chosen
         print(
             f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
@@ -150,7 +151,7 @@ def placement_rows(placement) -> pd.DataFrame:
                 "predicted_s": a.prediction.latency_s,
                 "compute_s": a.prediction.compute_s,
                 "comm_s": a.prediction.comm_s,
-                "memory_mib": max(a.prediction.memory_bytes) / 2**20,
+                "memory_bytes": max(a.prediction.memory_bytes),
                 "fits": a.fits,
                 "chosen": a is placement.chosen,
                 "reason": a.reason,
@@ -240,13 +241,7 @@ def _check_writable(output: str) -> None:
 
 
 def _sent_bytes(rows: pd.DataFrame) -> pd.Series:
-    return rows[
-        [
-            c
-            for c in rows.columns
-            if c.endswith("_bytes") and c.split("_bytes")[0] in ("all_reduce", "all_gather", "send")
-        ]
-    ].sum(axis=1)
+    return rows[["all_reduce_bytes", "all_gather_bytes", "send_bytes"]].sum(axis=1)
 
 
 def _markdown(frame: pd.DataFrame) -> str:

@@ -17,6 +17,7 @@ from detransformer.cluster.devices import DEVICES, preset_profile, published_lat
 from detransformer.cluster.profiler import profile_link, single_device_latency
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
+from detransformer.parallel.plan import published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.placement import place
 from detransformer.planning.profile import ClusterProfile, LinkProfile
@@ -64,13 +65,6 @@ def load_link(folder: str | Path, model: str) -> LinkProfile | None:
     return ClusterProfile.load(path).link if path.is_file() else None
 
 
-def at_bandwidth(link: LinkProfile | None, bandwidth_mbps: float) -> LinkProfile:
-    """The same step latency and efficiency at another rate."""
-    if link is None:
-        return LinkProfile(bandwidth_mbps * 1e6)
-    return LinkProfile(bandwidth_mbps * 1e6, link.step_latency_s, link.efficiency, link.source)
-
-
 def placement_table(
     profiles: str | Path,
     models: Sequence[str],
@@ -82,26 +76,23 @@ def placement_table(
     memory_budget_mib: float | None = None,
 ) -> pd.DataFrame:
     """The paper's three plans for each model and bandwidth: predicted seconds, memory, which is chosen and why not."""
+    budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
     frames = []
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
         devices = (preset_profile(device, config),) * num_devices
-        link = load_link(profiles, model)
+        link = load_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
         for mbps in bandwidths_mbps:
-            budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
-            profile = ClusterProfile(devices, at_bandwidth(link, mbps))
+            profile = ClusterProfile(devices, link.at(mbps * 1e6))
             rows = placement_rows(place(config, profile, memory_budget_bytes=budget))
             frames.append(rows.assign(model=model, num_devices=num_devices, bandwidth_mbps=mbps))
     frame = pd.concat(frames, ignore_index=True)
-    frame["memory_bytes"] = (frame.pop("memory_mib") * 2**20).round().astype(int)
     first = ["model", "num_devices", "bandwidth_mbps"]
     return frame[first + [column for column in frame if column not in first]]
 
 
 def collective_counts(model: str, num_original_layers: int, num_divisions: int, num_devices: int = 4) -> pd.DataFrame:
     """Collectives of one request under each method (Section IV-C-1), by the cost model; the bench counts the same."""
-    from detransformer.parallel.plan import published_plan
-
     rows = []
     for method in ("tp", "sp", "bp+tp", "bp+sp", "bp+allgather"):
         config = preset_config(model, num_original_layers if method.startswith("bp") else None, num_divisions)

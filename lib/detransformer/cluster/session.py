@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from transformers import BertConfig
@@ -103,8 +102,7 @@ class EmulatedCluster:
     def profile(self, config: BertConfig, link: LinkProfile | None = None) -> ClusterProfile:
         """The devices of this cluster on a model of `config`, with its link's rate and, if given, `link`'s figures."""
         devices = (preset_profile(self.device, config),) * self.num_devices
-        known = asdict(link or LinkProfile(self.bandwidth_bps))
-        return ClusterProfile(devices, LinkProfile(**known | {"bandwidth_bps": self.bandwidth_bps}))
+        return ClusterProfile(devices, (link or LinkProfile(self.bandwidth_bps)).at(self.bandwidth_bps))
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))

@@ -6,7 +6,7 @@ is what the cost model multiplies and divides by. Stored as versioned JSON with 
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from detransformer.files import atomic_write
@@ -49,6 +49,10 @@ class LinkProfile:
     step_latency_s: Mapping[str, float] = field(default_factory=lambda: {"*": 2e-4})
     efficiency: Mapping[str, float] = field(default_factory=lambda: {"*": 0.94})
     source: str = "assumed: 0.2 ms a ring step, 94% of the line rate (TCP over Ethernet)"
+
+    def at(self, bandwidth_bps: float) -> "LinkProfile":
+        """The same step latency and efficiency at another rate."""
+        return replace(self, bandwidth_bps=bandwidth_bps)
 
     def collective_s(self, kind: str, num_bytes: float, num_devices: int) -> float:
         """Time of one collective whose ranks send `num_bytes` each, in a ring of `num_devices`."""
