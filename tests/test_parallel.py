@@ -1,24 +1,37 @@
 """Every plan on 1 to 4 real processes equals the single-device model, and counts what the cost model counts."""
 
-import pytest
+from collections import Counter
+from dataclasses import replace
 
+import pytest
+import torch
+
+from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.codec import decode, encode
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
-from detransformer.parallel.plan import published_plan
+from detransformer.parallel.linear import Linear, StackedLinear
+from detransformer.parallel.plan import layer_plan, published_plan
 from detransformer.parallel.weights import WeightSource
-from detransformer.planning.cost import Collective, device_parameters, device_steps
+from detransformer.parallel.wire import format_of, message_bytes
+from detransformer.planning.cost import Start, device_parameters, device_steps
 
 # float64: what is left is the order of summation
 TOLERANCE = 1e-12
+# RMS error over the RMS of the output, of a 5-layer model whose every message is rounded: 8 bits of mantissa err by up
+# to 0.4% a number, 127 steps a row's largest by up to 0.4% of that, and errors add up over layers.
+WIRE_TOLERANCE = {"bfloat16": 0.02, "int8": 0.05}
 UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
+ORIGINAL = ("single", "dp", "pp", "tp", "sp", "ulysses", "galaxy")
+BLOCKS = ("bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
 
 
 def run(cluster, case, plan, reference=None, **job):
+    job = {"inputs": case.inputs, **job}
     results = cluster.run(
         "run_plan",
         checkpoint=case.checkpoint,
         plan=plan.to_dict(),
-        inputs=case.inputs,
         reference=reference or case.reference,
         dtype="float64",
         repeats=1,
@@ -28,36 +41,127 @@ def run(cluster, case, plan, reference=None, **job):
     return [result for result in results if result is not None]
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
-@pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize(
-    "model, method",
-    [("original", m) for m in ("single", "dp", "pp", "tp", "sp")]
-    + [(model, m) for model in ("decoupled", "narrow") for m in ("single", "pp", "bp+tp", "bp+sp", "bp+allgather")],
-)
-def test_plan_equals_single_device(cluster, cases, model, method, num_devices, uneven):
-    case = cases[model]
-    plan = published_plan(method, case.config, UNEVEN[num_devices] if uneven else [1.0] * num_devices)
-    results = run(cluster, case, plan)
+def check(case, plan, results, seq_len=11, batch_size=2):
+    """Every device's output equals the single device's, and it counted and keeps what the cost model says."""
     errors = [r["max_abs_error"] for r in results if "max_abs_error" in r]
     # A pipeline's result is on its last device; every other plan leaves it on all.
-    assert len(errors) == (1 if method == "pp" else plan.num_devices)
+    assert len(errors) == (1 if plan.method == "pp" else plan.num_devices)
     assert max(errors) < TOLERANCE
     for rank, result in enumerate(results):
-        collectives = [s for s in device_steps(case.config, plan, rank, 11, 2) if isinstance(s, Collective)]
-        kinds = {c.kind for c in collectives}
-        assert result["counts"] == {k: sum(c.kind == k for c in collectives) for k in kinds}
-        # the model counts float32, the run was float64
-        assert result["bytes"] == {k: 2 * sum(c.num_bytes for c in collectives if c.kind == k) for k in kinds}
+        started = [
+            step for step in device_steps(case.config, plan, rank, seq_len, batch_size, 8) if isinstance(step, Start)
+        ]
+        assert result["counts"] == dict(Counter(step.kind for step in started))
+        assert result["bytes"] == {
+            kind: sum(step.num_bytes for step in started if step.kind == kind) for kind in result["counts"]
+        }
         assert result["weights_bytes"] == 8 * device_parameters(case.config, plan, rank)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("reads", ["all", "cls"])
+@pytest.mark.parametrize(
+    "model, method",
+    [("original", m) for m in ORIGINAL]
+    + [("decoupled", m) for m in ("single", "pp", *BLOCKS)]
+    + [("narrow", m) for m in ("bp+tp", "bp+heads")],
+)
+def test_plan_equals_single_device(cluster, cases, model, method, reads, num_devices, uneven):
+    case = cases[model]
+    plan = published_plan(method, case.config, UNEVEN[num_devices] if uneven else [1.0] * num_devices, reads=reads)
+    check(case, plan, run(cluster, case, plan))
+
+
+@pytest.mark.parametrize("num_devices, num_chunks", [(2, 2), (3, 4), (4, 3), (4, 12)])
+@pytest.mark.parametrize("reads", ["all", "cls"])
+@pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("model", ["original", "decoupled"])
+def test_chunks_that_overlap_change_nothing(cluster, cases, model, strategy, reads, num_devices, num_chunks):
+    case = cases[model]
+    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
+    speeds = UNEVEN[num_devices]
+    plan = layer_plan("bp+auto", case.config, strategies, speeds, reads=reads, num_chunks=num_chunks)
+    check(case, plan, run(cluster, case, plan))
+
+
+@pytest.mark.parametrize("last", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("first", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_any_strategy_may_follow_any_other(cluster, cases, first, last, direct):
+    """Every pair of layouts, with and without a decoupled layer between."""
+    for model, layers in (("original", [first, last] * 2 + [first]), ("decoupled", None)):
+        case = cases[model]
+        if layers is None:
+            originals = iter([first, last])
+            layers = ["block" if kind == "decoupled" else next(originals) for kind in layer_kinds(case.config)]
+        plan = layer_plan("bp+auto", case.config, layers, UNEVEN[3], direct=direct, num_chunks=2)
+        check(case, plan, run(cluster, case, plan))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("seq_len", [1, 3, 32, 128, 512])
+@pytest.mark.parametrize(
+    "model, method, num_chunks",
+    [("original", "tp", 1), ("original", "sp", 1), ("original", "ulysses", 1), ("original", "galaxy", 4)]
+    + [("decoupled", "bp+tp", 1), ("decoupled", "bp+sp", 1), ("decoupled", "bp+heads", 4)],
+)
+def test_lengths_and_batches(cluster, cases, tmp_path, model, method, num_chunks, seq_len, batch_size):
+    case = cases[model]
+    inputs, reference = case.request(tmp_path, batch_size, seq_len)
+    for reads in ("all", "cls"):
+        plan = published_plan(method, case.config, [1.0] * 4, reads=reads)
+        plan = replace(plan, num_chunks=num_chunks)
+        check(case, plan, run(cluster, case, plan, reference, inputs=inputs), seq_len, batch_size)
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8", "float32,qkv=int8,hidden=bfloat16,4.sum=int8,4.tokens=int8"])
+@pytest.mark.parametrize(
+    "model, method", [("original", m) for m in ORIGINAL if m != "single"] + [("decoupled", m) for m in BLOCKS]
+)
+def test_wire_formats(cluster, cases, model, method, wire):
+    """Compressed messages move the output by no more than stated, and weigh what the cost model says."""
+    case = cases[model]
+    plan = published_plan(method, case.config, UNEVEN[3], wire)
+    results = run(cluster, case, plan)
+    error = max(r["relative_error"] for r in results if "relative_error" in r)
+    assert error < WIRE_TOLERANCE.get(wire, WIRE_TOLERANCE["int8"])
+    if wire in WIRE_TOLERANCE and results[-1]["counts"]:
+        assert error > TOLERANCE  # something was rounded
+    for rank, result in enumerate(results):
+        started = [s for s in device_steps(case.config, plan, rank, 11, 2, 8) if isinstance(s, Start)]
+        assert sum(result["bytes"].values()) == sum(s.num_bytes for s in started)
+
+
+def test_wire_messages_keep_what_they_carry():
+    """bfloat16 keeps 8 bits of mantissa; int8 errs by half a step of its row's largest; zeros and signs stay."""
+    x = torch.randn(3, 5, 7, dtype=torch.float64) * 10.0 ** torch.arange(-8, 7).reshape(3, 5, 1)
+    x[1, 2] = 0
+    for number_format, relative in (("float32", 0), ("bfloat16", 2**-8), ("int8", 0.5001 / 127)):
+        message = torch.zeros(message_bytes(x.shape, number_format, 8), dtype=torch.uint8)
+        encode(x, number_format, message)
+        back = decode(message, x.shape, number_format, x.dtype)
+        assert ((back - x).abs() <= relative * x.abs().amax(-1, keepdim=True)).all()
+        assert (back[1, 2] == 0).all()
+    assert message_bytes((4, 96), "int8") == 4 * 4 + 4 * 96  # the rows' scales travel in front of them
+
+
+@pytest.mark.parametrize("spec", ["fp8", "int8,weights=int8", "int8,x.qkv=int8", "int8,qkv=fp8", ""])
+def test_bad_wire_is_one_sentence(cases, spec):
+    with pytest.raises(ValueError, match="wire"):
+        published_plan("tp", cases["original"].config, [1.0] * 2, wire=spec)
+
+
+def test_the_most_particular_wire_counts():
+    spec = "float32,qkv=int8,3.qkv=bfloat16"
+    assert [format_of(spec, layer, "qkv") for layer in (2, 3)] == ["int8", "bfloat16"]
+    assert format_of(spec, 3, "sum") == "float32"
 
 
 def test_more_devices_than_sub_blocks(cluster, cases):
     """A device without a sub-block still takes part in the original layers."""
     case = cases["decoupled"]
     plan = published_plan("bp+tp", case.config, [1.0] * 4)
-    from dataclasses import replace
-
     plan = replace(plan, sub_blocks=(2, 0, 1, 1))
     assert max(r["max_abs_error"] for r in run(cluster, case, plan)) < TOLERANCE
 
@@ -82,8 +186,6 @@ def test_output_is_written(cluster, cases, tmp_path):
 
 
 def test_state_dict_and_file_give_the_same_parts(cases):
-    import torch
-
     case = cases["original"]
     from_file = WeightSource(f"{case.checkpoint}/model.safetensors", torch.float64)
     from_state = WeightSource(case.state, torch.float64)
@@ -96,7 +198,6 @@ def test_state_dict_and_file_give_the_same_parts(cases):
 
 def test_task_heads(tmp_path, cases):
     """Classifier and question-answering heads give the Hugging Face model's logits."""
-    import torch
     from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
     for base in (BertForSequenceClassification, BertForQuestionAnswering):
@@ -120,3 +221,19 @@ def test_executor_refuses_what_does_not_fit(cases):
     with pytest.raises(ValueError, match="needs a decoupled layer"):
         plan = published_plan("bp+tp", cases["decoupled"].config)
         Executor(case.config, plan, WeightSource(case.state), Comm(None, 0, 1))
+
+
+@pytest.mark.parametrize("num_in, num_out", [(5, 7), (48, 1024), (1024, 512), (3, 2048)])
+def test_linear_maps_are_torchs_whatever_way_the_weight_lies(num_in, num_out):
+    """Also where rows of the weight are a multiple of 4 KiB, and so padded; in parts, without a bias, without rows."""
+    x, weight, bias = torch.randn(2, 3, num_in).double(), torch.randn(num_out, num_in).double(), torch.randn(num_out)
+    bias, linear = bias.double(), Linear(weight, bias.double())
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(linear(x), expected)
+    torch.testing.assert_close(linear(x[:, :2], 1, 3), expected[:, :2, 1:3])
+    torch.testing.assert_close(Linear(weight)(x), x @ weight.T)
+    assert linear(x[:0]).shape == (0, 3, num_out)
+    assert linear.weight.stride(0) * 8 % 4096 != 0
+    blocks = StackedLinear(weight.expand(2, -1, -1), bias.expand(2, -1))
+    torch.testing.assert_close(blocks(x), expected)
+    torch.testing.assert_close(StackedLinear(weight[None], bias[None])(x[:1]), expected[:1])

@@ -4,6 +4,7 @@ Every rank of the plan makes an `Executor` and calls it with the same request. M
 every rank; a pipeline leaves it on its last.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,13 @@ from transformers import BertConfig
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.partition import bounds
 from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan
-from detransformer.parallel.strategies import STRATEGY_CLASSES, Request, reshard
+from detransformer.parallel.strategies import STRATEGY_CLASSES, Request, arrived, reshard, together
 from detransformer.parallel.weights import WeightSource
 
 
 @dataclass(frozen=True)
 class Output:
-    """last_hidden_state [B, T, D]; pooler_output [B, D] and logits where the checkpoint has them."""
+    """last_hidden_state [B, T, D], or [B, 1, D] where the plan reads [CLS] alone; the rest where the model has it."""
 
     last_hidden_state: torch.Tensor
     pooler_output: torch.Tensor | None
@@ -76,6 +77,8 @@ class Executor:
 
     def __init__(self, config: BertConfig, plan: Plan, weights: WeightSource, comm: Comm):
         plan.check(config)
+        if plan.reads == "cls" and "qa_outputs.weight" in weights:
+            raise ValueError("reads='cls' leaves out tokens that question answering reads: plan with reads='all'.")
         if comm.num_ranks != plan.num_devices:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         self.config = config
@@ -123,20 +126,24 @@ class Executor:
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             mask = attention_mask[:, None, None, :].bool()
-        request = Request(batch_size, seq_len, self.plan.tokens(seq_len), mask)
+        request = Request.of(self.plan, batch_size, seq_len, mask)
         if self.is_first:
             x = self.embeddings(input_ids, token_type_ids)
         else:
-            dtype = self.layers[0][1].out_weight.dtype
-            x = torch.empty(batch_size, seq_len, self.config.hidden_size, dtype=dtype)
-            x = self.comm.receive(x, self.stage - 1)
-        layout = REPLICATE
+            shape, first = (batch_size, seq_len, self.config.hidden_size), self.layers[0][1]
+            x = self.comm.receive(shape, first.out.weight.dtype, self.stage - 1, first.wire("stage"))
+        layout, plan, local = REPLICATE, self.plan, self.local_comm
+        last = len(plan.strategies) - 1
+        chunks: Iterable[torch.Tensor] = (x[:, chunk.start : chunk.stop] for chunk in request.chunks)
         for signature, layer in self.layers:
-            x = reshard(x, layout, signature.in_layout, self.plan, self.local_comm, request)
-            x = layer(x, request)
-            layout = signature.out_layout
-        x = reshard(x, layout, REPLICATE, self.plan, self.local_comm, request)
+            arriving = reshard(chunks, layout, signature.in_layout, plan, local, request, layer.layer)
+            if layer.layer == last and plan.reads == "cls":
+                return self.head(layer.cls(arriving, request))
+            chunks, layout = layer(arriving, request), signature.out_layout
+        following = layer.layer + 1
+        x = together(list(arrived(reshard(chunks, layout, REPLICATE, plan, local, request, following))))
         if not self.is_last:
-            self.comm.send(x, self.stage + 1)
+            self.comm.send(x, self.stage + 1, plan.wire_of(following, "stage"))
             return None
-        return self.head(x)
+        # A message's buffer is used again by the next request: what is given out must not lie in it.
+        return self.head(x.clone() if layout != REPLICATE else x)

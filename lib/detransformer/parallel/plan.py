@@ -1,4 +1,4 @@
-"""The plan: one strategy a layer, the split sizes a device, the wire format.
+"""The plan: one strategy a layer, the split sizes a device, the wire format of each collective.
 
 A plan is what the executor runs, what the cost model prices and what a row of a table names. The published methods are
 points in this space (`published_plan`); layouts and strategies are those of the README's section on the formalism.
@@ -12,6 +12,7 @@ from transformers import BertConfig
 
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.partition import split
+from detransformer.parallel.wire import check_spec, format_of
 
 # Layouts of a hidden state X [B, T, D] over devices
 REPLICATE = "replicate"  # every device holds all of X
@@ -32,9 +33,12 @@ STRATEGIES = {
     "block": Signature("decoupled", HIDDEN, HIDDEN),
     "tensor": Signature("original", REPLICATE, REPLICATE),
     "sequence": Signature("original", SEQ, SEQ),
+    "ulysses": Signature("original", SEQ, SEQ),
+    "heads": Signature("original", REPLICATE, SEQ),
+    "galaxy": Signature("original", SEQ, SEQ),
     "replicate": Signature("original", REPLICATE, REPLICATE),
 }
-WIRE_FORMATS = ("float32",)
+READS = ("all", "cls")  # what is read of the last layer: all tokens, or [CLS] alone (a classification model)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,13 @@ class Plan:
         heads, tokens_share, ffn_columns, sub_blocks: what each device takes; tokens are split per request, in
             proportion to `tokens_share`, since the sequence length belongs to the request.
         stages: pipeline only: layers a device, in order; empty for every other plan.
-        wire: number format of messages.
+        wire: number format of messages, by `parallel.wire.format_of`.
+        reads: `all`, or `cls`: only [CLS] of the last layer is read, so that its queries, projection and FFN are
+            computed for that token alone.
+        direct: whether X goes from one sharded layout to the other by one all_to_all; otherwise through Replicate, as
+            published.
+        num_chunks: how many parts a request's tokens are cut in, so that one part travels while another is computed;
+            1 as published.
     """
 
     method: str
@@ -58,10 +68,16 @@ class Plan:
     sub_blocks: tuple[int, ...]
     stages: tuple[int, ...] = ()
     wire: str = "float32"
+    reads: str = "all"
+    direct: bool = False
+    num_chunks: int = 1
 
     def __post_init__(self):
-        if self.wire not in WIRE_FORMATS:
-            raise ValueError(f"wire={self.wire!r} is unknown: choose one of {', '.join(WIRE_FORMATS)}.")
+        check_spec(self.wire)
+        if self.num_chunks < 1:
+            raise ValueError(f"num_chunks={self.num_chunks} is below 1: 1 runs a request's tokens all at once.")
+        if self.reads not in READS:
+            raise ValueError(f"reads={self.reads!r} is unknown: choose one of {', '.join(READS)}.")
         unknown = set(self.strategies) - set(STRATEGIES)
         if unknown:
             raise ValueError(f"strategy {sorted(unknown)[0]!r} is unknown: choose from {', '.join(STRATEGIES)}.")
@@ -84,11 +100,17 @@ class Plan:
             ffn_columns=(sum(self.ffn_columns),),
             sub_blocks=(sum(self.sub_blocks),),
             stages=(),
+            num_chunks=1,
         )
 
-    def tokens(self, seq_len: int) -> list[int]:
-        """Tokens each device takes of a request of `seq_len` under `sequence`."""
-        return split(seq_len, self.tokens_share)
+    def wire_of(self, layer: int, role: str) -> str:
+        """Number format of the messages of collective `role` in `layer`; that of a reshard is its next layer's."""
+        return format_of(self.wire, layer, role)
+
+    def tokens(self, seq_len: int) -> list[list[int]]:
+        """Tokens that each device takes under `shard(seq)`: `[chunk][device]` of a request of `seq_len`."""
+        chunks = split(seq_len, [1.0] * min(self.num_chunks, seq_len))
+        return [split(size, self.tokens_share) for size in chunks]
 
     def describe(self) -> str:
         """Short text, e.g. `2 block + tensor, x4`, or the stages of a pipeline."""
@@ -99,7 +121,8 @@ class Plan:
             repeats, rest = divmod(len(runs), period)
             if not rest and runs[:period] * repeats == runs:
                 words = " + ".join(name if count == 1 else f"{count} {name}" for name, count in runs[:period])
-                return words if repeats == 1 else f"({words}) x{repeats}"
+                words = words if repeats == 1 else f"({words}) x{repeats}"
+                return words + (f", {self.num_chunks} chunks" if self.num_chunks > 1 else "")
         raise AssertionError("a sequence is always one repeat of itself")
 
     def check(self, config: BertConfig) -> None:
@@ -123,58 +146,95 @@ class Plan:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 
-# What each published method does with an original layer; decoupled layers go to `block`.
+# What each method does with an original layer; decoupled layers go to `block`.
 ORIGINAL_LAYER_STRATEGY = {
     "single": "replicate",
     "dp": "replicate",
-    "pp": "replicate",
+    "pp": "replicate",  # EdgeShard's form of a pipeline
     "tp": "tensor",
     "sp": "sequence",
+    "ulysses": "ulysses",
+    "galaxy": "galaxy",
+    "dtensor": "tensor",  # PyTorch's own implementation of TP, run by `cluster.dtensor`
     "bp+tp": "tensor",
     "bp+sp": "sequence",
     "bp+allgather": "replicate",
+    "bp+ulysses": "ulysses",
+    "bp+heads": "heads",
 }
-BLOCK_METHODS = ("bp+tp", "bp+sp", "bp+allgather")  # the paper's Plans 1 to 3 (Section III-C)
-METHODS = (*ORIGINAL_LAYER_STRATEGY, "bp+auto")
+PAPER_METHODS = ("bp+tp", "bp+sp", "bp+allgather")  # the paper's Plans 1 to 3 (Section III-C)
+DIRECT_METHODS = ("bp+ulysses", "bp+heads")  # reshard by one all_to_all, unlike the published plans
+BLOCK_METHODS = (*PAPER_METHODS, *DIRECT_METHODS)
+# Chosen by the planner: the best of all plans for the unmodified model; of the decoupled one the best of the paper's
+# three plans, the best of all, and the paper's best with the smaller sub-block that the authors' released code times.
+PLANNED_METHODS = ("auto", "bp+paper", "bp+auto", "bp+narrow")
+_UNMODIFIED = tuple(method for method in ORIGINAL_LAYER_STRATEGY if method not in BLOCK_METHODS)
+METHODS = (*_UNMODIFIED, "auto", *BLOCK_METHODS, *PLANNED_METHODS[1:])  # as tables list them
+_SHARDS_LAYERS = ("tp", "sp", "ulysses", "galaxy", "dtensor")
 
 
-def published_plan(method: str, config: BertConfig, speeds: Sequence[float] = (1.0,)) -> Plan:
-    """The plan of a published method on devices of these relative `speeds` (one entry a device).
+def published_plan(
+    method: str, config: BertConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32", reads: str = "all"
+) -> Plan:
+    """The plan that a method's name stands for, on devices of these relative `speeds` (one entry a device).
 
-    `single` and `dp` keep the whole model on a device; `pp` cuts the layers in stages (EdgeShard's form); `tp`, `sp`
-    need a model of original layers; `bp+...` need a decoupled one (DATE 2024, Section III-C).
+    `single` and `dp` keep the whole model on a device; `pp` cuts the layers in stages; `tp`, `sp`, `ulysses`,
+    `galaxy` and `dtensor` need a model of original layers; `bp+...` need a decoupled one (DATE 2024, Section III-C).
 
     Raises:
         ValueError: for an unknown method, or one that does not fit the model.
     """
     if method not in ORIGINAL_LAYER_STRATEGY:
-        raise ValueError(f"method {method!r} is unknown: choose from {', '.join(METHODS)}.")
+        raise ValueError(f"method {method!r} is unknown: choose from {', '.join(ORIGINAL_LAYER_STRATEGY)}.")
     kinds = layer_kinds(config)
     decoupled = "decoupled" in kinds
     if method in BLOCK_METHODS and not decoupled:
         raise ValueError(f"{method} needs a decoupled model: decouple the checkpoint first (`detransformer decouple`).")
-    if method in ("tp", "sp") and decoupled:
+    if method in _SHARDS_LAYERS and decoupled:
         raise ValueError(
             f"{method} runs original layers only, and this model is decoupled: use bp+tp, bp+sp or bp+auto."
         )
-    blocks = config.num_divisions if decoupled else 1
-    if method in BLOCK_METHODS and len(speeds) > blocks:
-        raise ValueError(
-            f"{len(speeds)} devices cannot share {blocks} sub-blocks: use at most {blocks} devices, "
-            f"or a model of at least {len(speeds)} divisions."
-        )
-    if method in ("tp", "sp") and len(speeds) > config.num_attention_heads:
-        raise ValueError(f"{len(speeds)} devices cannot share {config.num_attention_heads} heads: use fewer devices.")
     if method == "pp" and len(speeds) > len(kinds):
         raise ValueError(f"{len(speeds)} devices cannot share {len(kinds)} layers: use at most {len(kinds)} devices.")
     if method == "single":
         speeds = speeds[:1]
+    strategies = tuple("block" if kind == "decoupled" else ORIGINAL_LAYER_STRATEGY[method] for kind in kinds)
+    plan = layer_plan(method, config, strategies, speeds, wire, reads, direct=method in DIRECT_METHODS)
+    return replace(plan, stages=tuple(split(len(kinds), speeds))) if method == "pp" else plan
+
+
+def layer_plan(
+    method: str,
+    config: BertConfig,
+    strategies: Sequence[str],
+    speeds: Sequence[float],
+    wire: str = "float32",
+    reads: str = "all",
+    direct: bool = True,
+    num_chunks: int = 1,
+) -> Plan:
+    """A plan of any `strategies`, one a layer, with all sizes split in proportion to `speeds`.
+
+    Raises:
+        ValueError: where there are more devices than sub-blocks or heads to share.
+    """
+    blocks = getattr(config, "num_divisions", 1)
+    if "block" in strategies and len(speeds) > blocks:
+        raise ValueError(
+            f"{len(speeds)} devices cannot share {blocks} sub-blocks: use at most {blocks} devices, "
+            f"or a model of at least {len(speeds)} divisions."
+        )
+    if {"tensor", "ulysses", "heads", "galaxy"} & set(strategies) and len(speeds) > config.num_attention_heads:
+        raise ValueError(f"{len(speeds)} devices cannot share {config.num_attention_heads} heads: use fewer devices.")
     return Plan(
         method=method,
-        strategies=tuple("block" if kind == "decoupled" else ORIGINAL_LAYER_STRATEGY[method] for kind in kinds),
+        strategies=tuple(strategies),
         heads=tuple(split(config.num_attention_heads, speeds)),
         tokens_share=tuple(float(s) for s in speeds),
         ffn_columns=tuple(split(config.intermediate_size, speeds)),
         sub_blocks=tuple(split(blocks, speeds)),
-        stages=tuple(split(len(kinds), speeds)) if method == "pp" else (),
+        wire=wire,
+        reads=reads,
+        direct=direct,
+        num_chunks=num_chunks,
     )

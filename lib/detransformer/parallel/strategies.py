@@ -1,14 +1,19 @@
 """The strategies: how the devices run one layer together. One class each; layouts in `plan.STRATEGIES`.
 
-A strategy loads its device's weights once and maps X from its in-layout to its out-layout. Where it communicates it
-calls `comm`; everything between two collectives is local.
+A strategy loads its device's weights once and maps X from its in-layout to its out-layout. X comes in chunks of tokens,
+so that one chunk travels while another is computed; with one chunk all runs in turn. A layer takes each chunk when it
+has arrived, needs all of them for its attention, and gives out its own chunks one after another. Where it communicates
+it calls `comm`; everything else is local. `cls` is the last layer of a model of which only [CLS] is read: K and V of
+all tokens, and all else for that one token; it gives [B, 1, D] on every device.
 
-Shapes: B batch, T tokens, t this device's tokens, D hidden, H heads, h this device's heads, s head size, I the
-intermediate size, P sub-blocks, p this device's sub-blocks, d = D/P, A attention width of a sub-block.
+Shapes: B batch, T tokens (of a chunk, where one chunk is meant), t this device's tokens, D hidden, H heads, h this
+device's heads, s head size, I the intermediate size, P sub-blocks, p this device's sub-blocks, d = D/P, A attention
+width of a sub-block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch.nn import functional as F
@@ -16,10 +21,25 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 
 from detransformer.models.decoupled_bert import merge_hidden, split_hidden
-from detransformer.parallel.comm import Comm
+from detransformer.parallel.comm import Comm, Pending, joined
+from detransformer.parallel.linear import Linear, StackedLinear
 from detransformer.parallel.partition import bounds
 from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, Plan
 from detransformer.parallel.weights import WeightSource
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..stop of a request, and how many of them each device takes under shard(seq)."""
+
+    index: int
+    start: int
+    stop: int
+    tokens: Sequence[int]
+
+    def of(self, rank: int) -> tuple[int, int]:
+        """Where device `rank`'s tokens stand in the chunk."""
+        return bounds(self.tokens, rank)
 
 
 @dataclass(frozen=True)
@@ -27,20 +47,32 @@ class Request:
     """What a layer needs to know of the request besides X."""
 
     batch_size: int
-    seq_len: int
-    tokens: Sequence[int]  # per device, under shard(seq)
+    chunks: Sequence[Chunk]
     mask: torch.Tensor | None  # bool [B, 1, 1, T], True where a token may be attended to
+
+    @classmethod
+    def of(cls, plan: Plan, batch_size: int, seq_len: int, mask: torch.Tensor | None = None) -> "Request":
+        chunks, start = [], 0
+        for i, tokens in enumerate(plan.tokens(seq_len)):
+            chunks.append(Chunk(i, start, start + sum(tokens), tokens))
+            start += sum(tokens)
+        return cls(batch_size, chunks, mask)
 
 
 class Strategy:
-    """One layer on one device. Subclasses load weights in `__init__` and compute in `__call__`."""
+    """One layer on one device. Subclasses load weights in `load` and compute in `__call__` and `cls`.
+
+    `chunks` are X's, in the in-layout, each a `Pending`.
+    """
 
     def __init__(self, config: BertConfig, plan: Plan, comm: Comm, weights: WeightSource, layer: int):
         self.config = config
         self.plan = plan
         self.comm = comm
+        self.layer = layer
         self.eps = config.layer_norm_eps
         self.activation = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
+        self.head_size = config.hidden_size // config.num_attention_heads
         self._weights = weights
         self._prefix = f"encoder.layer.{layer}."
         self.load()
@@ -52,14 +84,51 @@ class Strategy:
     def load(self) -> None:
         raise NotImplementedError
 
-    def __call__(self, x: torch.Tensor, request: Request) -> torch.Tensor:
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        """Gives out X's chunks in the out-layout."""
         raise NotImplementedError
 
-    def load_qkv(self, start: int | None = None, stop: int | None = None) -> None:
-        """Packs the rows start..stop of Q, K and V in one product [3A, D]."""
-        names = ("query", "key", "value")
-        self.qkv_weight = torch.cat([self.take(f"attention.self.{n}.weight", 0, start, stop) for n in names])
-        self.qkv_bias = torch.cat([self.take(f"attention.self.{n}.bias", 0, start, stop) for n in names])
+    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
+        """-> [B, 1, D], the layer's output for the first token."""
+        raise NotImplementedError
+
+    def wire(self, role: str) -> str:
+        return self.plan.wire_of(self.layer, role)
+
+    @property
+    def own_heads(self) -> tuple[int, int]:
+        """Columns start..stop of Q, K and V that belong to this device's heads."""
+        start, stop = bounds(self.plan.heads, self.comm.rank)
+        return start * self.head_size, stop * self.head_size
+
+    def linear(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> Linear:
+        """Outputs (`dim` 0) or inputs (1) start..stop of the layer's map `name`; partial sums have no bias."""
+        weight = self.take(f"{name}.weight", dim, start, stop)
+        if dim == 1 and start is not None:
+            return Linear(weight)
+        return Linear(weight, self.take(f"{name}.bias", 0, start, stop))
+
+    def qkv_parts(self, dim: int, start: int | None, stop: int | None, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of Q, K and V packed in one along `axis`, of their parts start..stop along `dim`."""
+        names = [f"{self._prefix}attention.self.{name}" for name in ("query", "key", "value")]
+        return tuple(
+            self._weights.take_stacked([f"{name}.{kind}" for name in names], dim, start, stop, axis)
+            for kind in ("weight", "bias")
+        )
+
+    def load_attention(self, own_heads: bool) -> None:
+        """Q, K and V packed in one product, D -> 3A, of this device's heads or all."""
+        start, stop = self.own_heads if own_heads else (None, None)
+        self.to_qkv = Linear(*self.qkv_parts(0, start, stop, axis=0))
+
+    def load_rest(self, start: int | None = None, stop: int | None = None) -> None:
+        """Output projection, FFN and LayerNorms; given the FFN's inner columns start..stop, of own heads' inputs."""
+        self.ffn_in = self.linear("intermediate.dense", 0, start, stop)
+        self.ffn_out = self.linear("output.dense", 1, start, stop)
+        self.out = self.linear("attention.output.dense", 1, *((None, None) if start is None else self.own_heads))
+        if start is not None:  # added once to the sum over devices
+            self.ffn_bias, self.out_bias = self.take("output.dense.bias"), self.take("attention.output.dense.bias")
+        self.load_norms()
 
     def load_norms(self, start: int | None = None, stop: int | None = None) -> None:
         self.attention_norm = [self.take(f"attention.output.LayerNorm.{n}", 0, start, stop) for n in ("weight", "bias")]
@@ -68,12 +137,61 @@ class Strategy:
     def norm(self, x: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], *parameters, eps=self.eps)
 
+    def qkv(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> [B, T, 3, A]."""
+        return self.to_qkv(x).unflatten(-1, (3, -1))
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, mask: torch.Tensor | None):
+    def cls_qkv(self, chunks: Iterable[torch.Tensor], x_cls: torch.Tensor | None = None):
+        """(x_cls, q, k, v): of [CLS], the first token of the first chunk unless given [B, 1, D]; k and v of all."""
+        width, keys = self.to_qkv.weight.shape[1] // 3, []
+        for x in chunks:
+            x_cls = x[:, :1] if x_cls is None else x_cls
+            keys.append(self.to_qkv(x, start=width))
+        return x_cls, self.to_qkv(x_cls, stop=width), *together(keys).chunk(2, dim=-1)
+
+    def after_attention(self, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Projection, FFN, residuals and LayerNorms of x's tokens, with all weights: [B, t, D] -> [B, t, D]."""
+        x = self.norm(self.out(context).add_(x), self.attention_norm)
+        return self.norm(self.ffn_out(self.activation(self.ffn_in(x))).add_(x), self.output_norm)
+
+    def attended(self, qkv: Sequence[torch.Tensor], mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        """Attention of each chunk's q over all k and v: chunks [B, T, 3, A] -> [B, T, A] one after another."""
+        k, v = together([part[:, :, 1] for part in qkv]), together([part[:, :, 2] for part in qkv])
+        for part in qkv:
+            yield attend(part[:, :, 0], k, v, self.head_size, mask)
+
+    def own_tokens(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        start, stop = chunk.of(self.comm.rank)
+        return x[:, start:stop]
+
+    def tokens_to_heads(self, qkv: torch.Tensor, chunk: Chunk) -> Pending:
+        """Own tokens, all heads -> all tokens, own heads, by one all_to_all: [B, t, 3, D] -> [B, T, 3, h*s]."""
+        parts = qkv.split([heads * self.head_size for heads in self.plan.heads], dim=-1)
+        shapes = [(len(qkv), tokens, 3, parts[self.comm.rank].shape[-1]) for tokens in chunk.tokens]
+        return self.comm.start_all_to_all(parts, shapes, self.wire("qkv"), f"qkv{chunk.index}").then(together)
+
+    def heads_to_tokens(self, context: torch.Tensor, chunk: Chunk) -> Pending:
+        """All tokens, own heads -> own tokens, all heads, by one all_to_all: [B, T, h*s] -> [B, t, D]."""
+        parts = context.split(list(chunk.tokens), dim=1)
+        shapes = [(*parts[self.comm.rank].shape[:2], heads * self.head_size) for heads in self.plan.heads]
+        pending = self.comm.start_all_to_all(parts, shapes, self.wire("context"), f"context{chunk.index}")
+        return pending.then(lambda parts: together(parts, dim=-1))
+
+
+def together(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+    """`torch.cat` along the tokens, or `dim`; without a copy where there is one part."""
+    return torch.cat(list(parts), dim=dim) if len(parts) > 1 else parts[0]
+
+
+def arrived(chunks: Iterable[Pending]) -> Iterator[torch.Tensor]:
+    return (chunk.wait() for chunk in chunks)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_size: int, mask: torch.Tensor | None):
     """Scaled dot-product attention: q [B, t, A], k and v [B, T, A] -> [B, t, A]."""
 
     def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, H, T, s]
+        return x.unflatten(-1, (-1, head_size)).transpose(1, 2)  # [B, H, T, s]
 
     return F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -82,59 +200,176 @@ class Replicate(Strategy):
     """Every device runs the whole layer (Plan 3, Section III-C): no communication, all weights. X [B, T, D]."""
 
     def load(self) -> None:
-        self.load_qkv()
-        self.out_weight, self.out_bias = (
-            self.take("attention.output.dense.weight"),
-            self.take("attention.output.dense.bias"),
-        )
-        self.in_weight, self.in_bias = self.take("intermediate.dense.weight"), self.take("intermediate.dense.bias")
-        self.ffn_weight, self.ffn_bias = self.take("output.dense.weight"), self.take("output.dense.bias")
-        self.load_norms()
+        self.load_attention(own_heads=False)
+        self.load_rest()
 
-    def __call__(self, x: torch.Tensor, request: Request) -> torch.Tensor:
-        q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
-        return self.after_qkv(x, q, k, v, request)
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs = list(arrived(chunks))
+        for context, x in zip(self.attended([self.qkv(x) for x in xs], request.mask), xs, strict=True):
+            yield self.after_attention(context, x)
 
-    def after_qkv(self, x, q, k, v, request: Request) -> torch.Tensor:
-        """Attention of q's tokens over k's and v's, projection, FFN: all local."""
-        context = attend(q, k, v, self.config.num_attention_heads, request.mask)
-        x = self.norm(F.linear(context, self.out_weight, self.out_bias) + x, self.attention_norm)
-        inner = self.activation(F.linear(x, self.in_weight, self.in_bias))
-        return self.norm(F.linear(inner, self.ffn_weight, self.ffn_bias) + x, self.output_norm)
+    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
+        x_cls, q, k, v = self.cls_qkv(arrived(chunks))
+        return self.after_attention(attend(q, k, v, self.head_size, request.mask), x_cls)
 
 
 class SequenceParallel(Replicate):
-    """Sequence parallelism (SP): own tokens x all weights, K and V of all tokens by two all_gathers. X [B, t, D]."""
+    """Sequence parallelism (SP): own tokens x all weights, K and V of all tokens by one all_gather. X [B, t, D]."""
 
-    def __call__(self, x: torch.Tensor, request: Request) -> torch.Tensor:
-        q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
-        k, v = (gather_tokens(part, self.comm, request.tokens) for part in (k, v))
-        return self.after_qkv(x, q, k, v, request)
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs, queries, gathers = [], [], []
+        for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
+            xs.append(x)
+            q, kv = self.qkv(x).split((1, 2), dim=2)
+            queries.append(q[:, :, 0])
+            shapes = [(2, tokens, len(x), kv.shape[-1]) for tokens in chunk.tokens]
+            gathers.append(
+                self.comm.start_all_gather(kv.permute(2, 1, 0, 3), shapes, self.wire("kv"), f"kv{chunk.index}")
+            )
+        k, v = together([part for gather in gathers for part in gather.wait()]).transpose(1, 2)  # [B, T, D] each
+        for q, x in zip(queries, xs, strict=True):
+            yield self.after_attention(attend(q, k, v, self.head_size, request.mask), x)
+
+    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
+        """Every device attends to its own tokens; their partial softmax sums are put together (as in flash decoding).
+
+        [CLS] goes to all devices first: D numbers a sequence, against the 2 D a token that gathering K and V takes.
+        """
+        comm, first = self.comm, request.chunks[0]
+        holder = next(rank for rank, tokens in enumerate(first.tokens) if tokens)
+        chunks = iter(chunks)
+        x = next(chunks).wait()
+        shapes = [(len(x) if rank == holder else 0, 1, x.shape[-1]) for rank in range(comm.num_ranks)]
+        parts = [x[:, :1] if comm.rank == holder else x.new_empty(0, 1, x.shape[-1])] * comm.num_ranks
+        x_cls = comm.start_all_to_all(parts, shapes, name="cls").wait()[holder]
+        _, q, k, v = self.cls_qkv(chain([x], arrived(chunks)), x_cls)
+        mask = request.mask
+        if mask is not None:
+            parts = [self.own_tokens(mask[:, 0, 0, chunk.start : chunk.stop], chunk) for chunk in request.chunks]
+            mask = together(parts)
+        partial = self.partial_attention(q, k, v, mask)  # [B, H, s + 2]
+        every = comm.start_all_gather(partial, [partial.shape] * comm.num_ranks, name="partial").wait()
+        context, total, highest = torch.stack(every).split((self.head_size, 1, 1), dim=-1)  # [P, B, H, ...]
+        weight = (highest - highest.amax(0)).exp_()
+        context = (weight * context).sum(0) / (weight * total).sum(0)  # [B, H, s]
+        return self.after_attention(context.flatten(1).unsqueeze(1), x_cls)
+
+    def partial_attention(self, q, k, v, mask: torch.Tensor | None) -> torch.Tensor:
+        """Of q [B, 1, D] over own k, v [B, t, D]: sum of exp(score) v, sum of exp(score), and the score taken off."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in (q, k, v))  # [B, H, ., s]
+        lowest = torch.finfo(q.dtype).min
+        if k.shape[2] == 0:  # fewer tokens than devices
+            return torch.cat([q[:, :, 0] * 0, q.new_zeros(*q.shape[:2], 1), q.new_full((*q.shape[:2], 1), lowest)], -1)
+        scores = (q @ k.transpose(-1, -2)).squeeze(2) * self.head_size**-0.5  # [B, H, t]
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], lowest)
+        highest = scores.amax(-1, keepdim=True)
+        weights = (scores - highest).exp_()
+        context = (weights.unsqueeze(2) @ v).squeeze(2)
+        return torch.cat([context, weights.sum(-1, keepdim=True), highest], dim=-1)
+
+
+class Ulysses(SequenceParallel):
+    """Ulysses: own tokens x all weights, attention on own heads between two all_to_alls. X [B, t, D].
+
+    Half of SP's bytes on four devices; all weights everywhere (Jacobs et al., DeepSpeed-Ulysses, 2023).
+    """
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs, exchanges = [], []
+        for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
+            xs.append(x)
+            exchanges.append(self.tokens_to_heads(self.qkv(x), chunk))
+        contexts = self.attended([exchange.wait() for exchange in exchanges], request.mask)  # [B, T, h*s]
+        exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
+        for exchange, x in zip(exchanges, xs, strict=True):
+            yield self.after_attention(exchange.wait(), x)
+
+
+class Heads(Strategy):
+    """Attention by heads, the rest by tokens: 1/P of Q, K, V's weights, one all_to_all. X [B, T, D] -> [B, t, D]."""
+
+    def load(self) -> None:
+        self.load_attention(own_heads=True)
+        self.load_rest()
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs, qkv = [], []
+        for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
+            xs.append(self.own_tokens(x, chunk))
+            qkv.append(self.qkv(x))
+        contexts = self.attended(qkv, request.mask)  # [B, T, h*s]
+        exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
+        for exchange, x in zip(exchanges, xs, strict=True):
+            yield self.after_attention(exchange.wait(), x)
+
+    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
+        x_cls, q, k, v = self.cls_qkv(arrived(chunks))
+        context = attend(q, k, v, self.head_size, request.mask)  # [B, 1, h*s]
+        shapes = [(len(context), 1, heads * self.head_size) for heads in self.plan.heads]
+        return self.after_attention(together(self.comm.start_all_gather(context, shapes, name="cls").wait(), -1), x_cls)
 
 
 class TensorParallel(Strategy):
     """Tensor parallelism (Megatron's TP): own heads and FFN columns, two all_reduces. X [B, T, D]."""
 
     def load(self) -> None:
-        rank, size = self.comm.rank, self.config.hidden_size // self.config.num_attention_heads
-        self.num_heads = self.plan.heads[rank]
-        start, stop = (size * head for head in bounds(self.plan.heads, rank))
-        self.load_qkv(start, stop)
-        self.out_weight = self.take("attention.output.dense.weight", 1, start, stop)  # [D, h*s]
-        self.out_bias = self.take("attention.output.dense.bias")
-        start, stop = bounds(self.plan.ffn_columns, rank)
-        self.in_weight = self.take("intermediate.dense.weight", 0, start, stop)
-        self.in_bias = self.take("intermediate.dense.bias", 0, start, stop)
-        self.ffn_weight = self.take("output.dense.weight", 1, start, stop)
-        self.ffn_bias = self.take("output.dense.bias")
-        self.load_norms()
+        self.load_attention(own_heads=True)
+        self.load_rest(*bounds(self.plan.ffn_columns, self.comm.rank))
 
-    def __call__(self, x: torch.Tensor, request: Request) -> torch.Tensor:
-        q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)  # [B, T, h*s]
-        partial = F.linear(attend(q, k, v, self.num_heads, request.mask), self.out_weight)  # [B, T, D]
-        x = self.norm(self.comm.all_reduce(partial) + self.out_bias + x, self.attention_norm)
-        partial = F.linear(self.activation(F.linear(x, self.in_weight, self.in_bias)), self.ffn_weight)
-        return self.norm(self.comm.all_reduce(partial) + self.ffn_bias + x, self.output_norm)
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs = list(arrived(chunks))
+        contexts = self.attended([self.qkv(x) for x in xs], request.mask)  # [B, T, h*s]
+        yield from self.rest(contexts, xs, self.wire("sum"))
+
+    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
+        x_cls, q, k, v = self.cls_qkv(arrived(chunks))
+        return next(self.rest([attend(q, k, v, self.head_size, request.mask)], [x_cls], "float32"))
+
+    def rest(self, contexts: Iterable[torch.Tensor], xs: Sequence[torch.Tensor], wire: str) -> Iterator[torch.Tensor]:
+        """Partial sums of the projection and of the FFN, each added up over the devices."""
+        sums = [self.comm.start_all_reduce(self.out(context), wire, f"sum{i}") for i, context in enumerate(contexts)]
+        ffns = []
+        for i, (summed, x) in enumerate(zip(sums, xs, strict=True)):
+            x = self.norm(summed.wait().add_(self.out_bias).add_(x), self.attention_norm)
+            partial = self.ffn_out(self.activation(self.ffn_in(x)))
+            ffns.append((self.comm.start_all_reduce(partial, wire, f"sum{i}"), x))
+        for summed, x in ffns:
+            yield self.norm(summed.wait().add_(self.ffn_bias).add_(x), self.output_norm)
+
+
+class Galaxy(TensorParallel):
+    """Galaxy's hybrid: TP in attention and FFN, residuals and LayerNorms by tokens. X [B, t, D].
+
+    Each all_reduce of TP is cut in a reduce_scatter and an all_gather, between which a device has only its tokens
+    (Ye et al., Galaxy, INFOCOM 2024); in chunks, these overlap with the products before and after, as in the paper.
+    """
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs = list(arrived(chunks))
+        qkv = [self.qkv(x) for x in arrived(self.gather(xs, request))]
+        partials = (self.out(context) for context in self.attended(qkv, request.mask))
+        sums = [self.scatter(partial, chunk) for partial, chunk in zip(partials, request.chunks, strict=True)]
+        xs = [
+            self.norm(summed.wait().add_(self.out_bias).add_(x), self.attention_norm)
+            for summed, x in zip(sums, xs, strict=True)
+        ]
+        sums = []
+        for x, chunk in zip(arrived(self.gather(xs, request)), request.chunks, strict=True):
+            sums.append(self.scatter(self.ffn_out(self.activation(self.ffn_in(x))), chunk))
+        for summed, x in zip(sums, xs, strict=True):
+            yield self.norm(summed.wait().add_(self.ffn_bias).add_(x), self.output_norm)
+
+    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
+        return super().cls(self.gather(list(arrived(chunks)), request), request)
+
+    def gather(self, xs: Sequence[torch.Tensor], request: Request) -> list[Pending]:
+        wire = self.wire("tokens")
+        return [gather_tokens(x, self.comm, chunk, wire) for x, chunk in zip(xs, request.chunks, strict=True)]
+
+    def scatter(self, partial: torch.Tensor, chunk: Chunk) -> Pending:
+        parts = partial.split(list(chunk.tokens), dim=1)
+        return self.comm.start_reduce_scatter(parts, self.wire("sum"), f"sum{chunk.index}")
 
 
 class BlockParallel(Strategy):
@@ -142,22 +377,13 @@ class BlockParallel(Strategy):
 
     def load(self) -> None:
         start, stop = bounds(self.plan.sub_blocks, self.comm.rank)
-        names = ("query", "key", "value")
-        weights = [self.take(f"attention.self.{n}.weight", 0, start, stop) for n in names]
-        self.qkv_weight = torch.cat(weights, dim=1)  # [p, 3A, d]
-        self.qkv_bias = torch.cat([self.take(f"attention.self.{n}.bias", 0, start, stop) for n in names], dim=1)
-        self.out_weight = self.take("attention.output.dense.weight", 0, start, stop)  # [p, d, A]
-        self.out_bias = self.take("attention.output.dense.bias", 0, start, stop)
-        self.in_weight = self.take("intermediate.dense.weight", 0, start, stop)  # [p, I, d]
-        self.in_bias = self.take("intermediate.dense.bias", 0, start, stop)
-        self.ffn_weight = self.take("output.dense.weight", 0, start, stop)  # [p, d, I]
-        self.ffn_bias = self.take("output.dense.bias", 0, start, stop)
+        self.to_qkv = StackedLinear(*self.qkv_parts(0, start, stop, axis=1))  # [p, 3A, d]
+        self.out, self.ffn_in, self.ffn_out = (
+            StackedLinear(self.take(f"{name}.weight", 0, start, stop), self.take(f"{name}.bias", 0, start, stop))
+            for name in ("attention.output.dense", "intermediate.dense", "output.dense")
+        )  # A -> d, d -> I, I -> d
         self.load_norms(start, stop)
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        if len(weight) == 1:  # one sub-block a device: a plain product is faster than a batch of one
-            return F.linear(x[0], weight[0], bias[0]).unsqueeze(0)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        self.head_size = self.out.weight.shape[1] // self.config.num_attention_heads  # narrow ones are smaller
 
     def norm(self, x: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
         weight, bias = parameters
@@ -165,46 +391,102 @@ class BlockParallel(Strategy):
             return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], eps=self.eps)
         return torch.addcmul(bias.unsqueeze(1), F.layer_norm(x, x.shape[-1:], eps=self.eps), weight.unsqueeze(1))
 
-    def __call__(self, x: torch.Tensor, request: Request) -> torch.Tensor:
-        blocks, rows, _ = x.shape
-        if blocks == 0:  # more devices than sub-blocks: nothing to do here
-            return x
-        qkv = self.linear(x, self.qkv_weight, self.qkv_bias)  # [p, B*T, 3A]
-        q, k, v = qkv.unflatten(1, (request.batch_size, -1)).flatten(0, 1).chunk(3, dim=-1)  # [p*B, T, A]
-        mask = None if request.mask is None else request.mask.repeat(blocks, 1, 1, 1)
-        context = attend(q, k, v, self.config.num_attention_heads, mask).reshape(blocks, rows, -1)
-        x = self.norm(self.linear(context, self.out_weight, self.out_bias) + x, self.attention_norm)
-        inner = self.activation(self.linear(x, self.in_weight, self.in_bias))
-        return self.norm(self.linear(inner, self.ffn_weight, self.ffn_bias) + x, self.output_norm)
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs, qkv = [], []
+        for x in arrived(chunks):
+            xs.append(x)
+            if len(x):  # with more devices than sub-blocks, some have none and nothing to do
+                projected = self.to_qkv(x)  # [p, B*T, 3A]
+                qkv.append(projected.view(len(x) * request.batch_size, -1, 3, projected.shape[-1] // 3))
+        if not qkv:
+            yield from xs
+            return
+        mask = None if request.mask is None else request.mask.repeat(len(xs[0]), 1, 1, 1)
+        for context, x in zip(self.attended(qkv, mask), xs, strict=True):  # [p*B, T, A]
+            context = context.reshape(*x.shape[:2], -1)
+            x = self.norm(self.out(context).add_(x), self.attention_norm)
+            yield self.norm(self.ffn_out(self.activation(self.ffn_in(x))).add_(x), self.output_norm)
 
 
 STRATEGY_CLASSES = {
     "block": BlockParallel,
     "tensor": TensorParallel,
     "sequence": SequenceParallel,
+    "ulysses": Ulysses,
+    "heads": Heads,
+    "galaxy": Galaxy,
     "replicate": Replicate,
 }
 
 
-def gather_tokens(x: torch.Tensor, comm: Comm, tokens: Sequence[int]) -> torch.Tensor:
-    """Shard(seq) -> Replicate: [B, t, A] -> [B, T, A] by one all_gather."""
-    return comm.all_gather(x.transpose(0, 1), tokens).transpose(0, 1)
+def gather_tokens(x: torch.Tensor, comm: Comm, chunk: Chunk, wire: str) -> Pending:
+    """Shard(seq) -> Replicate: [B, t, D] -> [B, T, D] by one all_gather."""
+    shapes = [(tokens, len(x), x.shape[-1]) for tokens in chunk.tokens]
+    pending = comm.start_all_gather(x.transpose(0, 1), shapes, wire, f"tokens{chunk.index}")
+    return pending.then(lambda parts: joined(parts).transpose(0, 1))
 
 
-def reshard(x: torch.Tensor, source: str, target: str, plan: Plan, comm: Comm, request: Request) -> torch.Tensor:
-    """Moves X from one layout to another; sharded -> sharded goes through Replicate, as published (BP+SP)."""
+def gather_hidden(x: torch.Tensor, plan: Plan, comm: Comm, batch_size: int, chunk: Chunk, wire: str) -> Pending:
+    """Shard(hidden) -> Replicate: [p, B*T, d] -> [B, T, D] by one all_gather."""
+    shapes = [(blocks, *x.shape[1:]) for blocks in plan.sub_blocks]
+    pending = comm.start_all_gather(x, shapes, wire, f"hidden{chunk.index}")
+    return pending.then(lambda parts: merge_hidden(joined(parts), batch_size))
+
+
+def hidden_to_tokens(x: torch.Tensor, plan: Plan, comm: Comm, batch_size: int, chunk: Chunk, wire: str) -> Pending:
+    """Shard(hidden) -> Shard(seq): [p, B*T, d] -> [B, t, D] by one all_to_all, 1/P of an all_gather's bytes."""
+    parts = x.unflatten(1, (batch_size, -1)).split(list(chunk.tokens), dim=2)  # [p, B, t, d]
+    shapes = [(blocks, *parts[comm.rank].shape[1:]) for blocks in plan.sub_blocks]
+    pending = comm.start_all_to_all(parts, shapes, wire, f"hidden{chunk.index}")
+    return pending.then(lambda parts: together(parts, dim=0).permute(1, 2, 0, 3).flatten(2))
+
+
+def tokens_to_hidden(x: torch.Tensor, plan: Plan, comm: Comm, chunk: Chunk, wire: str) -> Pending:
+    """Shard(seq) -> Shard(hidden): [B, t, D] -> [p, B*T, d] by one all_to_all."""
+    blocks = x.unflatten(-1, (sum(plan.sub_blocks), -1)).permute(2, 0, 1, 3)  # [P, B, t, d]
+    parts = blocks.split(list(plan.sub_blocks))
+    shapes = [(*parts[comm.rank].shape[:2], tokens, blocks.shape[-1]) for tokens in chunk.tokens]
+    pending = comm.start_all_to_all(parts, shapes, wire, f"tokens{chunk.index}")
+    return pending.then(lambda parts: together(parts, dim=2).flatten(1, 2))
+
+
+def reshard(
+    chunks: Iterable[torch.Tensor], source: str, target: str, plan: Plan, comm: Comm, request: Request, layer: int
+) -> Iterable[Pending]:
+    """Moves X's chunks from one layout to that of `layer`, the next one.
+
+    What needs no message is passed on as it comes, and so computed as late as can be. What needs one is computed at
+    once, chunk after chunk, each sent while the next is computed.
+    """
+    if source == target or source == REPLICATE or comm.num_ranks == 1:
+        pairs = zip(chunks, request.chunks, strict=True)
+        return (Pending(_local(x, source, target, plan, comm, chunk)) for x, chunk in pairs)
+    wire = plan.wire_of(layer, "hidden" if source == HIDDEN else "tokens")
+
+    def start(x: torch.Tensor, chunk: Chunk) -> Pending:
+        if plan.direct and (source, target) == (HIDDEN, SEQ):
+            return hidden_to_tokens(x, plan, comm, request.batch_size, chunk, wire)
+        if plan.direct and (source, target) == (SEQ, HIDDEN):
+            return tokens_to_hidden(x, plan, comm, chunk, wire)
+        if source == HIDDEN:
+            everything = gather_hidden(x, plan, comm, request.batch_size, chunk, wire)
+        else:
+            everything = gather_tokens(x, comm, chunk, wire)
+        return everything.then(lambda x: _local(x, REPLICATE, target, plan, comm, chunk))
+
+    return [start(x, chunk) for x, chunk in zip(chunks, request.chunks, strict=True)]
+
+
+def _local(x: torch.Tensor, source: str, target: str, plan: Plan, comm: Comm, chunk: Chunk) -> torch.Tensor:
+    """A change of layout without messages: out of Replicate, or between any two on one device."""
     if source == target:
         return x
-    if source == HIDDEN:
-        x = merge_hidden(comm.all_gather(x, plan.sub_blocks), request.batch_size)  # [p, B*T, d] -> [B, T, D]
-    elif source == SEQ:
-        x = gather_tokens(x, comm, request.tokens)
+    if source == HIDDEN:  # one device, which has all sub-blocks
+        x = merge_hidden(x, x.shape[1] // (chunk.stop - chunk.start))
     if target == HIDDEN:
         start, stop = bounds(plan.sub_blocks, comm.rank)
-        x = split_hidden(x, sum(plan.sub_blocks))[start:stop].contiguous()
-    elif target == SEQ:
-        start, stop = bounds(request.tokens, comm.rank)
-        x = x[:, start:stop]
-    else:
-        assert target == REPLICATE
+        return split_hidden(x, sum(plan.sub_blocks))[start:stop].contiguous()
+    if target == SEQ:
+        start, stop = chunk.of(comm.rank)
+        return x[:, start:stop]
     return x

@@ -1,51 +1,149 @@
-"""Where a device's weights come from: parts of tensors, read from safetensors without loading the rest."""
+"""Where a device's weights come from: parts of tensors, read straight into the memory in which they stay.
 
-from collections.abc import Mapping
+Byte ranges of safetensors files are read, not mapped: mapped pages would count in the device's memory beside the
+weights themselves. What a device takes is all it ever holds, but for one buffer of `CHUNK_BYTES` while it loads.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+CHUNK_BYTES = 2**20  # or one row of a tensor, where that is more
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file, row-major from byte `offset` on."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def copy(self, out: torch.Tensor, dim: int, start: int, stop: int, buffer: Callable[[int], torch.Tensor]) -> None:
+        """Its part start..stop along `dim` into `out`, a tensor or a part of one; `buffer(n)` lends n bytes."""
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.path} has weights of type {self.dtype}: save them as one of {', '.join(_DTYPES)}.")
+        dtype = _DTYPES[self.dtype]
+        first, last = (start, stop) if dim == 0 else (0, self.shape[0])
+        row = math.prod(self.shape[1:])
+        offset = self.offset + first * row * dtype.itemsize
+        with open(self.path, "rb", buffering=0) as file:
+            if dim == 0 and out.dtype == dtype and out.is_contiguous():
+                return self._read(file, out.view(-1), offset)
+            step = max(1, CHUNK_BYTES // (row * dtype.itemsize))
+            for begin in range(0, last - first, step):
+                end = min(begin + step, last - first)
+                chunk = buffer((end - begin) * row * dtype.itemsize).view(dtype)
+                self._read(file, chunk, offset + begin * row * dtype.itemsize)
+                rows = chunk.view(end - begin, *self.shape[1:])
+                out[begin:end].copy_(rows if dim == 0 else rows.narrow(dim, start, stop - start))
+
+    def _read(self, file, out: torch.Tensor, offset: int) -> None:
+        memory = memoryview(out.view(torch.uint8).numpy())
+        while memory:  # a read returns at most 2 GiB
+            count = os.preadv(file.fileno(), [memory], offset)
+            if count == 0:
+                raise ValueError(f"{self.path} ends before its weights do: copy or save the model again.")
+            memory, offset = memory[count:], offset + count
 
 
 class WeightSource:
     """Named tensors of a BERT checkpoint, whole or a range along one axis, in one dtype.
 
-    `source` is a state dict or the path of a `model.safetensors`. Names are given without the `bert.` prefix that
-    models with a head put before the encoder's.
+    `source` is a state dict, a safetensors file, or a folder with `model.safetensors`, in one file or in several with
+    their index. Names are given without the `bert.` prefix that models with a head put before the encoder's.
+
+    Raises:
+        ValueError: if the files cannot be read.
     """
 
     def __init__(self, source: Mapping[str, torch.Tensor] | str | Path, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
         self.num_bytes = 0  # of all that was taken
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._tensors: dict[str, torch.Tensor | _Stored]
         if isinstance(source, (str, Path)):
             try:
-                self._file = safe_open(str(source), framework="pt")
-            except (OSError, SafetensorError) as error:
+                self._tensors = {name: tensor for file in _files(Path(source)) for name, tensor in _header(file)}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{source} cannot be read as safetensors ({error}): save the model again.") from error
-            self._state, names = None, set(self._file.keys())
         else:
-            self._file, self._state, names = None, source, set(source)
-        self._names = names
-        self._prefix = "bert." if any(name.startswith("bert.") for name in names) else ""
+            self._tensors = dict(source)
+        self._prefix = "bert." if any(name.startswith("bert.") for name in self._tensors) else ""
 
     def __contains__(self, name: str) -> bool:
-        return self._resolve(name) in self._names
+        return self._resolve(name) in self._tensors
 
     def _resolve(self, name: str) -> str:
-        return name if name in self._names else self._prefix + name
+        return name if name in self._tensors else self._prefix + name
 
     def take(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """The tensor `name`, or its part start..stop along `dim`, contiguous and on its own storage."""
-        full_name = self._resolve(name)
-        if full_name not in self._names:
-            raise ValueError(
-                f"the checkpoint has no weight {name!r}: it is not a BERT encoder, or was saved by another version."
-            )
-        index = (slice(None),) * dim + (slice(start, stop),)
-        if self._file is not None:
-            part = self._file.get_slice(full_name)[index]
-        else:
-            part = self._state[full_name][index]
-        part = part.to(self.dtype, copy=True).contiguous()
-        self.num_bytes += part.nbytes
-        return part
+        return self.take_stacked([name], dim, start, stop)
+
+    def take_stacked(
+        self, names: Sequence[str], dim: int = 0, start: int | None = None, stop: int | None = None, axis: int = 0
+    ) -> torch.Tensor:
+        """The parts start..stop along `dim` of several tensors, joined along `axis`, read straight into one tensor.
+
+        `take_stacked([q, k, v], 0, a, b)` of [D, D] is [3(b-a), D]; with `axis=1`, of [P, A, d], it is [b-a, 3A, d].
+
+        Raises:
+            ValueError: where the checkpoint has no such tensor.
+        """
+        tensors = []
+        for name in names:
+            if name not in self:
+                raise ValueError(
+                    f"the checkpoint has no weight {name!r}: it is not a BERT encoder, or was saved by another version."
+                )
+            tensors.append(self._tensors[self._resolve(name)])
+        first, last, _ = slice(start, stop).indices(tensors[0].shape[dim])
+        shapes = [[*tensor.shape[:dim], last - first, *tensor.shape[dim + 1 :]] for tensor in tensors]
+        sizes = [shape[axis] for shape in shapes]
+        joined = torch.empty([*shapes[0][:axis], sum(sizes), *shapes[0][axis + 1 :]], dtype=self.dtype)
+        for tensor, out in zip(tensors, joined.split(sizes, axis), strict=True):
+            if isinstance(tensor, _Stored):
+                tensor.copy(out, dim, first, last, self._buffer)
+            else:
+                out.copy_(tensor.narrow(dim, first, last - first))
+        self.num_bytes += joined.nbytes
+        return joined
+
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        """The one buffer: a new one for each tensor would leave holes between the weights."""
+        if len(self._memory) < num_bytes:
+            self._memory = torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
+        return self._memory[:num_bytes]
+
+
+def _files(source: Path) -> list[Path]:
+    """The safetensors files of `source`, a file or a folder."""
+    if source.is_dir():
+        index = source / "model.safetensors.index.json"
+        if index.is_file() and not (source / "model.safetensors").is_file():
+            return sorted({source / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        source = source / "model.safetensors"
+    return [source]
+
+
+def _header(path: Path) -> Iterator[tuple[str, _Stored]]:
+    """What a safetensors file holds: 8 bytes of the header's length, the header as JSON, then the tensors."""
+    with open(path, "rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if 8 + length > size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, fields in header.items():
+        begin, end = fields["data_offsets"]
+        if 8 + length + end > size:
+            raise ValueError(f"the file ends before {name!r}")
+        yield name, _Stored(path, fields["dtype"], tuple(fields["shape"]), 8 + length + begin)

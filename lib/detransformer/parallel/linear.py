@@ -1,0 +1,51 @@
+"""Linear maps whose weights lie as the product reads them fastest.
+
+`torch.nn.Linear` keeps its weight output-major, [out, in], which costs the product of few rows by a large matrix up to
+half its speed or more: with 32 rows, 44 instead of 101 GFLOP/s for 3072 -> 768, 82 instead of 125 for 768 -> 768 (one
+core of a 2.5 GHz Xeon, MKL). Shares of a layer have few rows or narrow outputs, so weights are kept input-major. Rows
+of a multiple of 4 KiB fall on the same cache sets and are padded (94 instead of 64 GFLOP/s for 768 -> 3072).
+"""
+
+import torch
+
+_PADDING = 16  # numbers, one cache line of float32
+_BAD_STRIDE_BYTES = 4096
+
+
+def input_major(weight: torch.Tensor) -> torch.Tensor:
+    """[..., out, in] -> [..., in, out], each row contiguous, padded where its length would be unlucky."""
+    *leading, num_out, num_in = weight.shape
+    stride = num_out
+    if num_out * weight.itemsize % _BAD_STRIDE_BYTES == 0:
+        stride += _PADDING
+    kept = weight.new_zeros(*leading, num_in, stride)[..., :num_out]
+    return kept.copy_(weight.transpose(-1, -2))
+
+
+class Linear:
+    """x [..., in] -> [..., out]; the bias, where there is one, is added by the product itself."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        """`weight` is [out, in], as `torch.nn.Linear` keeps it."""
+        self.weight = input_major(weight)  # [in, out]
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """The outputs start..stop, or all."""
+        weight, rows = self.weight[:, start:stop], x.reshape(-1, x.shape[-1])
+        y = rows @ weight if self.bias is None else torch.addmm(self.bias[start:stop], rows, weight)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class StackedLinear:
+    """One linear map for each of p sub-blocks: x [p, rows, in] -> [p, rows, out]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
+        """`weight` is [p, out, in], `bias` [p, out]."""
+        self.weight = input_major(weight)  # [p, in, out]
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:  # one sub-block a device: a plain product is faster than a batch of one
+            return torch.addmm(self.bias[0], x[0], self.weight[0]).unsqueeze(0)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
