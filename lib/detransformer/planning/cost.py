@@ -1,20 +1,23 @@
 """Cost model: what a plan computes, sends and keeps on each device, and how long that takes (Section III-C).
 
-`device_steps` lists a device's compute segments and collectives in the order in which the executor runs them; the
-latency is their sum, each segment at its slowest device's pace. One row of `LAYER_COSTS` a strategy. No torch.
+`device_steps` lists what a device computes, starts and waits for, in the order in which the executor does; the latency
+is what a small simulation of all devices and the link makes of it. One row of `LAYER_COSTS` a strategy. No torch.
 
 Shapes as in `parallel.strategies`: B, T, D, H, s, I, P, d, A; t, h, p are the device's own.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
 from transformers import BertConfig
 
 from detransformer.models.sizes import embedding_parameters, layer_parameters, pooler_parameters
-from detransformer.parallel.partition import bounds
+from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, Plan
+from detransformer.parallel.wire import message_bytes
 from detransformer.planning.profile import ClusterProfile
 
 FLOAT_BYTES = 4
@@ -22,76 +25,343 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Compute:
-    """Local work between two collectives."""
+    """Local work between two starts or waits; `weight_bytes` are those that it reads from memory.
+
+    `strategy` is its name, and in chunks `NAME/NUM_CHUNKS`: small products run at another rate.
+    """
 
     flops: float
     strategy: str
+    weight_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One call; `num_bytes` are those this rank sends, counted as `parallel.comm` counts them."""
+class Start:
+    """A collective begins; `num_bytes` are those this rank sends, counted as `parallel.comm` counts them."""
 
     kind: str
     num_bytes: int
 
 
-Step = Compute | Collective
+@dataclass(frozen=True)
+class Wait:
+    """The device waits for the `number`-th collective that was started."""
+
+    number: int
+
+
+Step = Compute | Start | Wait
+
+
+class Tape:
+    """One device's steps, in the order in which the executor takes them."""
+
+    def __init__(self, num_ranks: int, num_chunks: int = 1):
+        self.num_ranks, self.num_chunks = num_ranks, num_chunks
+        self.steps: list[Step] = []
+        self.num_started = 0
+
+    def compute(self, strategy: str, *products: Compute) -> None:
+        name = strategy if self.num_chunks == 1 else f"{strategy}/{self.num_chunks}"
+        self.steps += [replace(product, strategy=name) for product in products]
+
+    def start(self, kind: str, num_bytes: int) -> "Arrival":
+        """With one rank there is nothing to send, but for a pipeline's messages."""
+        if self.num_ranks == 1 and kind not in ("send", "receive"):
+            return Arrival(self)
+        self.steps.append(Start(kind, num_bytes))
+        self.num_started += 1
+        return Arrival(self, self.num_started - 1)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What `parallel.comm.Pending` is to the executor: a wait to come, and what is started after it."""
+
+    tape: Tape
+    number: int | None = None
+    then: tuple[str, int] | None = None  # (kind, bytes) of a collective that is made as soon as this one is there
+
+    def wait(self) -> None:
+        if self.number is not None:
+            self.tape.steps.append(Wait(self.number))
+            if self.then:
+                self.tape.start(*self.then).wait()
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A request on one device: the numbers that the rows below need."""
+    """A request in one layer on one device: the numbers that the rows below need, and the tape they write to.
+
+    `itemsize` is the bytes of a number as computed.
+    """
 
     config: BertConfig
     plan: Plan
     rank: int
     batch_size: int
     seq_len: int
+    tape: Tape
+    layer: int = 0
+    itemsize: int = FLOAT_BYTES
 
     @property
     def ranks(self) -> int:
         return self.plan.num_devices
 
-    def all_reduce(self) -> Collective:
-        """Of X [B, T, D]."""
-        num_bytes = FLOAT_BYTES * self.batch_size * self.seq_len * self.config.hidden_size
-        return Collective("all_reduce", 2 * (self.ranks - 1) * num_bytes // self.ranks)
+    @cached_property
+    def chunks(self) -> list[list[int]]:
+        """Tokens by chunk and device."""
+        return self.plan.tokens(self.seq_len)
 
-    def all_gather(self, sizes: list[int] | tuple[int, ...], unit: int) -> Collective:
-        """Of parts of `sizes` rows with `unit` numbers a row; padded to the longest part."""
-        return Collective("all_gather", FLOAT_BYTES * (self.ranks - 1) * max(sizes) * unit)
+    def own(self, chunk: Sequence[int]) -> int:
+        """This device's tokens of a chunk."""
+        return chunk[self.rank]
 
-    def gather_tokens(self) -> Collective:
-        return self.all_gather(self.plan.tokens(self.seq_len), self.batch_size * self.config.hidden_size)
+    @property
+    def own_width(self) -> int:
+        """Columns of this device's heads, h*s."""
+        return self.head_width(self.rank)
+
+    def head_width(self, rank: int) -> int:
+        return self.plan.heads[rank] * (self.config.hidden_size // self.config.num_attention_heads)
+
+    # Operations, of all sequences of the request -------------------------------------------------------------------
+
+    def product(self, num_tokens: int, num_in: int, num_out: int, copies: int = 1) -> Compute:
+        """So many tokens of each sequence through a matrix, whose weights are read once; `copies` of both."""
+        numbers = copies * num_in * num_out
+        tokens = self.batch_size * num_tokens
+        return Compute(2 * tokens * numbers, "", FLOAT_BYTES * numbers if tokens else 0)
+
+    def projections(self, num_queries: int, num_keys: int, width: int) -> tuple[Compute, Compute]:
+        """Q of so many tokens, K and V of so many, `width` columns each."""
+        hidden = self.config.hidden_size
+        return self.product(num_queries, hidden, width), self.product(num_keys, hidden, 2 * width)
+
+    def scores(self, num_queries: int, width: int, num_keys: int | None = None) -> Compute:
+        """Attention of so many queries over `num_keys` tokens (default: all)."""
+        return Compute(self.batch_size * 4 * num_queries * (self.seq_len if num_keys is None else num_keys) * width, "")
+
+    def out(self, num_tokens: int, width: int) -> Compute:
+        """The attention's output projection, from `width` columns."""
+        return self.product(num_tokens, width, self.config.hidden_size)
+
+    def ffn(self, num_tokens: int, columns: int | None = None) -> Compute:
+        columns = self.config.intermediate_size if columns is None else columns
+        return self.product(num_tokens, self.config.hidden_size, columns, copies=2)
+
+    # Messages ------------------------------------------------------------------------------------------------------
+
+    def message(self, shape: Sequence[int], role: str | None) -> int:
+        """Bytes of a tensor of `shape` in the format that the plan gives `role` (None: as computed)."""
+        number_format = self.plan.wire_of(self.layer, role) if role else "float32"
+        return message_bytes(shape, number_format, self.itemsize)
+
+    def all_reduce(self, num_tokens: int, role: str | None) -> Arrival:
+        """Of [batch_size, num_tokens, D]; compressed, it is a reduce_scatter of rows and an all_gather."""
+        rows, width = self.batch_size * num_tokens, self.config.hidden_size
+        if not role or self.plan.wire_of(self.layer, role) == "float32":
+            num_bytes = rows * width * self.itemsize
+            return self.tape.start("all_reduce", 2 * (self.ranks - 1) * num_bytes // self.ranks)
+        shapes = [(size, width) for size in split(rows, [1.0] * self.ranks)]
+        gather = ("all_gather", self.gather_bytes(shapes, role))
+        return replace(self.exchange("reduce_scatter", shapes, role), then=gather)
+
+    def gather_bytes(self, shapes: Sequence[Sequence[int]], role: str | None) -> int:
+        """Of one tensor a device, this one's to all others."""
+        return (self.ranks - 1) * self.message(shapes[self.rank], role)
+
+    def all_gather(self, shapes: Sequence[Sequence[int]], role: str | None) -> Arrival:
+        return self.tape.start("all_gather", self.gather_bytes(shapes, role))
+
+    def exchange(self, kind: str, shapes: Sequence[Sequence[int]], role: str | None) -> Arrival:
+        """`shapes[r]` goes to device r."""
+        num_bytes = sum(self.message(s, role) for r, s in enumerate(shapes) if r != self.rank)
+        return self.tape.start(kind, num_bytes)
+
+    def gather_tokens(self, chunk: Sequence[int]) -> Arrival:
+        return self.all_gather([(t, self.batch_size, self.config.hidden_size) for t in chunk], "tokens")
+
+    def scatter_sum(self, chunk: Sequence[int]) -> Arrival:
+        """A reduce_scatter of partial sums by tokens."""
+        return self.exchange("reduce_scatter", [(self.batch_size, t, self.config.hidden_size) for t in chunk], "sum")
+
+    def tokens_to_heads(self, chunk: Sequence[int]) -> Arrival:
+        shapes = [(self.batch_size, self.own(chunk), 3, self.head_width(rank)) for rank in range(self.ranks)]
+        return self.exchange("all_to_all", shapes, "qkv")
+
+    def heads_to_tokens(self, chunk: Sequence[int]) -> Arrival:
+        return self.exchange("all_to_all", [(self.batch_size, t, self.own_width) for t in chunk], "context")
 
 
-def _replicate_steps(z: Sizes) -> list[Step]:
-    width, inner = z.config.hidden_size, z.config.intermediate_size
-    per_token = 8 * width * width + 4 * z.seq_len * width + 4 * width * inner
-    return [Compute(z.batch_size * z.seq_len * per_token, "replicate")]
+# Rows: each follows its strategy's `__call__` and `cls` step by step. `arriving` are X's chunks; a row gives out (None)
+# when the strategy would give out a chunk.
+
+Chunks = Iterable[Arrival]
 
 
-def _tensor_steps(z: Sizes) -> list[Step]:
-    width, rows = z.config.hidden_size, z.batch_size * z.seq_len
-    own = z.plan.heads[z.rank] * width // z.config.num_attention_heads  # h*s
-    attention = rows * (8 * width * own + 4 * z.seq_len * own)
-    ffn = rows * 4 * width * z.plan.ffn_columns[z.rank]
-    return [Compute(attention, "tensor"), z.all_reduce(), Compute(ffn, "tensor"), z.all_reduce()]
+def _replicate(z: Sizes, arriving: Chunks) -> Iterator[None]:
+    width = z.config.hidden_size
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("replicate", *z.projections(sum(chunk), sum(chunk), width))
+    for chunk in z.chunks:
+        total = sum(chunk)
+        z.tape.compute("replicate", z.scores(total, width), z.out(total, width), z.ffn(total))
+        yield
 
 
-def _sequence_steps(z: Sizes) -> list[Step]:
-    width, inner = z.config.hidden_size, z.config.intermediate_size
-    rows = z.batch_size * z.plan.tokens(z.seq_len)[z.rank]
-    rest = rows * (2 * width * width + 4 * z.seq_len * width + 4 * width * inner)
-    gathers = [z.gather_tokens(), z.gather_tokens()]
-    return [Compute(rows * 6 * width * width, "sequence"), *gathers, Compute(rest, "sequence")]
+def _replicate_cls(z: Sizes, arriving: Chunks) -> None:
+    width = z.config.hidden_size
+    _cls_keys(z, arriving, width, "replicate")
+    z.tape.compute("replicate", z.scores(1, width), z.out(1, width), z.ffn(1))
 
 
-def _block_steps(z: Sizes) -> list[Step]:
-    width, attention = _slice_widths(z.config)
-    per_token = 8 * width * attention + 4 * z.seq_len * attention + 4 * width * z.config.intermediate_size
-    return [Compute(z.plan.sub_blocks[z.rank] * z.batch_size * z.seq_len * per_token, "block")]
+def _cls_keys(z: Sizes, arriving: Chunks, width: int, strategy: str, own: bool = False) -> None:
+    """K and V of each chunk (of all its tokens, or this device's own) as it comes, then q of [CLS]."""
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute(strategy, *z.projections(0, z.own(chunk) if own else sum(chunk), width))
+    z.tape.compute(strategy, *z.projections(1, 0, width))
+
+
+def _tensor(z: Sizes, arriving: Chunks) -> Iterator[None]:
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("tensor", *z.projections(sum(chunk), sum(chunk), z.own_width))
+    yield from _tensor_rest(z, [sum(chunk) for chunk in z.chunks], "sum", "tensor")
+
+
+def _tensor_rest(z: Sizes, tokens: Sequence[int], role: str | None, strategy: str) -> Iterator[None]:
+    sums = []
+    for total in tokens:
+        z.tape.compute(strategy, z.scores(total, z.own_width), z.out(total, z.own_width))
+        sums.append(z.all_reduce(total, role))
+    ffns = []
+    for summed, total in zip(sums, tokens, strict=True):
+        summed.wait()
+        z.tape.compute(strategy, z.ffn(total, z.plan.ffn_columns[z.rank]))
+        ffns.append(z.all_reduce(total, role))
+    for summed in ffns:
+        summed.wait()
+        yield
+
+
+def _tensor_cls(z: Sizes, arriving: Chunks, strategy: str = "tensor") -> None:
+    _cls_keys(z, arriving, z.own_width, strategy)
+    list(_tensor_rest(z, [1], None, strategy))
+
+
+def _galaxy(z: Sizes, arriving: Chunks) -> Iterator[None]:
+    for arrival in arriving:
+        arrival.wait()
+    for arrival, chunk in zip([z.gather_tokens(chunk) for chunk in z.chunks], z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("galaxy", *z.projections(sum(chunk), sum(chunk), z.own_width))
+    sums = []
+    for chunk in z.chunks:
+        z.tape.compute("galaxy", z.scores(sum(chunk), z.own_width), z.out(sum(chunk), z.own_width))
+        sums.append(z.scatter_sum(chunk))
+    for summed in sums:
+        summed.wait()
+    sums = []
+    for arrival, chunk in zip([z.gather_tokens(chunk) for chunk in z.chunks], z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("galaxy", z.ffn(sum(chunk), z.plan.ffn_columns[z.rank]))
+        sums.append(z.scatter_sum(chunk))
+    for summed in sums:
+        summed.wait()
+        yield
+
+
+def _galaxy_cls(z: Sizes, arriving: Chunks) -> None:
+    for arrival in arriving:
+        arrival.wait()
+    _tensor_cls(z, [z.gather_tokens(chunk) for chunk in z.chunks], "galaxy")
+
+
+def _sequence(z: Sizes, arriving: Chunks) -> Iterator[None]:
+    width, gathers = z.config.hidden_size, []
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("sequence", *z.projections(z.own(chunk), z.own(chunk), width))
+        gathers.append(z.all_gather([(2, t, z.batch_size, width) for t in chunk], "kv"))
+    for gather in gathers:
+        gather.wait()
+    for chunk in z.chunks:
+        own = z.own(chunk)
+        z.tape.compute("sequence", z.scores(own, width), z.out(own, width), z.ffn(own))
+        yield
+
+
+def _ulysses(z: Sizes, arriving: Chunks) -> Iterator[None]:
+    exchanges = []
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("ulysses", *z.projections(z.own(chunk), z.own(chunk), z.config.hidden_size))
+        exchanges.append(z.tokens_to_heads(chunk))
+    for exchange in exchanges:
+        exchange.wait()
+    yield from _by_heads(z, "ulysses")
+
+
+def _by_heads(z: Sizes, strategy: str) -> Iterator[None]:
+    """Attention on own heads, an all_to_all, and the rest of the layer on own tokens."""
+    exchanges = []
+    for chunk in z.chunks:
+        z.tape.compute(strategy, z.scores(sum(chunk), z.own_width))
+        exchanges.append(z.heads_to_tokens(chunk))
+    for exchange, chunk in zip(exchanges, z.chunks, strict=True):
+        exchange.wait()
+        z.tape.compute(strategy, z.out(z.own(chunk), z.config.hidden_size), z.ffn(z.own(chunk)))
+        yield
+
+
+def _by_tokens_cls(strategy: str) -> Callable[[Sizes, Chunks], None]:
+    """[CLS] to all devices, attention over own tokens, and the partial sums to all devices."""
+
+    def row(z: Sizes, arriving: Chunks) -> None:
+        width, heads, arriving = z.config.hidden_size, z.config.num_attention_heads, iter(arriving)
+        next(arriving).wait()
+        holder = next(rank for rank, tokens in enumerate(z.chunks[0]) if tokens)
+        x_cls = z.message((z.batch_size, 1, width), None)
+        z.tape.start("all_to_all", (z.ranks - 1) * x_cls if z.rank == holder else 0).wait()
+        _cls_keys(z, chain([Arrival(z.tape)], arriving), width, strategy, own=True)
+        z.tape.compute(strategy, z.scores(1, width, sum(z.own(chunk) for chunk in z.chunks)))
+        z.all_gather([(z.batch_size, heads, width // heads + 2)] * z.ranks, None).wait()
+        z.tape.compute(strategy, z.out(1, width), z.ffn(1))
+
+    return row
+
+
+def _heads(z: Sizes, arriving: Chunks) -> Iterator[None]:
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("heads", *z.projections(sum(chunk), sum(chunk), z.own_width))
+    yield from _by_heads(z, "heads")
+
+
+def _heads_cls(z: Sizes, arriving: Chunks) -> None:
+    _cls_keys(z, arriving, z.own_width, "heads")
+    z.tape.compute("heads", z.scores(1, z.own_width))
+    z.all_gather([(z.batch_size, 1, z.head_width(rank)) for rank in range(z.ranks)], None).wait()
+    z.tape.compute("heads", z.out(1, z.config.hidden_size), z.ffn(1))
+
+
+def _block(z: Sizes, arriving: Chunks) -> Iterator[None]:
+    (width, attention), blocks = _slice_widths(z.config), z.plan.sub_blocks[z.rank]
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("block", z.product(sum(chunk), width, 3 * attention, blocks))
+    for chunk in z.chunks:
+        z.tape.compute(
+            "block",
+            z.scores(sum(chunk), blocks * attention),
+            z.product(sum(chunk), attention, width, blocks),
+            z.product(sum(chunk), width, z.config.intermediate_size, 2 * blocks),
+        )
+        yield
 
 
 def _slice_widths(config: BertConfig) -> tuple[int, int]:
@@ -110,74 +380,101 @@ def _tensor_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
     return 4 * width * own + 3 * own + width + 2 * width * columns + columns + width + 4 * width
 
 
+def _heads_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
+    width, heads = config.hidden_size, config.num_attention_heads
+    others = (heads - plan.heads[rank]) * width // heads  # columns of Q, K and V that stand elsewhere
+    return layer_parameters(config, "original") - 3 * others * (width + 1)
+
+
 def _block_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
     return layer_parameters(config, "decoupled") * plan.sub_blocks[rank] // config.num_divisions
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A strategy's row: its steps for a request, and the parameters a device keeps of one layer."""
+    """A strategy's row: its steps for a request, those of a last layer of which [CLS] is read, and its parameters."""
 
-    steps: Callable[[Sizes], list[Step]]
+    steps: Callable[[Sizes, Chunks], Iterator[None]]
+    cls_steps: Callable[[Sizes, Chunks], None] | None
     parameters: Callable[[BertConfig, Plan, int], int]
 
 
 LAYER_COSTS = {
-    "block": LayerCost(_block_steps, _block_parameters),
-    "tensor": LayerCost(_tensor_steps, _tensor_parameters),
-    "sequence": LayerCost(_sequence_steps, _whole_parameters),
-    "replicate": LayerCost(_replicate_steps, _whole_parameters),
+    "block": LayerCost(_block, None, _block_parameters),  # the last layer is always original
+    "tensor": LayerCost(_tensor, _tensor_cls, _tensor_parameters),
+    "sequence": LayerCost(_sequence, _by_tokens_cls("sequence"), _whole_parameters),
+    "ulysses": LayerCost(_ulysses, _by_tokens_cls("ulysses"), _whole_parameters),
+    "heads": LayerCost(_heads, _heads_cls, _heads_parameters),
+    "galaxy": LayerCost(_galaxy, _galaxy_cls, _tensor_parameters),
+    "replicate": LayerCost(_replicate, _replicate_cls, _whole_parameters),
 }
 
 
-def reshard_steps(source: str, target: str, z: Sizes) -> list[Step]:
-    """Collectives that move X between two layouts; a slice of a replicated X costs nothing."""
-    if source == target or source == REPLICATE:
-        return []
-    if source == SEQ:
-        return [z.gather_tokens()]
-    assert source == HIDDEN
-    width = z.config.hidden_size // z.config.num_divisions
-    return [z.all_gather(z.plan.sub_blocks, z.batch_size * z.seq_len * width)]
+def _reshard(chunks: Iterator[None], source: str, target: str, z: Sizes) -> Chunks:
+    """X's chunks in another layout, as `parallel.strategies.reshard` does it: sent as they come, or passed on."""
+    if source == target or source == REPLICATE or z.ranks == 1:
+        return (Arrival(z.tape) for _ in chunks)
+    width = z.config.hidden_size // getattr(z.config, "num_divisions", 1)
+    blocks = z.plan.sub_blocks
+
+    def start(chunk: Sequence[int]) -> Arrival:
+        if z.plan.direct and (source, target) == (HIDDEN, SEQ):
+            return z.exchange("all_to_all", [(blocks[z.rank], z.batch_size, t, width) for t in chunk], "hidden")
+        if z.plan.direct and (source, target) == (SEQ, HIDDEN):
+            return z.exchange("all_to_all", [(b, z.batch_size, z.own(chunk), width) for b in blocks], "tokens")
+        if source == SEQ:
+            return z.gather_tokens(chunk)
+        return z.all_gather([(b, z.batch_size * sum(chunk), width) for b in blocks], "hidden")
+
+    return [start(chunk) for _, chunk in zip(chunks, z.chunks, strict=True)]
 
 
-def device_steps(config: BertConfig, plan: Plan, rank: int, seq_len: int, batch_size: int = 1) -> list[Step]:
-    """What device `rank` does for one request, in order: never two `Compute` in a row, `Compute` first and last."""
+def device_steps(
+    config: BertConfig, plan: Plan, rank: int, seq_len: int, batch_size: int = 1, itemsize: int = FLOAT_BYTES
+) -> list[Step]:
+    """What device `rank` does for one request, in order; the executor makes the same starts and waits in that order."""
     layers = range(len(plan.strategies))
     local = plan if plan.splits_layers else plan.on_one_device()
-    z = Sizes(config, local, rank if plan.splits_layers else 0, batch_size, seq_len)
-    message_bytes = FLOAT_BYTES * batch_size * seq_len * config.hidden_size
-    steps: list[Step] = []
+    tape = Tape(local.num_devices, local.num_chunks)
+    z = Sizes(config, local, rank if plan.splits_layers else 0, batch_size, seq_len, tape, itemsize=itemsize)
+
+    def stage_message(layer: int) -> int:
+        return replace(z, layer=layer).message((batch_size, seq_len, config.hidden_size), "stage")
+
     if plan.stages:
         layers = range(*bounds(plan.stages, rank))
-        steps += [Collective("receive", message_bytes)] if rank > 0 else []
-    layout = REPLICATE
+        if rank > 0:
+            tape.start("receive", stage_message(layers.start)).wait()
+    layout, last = REPLICATE, len(plan.strategies) - 1
+    chunks: Iterator[None] = iter([None] * len(z.chunks))
+    reads_cls = plan.reads == "cls" and layers.stop > last
     for i in layers:
-        signature = STRATEGIES[plan.strategies[i]]
-        steps += reshard_steps(layout, signature.in_layout, z)
-        steps += LAYER_COSTS[plan.strategies[i]].steps(z)
-        layout = signature.out_layout
-    steps += reshard_steps(layout, REPLICATE, z)
+        signature, row, z = STRATEGIES[plan.strategies[i]], LAYER_COSTS[plan.strategies[i]], replace(z, layer=i)
+        arriving = _reshard(chunks, layout, signature.in_layout, z)
+        if i == last and reads_cls:
+            row.cls_steps(z, arriving)
+        else:
+            chunks, layout = row.steps(z, arriving), signature.out_layout
+    if not reads_cls:
+        for arrival in _reshard(chunks, layout, REPLICATE, replace(z, layer=last + 1)):
+            arrival.wait()
     if plan.stages and rank < plan.num_devices - 1:
-        steps.append(Collective("send", message_bytes))
+        tape.start("send", stage_message(layers.stop)).wait()
     else:
-        steps.append(Compute(batch_size * 2 * config.hidden_size**2, "replicate"))  # pooler
-    if z.ranks == 1:
-        steps = [s for s in steps if isinstance(s, Compute) or s.kind in ("send", "receive")]
-    return steps
+        # The pooler; that it reads its weights for one token is part of the latency that presets are calibrated on.
+        tape.compute("replicate", Compute(batch_size * 2 * config.hidden_size**2, ""))
+    return tape.steps
 
 
-def segments(steps: list[Step]) -> tuple[list[list[Compute]], list[Collective]]:
-    """Splits steps at the collectives: n collectives lie between n + 1 lists of compute."""
+def segments(steps: list[Step]) -> tuple[list[list[Compute]], list[Start]]:
+    """Cuts steps at each start and each wait: (n + 1 lists of compute around n of them, what is started)."""
     computes: list[list[Compute]] = [[]]
-    collectives = []
     for step in steps:
         if isinstance(step, Compute):
             computes[-1].append(step)
         else:
-            collectives.append(step)
             computes.append([])
-    return computes, collectives
+    return computes, [step for step in steps if isinstance(step, Start)]
 
 
 def device_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
@@ -217,34 +514,61 @@ def predict(
 ) -> Prediction:
     """Latency and memory of one request under `plan` on the devices of `profile`.
 
-    Model parallel: the sum over segments of the slowest device's compute, plus the collectives. Pipeline: the sum of
-    all stages and messages (one request cannot overlap itself). Data parallel: one device's time.
+    Model parallel: when the last device is done; `compute_s` is the busiest one's, `comm_s` what it could not hide.
+    Pipeline: the sum of all stages and messages (one request cannot overlap itself). Data parallel: one device's time.
     """
     if plan.num_devices > len(profile.devices):
         raise ValueError(f"the plan needs {plan.num_devices} devices and the profile has {len(profile.devices)}.")
-    ranks = range(plan.num_devices)
-    per_rank = [segments(device_steps(config, plan, r, seq_len, batch_size)) for r in ranks]
-    seconds = [
-        [sum(profile.devices[r].compute_s(c.flops, c.strategy) for c in part) for part in per_rank[r][0]] for r in ranks
+    steps = [device_steps(config, plan, rank, seq_len, batch_size) for rank in range(plan.num_devices)]
+    rates = [
+        [device.compute_s(s.flops, s.strategy, s.weight_bytes) if isinstance(s, Compute) else 0.0 for s in own]
+        for device, own in zip(profile.devices, steps, strict=False)
     ]
     if plan.stages:
-        compute_s = sum(sum(parts) for parts in seconds)
-        collectives = [c for r in ranks for c in per_rank[r][1] if c.kind == "send"]
+        starts = [s for own in steps for s in own if isinstance(s, Start) and s.kind == "send"]
+        compute_s = sum(sum(own) for own in rates)
+        latency_s = compute_s + sum(profile.link.collective_s(s.kind, s.num_bytes, plan.num_devices) for s in starts)
     else:
-        compute_s = sum(max(parts) for parts in zip(*seconds, strict=True))
-        collectives = per_rank[0][1]
-    comm_s = sum(profile.link.collective_s(c.kind, c.num_bytes, plan.num_devices) for c in collectives)
+        starts = _busiest(steps)
+        compute_s = max(sum(own) for own in rates)
+        latency_s = makespan(
+            steps, rates, [profile.link.collective_s(s.kind, s.num_bytes, plan.num_devices) for s in starts]
+        )
     sent: Counter[str] = Counter()
-    for c in collectives:
-        sent[c.kind] += c.num_bytes
-    weights = tuple(FLOAT_BYTES * device_parameters(config, plan, r) for r in ranks)
+    for start in starts:
+        sent[start.kind] += start.num_bytes
+    weights = tuple(FLOAT_BYTES * device_parameters(config, plan, rank) for rank in range(plan.num_devices))
     activations = activation_bytes(config, seq_len, batch_size)
     return Prediction(
-        latency_s=compute_s + comm_s,
+        latency_s=latency_s,
         compute_s=compute_s,
-        comm_s=comm_s,
-        counts=dict(Counter(c.kind for c in collectives)),
+        comm_s=latency_s - compute_s,
+        counts=dict(Counter(start.kind for start in starts)),
         bytes=dict(sent),
         weights_bytes=weights,
         memory_bytes=tuple(w + activations for w in weights),
     )
+
+
+def _busiest(steps: Sequence[Sequence[Step]]) -> list[Start]:
+    """Each collective as the rank that sends most of it sees it: it ends when that one has sent."""
+    started = [[step for step in own if isinstance(step, Start)] for own in steps]
+    return [max(same, key=lambda start: start.num_bytes) for same in zip(*started, strict=True)]
+
+
+def makespan(steps: Sequence[Sequence[Step]], compute_s: Sequence[Sequence[float]], link_s: Sequence[float]) -> float:
+    """When the last device is done. All ranks have their starts and waits at the same places.
+
+    A collective begins when the last rank has started it and the one before has left the link.
+    """
+    now = [0.0] * len(steps)
+    done_at: list[float] = []
+    for i, step in enumerate(steps[0]):
+        if isinstance(step, Compute):
+            now = [t + seconds[i] for t, seconds in zip(now, compute_s, strict=True)]
+        elif isinstance(step, Start):
+            begins = max(*now, done_at[-1]) if done_at else max(now)
+            done_at.append(begins + link_s[len(done_at)])
+        else:
+            now = [max(t, done_at[step.number]) for t in now]
+    return max(now)

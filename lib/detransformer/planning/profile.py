@@ -13,6 +13,24 @@ from detransformer.files import atomic_write
 
 VERSION = 1
 
+SENT_KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "send")
+COLLECTIVE_KINDS = (*SENT_KINDS, "receive")
+
+
+def latency_steps(kind: str, num_devices: int) -> int:
+    """How many latencies a collective of `num_devices` waits for one after the other.
+
+    all_reduce goes round a ring in 2(P-1) steps, all_gather counts P-1 rounds. all_to_all and reduce_scatter have as
+    many, but count once: so one latency fits what is measured (their bytes still share the device's link).
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    steps = {"all_reduce": 2 * (num_devices - 1), "all_gather": num_devices - 1}
+    if kind not in COLLECTIVE_KINDS:
+        raise ValueError(f"collective {kind!r} is unknown: choose one of {', '.join(COLLECTIVE_KINDS)}.")
+    return steps.get(kind, 1)
+
 
 @dataclass(frozen=True)
 class DeviceProfile:
@@ -21,17 +39,24 @@ class DeviceProfile:
     Args:
         name: preset or host name.
         memory_bytes: what model and activations may take.
-        flops_per_s: by strategy name; `"*"` stands for all that are not listed.
+        flops_per_s: by strategy name, or `NAME/NUM_CHUNKS` where X comes in chunks; a name stands for its chunks too
+            where these are not listed, and `"*"` for all that are not.
         source: where the rates come from, in words.
+        memory_bytes_per_s: at which weights are read: a product of few tokens takes no less than that. None: not known,
+            and left out.
     """
 
     name: str
     memory_bytes: int
     flops_per_s: Mapping[str, float]
     source: str
+    memory_bytes_per_s: float | None = None
 
-    def compute_s(self, flops: float, strategy: str) -> float:
-        return flops / (self.flops_per_s.get(strategy) or self.flops_per_s["*"])
+    def compute_s(self, flops: float, strategy: str, weight_bytes: float = 0.0) -> float:
+        """Seconds of one product: what its operations take, or reading its weights (a roofline)."""
+        rates = self.flops_per_s
+        seconds = flops / (rates.get(strategy) or rates.get(strategy.partition("/")[0]) or rates["*"])
+        return max(seconds, weight_bytes / self.memory_bytes_per_s) if self.memory_bytes_per_s else seconds
 
 
 @dataclass(frozen=True)
@@ -40,8 +65,8 @@ class LinkProfile:
 
     Args:
         bandwidth_bps: of each device's link, in each direction.
-        step_latency_s: of one step of a ring (a message between neighbours), by collective kind; `"*"` for the rest.
-        efficiency: share of the bandwidth that the ring's bytes achieve, by collective kind; `"*"` for the rest.
+        step_latency_s: of one of a collective's `latency_steps`, by collective kind; `"*"` for the rest.
+        efficiency: share of the bandwidth that a device's bytes achieve, by collective kind; `"*"` for the rest.
         source: where the figures come from, in words.
     """
 
@@ -55,11 +80,10 @@ class LinkProfile:
         return replace(self, bandwidth_bps=bandwidth_bps)
 
     def collective_s(self, kind: str, num_bytes: float, num_devices: int) -> float:
-        """Time of one collective whose ranks send `num_bytes` each, in a ring of `num_devices`."""
-        steps = {"all_reduce": 2 * (num_devices - 1), "all_gather": num_devices - 1}.get(kind, 1)
+        """Time of one collective of `num_devices` ranks that send `num_bytes` each; all kinds of `COLLECTIVE_KINDS`."""
         latency = self.step_latency_s.get(kind, self.step_latency_s["*"])
         efficiency = self.efficiency.get(kind, self.efficiency["*"])
-        return steps * latency + 8 * num_bytes / (self.bandwidth_bps * efficiency)
+        return latency_steps(kind, num_devices) * latency + 8 * num_bytes / (self.bandwidth_bps * efficiency)
 
 
 @dataclass(frozen=True)
