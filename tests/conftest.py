@@ -16,20 +16,25 @@ class Case:
 
     def __init__(self, folder, model):
         folder.mkdir()
-        self.checkpoint, self.config = str(folder), model.config
-        self.inputs, self.reference = str(folder / "inputs.safetensors"), str(folder / "reference.safetensors")
+        self.checkpoint, self.config, self.model = str(folder), model.config, model
         self.state = model.state_dict()
-        generator = torch.Generator().manual_seed(7)
-        mask = torch.ones(2, 11, dtype=torch.long)
-        mask[1, 7:] = 0
-        types = (torch.arange(11) > 4).long().expand(2, -1).contiguous()
-        ids = torch.randint(101, (2, 11), generator=generator)
-        request = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         model.save_pretrained(folder)
+        self.inputs, self.reference = self.request(folder, 2, 11)
+
+    def request(self, folder, batch_size: int, seq_len: int) -> tuple[str, str]:
+        """Files of a request, its last sequence padded, and of the single device's output."""
+        generator = torch.Generator().manual_seed(7)
+        mask = torch.ones(batch_size, seq_len, dtype=torch.long)
+        mask[-1, max(1, 2 * seq_len // 3) :] = 0
+        types = (torch.arange(seq_len) > 4).long().expand(batch_size, -1).contiguous()
+        ids = torch.randint(101, (batch_size, seq_len), generator=generator)
+        request = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         with torch.no_grad():
-            output = model(**request)
-        save_file(request, self.inputs)
-        save_file({"last_hidden_state": output[0], "pooler_output": output[1]}, self.reference)
+            output = self.model(**request)
+        inputs, reference = folder / "inputs.safetensors", folder / "reference.safetensors"
+        save_file(request, inputs)
+        save_file({"last_hidden_state": output[0], "pooler_output": output[1]}, reference)
+        return str(inputs), str(reference)
 
 
 @pytest.fixture(scope="session")

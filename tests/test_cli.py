@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
@@ -75,10 +76,58 @@ def test_help_imports_nothing_heavy():
         (["decouple", "x", "--output", "y", "--num-original-layers", "-1"], ["--num-original-layers -1"]),
         (["decouple", "x", "--output", "y", "--attention-width", "thin"], ["thin", "full, narrow"]),
         (["decouple", "x", "--output", "y", "--head", "two"], ["two", "masked-lm"]),
+        (["bench", "--methods", "tp,magic"], ["magic", "bp+narrow"]),
+        (["bench", "--wire", "float8"], ["float8", "int8"]),
+        (["bench", "--wire", "int8,nothing=float32"], ["nothing", "qkv"]),
+        (["bench", "--reads", "half"], ["--reads half", "cls, both"]),
+        (["bench", "--link", "best"], ["'best'", "fitted"]),
+        (["bench", "--link", "fitted", "--transport", "namespaces"], ["fitted", "loopback"]),
+        (["bench", "--delay", "-1"], ["--delay -1"]),
+        (["bench", "--delay", "5", "--transport", "loopback"], ["delay and jitter", "leave them out"]),
+        (["bench", "--devices", "8", "--methods", "bp+tp", "--transport", "loopback"], ["8 devices", "8 divisions"]),
+        (["bench", "--timeline", "/"], ["--timeline /", "file name"]),
     ],
 )
 def test_wrong_words_are_one_sentence(capsys, arguments, words):
     assert_one_sentence(*call(capsys, *arguments), *words)
+
+
+def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
+    """Over loopback, on another wire: TP, SP and one device stand in float32 beside it."""
+    options = ["--bandwidth", "100", "--methods", "bp+auto", "--wire", "int8", "--seq-len", "8", "--repeats", "1"]
+    options += ["--devices", "2", "--transport", "loopback", "--num-original-layers", "2"]
+    files = ["--output", tmp_path / "rows.csv", "--timeline", tmp_path / "timeline.csv"]
+    done = run_cli("bench", "--model", bert, *options, *files, DETRANSFORMER_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_csv(tmp_path / "rows.csv")
+    found = list(zip(rows["method"], rows["wire"], strict=True))
+    assert found == [("single", "float32"), ("tp", "float32"), ("sp", "float32"), ("bp+auto", "int8")]
+    assert {"rank", "what", "start_s", "stop_s"} <= set(pd.read_csv(tmp_path / "timeline.csv").columns)
+    assert "modelled link" in done.stdout and "8 ar" in done.stdout and "x limit" in done.stdout
+    assert not (tmp_path / "rows.csv.rows.json").exists()
+
+
+def test_summary_of_a_bench():
+    """Speedups over float32 rows; the fastest row is named where it is not BP+Auto."""
+    from detransformer.cluster.commands import summary_lines
+
+    def row(method, wire, latency_s, **fields):
+        common = dict(plan="p", bandwidth_mbps=125.0, reads="all", limit_s=0.5, valid=True)
+        error = dict(max_abs_error=1e-6, relative_error=1e-7)
+        return common | error | dict(method=method, wire=wire, latency_s=latency_s, over_limit=latency_s / 0.5) | fields
+
+    rows = [row("tp", "float32", 2.0), row("tp", "int8", 0.9), row("sp", "float32", 1.5), row("bp+auto", "int8", 0.8)]
+    (line,) = summary_lines(pd.DataFrame(rows))
+    for words in (
+        "0.800 s",
+        "2.50x faster than TP and 1.88x faster than SP",
+        "1.60 times the limit",
+        "fastest of 4 rows",
+    ):
+        assert words in line
+    (line,) = summary_lines(pd.DataFrame([*rows, row("ulysses", "int8", 0.7)]))
+    assert "ulysses (int8) is faster, 0.700 s" in line
+    assert "fastest" in summary_lines(pd.DataFrame([*rows, row("ulysses", "int8", 0.7, valid=False)]))[0]
 
 
 def test_a_real_process_prints_no_traceback_unless_asked():
@@ -230,7 +279,17 @@ def test_doctor_speaks_plainly(capsys, monkeypatch):
         cli.main(["doctor"])
     output = capsys.readouterr().out
     assert end.value.code == 0
-    for name in ("Python", "Packages", "Notebooks", "Processor", "Memory", "Disk", "GPU", "Emulated cluster"):
+    for name in (
+        "Python",
+        "Packages",
+        "Notebooks",
+        "Processor",
+        "Memory",
+        "Disk",
+        "GPU",
+        "Emulated cluster",
+        "Link delay",
+    ):
         assert f"{name} " in output
     assert "DETRANSFORMER_DATA names /nowhere/data, which is not a folder" in output
     assert "HF_HUB_OFFLINE is set" in output and "built-in corpus" in output

@@ -9,33 +9,56 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from transformers import AutoModel
+from safetensors.torch import save_file
+from transformers import AutoModel, BertConfig, BertModel
 
 from detransformer.cluster import network
-from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
-from detransformer.cluster.network import EmulatedNetwork, can_emulate, remove_stale_namespaces
-from detransformer.cluster.pacing import Pacer
+from detransformer.cluster.bench import (
+    Bench,
+    Cell,
+    Check,
+    first_time_scale,
+    grid,
+    measure_grid,
+    transfer_seconds,
+    why_invalid,
+)
+from detransformer.cluster.jobs import link_rounds
+from detransformer.cluster.network import (
+    EmulatedNetwork,
+    Shape,
+    can_delay,
+    can_emulate,
+    disciplines,
+    remove_stale_namespaces,
+)
+from detransformer.cluster.pacing import Arrivals, Pacer
 from detransformer.cluster.profiler import profile_link, profile_operations
 from detransformer.cluster.session import DeviceError, DeviceLost, EmulatedCluster
-from detransformer.parallel.plan import published_plan
+from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
+from detransformer.parallel.plan import STRATEGIES, published_plan
 
 needs_namespaces = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 
 
-def test_pacer_waits_until_the_device_would_have_finished():
-    pacer = Pacer([0.05, 0.03], link_s=lambda kind, num_bytes: 0.02)
+def test_pacer_waits_until_the_device_would_have_finished(tmp_path):
+    Arrivals.create(tmp_path / "arrivals", 1)
+    arrivals = Arrivals(tmp_path / "arrivals", 1)
+    pacer = Pacer([0.05, 0.0, 0.03], link_s=lambda kind, num_bytes: 0.02, arrivals=arrivals)
     start = time.perf_counter()
     pacer.begin()
-    pacer.before("all_reduce", 10)
-    pacer.after("all_reduce", 10)
+    number = pacer.launch("all_reduce", 10)
+    pacer.before_wait(number)
+    pacer.after_wait(number)
     pacer.end()
     # no sooner; how much later is the host's affair
     assert 0.10 <= time.perf_counter() - start < 0.5
-    assert 0.08 <= pacer.compute_s < 0.4
-    assert pacer.comm_s >= 0.02
-    assert [what for what, *_ in pacer.events] == ["compute", "all_reduce", "compute"]
+    assert pacer.compute_s == pytest.approx(0.08)
+    assert pacer.modelled_s == pytest.approx(0.10, abs=0.005)
+    assert [what for what, *_ in pacer.events] == ["compute", "compute", "all_reduce", "compute"]
 
 
 def test_pacer_records_an_overrun():
@@ -46,19 +69,102 @@ def test_pacer_records_an_overrun():
     assert 0.015 < pacer.overrun_s < 0.2
 
 
+def through(pacer, kind, when_s):
+    """Launches a message and waits for it; seconds from `when_s` to its end."""
+    number = pacer.launch(kind, 1)
+    pacer.before_wait(number)
+    pacer.after_wait(number)
+    return time.perf_counter() - when_s
+
+
+def test_a_modelled_transfer_begins_when_the_last_device_has_arrived(tmp_path):
+    Arrivals.create(tmp_path / "arrivals", 2)
+    first, second = (
+        Pacer(link_s=lambda kind, n: 0.1, arrivals=Arrivals(tmp_path / "arrivals", 2), rank=rank, num_ranks=2)
+        for rank in range(2)
+    )
+    first.begin()
+    second.begin()
+    here = first.launch("all_gather", 1)
+    time.sleep(0.05)
+    there = second.launch("all_gather", 1)
+    last = time.perf_counter()
+    time.sleep(0.05)  # the real collective ends late: the modelled one began before
+    for pacer, number in ((first, here), (second, there)):
+        pacer.before_wait(number)
+        pacer.after_wait(number)
+        assert 0.099 < time.perf_counter() - last < 0.14
+    # a message travels while its receiver is busy
+    sent = time.perf_counter()
+    assert 0.1 <= through(first, "send", sent) < 0.14
+    time.sleep(0.05)
+    assert 0.15 <= through(second, "receive", sent) < 0.19
+
+
+def test_waits_are_split_from_transfers():
+    """Two devices and a collective: the first waits 2 s for the second, then both move bytes for 1 s."""
+    first = [("compute", 0.0, 3.0, 0.0), ("all_reduce", 3.0, 6.0, 3.0), ("compute", 6.0, 7.0, 6.0)]
+    second = [("compute", 0.5, 5.0, 0.5), ("all_reduce", 5.0, 6.0, 5.0), ("compute", 6.0, 7.5, 6.0)]
+    parts = split_waits([first, second])
+    assert parts[0][1:3] == [("wait", 3.0, 5.0), ("all_reduce", 5.0, 6.0)]
+    assert seconds_of(parts[0]) == {"compute_s": 4.0, "wait_s": 2.0, "comm_s": 1.0}
+    assert seconds_of(parts[1]) == {"compute_s": 6.0, "wait_s": 0.0, "comm_s": 1.0}
+    rows = timeline_rows(parts, time_scale=2.0)
+    assert rows[1] == {"rank": 0, "what": "wait", "start_s": 1.5, "stop_s": 2.5}
+    with pytest.raises(ValueError, match="different collectives"):
+        split_waits([first, first[:1] + [("all_gather", 3.0, 6.0, 3.0)]])
+
+
+def test_waiting_for_a_stage_is_waiting():
+    """A pipeline of two: the second waits for the first's message, and only then for the message to come."""
+    first = [("compute", 0.0, 3.0, 0.0), ("send", 3.0, 3.5, 3.0)]
+    second = [("receive", 0.0, 4.0, 0.0), ("compute", 4.0, 7.0, 4.0)]
+    assert split_waits([first, second]) == [
+        [("compute", 0.0, 3.0), ("send", 3.0, 3.5)],
+        [("wait", 0.0, 3.0), ("receive", 3.0, 4.0), ("compute", 4.0, 7.0)],
+    ]
+
+
 def test_bench_row_over_loopback(cluster, cases, tmp_path):
     """A row of a model on disk: its single-device reference, prediction, counts and self-check."""
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
     cells = grid(str(tmp_path / "model"), ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=2)
     path = tmp_path / "rows.json"
-    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, quiet=True)
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, quiet=True, timeline=tmp_path / "timeline.csv")
     row = frame.set_index("method").loc["tp"]
     assert (row["all_reduce_count"], row["num_devices"], row["link"]) == (10, 3, "modelled")
     assert 0 < row["max_abs_error"] < 1e-4
     assert row["latency_s"] >= row["comm_s"] > 0
     # 10 all_reduces of [16, 48] at 100 Mbps, four ring steps each
     assert row["latency_s"] >= 10 * (4 * 2e-4 + 8 * 2 * 2 * 16 * 48 * 4 / 3 / (0.94 * 100e6))
+    assert row["latency_s"] == pytest.approx(row["compute_s"] + row["comm_s"] + row["wait_s"])
+    assert row["over_limit"] == pytest.approx(row["latency_s"] / row["limit_s"])
+    single = frame.set_index("method").loc["single"]
+    assert row["limit_s"] == pytest.approx(single["predicted_s"] / 3)
+    assert 0 < row["relative_error"] < 1e-5 and row["weights_bytes"] < single["weights_bytes"]
+    assert row["peak_rss_bytes"] > 0 and abs(row["pacing_error"]) < 0.5
     assert not path.exists()
+    timeline = pd.read_csv(tmp_path / "timeline.csv")
+    events = timeline[(timeline["method"] == "tp") & (timeline["rank"] == 2)]
+    assert (events["what"] == "all_reduce").sum() == 10 and (events["stop_s"] >= events["start_s"]).all()
+    assert events["stop_s"].max() == pytest.approx(row["latency_s"], rel=0.3)
+    pipeline = timeline[(timeline["method"] == "pp")].groupby("rank")["what"].agg(list)
+    assert "send" in pipeline[0] and "receive" in pipeline[1] and "send" in pipeline[1]
+
+
+def test_bench_on_other_wires_and_reading_cls_alone(cluster, cases, tmp_path):
+    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    folder, common = str(tmp_path / "model"), dict(seq_len=16, repeats=1)
+    cells = grid(folder, ["single", "tp", "ulysses"], [100.0], 2, "int8", **common)
+    cells += grid(folder, ["tp", "dtensor"], [100.0], 2, reads="cls", **common)
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, quiet=True)
+    assert frame["wire"].tolist() == ["float32", "int8", "int8", "float32"]
+    assert frame["reads"].tolist() == ["all", "all", "all", "cls"]  # dtensor computes all tokens
+    rounded = frame[frame["wire"] == "int8"]
+    assert (rounded["relative_error"] > 1e-4).all() and (rounded["relative_error"] < 0.2).all()
+    plain = frame[frame["wire"] == "float32"]
+    assert (plain["max_abs_error"] < 1e-4).all()
+    assert rounded["reduce_scatter_count"].tolist() == [10, 0]
 
 
 def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
@@ -88,22 +194,79 @@ def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
         measure_grid(bench, cells, path, quiet=True)
 
 
-def test_bench_names_what_makes_a_row_invalid(cluster):
-    row = {
-        "bandwidth_mbps": 100,
-        "achieved_mbps": 120.0,
-        "pacing_overrun": 0.5,
-        "max_abs_error": 1.0,
-        "host_steal": 0.4,
-    }
-    why = Bench(cluster)._why_invalid(row)
-    assert "120 of 100 Mbps" in why and "late by 50.0%" in why and "differs" in why and "took 40%" in why
-    good = dict(achieved_mbps=95.0, pacing_overrun=0.0, max_abs_error=1e-6, host_steal=0.0)
-    assert Bench(cluster)._why_invalid(row | good) == ""
-    assert Bench(cluster)._why_invalid(row | dict(max_abs_error=float("nan")))
+def test_bench_names_what_makes_a_row_invalid():
+    good = dict(bandwidth_mbps=100, link_min_mbps=95.0, link_max_mbps=96.0, pacing_error=0.001, pacing_overrun=0.0)
+    good |= dict(max_abs_error=1e-6, relative_error=1e-7, host_steal=0.0, wire="float32")
+    assert why_invalid(good) == ""
+    assert why_invalid(good | dict(link_min_mbps=float("nan"), link_max_mbps=float("nan"))) == ""
+    for fields, words in [
+        (dict(link_min_mbps=80.0), "carried 80 of 100 Mbps"),
+        (dict(link_max_mbps=100.5), "carried 100.5 Mbps, more than"),
+        (dict(pacing_error=0.05), "paced 5.0% too slow"),
+        (dict(pacing_overrun=0.5), "late by 50.0%"),
+        (dict(host_steal=0.4), "took 40%"),
+        (dict(max_abs_error=1.0), "differs"),
+        (dict(max_abs_error=float("nan")), "differs"),
+        (dict(wire="int8", max_abs_error=1.0, relative_error=0.5), "differs"),
+        (dict(wire="float32,qkv=bfloat16", relative_error=0.05), "differs"),
+    ]:
+        assert words in why_invalid(good | fields), fields
+    assert why_invalid(good | dict(wire="int8", max_abs_error=0.5, relative_error=0.03)) == ""
 
 
-@pytest.mark.parametrize("fields", [dict(method="magic"), dict(repeats=0), dict(bandwidth_mbps=0)])
+def test_checks_before_and_after_are_both_recorded():
+    before, after = Check(95.0, 96.0, 0.001), Check(94.0, 95.5, 0.003)
+    assert before.joined(after) == Check(94.0, 96.0, 0.003)
+
+
+@pytest.mark.parametrize(
+    "total_bps, num_devices, scale",
+    [(0.0, 1, 1.0), (4 * 125e6, 4, 4.0), (2 * 500e6, 2, 2.0), (4 * 2e9, 4, 8.0), (8 * 1e9, 8, 8.0), (0.0, 2, 2.0)],
+)
+def test_time_scale_of_two_cores(total_bps, num_devices, scale):
+    assert first_time_scale(total_bps, num_devices, num_cores=2) == scale
+
+
+@pytest.mark.parametrize("num_devices", [2, 3, 4, 5, 8])
+def test_every_link_is_checked_in_both_directions_and_never_at_once(num_devices):
+    rounds = link_rounds(num_devices)
+    for transfers in rounds:
+        busy = [device for transfer in transfers for device in transfer]
+        assert len(busy) == len(set(busy))
+    assert {a for part in rounds for a, _ in part} == {b for part in rounds for _, b in part} == set(range(num_devices))
+
+
+@pytest.mark.parametrize("method", ["tp", "sp"])
+def test_a_device_needs_little_more_than_its_weights(cluster, tmp_path, method):
+    """Peak resident memory of loading and running a model of 80 MB; 8 MiB for messages, activations, library code."""
+    config = BertConfig(hidden_size=512, num_hidden_layers=6, num_attention_heads=8, vocab_size=4000)
+    config.intermediate_size = 2048
+    BertModel(config).save_pretrained(tmp_path / "model")
+    save_file({"input_ids": torch.zeros(1, 32, dtype=torch.long)}, tmp_path / "inputs.safetensors")
+    results = cluster.run(
+        "run_plan",
+        checkpoint=str(tmp_path / "model"),
+        plan=published_plan(method, config, [1.0] * 4).to_dict(),
+        inputs=str(tmp_path / "inputs.safetensors"),
+        repeats=1,
+    )
+    for result in results:
+        assert result["weights_bytes"] > 16 * 2**20
+        assert 0.9 * result["weights_bytes"] < result["peak_rss_bytes"] < 1.25 * result["weights_bytes"] + 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(method="magic"),
+        dict(repeats=0),
+        dict(bandwidth_mbps=0),
+        dict(wire="float8"),
+        dict(reads="none"),
+        dict(method="dtensor", wire="int8"),
+        dict(method="dtensor", reads="cls"),
+    ],
+)
 def test_bad_cells_are_refused(fields):
     with pytest.raises(ValueError):
         Cell(**{"model": "bert-base", "method": "tp"} | fields)
@@ -116,6 +279,10 @@ def test_bad_cells_are_refused(fields):
         (dict(num_devices=2, device="toaster"), "device 'toaster' is unknown"),
         (dict(num_devices=2, bandwidth_bps=0), "above 0"),
         (dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
+        (dict(num_devices=2, link="best"), "link='best' is unknown"),
+        (dict(num_devices=2, link="fitted", transport="namespaces"), "fitted link is modelled"),
+        (dict(num_devices=2, delay_s=-1.0), "must be 0 or above"),
+        (dict(num_devices=2, delay_s=0.01, transport="loopback"), "delay and jitter are set on shaped links"),
     ],
 )
 def test_bad_clusters_are_refused(fields, words):
@@ -161,11 +328,13 @@ def test_operations_profile():
     from detransformer.models import preset_config
 
     frame = profile_operations(preset_config("bert-base", 4), num_devices=(1, 4), repeats=2)
-    assert set(frame["strategy"]) == {"block", "tensor", "sequence", "replicate"}
+    assert set(frame["strategy"]) == set(STRATEGIES)
     assert (frame["latency_s"] > 0).all()
-    whole = frame[frame["strategy"] == "replicate"]
+    assert set(frame["num_chunks"]) == {1, 4}
+    unchunked = frame[frame["num_chunks"] == 1]
+    whole = unchunked[unchunked["strategy"] == "replicate"]
     assert whole["efficiency"].tolist() == [1.0]
-    quarter = frame[(frame["strategy"] == "tensor") & (frame["num_devices"] == 4)]["gflops"].iloc[0]
+    quarter = unchunked[(unchunked["strategy"] == "tensor") & (unchunked["num_devices"] == 4)]["gflops"].iloc[0]
     assert quarter == pytest.approx(whole["gflops"].iloc[0] / 4)
 
 
@@ -214,13 +383,36 @@ def test_shaped_links_carry_their_rate_and_never_more():
         assert session.link == "line-rate"
         for mbps in (50, 100):
             session.set_link(mbps * 1e6)
-            results = session.run("check_link", num_bytes=int(mbps * 1e6 * 0.3 / 8))
-            seconds = max(seconds for result in results for seconds in result["seconds"])
-            achieved = 8 * int(mbps * 1e6 * 0.3 / 8) / seconds / 1e6
-            assert 0.6 * mbps < achieved <= mbps
+            num_bytes = int(mbps * 1e6 * 0.3 / 8)
+            check = dict(num_devices=2, link_bytes=num_bytes, segment_s=0.01, num_segments=3)
+            seconds = transfer_seconds(session.run("self_check", **check))
+            assert len(seconds) == 2  # one link, both ways
+            assert all(0.6 * mbps < 8 * num_bytes / s / 1e6 <= mbps for s in seconds)
         link, rows = profile_link(session, repeats=2)
-        assert set(rows["kind"]) == {"all_reduce", "all_gather", "send"}
+        assert {"all_reduce", "all_gather", "send"} <= set(rows["kind"])
         assert all(0.3 < share <= 1 for share in link.efficiency.values())
+
+
+@needs_namespaces
+def test_delay_where_the_kernel_has_netem():
+    """Elsewhere one sentence says that it has not."""
+    delays, why = can_delay()
+    if not delays:
+        with pytest.raises(ValueError, match="no netem .* sch_netem"):
+            EmulatedCluster(2, delay_s=0.02, transport="namespaces")
+        return
+    with EmulatedCluster(2, bandwidth_bps=100e6, delay_s=0.02, transport="namespaces") as session:
+        results = session.run("time_collective", kind="send", num_floats=1, num_devices=2, repeats=3)
+        assert 0.02 <= min(results[1]["seconds"]) < 0.06
+
+
+def test_a_delayed_link_is_netem_around_the_token_bucket():
+    shape = Shape(125e6, delay_s=0.002, jitter_s=0.0005)
+    (bucket,) = disciplines(shape, delayed=False)
+    outer, inner = disciplines(shape, delayed=True)
+    assert (outer["kind"], outer["delay"], outer["jitter"]) == ("netem", 2000, 500)  # in microseconds
+    assert inner == bucket | {"parent": "1:1"} and bucket["rate"] == 125e6 / 8
+    assert Shape.from_line(shape.to_line()) == shape
 
 
 @needs_namespaces

@@ -28,7 +28,7 @@ app = typer.Typer(
 
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Option(help="quick, laptop, paper, or the path of a YAML file.")] = "quick",
+    profile: Annotated[str, typer.Option(help="quick, reference, laptop, paper, or a YAML file's path.")] = "quick",
     only: Annotated[list[str] | None, typer.Option(help="Run only this notebook, e.g. 06; may be repeated.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Run also what has not changed.")] = False,
     output: Annotated[str | None, typer.Option(help="Folder of the run; results/PROFILE where not given.")] = None,
@@ -106,17 +106,28 @@ def bench(
     devices: Devices = "4",
     bandwidth: Bandwidth = "125",
     methods: Annotated[
-        str, typer.Option(help="all, or some of single,tp,sp,bp+tp,bp+sp,bp+allgather,bp+auto,dp,pp.")
-    ] = "single,tp,sp,bp+tp,bp+sp,bp+allgather,bp+auto",
+        str,
+        typer.Option(
+            help="all, or some of single,dp,pp,tp,sp,ulysses,galaxy,dtensor,auto,bp+tp,bp+sp,bp+allgather,bp+ulysses,"
+            "bp+heads,bp+paper,bp+auto,bp+narrow."
+        ),
+    ] = "single,tp,sp,ulysses,bp+tp,bp+sp,bp+allgather,bp+paper,bp+auto",
     repeats: Annotated[str, typer.Option(help="Measured requests a row.")] = "5",
     output: Annotated[str | None, typer.Option(help="CSV file to save the rows to.")] = None,
+    timeline: Annotated[str | None, typer.Option(help="CSV file to save what each device did when to.")] = None,
     num_original_layers: Layers = "4",
     num_divisions: Divisions = "4",
     attention_width: Width = "full",
     seq_len: Tokens = "128",
     batch_size: Batch = "1",
     device: Annotated[str, typer.Option(help="Preset to emulate: rpi4b.")] = "rpi4b",
-    wire: Annotated[str, typer.Option(help="Number format of messages: float32.")] = "float32",
+    wire: Annotated[
+        str, typer.Option(help="Number format of messages: float32, bfloat16, int8, or such as float32,qkv=int8.")
+    ] = "float32",
+    reads: Annotated[str, typer.Option(help="What is read of the last layer: all, cls or both.")] = "all",
+    link: Annotated[str, typer.Option(help="line-rate (clean), or fitted (to the published results).")] = "line-rate",
+    delay: Annotated[str, typer.Option(help="One-way delay between devices in ms, where the kernel has netem.")] = "0",
+    jitter: Annotated[str, typer.Option(help="How far a packet's delay may lie from it, in ms.")] = "0",
     memory: Memory = None,
     transport: Annotated[str, typer.Option(help="auto, namespaces or loopback.")] = "auto",
     time_scale: Annotated[str, typer.Option(help="auto, or how many times slower all runs.")] = "auto",

@@ -38,6 +38,7 @@ def examine() -> list[Finding]:
         disk(),
         gpu(),
         network_emulation(),
+        link_delay(),
         data_mirror(),
         hub(),
     ]
@@ -145,11 +146,22 @@ def network_emulation() -> Finding:
     """Makes and removes a small network of namespaces with shaped links."""
     from detransformer.cluster.network import can_emulate
 
-    works, reason = can_emulate()
-    if works:
-        return Finding("Emulated cluster", "ok", reason)
     remedy = "run as root (or with CAP_NET_ADMIN and CAP_SYS_ADMIN); until then links are modelled in the process."
-    return Finding("Emulated cluster", "limited", reason, remedy)
+    return _possible("Emulated cluster", can_emulate(), remedy)
+
+
+def link_delay() -> Finding:
+    """Whether links can be given latency and jitter."""
+    from detransformer.cluster.network import can_delay
+
+    remedy = "only `detransformer bench --delay` and `--jitter` need it: a kernel with sch_netem, as root."
+    return _possible("Link delay", can_delay(), remedy)
+
+
+def _possible(name: str, tried: tuple[bool, str], remedy: str) -> Finding:
+    """What was tried, as (whether it works, why); the remedy where it does not."""
+    works, reason = tried
+    return Finding(name, "ok", reason) if works else Finding(name, "limited", reason, remedy)
 
 
 def data_mirror() -> Finding:

@@ -1,15 +1,16 @@
-"""Latency bench: one row for every (model, method, devices, bandwidth), measured on an emulated cluster.
+"""Latency bench: one row for every (model, method, devices, bandwidth, wire), measured on an emulated cluster.
 
-Rows carry their conditions and their self-check; a row whose link or pacing failed it is marked invalid. A grid writes
-each row when it is measured and picks up where it was interrupted.
+Rows carry their conditions and their self-check: links and pacing are checked before and after each one, and a row that
+fails is marked invalid, with the reason. A grid writes each row when it is measured and picks up where it was
+interrupted.
 """
 
 import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,26 +20,46 @@ from transformers import BertConfig
 
 from detransformer.cluster.checkpoints import Checkpoint, decoupled_checkpoint, original_checkpoint, request
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.files import atomic_write
-from detransformer.parallel.plan import BLOCK_METHODS, METHODS, Plan, published_plan
+from detransformer.models.configuration import config_fields
+from detransformer.parallel.plan import METHODS, READS, Plan, published_plan
+from detransformer.parallel.wire import check_spec
 from detransformer.planning.cost import Prediction, predict
-from detransformer.planning.placement import auto_plan
-from detransformer.planning.profile import LinkProfile
+from detransformer.planning.placement import auto_plan, paper_plan
+from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
+from detransformer.report.provenance import usable_cores
 
+FLOAT32_METHODS = ("single", "dp", "dtensor")  # send nothing, or by PyTorch's own means: float32 on any wire
 MIN_LINK_SHARE = 0.9  # a link must carry at least this share of its rate, and never more than the rate
-MAX_OVERRUN_SHARE = 0.03  # of the modelled compute, by which the host may be late
+MAX_PACING_ERROR = 0.02  # by which paced segments of an idle device may be longer than modelled
+MAX_OVERRUN_SHARE = 0.03  # of what is modelled, by which the host may be late
 MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output (size 1) by some 1e-6 a layer
-MAX_TIME_SCALE = 8
+# Largest relative error (RMS) of an output whose messages were rounded. One rounding of a row moves it by some 0.2%
+# (bfloat16, 8 bits of mantissa) or 0.7% (int8: a step of max / 127, and a row's largest number is some three times its
+# RMS), and roundings add up like noise. BERT-Base's 12 layers have 0.2 to 0.5% and 0.8 to 2.0%, by method; twice the
+# layers have up to 1.4 times that.
+MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04}
+MAX_TIME_SCALE = 32
 # What two cores shape and move without making collectives late, summed over the devices' links; above it everything is
 # run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its time.)
 MAX_TOTAL_BPS = 1e9
+# A core computes a whole layer some seven times faster than a device, but the small products of chunks at a third of
+# that, and messages take their share: four devices on two cores come within 3% of the cost model at a quarter of the
+# speed, and plans in chunks are late at half of it. All methods start alike, so that none gains by being slowed more.
+DEVICES_A_CORE = 0.5
 ATTEMPTS = 2  # at one time scale, of a row that was disturbed
-LINK_ATTEMPTS = 4  # a link's rate is what it carried in the best one
+CHECK_ATTEMPTS = 4  # of a self-check that fails: a shared host is disturbed now and then
 DISTURBING_STEAL = 0.1  # of the processors, taken by other guests of the same machine: worth another attempt
 MAX_STEAL = 0.3  # above it a row says more about the neighbours than about the plan
 STREAM_REQUESTS = {"pp": 8, "dp": 2}  # back to back, for throughput: a pipeline has to fill and drain
 LINK_CHECK_S = 0.15
 MIN_CHECK_BYTES = 500_000  # on a slow link a shorter transfer shows latency, not rate
+TIMELINE_COLUMNS = (
+    *("model", "method", "wire", "reads", "link", "bandwidth_mbps", "num_devices"),
+    *("rank", "what", "start_s", "stop_s"),
+)
+PACING_CHECK_S, PACED_SEGMENT_S = 0.1, 0.01  # the latter in the devices' seconds, as short as in fast plans
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,8 @@ class Cell:
     seq_len: int = 128
     batch_size: int = 1
     repeats: int = 5
+    wire: str = "float32"
+    reads: str = "all"
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -63,14 +86,49 @@ class Cell:
             raise ValueError(f"repeats={self.repeats} is below 1: measure at least once.")
         if not self.bandwidth_mbps > 0:
             raise ValueError(f"bandwidth_mbps={self.bandwidth_mbps} must be above 0.")
+        if self.reads not in READS:
+            raise ValueError(f"reads={self.reads!r} is unknown: choose one of {', '.join(READS)}.")
+        if self.method == "dtensor" and self.reads != "all":
+            raise ValueError("dtensor runs Hugging Face's own layers, which compute all tokens: use reads='all'.")
+        check_spec(self.wire)
+        if self.method in FLOAT32_METHODS and self.wire != "float32":
+            raise ValueError(f"{self.method} cannot send {self.wire}: use wire='float32'.")
 
     @property
     def needs_decoupled(self) -> bool:
-        return self.method in (*BLOCK_METHODS, "bp+auto")
+        return self.method.startswith("bp+")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One self-check: Mbps of the slowest and fastest link, in the devices' seconds (NaN: none used), and pacing."""
+
+    link_min_mbps: float
+    link_max_mbps: float
+    pacing_error: float
+
+    def failures(self, bandwidth_mbps: float) -> list[str]:
+        """What is wrong, in words."""
+        reasons = []
+        if self.link_min_mbps < MIN_LINK_SHARE * bandwidth_mbps:
+            reasons.append(f"a link carried {self.link_min_mbps:.0f} of {bandwidth_mbps:g} Mbps")
+        if self.link_max_mbps > bandwidth_mbps:
+            reasons.append(f"a link carried {self.link_max_mbps:.1f} Mbps, more than its {bandwidth_mbps:g}")
+        if self.pacing_error > MAX_PACING_ERROR:
+            reasons.append(f"idle devices were paced {self.pacing_error:.1%} too slow")
+        return reasons
+
+    def joined(self, other: "Check") -> "Check":
+        """The worse of both in every respect."""
+        return Check(
+            min(self.link_min_mbps, other.link_min_mbps),
+            max(self.link_max_mbps, other.link_max_mbps),
+            max(self.pacing_error, other.pacing_error),
+        )
 
 
 class Bench:
-    """Measures cells on one running cluster; keeps what rows share (link checks, time scales, requests)."""
+    """Measures cells on one running cluster; `timelines` keeps the events of each cell's median sample."""
 
     def __init__(
         self,
@@ -84,89 +142,110 @@ class Bench:
         self.link = link
         self.fixed_time_scale = time_scale
         self.memory_budget_bytes = memory_budget_bytes
-        self._achieved: dict[tuple[float, float], float] = {}
+        self.timelines: dict[Cell, list[dict]] = {}
 
     def measure(self, cell: Cell) -> dict:
         """One row.
 
-        A host that shares its processors is disturbed now and then: a row that was late, or during which other guests
-        took much of the processors, is measured again; one that was late each time, at twice the time scale. The least
-        disturbed attempt is the row.
+        A host that shares its processors is disturbed now and then: a row that failed a check, was late, or during
+        which other guests took much of the processors, is measured again; one that was late each time, at twice the
+        time scale. The least disturbed attempt is the row.
         """
         checkpoint = self.checkpoint(cell)
         plan, prediction = self.plan(cell, checkpoint.config)
         files = request(checkpoint, cell.seq_len, cell.batch_size, self.cluster.folder)
-        links_used = sum(prediction.bytes.values()) > 0
-        scale = self.fixed_time_scale or _first_time_scale(cell.bandwidth_mbps, plan.num_devices if links_used else 1)
+        checks_links = sum(prediction.bytes.values()) > 0 and self.cluster.transport == "namespaces"
+        # Layers that run whole are large products, and what travels between them is one message at a time.
+        busy = plan.num_devices if plan.splits_layers else 1
+        if self.cluster.transport == "loopback":  # the host need not carry modelled links in time
+            busy /= 2
+        total_bps = cell.bandwidth_mbps * 1e6 * busy if checks_links else 0.0
+        scale = self.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
         while True:
             rows = []
             for _ in range(ATTEMPTS):
-                scale, achieved = self._set_link(cell.bandwidth_mbps, scale, links_used)
+                scale, check = self._set_link(cell.bandwidth_mbps, plan.num_devices, scale, checks_links)
                 before = psutil.cpu_times()
                 results = self._run(cell, plan, checkpoint, files)
                 steal = _stolen_share(before, psutil.cpu_times())
-                rows.append(self._row(cell, checkpoint.config, plan, prediction, results, scale, achieved, steal))
-                if rows[-1]["valid"] and steal <= DISTURBING_STEAL:
-                    return rows[-1]
-            late = all(row["pacing_overrun"] > MAX_OVERRUN_SHARE for row in rows)
+                check = check.joined(self._check(cell.bandwidth_mbps, plan.num_devices, checks_links))
+                row = self._row(cell, checkpoint.config, plan, prediction, results, scale, check, steal)
+                rows.append((row, self._timeline(row, results, scale)))
+                if row["valid"] and steal <= DISTURBING_STEAL:
+                    break
+            late = all(row["pacing_overrun"] > MAX_OVERRUN_SHARE for row, _ in rows)
             if not late or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
-                return min(rows, key=lambda row: (not row["valid"], row["host_steal"]))
+                row, self.timelines[cell] = min(rows, key=lambda pair: (not pair[0]["valid"], pair[0]["host_steal"]))
+                return row
             scale *= 2
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
         if not cell.needs_decoupled:
             return original_checkpoint(cell.model)
-        return decoupled_checkpoint(cell.model, cell.num_original_layers, cell.num_divisions, cell.attention_width)
+        width = "narrow" if cell.method == "bp+narrow" else cell.attention_width
+        return decoupled_checkpoint(cell.model, cell.num_original_layers, cell.num_divisions, width)
 
     def plan(self, cell: Cell, config: BertConfig) -> tuple[Plan, Prediction]:
         """The plan that `cell` runs and what the cost model predicts for it."""
-        self.cluster.bandwidth_bps = cell.bandwidth_mbps * 1e6
-        profile = self.cluster.profile(config, self.link)
-        if cell.num_devices > len(profile.devices):
-            raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
-        profile = type(profile)(profile.devices[: cell.num_devices], profile.link)
-        if cell.method == "bp+auto":
-            plan = auto_plan(
-                config,
-                profile,
-                seq_len=cell.seq_len,
-                batch_size=cell.batch_size,
-                memory_budget_bytes=self.memory_budget_bytes,
-            )
+        profile = self._profile(cell, config)
+        request = dict(
+            seq_len=cell.seq_len,
+            batch_size=cell.batch_size,
+            memory_budget_bytes=self.memory_budget_bytes,
+            wire=cell.wire,
+            reads=cell.reads,
+        )
+        if cell.method in ("auto", "bp+auto"):  # of the unmodified model, of the decoupled one
+            plan = replace(auto_plan(config, profile, **request), method=cell.method)
+        elif cell.method in ("bp+paper", "bp+narrow"):  # bp+narrow: the same on the model of narrow sub-blocks
+            plan = replace(paper_plan(config, profile, **request), method=cell.method)
         else:
-            plan = published_plan(cell.method, config, [1.0] * cell.num_devices)
+            plan = published_plan(cell.method, config, [1.0] * cell.num_devices, cell.wire, cell.reads)
         return plan, predict(config, plan, profile, cell.seq_len, cell.batch_size)
 
-    def _set_link(self, bandwidth_mbps: float, scale: float, used: bool) -> tuple[float, float]:
-        """Sets the links and, where they are used, checks them; doubles the time scale until they carry their rate.
+    def _profile(self, cell: Cell, config: BertConfig) -> ClusterProfile:
+        """The devices and links that `cell` takes."""
+        self.cluster.bandwidth_bps = cell.bandwidth_mbps * 1e6
+        profile = self.cluster.profile(cell.model, config, self.link)
+        if cell.num_devices > len(profile.devices):
+            raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
+        return ClusterProfile(profile.devices[: cell.num_devices], profile.link)
 
-        Returns (scale, Mbps achieved; NaN for a link that is not used or not real).
-        """
+    def limit_s(self, cell: Cell, config: BertConfig, num_devices: int) -> float:
+        """The physical limit: the original model's modelled time on one device, shared evenly by `num_devices`."""
+        original = _original(config)
+        single = published_plan("single", original, reads=cell.reads)
+        profile = self._profile(cell, config)
+        return predict(original, single, profile, cell.seq_len, cell.batch_size).latency_s / num_devices
+
+    def _set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
+        """Sets and checks the links; doubles the time scale until the check passes. Returns (scale, check)."""
         while True:
             self.cluster.set_link(bandwidth_mbps * 1e6, scale)
-            if not used or self.cluster.transport != "namespaces":
-                return scale, float("nan")
-            achieved = self._link_rate(bandwidth_mbps, scale)
-            enough = achieved >= MIN_LINK_SHARE * bandwidth_mbps
-            if enough or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
-                return scale, achieved
+            check = self._check(bandwidth_mbps, num_devices, checks_links)
+            if not check.failures(bandwidth_mbps) or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
+                return scale, check
             scale *= 2
 
-    def _link_rate(self, bandwidth_mbps: float, scale: float) -> float:
-        """Mbps that the links carry, in the devices' seconds; checked until they pass or have failed often enough."""
-        key = (bandwidth_mbps, scale)
-        num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * LINK_CHECK_S / 8))
-        for _ in range(LINK_ATTEMPTS):
-            if self._achieved.get(key, 0) >= MIN_LINK_SHARE * bandwidth_mbps:
+    def _check(self, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
+        """A self-check that passes, or the last of several that failed."""
+        scale = self.cluster.time_scale
+        num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * LINK_CHECK_S / 8)) if checks_links else 0
+        segment_s = PACED_SEGMENT_S * scale
+        paced = {"segment_s": segment_s, "num_segments": max(4, round(PACING_CHECK_S / segment_s))}
+        for _ in range(CHECK_ATTEMPTS):
+            results = self.cluster.run("self_check", num_devices=num_devices, link_bytes=num_bytes, **paced)
+            results = [result for result in results if result is not None]
+            rates = [8 * num_bytes / seconds * scale / 1e6 for seconds in transfer_seconds(results)]
+            error = max(result["pacing_error"] for result in results)
+            check = Check(min(rates, default=math.nan), max(rates, default=math.nan), error)
+            if not check.failures(bandwidth_mbps):
                 break
-            results = self.cluster.run("check_link", num_bytes=num_bytes)
-            slowest_s = max(seconds for result in results for seconds in result["seconds"])
-            self._achieved[key] = max(self._achieved.get(key, 0), 8 * num_bytes / slowest_s * scale / 1e6)
-        return self._achieved[key]
+        return check
 
     def _run(self, cell: Cell, plan: Plan, checkpoint, files) -> list[dict]:
         cluster = self.cluster
-        profile = cluster.profile(checkpoint.config, self.link)
+        profile = cluster.profile(cell.model, checkpoint.config, self.link)
         modelled = cluster.transport == "loopback"
         results = cluster.run(
             "run_plan",
@@ -183,19 +262,19 @@ class Bench:
         return [result for result in results if result is not None]
 
     def _row(
-        self, cell: Cell, config: BertConfig, plan: Plan, prediction: Prediction, results, scale, achieved, steal
+        self, cell: Cell, config: BertConfig, plan: Plan, prediction: Prediction, results, scale, check, steal
     ) -> dict:
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(cell.repeats)]
-        slowest = max(results, key=lambda r: sum(s["latency_s"] for s in r["samples"]))
-        compute_s = statistics.median(s["compute_s"] for s in slowest["samples"])
+        sums = [_slowest_sums(results, i, scale) for i in range(cell.repeats)]
+        compute_s, wait_s = (statistics.median(s[name] for s in sums) for name in ("compute_s", "wait_s"))
         overrun = max(
-            sum(s["overrun_s"] for s in r["samples"]) / max(sum(s["compute_s"] for s in r["samples"]), 1e-9)
+            sum(s["overrun_s"] for s in r["samples"]) / max(sum(s["modelled_s"] for s in r["samples"]), 1e-9)
             for r in results
         )
-        error = max(r["max_abs_error"] for r in results if "max_abs_error" in r)
         sender = max(results, key=lambda r: sum(r["bytes"].values()))
         latency = statistics.median(latencies)
+        limit_s = self.limit_s(cell, config, plan.num_devices)
         throughput = 1 / latency
         if "stream_s" in results[0]:
             copies = plan.num_devices if cell.method == "dp" else 1
@@ -206,57 +285,97 @@ class Bench:
             "plan": plan.describe(),
             "num_original_layers": getattr(config, "num_original_layers", None),
             "num_divisions": getattr(config, "num_divisions", None),
+            "attention_width": getattr(config, "attention_width", None),
             "num_devices": plan.num_devices,
             "bandwidth_mbps": cell.bandwidth_mbps,
+            "delay_ms": 1e3 * self.cluster.delay_s,
+            "jitter_ms": 1e3 * self.cluster.jitter_s,
             "seq_len": cell.seq_len,
             "batch_size": cell.batch_size,
             "link": self.cluster.link,
             "wire": plan.wire,
+            "reads": plan.reads,
             "latency_s": latency,
             "spread_s": max(latencies) - min(latencies),
             "compute_s": compute_s,
-            "comm_s": latency - compute_s,
+            "comm_s": latency - compute_s - wait_s,
+            "wait_s": wait_s,
+            "limit_s": limit_s,
+            "over_limit": latency / limit_s,
         }
-        for kind in ("all_reduce", "all_gather", "send"):
+        for kind in SENT_KINDS:
             row[f"{kind}_count"] = sender["counts"].get(kind, 0)
             row[f"{kind}_bytes"] = sender["bytes"].get(kind, 0)
+        peaks = [r["peak_rss_bytes"] for r in results]
         row |= {
             "link_bytes": max(s["link_bytes"] for r in results for s in r["samples"])
             if self.cluster.transport == "namespaces"
             else None,
             "throughput_rps": throughput,
             "weights_bytes": max(r["weights_bytes"] for r in results),
+            "peak_rss_bytes": None if None in peaks else max(peaks),
             "predicted_s": prediction.latency_s,
             "time_scale": scale,
-            "achieved_mbps": achieved,
+            **asdict(check),
             "pacing_overrun": overrun,
             "host_steal": steal,
-            "max_abs_error": error,
+            "max_abs_error": max(r["max_abs_error"] for r in results if "max_abs_error" in r),
+            "relative_error": max(r["relative_error"] for r in results if "relative_error" in r),
             "repeats": cell.repeats,
             "device": self.cluster.profile_name,
             "samples_s": json.dumps([round(s, 6) for s in latencies]),
         }
-        why = self._why_invalid(row)
+        why = why_invalid(row)
         return row | {"valid": not why, "why_invalid": why}
 
-    def _why_invalid(self, row: dict) -> str:
-        reasons = []
-        rate, achieved = row["bandwidth_mbps"], row["achieved_mbps"]
-        if achieved == achieved and not MIN_LINK_SHARE * rate <= achieved <= rate:
-            reasons.append(f"link carried {achieved:.0f} of {rate:.0f} Mbps")
-        if row["pacing_overrun"] > MAX_OVERRUN_SHARE:
-            reasons.append(f"host late by {row['pacing_overrun']:.1%} of compute")
-        if row["host_steal"] > MAX_STEAL:
-            reasons.append(f"other guests took {row['host_steal']:.0%} of the host's processors")
-        if not row["max_abs_error"] <= MAX_ABS_ERROR:
-            reasons.append(f"output differs from the single device's by {row['max_abs_error']:.1e}")
-        return "; ".join(reasons)
+    def _timeline(self, row: dict, results: list[dict], scale: float) -> list[dict]:
+        """The `timeline` rows of the sample whose latency is the row's median."""
+        samples = json.loads(row["samples_s"])
+        median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
+        conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
+        parts = split_waits([r["samples"][median]["events"] for r in results])
+        return [conditions | part for part in timeline_rows(parts, scale)]
 
 
-def _first_time_scale(bandwidth_mbps: float, num_devices: int) -> float:
-    """The power of two by which all is slowed so that the links together stay within `MAX_TOTAL_BPS`."""
-    total_bps = bandwidth_mbps * 1e6 * num_devices if num_devices > 1 else 0
-    return 2.0 ** max(0, math.ceil(math.log2(max(total_bps, 1) / MAX_TOTAL_BPS)))
+def _original(config: BertConfig) -> BertConfig:
+    """The configuration that `config` was decoupled from, or itself."""
+    added = ("num_original_layers", "num_divisions", "attention_width")
+    return BertConfig(**{name: value for name, value in config_fields(config).items() if name not in added})
+
+
+def _slowest_sums(results: list[dict], sample: int, scale: float) -> dict[str, float]:
+    """`compute_s`, `wait_s` and `comm_s` of the rank that took longest, in the devices' seconds."""
+    parts = split_waits([r["samples"][sample]["events"] for r in results])
+    slowest = max(range(len(results)), key=lambda rank: results[rank]["samples"][sample]["latency_s"])
+    return {name: seconds / scale for name, seconds in seconds_of(parts[slowest]).items()}
+
+
+def transfer_seconds(results: Iterable[dict]) -> list[float]:
+    """Seconds of each transfer of a self-check, from its sender's start to its receiver's end."""
+    starts = {(source, target): at for result in results for source, target, at in result["sent"]}
+    return [at - starts[source, target] for result in results for source, target, at in result["received"]]
+
+
+def why_invalid(row: dict) -> str:
+    """What a row's checks say against it, in words; empty for a valid row."""
+    check = Check(row["link_min_mbps"], row["link_max_mbps"], row["pacing_error"])
+    reasons = check.failures(row["bandwidth_mbps"])
+    if row["pacing_overrun"] > MAX_OVERRUN_SHARE:
+        reasons.append(f"host late by {row['pacing_overrun']:.1%} of what is modelled")
+    if row["host_steal"] > MAX_STEAL:
+        reasons.append(f"other guests took {row['host_steal']:.0%} of the host's processors")
+    limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in row["wire"]), default=None)
+    if limit is None and not row["max_abs_error"] <= MAX_ABS_ERROR:
+        reasons.append(f"output differs from the single device's by {row['max_abs_error']:.1e}")
+    if limit is not None and not row["relative_error"] <= limit:
+        reasons.append(f"output differs from the single device's by {row['relative_error']:.1%} (RMS)")
+    return "; ".join(reasons)
+
+
+def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> float:
+    """The power of two by which all is slowed so that this host carries the links (`total_bps`) and the devices."""
+    needed = max(total_bps / MAX_TOTAL_BPS, num_devices / (DEVICES_A_CORE * num_cores))
+    return 2.0 ** max(0, math.ceil(math.log2(needed)))
 
 
 def _stolen_share(before, after) -> float:
@@ -272,28 +391,43 @@ def check_cells(bench: Bench, cells: Iterable[Cell]) -> None:
 
 
 def measure_grid(
-    bench: Bench, cells: Iterable[Cell], path: str | Path | None = None, quiet: bool = False
+    bench: Bench,
+    cells: Iterable[Cell],
+    path: str | Path | None = None,
+    quiet: bool = False,
+    timeline: str | Path | None = None,
+    in_timeline: Callable[[Cell], bool] = lambda cell: True,
+    keep: bool = False,
 ) -> pd.DataFrame:
     """Measures `cells` in order, one row each.
 
     With `path`, each row is written there when it is measured, and a call after an interruption goes on from there, as
-    long as code and conditions are the same. The file goes when all are measured: the frame is the record.
+    long as code and conditions are the same. The file goes when all are measured, unless `keep`: the frame is the
+    record. With `timeline`, the events of the cells that `in_timeline` picks are saved to that file as CSV.
     """
     cells = list(dict.fromkeys(cells))
     kept = _load_rows(path)
-    conditions = {"link": bench.cluster.link, "device": bench.cluster.profile_name, "code": _code_fingerprint()}
-    rows = []
+    cluster = bench.cluster
+    conditions = {"link": cluster.link, "device": cluster.profile_name, "code": _code_fingerprint()}
+    conditions |= {"delay_s": cluster.delay_s, "jitter_s": cluster.jitter_s}
+    rows, events = [], []
     progress = tqdm(cells, disable=quiet, unit="row", desc="bench")
     for cell in progress:
         progress.set_postfix_str(f"{cell.model} {cell.method} {cell.num_devices} devices {cell.bandwidth_mbps:g} Mbps")
         key = json.dumps(asdict(cell) | conditions)
-        if key not in kept:
-            kept[key] = bench.measure(cell)
+        wanted = timeline is not None and in_timeline(cell)
+        if key not in kept or (wanted and not kept[key]["timeline"]):
+            row = bench.measure(cell)
+            kept[key] = {"row": row, "timeline": bench.timelines[cell] if wanted else []}
             if path:
                 with atomic_write(path) as file:
-                    json.dump(kept, file, indent=1)
-        rows.append(kept[key])
-    if path:
+                    json.dump(kept, file)
+        rows.append(kept[key]["row"])
+        events += kept[key]["timeline"] if wanted else []
+    if timeline is not None:
+        with atomic_write(timeline) as file:
+            pd.DataFrame(events, columns=TIMELINE_COLUMNS).to_csv(file, index=False)
+    if path and not keep:
         Path(path).unlink(missing_ok=True)
     return pd.DataFrame(rows)
 
@@ -319,14 +453,30 @@ def _load_rows(path: str | Path | None) -> dict[str, dict]:
 
 
 def grid(
-    model: str, methods: Sequence[str], bandwidths_mbps: Sequence[float], num_devices: int = 4, **common
+    model: str,
+    methods: Sequence[str],
+    bandwidths_mbps: Sequence[float],
+    num_devices: int = 4,
+    wire: str = "float32",
+    reads: str = "all",
+    **common,
 ) -> list[Cell]:
     """Cells of `methods` x `bandwidths_mbps`, method by method, so that a device loads each method's weights once.
 
-    `single` uses no link and stands once, at the first bandwidth.
+    `single` and `dp` use no link and stand once, at the first bandwidth. Methods that send float32 alone stand with
+    that, and `dtensor`, which computes all tokens, is left out where [CLS] alone is read.
     """
     return [
-        Cell(model, method, num_devices, bandwidth, **common)
+        Cell(
+            model,
+            method,
+            num_devices,
+            mbps,
+            wire="float32" if method in FLOAT32_METHODS else wire,
+            reads=reads,
+            **common,
+        )
         for method in methods
-        for bandwidth in (bandwidths_mbps[:1] if method == "single" else bandwidths_mbps)
+        for mbps in (bandwidths_mbps[:1] if method in ("single", "dp") else bandwidths_mbps)
+        if not (method == "dtensor" and reads != "all")
     ]

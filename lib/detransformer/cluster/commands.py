@@ -2,38 +2,54 @@
 
 import platform
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from detransformer import __version__
 from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESET_SIZES
-from detransformer.parallel.plan import METHODS, WIRE_FORMATS
+from detransformer.parallel.plan import METHODS, READS
+from detransformer.parallel.wire import check_spec
 from detransformer.parse import number, one_of, whole_number, words
 from detransformer.planning.profile import ClusterProfile, LinkProfile
+
+if TYPE_CHECKING:
+    from detransformer.cluster.bench import Cell
 
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)
 MAX_BENCH_DEVICES = 8
 SHOWN = {  # column of a bench row -> heading in the printed table
-    "model": "model",
     "method": "method",
     "plan": "plan",
     "num_devices": "devices",
     "bandwidth_mbps": "Mbps",
-    "link": "link",
     "wire": "wire",
+    "reads": "reads",
     "latency_s": "latency s",
     "spread_s": "spread s",
+    "over_limit": "x limit",
     "compute_s": "compute s",
     "comm_s": "comm s",
-    "all_reduce_count": "all_reduce",
-    "all_gather_count": "all_gather",
-    "sent_kib": "sent KiB",
+    "wait_s": "wait s",
     "predicted_s": "predicted s",
+    "collectives": "collectives",
+    "sent_kib": "sent KiB",
+    "weights_mib": "weights MiB",
+    "peak_mib": "peak RSS MiB",
     "valid": "valid",
 }
+SHORT_KINDS = {
+    "all_reduce": "ar",
+    "all_gather": "ag",
+    "all_to_all": "a2a",
+    "reduce_scatter": "rs",
+    "send": "send",
+}
+REFERENCES = ("single", "tp", "sp")  # measured in float32 beside methods on another wire
 
 
 def bench_command(
@@ -43,6 +59,7 @@ def bench_command(
     methods: str,
     repeats: str,
     output: str | None,
+    timeline: str | None,
     num_original_layers: str,
     num_divisions: str,
     attention_width: str,
@@ -50,6 +67,10 @@ def bench_command(
     batch_size: str,
     device: str,
     wire: str,
+    reads: str,
+    link: str,
+    delay: str,
+    jitter: str,
     memory: str | None,
     transport: str,
     time_scale: str,
@@ -67,28 +88,99 @@ def bench_command(
         batch_size=whole_number(batch_size, "--batch-size", 1),
         repeats=count,
     )
-    one_of(wire, "--wire", WIRE_FORMATS)
+    check_spec(wire)
+    all_reads = READS if one_of(reads, "--reads", (*READS, "both")) == "both" else (reads,)
+    delay_s, jitter_s = (
+        number(text, name, 0, 10_000) / 1e3 for text, name in ((delay, "--delay"), (jitter, "--jitter"))
+    )
     scale = None if time_scale == "auto" else number(time_scale, "--time-scale", 0.1, 64)
-    if output:
-        _check_writable(output)
+    for path, name in ((output, "--output"), (timeline, "--timeline")):
+        if path:
+            _check_writable(path, name)
 
-    from detransformer.cluster.bench import Bench, check_cells, grid, measure_grid
+    from detransformer.cluster.bench import Bench, check_cells, measure_grid
     from detransformer.cluster.session import EmulatedCluster
 
-    cells = grid(model, names, bandwidths, num_devices, **common)
-    cluster = EmulatedCluster(num_devices, device, bandwidths[0] * 1e6, transport)
+    cells = bench_cells(model, names, bandwidths, num_devices, wire, all_reads, **common)
+    cluster = EmulatedCluster(
+        num_devices, device, bandwidths[0] * 1e6, transport, link=link, delay_s=delay_s, jitter_s=jitter_s
+    )
     bench = Bench(cluster, time_scale=scale, memory_budget_bytes=_budget(memory))
     check_cells(bench, cells)
     with cluster:
-        rows = measure_grid(bench, cells, f"{output}.rows.json" if output else None)
+        rows = measure_grid(bench, cells, f"{output}.rows.json" if output else None, timeline=timeline)
     if output:
         with atomic_write(output) as file:
             rows.to_csv(file, index=False)
-    print(_markdown(rows.assign(sent_kib=_sent_bytes(rows) / 1024)[list(SHOWN)].rename(columns=SHOWN)))
+    print(
+        f"\n{model} on {num_devices} x {cluster.profile_name}, {cluster.link} link, seq {seq_len}, batch {batch_size}, "
+        f"median of {repeats}\n"
+    )
+    print(_markdown(shown_rows(rows)))
+    print("ar all_reduce, ag all_gather, a2a all_to_all, rs reduce_scatter; x limit: over single device / devices.\n")
     for row in rows[~rows["valid"].astype(bool)].itertuples():
-        print(f"not valid: {row.method} at {row.bandwidth_mbps:g} Mbps: {row.why_invalid}")
-    if output:
-        print(f"saved to {output}")
+        print(f"not valid: {row.method} at {row.bandwidth_mbps:g} Mbps, {row.wire}: {row.why_invalid}.")
+    for line in summary_lines(rows):
+        print(line)
+    for path in (output, timeline):
+        if path:
+            print(f"saved to {path}")
+
+
+def bench_cells(
+    model: str, methods: Sequence[str], bandwidths: Sequence[float], num_devices: int, wire: str, reads, **common
+) -> list["Cell"]:
+    """The rows of one `detransformer bench`; on another wire than float32, with `REFERENCES` in float32 before them."""
+    from detransformer.cluster.bench import grid
+
+    cells = []
+    for part in reads:
+        if wire != "float32":
+            cells += grid(model, REFERENCES, bandwidths, num_devices, reads=part, **common)
+        cells += grid(model, methods, bandwidths, num_devices, wire, part, **common)
+    return list(dict.fromkeys(cells))
+
+
+def shown_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Bench rows as they are printed; `reads` only where it differs."""
+    shown = rows.assign(
+        collectives=[_collectives(row) for row in rows.to_dict("records")],
+        sent_kib=_sent_bytes(rows) / 1024,
+        weights_mib=rows["weights_bytes"] / 2**20,
+        peak_mib=rows["peak_rss_bytes"].astype(float) / 2**20,
+    )
+    columns = [name for name in SHOWN if name != "reads" or rows["reads"].nunique() > 1]
+    return shown[columns].rename(columns=SHOWN)
+
+
+def _collectives(row: dict) -> str:
+    """Such as `4 ag + 8 a2a`."""
+    counts = [(row[f"{kind}_count"], short) for kind, short in SHORT_KINDS.items()]
+    return " + ".join(f"{count} {short}" for count, short in counts if count) or "-"
+
+
+def summary_lines(rows: pd.DataFrame) -> list[str]:
+    """BP+Auto against float32 TP and SP, the limit and all other rows: a line for each of its valid rows."""
+    lines = []
+    valid = rows[rows["valid"].astype(bool)]
+    for auto in valid[valid["method"] == "bp+auto"].to_dict("records"):
+        alike = valid[(valid["bandwidth_mbps"] == auto["bandwidth_mbps"]) & (valid["reads"] == auto["reads"])]
+        parts = []
+        for name in ("tp", "sp"):
+            other = alike[(alike["method"] == name) & (alike["wire"] == "float32")]
+            if len(other):
+                parts.append(f"{other['latency_s'].iloc[0] / auto['latency_s']:.2f}x faster than {name.upper()}")
+        line = f"BP+Auto ({auto['plan']}) at {auto['bandwidth_mbps']:g} Mbps, {auto['wire']}: {auto['latency_s']:.3f} s"
+        line += f", {' and '.join(parts)} in float32" if parts else ""
+        line += f"; {auto['over_limit']:.2f} times the limit of {auto['limit_s']:.3f} s"
+        fastest = alike.loc[alike["latency_s"].idxmin()]
+        if fastest["method"] == "bp+auto":
+            line += f"; the fastest of {len(alike)} rows" if len(alike) > 1 else ""
+        else:
+            line += f"; {fastest['method']} ({fastest['wire']}) is faster, {fastest['latency_s']:.3f} s"
+        error = f"{auto['max_abs_error']:.1e} at most, {auto['relative_error']:.1e} RMS"
+        lines.append(f"{line}; output error {error}{', [CLS] read alone' if auto['reads'] == 'cls' else ''}.")
+    return lines
 
 
 def plan_command(
@@ -231,17 +323,17 @@ def _budget(memory: str | None) -> int | None:
     return None if memory is None else int(number(memory, "--memory", 1) * 2**20)
 
 
-def _check_writable(output: str) -> None:
+def _check_writable(output: str, option: str = "--output") -> None:
     """Fails before an hour of measuring, not after it."""
     if Path(output).is_dir():
-        raise ValueError(f"--output {output} is a folder; give a file name.")
+        raise ValueError(f"{option} {output} is a folder; give a file name.")
     with atomic_write(f"{output}.probe") as file:
         file.write("x")
     Path(f"{output}.probe").unlink()
 
 
 def _sent_bytes(rows: pd.DataFrame) -> pd.Series:
-    return rows[["all_reduce_bytes", "all_gather_bytes", "send_bytes"]].sum(axis=1)
+    return rows[[f"{kind}_bytes" for kind in SHORT_KINDS]].sum(axis=1)
 
 
 def _markdown(frame: pd.DataFrame) -> str:

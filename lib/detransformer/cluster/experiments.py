@@ -13,14 +13,15 @@ import pandas as pd
 from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
 from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.commands import placement_rows
-from detransformer.cluster.devices import DEVICES, preset_profile, published_latency_s
+from detransformer.cluster.devices import DEVICES, preset_profile
 from detransformer.cluster.profiler import profile_link, single_device_latency
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
-from detransformer.parallel.plan import published_plan
+from detransformer.parallel.plan import METHODS, published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.placement import place
-from detransformer.planning.profile import ClusterProfile, LinkProfile
+from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
+from detransformer.report.expected import published_claim
 
 
 def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats: int) -> pd.DataFrame:
@@ -29,7 +30,7 @@ def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats:
     emulated = measure_grid(Bench(cluster), [Cell(m, "single", 1, repeats=repeats) for m in models])
     rows = []
     for model, latency in zip(models, emulated["latency_s"], strict=True):
-        published = published_latency_s(device.latency_claims[model])
+        published = published_claim(device.latency_claims[model])
         rows.append((model, device.name, published, "published"))
         rows.append((model, cluster.profile_name, latency, "measured"))
         own = single_device_latency(original_checkpoint(model).path, repeats=repeats)
@@ -50,10 +51,9 @@ def save_profiles(
     provenance = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.platform()}
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        cluster.profile(config, link).save(Path(folder) / f"{model}.json", provenance | {"model": model})
+        cluster.profile(model, config, link).save(Path(folder) / f"{model}.json", provenance | {"model": model})
     if rows is None:
-        kinds = ("all_reduce", "all_gather", "send")
-        rows = pd.DataFrame([(k, 0, None, link.collective_s(k, 0, cluster.num_devices)) for k in kinds])
+        rows = pd.DataFrame([(k, 0, None, link.collective_s(k, 0, cluster.num_devices)) for k in SENT_KINDS])
         rows.columns = ["kind", "num_bytes", "latency_s", "fitted_s"]
     rows = rows.assign(num_devices=cluster.num_devices, bandwidth_mbps=cluster.bandwidth_bps / 1e6, link=cluster.link)
     return rows.assign(source=link.source)
@@ -94,12 +94,13 @@ def placement_table(
 def collective_counts(model: str, num_original_layers: int, num_divisions: int, num_devices: int = 4) -> pd.DataFrame:
     """Collectives of one request under each method (Section IV-C-1), by the cost model; the bench counts the same."""
     rows = []
-    for method in ("tp", "sp", "bp+tp", "bp+sp", "bp+allgather"):
+    for method in ("tp", "sp", "ulysses", "galaxy", "bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads"):
         config = preset_config(model, num_original_layers if method.startswith("bp") else None, num_divisions)
         plan = published_plan(method, config, [1.0] * num_devices)
         profile = ClusterProfile((preset_profile("rpi4b", config),) * num_devices, LinkProfile(125e6))
         prediction = predict(config, plan, profile)
-        counts = {kind: prediction.counts.get(kind, 0) for kind in ("all_reduce", "all_gather")}
+        kinds = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter")
+        counts = {kind: prediction.counts.get(kind, 0) for kind in kinds}
         sent = sum(prediction.bytes.values()) / 2**20
         rows.append({"model": model, "method": method, **counts, "sent_mib": sent})
     return pd.DataFrame(rows)
@@ -116,43 +117,88 @@ def latency_cells(
     fewer_original_layers: Sequence[int] = (1, 2, 3),
     fewer_bandwidths_mbps: Sequence[float] = (1000, 500, 125),
     table_ii_methods: Sequence[str] = ("dp", "pp"),
+    wire_formats: Sequence[str] = ("bfloat16", "int8"),
+    wire_methods: Sequence[str] = ("tp", "ulysses", "bp+auto"),
+    wire_bandwidths_mbps: Sequence[float] = (500, 125),
+    cls_methods: Sequence[str] = ("tp", "sp", "ulysses", "bp+auto"),
+    cls_bandwidths_mbps: Sequence[float] = (125,),
 ) -> list[Cell]:
-    """All rows of notebook 06, model by model.
+    """All rows of notebook 06 on clean links, model by model.
 
-    Table IV and Figs. 7a,b: `methods` x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d: `scaling_methods` over fewer
-    devices at one bandwidth. Fig. 8 (first model): BP+Auto with fewer original layers. Table II (first model): data and
-    pipeline parallelism at the scaling bandwidth.
+    Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
+    `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8
+    (first model): BP+Auto with fewer original layers. Table II (first model): data and pipeline parallelism at the
+    scaling bandwidth. Beyond the paper: `wire_methods` on other wires, and `cls_methods` where only [CLS] is read.
     """
+    methods = list(METHODS) if list(methods) == ["all"] else methods
     cells = []
     for model in models:
         common = dict(repeats=repeats[model])
         cells += grid(model, ["single"], [scaling_bandwidth_mbps], 4, **common)
-        cells += grid(model, methods, bandwidths_mbps, 4, **common)
+        cells += grid(model, [m for m in methods if m != "single"], bandwidths_mbps, 4, **common)
         if model == models[0]:
             cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
             for layers in fewer_original_layers:
                 cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
+        for wire in wire_formats:
+            cells += grid(model, wire_methods, wire_bandwidths_mbps, 4, wire, **common)
+        cells += grid(model, cls_methods, cls_bandwidths_mbps, 4, reads="cls", **common)
         for count in scaling_devices:
-            cells += grid(model, scaling_methods, [scaling_bandwidth_mbps], count, **common)
+            divisions = max(count, 4)
+            cells += grid(model, scaling_methods, [scaling_bandwidth_mbps], count, num_divisions=divisions, **common)
     return list(dict.fromkeys(cells))
 
 
-def measure_latency(
-    run_path: str | Path, cells: Sequence[Cell], num_devices: int = 4, transport: str = "auto"
-) -> pd.DataFrame:
-    """Measures `cells` on one emulated cluster, with the links' profile of notebook 04 where the run has it.
+def fitted_cells(
+    models: Sequence[str],
+    bandwidths_mbps: Sequence[float],
+    repeats: Mapping[str, int],
+    methods: Sequence[str] = ("tp", "sp", "bp+tp", "bp+sp", "bp+allgather", "bp+paper", "bp+auto"),
+) -> list[Cell]:
+    """The rows of Table IV on the fitted link: `methods` x `bandwidths_mbps` on 4 devices."""
+    return [cell for model in models for cell in grid(model, methods, bandwidths_mbps, 4, repeats=repeats[model])]
 
-    Rows are kept in `latency_rows.json` in the run's folder as they come: an interrupted run goes on from there.
+
+def measure_latency(
+    run_path: str | Path, cells: Sequence[Cell], link: str = "line-rate", transport: str = "auto"
+) -> pd.DataFrame:
+    """Measures `cells` on emulated clusters of 4 devices, or as many as a cell needs, and returns their rows in order.
+
+    On line-rate links the cost model takes the profile of notebook 04 where the run has it. Rows are kept in
+    `latency_rows_<link>.json` in the run's folder as they come: an interrupted run goes on from there. What each device
+    did when (`read_timeline`) is kept of the first model's plain rows at the lowest bandwidth.
     """
     run_path = Path(run_path)
-    link = load_link(run_path / "profiles", cells[0].model)
-    bandwidth_bps = cells[0].bandwidth_mbps * 1e6
-    with EmulatedCluster(num_devices, bandwidth_bps=bandwidth_bps, transport=transport) as cluster:
-        return measure_grid(Bench(cluster, link), cells, run_path / "latency_rows.json")
+    cells = list(dict.fromkeys(cells))
+    measured = load_link(run_path / "profiles", cells[0].model) if link == "line-rate" else None
+    lowest = min(cell.bandwidth_mbps for cell in cells)
+    plain = dict(model=cells[0].model, bandwidth_mbps=lowest, num_devices=4, wire="float32", reads="all")
+    plain |= dict(num_original_layers=4, num_divisions=4)
+
+    rows_path = run_path / f"latency_rows_{link}.json"
+    rows = {}
+    for size in sorted({max(4, cell.num_devices) for cell in cells}):
+        part = [cell for cell in cells if max(4, cell.num_devices) == size]
+        with EmulatedCluster(
+            size, bandwidth_bps=part[0].bandwidth_mbps * 1e6, transport=transport, link=link
+        ) as cluster:
+            frame = measure_grid(
+                Bench(cluster, measured),
+                part,
+                rows_path,
+                timeline=_timeline_path(run_path, link) if size == 4 else None,
+                in_timeline=lambda cell: all(getattr(cell, name) == value for name, value in plain.items()),
+                keep=True,
+            )
+        rows |= dict(zip(part, frame.to_dict("records"), strict=True))
+    rows_path.unlink()
+    return pd.DataFrame([rows[cell] for cell in cells])
 
 
-def prediction_error(latency: pd.DataFrame) -> pd.DataFrame:
-    """Median and largest relative error of the cost model over the distributed rows, by method."""
-    rows = latency[~latency["method"].isin(["single", "dp"])].copy()
-    rows["error"] = (rows["predicted_s"] / rows["latency_s"] - 1).abs()
-    return rows.groupby("method")["error"].agg(["median", "max", "count"]).reset_index()
+def _timeline_path(run_path: Path, link: str) -> Path:
+    return run_path / f"timeline_{link}.csv"
+
+
+def read_timeline(run_path: str | Path, link: str = "line-rate") -> pd.DataFrame:
+    """What `measure_latency` kept of who did what when: a row an event, in seconds from the request's start."""
+    return pd.read_csv(_timeline_path(Path(run_path), link))

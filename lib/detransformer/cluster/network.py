@@ -2,7 +2,8 @@
 
 Each device is a network namespace with one interface; its cable ends at a bridge in a namespace of its own. A token
 bucket (tbf) stands at both ends of the cable, so a device sends and receives at most at the link's rate, as on a
-full-duplex switch port. Nothing touches the host's own interfaces.
+full-duplex switch port. Latency and jitter are netem's, where the kernel has it: what a device sends is held back
+before it reaches the bucket. Nothing touches the host's own interfaces.
 
 The namespaces belong to a small keeper process (this module run with `-m`), which removes them when its input closes:
 also when the process that asked for them was killed. Names start with `dtf<pid of the keeper>`; should a keeper itself
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 PREFIX = "dtf"
@@ -26,6 +28,7 @@ INTERFACE = "eth0"
 SUBNET = "10.77.0"
 BURST_BYTES = 10_000  # a few MTU: small messages must not pass above the line rate (a 32 kB bucket lets them)
 QUEUE_BYTES = 4_000_000  # deep enough that an all_to_all's incast is delayed, not dropped
+DELAYED_PACKETS = 10_000  # what netem may hold back: more than fits in QUEUE_BYTES
 _CLONE_NEWNET = 0x40000000
 
 
@@ -49,31 +52,40 @@ def can_emulate() -> tuple[bool, str]:
     return True, "network namespaces, veth, bridge and tbf work"
 
 
+@functools.cache
+def can_delay() -> tuple[bool, str]:
+    """Whether this kernel can add latency to links (netem), by trying, and why not."""
+    permitted, why = can_emulate()
+    if not permitted:
+        return False, why
+    try:
+        with EmulatedNetwork(2, 100e6, delay_s=0.001, jitter_s=0.0001):
+            pass
+    except OSError as error:
+        return False, f"this kernel has no netem queueing discipline ({error})"
+    return True, "netem adds latency and jitter"
+
+
 class EmulatedNetwork:
     """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
 
-    `namespaces`, `addresses` and `switch` are known once entered.
+    `delay_s` (one way, between any two devices) and `jitter_s` (how far a packet's delay may lie from it,
+    which can reorder packets) want netem. `namespaces`, `addresses` and `switch` are known once entered.
 
     Raises:
         OSError: on entering, where the kernel does not permit it, with the reason.
     """
 
-    def __init__(self, num_devices: int, bandwidth_bps: float):
+    def __init__(self, num_devices: int, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0):
         self.num_devices = num_devices
-        self.bandwidth_bps = bandwidth_bps
+        self.shape = Shape(bandwidth_bps, delay_s, jitter_s)
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(num_devices)]
         self.namespaces: list[str] = []
         self.switch = ""
         self._keeper: subprocess.Popen | None = None
 
     def __enter__(self) -> "EmulatedNetwork":
-        command = [
-            sys.executable,
-            "-m",
-            "detransformer.cluster.network",
-            str(self.num_devices),
-            str(self.bandwidth_bps),
-        ]
+        command = [sys.executable, "-m", "detransformer.cluster.network", str(self.num_devices), self.shape.to_line()]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         # A session of its own: a kernel is killed with its whole process group, and the keeper must outlive it.
         self._keeper = subprocess.Popen(command, start_new_session=True, **pipes)
@@ -95,10 +107,10 @@ class EmulatedNetwork:
             raise OSError(answer["error"])
         return answer["names"]
 
-    def set_rate(self, bandwidth_bps: float) -> None:
-        """Changes every link's rate, while connections stay open."""
-        self.bandwidth_bps = bandwidth_bps
-        self._keeper.stdin.write(f"{bandwidth_bps}\n")
+    def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
+        """Changes every link's rate and, on a network made with a delay, its latency; connections stay open."""
+        self.shape = Shape(bandwidth_bps, delay_s, jitter_s)
+        self._keeper.stdin.write(f"{self.shape.to_line()}\n")
         self._keeper.stdin.flush()
         self._answer()
 
@@ -112,6 +124,22 @@ class EmulatedNetwork:
             self._keeper = None
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a link is set to."""
+
+    bandwidth_bps: float
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+
+    def to_line(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_line(cls, line: str) -> "Shape":
+        return cls(**json.loads(line))
+
+
 class _Namespaces:
     """What the keeper makes, shapes and removes."""
 
@@ -120,7 +148,7 @@ class _Namespaces:
         self.switch = f"{prefix}-sw"
         self.devices = [f"{prefix}-d{i}" for i in range(num_devices)]
 
-    def build(self, bandwidth_bps: float) -> None:
+    def build(self, shape: Shape) -> None:
         from pyroute2 import NetNS, netns
 
         netns.create(self.switch)
@@ -139,26 +167,24 @@ class _Namespaces:
                 device.addr("add", index=interface, address=f"{SUBNET}.{i + 1}", prefixlen=24)
                 device.link("set", index=interface, state="up")
                 device.link("set", index=_index(device, "lo"), state="up")
-        self.shape("add", bandwidth_bps)
+        self.set("add", shape)
 
-    def shape(self, action: str, bandwidth_bps: float) -> None:
-        """Puts a token bucket at both ends of every cable, or changes its rate (`add`, `change`)."""
+    def set(self, action: str, shape: Shape) -> None:
+        """Shapes both ends of every cable, or changes how they are (`add`, `change`).
+
+        A delay stands at the device's end only: then it is that of the way from any device to any other.
+        """
         from pyroute2 import NetNS
 
         places = {self.switch: [f"port{i}" for i in range(len(self.devices))]}
         places |= {name: [INTERFACE] for name in self.devices}
         for name, interfaces in places.items():
+            delayed = name != self.switch and (shape.delay_s > 0 or shape.jitter_s > 0)
             with NetNS(name) as space:
                 for interface in interfaces:
-                    space.tc(
-                        action,
-                        "tbf",
-                        index=_index(space, interface),
-                        handle="1:",
-                        rate=int(bandwidth_bps / 8),  # bytes per second
-                        burst=BURST_BYTES,
-                        limit=QUEUE_BYTES,
-                    )
+                    index = _index(space, interface)
+                    for discipline in disciplines(shape, delayed):
+                        space.tc(action, index=index, **discipline)
 
     def remove(self) -> None:
         from pyroute2 import netns
@@ -169,16 +195,34 @@ class _Namespaces:
                     netns.remove(name)
 
 
-def _keep(num_devices: int, bandwidth_bps: float) -> None:
+def disciplines(shape: Shape, delayed: bool) -> list[dict]:
+    """The queueing disciplines of one interface, outermost first, as arguments of pyroute2's `tc`.
+
+    Token bucket alone, or netem with the token bucket in it: packets are held back, then sent at the rate.
+    """
+    bucket = {
+        "kind": "tbf",
+        "handle": "2:",
+        "rate": int(shape.bandwidth_bps / 8),  # bytes per second
+        "burst": BURST_BYTES,
+        "limit": QUEUE_BYTES,
+    }
+    if not delayed:
+        return [bucket]
+    microseconds = {"delay": round(shape.delay_s * 1e6), "jitter": round(shape.jitter_s * 1e6)}
+    return [{"kind": "netem", "handle": "1:", "limit": DELAYED_PACKETS, **microseconds}, bucket | {"parent": "1:1"}]
+
+
+def _keep(num_devices: int, shape: Shape) -> None:
     """The keeper: builds, then takes a new rate a line until its input closes, then removes everything."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our input
     remove_stale_namespaces()
     made = _Namespaces(num_devices)
     try:
-        made.build(bandwidth_bps)
+        made.build(shape)
         print(json.dumps({"names": [made.switch, *made.devices]}), flush=True)
         for line in sys.stdin:
-            made.shape("change", float(line))
+            made.set("change", Shape.from_line(line))
             print(json.dumps({"names": []}), flush=True)
     except Exception as error:  # NetlinkError, PermissionError, a missing module: the parent says it in its own words
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
@@ -211,4 +255,4 @@ def remove_stale_namespaces() -> list[str]:
 
 
 if __name__ == "__main__":
-    _keep(int(sys.argv[1]), float(sys.argv[2]))
+    _keep(int(sys.argv[1]), Shape.from_line(sys.argv[2]))

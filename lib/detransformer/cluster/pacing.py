@@ -3,13 +3,19 @@
 A compute segment between two collectives ends no sooner than the device's profile says it would on that device: the
 pacer sleeps for the rest. The host's contention disappears in that sleep, as long as the host is faster; where it is
 not, the excess is an *overrun*, which is recorded and makes the row invalid if it is large. The time of a collective is
-the real network's, or, on a modelled link, at least what the link's profile says.
+the real network's. On a modelled link the real collective runs too, over loopback, and ends no sooner than the link's
+profile says, counted from the moment when the last rank had arrived (`Arrivals`).
+
+All workers of an emulated session share one host and so one clock: `time.perf_counter` is CLOCK_MONOTONIC there.
 """
 
+import mmap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 _SPIN_S = 0.0002  # time.sleep wakes this much late; the last part is waited for awake
+POINT_TO_POINT = ("send", "receive")
 
 
 def sleep_until(deadline: float) -> None:
@@ -20,52 +26,143 @@ def sleep_until(deadline: float) -> None:
         pass
 
 
-class Pacer:
-    """Observes one device's collectives; sleeps where it is told to and keeps the sums.
+class Arrivals:
+    """When each rank came to its n-th collective, send or start: a small file that all workers of a session map.
 
-    Args:
-        segment_s: modelled seconds of each compute segment, one more than there are collectives; None paces nothing
-            (real hosts, and warm-up).
-        link_s: modelled seconds of a collective `(kind, num_bytes) -> s`; None where the network is real.
+    A rank writes before it enters the real collective, and reads the others' entries after it: by then all have
+    written. Entries are used in turn, so a sender may be far ahead of its receiver.
     """
 
-    def __init__(self, segment_s: Sequence[float] | None = None, link_s: Callable[[str, int], float] | None = None):
+    NUM_SLOTS = 4096
+    FAMILIES = ("group", "send", "start")
+
+    def __init__(self, path: str | Path, num_ranks: int):
+        """Opens the file; `create` makes it."""
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), self._size(num_ranks))
+        self._times = memoryview(self._map).cast("d", (len(self.FAMILIES), num_ranks, self.NUM_SLOTS))
+
+    @classmethod
+    def _size(cls, num_ranks: int) -> int:
+        return 8 * len(cls.FAMILIES) * num_ranks * cls.NUM_SLOTS
+
+    @classmethod
+    def create(cls, path: str | Path, num_ranks: int) -> None:
+        with open(path, "wb") as file:
+            file.truncate(cls._size(num_ranks))
+
+    def write(self, family: str, rank: int, count: int, seconds: float) -> None:
+        """The `count`-th of this family begins on `rank` at `seconds`."""
+        self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS] = seconds
+
+    def read(self, family: str, rank: int, count: int) -> float:
+        return self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS]
+
+    def last(self, family: str, num_ranks: int, count: int) -> float:
+        """When the last of the first `num_ranks` ranks came."""
+        return max(self.read(family, rank, count) for rank in range(num_ranks))
+
+
+class Pacer:
+    """Observes one device's collectives; sleeps where it is told to and keeps the events.
+
+    Args:
+        segment_s: modelled seconds of each compute segment, between launches and waits; None paces nothing
+            (real hosts, and warm-up).
+        link_s: modelled seconds of a collective `(kind, num_bytes) -> s`; None where the network is real.
+        arrivals: with `link_s`: the session's, from which the transfer's start is read.
+        rank, num_ranks: of this device, for `arrivals`. Sends go to the next rank, receives come from the one before.
+
+    `events` are (what, start, stop, launched) of this request on the host's clock; a collective's are its wait and when
+    it was launched. `overrun_s` is by how much what was modelled (`modelled_s`) came late.
+    """
+
+    def __init__(
+        self,
+        segment_s: Sequence[float] | None = None,
+        link_s: Callable[[str, int], float] | None = None,
+        arrivals: Arrivals | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
+        assert link_s is None or arrivals is not None, "a modelled transfer starts when the last rank has arrived"
         self.segment_s = segment_s
         self.link_s = link_s
+        self.arrivals = arrivals
+        self.rank, self.num_ranks = rank, num_ranks
+        self._counts = {"group": 0, "send": 0, "receive": 0}  # over all requests, alike on all ranks
         self.reset()
 
     def reset(self) -> None:
-        self.compute_s = self.comm_s = self.overrun_s = 0.0
-        self.events: list[tuple[str, float, float]] = []  # (what, start, stop) on this host's clock
+        self.compute_s = self.overrun_s = self.modelled_s = 0.0
+        self.events: list[tuple[str, float, float, float]] = []
+        self._launched: list[tuple[str, int, float, int]] = []  # (kind, bytes, when, its count) of this request
+        self._link_free_at: list[float] = []  # on a modelled link: when each group collective has left it
 
     def begin(self) -> None:
         """A request starts."""
+        self._launched.clear()
+        self._link_free_at.clear()
         self._segment = 0
+        self._late_s = 0.0
         self._since = time.perf_counter()
 
     def _end_segment(self) -> None:
+        """Ends compute no sooner than modelled. What came late may be caught up in the next segment of compute."""
+        start, now = self._since, time.perf_counter()
         if self.segment_s is not None:
             assert self._segment < len(self.segment_s), "the executor made more collectives than the cost model lists"
-            deadline = self._since + self.segment_s[self._segment]
-            self.overrun_s += max(0.0, time.perf_counter() - deadline)
-            sleep_until(deadline)
-        now = time.perf_counter()
-        self.compute_s += now - self._since
-        self.events.append(("compute", self._since, now))
+            seconds = self.segment_s[self._segment]
+            self.modelled_s += seconds
+            late_s = max(0.0, now - start - seconds)
+            self.overrun_s += max(0.0, late_s - self._late_s)  # what it was late already is not counted again
+            self._late_s = late_s
+            sleep_until(start + seconds)
+            now = start + seconds
+        self.compute_s += now - start
+        self.events.append(("compute", start, now, start))
         self._segment += 1
         self._since = now
 
-    def before(self, kind: str, num_bytes: int) -> None:
+    def launch(self, kind: str, num_bytes: int) -> int:
         self._end_segment()
+        family = kind if kind in POINT_TO_POINT else "group"
+        count, now = self._counts[family], time.perf_counter()
+        if self.arrivals is not None and kind != "receive":
+            self.arrivals.write(family, self.rank, count, now)
+        self._launched.append((kind, num_bytes, now, count))
+        self._counts[family] += 1
+        return len(self._launched) - 1
 
-    def after(self, kind: str, num_bytes: int) -> None:
+    def before_wait(self, number: int) -> None:
+        self._end_segment()
+        self._since, self._late_s = time.perf_counter(), 0.0
+
+    def after_wait(self, number: int) -> None:
+        kind, _, launched, _ = self._launched[number]
         if self.link_s is not None:
-            # The real collective ends once its last rank has come; the modelled transfer starts then.
-            sleep_until(time.perf_counter() + self.link_s(kind, num_bytes))
+            deadline = self._arrives_at(number)
+            self.modelled_s += max(0.0, deadline - self._since)
+            self.overrun_s += max(0.0, time.perf_counter() - max(deadline, self._since))
+            sleep_until(deadline)
         now = time.perf_counter()
-        self.comm_s += now - self._since
-        self.events.append((kind, self._since, now))
+        self.events.append((kind, self._since, now, launched))
         self._since = now
+
+    def _arrives_at(self, number: int) -> float:
+        """When collective `number` of this request is through, on a modelled link: one after another, as launched.
+
+        A message from one device to the next travels also while its receiver is still busy.
+        """
+        kind, num_bytes, launched, count = self._launched[number]
+        if kind == "send":
+            return launched + self.link_s(kind, num_bytes)
+        if kind == "receive":
+            return self.arrivals.read("send", self.rank - 1, count) + self.link_s(kind, num_bytes)
+        for kind, num_bytes, _, count in self._launched[len(self._link_free_at) : number + 1]:
+            begins = max([self.arrivals.last("group", self.num_ranks, count), *self._link_free_at[-1:]])
+            self._link_free_at.append(begins + self.link_s(kind, num_bytes))
+        return self._link_free_at[number]
 
     def end(self) -> None:
         """The request is answered."""

@@ -17,28 +17,39 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models import DecoupledBertModel
-from detransformer.models.configuration import DecoupledBertConfig, config_fields
-from detransformer.parallel.comm import Comm
-from detransformer.parallel.partition import bounds
-from detransformer.parallel.plan import HIDDEN, SEQ, STRATEGIES, published_plan
+from detransformer.models.configuration import DecoupledBertConfig, config_fields, layer_kinds
+from detransformer.parallel.comm import Comm, Pending
+from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, layer_plan
 from detransformer.parallel.strategies import STRATEGY_CLASSES, Request
 from detransformer.parallel.weights import WeightSource
-from detransformer.planning.cost import LAYER_COSTS, Compute, Sizes
-from detransformer.planning.profile import DeviceProfile, LinkProfile
+from detransformer.planning.cost import LAYER_COSTS, Arrival, Compute, Sizes, Tape
+from detransformer.planning.profile import DeviceProfile, LinkProfile, latency_steps
 
-METHOD_OF_STRATEGY = {"replicate": "bp+allgather", "tensor": "bp+tp", "sequence": "bp+sp", "block": "bp+tp"}
-COLLECTIVE_FLOATS = {"all_reduce": 98_304, "all_gather": 24_576, "send": 98_304}  # X [128, 768] on four devices
+# What one device reduces, contributes, deals out or sends of X [128, 768] on four devices
+COLLECTIVE_FLOATS = {
+    "all_reduce": 98_304,
+    "all_gather": 24_576,
+    "all_to_all": 24_576,
+    "reduce_scatter": 98_304,
+    "send": 98_304,
+}
 FIT_SHARES = (0.001, 0.25, 1.0, 3.0)  # of the sizes above
 
 
 class LocalComm(Comm):
     """Stands in for the other ranks while one device is profiled: right shapes, no messages."""
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
+        return Pending(x)
 
-    def all_gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        return x.new_zeros(sum(sizes), *x.shape[1:])
+    def start_reduce_scatter(self, parts, wire: str = "float32", name: str = "sum") -> Pending:
+        return Pending(parts[self.rank].clone())
+
+    def start_all_gather(self, x: torch.Tensor, shapes, wire: str = "float32", name: str = "gather") -> Pending:
+        return Pending(list(x.new_zeros(sum(s[0] for s in shapes), *x.shape[1:]).split([s[0] for s in shapes])))
+
+    def start_all_to_all(self, parts, shapes, wire: str = "float32", name: str = "exchange") -> Pending:
+        return Pending([parts[0].new_zeros(shape) for shape in shapes])
 
 
 def profile_operations(
@@ -47,11 +58,13 @@ def profile_operations(
     seq_len: int = 128,
     batch_size: int = 1,
     repeats: int = 10,
+    num_chunks: Sequence[int] = (1, 4),
 ) -> pd.DataFrame:
     """Times each strategy's share of one layer on this host, on one core.
 
-    Returns rows of strategy, num_devices, gflops (of the share), latency_s (median), gflops_per_s, and efficiency: the
-    rate relative to the whole original layer's. For an original model `block` is left out.
+    Returns rows of strategy, num_devices, num_chunks (of its tokens), gflops (of the share), latency_s (first
+    quartile), gflops_per_s, and efficiency: the rate relative to the whole original layer's on one device. For an
+    original model `block` is left out.
     """
     decoupled = isinstance(config, DecoupledBertConfig)
     one_layer = dict(num_hidden_layers=2 if decoupled else 1)
@@ -66,46 +79,51 @@ def profile_operations(
     torch.set_num_threads(1)
     try:
         rows = [
-            _time_share(small, state, strategy, count, seq_len, batch_size, repeats)
+            _time_share(small, state, strategy, count, chunks, seq_len, batch_size, repeats)
             for strategy in STRATEGIES
             for count in num_devices
+            for chunks in num_chunks
             if (decoupled or strategy != "block") and (strategy != "replicate" or count == min(num_devices))
         ]
     finally:
         torch.set_num_threads(threads)
     frame = pd.DataFrame(rows)
-    whole = frame.loc[frame["strategy"] == "replicate", "gflops_per_s"].iloc[0]
+    whole = frame[(frame["strategy"] == "replicate") & (frame["num_chunks"] == min(num_chunks))]["gflops_per_s"].iloc[0]
     return frame.assign(efficiency=frame["gflops_per_s"] / whole)
 
 
 @torch.inference_mode()
-def _time_share(config, state, strategy: str, num_devices: int, seq_len: int, batch_size: int, repeats: int) -> dict:
-    method = METHOD_OF_STRATEGY[strategy]
-    if not isinstance(config, DecoupledBertConfig):
-        method = {"tensor": "tp", "sequence": "sp", "replicate": "single"}[strategy]
-    plan = published_plan(method, config, [1.0] * num_devices)
-    layer = len(plan.strategies) - 1 if strategy != "block" else 0
-    comm = LocalComm(None, 0, plan.num_devices)
-    runner = STRATEGY_CLASSES[strategy](config, plan, comm, WeightSource(state), layer)
-    tokens = plan.tokens(seq_len)
-    request = Request(batch_size, seq_len, tokens, None)
-    x = torch.randn(batch_size, seq_len, config.hidden_size)
-    layout = STRATEGIES[strategy].in_layout
-    if layout == SEQ:
-        x = x[:, slice(*bounds(tokens, 0))].contiguous()
-    elif layout == HIDDEN:
-        x = torch.randn(plan.sub_blocks[0], batch_size * seq_len, config.hidden_size // config.num_divisions)
+def _time_share(
+    config, state, strategy: str, num_devices: int, num_chunks: int, seq_len: int, batch_size: int, repeats: int
+) -> dict:
+    original = strategy if strategy != "block" else "replicate"
+    strategies = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
+    plan = layer_plan("bp+auto", config, strategies, [1.0] * num_devices, num_chunks=num_chunks)
+    layer = 0 if strategy == "block" else len(strategies) - 1
+    runner = STRATEGY_CLASSES[strategy](config, plan, LocalComm(None, 0, num_devices), WeightSource(state), layer)
+    request, chunks = Request.of(plan, batch_size, seq_len), []
+    for chunk in request.chunks:
+        total = chunk.stop - chunk.start
+        shape = {
+            REPLICATE: (batch_size, total, config.hidden_size),
+            SEQ: (batch_size, chunk.tokens[0], config.hidden_size),
+            HIDDEN: (plan.sub_blocks[0], batch_size * total, config.hidden_size // sum(plan.sub_blocks)),
+        }[STRATEGIES[strategy].in_layout]
+        chunks.append(Pending(torch.randn(shape)))
     seconds = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        runner(x, request)
+        list(runner(chunks, request))
         seconds.append(time.perf_counter() - start)
-    steps = LAYER_COSTS[strategy].steps(Sizes(config, plan, 0, batch_size, seq_len))
-    flops = sum(step.flops for step in steps if isinstance(step, Compute))
-    latency = statistics.median(seconds[2:])
+    tape = Tape(num_devices)
+    sizes = Sizes(config, plan, 0, batch_size, seq_len, tape)
+    list(LAYER_COSTS[strategy].steps(sizes, [Arrival(tape)] * len(chunks)))
+    flops = sum(step.flops for step in tape.steps if isinstance(step, Compute))
+    latency = sorted(seconds[2:])[repeats // 4]  # neighbours on the same processors only ever make it longer
     return {
         "strategy": strategy,
         "num_devices": num_devices,
+        "num_chunks": num_chunks,
         "gflops": flops / 1e9,
         "latency_s": latency,
         "gflops_per_s": flops / latency / 1e9,
@@ -113,12 +131,15 @@ def _time_share(config, state, strategy: str, num_devices: int, seq_len: int, ba
 
 
 def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
-    """This host's rates from `profile_operations`: each strategy at the largest device count measured."""
-    largest = operations.sort_values("num_devices").groupby("strategy").last()
-    rates = {strategy: float(row["gflops_per_s"]) * 1e9 for strategy, row in largest.iterrows()}
+    """This host's rates from `profile_operations`, at the largest device count measured, whole and in chunks."""
+    largest = operations.sort_values("num_devices").groupby(["strategy", "num_chunks"]).last()
+    rates = {
+        strategy if num_chunks == 1 else f"{strategy}/{num_chunks}": float(row["gflops_per_s"]) * 1e9
+        for (strategy, num_chunks), row in largest.iterrows()
+    }
     rates["*"] = rates["replicate"]
     memory = psutil.virtual_memory().total
-    return DeviceProfile(name, memory, rates, "measured: one layer a strategy, one core, median")
+    return DeviceProfile(name, memory, rates, "measured: one layer a strategy, one core, first quartile")
 
 
 def single_device_latency(checkpoint: str | Path, seq_len: int = 128, repeats: int = 3, threads: int = 1) -> float:
@@ -164,12 +185,13 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
             num_bytes = max(r["bytes"] for r in results)
             rows.append((kind, num_bytes, statistics.median(seconds) / cluster.time_scale))
     frame = pd.DataFrame(rows, columns=["kind", "num_bytes", "latency_s"])
-    steps = {"all_reduce": 2 * (n - 1), "all_gather": n - 1, "send": 1}
     latency, efficiency = {}, {}
     for kind, part in frame.groupby("kind"):
         # Relative errors count: a millisecond matters more on a small message than on a large one.
         weight = 1 / part["latency_s"].to_numpy()
-        columns = np.stack([np.full(len(part), float(steps[kind])), 8 * part["num_bytes"].to_numpy()], axis=1)
+        columns = np.stack(
+            [np.full(len(part), float(latency_steps(kind, n))), 8 * part["num_bytes"].to_numpy()], axis=1
+        )
         (step_s, s_per_bit), *_ = np.linalg.lstsq(columns * weight[:, None], np.ones(len(part)), rcond=None)
         latency[kind] = max(float(step_s), 0.0)
         efficiency[kind] = float(min(1.0, 1 / (s_per_bit * cluster.bandwidth_bps)))

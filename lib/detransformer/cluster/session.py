@@ -1,11 +1,12 @@
 """A cluster of worker processes that stays up for many jobs, emulated on this machine.
 
 Transport `namespaces`: every worker in its own network namespace, links shaped by the kernel, real TCP between them.
-Transport `loopback`: the same workers over 127.0.0.1, links modelled in the process; where namespaces are not
-permitted. Compute is paced by the device profile in both. A worker that dies or falls silent ends the session with an
-error that names it.
+Transport `loopback`: the same workers over 127.0.0.1, links modelled in the process: where namespaces are not
+permitted, and for the `fitted` link, whose collectives take what the paper's published results imply. Compute is paced
+by the device profile in both. A worker that dies or falls silent ends the session with an error that names it.
 """
 
+import contextlib
 import json
 import os
 import selectors
@@ -16,15 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import BertConfig
 
 from detransformer.cluster.devices import DEVICES, preset_profile
-from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_emulate
+from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_delay, can_emulate
+from detransformer.cluster.pacing import Arrivals
+from detransformer.planning.fitting import fitted_link
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 TRANSPORTS = ("auto", "namespaces", "loopback")
+LINKS = ("line-rate", "fitted")
 MAX_DEVICES = 64
 START_TIMEOUT_S = 120
 SILENCE_LIMIT_S = 10  # a worker sends a heartbeat every second, whatever it is doing
@@ -51,9 +56,11 @@ class EmulatedCluster:
         bandwidth_bps: of every link; change it with `set_link`.
         transport: `auto` takes namespaces where they are permitted.
         threads: of each worker's compute.
+        link: `line-rate`, clean and full duplex at its rate; or `fitted`, modelled, as slow as published results imply.
+        delay_s, jitter_s: of a packet between two devices, one way; on shaped links where the kernel has netem.
 
     Raises:
-        ValueError: for bad arguments, or `namespaces` where they are not permitted.
+        ValueError: for bad arguments, or what is not permitted or not available here.
     """
 
     def __init__(
@@ -63,6 +70,9 @@ class EmulatedCluster:
         bandwidth_bps: float = 125e6,
         transport: str = "auto",
         threads: int = 1,
+        link: str = "line-rate",
+        delay_s: float = 0.0,
+        jitter_s: float = 0.0,
     ):
         if not 1 <= num_devices <= MAX_DEVICES:
             raise ValueError(
@@ -74,20 +84,40 @@ class EmulatedCluster:
             raise ValueError(f"transport={transport!r} is unknown: choose one of {', '.join(TRANSPORTS)}.")
         if device not in DEVICES:
             raise ValueError(f"device {device!r} is unknown: choose one of {', '.join(DEVICES)}.")
+        if link not in LINKS:
+            raise ValueError(f"link={link!r} is unknown: choose one of {', '.join(LINKS)}.")
+        if link == "fitted" and transport == "namespaces":
+            raise ValueError("the fitted link is modelled in the process: use it with transport='loopback' or 'auto'.")
+        if not (delay_s >= 0 and jitter_s >= 0):
+            raise ValueError(f"delay_s={delay_s} and jitter_s={jitter_s} must be 0 or above.")
+        if link == "fitted":
+            transport = "loopback"
         if transport != "loopback":
             permitted, why = can_emulate()
             if not permitted and transport == "namespaces":
                 raise ValueError(f"{why}: run as root on Linux, or use transport='loopback'.")
             transport = "namespaces" if permitted else "loopback"
+        if delay_s or jitter_s:
+            if transport == "loopback":
+                raise ValueError(
+                    "delay and jitter are set on shaped links, and these are modelled: leave them out, "
+                    "or use line-rate links where network namespaces are permitted."
+                )
+            delays, why = can_delay()
+            if not delays:
+                raise ValueError(f"{why}: leave delay and jitter out, or run on a kernel with sch_netem.")
         self.num_devices = num_devices
         self.device = device
         self.bandwidth_bps = bandwidth_bps
         self.time_scale = 1.0
         self.transport = transport
         self.threads = threads
+        self.delay_s, self.jitter_s = delay_s, jitter_s
+        self._link = link
         self.folder: Path | None = None  # for files that live as long as the session
         self._network: EmulatedNetwork | None = None
         self._workers: list[_Worker] = []
+        self._launcher: _Launcher | None = None
 
     @property
     def profile_name(self) -> str:
@@ -97,18 +127,31 @@ class EmulatedCluster:
     @property
     def link(self) -> str:
         """What table rows call this link."""
+        if self._link == "fitted":
+            return "fitted"
         return "line-rate" if self.transport == "namespaces" else "modelled"
 
-    def profile(self, config: BertConfig, link: LinkProfile | None = None) -> ClusterProfile:
-        """The devices of this cluster on a model of `config`, with its link's rate and, if given, `link`'s figures."""
+    def profile(self, model: str, config: BertConfig, link: LinkProfile | None = None) -> ClusterProfile:
+        """The devices of this cluster on `model` (a preset's name or a folder) of `config`, and its link at its rate.
+
+        `link` gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
+        """
         devices = (preset_profile(self.device, config),) * self.num_devices
-        return ClusterProfile(devices, (link or LinkProfile(self.bandwidth_bps)).at(self.bandwidth_bps))
+        if self._link == "fitted":
+            return ClusterProfile(devices, fitted_link(model, self.bandwidth_bps))
+        known = (link or LinkProfile(self.bandwidth_bps)).at(self.bandwidth_bps)
+        if self.delay_s:
+            steps = {kind: step_s + self.delay_s for kind, step_s in known.step_latency_s.items()}
+            known = replace(known, step_latency_s=steps)
+        return ClusterProfile(devices, known)
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
         try:
             if self.transport == "namespaces":
-                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps).__enter__()
+                network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, self.delay_s, self.jitter_s)
+                self._network = network.__enter__()
+            Arrivals.create(self.folder / "arrivals", self.num_devices)
             self._start()
         except BaseException:
             self.close()
@@ -121,12 +164,22 @@ class EmulatedCluster:
     def _start(self) -> None:
         network = self._network
         master = f"{network.addresses[0]}:{_MASTER_PORT}" if network else f"127.0.0.1:{_free_port()}"
-        for rank in range(self.num_devices):
-            command = [sys.executable, "-m", "detransformer.cluster.worker"]
-            command += ["--rank", str(rank), "--num-ranks", str(self.num_devices), "--master", master]
-            command += ["--interface", INTERFACE if network else "lo", "--threads", str(self.threads)]
-            command += ["--namespace", network.namespaces[rank]] if network else []
-            self._workers.append(_Worker(rank, command, self.folder / f"worker{rank}.log", self.threads))
+        common = {
+            "num_ranks": self.num_devices,
+            "master": master,
+            "interface": INTERFACE if network else "lo",
+            "threads": self.threads,
+            "arrivals": str(self.folder / "arrivals"),
+        }
+        self._workers = [_Worker(rank, self.folder / f"worker{rank}.log") for rank in range(self.num_devices)]
+        namespaces = network.namespaces if network else [""] * self.num_devices
+        told = [
+            worker.ends_for_launcher | {"arguments": common | {"rank": worker.rank, "namespace": namespace}}
+            for worker, namespace in zip(self._workers, namespaces, strict=True)
+        ]
+        self._launcher = _Launcher(told, self.folder / "launcher.log", self.threads)
+        for worker, pid in zip(self._workers, self._launcher.pids(START_TIMEOUT_S), strict=True):
+            worker.pid = pid
         self._collect("starting", START_TIMEOUT_S)
 
     def set_link(self, bandwidth_bps: float, time_scale: float = 1.0) -> None:
@@ -134,11 +187,11 @@ class EmulatedCluster:
         self.bandwidth_bps = bandwidth_bps
         self.time_scale = time_scale
         if self._network:
-            self._network.set_rate(bandwidth_bps / time_scale)
+            self._network.set_rate(bandwidth_bps / time_scale, self.delay_s * time_scale, self.jitter_s * time_scale)
 
     @property
     def pids(self) -> list[int]:
-        return [worker.process.pid for worker in self._workers]
+        return [worker.pid for worker in self._workers]
 
     def run(self, op: str, per_rank: list[dict] | None = None, timeout_s: float = 600, **job) -> list:
         """Gives every worker one job (`per_rank` adds what differs) and returns their results in rank order.
@@ -164,10 +217,14 @@ class EmulatedCluster:
             worker.heard_at = now
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                selector.register(worker.replies, selectors.EVENT_READ, worker)
+            selector.register(self._launcher.output, selectors.EVENT_READ, self._launcher)
             while waiting:
                 for key, _ in selector.select(timeout=0.2):
                     worker = key.data
+                    if worker is self._launcher:
+                        self._note_ends(selector)
+                        continue
                     messages = worker.receive()
                     if messages is None:
                         selector.unregister(key.fileobj)
@@ -196,9 +253,18 @@ class EmulatedCluster:
             raise DeviceError(rank, f"device {rank} failed while {doing}: {errors[rank]}")
         return results
 
+    def _note_ends(self, selector) -> None:
+        """Takes in which workers the launcher has seen ending; all of them, if it is gone itself."""
+        codes = self._launcher.codes()
+        if codes is None:
+            selector.unregister(self._launcher.output)
+            codes = {worker.rank: -signal.SIGKILL for worker in self._workers if worker.code is None}
+        for rank, code in codes.items():
+            self._workers[rank].code = code
+
     def _raise_if_lost(self, doing: str, now: float) -> None:
         for worker in self._workers:
-            code = worker.process.poll()
+            code = worker.code
             if code is not None:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
                 why = worker.last_words() if code > 0 else ""
@@ -218,6 +284,9 @@ class EmulatedCluster:
         """Ends all workers and removes the network; safe to call twice."""
         for worker in self._workers:
             worker.stop()
+        if self._launcher:
+            self._launcher.close()
+            self._launcher = None
         self._workers = []
         if self._network:
             self._network.close()
@@ -226,31 +295,89 @@ class EmulatedCluster:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class _Worker:
-    """One worker process and its pipes."""
+class _Launcher:
+    """The process that forks the workers, and tells when one has ended."""
 
-    def __init__(self, rank: int, command: list[str], log: Path, threads: int):
-        self.rank = rank
-        self.heard_at = time.monotonic()
+    def __init__(self, workers: list[dict], log: Path, threads: int):
         self._log = log
         self._pending = b""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment["OPENBLAS_NUM_THREADS"] = "1"  # no thread may exist when it forks
+        ends = [worker[name] for worker in workers for name in ("stdin", "stdout")]
         with open(log, "wb") as stderr:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment
+                [sys.executable, "-m", "detransformer.cluster.launcher", json.dumps(workers)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                pass_fds=ends,
+                env=environment,
             )
-        os.set_blocking(self.process.stdout.fileno(), False)
+        for end in ends:
+            os.close(end)
+        self.output = self.process.stdout
+        os.set_blocking(self.output.fileno(), False)
+
+    def pids(self, timeout_s: float) -> list[int]:
+        """Process ids of the workers, in rank order, once they exist."""
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.output, selectors.EVENT_READ)
+            while time.monotonic() < deadline:
+                selector.select(timeout=0.2)
+                messages = self._receive()
+                if messages is None:
+                    raise DeviceLost(0, f"the devices did not start{_last_words(self._log)}.")
+                if messages:
+                    return messages[0]["pids"]
+        raise DeviceLost(0, f"the devices did not start within {timeout_s:.0f} s.")
+
+    def codes(self) -> dict[int, int] | None:
+        """Exit codes by rank of the workers that have ended since the last call; None if the launcher has ended."""
+        messages = self._receive()
+        return None if messages is None else {message["rank"]: message["code"] for message in messages}
+
+    def _receive(self) -> list[dict] | None:
+        data = self.output.read()
+        if data == b"":
+            return None
+        *lines, self._pending = (self._pending + (data or b"")).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        """Waits until it has seen all workers ending, which were killed before."""
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.output.close()
+
+
+class _Worker:
+    """One worker process and its pipes; `pid` is known once the launcher has forked it, `code` once it has ended."""
+
+    def __init__(self, rank: int, log: Path):
+        self.rank = rank
+        self.pid: int | None = None
+        self.code: int | None = None
+        self.heard_at = time.monotonic()
+        self._log = log
+        self._pending = b""
+        stdin, jobs = os.pipe()
+        replies, stdout = os.pipe()
+        self._jobs, self.replies = os.fdopen(jobs, "wb"), os.fdopen(replies, "rb")
+        self.ends_for_launcher = {"stdin": stdin, "stdout": stdout, "log": str(log)}
+        os.set_blocking(replies, False)
 
     def send(self, message: dict) -> None:
-        try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; the collecting loop says so
+        with contextlib.suppress(BrokenPipeError):  # it died; the collecting loop says so
+            self._jobs.write(json.dumps(message).encode() + b"\n")
+            self._jobs.flush()
 
     def receive(self) -> list[dict] | None:
         """Messages that have come in; None once the worker has closed its end."""
-        data = self.process.stdout.read()
+        data = self.replies.read()
         if data == b"":
             return None
         self.heard_at = time.monotonic()
@@ -258,14 +385,20 @@ class _Worker:
         return [json.loads(line) for line in lines]
 
     def last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
-        return f" ({lines[-1].strip()})" if lines else ""
+        return _last_words(self._log)
 
     def stop(self) -> None:
-        self.process.kill()  # SIGKILL also ends a stopped process; workers hold nothing that needs saving
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        if self.pid is not None and self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # also ends a stopped process; workers hold nothing to be saved
+        with contextlib.suppress(BrokenPipeError):
+            self._jobs.close()
+        self.replies.close()
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return f" ({lines[-1].strip()})" if lines else ""
 
 
 def _free_port() -> int:

@@ -1,0 +1,66 @@
+"""From the events of all devices to waiting and transfer: who waited for whom in one request. Pure functions.
+
+An event is (what, start, stop, launched) in seconds of one clock; that of a collective is the time that compute waited
+for it, and when it was launched before. The n-th collective launched is the same one on each device: it begins to move
+bytes when the last device has launched it, and until then the others wait. A message from one device to the next begins
+when its sender has launched it.
+"""
+
+from collections.abc import Sequence
+
+from detransformer.cluster.pacing import POINT_TO_POINT
+
+Event = tuple[str, float, float, float]
+Part = tuple[str, float, float]  # (compute, wait or a collective, start, stop)
+
+
+def split_waits(events: Sequence[Sequence[Event]]) -> list[list[Part]]:
+    """Cuts each collective of each device (rank order) into `wait`, until the last had launched it, and the transfer.
+
+    Raises:
+        ValueError: if the devices do not tell of the same collectives.
+    """
+    events = [[tuple(event) for event in own] for own in events]  # lists, where they came as JSON
+    group = [sorted((e for e in own if e[0] not in ("compute", *POINT_TO_POINT)), key=lambda e: e[3]) for own in events]
+    active = [own for own in group if own]
+    if any([e[0] for e in own] != [e[0] for e in active[0]] for own in active):
+        raise ValueError("the devices made different collectives in one request: their events cannot be matched.")
+    last_launch = [max(own[n][3] for own in active) for n in range(len(active[0]))] if active else []
+    began = [dict(zip(own, last_launch, strict=False)) for own in group]
+    for rank, own in enumerate(events[1:], start=1):
+        sent = [e[3] for e in events[rank - 1] if e[0] == "send"]
+        began[rank].update(zip((e for e in own if e[0] == "receive"), sent, strict=False))
+    return [_split_own(own, began[rank]) for rank, own in enumerate(events)]
+
+
+def _split_own(own: Sequence[Event], began: dict[Event, float]) -> list[Part]:
+    parts: list[Part] = []
+    for event in own:
+        what, start, stop, _ = event
+        moved = min(max(began.get(event, start), start), stop)
+        parts += [("wait", start, moved)] if moved > start else []
+        parts += [(what, moved, stop)] if stop > moved else []
+    return parts
+
+
+def seconds_of(parts: Sequence[Part]) -> dict[str, float]:
+    """Sums of `compute_s`, `wait_s` and `comm_s` of one device's parts."""
+    sums = {"compute_s": 0.0, "wait_s": 0.0, "comm_s": 0.0}
+    for what, start, stop in parts:
+        sums[f"{what}_s" if what in ("compute", "wait") else "comm_s"] += stop - start
+    return sums
+
+
+def timeline_rows(parts: Sequence[Sequence[Part]], time_scale: float = 1.0) -> list[dict]:
+    """Rows of rank, what, start_s, stop_s from the parts of all devices, in their own seconds from the first start."""
+    first = min((own[0][1] for own in parts if own), default=0.0)
+    return [
+        {
+            "rank": rank,
+            "what": what,
+            "start_s": round((start - first) / time_scale, 6),
+            "stop_s": round((stop - first) / time_scale, 6),
+        }
+        for rank, own in enumerate(parts)
+        for what, start, stop in own
+    ]
