@@ -14,7 +14,7 @@ endif
 
 .PHONY: help install reproduce test lab figures lint clean
 help:
-	@echo "make reproduce [PROFILE=quick|laptop|paper]  every table and figure into results/PROFILE"
+	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
 	@echo "make test        the tests"
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make figures     redraw the figures of results/PROFILE from its tables"

@@ -1,75 +1,32 @@
 """The papers' figures, drawn from a run's saved tables only: table in, Figure out.
 
-`FIGURES` names each figure with the tables it needs and the function that draws it. A published value is a hollow
+`FIGURES` names each figure with the tables it needs and the function that draws it; those of latency are in
+`report.latency_figures`. A published value is a hollow
 diamond or a hatched bar beside the obtained one. Drawing computes nothing but the ratios that the axes name.
 """
 
-import io
 from collections.abc import Callable
 
 import matplotlib
-import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from detransformer.files import atomic_write
-from detransformer.report.expected import published_claim
-from detransformer.report.runs import RunFolder
-from detransformer.report.tables import (
-    BASELINES,
-    MODEL_NAMES,
-    NUM_DEVICES,
-    TASK_COLUMNS,
-    links_of,
-    normalised,
-    select,
-    single_latency,
-    valid_rows,
+from detransformer.report import latency_figures
+from detransformer.report.canvas import (
+    COLOURS,
+    STYLE,
+    bandwidth_axis,
+    legend_below,
+    legend_beside,
+    need,
+    panel_grid,
+    panels,
+    whole_ticks,
 )
-
-METHODS = ("tp", "sp", "bp+tp", "bp+sp", "bp+allgather", "bp+auto")
-METHOD_NAMES = {
-    "single": "Single",
-    "tp": "TP",
-    "sp": "SP",
-    "bp+tp": "BP+TP",
-    "bp+sp": "BP+SP",
-    "bp+allgather": "BP+Allgather",
-    "bp+auto": "BP+Auto",
-    "dp": "DP",
-    "pp": "PP",
-}
-# One colour a method in every figure; the palette is safe for colour-blind readers.
-COLOURS = dict(zip(("bp+auto", *METHODS[:-1], "dp", "pp"), sns.color_palette("colorblind"), strict=False)) | {
-    "single": "0.4"
-}
-SCALING_BANDWIDTH_MBPS = 500  # Section IV-C-2
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "svg.hashsalt": "detransformer",  # same table, same bytes
-    "svg.fonttype": "none",
-    "hatch.linewidth": 0.6,
-}
-
-
-class NotebookFigure(Figure):
-    """A Figure that a notebook shows without pyplot: nothing is registered, so nothing needs closing."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=100)
-        return buffer.getvalue()
+from detransformer.report.runs import RunFolder
+from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, NUM_DEVICES, TASK_COLUMNS
 
 
 def draw(run: RunFolder, name: str) -> Figure:
@@ -108,10 +65,10 @@ def draw_all(run: RunFolder) -> tuple[list[str], dict[str, str]]:
 
 def decoupling(frame: pd.DataFrame) -> Figure:
     """FLOPs of a decoupled layer over an original one: the price of all heads in every sub-block."""
-    rows = _need(frame[frame["layer_flops_ratio"].notna() & (frame["num_divisions"] > 1)], "decoupling", "Ndiv > 1")
+    rows = need(frame[frame["layer_flops_ratio"].notna() & (frame["num_divisions"] > 1)], "decoupling", "Ndiv > 1")
     model = rows["model"].iloc[0]
     rows = rows[rows["model"] == model]
-    figure, axes = _panels(1, width=5.2)
+    figure, axes = panels(1, width=5.2)
     axis = axes[0]
     widths = list(dict.fromkeys(rows["attention_width"]))
     seq_lens = sorted(rows["seq_len"].dropna().unique())
@@ -128,11 +85,11 @@ def decoupling(frame: pd.DataFrame) -> Figure:
                 )
     axis.axhline(1, color="0.3", lw=1, ls="--")
     axis.set_xscale("log", base=2)
-    _whole_ticks(axis, sorted(rows["num_divisions"].unique()))
+    whole_ticks(axis, sorted(rows["num_divisions"].unique()))
     axis.set(xlabel="Ndiv (sub-blocks a layer)", ylabel="FLOPs, decoupled / original layer")
     axis.set_ylim(0)
     figure.suptitle(f"Cost of a decoupled {MODEL_NAMES.get(model, model)} layer (paper Fig. 4, Eq. 2)", fontsize=10)
-    _legend_beside(axis)
+    legend_beside(axis)
     return figure
 
 
@@ -141,8 +98,8 @@ def decoupling(frame: pd.DataFrame) -> Figure:
 
 def pretraining_loss(frame: pd.DataFrame) -> Figure:
     """Masked-language-model loss of original and decoupled models over the same tokens (Section IV-B)."""
-    rows = _need(frame[frame["train_loss"].notna()], "pretraining_loss", "train_loss")
-    figure, axes = _panels(1, width=5.6)
+    rows = need(frame[frame["train_loss"].notna()], "pretraining_loss", "train_loss")
+    figure, axes = panels(1, width=5.6)
     axis = axes[0]
     names = list(dict.fromkeys(rows["row"]))
     for colour, name in zip(sns.color_palette("colorblind", len(names)), names, strict=True):
@@ -150,7 +107,7 @@ def pretraining_loss(frame: pd.DataFrame) -> Figure:
         axis.plot(line["step"], line["train_loss"], color=colour, lw=1.4, label=str(name))
     axis.set(xlabel="Optimiser step", ylabel="Training loss (nats a masked token)")
     axis.set_title("Pre-training, original and decoupled (paper Section IV-B)")
-    _legend_beside(axis)
+    legend_beside(axis)
     return figure
 
 
@@ -159,12 +116,12 @@ def table_iii(frame: pd.DataFrame) -> Figure:
     rows = frame.copy()
     rows["nb"] = pd.to_numeric(rows["num_original_layers"], errors="coerce")
     rows["ndiv"] = pd.to_numeric(rows["num_divisions"], errors="coerce")
-    rows = _need(rows[rows["obtained_mean"].notna() | rows["published"].notna()], "table_iii", "any row")
+    rows = need(rows[rows["obtained_mean"].notna() | rows["published"].notna()], "table_iii", "any row")
     model = "bert-base" if (rows["model"] == "bert-base").any() else rows["model"].iloc[0]
     rows = rows[rows["model"] == model]
     original = rows[rows["nb"].isna()]
     tasks = list(dict.fromkeys(rows["task"]))
-    figure, grid = _grid(2, len(tasks), width=2.15, height=2.1)
+    figure, grid = panel_grid(2, len(tasks), width=2.15, height=2.1)
     for column, task in enumerate(tasks):
         base = original[original["task"] == task]
         for row, (key, fixed, value, title) in enumerate(
@@ -185,7 +142,7 @@ def table_iii(frame: pd.DataFrame) -> Figure:
             for values, colour in ((base["published"], "0.35"), (base["obtained_mean"], "C0")):
                 if values.notna().any():
                     axis.axhline(values.mean(), color=colour, lw=0.9, ls=":")
-            _whole_ticks(axis, sorted(line[key].unique()))
+            whole_ticks(axis, sorted(line[key].unique()))
             axis.set_xlabel(title)
             if row == 0:
                 metric = base["metric"].iloc[0] if "metric" in base and len(base) else "score"
@@ -207,8 +164,8 @@ def table_iii(frame: pd.DataFrame) -> Figure:
 
 def fig2a(frame: pd.DataFrame) -> Figure:
     """Single-device latency of BERT-Base and BERT-Large: published (hatched) beside measured."""
-    frame = _need(frame[frame["latency_s"].notna()], "fig2a", "latency_s")
-    figure, axes = _panels(1, width=5.2)
+    frame = need(frame[frame["latency_s"].notna()], "fig2a", "latency_s")
+    figure, axes = panels(1, width=5.2)
     axis = axes[0]
     kinds = [kind for kind in ("published", "measured") if (frame["kind"] == kind).any()]
     models = list(dict.fromkeys(frame["model"]))
@@ -224,17 +181,17 @@ def fig2a(frame: pd.DataFrame) -> Figure:
     axis.margins(y=0.12)
     axis.set_ylabel("Latency (s), seq 128, batch 1")
     axis.set_title("One device (paper Fig. 2a)")
-    _legend_below(figure, axis, columns=1)
+    legend_below(figure, axis, columns=1)
     return figure
 
 
 def placement(frame: pd.DataFrame) -> Figure:
     """Predicted latency of each plan by bandwidth; a ring marks the plan that BP+Auto chooses (Section III-C)."""
-    rows = _need(frame[frame["predicted_s"].notna()], "placement", "predicted_s")
+    rows = need(frame[frame["predicted_s"].notna()], "placement", "predicted_s")
     num_devices = NUM_DEVICES if (rows["num_devices"] == NUM_DEVICES).any() else rows["num_devices"].max()
     rows = rows[rows["num_devices"] == num_devices]
     models = list(dict.fromkeys(rows["model"]))
-    figure, axes = _panels(len(models), width=4.2, sharey=False)
+    figure, axes = panels(len(models), width=4.2, sharey=False)
     for axis, model in zip(axes, models, strict=True):
         part = rows[rows["model"] == model]
         for method in dict.fromkeys(part["method"]):
@@ -254,152 +211,12 @@ def placement(frame: pd.DataFrame) -> Figure:
         axis.plot(
             chosen["bandwidth_mbps"], chosen["predicted_s"], "o", ms=11, mfc="none", mec="0.2", mew=1.2, label="chosen"
         )
-        _bandwidth_axis(axis, part["bandwidth_mbps"])
+        bandwidth_axis(axis, part["bandwidth_mbps"])
         axis.set_ylim(0)
         axis.set_title(MODEL_NAMES.get(model, model))
     axes[0].set_ylabel("Predicted latency (s)")
     figure.suptitle(f"Plans by bandwidth on {num_devices:g} devices (paper Section III-C)", fontsize=10)
-    _legend_below(figure, axes[0])
-    return figure
-
-
-# --- 06 latency --------------------------------------------------------------------------------------------------
-
-
-def fig2b(latency: pd.DataFrame) -> Figure:
-    """TP on BERT-Base over 1 to 4 devices at 500 Mbps: latency split in compute and communication, and speedup."""
-    latency = valid_rows(latency)
-    base = single_latency(latency, "bert-base")
-    links = [
-        link
-        for link in links_of(latency)
-        if len(select(latency, "bert-base", "tp", link=link, bandwidth_mbps=SCALING_BANDWIDTH_MBPS, num_devices=None))
-    ]
-    if base is None or not links:
-        raise ValueError(
-            "Table 'latency' has no valid rows of bert-base single and tp at 500 Mbps; run 06_latency first."
-        )
-    figure, axes = _panels(len(links), width=3.8, sharey=False)
-    for axis, link in zip(axes, links, strict=True):
-        rows = select(latency, "bert-base", "tp", link=link, bandwidth_mbps=SCALING_BANDWIDTH_MBPS, num_devices=None)
-        rows = rows.groupby("num_devices")[["latency_s", "compute_s", "comm_s"]].median()
-        rows.loc[1] = {"latency_s": base, "compute_s": base, "comm_s": 0.0}
-        rows = rows.sort_index()
-        # compute_s is the slowest rank's; whatever else the median latency holds is communication and waiting.
-        compute = rows["compute_s"].clip(upper=rows["latency_s"])
-        axis.bar(rows.index, compute, 0.6, color="C0", label="compute")
-        axis.bar(
-            rows.index, rows["latency_s"] - compute, 0.6, bottom=compute, color="C1", label="communication and waiting"
-        )
-        axis.set(xlabel="Devices", ylabel="Latency (s)" if axis is axes[0] else "")
-        _whole_ticks(axis, list(rows.index))
-        axis.set_ylim(0, 1.25 * rows["latency_s"].max())
-        right = axis.twinx()
-        right.grid(False)
-        right.spines["right"].set_visible(True)
-        right.plot(rows.index, base / rows["latency_s"], "o-", color="0.2", ms=4, label="speedup (right axis)")
-        right.set_ylim(0, max(4.2, 1.1 * (base / rows["latency_s"]).max()))
-        if axis is axes[-1]:
-            right.set_ylabel("Speedup over one device")
-        axis.set_title(f"link: {link}")
-    handles = [h for a in (axes[0], right) for h in a.get_legend_handles_labels()[0]]
-    figure.suptitle("TP on BERT-Base at 500 Mbps (paper Fig. 2b)", fontsize=10)
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    return figure
-
-
-def fig7a(latency: pd.DataFrame) -> Figure:
-    """Latency of BERT-Base on 4 devices over the single device's, every method by bandwidth."""
-    return _normalised_bars(latency, "bert-base", "Fig. 7a")
-
-
-def fig7b(latency: pd.DataFrame) -> Figure:
-    """Latency of BERT-Large on 4 devices over the single device's, every method by bandwidth."""
-    return _normalised_bars(latency, "bert-large", "Fig. 7b")
-
-
-def fig7c(latency: pd.DataFrame) -> Figure:
-    """Speedup of BERT-Base over the single device, by device count at 500 Mbps."""
-    return _scaling(latency, "bert-base", "Fig. 7c", {})
-
-
-def fig7d(latency: pd.DataFrame) -> Figure:
-    """Speedup of BERT-Large over the single device, by device count at 500 Mbps, with the text's two values."""
-    claims = {
-        "bp+auto": published_claim("bert_large_bp_auto_speedup_over_single_500mbps_4dev"),
-        "tp": published_claim("bert_large_tp_speedup_over_single_500mbps_4dev"),
-    }
-    return _scaling(latency, "bert-large", "Fig. 7d", claims)
-
-
-def fig8(latency: pd.DataFrame) -> Figure:
-    """Normalised latency of BP+Auto with Nb = 1, 2, 3, 4 on 4 devices, by bandwidth."""
-    rows = normalised(valid_rows(latency))
-    rows = rows[
-        (rows["model"] == "bert-base")
-        & (rows["method"] == "bp+auto")
-        & (rows["num_devices"] == NUM_DEVICES)
-        & (rows["num_divisions"] == 4)
-    ]
-    rows = _need(rows, "latency", "bert-base bp+auto on 4 devices and single")
-    counts = sorted(rows["num_original_layers"].dropna().unique())
-    links = links_of(rows)
-    figure, axes = _panels(len(links), width=4.0)
-    colours = sns.color_palette("viridis", len(counts))
-    for axis, link in zip(axes, links, strict=True):
-        for colour, count in zip(colours, counts, strict=True):
-            line = rows[(rows["link"] == link) & (rows["num_original_layers"] == count)]
-            line = line.groupby("bandwidth_mbps")["normalised"].median()
-            axis.plot(line.index, line.values, "o-", ms=4, color=colour, label=f"Nb = {count:g}")
-        axis.axhline(1, color="0.3", lw=1, ls="--")
-        _bandwidth_axis(axis, rows["bandwidth_mbps"])
-        axis.set_ylim(0)
-        axis.set_title(f"link: {link}")
-    axes[0].set_ylabel("Latency / single device")
-    figure.suptitle("BP+Auto on 4 devices by number of original layers (paper Fig. 8)", fontsize=10)
-    _legend_below(figure, axes[0])
-    return figure
-
-
-def table_iv(frame: pd.DataFrame) -> Figure:
-    """Table IV as points: speedup of BP+Auto over TP and SP by bandwidth, published hollow, obtained filled."""
-    models = list(dict.fromkeys(frame["model"]))
-    _need(frame[frame["obtained"].notna()], "table_iv", "any measured cell")
-    links = [link for link in dict.fromkeys(frame["link"].fillna("")) if frame["obtained"][frame["link"] == link].any()]
-    markers = dict(zip(links, "osv^P*", strict=False))
-    figure, axes = _panels(len(models), width=4.2)
-    for axis, model in zip(axes, models, strict=True):
-        for baseline in BASELINES:
-            rows = frame[(frame["model"] == model) & (frame["baseline"] == baseline)].sort_values("bandwidth_mbps")
-            colour, name = COLOURS[baseline], METHOD_NAMES[baseline]
-            stated = rows.drop_duplicates("bandwidth_mbps")
-            axis.plot(
-                stated["bandwidth_mbps"],
-                stated["published"],
-                "D--",
-                mfc="none",
-                color=colour,
-                ms=6,
-                lw=0.9,
-                label=f"over {name}, published",
-            )
-            for link in links:
-                line = rows[(rows["link"] == link) & rows["obtained"].notna()]
-                axis.plot(
-                    line["bandwidth_mbps"],
-                    line["obtained"],
-                    marker=markers[link],
-                    color=colour,
-                    ms=5,
-                    label=f"over {name}, {link}",
-                )
-        axis.axhline(1, color="0.3", lw=1, ls="--")
-        _bandwidth_axis(axis, frame["bandwidth_mbps"])
-        axis.set_ylim(0)
-        axis.set_title(MODEL_NAMES.get(model, model))
-    axes[0].set_ylabel("Speedup of BP+Auto")
-    figure.suptitle("DeTransformer's speedup over TP and SP on 4 devices (paper Table IV)", fontsize=10)
-    _legend_below(figure, axes[0], columns=2)
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -409,105 +226,15 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "table_iii": (("table_iii",), table_iii),
     "fig2a": (("fig2a",), fig2a),
     "placement": (("placement",), placement),
-    "fig2b": (("latency",), fig2b),
-    "fig7a": (("latency",), fig7a),
-    "fig7b": (("latency",), fig7b),
-    "fig7c": (("latency",), fig7c),
-    "fig7d": (("latency",), fig7d),
-    "fig8": (("latency",), fig8),
-    "table_iv": (("table_iv",), table_iv),
+    "fig2b": (("latency",), latency_figures.fig2b),
+    "fig7a": (("latency",), latency_figures.fig7a),
+    "fig7b": (("latency",), latency_figures.fig7b),
+    "fig7c": (("latency",), latency_figures.fig7c),
+    "fig7d": (("latency",), latency_figures.fig7d),
+    "fig8": (("latency",), latency_figures.fig8),
+    "table_iv": (("table_iv",), latency_figures.table_iv),
+    "bandwidth": (("latency",), latency_figures.bandwidth),
+    "parts": (("latency",), latency_figures.parts),
+    "timeline": (("timeline",), latency_figures.timeline),
+    "wire": (("latency",), latency_figures.wire),
 }
-
-
-# --- parts -------------------------------------------------------------------------------------------------------
-
-
-def _normalised_bars(latency: pd.DataFrame, model: str, place: str) -> Figure:
-    rows = normalised(valid_rows(latency))
-    rows = _need(rows[rows["model"] == model], "latency", f"{model} (single and distributed)")
-    parts = [select(rows, model, method) for method in METHODS]
-    rows = _need(pd.concat(parts), "latency", f"{model} on {NUM_DEVICES} devices")
-    links, bandwidths = links_of(rows), sorted(rows["bandwidth_mbps"].unique(), reverse=True)
-    methods = [m for m in METHODS if (rows["method"] == m).any()]
-    figure, axes = _panels(len(links), width=max(3.6, 1.0 * len(bandwidths)))
-    step = 0.84 / len(methods)
-    for axis, link in zip(axes, links, strict=True):
-        for index, method in enumerate(methods):
-            part = rows[(rows["link"] == link) & (rows["method"] == method)]
-            values = part.groupby("bandwidth_mbps")["normalised"].median().reindex(bandwidths)
-            places = np.arange(len(bandwidths)) - 0.42 + step * (index + 0.5)
-            axis.bar(places, values, 0.92 * step, color=COLOURS[method], label=METHOD_NAMES[method])
-        axis.axhline(1, color="0.3", lw=1, ls="--")
-        axis.set_xticks(range(len(bandwidths)), [f"{b:g}" for b in bandwidths])
-        axis.grid(False, axis="x")
-        axis.set_xlabel("Bandwidth (Mbps)")
-        axis.set_title(f"link: {link}")
-    axes[0].set_ylabel("Latency / single device")
-    figure.suptitle(f"{MODEL_NAMES[model]} on {NUM_DEVICES} devices, Nb = 4, Ndiv = 4 (paper {place})", fontsize=10)
-    _legend_below(figure, axes[0])
-    return figure
-
-
-def _scaling(latency: pd.DataFrame, model: str, place: str, claims: dict[str, float]) -> Figure:
-    rows = normalised(valid_rows(latency))
-    at_bandwidth = dict(bandwidth_mbps=SCALING_BANDWIDTH_MBPS, num_devices=None)
-    rows = pd.concat([select(rows, model, method, **at_bandwidth) for method in METHODS])
-    rows = _need(rows, "latency", f"{model} at {SCALING_BANDWIDTH_MBPS} Mbps (single and distributed)")
-    links = links_of(rows)
-    methods = [m for m in METHODS if (rows["method"] == m).any()]
-    figure, axes = _panels(len(links), width=4.0)
-    for axis, link in zip(axes, links, strict=True):
-        for method in methods:
-            line = rows[(rows["link"] == link) & (rows["method"] == method)].groupby("num_devices")["speedup"].median()
-            line = pd.concat([pd.Series({1: 1.0}), line[line.index > 1].sort_index()])
-            axis.plot(line.index, line.values, "o-", ms=4, color=COLOURS[method], label=METHOD_NAMES[method])
-        for method, value in claims.items():
-            label = f"{METHOD_NAMES[method]}, published"
-            axis.plot([NUM_DEVICES], [value], "D", ms=8, mfc="none", mew=1.4, color=COLOURS[method], label=label)
-        devices = np.arange(1, NUM_DEVICES + 1)
-        axis.plot(devices, devices, color="0.6", lw=0.9, ls=":", label="ideal")
-        axis.set_xlabel("Devices")
-        axis.set_ylim(0)
-        _whole_ticks(axis, list(devices))
-        axis.set_title(f"link: {link}")
-    axes[0].set_ylabel("Speedup over one device")
-    title = f"{MODEL_NAMES[model]} at {SCALING_BANDWIDTH_MBPS} Mbps, Nb = 4, Ndiv = 4 (paper {place})"
-    figure.suptitle(title, fontsize=10)
-    _legend_below(figure, axes[0])
-    return figure
-
-
-def _need(rows: pd.DataFrame, table: str, what: str) -> pd.DataFrame:
-    if not len(rows):
-        raise ValueError(f"Table {table!r} has no valid rows of {what}; run the notebook that measures them first.")
-    return rows
-
-
-def _grid(num_rows: int, num_columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    figure = NotebookFigure(figsize=(max(width * num_columns, 4.2), height * num_rows + 0.7), layout="constrained")
-    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
-
-
-def _panels(count: int, width: float, sharey: bool = True) -> tuple[Figure, list[Axes]]:
-    figure = NotebookFigure(figsize=(max(width * count, 4.6), 3.6), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False, sharey=sharey)[0])
-
-
-def _legend_below(figure: Figure, axis: Axes, columns: int = 4) -> None:
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
-
-
-def _legend_beside(axis: Axes) -> None:
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def _whole_ticks(axis: Axes, values: list[float]) -> None:
-    axis.set_xticks(values, [f"{value:g}" for value in values])
-    axis.minorticks_off()
-
-
-def _bandwidth_axis(axis: Axes, bandwidths: pd.Series) -> None:
-    axis.set_xscale("log", base=2)
-    _whole_ticks(axis, sorted(bandwidths.dropna().unique()))
-    axis.tick_params(axis="x", labelrotation=45)  # 750 and 1000 are close on a logarithmic axis
-    axis.set_xlabel("Bandwidth (Mbps)")

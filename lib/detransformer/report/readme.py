@@ -9,9 +9,12 @@ import re
 import pandas as pd
 
 from detransformer.files import atomic_write, repository_root
+from detransformer.report.claims import OURS
+from detransformer.report.peers import methods_at
 from detransformer.report.runs import RunFolder
 
 REFERENCE = "results/reference"
+ROUNDING = 1e-5  # float32 sums in another order differ by some 1e-7
 WORDING = {
     "single device latency bert base": "BERT-Base on one device, s (paced to it)",
     "single device latency bert large": "BERT-Large on one device, s (paced to it)",
@@ -25,23 +28,30 @@ WORDING = {
 GROUPS = {
     "Table II": "Table II, marks",
     "Table IV": "Table IV, speedups over TP and SP",
+    f"Table IV{OURS}": f"Table IV{OURS}, speedups over TP and SP",
     "Table III": "Table III, scores",
     "Table III (difference)": "Table III, differences to the original",
 }
+PEERS_AT = {"model": "bert-base", "bandwidth_mbps": 125}
 
 
 def claims(run: RunFolder) -> str:
-    """The text's claims one by one, the tables' by how many cells got each verdict."""
+    """The text's claims one by one, the tables' by how many cells got each verdict; by link where there are several."""
     summary = run.load_table("summary").astype(object)
+    summary["link"] = summary["link"].fillna("")
+    links = set(summary["link"]) - {""}
     lines = ["| claim | published | obtained | verdict | notebook |", "|---|---|---|---|---|"]
     for row in summary.itertuples():
         if row.where not in GROUPS:
             values = " | ".join(_number(value) for value in (row.expected, row.obtained))
-            lines.append(f"| {WORDING.get(row.claim, row.claim)} | {values} | {row.verdict} | {row.notebook[:2]} |")
+            plain = row.claim.removesuffix(OURS)
+            words = WORDING.get(plain, plain) + (OURS if plain != row.claim else "") + _over(row.link, links)
+            lines.append(f"| {words} | {values} | {row.verdict} | {row.notebook[:2]} |")
     for where, words in GROUPS.items():
-        rows = summary[summary["where"] == where]
-        counts = ", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts().items())
-        lines.append(f"| {words} | {len(rows)} values | {counts} | see below | {rows['notebook'].iloc[0][:2]} |")
+        for link, rows in summary[summary["where"] == where].groupby("link", sort=False):
+            counts = ", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts().items())
+            notebook = rows["notebook"].iloc[0][:2]
+            lines.append(f"| {words}{_over(link, links)} | {len(rows)} values | {counts} | see below | {notebook} |")
     return "\n".join(lines)
 
 
@@ -49,18 +59,40 @@ def table_iv(run: RunFolder) -> str:
     return (run.tables / "table_iv.md").read_text(encoding="utf-8").strip()
 
 
-SECTIONS = {"claims": claims, "table_iv": table_iv}
+def peers(run: RunFolder) -> str:
+    """All methods at one place, fastest first, on the run's first link: latency, over the limit, weights, error."""
+    methods = run.load_table("methods")
+    rows = methods_at(methods[methods["reads"] == "all"], **PEERS_AT)
+    link, mbps = methods["link"].iloc[0], PEERS_AT["bandwidth_mbps"]
+    lines = [f"BERT-Base on four devices at {mbps} Mbps, link: {link}; float32 on the wire unless named.", ""]
+    lines += ["| method | latency, s | over the limit | weights on a device, MiB | output error |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in rows.itertuples():
+        error = "rounding" if row.relative_error < ROUNDING else f"{row.relative_error:.1%}"
+        values = [f"{row.latency_s:.2f}", f"{row.over_limit:.2f}x", f"{row.weights_mib:.0f}", error]
+        lines.append(f"| {row.name} | {' | '.join('-' if 'nan' in value else value for value in values)} |")
+    return "\n".join(lines)
+
+
+# What each section needs of the run: one whose tables the run lacks keeps its text in the README, if it is there.
+SECTIONS = {"claims": (claims, "summary"), "table_iv": (table_iv, "table_iv"), "peers": (peers, "methods")}
 
 
 def render(readme: str, run: RunFolder) -> str:
     """`readme` with every marked table made anew; ValueError where a marker is missing."""
-    for name, make in SECTIONS.items():
+    for name, (make, table) in SECTIONS.items():
+        if not run.has_table(table):
+            continue
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not pattern.search(readme):
             raise ValueError(f"README.md has no place for {name!r}: put <!-- {name} --> and <!-- /{name} --> in it.")
         found = pattern.search(readme)
         readme = readme[: found.end(1)] + make(run) + "\n" + readme[found.start(2) :]
     return readme
+
+
+def _over(link: str, links: set[str]) -> str:
+    return f", {link} link" if link and len(links) > 1 else ""
 
 
 def _number(value) -> str:

@@ -18,12 +18,12 @@ TABLE_NOTEBOOKS = {
     "accuracy_runs": "03_accuracy",
     "table_iii": "03_accuracy",
     "profile": "04_profiling",
+    "efficiency": "04_profiling",
     "links": "04_profiling",
     "fig2a": "04_profiling",
     "placement": "05_placement",
-    "latency": "06_latency",
-    "table_ii": "06_latency",
-    "table_iv": "06_latency",
+    **dict.fromkeys(("latency", "timeline", "fit", "fit_parameters", "methods", "wire", "reads"), "06_latency"),
+    **dict.fromkeys(("scaling", "prediction", "table_ii", "table_iv"), "06_latency"),
     "summary": "07_summary",
 }
 

@@ -1,7 +1,8 @@
 """Tables II, III and IV of the DATE paper from measured rows, published values beside them.
 
 Pure functions of frames: `latency` is the bench table (one row a method, model, bandwidth and device count). Only rows
-that passed their self-check (`valid`) count; what was not measured is said to be not run.
+that passed their self-check (`valid`) count; what was not measured is said to be not run. A table of an older run that
+lacks a column is read as if it had been measured in the paper's setting, which was then the only one.
 """
 
 import pandas as pd
@@ -12,20 +13,64 @@ SEQ_LEN = 128
 BASELINES = ("tp", "sp")
 MODEL_NAMES = {"bert-base": "BERT-Base", "bert-large": "BERT-Large"}
 TASK_COLUMNS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "mnli": "MNLI", "squad": "SQuAD"}
+METHOD_NAMES = {  # in the order of tables and legends
+    "single": "Single",
+    "dp": "DP",
+    "pp": "PP",
+    "tp": "TP",
+    "sp": "SP",
+    "ulysses": "Ulysses",
+    "galaxy": "Galaxy",
+    "dtensor": "DTensor",
+    "auto": "Auto (unmodified)",
+    "bp+tp": "BP+TP",
+    "bp+sp": "BP+SP",
+    "bp+allgather": "BP+Allgather",
+    "bp+ulysses": "BP+Ulysses",
+    "bp+heads": "BP+Heads",
+    "bp+paper": "BP+Paper",
+    "bp+auto": "BP+Auto",
+    "bp+narrow": "BP+Narrow",
+}
+PAPER_PLANS = ("bp+tp", "bp+sp", "bp+allgather")  # Section III-C, Plans 1 to 3
+VARIANTS = {  # of DeTransformer in Table IV: whose plans, for a heading
+    "paper": "the paper's plans",
+    "ours": "our plans",
+    "narrow": "the paper's plans, narrow sub-block",
+}
+# What a column says where a run did not record it: there was one wire format, all tokens were read, and waiting was not
+# told from sending.
+UNRECORDED = {"wire": "float32", "reads": "all", "attention_width": "full", "wait_s": 0.0, "batch_size": 1}
+# Columns that tables show where they were measured.
+OPTIONAL = ("limit_s", "over_limit", "peak_rss_bytes", "relative_error", "max_abs_error", "plan", "compute_s", "comm_s",
+            "weights_bytes", "throughput_rps", "predicted_s")  # fmt: skip
+
+
+def comparable_rows(latency: pd.DataFrame) -> pd.DataFrame:
+    """Valid rows of one request of 128 tokens with full attention (or `bp+narrow`, by its name), any wire and reads.
+
+    Columns that the run did not record are filled in, by `UNRECORDED` or as missing values.
+    """
+    absent = {name: UNRECORDED.get(name, float("nan")) for name in (*UNRECORDED, *OPTIONAL) if name not in latency}
+    rows = latency.assign(**absent)
+    for name, value in UNRECORDED.items():
+        rows[name] = rows[name].where(rows[name].notna() & (rows[name].astype(str) != ""), value)
+    rows = rows[rows["valid"].astype(str).str.lower() == "true"]
+    if "seq_len" in rows:
+        rows = rows[rows["seq_len"] == SEQ_LEN]
+    narrow = (rows["attention_width"] == "narrow") & (rows["method"] == "bp+narrow")
+    return rows[(rows["batch_size"] == 1) & ((rows["attention_width"] == "full") | narrow)]
 
 
 def valid_rows(latency: pd.DataFrame) -> pd.DataFrame:
-    """The paper's setting among the bench rows: valid, seq 128, batch 1, full attention, float32 on the wire."""
-    rows = latency[latency["valid"].astype(str).str.lower() == "true"]
-    if "seq_len" in rows:
-        rows = rows[rows["seq_len"] == SEQ_LEN]
-    if "batch_size" in rows:
-        rows = rows[rows["batch_size"].fillna(1) == 1]
-    if "attention_width" in rows:
-        rows = rows[rows["attention_width"].isna() | (rows["attention_width"] == "full")]
-    if "wire" in rows:
-        rows = rows[rows["wire"].isna() | rows["wire"].astype(str).isin(["float32", "fp32", "none", ""])]
-    return rows
+    """The paper's setting among the bench rows: `comparable_rows` with float32 on the wire and all tokens read."""
+    rows = comparable_rows(latency)
+    return rows[(rows["wire"] == "float32") & (rows["reads"] == "all")]
+
+
+def num_left_out(latency: pd.DataFrame) -> int:
+    """Rows that failed their self-check, which no table counts."""
+    return int((latency["valid"].astype(str).str.lower() != "true").sum())
 
 
 def links_of(latency: pd.DataFrame) -> list[str]:
@@ -51,12 +96,16 @@ def select(
     bandwidth_mbps: float | None = None,
     num_devices: int | None = NUM_DEVICES,
     num_original_layers: int = NUM_ORIGINAL_LAYERS,
-    num_divisions: int = NUM_DIVISIONS,
+    num_divisions: int | None = None,
 ) -> pd.DataFrame:
-    """Rows of one method; block-parallel methods (`bp+...`) only in the given decoupling."""
+    """Rows of one method; block-parallel methods (`bp+...`) only in the given decoupling.
+
+    `num_divisions` None is the paper's, or as many as there are devices where those are more.
+    """
     rows = latency[(latency["model"] == model) & (latency["method"] == method)]
     if method.startswith("bp"):
-        rows = rows[(rows["num_original_layers"] == num_original_layers) & (rows["num_divisions"] == num_divisions)]
+        divisions = rows["num_devices"].clip(lower=NUM_DIVISIONS) if num_divisions is None else num_divisions
+        rows = rows[(rows["num_original_layers"] == num_original_layers) & (rows["num_divisions"] == divisions)]
     for column, wanted in (("link", link), ("bandwidth_mbps", bandwidth_mbps), ("num_devices", num_devices)):
         if wanted is not None:
             rows = rows[rows[column] == wanted]
@@ -75,49 +124,80 @@ def normalised(latency: pd.DataFrame) -> pd.DataFrame:
     return rows[base.notna()]
 
 
-def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """Table IV: speedup of BP+Auto (Nb=4, Ndiv=4) over TP and SP on 4 devices, one row a published cell and link.
+def select_variant(latency: pd.DataFrame, model: str, variant: str, **place) -> pd.DataFrame:
+    """Rows of DeTransformer as `VARIANTS` names it; `place` is passed on to `select`.
 
-    Columns bandwidth_mbps, model, baseline, published, obtained, ratio, link, status (measured | not run).
+    `paper` is the best of the paper's three plans: `bp+paper`, or where that was not measured the fastest of the three.
+    """
+    if variant != "paper":
+        return select(latency, model, {"ours": "bp+auto", "narrow": "bp+narrow"}[variant], **place)
+    rows = select(latency, model, "bp+paper", **place)
+    if len(rows):
+        return rows
+    plans = [select(latency, model, method, **place) for method in PAPER_PLANS]
+    return min((rows for rows in plans if len(rows)), key=lambda rows: rows["latency_s"].median(), default=rows)
+
+
+def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Table IV: speedup of DeTransformer (Nb=4, Ndiv=4) over TP and SP on 4 devices.
+
+    One row a published cell, link and variant: bandwidth_mbps, model, baseline, variant (`VARIANTS`; other than the
+    paper's only where it was measured at least half as often), method (what stands for the variant), published,
+    obtained, ratio, link, status (measured | not run).
     """
     latency = valid_rows(latency)
-    rows = []
+    parts = []
     for link in links_of(latency) or [None]:
-        for _, cell in published.iterrows():
-            place = dict(link=link, bandwidth_mbps=cell["bandwidth_mbps"])
-            auto = select(latency, cell["model"], "bp+auto", **place)["latency_s"].median()
-            for baseline in BASELINES:
-                other = select(latency, cell["model"], baseline, **place)["latency_s"].median()
-                expected, obtained = cell[f"over_{baseline}"], other / auto
-                rows.append(
-                    {
-                        "bandwidth_mbps": cell["bandwidth_mbps"],
-                        "model": cell["model"],
-                        "baseline": baseline,
-                        "published": expected,
-                        "obtained": obtained,
-                        "ratio": obtained / expected,
-                        "link": link or "",
-                        "status": "measured" if pd.notna(obtained) else "not run",
-                    }
-                )
+        papers, *others = (_table_iv_cells(latency, published, link, variant) for variant in VARIANTS)
+        wanted = papers["obtained"].notna().sum() / 2
+        parts += [papers, *(cells for cells in others if cells["obtained"].notna().sum() >= max(wanted, 1))]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _table_iv_cells(latency: pd.DataFrame, published: pd.DataFrame, link: str | None, variant: str) -> pd.DataFrame:
+    rows = []
+    for _, cell in published.iterrows():
+        place = dict(link=link, bandwidth_mbps=cell["bandwidth_mbps"])
+        block = select_variant(latency, cell["model"], variant, **place)
+        for baseline in BASELINES:
+            other = select(latency, cell["model"], baseline, **place)
+            expected = cell[f"over_{baseline}"]
+            obtained = other["latency_s"].median() / block["latency_s"].median()
+            rows.append(
+                {
+                    "bandwidth_mbps": cell["bandwidth_mbps"],
+                    "model": cell["model"],
+                    "baseline": baseline,
+                    "variant": variant,
+                    "method": block["method"].iloc[0] if len(block) else "",
+                    "published": expected,
+                    "obtained": obtained,
+                    "ratio": obtained / expected,
+                    "link": link or "",
+                    "status": "measured" if pd.notna(obtained) else "not run",
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def table_iv_markdown(table: pd.DataFrame) -> str:
-    """Table IV in the paper's form, `published / obtained` in each cell, one block a link."""
+    """Table IV in the paper's form, `published / obtained by each variant` in each cell, one block a link."""
     blocks = []
+    keys = ["bandwidth_mbps", "model", "baseline"]
     for link, rows in table.groupby("link", sort=False):
-        cells = rows.assign(
-            cell=[_pair(p, o, "x") for p, o in zip(rows["published"], rows["obtained"], strict=True)],
-            column=[
-                f"{MODEL_NAMES.get(m, m)} {b.upper()}" for m, b in zip(rows["model"], rows["baseline"], strict=True)
-            ],
-        )
+        variants = [v for v in VARIANTS if (rows["variant"] == v).any()]
+        cells = rows.drop_duplicates(keys)[[*keys, "published"]]
+        for variant in variants:
+            obtained = rows.loc[rows["variant"] == variant, [*keys, "obtained"]]
+            cells = cells.merge(obtained.rename(columns={"obtained": variant}), on=keys)
+        values = [[_times(row[name]) for name in ("published", *variants)] for _, row in cells.iterrows()]
+        cells["cell"] = [" / ".join(value) for value in values]
+        cells["column"] = [f"{MODEL_NAMES.get(c.model, c.model)} {c.baseline.upper()}" for c in cells.itertuples()]
         wide = cells.pivot(index="bandwidth_mbps", columns="column", values="cell")
         wide = wide[list(dict.fromkeys(cells["column"]))].sort_index(ascending=False)
         wide.index.name = "Bandwidth (Mbps)"
-        title = f"Link: {link or 'not run'}. Each cell: published / obtained."
+        with_plans = " / ".join(f"with {VARIANTS[variant]}" for variant in variants)
+        title = f"Link: {link or 'not run'}. Each cell: published / {with_plans}."
         blocks.append(f"{title}\n\n" + _markdown(wide.reset_index()))
     return "\n\n".join(blocks)
 
@@ -126,7 +206,7 @@ def table_iii_markdown(table: pd.DataFrame) -> str:
     """Table III in the paper's form (Nb, Ndiv, tasks), `published / obtained mean ± std` in each cell."""
     cells = table.copy()
     cells["cell"] = [
-        _pair(row.published, row.obtained_mean, "", row.obtained_std if getattr(row, "num_seeds", 1) > 1 else None)
+        _pair(row.published, row.obtained_mean, row.obtained_std if getattr(row, "num_seeds", 1) > 1 else None)
         for row in table.itertuples()
     ]
     keys = ["model", "num_original_layers", "num_divisions"]
@@ -142,7 +222,7 @@ def table_iii_markdown(table: pd.DataFrame) -> str:
     return "Each cell: published / obtained.\n\n" + _markdown(wide.rename(columns=names | titles))
 
 
-TABLE_II_METHODS = {"dp": "dp", "pp": "pp", "tp": "tp", "sp": "sp", "bp": "bp+auto"}
+TABLE_II_VARIANTS = {"BP": "paper", "BP (ours)": "ours"}
 
 
 def table_ii(
@@ -150,23 +230,29 @@ def table_ii(
 ) -> pd.DataFrame:
     """Table II measured: does each approach lower latency, raise throughput and save memory against one device?
 
-    Ratios are to the single device (latency and weights of the fullest device: below 1 is better; throughput: above
-    1 is better); `yes`, `no` or `not run` beside the published mark. Of the bandwidths
+    One row an approach, the single device first: latency_s, throughput_rps, weights_mib and peak_rss_mib (of the
+    fullest device), their ratios to the single device, and yes, no or not run beside the published mark. The mark for
+    memory is by the weights. `BP` runs by the best of the paper's plans, `BP (ours)` by BP+Auto. Of the bandwidths
     measured, the nearest to the wanted one counts.
     """
     latency = valid_rows(latency)
-    single = latency[(latency["method"] == "single") & (latency["model"] == model)]
-    single = single[single["num_original_layers"].isna()] if single["num_original_layers"].isna().any() else single
     links = links_of(latency)
     link = links[0] if links else None
-    rows = []
-    for _, marks in published.iterrows():
-        found = select(latency, model, TABLE_II_METHODS[marks["method"]], link=link)
-        if len(found):
-            nearest = min(found["bandwidth_mbps"], key=lambda b: abs(b - bandwidth_mbps))
-            found = found[found["bandwidth_mbps"] == nearest]
-        row = {"approach": marks["method"].upper(), "method": TABLE_II_METHODS[marks["method"]]}
-        row["bandwidth_mbps"] = found["bandwidth_mbps"].median()
+    single = latency[(latency["method"] == "single") & (latency["model"] == model)]
+    single = single[single["num_original_layers"].isna()] if single["num_original_layers"].isna().any() else single
+    nearest = _nearest(latency, link, bandwidth_mbps)
+    marks = published.set_index(published["method"].str.upper())
+    rows = [{"approach": "Single", "method": "single", "link": link or ""} | _absolute(single)]
+    for approach in dict.fromkeys([*marks.index, *TABLE_II_VARIANTS]):
+        if approach in TABLE_II_VARIANTS:
+            found = select_variant(nearest, model, TABLE_II_VARIANTS[approach], link=link)
+        else:
+            found = select(nearest, model, approach.lower(), link=link)
+        if approach not in marks.index and not len(found):
+            continue
+        method = found["method"].iloc[0] if len(found) else ""
+        row = {"approach": approach, "method": method, "bandwidth_mbps": found["bandwidth_mbps"].median()}
+        row |= _absolute(found)
         for attribute, column, better in (
             ("latency_reduction", "latency_s", "less"),
             ("throughput_increase", "throughput_rps", "more"),
@@ -175,7 +261,7 @@ def table_ii(
             ratio = found[column].median() / single[column].median()
             # 2%: repeats of one measurement differ by about that much.
             gained = ratio < 0.98 if better == "less" else ratio > 1.02
-            row[f"{attribute}_published"] = marks[attribute]
+            row[f"{attribute}_published"] = marks[attribute].get(approach)
             row[f"{attribute}_obtained"] = ("yes" if gained else "no") if pd.notna(ratio) else "not run"
             row[f"{column.rsplit('_', 1)[0]}_ratio"] = ratio
         row["link"] = link or ""
@@ -183,12 +269,56 @@ def table_ii(
     return pd.DataFrame(rows)
 
 
-def _pair(expected: float, obtained: float, unit: str, spread: float | None = None) -> str:
+def table_ii_markdown(table: pd.DataFrame) -> str:
+    """Table II for reading: absolute values, and `published / obtained` for each mark."""
+    shown = table[["approach"]].rename(columns={"approach": "Approach"})
+    for column, title, digits in (
+        ("latency_s", "Latency (s)", 3),
+        ("throughput_rps", "Requests/s", 2),
+        ("weights_mib", "Weights (MiB)", 0),
+        ("peak_rss_mib", "Peak RSS (MiB)", 0),
+    ):
+        shown[title] = [f"{v:.{digits}f}" if pd.notna(v) else "" for v in table[column]]
+    for attribute, title in (
+        ("latency_reduction", "Lower latency"),
+        ("throughput_increase", "Higher throughput"),
+        ("memory_reduction", "Less memory"),
+    ):
+        pairs = zip(table[f"{attribute}_published"], table[f"{attribute}_obtained"], strict=True)
+        shown[title] = ["" if pd.isna(b) else f"{'-' if pd.isna(a) else a} / {b}" for a, b in pairs]
+    link = next((link for link in table["link"] if link), "not run")
+    mbps = table["bandwidth_mbps"].median()
+    where = f"Link: {link}" + (f", {mbps:g} Mbps" if pd.notna(mbps) else "")
+    return f"{where}, wire float32. Marks: published / obtained.\n\n" + _markdown(shown)
+
+
+def _absolute(rows: pd.DataFrame) -> dict[str, float]:
+    return {
+        "latency_s": rows["latency_s"].median(),
+        "throughput_rps": rows["throughput_rps"].median(),
+        "weights_mib": rows["weights_bytes"].median() / 2**20,
+        "peak_rss_mib": pd.to_numeric(rows["peak_rss_bytes"]).median() / 2**20,
+    }
+
+
+def _nearest(latency: pd.DataFrame, link: str | None, bandwidth_mbps: float) -> pd.DataFrame:
+    """Rows of each method on `link` at the measured bandwidth nearest to the wanted one."""
+    rows = latency[latency["link"] == link].copy()
+    rows["_distance"] = (rows["bandwidth_mbps"] - bandwidth_mbps).abs()
+    nearest = rows.groupby(["model", "method"])["_distance"].transform("min")
+    return rows[rows["_distance"] == nearest].drop(columns="_distance")
+
+
+def _times(value: float) -> str:
+    return "not run" if pd.isna(value) else f"{value:.2f}x"
+
+
+def _pair(expected: float, obtained: float, spread: float | None = None) -> str:
     if pd.isna(obtained):
         mine = "not run"
     else:
-        mine = f"{obtained:.2f}{unit}" + (f" ± {spread:.2f}" if spread is not None and pd.notna(spread) else "")
-    return f"{'-' if pd.isna(expected) else f'{expected:.2f}{unit}'} / {mine}"
+        mine = f"{obtained:.2f}" + (f" ± {spread:.2f}" if spread is not None and pd.notna(spread) else "")
+    return f"{'-' if pd.isna(expected) else f'{expected:.2f}'} / {mine}"
 
 
 def _plain(value) -> str:

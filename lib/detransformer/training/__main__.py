@@ -20,7 +20,7 @@ def main(profile: str = "quick", run_dir: Path = Path("results/local"), row: int
     named = profile.endswith(".yaml")
     path = Path(profile) if named else Path(str(files("detransformer"))) / "profiles" / f"{profile}.yaml"
     if not path.is_file():
-        raise ValueError(f"profile {profile!r} is unknown: choose quick, laptop, paper or a YAML file.")
+        raise ValueError(f"profile {profile!r} is unknown: choose quick, reference, laptop, paper or a YAML file.")
     section = yaml.safe_load(path.read_text(encoding="utf-8"))["02_pretraining"]
     rows = model_rows(section["rows"])
     if row is not None and not 0 <= row < len(rows):

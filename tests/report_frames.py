@@ -1,0 +1,121 @@
+"""Bench rows, timelines and Table III made up by a small rule, for the tests of tables and figures."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+
+from detransformer.report.expected import published
+
+BANDWIDTHS = (1000, 750, 500, 250, 125)
+SINGLE_S = {"bert-base": 1.57, "bert-large": 4.48}
+# Megabits a method moves for one request; any order that TP > SP > BP will do.
+MEGABITS = {
+    "tp": 110, "sp": 80, "ulysses": 50, "galaxy": 115, "dtensor": 112, "pp": 6, "auto": 21, "bp+tp": 45, "bp+sp": 40,
+    "bp+allgather": 42, "bp+ulysses": 21, "bp+heads": 22, "bp+paper": 40, "bp+auto": 20, "bp+narrow": 39,
+}  # fmt: skip
+PUBLISHED = ("tp", "sp", "bp+tp", "bp+sp", "bp+allgather", "bp+paper", "bp+auto")
+WIRE = {"float32": (1.0, 1e-7), "bfloat16": (0.5, 4e-3), "int8": (0.26, 1.2e-2)}  # share of the bytes, output error
+WAIT_S = 0.01
+
+
+def communication_s(method: str, bandwidth_mbps: float, wire: str = "float32", link: str = "line-rate") -> float:
+    return MEGABITS[method] / bandwidth_mbps * WIRE[wire][0] * (2 if link == "fitted" else 1)
+
+
+def row(model: str, method: str, bandwidth_mbps: float = 500, link: str = "line-rate", **fields) -> dict:
+    """One valid row of the bench; `fields` replace columns (num_devices, wire, reads, num_original_layers, ...)."""
+    block, single = method.startswith("bp"), method == "single"
+    fields = dict(num_devices=1 if single else 4, wire="float32", reads="all", num_original_layers=4) | fields
+    devices = fields["num_devices"]
+    alone = SINGLE_S[model] * (0.95 if fields["reads"] == "cls" else 1)
+    compute = alone if method in ("single", "dp", "pp") else 1.05 * alone / devices
+    comm = 0.0 if single or method == "dp" else communication_s(method, bandwidth_mbps, fields["wire"], link)
+    comm *= fields["num_original_layers"] / 4 if block else 1
+    wait = 0.0 if single else WAIT_S
+    latency = compute + comm + wait
+    weights = 4e8 if method in ("single", "dp", "sp", "ulysses") else 1.2e8
+    made = dict(
+        model=model, method=method, plan=f"12 {method}", num_devices=devices, bandwidth_mbps=bandwidth_mbps, link=link,
+        seq_len=128, batch_size=1, attention_width="narrow" if method == "bp+narrow" else "full", latency_s=latency,
+        compute_s=compute, comm_s=comm, wait_s=wait, num_divisions=max(4, devices) if block else np.nan,
+        throughput_rps=(devices if method == "dp" else 1) / latency, weights_bytes=weights,
+        peak_rss_bytes=1.1 * weights, limit_s=alone / devices, over_limit=latency / (alone / devices),
+        all_gather_count=0, all_reduce_count=24 if method == "tp" else 0,
+        all_reduce_bytes=24e6 if method == "tp" else 0, all_to_all_count=16 if method == "bp+auto" else 0,
+        relative_error=WIRE[fields["wire"]][1], max_abs_error=10 * WIRE[fields["wire"]][1],
+        predicted_s=1.02 * latency, valid=True, why_invalid="",
+    )  # fmt: skip
+    made |= fields
+    made["num_original_layers"] = fields["num_original_layers"] if block else np.nan
+    return made
+
+
+def latency_rows(links=("line-rate", "fitted")) -> pd.DataFrame:
+    """Both models, five bandwidths; the paper's methods over every link, the others over the first."""
+    rows = []
+    for model in SINGLE_S:
+        rows += [row(model, "single"), row(model, "single", reads="cls")]
+        for link, bandwidth in itertools.product(links, BANDWIDTHS):
+            methods = MEGABITS if link == links[0] else PUBLISHED
+            rows += [row(model, method, bandwidth, link) for method in methods]
+        link = links[0]
+        rows += [row(model, "dp", link=link)]
+        scaled = itertools.product(("tp", "sp", "bp+paper", "bp+auto"), (2, 3, 8))
+        rows += [row(model, method, 500, link, num_devices=count) for method, count in scaled]
+        rows += [row(model, "bp+auto", b, link, num_original_layers=nb) for nb in (1, 2, 3) for b in BANDWIDTHS]
+        compressed = itertools.product(("tp", "ulysses", "bp+auto"), ("bfloat16", "int8"))
+        rows += [row(model, method, 125, link, wire=wire) for method, wire in compressed]
+        rows += [row(model, method, 125, link, reads="cls") for method in ("tp", "bp+auto")]
+    return pd.DataFrame(rows)
+
+
+def timeline_rows(methods=("pp", "tp", "sp", "bp+auto")) -> pd.DataFrame:
+    """Four devices, six times compute, wait and one collective; a pipeline sends instead."""
+    kinds = {"pp": "send", "tp": "all_reduce", "sp": "all_gather", "bp+auto": "all_to_all"}
+    events = []
+    for method, rank, step in itertools.product(methods, range(4), range(6)):
+        start, wait = 0.2 * step, 0.01 * (3 - rank)
+        events.append((method, rank, "compute", start, start + 0.1 - wait))
+        events += [(method, rank, "wait", start + 0.1 - wait, start + 0.1)] if wait else []
+        events.append((method, rank, kinds[method], start + 0.1, start + 0.2))
+    frame = pd.DataFrame(events, columns=["method", "rank", "what", "start_s", "stop_s"])
+    place = dict(model="bert-base", wire="float32", reads="all", link="line-rate", bandwidth_mbps=125, num_devices=4)
+    return frame.assign(**place)
+
+
+def table_iii_rows() -> pd.DataFrame:
+    """The paper's Table III; of BERT-Base four fifths of each score were obtained."""
+    rows = []
+    for _, cell in published("table_iii").iterrows():
+        for task in ("cola", "sst2", "mrpc", "mnli", "squad"):
+            value = cell[[c for c in cell.index if c.startswith(task)][0]]
+            rows.append(
+                dict(
+                    model=cell["model"],
+                    num_original_layers=cell["num_original_layers_nb"],
+                    num_divisions=cell["num_divisions_ndiv"],
+                    task=task,
+                    metric="MCC" if task == "cola" else "acc",
+                    published=value,
+                    obtained_mean=0.8 * value if cell["model"] == "bert-base" else np.nan,
+                    obtained_std=1.5,
+                    num_seeds=3,
+                )
+            )
+    return pd.DataFrame(rows)
+
+
+def decoupling_rows() -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            dict(
+                model="bert-base",
+                num_divisions=n,
+                attention_width=w,
+                seq_len=s,
+                layer_flops_ratio=1 + 0.02 * n * s / 128,
+            )
+            for n, w, s in itertools.product((2, 4, 8), ("full", "narrow"), (128, 384, 512))
+        ]
+    )

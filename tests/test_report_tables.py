@@ -1,0 +1,311 @@
+"""Tables II, III and IV and those beyond the paper's, from rows whose every value the tests can compute."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from detransformer.parallel.plan import METHODS
+from detransformer.report import peers
+from detransformer.report.canvas import LOOKS
+from detransformer.report.expected import published
+from detransformer.report.tables import (
+    METHOD_NAMES,
+    comparable_rows,
+    select,
+    select_variant,
+    table_ii,
+    table_ii_markdown,
+    table_iii_markdown,
+    table_iv,
+    table_iv_markdown,
+    valid_rows,
+)
+from report_frames import MEGABITS, SINGLE_S, WAIT_S, communication_s, latency_rows, row, table_iii_rows
+
+CELL = ["link", "variant", "model", "bandwidth_mbps", "baseline"]
+
+
+def latency_s(method: str, bandwidth_mbps: float, **where) -> float:
+    """Of BERT-Base on 4 devices, by the rule of `report_frames`."""
+    return 1.05 * 1.57 / 4 + communication_s(method, bandwidth_mbps, **where) + WAIT_S
+
+
+def test_every_method_has_a_name_and_a_look():
+    assert set(METHODS) == set(METHOD_NAMES) == set(LOOKS)
+    looks = [(colour, marker) for colour, marker, _, _ in LOOKS.values()]
+    assert len(set(looks)) == len(looks), "two methods look alike"
+
+
+# --- which rows count --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "is_papers", "is_comparable"),
+    [
+        ({}, True, True),
+        ({"valid": False}, False, False),
+        ({"seq_len": 384}, False, False),
+        ({"batch_size": 4}, False, False),
+        ({"attention_width": "narrow"}, False, False),  # of bp+auto, and not called so
+        ({"wire": "int8"}, False, True),
+        ({"wire": "float32,qkv=int8"}, False, True),
+        ({"reads": "cls"}, False, True),
+    ],
+)
+def test_the_papers_setting_and_what_compares_with_it(change, is_papers, is_comparable):
+    rows = pd.DataFrame([row("bert-base", "bp+auto") | change])
+    assert (len(valid_rows(rows)), len(comparable_rows(rows))) == (is_papers, is_comparable)
+
+
+def test_the_narrow_sub_block_counts_by_its_own_name():
+    rows = pd.DataFrame([row("bert-base", "bp+narrow")])
+    assert rows["attention_width"].item() == "narrow" and len(valid_rows(rows)) == 1
+
+
+def test_an_older_run_without_the_new_columns_is_read():
+    new = ["reads", "wire", "attention_width", "wait_s", "limit_s", "over_limit", "peak_rss_bytes", "relative_error"]
+    old = latency_rows(links=("line-rate",))
+    old = old[(old["wire"] == "float32") & (old["reads"] == "all") & (old["method"] != "bp+narrow")]
+    old = old[~old["method"].isin(["bp+paper", "ulysses", "galaxy", "dtensor"])].drop(columns=new)
+    assert len(valid_rows(old)) == len(old)
+    cells = table_iv(old, published("table_iv")).set_index(CELL)
+    # no row of bp+paper: the fastest of the three plans stands for it
+    cell = cells.loc[("line-rate", "paper", "bert-base", 125, "tp")]
+    assert cell["method"] == "bp+sp" and cell["obtained"] == pytest.approx(
+        latency_s("tp", 125) / latency_s("bp+sp", 125)
+    )
+    assert table_ii(old, published("table_ii"))["peak_rss_mib"].isna().all()
+    assert peers.methods_table(old)["over_limit"].isna().all()
+
+
+def test_more_devices_than_divisions_run_a_model_of_as_many():
+    rows = pd.DataFrame([row("bert-base", "bp+auto", num_devices=8), row("bert-base", "bp+auto")])
+    assert select(rows, "bert-base", "bp+auto", num_devices=8)["num_divisions"].tolist() == [8]
+    assert select(rows, "bert-base", "bp+auto", num_divisions=8)["num_devices"].tolist() == []
+
+
+# --- Table IV ----------------------------------------------------------------------------------------------------
+
+
+def test_table_iv_divides_the_right_rows():
+    table = table_iv(latency_rows(), published("table_iv")).set_index(CELL)
+    assert len(table) == 20 * (3 + 2), "the narrow sub-block was measured over the first link only"
+    assert (table["status"] == "measured").all()
+    paper = table.loc[("line-rate", "paper", "bert-base", 125, "tp")]
+    assert paper["obtained"] == pytest.approx(latency_s("tp", 125) / latency_s("bp+paper", 125))
+    assert paper["published"] == 2.81 and paper["ratio"] == pytest.approx(paper["obtained"] / 2.81)
+    ours = table.loc[("fitted", "ours", "bert-base", 250, "sp")]
+    assert ours["obtained"] == pytest.approx(
+        latency_s("sp", 250, link="fitted") / latency_s("bp+auto", 250, link="fitted")
+    )
+    narrow = table.loc[("line-rate", "narrow", "bert-base", 125, "sp"), "obtained"]
+    assert narrow == pytest.approx(latency_s("sp", 125) / latency_s("bp+narrow", 125))
+
+
+def test_compressed_and_cls_rows_stay_out_of_table_iv():
+    rows = latency_rows(links=("line-rate",))
+    plain = table_iv(rows[(rows["wire"] == "float32") & (rows["reads"] == "all")], published("table_iv"))
+    pd.testing.assert_frame_equal(table_iv(rows, published("table_iv")), plain)
+
+
+def test_table_iv_says_not_run_for_absent_and_invalid_cells():
+    latency = latency_rows(links=("line-rate",))
+    latency = latency[latency["bandwidth_mbps"] != 750]
+    latency.loc[(latency["method"] == "tp") & (latency["bandwidth_mbps"] == 125), "valid"] = False
+    table = table_iv(latency, published("table_iv"))
+    missing = table[(table["status"] == "not run") & (table["variant"] == "paper")]
+    assert set(zip(missing["bandwidth_mbps"], missing["baseline"], strict=True)) == {
+        (750, "tp"),
+        (750, "sp"),
+        (125, "tp"),
+    }
+    assert missing["obtained"].isna().all()
+    markdown = table_iv_markdown(table)
+    assert "2.81x / not run / not run" in markdown and "1.31x / not run / not run" in markdown
+
+
+def test_table_iv_leaves_a_variant_out_that_was_hardly_measured():
+    latency = latency_rows(links=("line-rate",))
+    latency = latency[(latency["method"] != "bp+narrow") | (latency["bandwidth_mbps"] == 125)]
+    assert set(table_iv(latency, published("table_iv"))["variant"]) == {"paper", "ours"}
+
+
+def test_table_iv_of_no_rows_at_all_is_twenty_cells_not_run():
+    table = table_iv(latency_rows().head(0), published("table_iv"))
+    assert len(table) == 20 and (table["status"] == "not run").all()
+
+
+def test_table_iv_markdown_names_each_link_and_whose_plans():
+    markdown = table_iv_markdown(table_iv(latency_rows(), published("table_iv")))
+    blocks = markdown.split("Link: ")[1:]
+    assert [block.split(".")[0] for block in blocks] == ["line-rate", "fitted"]
+    assert "published / with the paper's plans / with our plans" in blocks[1]
+    cell = [latency_s("tp", 125, link="fitted") / latency_s(m, 125, link="fitted") for m in ("bp+paper", "bp+auto")]
+    assert f"2.81x / {cell[0]:.2f}x / {cell[1]:.2f}x" in blocks[1]
+
+
+def test_cells_within_counts_and_names_the_worst():
+    table = table_iv(latency_rows(links=("line-rate",)), published("table_iv"))
+    paper = table[table["variant"] == "paper"]
+    found = peers.cells_within(table, 0.15).set_index("variant").loc["paper"]
+    assert found["cells"] == 20 and found["within"] == (abs(paper["ratio"] - 1) <= 0.15).sum() not in (0, 20)
+    worst = paper.loc[abs(paper["ratio"] - 1).idxmax()]
+    assert f"{worst['published']:.2f} / {worst['obtained']:.2f}" in found.iloc[-1]
+
+
+# --- Tables II and III -------------------------------------------------------------------------------------------
+
+
+def test_table_ii_compares_with_one_device():
+    table = table_ii(latency_rows(), published("table_ii")).set_index("approach")
+    assert list(table.index) == ["Single", "DP", "PP", "TP", "SP", "BP", "BP (ours)"]
+    assert table.loc["TP", "latency_reduction_obtained"] == "yes"
+    assert table.loc["SP", "memory_reduction_obtained"] == "no"
+    assert table.loc["BP", "memory_reduction_obtained"] == "yes"
+    assert table.loc["DP", "throughput_increase_obtained"] == "yes"
+    assert table.loc["PP", "throughput_increase_published"] == "yes"
+    assert table.loc["BP", "latency_s"] == pytest.approx(latency_s("bp+paper", 500))
+    assert table.loc["BP (ours)", "latency_s"] == pytest.approx(latency_s("bp+auto", 500))
+    assert table.loc["Single", "weights_mib"] == pytest.approx(4e8 / 2**20)
+    assert table.loc["TP", "peak_rss_mib"] == pytest.approx(1.32e8 / 2**20)
+    assert table["link"].eq("line-rate").all() and table["bandwidth_mbps"].dropna().eq(500).all()
+
+
+def test_table_ii_takes_the_nearest_bandwidth_and_says_not_run():
+    latency = latency_rows(links=("line-rate",))
+    latency = latency[(latency["method"] == "single") | (latency["bandwidth_mbps"] == 125)]
+    table = table_ii(latency, published("table_ii")).set_index("approach")
+    assert table.loc["TP", "bandwidth_mbps"] == 125
+    assert table.loc["DP", "latency_reduction_obtained"] == "not run"
+    markdown = table_ii_markdown(table.reset_index())
+    assert markdown.startswith("Link: line-rate, 125 Mbps, wire float32.") and "no / not run" in markdown
+    assert "| Single     | 1.570" in markdown
+
+
+def test_table_iii_markdown_has_the_papers_rows_and_both_values():
+    markdown = table_iii_markdown(table_iii_rows())
+    lines = [line for line in markdown.splitlines() if line.startswith("| BERT")]
+    assert len(lines) == 11
+    assert "42.06 / 33.65 ± 1.50" in markdown and "51.00 / not run" in markdown
+    assert "| BERT-Base  | original" in markdown
+
+
+# --- beyond the paper --------------------------------------------------------------------------------------------
+
+
+def test_methods_stand_side_by_side_fastest_first():
+    table = peers.methods_table(latency_rows())
+    here = table[(table["link"] == "line-rate") & (table["model"] == "bert-base") & (table["bandwidth_mbps"] == 125)]
+    assert here["latency_s"].is_monotonic_increasing
+    assert set(here["method"]) == {"single", *MEGABITS} and len(here) == 2 + len(MEGABITS) + 6 + 2
+    assert list(dict.fromkeys(table["link"])) == ["line-rate", "fitted"], "the clean link first"
+    found = here.set_index("name")
+    assert found.loc["BP+Auto, int8", "latency_s"] == pytest.approx(latency_s("bp+auto", 125, wire="int8"))
+    assert found.loc["BP+Auto, int8", "relative_error"] == 1.2e-2
+    assert found.loc["TP", "speedup"] == pytest.approx(1.57 / latency_s("tp", 125))
+    assert found.loc["TP", "over_limit"] == pytest.approx(4 * latency_s("tp", 125) / 1.57)
+    assert found.loc["Single", "over_limit"] == pytest.approx(4), "the limit is that of four devices"
+    assert found.loc["TP, [CLS]", "speedup"] == pytest.approx(0.95 * 1.57 / found.loc["TP, [CLS]", "latency_s"])
+    assert found.loc["TP", "collectives"] == 24 and found.loc["TP", "sent_mib"] == pytest.approx(24e6 / 2**20)
+    assert found.loc["Ulysses", "weights_mib"] > 3 * found.loc["BP+Auto", "weights_mib"]
+
+
+def test_rows_on_other_devices_or_layers_are_no_peers():
+    table = peers.methods_table(latency_rows())
+    assert not table.duplicated(["link", "model", "bandwidth_mbps", "name"]).any()
+
+
+def test_about_names_links_wires_and_how_many_were_left_out():
+    latency = latency_rows()
+    latency.loc[latency.index[5:8], "valid"] = False
+    note = peers.about(peers.methods_table(latency), latency)
+    assert note.startswith("Link: line-rate, fitted. Wire: float32, bfloat16, int8.")
+    assert f" 3 of {len(latency)} measured rows failed" in note
+
+
+def test_wire_table_shows_gain_and_error_for_baselines_too():
+    table = peers.wire_table(latency_rows()).set_index(["model", "method", "wire"])
+    assert set(table.index.get_level_values("method")) == {"tp", "ulysses", "bp+auto"}
+    assert (table["bandwidth_mbps"] == 125).all(), "only where some message was compressed"
+    base = table.loc["bert-base"]
+    assert list(base.loc["tp"].index) == ["float32", "bfloat16", "int8"]
+    assert base.loc[("tp", "int8"), "over_float32"] == pytest.approx(
+        latency_s("tp", 125) / latency_s("tp", 125, wire="int8")
+    )
+    assert base.loc[("bp+auto", "int8"), "over_tp"] == pytest.approx(
+        latency_s("tp", 125) / latency_s("bp+auto", 125, wire="int8")
+    )
+    assert base.loc[("ulysses", "bfloat16"), "relative_error"] == 4e-3
+
+
+def test_reads_table_pairs_rows_that_differ_in_nothing_else():
+    table = peers.reads_table(latency_rows()).set_index(["model", "method"])
+    assert len(table) == 2 * 3
+    one = table.loc[("bert-base", "single")]
+    assert one["saved"] == pytest.approx(0.05) and one["link"] == "none"
+    tp = table.loc[("bert-base", "tp")]
+    assert tp["all_s"] - tp["cls_s"] == pytest.approx(0.05 * 1.05 * 1.57 / 4) and tp["bandwidth_mbps"] == 125
+
+
+def test_tables_of_what_was_not_measured_are_empty():
+    latency = valid_rows(latency_rows())
+    assert not len(peers.reads_table(latency)) and not len(peers.wire_table(latency))
+    four = latency[latency["num_devices"].isin([1, 4])]
+    assert not len(peers.scaling_table(four)), "one count of devices is no scaling"
+    assert not len(peers.methods_table(latency[latency["method"] == "single"]))
+
+
+def test_scaling_goes_from_one_device_to_eight():
+    table = peers.scaling_table(latency_rows()).set_index(["link", "model", "method", "num_devices"])
+    auto = table.sort_index().loc[("line-rate", "bert-base", "bp+auto")]
+    assert list(auto.index) == [1, 2, 3, 4, 8] and list(auto["num_divisions"]) == [4, 4, 4, 4, 8]
+    assert auto.loc[1, "speedup"] == 1 and auto.loc[1, "weights_mib"] == pytest.approx(4e8 / 2**20)
+    expected = 1.57 / (1.05 * 1.57 / 8 + communication_s("bp+auto", 500) + WAIT_S)
+    assert auto.loc[8, "speedup"] == pytest.approx(expected) and auto.loc[8, "efficiency"] == pytest.approx(
+        expected / 8
+    )
+
+
+def test_prediction_error_by_link_and_over_all_methods():
+    latency = latency_rows()
+    latency.loc[(latency["method"] == "sp") & (latency["link"] == "fitted"), "predicted_s"] *= 1.5
+    latency.loc[latency["method"] == "galaxy", "valid"] = False
+    table = peers.prediction_error(latency).set_index(["link", "method"])
+    assert table.loc[("line-rate", "tp"), "median"] == pytest.approx(0.02)
+    assert table.loc[("fitted", "sp"), "median"] == pytest.approx(0.53)
+    assert table.loc[("fitted", "all"), "max"] == pytest.approx(0.53) and table.loc[("fitted", "all"), "count"] == 70
+    assert ("line-rate", "galaxy") not in table.index and "single" not in table.index.get_level_values("method")
+
+
+def test_efficiency_has_a_row_a_strategy_and_chunks_and_a_column_a_device_count():
+    profile = pd.DataFrame(
+        [("block", 4, 1, 0.9), ("tensor", 1, 1, 1.0), ("tensor", 4, 1, 0.8), ("tensor", 4, 4, 0.6)],
+        columns=["strategy", "num_devices", "num_chunks", "efficiency"],
+    )
+    table = peers.efficiency_table(profile).set_index(["strategy", "num_chunks"])
+    assert list(table.index) == [("tensor", 1), ("tensor", 4), ("block", 1)], "in the order of the original layer first"
+    assert list(table) == ["1 device", "4 devices"] and table["4 devices"].tolist() == [0.8, 0.6, 0.9]
+    assert np.isnan(table.loc[("block", 1), "1 device"])
+    older = peers.efficiency_table(profile[profile["num_chunks"] == 1].drop(columns="num_chunks"))
+    assert older["num_chunks"].tolist() == [1, 1]
+
+
+def test_fit_residuals_have_the_worst_first():
+    fit = pd.DataFrame({"baseline": ["tp", "sp", "tp"], "ratio": [1.1, 0.7, 1.0]})
+    table = peers.fit_residuals(fit, 0.15)
+    assert table["ratio"].tolist() == [0.7, 1.1, 1.0] and table["within"].tolist() == [False, True, True]
+
+
+def test_targets_are_of_our_plans_over_each_link():
+    table = peers.targets(latency_rows()).set_index(["link", "model"])
+    base = table.loc[("line-rate", "bert-base")]
+    assert base["over_tp"] == pytest.approx(latency_s("tp", 125) / latency_s("bp+auto", 125))
+    assert base["over_paper"] == pytest.approx(latency_s("bp+paper", 125) / latency_s("bp+auto", 125))
+    assert base["over_limit"] == pytest.approx(4 * latency_s("bp+auto", 125) / SINGLE_S["bert-base"])
+    assert base["int8_over_tp"] == pytest.approx(latency_s("tp", 125) / latency_s("bp+auto", 125, wire="int8"))
+    assert base["fastest"] == "bp+auto" and np.isnan(table.loc[("fitted", "bert-base"), "int8_over_tp"])
+
+
+def test_the_papers_variant_is_bp_paper_even_where_a_plan_was_faster():
+    rows = pd.DataFrame([row("bert-base", "bp+paper", 125), row("bert-base", "bp+sp", 125) | {"latency_s": 0.1}])
+    assert select_variant(rows, "bert-base", "paper")["method"].tolist() == ["bp+paper"]
