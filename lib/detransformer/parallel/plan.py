@@ -58,6 +58,7 @@ class Plan:
             published.
         num_chunks: how many parts a request's tokens are cut in, so that one part travels while another is computed;
             1 as published.
+        devices: which of the cluster's devices take part, in rank order; empty: the first ones, in theirs.
     """
 
     method: str
@@ -71,9 +72,12 @@ class Plan:
     reads: str = "all"
     direct: bool = False
     num_chunks: int = 1
+    devices: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_spec(self.wire)
+        if self.devices and (len(self.devices) != len(self.heads) or len(set(self.devices)) != len(self.devices)):
+            raise ValueError(f"devices={self.devices} must name {len(self.heads)} different ones, one a rank.")
         if self.num_chunks < 1:
             raise ValueError(f"num_chunks={self.num_chunks} is below 1: 1 runs a request's tokens all at once.")
         if self.reads not in READS:
@@ -85,6 +89,11 @@ class Plan:
     @property
     def num_devices(self) -> int:
         return len(self.heads)
+
+    @property
+    def device_ids(self) -> tuple[int, ...]:
+        """The cluster's device that each rank runs on."""
+        return self.devices or tuple(range(self.num_devices))
 
     @property
     def splits_layers(self) -> bool:
@@ -101,6 +110,7 @@ class Plan:
             sub_blocks=(sum(self.sub_blocks),),
             stages=(),
             num_chunks=1,
+            devices=(),
         )
 
     def wire_of(self, layer: int, role: str) -> str:

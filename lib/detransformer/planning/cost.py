@@ -37,10 +37,14 @@ class Compute:
 
 @dataclass(frozen=True)
 class Start:
-    """A collective begins; `num_bytes` are those this rank sends, counted as `parallel.comm` counts them."""
+    """A collective begins; `num_bytes` are those this rank sends, counted as `parallel.comm` counts them.
+
+    `received_bytes` are those it receives: they matter where links differ.
+    """
 
     kind: str
     num_bytes: int
+    received_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,11 @@ class Tape:
         name = strategy if self.num_chunks == 1 else f"{strategy}/{self.num_chunks}"
         self.steps += [replace(product, strategy=name) for product in products]
 
-    def start(self, kind: str, num_bytes: int) -> "Arrival":
-        """With one rank there is nothing to send, but for a pipeline's messages."""
+    def start(self, kind: str, num_bytes: int, received_bytes: int | None = None) -> "Arrival":
+        """With one rank there is nothing to send, but for a pipeline's messages. As much is received unless given."""
         if self.num_ranks == 1 and kind not in ("send", "receive"):
             return Arrival(self)
-        self.steps.append(Start(kind, num_bytes))
+        self.steps.append(Start(kind, num_bytes, num_bytes if received_bytes is None else received_bytes))
         self.num_started += 1
         return Arrival(self, self.num_started - 1)
 
@@ -80,7 +84,9 @@ class Arrival:
 
     tape: Tape
     number: int | None = None
-    then: tuple[str, int] | None = None  # (kind, bytes) of a collective that is made as soon as this one is there
+    then: tuple[str, int, int] | None = (
+        None  # (kind, bytes, received bytes) of a collective that is made as soon as this one is there
+    )
 
     def wait(self) -> None:
         if self.number is not None:
@@ -165,34 +171,44 @@ class Sizes:
             num_bytes = rows * width * self.itemsize
             return self.tape.start("all_reduce", 2 * (self.ranks - 1) * num_bytes // self.ranks)
         shapes = [(size, width) for size in split(rows, [1.0] * self.ranks)]
-        gather = ("all_gather", self.gather_bytes(shapes, role))
-        return replace(self.exchange("reduce_scatter", shapes, role), then=gather)
+        gather = ("all_gather", *self.gather_bytes(shapes, role))
+        received = (self.ranks - 1) * self.message(shapes[self.rank], role)
+        return replace(self.exchange("reduce_scatter", shapes, role, received), then=gather)
 
-    def gather_bytes(self, shapes: Sequence[Sequence[int]], role: str | None) -> int:
-        """Of one tensor a device, this one's to all others."""
-        return (self.ranks - 1) * self.message(shapes[self.rank], role)
+    def gather_bytes(self, shapes: Sequence[Sequence[int]], role: str | None) -> tuple[int, int]:
+        """(sent, received) of one tensor a device, each one's to all others."""
+        own = self.message(shapes[self.rank], role)
+        return (self.ranks - 1) * own, sum(self.message(shape, role) for shape in shapes) - own
 
     def all_gather(self, shapes: Sequence[Sequence[int]], role: str | None) -> Arrival:
-        return self.tape.start("all_gather", self.gather_bytes(shapes, role))
+        return self.tape.start("all_gather", *self.gather_bytes(shapes, role))
 
-    def exchange(self, kind: str, shapes: Sequence[Sequence[int]], role: str | None) -> Arrival:
-        """`shapes[r]` goes to device r."""
+    def exchange(self, kind: str, shapes: Sequence[Sequence[int]], role: str | None, received: int) -> Arrival:
+        """`shapes[r]` goes to device r, and `received` bytes come from all of them."""
         num_bytes = sum(self.message(s, role) for r, s in enumerate(shapes) if r != self.rank)
-        return self.tape.start(kind, num_bytes)
+        return self.tape.start(kind, num_bytes, received)
+
+    def from_others(self, shape: Callable[[int], Sequence[int]], role: str | None) -> int:
+        """Bytes of `shape(r)` from each other device r."""
+        return sum(self.message(shape(rank), role) for rank in range(self.ranks) if rank != self.rank)
 
     def gather_tokens(self, chunk: Sequence[int]) -> Arrival:
         return self.all_gather([(t, self.batch_size, self.config.hidden_size) for t in chunk], "tokens")
 
     def scatter_sum(self, chunk: Sequence[int]) -> Arrival:
         """A reduce_scatter of partial sums by tokens."""
-        return self.exchange("reduce_scatter", [(self.batch_size, t, self.config.hidden_size) for t in chunk], "sum")
+        shapes = [(self.batch_size, t, self.config.hidden_size) for t in chunk]
+        return self.exchange("reduce_scatter", shapes, "sum", self.from_others(lambda _: shapes[self.rank], "sum"))
 
     def tokens_to_heads(self, chunk: Sequence[int]) -> Arrival:
         shapes = [(self.batch_size, self.own(chunk), 3, self.head_width(rank)) for rank in range(self.ranks)]
-        return self.exchange("all_to_all", shapes, "qkv")
+        received = self.from_others(lambda rank: (self.batch_size, chunk[rank], 3, self.own_width), "qkv")
+        return self.exchange("all_to_all", shapes, "qkv", received)
 
     def heads_to_tokens(self, chunk: Sequence[int]) -> Arrival:
-        return self.exchange("all_to_all", [(self.batch_size, t, self.own_width) for t in chunk], "context")
+        received = self.from_others(lambda rank: (self.batch_size, self.own(chunk), self.head_width(rank)), "context")
+        shapes = [(self.batch_size, t, self.own_width) for t in chunk]
+        return self.exchange("all_to_all", shapes, "context", received)
 
 
 # Rows: each follows its strategy's `__call__` and `cls` step by step. `arriving` are X's chunks; a row gives out (None)
@@ -326,7 +342,8 @@ def _by_tokens_cls(strategy: str) -> Callable[[Sizes, Chunks], None]:
         next(arriving).wait()
         holder = next(rank for rank, tokens in enumerate(z.chunks[0]) if tokens)
         x_cls = z.message((z.batch_size, 1, width), None)
-        z.tape.start("all_to_all", (z.ranks - 1) * x_cls if z.rank == holder else 0).wait()
+        sends = z.rank == holder
+        z.tape.start("all_to_all", (z.ranks - 1) * x_cls if sends else 0, 0 if sends else x_cls).wait()
         _cls_keys(z, chain([Arrival(z.tape)], arriving), width, strategy, own=True)
         z.tape.compute(strategy, z.scores(1, width, sum(z.own(chunk) for chunk in z.chunks)))
         z.all_gather([(z.batch_size, heads, width // heads + 2)] * z.ranks, None).wait()
@@ -419,9 +436,13 @@ def _reshard(chunks: Iterator[None], source: str, target: str, z: Sizes) -> Chun
 
     def start(chunk: Sequence[int]) -> Arrival:
         if z.plan.direct and (source, target) == (HIDDEN, SEQ):
-            return z.exchange("all_to_all", [(blocks[z.rank], z.batch_size, t, width) for t in chunk], "hidden")
+            received = z.from_others(lambda rank: (blocks[rank], z.batch_size, z.own(chunk), width), "hidden")
+            shapes = [(blocks[z.rank], z.batch_size, t, width) for t in chunk]
+            return z.exchange("all_to_all", shapes, "hidden", received)
         if z.plan.direct and (source, target) == (SEQ, HIDDEN):
-            return z.exchange("all_to_all", [(b, z.batch_size, z.own(chunk), width) for b in blocks], "tokens")
+            received = z.from_others(lambda rank: (blocks[z.rank], z.batch_size, chunk[rank], width), "tokens")
+            shapes = [(b, z.batch_size, z.own(chunk), width) for b in blocks]
+            return z.exchange("all_to_all", shapes, "tokens", received)
         if source == SEQ:
             return z.gather_tokens(chunk)
         return z.all_gather([(b, z.batch_size * sum(chunk), width) for b in blocks], "hidden")
@@ -517,23 +538,27 @@ def predict(
     Model parallel: when the last device is done; `compute_s` is the busiest one's, `comm_s` what it could not hide.
     Pipeline: the sum of all stages and messages (one request cannot overlap itself). Data parallel: one device's time.
     """
-    if plan.num_devices > len(profile.devices):
-        raise ValueError(f"the plan needs {plan.num_devices} devices and the profile has {len(profile.devices)}.")
+    needed = max(plan.device_ids) + 1
+    if needed > len(profile.devices):
+        raise ValueError(f"the plan needs {needed} devices and the profile has {len(profile.devices)}.")
+    devices = [profile.devices[i] for i in plan.device_ids]
     steps = [device_steps(config, plan, rank, seq_len, batch_size) for rank in range(plan.num_devices)]
     rates = [
         [device.compute_s(s.flops, s.strategy, s.weight_bytes) if isinstance(s, Compute) else 0.0 for s in own]
-        for device, own in zip(profile.devices, steps, strict=False)
+        for device, own in zip(devices, steps, strict=True)
     ]
     if plan.stages:
         starts = [s for own in steps for s in own if isinstance(s, Start) and s.kind == "send"]
         compute_s = sum(sum(own) for own in rates)
-        latency_s = compute_s + sum(profile.link.collective_s(s.kind, s.num_bytes, plan.num_devices) for s in starts)
+        shares = [profile.link.share(i) for i in plan.device_ids]
+        slowest = min(map(min, zip(shares, shares[1:], strict=False)), default=1.0)
+        latency_s = compute_s + sum(
+            profile.link.collective_s(s.kind, s.num_bytes / slowest, plan.num_devices) for s in starts
+        )
     else:
         starts = _busiest(steps)
         compute_s = max(sum(own) for own in rates)
-        latency_s = makespan(
-            steps, rates, [profile.link.collective_s(s.kind, s.num_bytes, plan.num_devices) for s in starts]
-        )
+        latency_s = makespan(steps, rates, collective_seconds(steps, plan, profile))
     sent: Counter[str] = Counter()
     for start in starts:
         sent[start.kind] += start.num_bytes
@@ -548,6 +573,25 @@ def predict(
         weights_bytes=weights,
         memory_bytes=tuple(w + activations for w in weights),
     )
+
+
+def collective_seconds(steps: Sequence[Sequence[Step]], plan: Plan, profile: ClusterProfile) -> list[float]:
+    """How long each collective of all ranks' `steps` has the links: until the one that is busiest for its rate is done.
+
+    A device is busy with what it sends, or with what it receives where its link is slower than others'.
+    """
+    started = [[step for step in own if isinstance(step, Start)] for own in steps]
+    link = profile.link
+    if not link.shares:
+        return [link.collective_s(s.kind, s.num_bytes, plan.num_devices) for s in _busiest(steps)]
+    shares = [link.share(i) for i in plan.device_ids]
+    seconds = []
+    for same in zip(*started, strict=True):
+        num_bytes = max(
+            max(start.num_bytes, start.received_bytes) / share for start, share in zip(same, shares, strict=True)
+        )
+        seconds.append(link.collective_s(same[0].kind, num_bytes, plan.num_devices))
+    return seconds
 
 
 def _busiest(steps: Sequence[Sequence[Step]]) -> list[Start]:

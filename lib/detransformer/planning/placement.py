@@ -118,7 +118,7 @@ def _price(
     alternatives = []
     for plan in plans:
         prediction = predict(config, plan, profile, seq_len, batch_size)
-        alternatives.append(Alternative(plan, prediction, _lacking(prediction, profile, budget)))
+        alternatives.append(Alternative(plan, prediction, _lacking(plan, prediction, profile, budget)))
     return alternatives
 
 
@@ -135,13 +135,13 @@ def _choose(alternatives: Sequence[Alternative]) -> Placement:
     return Placement(best, tuple(sorted(alternatives, key=lambda a: (not a.fits, a.prediction.latency_s))))
 
 
-def _lacking(prediction: Prediction, profile: ClusterProfile, budget: int | None) -> str:
-    for rank, needed in enumerate(prediction.memory_bytes):
-        device = profile.devices[rank]
+def _lacking(plan: Plan, prediction: Prediction, profile: ClusterProfile, budget: int | None) -> str:
+    for index, needed in zip(plan.device_ids, prediction.memory_bytes, strict=True):
+        device = profile.devices[index]
         limit = device.memory_bytes if budget is None else budget
         if needed > limit:
             return (
-                f"needs {needed / 2**20:.0f} MiB on device {rank} ({device.name}), {(needed - limit) / 2**20:.0f} MiB "
+                f"needs {needed / 2**20:.0f} MiB on device {index} ({device.name}), {(needed - limit) / 2**20:.0f} MiB "
                 f"more than its budget of {limit / 2**20:.0f} MiB"
             )
     return ""

@@ -61,26 +61,38 @@ class DeviceProfile:
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """One link rate for all devices, and how close collectives come to it.
+    """The devices' links to their switch, and how close collectives come to their rate.
 
     Args:
-        bandwidth_bps: of each device's link, in each direction.
+        bandwidth_bps: of each device's link, in each direction; of links that differ, the rate that `shares` are of.
         step_latency_s: of one of a collective's `latency_steps`, by collective kind; `"*"` for the rest.
         efficiency: share of the bandwidth that a device's bytes achieve, by collective kind; `"*"` for the rest.
         source: where the figures come from, in words.
+        shares: each device's part of `bandwidth_bps`, in the cluster's order; empty: all have all of it.
     """
 
     bandwidth_bps: float
     step_latency_s: Mapping[str, float] = field(default_factory=lambda: {"*": 2e-4})
     efficiency: Mapping[str, float] = field(default_factory=lambda: {"*": 0.94})
     source: str = "assumed: 0.2 ms a ring step, 94% of the line rate (TCP over Ethernet)"
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not all(share > 0 for share in (self.bandwidth_bps, *self.shares)):
+            raise ValueError(f"bandwidth_bps={self.bandwidth_bps} and shares={self.shares} must be above 0.")
+
+    def share(self, device: int) -> float:
+        return self.shares[device] if self.shares else 1.0
 
     def at(self, bandwidth_bps: float) -> "LinkProfile":
-        """The same step latency and efficiency at another rate."""
+        """The same step latency, efficiency and shares at another rate."""
         return replace(self, bandwidth_bps=bandwidth_bps)
 
     def collective_s(self, kind: str, num_bytes: float, num_devices: int) -> float:
-        """Time of one collective of `num_devices` ranks that send `num_bytes` each; all kinds of `COLLECTIVE_KINDS`."""
+        """Time of one collective of `num_devices` ranks that send `num_bytes` each; all kinds of `COLLECTIVE_KINDS`.
+
+        Where links differ, `num_bytes` are what the slowest would carry in that time (`cost.collective_seconds`).
+        """
         latency = self.step_latency_s.get(kind, self.step_latency_s["*"])
         efficiency = self.efficiency.get(kind, self.efficiency["*"])
         return latency_steps(kind, num_devices) * latency + 8 * num_bytes / (self.bandwidth_bps * efficiency)
@@ -105,7 +117,8 @@ class ClusterProfile:
             if record.get("version") != VERSION:
                 raise ValueError(f"version {record.get('version')!r} is not {VERSION}")
             devices = tuple(DeviceProfile(**fields) for fields in record["devices"])
-            return cls(devices, LinkProfile(**record["link"]))
+            link = record["link"] | {"shares": tuple(record["link"].get("shares", ()))}
+            return cls(devices, LinkProfile(**link))
         except FileNotFoundError:
             raise ValueError(
                 f"profile {path} does not exist: make it with `detransformer profile --output {path}`."
