@@ -18,11 +18,22 @@ import psutil
 from tqdm.auto import tqdm
 from transformers import BertConfig
 
-from detransformer.cluster.checkpoints import Checkpoint, decoupled_checkpoint, original_checkpoint, request
+from detransformer.cluster.checkpoints import (
+    Checkpoint,
+    decoupled_checkpoint,
+    open_folder,
+    original_checkpoint,
+    request,
+)
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.files import atomic_write
-from detransformer.models.configuration import config_fields
+from detransformer.models.configuration import (
+    PRESET_SIZES,
+    config_fields,
+    decoupled_config,
+    preset_config,
+)
 from detransformer.parallel.plan import METHODS, READS, Plan, published_plan
 from detransformer.parallel.wire import check_spec
 from detransformer.planning.cost import Prediction, predict
@@ -182,8 +193,18 @@ class Bench:
     def checkpoint(self, cell: Cell) -> Checkpoint:
         if not cell.needs_decoupled:
             return original_checkpoint(cell.model)
+        config = self.config(cell)
+        return decoupled_checkpoint(
+            cell.model, config.num_original_layers, config.num_divisions, config.attention_width
+        )
+
+    def config(self, cell: Cell) -> BertConfig:
+        """The configuration of `cell`'s model, without making its checkpoint."""
+        known = preset_config(cell.model) if cell.model in PRESET_SIZES else open_folder(cell.model).config
+        if not cell.needs_decoupled or hasattr(known, "num_divisions"):
+            return known
         width = "narrow" if cell.method == "bp+narrow" else cell.attention_width
-        return decoupled_checkpoint(cell.model, cell.num_original_layers, cell.num_divisions, width)
+        return decoupled_config(known, cell.num_original_layers, cell.num_divisions, width)
 
     def plan(self, cell: Cell, config: BertConfig) -> tuple[Plan, Prediction]:
         """The plan that `cell` runs and what the cost model predicts for it."""
@@ -387,7 +408,7 @@ def _stolen_share(before, after) -> float:
 def check_cells(bench: Bench, cells: Iterable[Cell]) -> None:
     """Raises ValueError where a cell's plan does not fit its model or the memory budget; measures nothing."""
     for cell in cells:
-        bench.plan(cell, bench.checkpoint(cell).config)
+        bench.plan(cell, bench.config(cell))
 
 
 def measure_grid(
