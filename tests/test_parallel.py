@@ -10,7 +10,7 @@ from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.codec import decode, encode
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
-from detransformer.parallel.linear import Linear, StackedLinear
+from detransformer.parallel.linear import Linear, StackedLinear, input_major
 from detransformer.parallel.plan import layer_plan, published_plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.parallel.wire import format_of, message_bytes
@@ -227,13 +227,13 @@ def test_executor_refuses_what_does_not_fit(cases):
 def test_linear_maps_are_torchs_whatever_way_the_weight_lies(num_in, num_out):
     """Also where rows of the weight are a multiple of 4 KiB, and so padded; in parts, without a bias, without rows."""
     x, weight, bias = torch.randn(2, 3, num_in).double(), torch.randn(num_out, num_in).double(), torch.randn(num_out)
-    bias, linear = bias.double(), Linear(weight, bias.double())
+    bias, linear = bias.double(), Linear(input_major(weight), bias.double())
     expected = torch.nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(linear(x), expected)
     torch.testing.assert_close(linear(x[:, :2], 1, 3), expected[:, :2, 1:3])
-    torch.testing.assert_close(Linear(weight)(x), x @ weight.T)
+    torch.testing.assert_close(Linear(input_major(weight))(x), x @ weight.T)
     assert linear(x[:0]).shape == (0, 3, num_out)
     assert linear.weight.stride(0) * 8 % 4096 != 0
-    blocks = StackedLinear(weight.expand(2, -1, -1), bias.expand(2, -1))
+    blocks = StackedLinear(input_major(weight.expand(2, -1, -1)), bias.expand(2, -1))
     torch.testing.assert_close(blocks(x), expected)
-    torch.testing.assert_close(StackedLinear(weight[None], bias[None])(x[:1]), expected[:1])
+    torch.testing.assert_close(StackedLinear(input_major(weight[None]), bias[None])(x[:1]), expected[:1])

@@ -14,21 +14,36 @@ _BAD_STRIDE_BYTES = 4096
 
 def input_major(weight: torch.Tensor) -> torch.Tensor:
     """[..., out, in] -> [..., in, out], each row contiguous, padded where its length would be unlucky."""
-    *leading, num_out, num_in = weight.shape
+    return _laid_out(weight.transpose(-1, -2))
+
+
+def padded(weight: torch.Tensor) -> torch.Tensor:
+    """[..., in, out] as it is, or in a copy with padded rows where their length would be unlucky."""
+    unlucky = weight.shape[-1] * weight.itemsize % _BAD_STRIDE_BYTES == 0
+    return _laid_out(weight) if unlucky else weight
+
+
+def _laid_out(weight: torch.Tensor) -> torch.Tensor:
+    *leading, num_out = weight.shape
     stride = num_out
     if num_out * weight.itemsize % _BAD_STRIDE_BYTES == 0:
         stride += _PADDING
-    kept = weight.new_zeros(*leading, num_in, stride)[..., :num_out]
-    return kept.copy_(weight.transpose(-1, -2))
+    return weight.new_zeros(*leading, stride)[..., :num_out].copy_(weight)
 
 
 class Linear:
     """x [..., in] -> [..., out]; the bias, where there is one, is added by the product itself."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        """`weight` is [out, in], as `torch.nn.Linear` keeps it."""
-        self.weight = input_major(weight)  # [in, out]
+        """`weight` is [in, out]: see `input_major`."""
+        self.weight = weight
         self.bias = bias
+
+    def part(self, outputs: tuple[int, int] | None = None, inputs: tuple[int, int] | None = None) -> "Linear":
+        """A view of outputs, or inputs, start..stop; partial sums, of some inputs, have no bias."""
+        if inputs:
+            return Linear(self.weight[slice(*inputs)])
+        return Linear(self.weight[:, slice(*outputs)], self.bias[slice(*outputs)])
 
     def __call__(self, x: torch.Tensor, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """The outputs start..stop, or all."""
@@ -41,9 +56,13 @@ class StackedLinear:
     """One linear map for each of p sub-blocks: x [p, rows, in] -> [p, rows, out]."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
-        """`weight` is [p, out, in], `bias` [p, out]."""
-        self.weight = input_major(weight)  # [p, in, out]
+        """`weight` is [p, in, out], `bias` [p, out]."""
+        self.weight = weight
         self.bias = bias
+
+    def part(self, start: int, stop: int) -> "StackedLinear":
+        """A view of sub-blocks start..stop."""
+        return StackedLinear(self.weight[start:stop], self.bias[start:stop])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == 1:  # one sub-block a device: a plain product is faster than a batch of one

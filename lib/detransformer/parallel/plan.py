@@ -22,21 +22,28 @@ SEQ = "shard(seq)"  # its tokens, all features
 
 @dataclass(frozen=True)
 class Signature:
-    """What a strategy runs and the layouts it asks for and leaves."""
+    """What a strategy runs, the layouts it asks for and leaves, and what a device keeps.
+
+    `qkv` and `rest`: the weights of Q, K, V and of all else, `own` part or `all`. `cache`: a decoder's keys and values,
+    those of `own` heads (or sub-blocks) or `all`; strategies that keep the same may take turns in one generation.
+    """
 
     layer_kind: str
     in_layout: str
     out_layout: str
+    qkv: str
+    rest: str
+    cache: str
 
 
 STRATEGIES = {
-    "block": Signature("decoupled", HIDDEN, HIDDEN),
-    "tensor": Signature("original", REPLICATE, REPLICATE),
-    "sequence": Signature("original", SEQ, SEQ),
-    "ulysses": Signature("original", SEQ, SEQ),
-    "heads": Signature("original", REPLICATE, SEQ),
-    "galaxy": Signature("original", SEQ, SEQ),
-    "replicate": Signature("original", REPLICATE, REPLICATE),
+    "block": Signature("decoupled", HIDDEN, HIDDEN, "own", "own", "own"),
+    "tensor": Signature("original", REPLICATE, REPLICATE, "own", "own", "own"),
+    "sequence": Signature("original", SEQ, SEQ, "all", "all", "all"),
+    "ulysses": Signature("original", SEQ, SEQ, "all", "all", "own"),
+    "heads": Signature("original", REPLICATE, SEQ, "own", "all", "own"),
+    "galaxy": Signature("original", SEQ, SEQ, "own", "own", "own"),
+    "replicate": Signature("original", REPLICATE, REPLICATE, "all", "all", "all"),
 }
 READS = ("all", "cls")  # what is read of the last layer: all tokens, or [CLS] alone (a classification model)
 

@@ -6,6 +6,9 @@ has arrived, needs all of them for its attention, and gives out its own chunks o
 it calls `comm`; everything else is local. `cls` is the last layer of a model of which only [CLS] is read: K and V of
 all tokens, and all else for that one token; it gives [B, 1, D] on every device.
 
+BERT's LayerNorms stand after the residuals, GPT-2's before attention and FFN; GPT-2 attends to what came before only,
+and keeps K and V of it (`KeyValueCache`).
+
 Shapes: B batch, T tokens (of a chunk, where one chunk is meant), t this device's tokens, D hidden, H heads, h this
 device's heads, s head size, I the intermediate size, P sub-blocks, p this device's sub-blocks, d = D/P, A attention
 width of a sub-block.
@@ -17,12 +20,12 @@ from itertools import chain
 
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from detransformer.models.decoupled_bert import merge_hidden, split_hidden
 from detransformer.parallel.comm import Comm, Pending, joined
-from detransformer.parallel.linear import Linear, StackedLinear
+from detransformer.parallel.parameters import LayerParameters
 from detransformer.parallel.partition import bounds
 from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, Plan
 from detransformer.parallel.weights import WeightSource
@@ -42,21 +45,56 @@ class Chunk:
         return bounds(self.tokens, rank)
 
 
+class KeyValueCache:
+    """Keys and values of a decoder's earlier tokens, this device's part: each layer's K and V, [rows, capacity, A]."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.num_tokens = 0  # that all layers hold
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def join(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps k and v [rows, T, A] of the tokens after `num_tokens`; returns those of all, [rows, T_all, A]."""
+        rows, new, width = k.shape
+        if layer not in self._layers:
+            self._layers[layer] = k.new_zeros(rows, self.capacity, width), v.new_zeros(rows, self.capacity, width)
+        stop = self.num_tokens + new
+        for kept, part in zip(self._layers[layer], (k, v), strict=True):
+            kept[:, self.num_tokens : stop] = part
+        return tuple(kept[:, :stop] for kept in self._layers[layer])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for pair in self._layers.values() for tensor in pair)
+
+
 @dataclass(frozen=True)
 class Request:
     """What a layer needs to know of the request besides X."""
 
     batch_size: int
     chunks: Sequence[Chunk]
-    mask: torch.Tensor | None  # bool [B, 1, 1, T], True where a token may be attended to
+    mask: torch.Tensor | None  # bool [B or 1, 1, 1 or T, T_all]: whether (each token's) query may attend to a key
+    cache: KeyValueCache | None = None
 
     @classmethod
-    def of(cls, plan: Plan, batch_size: int, seq_len: int, mask: torch.Tensor | None = None) -> "Request":
+    def of(
+        cls,
+        plan: Plan,
+        batch_size: int,
+        seq_len: int,
+        mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> "Request":
         chunks, start = [], 0
         for i, tokens in enumerate(plan.tokens(seq_len)):
             chunks.append(Chunk(i, start, start + sum(tokens), tokens))
             start += sum(tokens)
-        return cls(batch_size, chunks, mask)
+        return cls(batch_size, chunks, mask, cache)
+
+    def mask_of(self, start: int, stop: int) -> torch.Tensor | None:
+        """The mask of the queries of tokens start..stop."""
+        return self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, start:stop]
 
 
 class Strategy:
@@ -65,23 +103,27 @@ class Strategy:
     `chunks` are X's, in the in-layout, each a `Pending`.
     """
 
-    def __init__(self, config: BertConfig, plan: Plan, comm: Comm, weights: WeightSource, layer: int):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        plan: Plan,
+        comm: Comm,
+        weights: WeightSource,
+        layer: int,
+        keeps_whole: bool = False,
+    ):
         self.config = config
         self.plan = plan
         self.comm = comm
         self.layer = layer
-        self.eps = config.layer_norm_eps
-        self.activation = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
         self.head_size = config.hidden_size // config.num_attention_heads
-        self._weights = weights
-        self._prefix = f"encoder.layer.{layer}."
-        self.load()
-        del self._weights  # a device keeps its own part, not the source
+        parameters = LayerParameters(config, weights, layer, keeps_whole)
+        naming = parameters.naming
+        self.pre_norm, self.eps = naming.pre_norm, getattr(config, naming.eps)
+        self.activation = ACT2FN[getattr(config, naming.activation)]
+        self.load(parameters)  # a device keeps its own part, not the source
 
-    def take(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        return self._weights.take(self._prefix + name, dim, start, stop)
-
-    def load(self) -> None:
+    def load(self, parameters: LayerParameters) -> None:
         raise NotImplementedError
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
@@ -101,45 +143,42 @@ class Strategy:
         start, stop = bounds(self.plan.heads, self.comm.rank)
         return start * self.head_size, stop * self.head_size
 
-    def linear(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> Linear:
-        """Outputs (`dim` 0) or inputs (1) start..stop of the layer's map `name`; partial sums have no bias."""
-        weight = self.take(f"{name}.weight", dim, start, stop)
-        if dim == 1 and start is not None:
-            return Linear(weight)
-        return Linear(weight, self.take(f"{name}.bias", 0, start, stop))
-
-    def qkv_parts(self, dim: int, start: int | None, stop: int | None, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of Q, K and V packed in one along `axis`, of their parts start..stop along `dim`."""
-        names = [f"{self._prefix}attention.self.{name}" for name in ("query", "key", "value")]
-        return tuple(
-            self._weights.take_stacked([f"{name}.{kind}" for name in names], dim, start, stop, axis)
-            for kind in ("weight", "bias")
-        )
-
-    def load_attention(self, own_heads: bool) -> None:
+    def load_attention(self, parameters: LayerParameters, own_heads: bool) -> None:
         """Q, K and V packed in one product, D -> 3A, of this device's heads or all."""
-        start, stop = self.own_heads if own_heads else (None, None)
-        self.to_qkv = Linear(*self.qkv_parts(0, start, stop, axis=0))
+        self.to_qkv = parameters.qkv(self.own_heads if own_heads else None)
 
-    def load_rest(self, start: int | None = None, stop: int | None = None) -> None:
-        """Output projection, FFN and LayerNorms; given the FFN's inner columns start..stop, of own heads' inputs."""
-        self.ffn_in = self.linear("intermediate.dense", 0, start, stop)
-        self.ffn_out = self.linear("output.dense", 1, start, stop)
-        self.out = self.linear("attention.output.dense", 1, *((None, None) if start is None else self.own_heads))
-        if start is not None:  # added once to the sum over devices
-            self.ffn_bias, self.out_bias = self.take("output.dense.bias"), self.take("attention.output.dense.bias")
-        self.load_norms()
+    def load_rest(self, parameters: LayerParameters, own_columns: bool = False) -> None:
+        """Output projection, FFN and LayerNorms: whole, or of own heads' inputs and own inner columns of the FFN."""
+        columns = bounds(self.plan.ffn_columns, self.comm.rank) if own_columns else None
+        self.ffn_in = parameters.linear("ffn_in", outputs=columns)
+        self.ffn_out = parameters.linear("ffn_out", inputs=columns)
+        self.out = parameters.linear("out", inputs=self.own_heads if own_columns else None)
+        if own_columns:  # added once to the sum over devices
+            self.ffn_bias, self.out_bias = parameters.bias("ffn_out"), parameters.bias("out")
+        self.load_norms(parameters)
 
-    def load_norms(self, start: int | None = None, stop: int | None = None) -> None:
-        self.attention_norm = [self.take(f"attention.output.LayerNorm.{n}", 0, start, stop) for n in ("weight", "bias")]
-        self.output_norm = [self.take(f"output.LayerNorm.{n}", 0, start, stop) for n in ("weight", "bias")]
+    def load_norms(self, parameters: LayerParameters, part: tuple[int, int] | None = None) -> None:
+        self.attention_norm = parameters.norm("attention_norm", part)
+        self.ffn_norm = parameters.norm("ffn_norm", part)
 
     def norm(self, x: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], *parameters, eps=self.eps)
 
+    def before(self, x: torch.Tensor, norm: list[torch.Tensor]) -> torch.Tensor:
+        """What attention or FFN reads of X."""
+        return self.norm(x, norm) if self.pre_norm else x
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, norm: list[torch.Tensor]) -> torch.Tensor:
+        """The residual x and y, which attention or FFN has made of it; y is written over."""
+        return y.add_(x) if self.pre_norm else self.norm(y.add_(x), norm)
+
+    def ffn(self, x: torch.Tensor) -> torch.Tensor:
+        """The FFN of x's tokens, or a partial sum of it, where this device has some of its inner columns."""
+        return self.ffn_out(self.activation(self.ffn_in(self.before(x, self.ffn_norm))))
+
     def qkv(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, 3, A]."""
-        return self.to_qkv(x).unflatten(-1, (3, -1))
+        return self.to_qkv(self.before(x, self.attention_norm)).unflatten(-1, (3, -1))
 
     def cls_qkv(self, chunks: Iterable[torch.Tensor], x_cls: torch.Tensor | None = None):
         """(x_cls, q, k, v): of [CLS], the first token of the first chunk unless given [B, 1, D]; k and v of all."""
@@ -151,14 +190,25 @@ class Strategy:
 
     def after_attention(self, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Projection, FFN, residuals and LayerNorms of x's tokens, with all weights: [B, t, D] -> [B, t, D]."""
-        x = self.norm(self.out(context).add_(x), self.attention_norm)
-        return self.norm(self.ffn_out(self.activation(self.ffn_in(x))).add_(x), self.output_norm)
+        x = self.add(self.out(context), x, self.attention_norm)
+        return self.add(self.ffn(x), x, self.ffn_norm)
 
-    def attended(self, qkv: Sequence[torch.Tensor], mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
-        """Attention of each chunk's q over all k and v: chunks [B, T, 3, A] -> [B, T, A] one after another."""
+    def attended(self, qkv: Sequence[torch.Tensor], request: Request, copies: int = 1) -> Iterator[torch.Tensor]:
+        """Attention of each chunk's q over all k and v: chunks [B, T, 3, A] -> [B, T, A] one after another.
+
+        With `copies` c the rows are c times the request's sequences.
+        """
         k, v = together([part[:, :, 1] for part in qkv]), together([part[:, :, 2] for part in qkv])
-        for part in qkv:
+        k, v = self.remember(k, v, request)
+        for part, chunk in zip(qkv, request.chunks, strict=True):
+            mask = request.mask_of(chunk.start, chunk.stop)
+            if mask is not None and copies > 1:
+                mask = mask.repeat(copies, 1, 1, 1)
             yield attend(part[:, :, 0], k, v, self.head_size, mask)
+
+    def remember(self, k: torch.Tensor, v: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v [rows, T, A] of the request's tokens, after those of earlier ones where they are kept."""
+        return request.cache.join(self.layer, k, v) if request.cache else (k, v)
 
     def own_tokens(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         start, stop = chunk.of(self.comm.rank)
@@ -199,13 +249,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_size: int, ma
 class Replicate(Strategy):
     """Every device runs the whole layer (Plan 3, Section III-C): no communication, all weights. X [B, T, D]."""
 
-    def load(self) -> None:
-        self.load_attention(own_heads=False)
-        self.load_rest()
+    def load(self, parameters: LayerParameters) -> None:
+        self.load_attention(parameters, own_heads=False)
+        self.load_rest(parameters)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs = list(arrived(chunks))
-        for context, x in zip(self.attended([self.qkv(x) for x in xs], request.mask), xs, strict=True):
+        for context, x in zip(self.attended([self.qkv(x) for x in xs], request), xs, strict=True):
             yield self.after_attention(context, x)
 
     def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
@@ -227,8 +277,11 @@ class SequenceParallel(Replicate):
                 self.comm.start_all_gather(kv.permute(2, 1, 0, 3), shapes, self.wire("kv"), f"kv{chunk.index}")
             )
         k, v = together([part for gather in gathers for part in gather.wait()]).transpose(1, 2)  # [B, T, D] each
-        for q, x in zip(queries, xs, strict=True):
-            yield self.after_attention(attend(q, k, v, self.head_size, request.mask), x)
+        k, v = self.remember(k, v, request)
+        for q, x, chunk in zip(queries, xs, request.chunks, strict=True):
+            start, stop = chunk.of(self.comm.rank)
+            mask = request.mask_of(chunk.start + start, chunk.start + stop)
+            yield self.after_attention(attend(q, k, v, self.head_size, mask), x)
 
     def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
         """Every device attends to its own tokens; their partial softmax sums are put together (as in flash decoding).
@@ -280,7 +333,7 @@ class Ulysses(SequenceParallel):
         for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
             xs.append(x)
             exchanges.append(self.tokens_to_heads(self.qkv(x), chunk))
-        contexts = self.attended([exchange.wait() for exchange in exchanges], request.mask)  # [B, T, h*s]
+        contexts = self.attended([exchange.wait() for exchange in exchanges], request)  # [B, T, h*s]
         exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
         for exchange, x in zip(exchanges, xs, strict=True):
             yield self.after_attention(exchange.wait(), x)
@@ -289,16 +342,16 @@ class Ulysses(SequenceParallel):
 class Heads(Strategy):
     """Attention by heads, the rest by tokens: 1/P of Q, K, V's weights, one all_to_all. X [B, T, D] -> [B, t, D]."""
 
-    def load(self) -> None:
-        self.load_attention(own_heads=True)
-        self.load_rest()
+    def load(self, parameters: LayerParameters) -> None:
+        self.load_attention(parameters, own_heads=True)
+        self.load_rest(parameters)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs, qkv = [], []
         for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
             xs.append(self.own_tokens(x, chunk))
             qkv.append(self.qkv(x))
-        contexts = self.attended(qkv, request.mask)  # [B, T, h*s]
+        contexts = self.attended(qkv, request)  # [B, T, h*s]
         exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
         for exchange, x in zip(exchanges, xs, strict=True):
             yield self.after_attention(exchange.wait(), x)
@@ -313,13 +366,13 @@ class Heads(Strategy):
 class TensorParallel(Strategy):
     """Tensor parallelism (Megatron's TP): own heads and FFN columns, two all_reduces. X [B, T, D]."""
 
-    def load(self) -> None:
-        self.load_attention(own_heads=True)
-        self.load_rest(*bounds(self.plan.ffn_columns, self.comm.rank))
+    def load(self, parameters: LayerParameters) -> None:
+        self.load_attention(parameters, own_heads=True)
+        self.load_rest(parameters, own_columns=True)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs = list(arrived(chunks))
-        contexts = self.attended([self.qkv(x) for x in xs], request.mask)  # [B, T, h*s]
+        contexts = self.attended([self.qkv(x) for x in xs], request)  # [B, T, h*s]
         yield from self.rest(contexts, xs, self.wire("sum"))
 
     def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
@@ -331,11 +384,10 @@ class TensorParallel(Strategy):
         sums = [self.comm.start_all_reduce(self.out(context), wire, f"sum{i}") for i, context in enumerate(contexts)]
         ffns = []
         for i, (summed, x) in enumerate(zip(sums, xs, strict=True)):
-            x = self.norm(summed.wait().add_(self.out_bias).add_(x), self.attention_norm)
-            partial = self.ffn_out(self.activation(self.ffn_in(x)))
-            ffns.append((self.comm.start_all_reduce(partial, wire, f"sum{i}"), x))
+            x = self.add(summed.wait().add_(self.out_bias), x, self.attention_norm)
+            ffns.append((self.comm.start_all_reduce(self.ffn(x), wire, f"sum{i}"), x))
         for summed, x in ffns:
-            yield self.norm(summed.wait().add_(self.ffn_bias).add_(x), self.output_norm)
+            yield self.add(summed.wait().add_(self.ffn_bias), x, self.ffn_norm)
 
 
 class Galaxy(TensorParallel):
@@ -348,17 +400,17 @@ class Galaxy(TensorParallel):
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs = list(arrived(chunks))
         qkv = [self.qkv(x) for x in arrived(self.gather(xs, request))]
-        partials = (self.out(context) for context in self.attended(qkv, request.mask))
+        partials = (self.out(context) for context in self.attended(qkv, request))
         sums = [self.scatter(partial, chunk) for partial, chunk in zip(partials, request.chunks, strict=True)]
         xs = [
-            self.norm(summed.wait().add_(self.out_bias).add_(x), self.attention_norm)
+            self.add(summed.wait().add_(self.out_bias), x, self.attention_norm)
             for summed, x in zip(sums, xs, strict=True)
         ]
         sums = []
         for x, chunk in zip(arrived(self.gather(xs, request)), request.chunks, strict=True):
-            sums.append(self.scatter(self.ffn_out(self.activation(self.ffn_in(x))), chunk))
+            sums.append(self.scatter(self.ffn(x), chunk))
         for summed, x in zip(sums, xs, strict=True):
-            yield self.norm(summed.wait().add_(self.ffn_bias).add_(x), self.output_norm)
+            yield self.add(summed.wait().add_(self.ffn_bias), x, self.ffn_norm)
 
     def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
         return super().cls(self.gather(list(arrived(chunks)), request), request)
@@ -375,14 +427,12 @@ class Galaxy(TensorParallel):
 class BlockParallel(Strategy):
     """Block parallelism (BP): own sub-blocks of a decoupled layer (Eq. 2), no communication. X [p, B*T, d]."""
 
-    def load(self) -> None:
-        start, stop = bounds(self.plan.sub_blocks, self.comm.rank)
-        self.to_qkv = StackedLinear(*self.qkv_parts(0, start, stop, axis=1))  # [p, 3A, d]
-        self.out, self.ffn_in, self.ffn_out = (
-            StackedLinear(self.take(f"{name}.weight", 0, start, stop), self.take(f"{name}.bias", 0, start, stop))
-            for name in ("attention.output.dense", "intermediate.dense", "output.dense")
-        )  # A -> d, d -> I, I -> d
-        self.load_norms(start, stop)
+    def load(self, parameters: LayerParameters) -> None:
+        part = bounds(self.plan.sub_blocks, self.comm.rank)
+        self.to_qkv, self.out, self.ffn_in, self.ffn_out = (
+            parameters.blocks(role, part) for role in ("qkv", "out", "ffn_in", "ffn_out")
+        )  # d -> 3A, A -> d, d -> I, I -> d
+        self.load_norms(parameters, part)
         self.head_size = self.out.weight.shape[1] // self.config.num_attention_heads  # narrow ones are smaller
 
     def norm(self, x: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
@@ -396,16 +446,13 @@ class BlockParallel(Strategy):
         for x in arrived(chunks):
             xs.append(x)
             if len(x):  # with more devices than sub-blocks, some have none and nothing to do
-                projected = self.to_qkv(x)  # [p, B*T, 3A]
+                projected = self.to_qkv(self.before(x, self.attention_norm))  # [p, B*T, 3A]
                 qkv.append(projected.view(len(x) * request.batch_size, -1, 3, projected.shape[-1] // 3))
         if not qkv:
             yield from xs
             return
-        mask = None if request.mask is None else request.mask.repeat(len(xs[0]), 1, 1, 1)
-        for context, x in zip(self.attended(qkv, mask), xs, strict=True):  # [p*B, T, A]
-            context = context.reshape(*x.shape[:2], -1)
-            x = self.norm(self.out(context).add_(x), self.attention_norm)
-            yield self.norm(self.ffn_out(self.activation(self.ffn_in(x))).add_(x), self.output_norm)
+        for context, x in zip(self.attended(qkv, request, copies=len(xs[0])), xs, strict=True):  # [p*B, T, A]
+            yield self.after_attention(context.reshape(*x.shape[:2], -1), x)
 
 
 STRATEGY_CLASSES = {

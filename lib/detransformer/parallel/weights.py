@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 CHUNK_BYTES = 2**20  # or one row of a tensor, where that is more
+_PREFIXES = ("bert.", "transformer.")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -55,10 +56,11 @@ class _Stored:
 
 
 class WeightSource:
-    """Named tensors of a BERT checkpoint, whole or a range along one axis, in one dtype.
+    """Named tensors of a checkpoint, whole or a range along one axis, in one dtype.
 
     `source` is a state dict, a safetensors file, or a folder with `model.safetensors`, in one file or in several with
-    their index. Names are given without the `bert.` prefix that models with a head put before the encoder's.
+    their index. Names are given without the prefix (`bert.`, `transformer.`) that models with a head put before them.
+    `kept` is for those who read parts that others may ask for again.
 
     Raises:
         ValueError: if the files cannot be read.
@@ -67,6 +69,7 @@ class WeightSource:
     def __init__(self, source: Mapping[str, torch.Tensor] | str | Path, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
         self.num_bytes = 0  # of all that was taken
+        self.kept: dict = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tensors: dict[str, torch.Tensor | _Stored]
         if isinstance(source, (str, Path)):
@@ -76,13 +79,17 @@ class WeightSource:
                 raise ValueError(f"{source} cannot be read as safetensors ({error}): save the model again.") from error
         else:
             self._tensors = dict(source)
-        self._prefix = "bert." if any(name.startswith("bert.") for name in self._tensors) else ""
+        self._prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in self._tensors)), "")
 
     def __contains__(self, name: str) -> bool:
         return self._resolve(name) in self._tensors
 
     def _resolve(self, name: str) -> str:
         return name if name in self._tensors else self._prefix + name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`."""
+        return tuple(self._tensors[self._resolve(name)].shape)
 
     def take(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """The tensor `name`, or its part start..stop along `dim`, contiguous and on its own storage."""
@@ -102,7 +109,7 @@ class WeightSource:
         for name in names:
             if name not in self:
                 raise ValueError(
-                    f"the checkpoint has no weight {name!r}: it is not a BERT encoder, or was saved by another version."
+                    f"the checkpoint has no weight {name!r}: it is of another model, or was saved by another version."
                 )
             tensors.append(self._tensors[self._resolve(name)])
         first, last, _ = slice(start, stop).indices(tensors[0].shape[dim])

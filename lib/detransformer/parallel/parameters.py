@@ -1,0 +1,150 @@
+"""A layer's parameters by role, whatever its architecture calls them and however it stores them.
+
+Each part is read once, also where several plans are held: what one takes of a map that another needs whole is a view.
+
+Shapes: D hidden, A attention width, I intermediate size, P sub-blocks of width d = D/P.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from detransformer.parallel.linear import Linear, StackedLinear, input_major, padded
+from detransformer.parallel.weights import WeightSource
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Where an architecture keeps what. `input_major`: weights are [in, out], as GPT-2's Conv1D has them."""
+
+    prefix: str
+    qkv: tuple[str, ...]  # Q, K and V, or all three packed in one
+    out: str
+    ffn_in: str
+    ffn_out: str
+    attention_norm: str
+    ffn_norm: str
+    input_major: bool
+    pre_norm: bool  # LayerNorm stands before attention and FFN, not after their residuals
+    eps: str  # the configuration's names of LayerNorm's epsilon and of the FFN's activation
+    activation: str
+
+
+NAMING = {
+    "bert": Naming(
+        prefix="encoder.layer.{}.",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        out="attention.output.dense",
+        ffn_in="intermediate.dense",
+        ffn_out="output.dense",
+        attention_norm="attention.output.LayerNorm",
+        ffn_norm="output.LayerNorm",
+        input_major=False,
+        pre_norm=False,
+        eps="layer_norm_eps",
+        activation="hidden_act",
+    ),
+    "gpt2": Naming(
+        prefix="h.{}.",
+        qkv=("attn.c_attn",),
+        out="attn.c_proj",
+        ffn_in="mlp.c_fc",
+        ffn_out="mlp.c_proj",
+        attention_norm="ln_1",
+        ffn_norm="ln_2",
+        input_major=True,
+        pre_norm=True,
+        eps="layer_norm_epsilon",
+        activation="activation_function",
+    ),
+}
+
+
+def naming_of(config: PretrainedConfig) -> Naming:
+    return NAMING[config.model_type.removeprefix("decoupled_")]
+
+
+class LayerParameters:
+    """The parameters of one layer as its strategy takes them; `keeps_whole` where another plan needs all of them."""
+
+    def __init__(self, config: PretrainedConfig, source: WeightSource, layer: int, keeps_whole: bool = False):
+        self.naming = naming_of(config)
+        self._source = source
+        self._prefix = self.naming.prefix.format(layer)
+        self._keeps_whole = keeps_whole
+
+    def _once(self, key: tuple, read: Callable):
+        """What `read()` gives, or gave before for the same part."""
+        kept = self._source.kept
+        key = (self._prefix, *key)
+        if key not in kept:
+            kept[key] = read()
+        return kept[key]
+
+    def _take(self, role: str, kind: str, dim: int = 0, part: Range | None = None) -> torch.Tensor:
+        return self._source.take(f"{self._prefix}{getattr(self.naming, role)}.{kind}", dim, *(part or (None, None)))
+
+    def bias(self, role: str) -> torch.Tensor:
+        """The whole bias of map `role`: what is added once to a sum over devices."""
+        if self._keeps_whole:
+            return self.linear(role).bias
+        return self._once((role, "bias"), lambda: self._take(role, "bias"))
+
+    def norm(self, role: str, part: Range | None = None) -> list[torch.Tensor]:
+        """Weight and bias of a LayerNorm, [D], or of sub-blocks start..stop, [p, d]."""
+        return self._once((role, part), lambda: [self._take(role, kind, 0, part) for kind in ("weight", "bias")])
+
+    def linear(self, role: str, outputs: Range | None = None, inputs: Range | None = None) -> Linear:
+        """Outputs or inputs start..stop of `role` (`out`, `ffn_in`, `ffn_out`), or all; inputs come without bias."""
+        if self._keeps_whole and (outputs or inputs):
+            return self.linear(role).part(outputs, inputs)
+
+        def read() -> Linear:
+            dim = int((inputs is None) == self.naming.input_major)  # the axis of the outputs, or inputs, in the file
+            weight = self._take(role, "weight", dim, inputs or outputs)
+            weight = padded(weight) if self.naming.input_major else input_major(weight)
+            return Linear(weight, None if inputs else self._take(role, "bias", 0, outputs))
+
+        return self._once((role, outputs, inputs), read)
+
+    def qkv(self, columns: Range | None = None) -> Linear:
+        """Q, K and V in one product, D -> 3A, or columns start..stop of each."""
+        return self._once(("qkv", columns), lambda: self._read_qkv(columns))
+
+    def _read_qkv(self, columns: Range | None) -> Linear:
+        names = [self._prefix + name for name in self.naming.qkv]
+        if not self.naming.input_major:
+            weight, bias = (
+                self._source.take_stacked([f"{name}.{kind}" for name in names], 0, *(columns or (None, None)))
+                for kind in ("weight", "bias")
+            )
+            return Linear(input_major(weight), bias)
+        width = self._source.shape(f"{names[0]}.bias")[0] // 3
+        start, stop = columns or (0, width)
+        weight, bias = (
+            torch.cat(
+                [self._source.take(f"{names[0]}.{kind}", dim, i * width + start, i * width + stop) for i in range(3)],
+                dim,
+            )
+            for kind, dim in (("weight", 1), ("bias", 0))
+        )
+        return Linear(padded(weight), bias)
+
+    def blocks(self, role: str, part: Range) -> StackedLinear:
+        """Map `role` of sub-blocks start..stop, d -> I, I -> d or A -> d each; `qkv`: d -> 3A."""
+        if self._keeps_whole:
+            whole = self._once((role, "blocks"), lambda: self._read_blocks(role, None))
+            return whole.part(*part)
+        return self._once((role, "blocks", part), lambda: self._read_blocks(role, part))
+
+    def _read_blocks(self, role: str, part: Range | None) -> StackedLinear:
+        names = self.naming.qkv if role == "qkv" else (getattr(self.naming, role),)
+        weight, bias = (
+            self._source.take_stacked([f"{self._prefix}{n}.{kind}" for n in names], 0, *(part or (None, None)), axis=1)
+            for kind in ("weight", "bias")
+        )
+        return StackedLinear(padded(weight) if self.naming.input_major else input_major(weight), bias)
