@@ -1,46 +1,90 @@
-"""Runs a plan on one device: embeddings, layers with resharding between them, pooler and task head.
+"""Runs a plan on one device: embeddings, layers with resharding between them, and what the model ends in.
+
+BERT ends in pooler and task head, GPT-2 in the next token.
 
 Every rank of the plan makes an `Executor` and calls it with the same request. Model parallel plans leave the result on
 every rank; a pipeline leaves it on its last.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig
+from transformers import PretrainedConfig
 
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.partition import bounds
-from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan
-from detransformer.parallel.strategies import STRATEGY_CLASSES, Request, arrived, reshard, together
+from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan, is_decoder
+from detransformer.parallel.strategies import STRATEGY_CLASSES, KeyValueCache, Request, arrived, reshard, together
 from detransformer.parallel.weights import WeightSource
 
 
 @dataclass(frozen=True)
 class Output:
-    """last_hidden_state [B, T, D], or [B, 1, D] where the plan reads [CLS] alone; the rest where the model has it."""
+    """last_hidden_state [B, T, D], or [B, 1, D] where the plan reads [CLS] alone; the rest where the model has it.
+
+    `next_token` [B] is the likeliest token after the last one, of a decoder.
+    """
 
     last_hidden_state: torch.Tensor
-    pooler_output: torch.Tensor | None
-    logits: torch.Tensor | None
+    pooler_output: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    next_token: torch.Tensor | None = None
 
 
 class Embeddings:
     """Word, position and token type look-ups and their LayerNorm, at full width on every device."""
 
-    def __init__(self, config: BertConfig, weights: WeightSource):
+    def __init__(self, config: PretrainedConfig, weights: WeightSource):
         self.eps = config.layer_norm_eps
-        self.word = weights.take("embeddings.word_embeddings.weight")
-        self.position = weights.take("embeddings.position_embeddings.weight")
-        self.token_type = weights.take("embeddings.token_type_embeddings.weight")
-        self.norm = [weights.take(f"embeddings.LayerNorm.{n}") for n in ("weight", "bias")]
+        self.word = weights.once("embeddings.word_embeddings.weight")
+        self.position = weights.once("embeddings.position_embeddings.weight")
+        self.token_type = weights.once("embeddings.token_type_embeddings.weight")
+        self.norm = [weights.once(f"embeddings.LayerNorm.{n}") for n in ("weight", "bias")]
 
     def __call__(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:
         token_types = self.token_type[0] if token_type_ids is None else F.embedding(token_type_ids, self.token_type)
         x = F.embedding(input_ids, self.word) + token_types + self.position[: input_ids.shape[1]]
         return F.layer_norm(x, x.shape[-1:], *self.norm, eps=self.eps)  # [B, T, D]
+
+
+class DecoderEmbeddings:
+    """Word and position look-ups of GPT-2, at full width on every device."""
+
+    def __init__(self, weights: WeightSource):
+        self.word = weights.once("wte.weight")
+        self.position = weights.once("wpe.weight")
+
+    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input_ids, self.word) + F.embedding(position_ids, self.position)  # [B, T, D]
+
+
+class NextToken:
+    """GPT-2's last LayerNorm and the likeliest next token; each device looks at its part of the vocabulary.
+
+    What devices exchange is their best logit and its token, two numbers a sequence.
+    """
+
+    def __init__(self, config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm):
+        self.eps = config.layer_norm_epsilon
+        self.norm = [weights.once(f"ln_f.{n}") for n in ("weight", "bias")]
+        self.start, stop = bounds(plan.vocabulary(config.vocab_size), comm.rank)
+        untied = "lm_head.weight" in weights and not config.tie_word_embeddings
+        self.words = weights.once("lm_head.weight" if untied else "wte.weight")[self.start : stop]  # [V/P, D]
+        self.comm = comm
+
+    def __call__(self, x: torch.Tensor) -> Output:
+        x = F.layer_norm(x, x.shape[-1:], *self.norm, eps=self.eps)
+        if not len(self.words):  # a device too slow for a share
+            best = torch.stack([x.new_full((len(x),), -torch.inf), x.new_zeros(len(x))], -1)
+        else:
+            logits, token = F.linear(x[:, -1], self.words).max(-1)
+            best = torch.stack([logits, (token + self.start).to(x.dtype)], -1)  # [B, 2]; exact up to 2^24 tokens
+        every = self.comm.start_all_gather(best, [best.shape] * self.comm.num_ranks, name="token").wait()
+        logits, tokens = torch.stack(every).unbind(-1)  # [P, B] each
+        token = tokens.gather(0, logits.argmax(0, keepdim=True))[0]
+        return Output(x, next_token=token.long())
 
 
 class Head:
@@ -53,7 +97,7 @@ class Head:
 
     @staticmethod
     def _linear(weights: WeightSource, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (weights.take(f"{name}.weight"), weights.take(f"{name}.bias")) if f"{name}.weight" in weights else None
+        return (weights.once(f"{name}.weight"), weights.once(f"{name}.bias")) if f"{name}.weight" in weights else None
 
     def __call__(self, x: torch.Tensor) -> Output:
         pooled = torch.tanh(F.linear(x[:, 0], *self.pooler)) if self.pooler else None
@@ -75,8 +119,18 @@ class Executor:
         ValueError: if plan, model and group do not fit together.
     """
 
-    def __init__(self, config: BertConfig, plan: Plan, weights: WeightSource, comm: Comm):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        plan: Plan,
+        weights: WeightSource,
+        comm: Comm,
+        held_with: Sequence[Plan] = (),
+    ):
         plan.check(config)
+        decoder = is_decoder(config)
+        if plan.reads == "cls" and decoder:
+            raise ValueError("reads='cls' is for BERT: GPT-2 goes on from its last token; plan with reads='all'.")
         if plan.reads == "cls" and "qa_outputs.weight" in weights:
             raise ValueError("reads='cls' leaves out tokens that question answering reads: plan with reads='all'.")
         if comm.num_ranks != plan.num_devices:
@@ -93,12 +147,19 @@ class Executor:
         self.plan = plan if plan.splits_layers else plan.on_one_device()
         local = comm if plan.splits_layers else Comm(None, 0, 1)
         self.local_comm = local
-        self.embeddings = Embeddings(config, weights) if self.is_first else None
-        self.layers = [
-            (STRATEGIES[name], STRATEGY_CLASSES[name](config, self.plan, local, weights, i))
-            for i, name in ((i, plan.strategies[i]) for i in layers)
-        ]
-        self.head = Head(weights) if self.is_last else None
+        self.decoder = decoder
+        self.embeddings = self.head = None
+        if self.is_first:
+            self.embeddings = DecoderEmbeddings(weights) if decoder else Embeddings(config, weights)
+        device = plan.device_ids[comm.rank]
+        self.layers = []
+        for i in layers:
+            name = plan.strategies[i]
+            keeps_whole = any("all" in (other.keeps(i, device) or ()) for other in held_with)
+            layer = STRATEGY_CLASSES[name](config, self.plan, local, weights, i, keeps_whole)
+            self.layers.append((STRATEGIES[name], layer))
+        if self.is_last:
+            self.head = NextToken(config, weights, self.plan, local) if decoder else Head(weights)
         self.weights_bytes = weights.num_bytes
 
     def set_comm(self, comm: Comm) -> None:
@@ -109,6 +170,8 @@ class Executor:
             self.local_comm = comm
             for _, layer in self.layers:
                 layer.comm = comm
+            if self.decoder:
+                self.head.comm = comm
 
     @torch.inference_mode()
     def __call__(
@@ -116,19 +179,30 @@ class Executor:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Output | None:
-        """All three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last."""
+        """All three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last.
+
+        With a decoder's `cache`, the tokens follow those in it, and `attention_mask` is [B, T_all].
+        """
         batch_size, seq_len = input_ids.shape
-        if seq_len > self.config.max_position_embeddings:
+        past = cache.num_tokens if cache else 0
+        if past + seq_len > self.config.max_position_embeddings:
             raise ValueError(
-                f"seq_len={seq_len} is above the model's {self.config.max_position_embeddings}: shorten the input."
+                f"seq_len={past + seq_len} is above the model's {self.config.max_position_embeddings}: "
+                "shorten the input."
             )
-        mask = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            mask = attention_mask[:, None, None, :].bool()
-        request = Request.of(self.plan, batch_size, seq_len, mask)
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        if self.decoder:
+            mask = causal_mask(seq_len, past, attention_mask)
+            following = positions(batch_size, seq_len, past, attention_mask)
+        else:
+            mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+            following = token_type_ids
+        request = Request.of(self.plan, batch_size, seq_len, mask, cache)
         if self.is_first:
-            x = self.embeddings(input_ids, token_type_ids)
+            x = self.embeddings(input_ids, following)
         else:
             shape, first = (batch_size, seq_len, self.config.hidden_size), self.layers[0][1]
             x = self.comm.receive(shape, first.out.weight.dtype, self.stage - 1, first.wire("stage"))
@@ -142,8 +216,27 @@ class Executor:
             chunks, layout = layer(arriving, request), signature.out_layout
         following = layer.layer + 1
         x = together(list(arrived(reshard(chunks, layout, REPLICATE, plan, local, request, following))))
+        if cache:
+            cache.num_tokens += seq_len
         if not self.is_last:
             self.comm.send(x, self.stage + 1, plan.wire_of(following, "stage"))
             return None
         # A message's buffer is used again by the next request: what is given out must not lie in it.
         return self.head(x.clone() if layout != REPLICATE else x)
+
+
+def causal_mask(seq_len: int, past: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[B or 1, 1, T, past + T]: a token attends to itself and to unmasked ones before it; None where that is all."""
+    if seq_len == 1:
+        return None if attention_mask is None else attention_mask[:, None, None, :].bool()
+    mask = torch.ones(1, 1, seq_len, past + seq_len, dtype=torch.bool).tril(past)
+    if attention_mask is not None:  # what pads attends to itself, so that its softmax has something to sum
+        mask = mask & (attention_mask[:, None, None, :].bool() | torch.eye(past + seq_len, dtype=torch.bool)[past:])
+    return mask
+
+
+def positions(batch_size: int, seq_len: int, past: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """[B, T]: where each new token stands; padding before a text does not count."""
+    if attention_mask is None:
+        return torch.arange(past, past + seq_len).expand(batch_size, -1)
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]

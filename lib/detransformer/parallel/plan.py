@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
-from transformers import BertConfig
+from transformers import PretrainedConfig
 
 from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.partition import split
+from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_spec, format_of
 
 # Layouts of a hidden state X [B, T, D] over devices
@@ -129,6 +129,10 @@ class Plan:
         chunks = split(seq_len, [1.0] * min(self.num_chunks, seq_len))
         return [split(size, self.tokens_share) for size in chunks]
 
+    def vocabulary(self, vocab_size: int) -> list[int]:
+        """Words of the vocabulary that each device looks at when a decoder chooses its next token."""
+        return split(vocab_size, self.tokens_share)
+
     def describe(self) -> str:
         """Short text, e.g. `2 block + tensor, x4`, or the stages of a pipeline."""
         if self.stages:
@@ -142,7 +146,7 @@ class Plan:
                 return words + (f", {self.num_chunks} chunks" if self.num_chunks > 1 else "")
         raise AssertionError("a sequence is always one repeat of itself")
 
-    def check(self, config: BertConfig) -> None:
+    def check(self, config: PretrainedConfig) -> None:
         """Raises ValueError unless this plan fits a model of `config`."""
         kinds = layer_kinds(config)
         if len(self.strategies) != len(kinds):
@@ -155,12 +159,33 @@ class Plan:
                     f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
                 )
 
+    def keeps(self, layer: int, device: int) -> tuple[str, str] | None:
+        """What the cluster's `device` keeps of `layer`: of Q, K, V and of the rest, `own` or `all`; None: nothing."""
+        if device not in self.device_ids:
+            return None
+        rank = self.device_ids.index(device)
+        if self.stages and layer not in range(*bounds(self.stages, rank)):
+            return None
+        signature = STRATEGIES[self.strategies[layer]]
+        return (signature.qkv, signature.rest) if self.splits_layers else ("all", "all")
+
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Plan":
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def ffn_size(config: PretrainedConfig) -> int:
+    """I, the inner width of the FFN."""
+    size = config.n_inner if is_decoder(config) else config.intermediate_size
+    return size or 4 * config.hidden_size
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Whether the model attends to earlier tokens only and goes on with the next one (GPT-2)."""
+    return config.model_type.removeprefix("decoupled_") == "gpt2"
 
 
 # What each method does with an original layer; decoupled layers go to `block`.
@@ -191,7 +216,7 @@ _SHARDS_LAYERS = ("tp", "sp", "ulysses", "galaxy", "dtensor")
 
 
 def published_plan(
-    method: str, config: BertConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32", reads: str = "all"
+    method: str, config: PretrainedConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32", reads: str = "all"
 ) -> Plan:
     """The plan that a method's name stands for, on devices of these relative `speeds` (one entry a device).
 
@@ -222,7 +247,7 @@ def published_plan(
 
 def layer_plan(
     method: str,
-    config: BertConfig,
+    config: PretrainedConfig,
     strategies: Sequence[str],
     speeds: Sequence[float],
     wire: str = "float32",
@@ -248,7 +273,7 @@ def layer_plan(
         strategies=tuple(strategies),
         heads=tuple(split(config.num_attention_heads, speeds)),
         tokens_share=tuple(float(s) for s in speeds),
-        ffn_columns=tuple(split(config.intermediate_size, speeds)),
+        ffn_columns=tuple(split(ffn_size(config), speeds)),
         sub_blocks=tuple(split(blocks, speeds)),
         wire=wire,
         reads=reads,

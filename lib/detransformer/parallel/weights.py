@@ -95,6 +95,12 @@ class WeightSource:
         """The tensor `name`, or its part start..stop along `dim`, contiguous and on its own storage."""
         return self.take_stacked([name], dim, start, stop)
 
+    def once(self, name: str) -> torch.Tensor:
+        """The whole tensor `name`, the same one each time it is asked for."""
+        if name not in self.kept:
+            self.kept[name] = self.take(name)
+        return self.kept[name]
+
     def take_stacked(
         self, names: Sequence[str], dim: int = 0, start: int | None = None, stop: int | None = None, axis: int = 0
     ) -> torch.Tensor:

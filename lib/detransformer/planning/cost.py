@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
-from transformers import BertConfig
+from transformers import PretrainedConfig
 
+from detransformer.models.configuration import layer_kinds
 from detransformer.models.sizes import embedding_parameters, layer_parameters, pooler_parameters
 from detransformer.parallel.partition import bounds, split
-from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, Plan
+from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, Plan, ffn_size, is_decoder
 from detransformer.parallel.wire import message_bytes
 from detransformer.planning.profile import ClusterProfile
 
@@ -99,10 +100,10 @@ class Arrival:
 class Sizes:
     """A request in one layer on one device: the numbers that the rows below need, and the tape they write to.
 
-    `itemsize` is the bytes of a number as computed.
+    `itemsize` is the bytes of a number as computed; `past` counts a decoder's earlier tokens, whose K and V are kept.
     """
 
-    config: BertConfig
+    config: PretrainedConfig
     plan: Plan
     rank: int
     batch_size: int
@@ -110,6 +111,7 @@ class Sizes:
     tape: Tape
     layer: int = 0
     itemsize: int = FLOAT_BYTES
+    past: int = 0
 
     @property
     def ranks(self) -> int:
@@ -146,15 +148,16 @@ class Sizes:
         return self.product(num_queries, hidden, width), self.product(num_keys, hidden, 2 * width)
 
     def scores(self, num_queries: int, width: int, num_keys: int | None = None) -> Compute:
-        """Attention of so many queries over `num_keys` tokens (default: all)."""
-        return Compute(self.batch_size * 4 * num_queries * (self.seq_len if num_keys is None else num_keys) * width, "")
+        """Attention of so many queries over `num_keys` tokens (default: all, masked ones too)."""
+        keys = self.past + self.seq_len if num_keys is None else num_keys
+        return Compute(self.batch_size * 4 * num_queries * keys * width, "")
 
     def out(self, num_tokens: int, width: int) -> Compute:
         """The attention's output projection, from `width` columns."""
         return self.product(num_tokens, width, self.config.hidden_size)
 
     def ffn(self, num_tokens: int, columns: int | None = None) -> Compute:
-        columns = self.config.intermediate_size if columns is None else columns
+        columns = ffn_size(self.config) if columns is None else columns
         return self.product(num_tokens, self.config.hidden_size, columns, copies=2)
 
     # Messages ------------------------------------------------------------------------------------------------------
@@ -376,35 +379,47 @@ def _block(z: Sizes, arriving: Chunks) -> Iterator[None]:
             "block",
             z.scores(sum(chunk), blocks * attention),
             z.product(sum(chunk), attention, width, blocks),
-            z.product(sum(chunk), width, z.config.intermediate_size, 2 * blocks),
+            z.product(sum(chunk), width, ffn_size(z.config), 2 * blocks),
         )
         yield
 
 
-def _slice_widths(config: BertConfig) -> tuple[int, int]:
+def _slice_widths(config: PretrainedConfig) -> tuple[int, int]:
     """(d, A) of a decoupled layer."""
     width = config.hidden_size // config.num_divisions
     return width, width if config.attention_width == "narrow" else config.hidden_size
 
 
-def _whole_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
-    return layer_parameters(config, "original")
+def _qkv_parameters(config: PretrainedConfig, plan: Plan, rank: int, kind: str, kept: str) -> int:
+    """Of Q, K and V of one layer of `kind`, of which device `rank` keeps its `own` part or `all`."""
+    width = config.hidden_size
+    if kind == "decoupled":
+        slice_width, attention = _slice_widths(config)
+        blocks = config.num_divisions if kept == "all" else plan.sub_blocks[rank]
+        return blocks * 3 * attention * (slice_width + 1)
+    own = width if kept == "all" else plan.heads[rank] * width // config.num_attention_heads
+    return 3 * own * (width + 1)
 
 
-def _tensor_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
+def _rest_parameters(config: PretrainedConfig, plan: Plan, rank: int, kind: str, kept: str) -> int:
+    """Of the layer's output projection, FFN and LayerNorms."""
+    if kind == "decoupled" or kept == "all":
+        rest = layer_parameters(config, kind) - _qkv_parameters(config, plan, rank, kind, "all")
+        return rest if kept == "all" else rest * plan.sub_blocks[rank] // config.num_divisions
     width, columns = config.hidden_size, plan.ffn_columns[rank]
     own = plan.heads[rank] * width // config.num_attention_heads
-    return 4 * width * own + 3 * own + width + 2 * width * columns + columns + width + 4 * width
+    return width * own + width + 2 * width * columns + columns + width + 4 * width
 
 
-def _heads_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
-    width, heads = config.hidden_size, config.num_attention_heads
-    others = (heads - plan.heads[rank]) * width // heads  # columns of Q, K and V that stand elsewhere
-    return layer_parameters(config, "original") - 3 * others * (width + 1)
+def _parameters(strategy: str) -> Callable[[PretrainedConfig, Plan, int], int]:
+    """Of one layer under `strategy`, on device `rank`."""
+    signature = STRATEGIES[strategy]
 
+    def count(config: PretrainedConfig, plan: Plan, rank: int) -> int:
+        qkv = _qkv_parameters(config, plan, rank, signature.layer_kind, signature.qkv)
+        return qkv + _rest_parameters(config, plan, rank, signature.layer_kind, signature.rest)
 
-def _block_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
-    return layer_parameters(config, "decoupled") * plan.sub_blocks[rank] // config.num_divisions
+    return count
 
 
 @dataclass(frozen=True)
@@ -413,17 +428,17 @@ class LayerCost:
 
     steps: Callable[[Sizes, Chunks], Iterator[None]]
     cls_steps: Callable[[Sizes, Chunks], None] | None
-    parameters: Callable[[BertConfig, Plan, int], int]
+    parameters: Callable[[PretrainedConfig, Plan, int], int]
 
 
 LAYER_COSTS = {
-    "block": LayerCost(_block, None, _block_parameters),  # the last layer is always original
-    "tensor": LayerCost(_tensor, _tensor_cls, _tensor_parameters),
-    "sequence": LayerCost(_sequence, _by_tokens_cls("sequence"), _whole_parameters),
-    "ulysses": LayerCost(_ulysses, _by_tokens_cls("ulysses"), _whole_parameters),
-    "heads": LayerCost(_heads, _heads_cls, _heads_parameters),
-    "galaxy": LayerCost(_galaxy, _galaxy_cls, _tensor_parameters),
-    "replicate": LayerCost(_replicate, _replicate_cls, _whole_parameters),
+    "block": LayerCost(_block, None, _parameters("block")),  # the last layer is always original
+    "tensor": LayerCost(_tensor, _tensor_cls, _parameters("tensor")),
+    "sequence": LayerCost(_sequence, _by_tokens_cls("sequence"), _parameters("sequence")),
+    "ulysses": LayerCost(_ulysses, _by_tokens_cls("ulysses"), _parameters("ulysses")),
+    "heads": LayerCost(_heads, _heads_cls, _parameters("heads")),
+    "galaxy": LayerCost(_galaxy, _galaxy_cls, _parameters("galaxy")),
+    "replicate": LayerCost(_replicate, _replicate_cls, _parameters("replicate")),
 }
 
 
@@ -451,13 +466,22 @@ def _reshard(chunks: Iterator[None], source: str, target: str, z: Sizes) -> Chun
 
 
 def device_steps(
-    config: BertConfig, plan: Plan, rank: int, seq_len: int, batch_size: int = 1, itemsize: int = FLOAT_BYTES
+    config: PretrainedConfig,
+    plan: Plan,
+    rank: int,
+    seq_len: int,
+    batch_size: int = 1,
+    itemsize: int = FLOAT_BYTES,
+    past: int = 0,
 ) -> list[Step]:
-    """What device `rank` does for one request, in order; the executor makes the same starts and waits in that order."""
+    """What device `rank` does for one request, in order; the executor makes the same starts and waits in that order.
+
+    A decoder's request ends with its next token; with `past` tokens kept, `seq_len` new ones follow them.
+    """
     layers = range(len(plan.strategies))
     local = plan if plan.splits_layers else plan.on_one_device()
     tape = Tape(local.num_devices, local.num_chunks)
-    z = Sizes(config, local, rank if plan.splits_layers else 0, batch_size, seq_len, tape, itemsize=itemsize)
+    z = Sizes(config, local, rank if plan.splits_layers else 0, batch_size, seq_len, tape, 0, itemsize, past)
 
     def stage_message(layer: int) -> int:
         return replace(z, layer=layer).message((batch_size, seq_len, config.hidden_size), "stage")
@@ -481,6 +505,10 @@ def device_steps(
             arrival.wait()
     if plan.stages and rank < plan.num_devices - 1:
         tape.start("send", stage_message(layers.stop)).wait()
+    elif is_decoder(config):
+        words = local.vocabulary(config.vocab_size)[z.rank]
+        tape.compute("replicate", z.product(1, config.hidden_size, words))
+        z.all_gather([(batch_size, 2)] * z.ranks, None).wait()
     else:
         # The pooler; that it reads its weights for one token is part of the latency that presets are calibrated on.
         tape.compute("replicate", Compute(batch_size * 2 * config.hidden_size**2, ""))
@@ -498,23 +526,70 @@ def segments(steps: list[Step]) -> tuple[list[list[Compute]], list[Start]]:
     return computes, [step for step in steps if isinstance(step, Start)]
 
 
-def device_parameters(config: BertConfig, plan: Plan, rank: int) -> int:
-    """Parameters that device `rank` keeps: embeddings, its part of the layers, pooler."""
-    layers = range(len(plan.strategies))
-    local, local_rank = (plan, rank) if plan.splits_layers else (plan.on_one_device(), 0)
-    total = embedding_parameters(config) + pooler_parameters(config)
-    if plan.stages:
-        layers = range(*bounds(plan.stages, rank))
-        total = embedding_parameters(config) if rank == 0 else 0
-        total += pooler_parameters(config) if rank == plan.num_devices - 1 else 0
-    return total + sum(LAYER_COSTS[plan.strategies[i]].parameters(config, local, local_rank) for i in layers)
+def device_parameters(config: PretrainedConfig, plan: Plan, rank: int) -> int:
+    """Parameters that device `rank` keeps: embeddings, its part of the layers, what the model ends in."""
+    return held_parameters(config, [plan], plan.device_ids[rank])
 
 
-def activation_bytes(config: BertConfig, seq_len: int, batch_size: int) -> int:
+def held_parameters(config: PretrainedConfig, plans: Sequence[Plan], device: int) -> int:
+    """Parameters that the cluster's `device` keeps to run any of `plans`, which split layers alike; shared ones once.
+
+    Of a map that one plan needs whole another takes a view, but its part of Q, K and V, which lie packed, is a copy.
+    """
+    plans = [plan for plan in plans if device in plan.device_ids]
+    if not plans:
+        return 0
+    total = 0
+    for layer, kind in enumerate(layer_kinds(config)):
+        by_parts = {parts: plan for plan in plans if (parts := plan.keeps(layer, device))}
+        if not by_parts:
+            continue
+        needed = {parts[0] for parts in by_parts}
+        if kind == "decoupled" and "all" in needed:
+            needed = {"all"}
+        rest = "all" if any(parts[1] == "all" for parts in by_parts) else "own"
+        plan = next(plan for parts, plan in by_parts.items() if rest in parts)
+        total += _rest_parameters(config, plan, plan.device_ids.index(device), kind, rest)
+        for qkv in needed:
+            plan = next(plan for parts, plan in by_parts.items() if parts[0] == qkv)
+            total += _qkv_parameters(config, plan, plan.device_ids.index(device), kind, qkv)
+    first = any(not plan.stages or plan.device_ids[0] == device for plan in plans)
+    last = any(not plan.stages or plan.device_ids[-1] == device for plan in plans)
+    return total + first * embedding_parameters(config) + last * pooler_parameters(config)
+
+
+def held_bytes(config: PretrainedConfig, plans: Sequence[Plan], device: int) -> int:
+    """Bytes of `held_parameters`."""
+    return FLOAT_BYTES * held_parameters(config, plans, device)
+
+
+def activation_bytes(config: PretrainedConfig, seq_len: int, batch_size: int) -> int:
     """Upper bound on what one layer keeps alive at once: X twice, Q, K, V, context, scores, the FFN's inner state."""
     blocks = getattr(config, "num_divisions", 1)
     per_token = 6 * config.hidden_size * blocks + config.num_attention_heads * seq_len * blocks
-    return FLOAT_BYTES * batch_size * seq_len * (per_token + config.intermediate_size * blocks)
+    return FLOAT_BYTES * batch_size * seq_len * (per_token + ffn_size(config) * blocks)
+
+
+def cache_bytes(config: PretrainedConfig, plan: Plan, rank: int, num_tokens: int, batch_size: int = 1) -> int:
+    """What device `rank` keeps of a decoder's K and V of `num_tokens` tokens; 0 for an encoder.
+
+    A decoupled layer of full attention width has Ndiv times an original one's keys and values.
+    """
+    if not is_decoder(config):
+        return 0
+    per_token = 0
+    for layer, kind in enumerate(layer_kinds(config)):
+        signature = STRATEGIES[plan.strategies[layer]]
+        whole = signature.cache == "all" or not plan.splits_layers
+        if plan.stages and layer not in range(*bounds(plan.stages, rank)):
+            continue
+        if kind == "decoupled":
+            blocks = config.num_divisions if whole else plan.sub_blocks[rank]
+            per_token += 2 * blocks * _slice_widths(config)[1]
+        else:
+            heads = config.num_attention_heads if whole else plan.heads[rank]
+            per_token += 2 * heads * config.hidden_size // config.num_attention_heads
+    return FLOAT_BYTES * batch_size * num_tokens * per_token
 
 
 @dataclass(frozen=True)
@@ -531,9 +606,14 @@ class Prediction:
 
 
 def predict(
-    config: BertConfig, plan: Plan, profile: ClusterProfile, seq_len: int = 128, batch_size: int = 1
+    config: PretrainedConfig,
+    plan: Plan,
+    profile: ClusterProfile,
+    seq_len: int = 128,
+    batch_size: int = 1,
+    past: int = 0,
 ) -> Prediction:
-    """Latency and memory of one request under `plan` on the devices of `profile`.
+    """Latency and memory of one request under `plan` on the devices of `profile`; of a decoder, to its next token.
 
     Model parallel: when the last device is done; `compute_s` is the busiest one's, `comm_s` what it could not hide.
     Pipeline: the sum of all stages and messages (one request cannot overlap itself). Data parallel: one device's time.
@@ -542,7 +622,7 @@ def predict(
     if needed > len(profile.devices):
         raise ValueError(f"the plan needs {needed} devices and the profile has {len(profile.devices)}.")
     devices = [profile.devices[i] for i in plan.device_ids]
-    steps = [device_steps(config, plan, rank, seq_len, batch_size) for rank in range(plan.num_devices)]
+    steps = [device_steps(config, plan, rank, seq_len, batch_size, past=past) for rank in range(plan.num_devices)]
     rates = [
         [device.compute_s(s.flops, s.strategy, s.weight_bytes) if isinstance(s, Compute) else 0.0 for s in own]
         for device, own in zip(devices, steps, strict=True)
@@ -571,7 +651,10 @@ def predict(
         counts=dict(Counter(start.kind for start in starts)),
         bytes=dict(sent),
         weights_bytes=weights,
-        memory_bytes=tuple(w + activations for w in weights),
+        memory_bytes=tuple(
+            w + activations + cache_bytes(config, plan, rank, past + seq_len, batch_size)
+            for rank, w in enumerate(weights)
+        ),
     )
 
 
