@@ -80,7 +80,7 @@ def through(pacer, kind, when_s):
 def test_a_modelled_transfer_begins_when_the_last_device_has_arrived(tmp_path):
     Arrivals.create(tmp_path / "arrivals", 2)
     first, second = (
-        Pacer(link_s=lambda kind, n: 0.1, arrivals=Arrivals(tmp_path / "arrivals", 2), rank=rank, num_ranks=2)
+        Pacer(link_s=lambda kind, n: 0.1, arrivals=Arrivals(tmp_path / "arrivals", 2), rank=rank, devices=(0, 1))
         for rank in range(2)
     )
     first.begin()

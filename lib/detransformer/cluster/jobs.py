@@ -1,6 +1,8 @@
 """What a worker can be asked to do: run a plan, time collectives, check its link and its clock."""
 
+import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -9,16 +11,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, BertConfig
+from transformers import AutoConfig, PretrainedConfig
 
 import detransformer.models  # noqa: F401  registers decoupled BERT with AutoConfig
 from detransformer.cluster import memory
 from detransformer.cluster.pacing import Arrivals, Pacer, sleep_until
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
+from detransformer.parallel.generation import Generator
 from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
-from detransformer.planning.cost import device_steps, segments
+from detransformer.planning.cost import Compute, device_steps, segments
 from detransformer.planning.profile import DeviceProfile, LinkProfile
 
 COLLECTIVE_TIMEOUT_S = 120
@@ -27,22 +30,32 @@ START_AFTER_S = 0.01  # longer than ranks take to leave a barrier
 
 @dataclass
 class Loaded:
-    """A plan's part on this device, kept for the next job: weights, and what loading them took."""
+    """What this device keeps of a model for the next job: its part of every plan that is held, and what that took."""
 
-    executor: Executor
-    comm: Comm
+    config: PretrainedConfig
+    weights: WeightSource | None  # None: the plan's executor loads its own (DTensor)
+    held_with: list[Plan]
     own_bytes: int | None  # resident before loading: the interpreter and its libraries
-    peak_bytes: int | None  # while loading and warming up
+    peak_bytes: int | None = None  # while loading and warming up
+    runners: dict[str, Executor | Generator] = field(default_factory=dict)
+    segments: dict[tuple, list[list[Compute]]] = field(default_factory=dict)
+
+    def compute(self, plan: Plan, rank: int, seq_len: int, batch_size: int, past: int = 0) -> list[list[Compute]]:
+        """What `rank` computes of a request between its starts and waits, as the cost model lists it."""
+        key = (_key(plan), seq_len, batch_size, past)
+        if key not in self.segments:
+            self.segments[key], _ = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past=past))
+        return self.segments[key]
 
 
 @dataclass
 class WorkerState:
-    """A worker's place in the cluster: `groups[n]` holds ranks 0..n-1. The last executor is kept for the next job."""
+    """A worker's place in the cluster, and its groups by the devices in them. The last model is kept for the next."""
 
     rank: int
     num_ranks: int
     interface: str
-    groups: dict[int, dist.ProcessGroup]
+    groups: dict[tuple[int, ...], dist.ProcessGroup]
     loaded: dict[str, Loaded] = field(default_factory=dict)
     arrivals: Arrivals | None = None  # of this session, where all workers share one host
 
@@ -58,15 +71,22 @@ class WorkerState:
             world_size=num_ranks,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
-        groups = {n: dist.new_group(list(range(n))) for n in range(2, num_ranks + 1)}
+        groups = {tuple(range(n)): dist.new_group(list(range(n))) for n in range(2, num_ranks + 1)}
         _touch_libraries()
         return cls(rank, num_ranks, interface, groups, arrivals=Arrivals(arrivals, num_ranks) if arrivals else None)
 
-    def comm(self, num_ranks: int, observer: Pacer | None = None) -> Comm:
-        return Comm(self.groups.get(num_ranks), self.rank, num_ranks, observer)
+    def takes_part(self, devices: tuple[int, ...]) -> bool:
+        """Whether this device is one of `devices`. All workers ask alike, since new groups are made by all of them."""
+        if len(devices) > 1 and devices not in self.groups:
+            self.groups[devices] = dist.new_group(list(devices), sort_ranks=False)
+        return self.rank in devices
 
-    def start_together(self, comm: Comm, count: int) -> None:
-        """Returns on all ranks of `comm` at the same moment, as far as they share a clock; `count` numbers them.
+    def comm(self, devices: tuple[int, ...]) -> Comm:
+        """The collectives of `devices`, of which this is one."""
+        return Comm(self.groups.get(devices), devices.index(self.rank), len(devices))
+
+    def start_together(self, comm: Comm, devices: Sequence[int], count: int) -> None:
+        """Returns on all of `devices` at the same moment, as far as they share a clock; `count` numbers the starts.
 
         A barrier lets ranks go some milliseconds apart, which would count as waiting.
         """
@@ -75,7 +95,7 @@ class WorkerState:
             return
         self.arrivals.write("start", self.rank, count, time.perf_counter())
         comm.barrier()
-        sleep_until(self.arrivals.last("start", comm.num_ranks, count) + START_AFTER_S)
+        sleep_until(self.arrivals.last("start", devices, count) + START_AFTER_S)
 
     def sent_bytes(self) -> int:
         """Bytes that the kernel has sent on this device's interface."""
@@ -100,6 +120,7 @@ def run_plan(
     dtype: str = "float32",
     reference: str | None = None,
     output: str | None = None,
+    held_with: Sequence[dict] = (),
 ) -> dict | None:
     """Runs `plan` on this rank's device `repeats` times and reports every sample; None if the plan leaves it out.
 
@@ -112,50 +133,37 @@ def run_plan(
         stream: so many requests back to back are timed as well, for throughput (pipeline, data parallel).
         reference: safetensors file of the single-device output to compare with, on the rank that has the result.
         output: file to write that result to.
+        held_with: all plans that are held at once, this one among them: their weights stay when another is run.
 
     A sample's `events` are the pacer's, on the host's clock, which all workers share. `peak_rss_bytes` is the largest
     resident size while loading and running, above what was resident before; None where it is not told.
     """
     plan_ = Plan.from_dict(plan)
-    if state.rank >= plan_.num_devices:
-        state.loaded.clear()  # all ranks keep the same plan, so that all or none warm up with the next one
+    loaded = _load(state, checkpoint, held_with or [plan], dtype)
+    if not state.takes_part(plan_.device_ids):
         return None
     tensors = load_file(inputs)
     batch_size, seq_len = tensors["input_ids"].shape
-    config = AutoConfig.from_pretrained(checkpoint)
-    key = f"{checkpoint} {sorted(plan.items())} {dtype}"
-    is_new = key not in state.loaded
-    if is_new:
-        state.loaded.clear()
-        state.loaded[key] = _load(state, checkpoint, config, plan_, dtype)
-    loaded = state.loaded[key]
-    executor, comm = loaded.executor, loaded.comm
+    is_new = _key(plan_) not in loaded.runners
+    executor = _executor(state, loaded, checkpoint, plan_)
+    comm = executor.comm
     memory.restart_peak()
-
-    segment_s = None
+    segment_s = link_s = None
     if device is not None:
-        profile = DeviceProfile(**device)
-        computes, _ = segments(device_steps(config, plan_, state.rank, seq_len, batch_size))
-        segment_s = [
-            time_scale * sum(profile.compute_s(c.flops, c.strategy, c.weight_bytes) for c in part) for part in computes
-        ]
-    link_s = None
+        segment_s = _seconds(loaded.compute(plan_, comm.rank, seq_len, batch_size), device, time_scale)
     if link is not None:
-        link_profile = LinkProfile(**link)
-
-        def link_s(kind: str, num_bytes: int) -> float:
-            return time_scale * link_profile.collective_s(kind, num_bytes, plan_.num_devices)
+        link_s = _link_seconds(link, plan_, time_scale)
 
     comm.observer = None
     for _ in range(warmup if is_new else 0):  # one that has run is warm
         executor(**tensors)
-    pacer = comm.observer = Pacer(segment_s, link_s, state.arrivals, state.rank, plan_.num_devices)
+    pacer = comm.observer = Pacer(segment_s, link_s, state.arrivals, comm.rank, plan_.device_ids)
     samples = []
     for sample in range(repeats):
         comm.reset()
         pacer.reset()
         sent = state.sent_bytes()
-        state.start_together(comm, sample)
+        state.start_together(comm, plan_.device_ids, sample)
         start = time.perf_counter()
         pacer.begin()
         result = executor(**tensors)
@@ -168,15 +176,15 @@ def run_plan(
                 "modelled_s": pacer.modelled_s / time_scale,
                 "link_bytes": state.sent_bytes() - sent,
                 "events": [(what, *(round(s, 6) for s in seconds)) for what, *seconds in pacer.events],
+                "collectives": [(kind, num_bytes) for kind, num_bytes, *_ in pacer.launched],
             }
         )
-    peaks = (loaded.peak_bytes, memory.peak_bytes(), loaded.own_bytes)
     record = {
         "samples": samples,
         "counts": dict(comm.counts),
         "bytes": dict(comm.bytes),
-        "weights_bytes": executor.weights_bytes,
-        "peak_rss_bytes": None if None in peaks else max(peaks[:2]) - loaded.own_bytes,
+        "weights_bytes": loaded.weights.num_bytes if loaded.weights else executor.weights_bytes,
+        "peak_rss_bytes": _peak_above(loaded),
     }
     if stream:
         comm.barrier()
@@ -187,31 +195,148 @@ def run_plan(
             pacer.end()
         record["stream_s"] = (time.perf_counter() - start) / time_scale
     if result is not None:
-        outputs = {"last_hidden_state": result.last_hidden_state}
-        outputs |= {"pooler_output": result.pooler_output} if result.pooler_output is not None else {}
-        outputs |= {"logits": result.logits} if result.logits is not None else {}
+        named = ("last_hidden_state", "pooler_output", "logits", "next_token")
+        outputs = {name: tensor for name in named if (tensor := getattr(result, name, None)) is not None}
         if reference:
             record |= _errors(outputs, load_file(reference), plan_.reads)
-        if output and state.rank == plan_.num_devices - 1:
+        if output and comm.rank == plan_.num_devices - 1:
             save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, output)
     return record
 
 
-def _load(state: WorkerState, checkpoint: str, config: BertConfig, plan: Plan, dtype: str) -> Loaded:
-    """This device's part of `plan`; the peak counts from before the first weight is read."""
-    memory.free_unused()
-    memory.restart_peak()
-    own_bytes = memory.resident_bytes()
-    comm = state.comm(plan.num_devices)
-    with memory.large_blocks_apart():
-        if plan.method == "dtensor":
-            from detransformer.cluster.dtensor import DTensorExecutor
+def generate(
+    state: WorkerState,
+    checkpoint: str,
+    prefill: dict,
+    decode: dict,
+    inputs: str,
+    max_new_tokens: int,
+    device: dict | None = None,
+    link: dict | None = None,
+    time_scale: float = 1.0,
+    dtype: str = "float32",
+    warmup: int = 1,
+) -> dict | None:
+    """Generates text greedily, the prompt by plan `prefill`, each further token by `decode`; None if left out.
 
-            executor = DTensorExecutor(checkpoint, plan, comm)
-        else:
-            weights = WeightSource(Path(checkpoint, "model.safetensors"), getattr(torch, dtype))
-            executor = Executor(config, plan, weights, comm)
-    return Loaded(executor, comm, own_bytes, memory.peak_bytes())
+    Arguments as in `run_plan`; prompts are padded on the left. Returns `tokens` [B][max_new_tokens], the seconds of
+    each token `token_s` (the first is the prompt's), `overrun_s` and `modelled_s` summed over them, `counts` and `bytes` of
+    the collectives of one decoding step, and the bytes of weights and of keys and values kept.
+    """
+    plans = Plan.from_dict(prefill), Plan.from_dict(decode)
+    loaded = _load(state, checkpoint, [prefill, decode], dtype)
+    if not state.takes_part(plans[0].device_ids):
+        return None
+    key = " ".join(map(_key, plans))
+    is_new = key not in loaded.runners
+    if is_new:
+        comm = state.comm(plans[0].device_ids)
+        loaded.runners[key] = Generator(loaded.config, *plans, loaded.weights, comm)
+        loaded.peak_bytes = memory.peak_bytes()
+    generator = loaded.runners[key]
+    comm = generator.prefill.comm
+    tensors = load_file(inputs)
+    ids, mask = tensors["input_ids"], tensors.get("attention_mask")
+    batch_size, seq_len = ids.shape
+
+    comm.observer = None
+    if is_new and warmup:
+        generator(ids, mask, min(2, max_new_tokens))
+    pacer = comm.observer = Pacer(
+        None,
+        _link_seconds(link, plans[0], time_scale) if link else None,
+        state.arrivals,
+        comm.rank,
+        plans[0].device_ids,
+    )
+    steps: list[list[float] | None] = [None] * max_new_tokens  # modelled before, not between, the tokens
+    if device is not None:
+        sizes = [(plans[0], seq_len, 0)] + [(plans[1], 1, seq_len + i) for i in range(max_new_tokens - 1)]
+        steps = [
+            _seconds(loaded.compute(plan, comm.rank, length, batch_size, past), device, time_scale)
+            for plan, length, past in sizes
+        ]
+    pacer.reset()
+    state.start_together(comm, plans[0].device_ids, 0)
+    made, token_s = [], []
+    for segment_s in steps:
+        comm.reset()
+        start = time.perf_counter()
+        pacer.segment_s = segment_s
+        pacer.begin()
+        made.append(generator.step(made[-1]) if made else generator.start(ids, mask, max_new_tokens))
+        pacer.end()
+        token_s.append((time.perf_counter() - start) / time_scale)
+    return {
+        "tokens": torch.stack(made, dim=1).tolist(),
+        "token_s": token_s,
+        "overrun_s": pacer.overrun_s / time_scale,
+        "modelled_s": pacer.modelled_s / time_scale,
+        "counts": dict(comm.counts),
+        "bytes": dict(comm.bytes),
+        "weights_bytes": loaded.weights.num_bytes,
+        "cache_bytes": generator.cache.num_bytes,
+        "peak_rss_bytes": _peak_above(loaded),
+    }
+
+
+def _key(plan: Plan) -> str:
+    return json.dumps(plan.to_dict())
+
+
+def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str) -> Loaded:
+    """What is kept of the model for `plans`: as it was, or new, the one before having gone."""
+    key = json.dumps([checkpoint, list(plans), dtype])
+    if key not in state.loaded:
+        state.loaded.clear()
+        held = [Plan.from_dict(plan) for plan in plans]
+        memory.free_unused()
+        memory.restart_peak()
+        weights = None
+        if held[0].method != "dtensor":
+            weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
+        config = AutoConfig.from_pretrained(checkpoint)
+        state.loaded[key] = Loaded(config, weights, held, memory.resident_bytes())
+    return state.loaded[key]
+
+
+def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -> Executor:
+    """The plan's executor, made when first asked for; the peak counts from before the first weight is read."""
+    if _key(plan) not in loaded.runners:
+        comm = state.comm(plan.device_ids)
+        with memory.large_blocks_apart():
+            if plan.method == "dtensor":
+                from detransformer.cluster.dtensor import DTensorExecutor
+
+                executor = DTensorExecutor(checkpoint, plan, comm)
+            else:
+                executor = Executor(loaded.config, plan, loaded.weights, comm, loaded.held_with)
+        loaded.runners[_key(plan)] = executor
+        loaded.peak_bytes = memory.peak_bytes()
+    return loaded.runners[_key(plan)]
+
+
+def _seconds(computes: Sequence[Sequence[Compute]], device: dict, time_scale: float) -> list[float]:
+    """Modelled seconds of each segment on `device`."""
+    profile = DeviceProfile(**device)
+    return [time_scale * sum(profile.compute_s(c.flops, c.strategy, c.weight_bytes) for c in part) for part in computes]
+
+
+def _link_seconds(link: dict, plan: Plan, time_scale: float) -> Callable[[str, int], float]:
+    """Modelled seconds of a collective of the plan's devices; where links differ, as the narrowest carries it."""
+    profile = LinkProfile(**link)
+    narrowest = min(profile.share(device) for device in plan.device_ids)
+
+    def seconds(kind: str, num_bytes: int) -> float:
+        return time_scale * profile.collective_s(kind, num_bytes / narrowest, plan.num_devices)
+
+    return seconds
+
+
+def _peak_above(loaded: Loaded) -> int | None:
+    """Largest resident size so far above the interpreter's own; None where the system does not tell."""
+    peaks = (loaded.peak_bytes, memory.peak_bytes(), loaded.own_bytes)
+    return None if None in peaks else max(peaks[:2]) - loaded.own_bytes
 
 
 def _touch_libraries() -> None:
@@ -248,7 +373,7 @@ def self_check(
     n = num_devices
     if state.rank >= n:
         return None
-    comm = state.comm(n)
+    comm = state.comm(tuple(range(n)))
     result: dict = {"sent": [], "received": []}
     buffer = torch.zeros(link_bytes, dtype=torch.uint8)
     for pairs in link_rounds(n) if link_bytes else []:
@@ -286,7 +411,7 @@ def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices:
     """
     if state.rank >= num_devices:
         return None
-    comm = state.comm(num_devices)
+    comm = state.comm(tuple(range(num_devices)))
     x = torch.zeros(num_floats)
     parts = list(x[: max(1, num_floats // num_devices)].expand(num_devices, -1))
     shapes = [part.shape for part in parts]
@@ -310,4 +435,4 @@ def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices:
     return {"seconds": seconds[1:], "bytes": comm.bytes[kind]}
 
 
-JOBS = {"run_plan": run_plan, "self_check": self_check, "time_collective": time_collective}
+JOBS = {"run_plan": run_plan, "generate": generate, "self_check": self_check, "time_collective": time_collective}

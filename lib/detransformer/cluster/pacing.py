@@ -58,9 +58,9 @@ class Arrivals:
     def read(self, family: str, rank: int, count: int) -> float:
         return self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS]
 
-    def last(self, family: str, num_ranks: int, count: int) -> float:
-        """When the last of the first `num_ranks` ranks came."""
-        return max(self.read(family, rank, count) for rank in range(num_ranks))
+    def last(self, family: str, ranks: Sequence[int], count: int) -> float:
+        """When the last of `ranks` came."""
+        return max(self.read(family, rank, count) for rank in ranks)
 
 
 class Pacer:
@@ -71,7 +71,8 @@ class Pacer:
             (real hosts, and warm-up).
         link_s: modelled seconds of a collective `(kind, num_bytes) -> s`; None where the network is real.
         arrivals: with `link_s`: the session's, from which the transfer's start is read.
-        rank, num_ranks: of this device, for `arrivals`. Sends go to the next rank, receives come from the one before.
+        rank, devices: this device's place among `devices`, which `arrivals` numbers. Sends go to the next one, receives
+            come from the one before.
 
     `events` are (what, start, stop, launched) of this request on the host's clock; a collective's are its wait and when
     it was launched. `overrun_s` is by how much what was modelled (`modelled_s`) came late.
@@ -83,25 +84,25 @@ class Pacer:
         link_s: Callable[[str, int], float] | None = None,
         arrivals: Arrivals | None = None,
         rank: int = 0,
-        num_ranks: int = 1,
+        devices: Sequence[int] = (0,),
     ):
         assert link_s is None or arrivals is not None, "a modelled transfer starts when the last rank has arrived"
         self.segment_s = segment_s
         self.link_s = link_s
         self.arrivals = arrivals
-        self.rank, self.num_ranks = rank, num_ranks
+        self.rank, self.devices = rank, devices
         self._counts = {"group": 0, "send": 0, "receive": 0}  # over all requests, alike on all ranks
         self.reset()
 
     def reset(self) -> None:
         self.compute_s = self.overrun_s = self.modelled_s = 0.0
         self.events: list[tuple[str, float, float, float]] = []
-        self._launched: list[tuple[str, int, float, int]] = []  # (kind, bytes, when, its count) of this request
+        self.launched: list[tuple[str, int, float, int]] = []  # (kind, bytes, when, its count) of this request
         self._link_free_at: list[float] = []  # on a modelled link: when each group collective has left it
 
     def begin(self) -> None:
         """A request starts."""
-        self._launched.clear()
+        self.launched.clear()
         self._link_free_at.clear()
         self._segment = 0
         self._late_s = 0.0
@@ -129,17 +130,17 @@ class Pacer:
         family = kind if kind in POINT_TO_POINT else "group"
         count, now = self._counts[family], time.perf_counter()
         if self.arrivals is not None and kind != "receive":
-            self.arrivals.write(family, self.rank, count, now)
-        self._launched.append((kind, num_bytes, now, count))
+            self.arrivals.write(family, self.devices[self.rank], count, now)
+        self.launched.append((kind, num_bytes, now, count))
         self._counts[family] += 1
-        return len(self._launched) - 1
+        return len(self.launched) - 1
 
     def before_wait(self, number: int) -> None:
         self._end_segment()
         self._since, self._late_s = time.perf_counter(), 0.0
 
     def after_wait(self, number: int) -> None:
-        kind, _, launched, _ = self._launched[number]
+        kind, _, launched, _ = self.launched[number]
         if self.link_s is not None:
             deadline = self._arrives_at(number)
             self.modelled_s += max(0.0, deadline - self._since)
@@ -154,13 +155,13 @@ class Pacer:
 
         A message from one device to the next travels also while its receiver is still busy.
         """
-        kind, num_bytes, launched, count = self._launched[number]
+        kind, num_bytes, launched, count = self.launched[number]
         if kind == "send":
             return launched + self.link_s(kind, num_bytes)
         if kind == "receive":
-            return self.arrivals.read("send", self.rank - 1, count) + self.link_s(kind, num_bytes)
-        for kind, num_bytes, _, count in self._launched[len(self._link_free_at) : number + 1]:
-            begins = max([self.arrivals.last("group", self.num_ranks, count), *self._link_free_at[-1:]])
+            return self.arrivals.read("send", self.devices[self.rank - 1], count) + self.link_s(kind, num_bytes)
+        for kind, num_bytes, _, count in self.launched[len(self._link_free_at) : number + 1]:
+            begins = max([self.arrivals.last("group", self.devices, count), *self._link_free_at[-1:]])
             self._link_free_at.append(begins + self.link_s(kind, num_bytes))
         return self._link_free_at[number]
 

@@ -1,0 +1,99 @@
+"""Text generation over devices: prefill and decoding planned apart, keys and values kept where they are made.
+
+The prompt is run by one plan (many tokens: compute counts), each further token by another (one token: messages and the
+reading of weights count). Both share a device's weights, and the keys and values, which never leave it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PretrainedConfig
+
+from detransformer.parallel.comm import Comm
+from detransformer.parallel.executor import Executor
+from detransformer.parallel.plan import STRATEGIES, Plan, is_decoder
+from detransformer.parallel.strategies import KeyValueCache
+from detransformer.parallel.weights import WeightSource
+
+
+def check_generation(config: PretrainedConfig, prefill: Plan, decode: Plan) -> None:
+    """Raises ValueError unless `decode` can go on from what `prefill` has kept, layer by layer."""
+    if not is_decoder(config):
+        raise ValueError(f"a {config.model_type} model does not generate text: take a GPT-2.")
+    if prefill.stages or decode.stages:
+        raise ValueError("a pipeline does not generate text here: plan with any method but pp.")
+    for name in ("device_ids", "heads", "sub_blocks", "ffn_columns", "tokens_share"):
+        one, other = getattr(prefill, name), getattr(decode, name)
+        if one != other:
+            raise ValueError(f"prefill and decoding must split alike, and their {name} are {one} and {other}.")
+    for layer, (one, other) in enumerate(zip(prefill.strategies, decode.strategies, strict=True)):
+        if STRATEGIES[one].cache != STRATEGIES[other].cache and prefill.splits_layers:
+            raise ValueError(
+                f"layer {layer} keeps {STRATEGIES[one].cache} keys under {one!r}, and {other!r} needs "
+                f"{STRATEGIES[other].cache}: choose strategies that keep the same."
+            )
+
+
+class Generator:
+    """Greedy decoding on one device of a plan's group; every device has the tokens.
+
+    Raises:
+        ValueError: where the two plans cannot take turns, or the model is no decoder.
+    """
+
+    def __init__(self, config: PretrainedConfig, prefill: Plan, decode: Plan, weights: WeightSource, comm: Comm):
+        check_generation(config, prefill, decode)
+        held = (prefill, decode)
+        self.config = config
+        self.prefill = Executor(config, prefill, weights, comm, held)
+        self.decode = self.prefill if decode == prefill else Executor(config, decode, weights, comm, held)
+        self.weights_bytes = weights.num_bytes
+        self.cache = KeyValueCache(0)
+
+    def start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int) -> torch.Tensor:
+        """The prompts [B, T], padded on the left where `attention_mask` [B, T] is 0 -> the first new token [B].
+
+        Raises:
+            ValueError: if prompt and new tokens do not fit the model's positions.
+        """
+        total = input_ids.shape[1] + max_new_tokens
+        limit = self.config.max_position_embeddings
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is below 1: ask for at least one token.")
+        if total > limit + 1:  # the last token is not run
+            raise ValueError(
+                f"a prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones are more than the model's "
+                f"{limit} positions: shorten the prompt, or ask for {limit + 1 - input_ids.shape[1]} tokens."
+            )
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("attention_mask ends in 0: pad prompts on the left.")
+        self.cache = KeyValueCache(total)
+        self._mask = attention_mask
+        return self._forward(self.prefill, input_ids)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The next tokens [B] after `tokens` [B]."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        return self._forward(self.decode, tokens[:, None])
+
+    def _forward(self, executor: Executor, input_ids: torch.Tensor) -> torch.Tensor:
+        return executor(input_ids, self._mask, cache=self.cache).next_token
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 64,
+        stop_tokens: Sequence[int] = (),
+        pad_token: int = 0,
+    ) -> torch.Tensor:
+        """The new tokens [B, at most max_new_tokens]; after one of `stop_tokens` a row is filled with `pad_token`."""
+        stops = torch.tensor(list(stop_tokens), dtype=torch.long)
+        tokens = self.start(input_ids, attention_mask, max_new_tokens)
+        made, done = [tokens], torch.isin(tokens, stops)
+        while len(made) < max_new_tokens and not bool(done.all()):
+            tokens = self.step(tokens).where(~done, torch.tensor(pad_token))
+            made.append(tokens)
+            done |= torch.isin(tokens, stops)
+        return torch.stack(made, dim=1)
