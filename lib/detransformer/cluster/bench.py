@@ -25,6 +25,7 @@ from detransformer.cluster.checkpoints import (
     original_checkpoint,
     request,
 )
+from detransformer.cluster.devices import preset_profile
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.files import atomic_write
@@ -59,6 +60,7 @@ MAX_TOTAL_BPS = 1e9
 # that, and messages take their share: four devices on two cores come within 3% of the cost model at a quarter of the
 # speed, and plans in chunks are late at half of it. All methods start alike, so that none gains by being slowed more.
 DEVICES_A_CORE = 0.5
+USUAL_DEVICE = "rpi4b"  # of which a core carries so many; a device twice as fast counts as two
 ATTEMPTS = 2  # at one time scale, of a row that was disturbed
 CHECK_ATTEMPTS = 4  # of a self-check that fails: a shared host is disturbed now and then
 DISTURBING_STEAL = 0.1  # of the processors, taken by other guests of the same machine: worth another attempt
@@ -162,32 +164,52 @@ class Bench:
         which other guests took much of the processors, is measured again; one that was late each time, at twice the
         time scale. The least disturbed attempt is the row.
         """
+        plan, _ = self.plan(cell, self.config(cell))
+        return self.measure_plans(cell, [plan])[0]
+
+    def measure_plans(self, cell: Cell, plans: Sequence[Plan], held_with: Sequence[Plan] = ()) -> list[dict]:
+        """A row for each of `plans` under the conditions of `cell`, with one check of the links around all.
+
+        With `held_with` (all plans that will be run of this model on these devices) weights are loaded once for all.
+        """
         checkpoint = self.checkpoint(cell)
-        plan, prediction = self.plan(cell, checkpoint.config)
+        predictions = [self.predict(cell, checkpoint.config, plan) for plan in plans]
         files = request(checkpoint, cell.seq_len, cell.batch_size, self.cluster.folder)
-        checks_links = sum(prediction.bytes.values()) > 0 and self.cluster.transport == "namespaces"
+        sends = any(sum(prediction.bytes.values()) for prediction in predictions)
+        checks_links = sends and self.cluster.transport == "namespaces"
+        num_devices = max(max(plan.device_ids) + 1 for plan in plans)
         # Layers that run whole are large products, and what travels between them is one message at a time.
-        busy = plan.num_devices if plan.splits_layers else 1
+        rates = [device.flops_per_s["*"] for device in self._profile(cell, checkpoint.config).devices]
+        usual = preset_profile(USUAL_DEVICE, checkpoint.config).flops_per_s["*"]
+        busy = max(
+            sum(rates[i] for i in plan.device_ids) if plan.splits_layers else max(rates[i] for i in plan.device_ids)
+            for plan in plans
+        )
+        busy /= usual
         if self.cluster.transport == "loopback":  # the host need not carry modelled links in time
             busy /= 2
         total_bps = cell.bandwidth_mbps * 1e6 * busy if checks_links else 0.0
         scale = self.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
         while True:
-            rows = []
+            attempts: list[list[tuple[dict, list[dict]]]] = [[] for _ in plans]
             for _ in range(ATTEMPTS):
-                scale, check = self._set_link(cell.bandwidth_mbps, plan.num_devices, scale, checks_links)
-                before = psutil.cpu_times()
-                results = self._run(cell, plan, checkpoint, files)
-                steal = _stolen_share(before, psutil.cpu_times())
-                check = check.joined(self._check(cell.bandwidth_mbps, plan.num_devices, checks_links))
-                row = self._row(cell, checkpoint.config, plan, prediction, results, scale, check, steal)
-                rows.append((row, self._timeline(row, results, scale)))
-                if row["valid"] and steal <= DISTURBING_STEAL:
+                scale, check = self._set_link(cell.bandwidth_mbps, num_devices, scale, checks_links)
+                measured = []
+                for plan in plans:
+                    before = psutil.cpu_times()
+                    results = self._run(cell, plan, checkpoint, files, held_with)
+                    measured.append((results, _stolen_share(before, psutil.cpu_times())))
+                check = check.joined(self._check(cell.bandwidth_mbps, num_devices, checks_links))
+                for i, (results, steal) in enumerate(measured):
+                    row = self._row(cell, checkpoint.config, plans[i], predictions[i], results, scale, check, steal)
+                    attempts[i].append((row, self._timeline(row, results, scale)))
+                if all(rows[-1][0]["valid"] and rows[-1][0]["host_steal"] <= DISTURBING_STEAL for rows in attempts):
                     break
-            late = all(row["pacing_overrun"] > MAX_OVERRUN_SHARE for row, _ in rows)
+            late = any(all(row["pacing_overrun"] > MAX_OVERRUN_SHARE for row, _ in rows) for rows in attempts)
             if not late or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
-                row, self.timelines[cell] = min(rows, key=lambda pair: (not pair[0]["valid"], pair[0]["host_steal"]))
-                return row
+                best = [min(rows, key=lambda pair: (not pair[0]["valid"], pair[0]["host_steal"])) for rows in attempts]
+                self.timelines[cell] = best[0][1]
+                return [row for row, _ in best]
             scale *= 2
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
@@ -223,6 +245,10 @@ class Bench:
         else:
             plan = published_plan(cell.method, config, [1.0] * cell.num_devices, cell.wire, cell.reads)
         return plan, predict(config, plan, profile, cell.seq_len, cell.batch_size)
+
+    def predict(self, cell: Cell, config: BertConfig, plan: Plan) -> Prediction:
+        """What the cost model says of `plan` under the conditions of `cell`."""
+        return predict(config, plan, self._profile(cell, config), cell.seq_len, cell.batch_size)
 
     def _profile(self, cell: Cell, config: BertConfig) -> ClusterProfile:
         """The devices and links that `cell` takes."""
@@ -264,7 +290,7 @@ class Bench:
                 break
         return check
 
-    def _run(self, cell: Cell, plan: Plan, checkpoint, files) -> list[dict]:
+    def _run(self, cell: Cell, plan: Plan, checkpoint, files, held_with: Sequence[Plan] = ()) -> list[dict]:
         cluster = self.cluster
         profile = cluster.profile(cell.model, checkpoint.config, self.link)
         modelled = cluster.transport == "loopback"
@@ -278,7 +304,8 @@ class Bench:
             repeats=cell.repeats,
             link=asdict(profile.link) if modelled else None,
             time_scale=cluster.time_scale,
-            stream=STREAM_REQUESTS.get(cell.method, 0),
+            stream=STREAM_REQUESTS.get(plan.method, 0),
+            held_with=[held.to_dict() for held in held_with],
         )
         return [result for result in results if result is not None]
 
@@ -298,8 +325,8 @@ class Bench:
         limit_s = self.limit_s(cell, config, plan.num_devices)
         throughput = 1 / latency
         if "stream_s" in results[0]:
-            copies = plan.num_devices if cell.method == "dp" else 1
-            throughput = copies * STREAM_REQUESTS[cell.method] / max(r["stream_s"] for r in results)
+            copies = plan.num_devices if plan.method == "dp" else 1
+            throughput = copies * STREAM_REQUESTS[plan.method] / max(r["stream_s"] for r in results)
         row = {
             "model": cell.model,
             "method": cell.method,

@@ -220,8 +220,8 @@ def generate(
     """Generates text greedily, the prompt by plan `prefill`, each further token by `decode`; None if left out.
 
     Arguments as in `run_plan`; prompts are padded on the left. Returns `tokens` [B][max_new_tokens], the seconds of
-    each token `token_s` (the first is the prompt's), `overrun_s` and `modelled_s` summed over them, `counts` and `bytes` of
-    the collectives of one decoding step, and the bytes of weights and of keys and values kept.
+    each token `token_s` (the first is the prompt's), `overrun_s` and `modelled_s` summed over them, `counts` and
+    `bytes` of the collectives of one decoding step, and the bytes of weights and of keys and values kept.
     """
     plans = Plan.from_dict(prefill), Plan.from_dict(decode)
     loaded = _load(state, checkpoint, [prefill, decode], dtype)
