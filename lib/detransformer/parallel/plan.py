@@ -254,8 +254,9 @@ def layer_plan(
     reads: str = "all",
     direct: bool = True,
     num_chunks: int = 1,
+    devices: Sequence[int] = (),
 ) -> Plan:
-    """A plan of any `strategies`, one a layer, with all sizes split in proportion to `speeds`.
+    """A plan of any `strategies`, one a layer, with all sizes split by `speeds`, over `devices` (default: the first).
 
     Raises:
         ValueError: where there are more devices than sub-blocks or heads to share.
@@ -279,4 +280,5 @@ def layer_plan(
         reads=reads,
         direct=direct,
         num_chunks=num_chunks,
+        devices=tuple(devices),
     )

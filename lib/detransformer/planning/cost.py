@@ -603,6 +603,7 @@ class Prediction:
     bytes: dict[str, int]
     weights_bytes: tuple[int, ...]
     memory_bytes: tuple[int, ...]
+    activation_bytes: int
 
 
 def predict(
@@ -655,6 +656,7 @@ def predict(
             w + activations + cache_bytes(config, plan, rank, past + seq_len, batch_size)
             for rank, w in enumerate(weights)
         ),
+        activation_bytes=activations,
     )
 
 

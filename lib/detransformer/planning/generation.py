@@ -1,0 +1,123 @@
+"""Plans for text generation: the prompt and each further token planned apart (TPDS 2025: auto-regressive tasks).
+
+A prompt has many tokens: compute counts, and messages grow with it. A further token reads every weight for one row: on
+a device it takes as long as reading them from memory, and messages are all latency. So a layer may be run by tokens in
+the prompt and by columns afterwards, as long as both keep the same keys and values on a device.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.plan import STRATEGIES, Plan, layer_plan, published_plan
+from detransformer.planning.cost import cache_bytes, held_bytes, predict
+from detransformer.planning.profile import ClusterProfile
+
+CHUNKS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """How a text is generated, and what the cost model says of it; seconds and bytes.
+
+    `memory_bytes` has an entry a rank: weights of both plans, keys and values of all tokens, activations.
+    """
+
+    prefill: Plan
+    decode: Plan
+    first_token_s: float
+    token_s: float  # of a further token, half of them being there
+    total_s: float
+    memory_bytes: tuple[int, ...]
+
+    @property
+    def method(self) -> str:
+        return self.prefill.method
+
+
+def price_generation(
+    config: PretrainedConfig,
+    prefill: Plan,
+    decode: Plan,
+    profile: ClusterProfile,
+    prompt_len: int,
+    num_tokens: int,
+    batch_size: int = 1,
+) -> GenerationPlan:
+    """What `num_tokens` new tokens after prompts [batch_size, prompt_len] are predicted to take."""
+    first = predict(config, prefill, profile, prompt_len, batch_size)
+    past = prompt_len + num_tokens // 2
+    further = predict(config, decode, profile, 1, batch_size, past=past)
+    memory = tuple(
+        held_bytes(config, [prefill, decode], device)
+        + cache_bytes(config, decode, rank, prompt_len + num_tokens, batch_size)
+        + first.activation_bytes
+        for rank, device in enumerate(prefill.device_ids)
+    )
+    total = first.latency_s + (num_tokens - 1) * further.latency_s
+    return GenerationPlan(prefill, decode, first.latency_s, further.latency_s, total, memory)
+
+
+def published_generation(method: str, config: PretrainedConfig, speeds: Sequence[float]) -> tuple[Plan, Plan]:
+    """(prefill, decode) of a method's name: the same plan for both, `single` or one that splits layers by columns."""
+    plan = published_plan(method, config, speeds)
+    return plan, plan
+
+
+def generation_candidates(
+    config: PretrainedConfig, speeds: Sequence[float], devices: Sequence[int] = ()
+) -> Iterator[tuple[Plan, Plan]]:
+    """All pairs of uniform strategies that keep the same keys and values, chunks in the prompt; splits by `speeds`."""
+    kinds = layer_kinds(config)
+    names = [name for name, signature in STRATEGIES.items() if signature.layer_kind == "original"]
+
+    def plan(strategy: str, num_chunks: int = 1) -> Plan:
+        strategies = ["block" if kind == "decoupled" else strategy for kind in kinds]
+        return layer_plan("bp+auto", config, strategies, speeds, num_chunks=num_chunks, devices=devices)
+
+    for prompt in names:
+        for further in ("tensor", "replicate"):  # one token cannot be shared out by tokens
+            if STRATEGIES[prompt].cache == STRATEGIES[further].cache:
+                for num_chunks in CHUNKS:
+                    yield plan(prompt, num_chunks), plan(further)
+
+
+def place_generation(
+    config: PretrainedConfig,
+    profile: ClusterProfile,
+    prompt_len: int,
+    num_tokens: int,
+    batch_size: int = 1,
+    memory_budget_bytes: int | None = None,
+) -> list[GenerationPlan]:
+    """All plans that fit, fastest for the whole text first; over all devices, and over the fastest ones of them.
+
+    Raises:
+        ValueError: if none fits, saying what is missing.
+    """
+    limits = [d.memory_bytes if memory_budget_bytes is None else memory_budget_bytes for d in profile.devices]
+    rates = [device.flops_per_s["*"] for device in profile.devices]
+    order = sorted(range(len(rates)), key=lambda i: (-rates[i], -profile.link.share(i), i))
+    priced, refused = [], []
+    for count in range(1, len(order) + 1):
+        chosen = sorted(order[:count])
+        speeds = [rates[i] / rates[order[0]] for i in chosen]
+        try:
+            pairs = list(generation_candidates(config, speeds, chosen))
+        except ValueError:  # more devices than heads or sub-blocks
+            continue
+        if count == 1:
+            pairs = pairs[-1:]  # all strategies are the same on one device
+        for prefill, decode in pairs:
+            plan = price_generation(config, prefill, decode, profile, prompt_len, num_tokens, batch_size)
+            over = max(needed - limits[i] for needed, i in zip(plan.memory_bytes, chosen, strict=True))
+            (refused if over > 0 else priced).append((over if over > 0 else plan.total_s, plan))
+    if not priced:
+        over, plan = min(refused, key=lambda pair: pair[0])
+        raise ValueError(
+            f"no plan fits: the smallest ({plan.decode.describe()} on {plan.prefill.num_devices} devices) needs "
+            f"{over / 2**20:.0f} MiB more than a device has; add devices or memory, or take a smaller model."
+        )
+    return [plan for _, plan in sorted(priced, key=lambda pair: pair[0])]
