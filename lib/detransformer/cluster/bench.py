@@ -454,30 +454,53 @@ def measure_grid(
     record. With `timeline`, the events of the cells that `in_timeline` picks are saved to that file as CSV.
     """
     cells = list(dict.fromkeys(cells))
-    kept = _load_rows(path)
-    cluster = bench.cluster
-    conditions = {"link": cluster.link, "device": cluster.profile_name, "code": _code_fingerprint()}
-    conditions |= {"delay_s": cluster.delay_s, "jitter_s": cluster.jitter_s}
+    kept = RowFile(path, bench.cluster)
     rows, events = [], []
     progress = tqdm(cells, disable=quiet, unit="row", desc="bench")
     for cell in progress:
         progress.set_postfix_str(f"{cell.model} {cell.method} {cell.num_devices} devices {cell.bandwidth_mbps:g} Mbps")
-        key = json.dumps(asdict(cell) | conditions)
         wanted = timeline is not None and in_timeline(cell)
-        if key not in kept or (wanted and not kept[key]["timeline"]):
+        known = kept.get(asdict(cell))
+        if known is None or (wanted and not known["timeline"]):
             row = bench.measure(cell)
-            kept[key] = {"row": row, "timeline": bench.timelines[cell] if wanted else []}
-            if path:
-                with atomic_write(path) as file:
-                    json.dump(kept, file)
-        rows.append(kept[key]["row"])
-        events += kept[key]["timeline"] if wanted else []
+            known = kept.put(asdict(cell), {"row": row, "timeline": bench.timelines[cell] if wanted else []})
+        rows.append(known["row"])
+        events += known["timeline"] if wanted else []
     if timeline is not None:
         with atomic_write(timeline) as file:
             pd.DataFrame(events, columns=TIMELINE_COLUMNS).to_csv(file, index=False)
-    if path and not keep:
-        Path(path).unlink(missing_ok=True)
+    if not keep:
+        kept.remove()
     return pd.DataFrame(rows)
+
+
+class RowFile:
+    """What was measured so far on a cluster, by its conditions: kept in a JSON file, so that a grid can be resumed.
+
+    With the conditions goes a fingerprint of the code: rows of another version are measured again. Without a path
+    nothing is kept.
+    """
+
+    def __init__(self, path: str | Path | None, cluster: EmulatedCluster):
+        self._path = Path(path) if path else None
+        self._kept = _load_rows(path)
+        self._conditions = {"link": cluster.link, "device": cluster.profile_name, "code": _code_fingerprint()}
+        self._conditions |= {"delay_s": cluster.delay_s, "jitter_s": cluster.jitter_s}
+
+    def get(self, what: dict):
+        """What `put` was given for `what`, under the same conditions; None where nothing was."""
+        return self._kept.get(json.dumps(what | self._conditions))
+
+    def put(self, what: dict, measured):
+        self._kept[json.dumps(what | self._conditions)] = measured
+        if self._path:
+            with atomic_write(self._path) as file:
+                json.dump(self._kept, file)
+        return measured
+
+    def remove(self) -> None:
+        if self._path:
+            self._path.unlink(missing_ok=True)
 
 
 def _code_fingerprint() -> str:
