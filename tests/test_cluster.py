@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,7 @@ from detransformer.cluster.bench import (
     transfer_seconds,
     why_invalid,
 )
+from detransformer.cluster.devices import DEVICES, DeviceSpec, jetson_share, preset_profile
 from detransformer.cluster.jobs import link_rounds
 from detransformer.cluster.network import (
     EmulatedNetwork,
@@ -39,6 +41,7 @@ from detransformer.cluster.pacing import Arrivals, Pacer
 from detransformer.cluster.profiler import profile_link, profile_operations
 from detransformer.cluster.session import DeviceError, DeviceLost, EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
+from detransformer.models import preset_config
 from detransformer.parallel.plan import STRATEGIES, published_plan
 
 needs_namespaces = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
@@ -277,6 +280,7 @@ def test_bad_cells_are_refused(fields):
     [
         (dict(num_devices=0), "num_devices=0 is outside"),
         (dict(num_devices=2, device="toaster"), "device 'toaster' is unknown"),
+        (dict(num_devices=2, device=["rpi4b"]), "lists 1 devices and num_devices=2"),
         (dict(num_devices=2, bandwidth_bps=0), "above 0"),
         (dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
         (dict(num_devices=2, link="best"), "link='best' is unknown"),
@@ -288,6 +292,92 @@ def test_bad_cells_are_refused(fields):
 def test_bad_clusters_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         EmulatedCluster(**fields)
+
+
+def test_presets_are_the_papers_devices():
+    """CoFormer 2025, Table VII; the Jetsons' rate is a share of their peak, and says so."""
+    config = preset_config("bert-base")
+    assert preset_profile("rpi4b", config).flops_per_s["*"] == pytest.approx(14.2e9, rel=0.01)
+    assert jetson_share() == pytest.approx(35.1 / 0.12348 / 665.6, rel=0.001)
+    for name, gib, peak, power_w in [("nano", 4, 235.8, 10), ("tx2", 8, 665.6, 15), ("orin-nano", 4, 640.0, 10)]:
+        device = DEVICES[f"jetson-{name}"]
+        assert (device.memory_bytes, device.peak_flops_per_s, device.power_w) == (gib * 2**30, peak * 1e9, power_w)
+        profile = preset_profile(f"jetson-{name}", config)
+        assert profile.flops_per_s["*"] == pytest.approx(0.4274 * peak * 1e9, rel=0.001)
+        assert "modelled, not measured" in profile.source
+        assert profile.memory_bytes_per_s == device.memory_bytes_per_s
+
+
+UNEQUAL = ["rpi4b", DeviceSpec(speed=2.0, memory_bytes=2**29, name="desk"), DeviceSpec("jetson-tx2", link_share=0.5)]
+
+
+def test_unequal_devices_have_their_own_profiles():
+    config = preset_config("bert-base")
+    cluster = EmulatedCluster(3, UNEQUAL, transport="loopback")
+    pi, desk, jetson = cluster.profile("bert-base", config).devices
+    assert pi == preset_profile("rpi4b", config) and jetson.name == "Jetson TX2 on a 0.5x link"
+    assert (desk.name, desk.memory_bytes) == ("desk", 2**29)
+    assert desk.flops_per_s["*"] == 2 * pi.flops_per_s["*"]
+    assert desk.compute_s(1.0, "*", 48e6) == pi.compute_s(1.0, "*", 24e6) == 0.005  # reading weights, too
+    assert cluster.profile("bert-base", config).link.shares == (1.0, 1.0, 0.5)
+    assert EmulatedCluster(2, transport="loopback").profile("bert-base", config).link.shares == ()
+    fitted = EmulatedCluster(3, UNEQUAL, link="fitted").profile("bert-base", config).link
+    assert fitted.shares == (1.0, 1.0, 0.5)
+    assert cluster.profile_name == (
+        "Raspberry Pi 4B, Raspberry Pi 4B at 2x speed with 512 MiB, Jetson TX2 on a 0.5x link (emulated)"
+    )
+    assert EmulatedCluster(2, transport="loopback").profile_name == "Raspberry Pi 4B (emulated)"
+    pis = EmulatedCluster(3, ["rpi4b", "rpi4b", "jetson-tx2"], transport="loopback")
+    assert (pis.profile_name, pis.device) == ("2 x Raspberry Pi 4B, Jetson TX2 (emulated)", "rpi4b")
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(preset="toaster"), "device 'toaster' is unknown"),
+        (dict(speed=0.0), "speed=0.0 must be above 0"),
+        (dict(link_share=float("inf")), "link_share=inf"),
+        (dict(memory_bytes=0), "memory_bytes=0"),
+    ],
+)
+def test_bad_devices_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        DeviceSpec(**fields)
+
+
+@needs_namespaces
+def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
+    """A slow link is a slow link; the same layers take a device of twice the speed half the time; a death is named."""
+    case = cases["original"]
+    devices = ["rpi4b", DeviceSpec(speed=2.0), DeviceSpec(link_share=0.5, name="shed")]
+    with EmulatedCluster(3, devices, 100e6, "namespaces") as session:
+        for bandwidth_bps in (100e6, 50e6):
+            session.set_link(bandwidth_bps)
+            half = bandwidth_bps / 2
+            results = session.run("self_check", num_devices=3, link_bytes=1_000_000, segment_s=0.01, num_segments=1)
+            starts = {(source, target): at for result in results for source, target, at in result["sent"]}
+            for source, target, at in (pair for result in results for pair in result["received"]):
+                limit = half if 2 in (source, target) else bandwidth_bps
+                assert 0.6 * limit < 8e6 / (at - starts[source, target]) <= limit, (source, target)
+        profile = session.profile("", case.config)
+        slowed = [dict(asdict(device), flops_per_s={"*": device.flops_per_s["*"] / 1000}) for device in profile.devices]
+        results = session.run(
+            "run_plan",
+            per_rank=[{"device": device} for device in slowed],
+            checkpoint=case.checkpoint,
+            plan=published_plan("tp", case.config, [1.0] * 3).to_dict(),
+            inputs=case.inputs,
+            reference=case.reference,
+            dtype="float64",
+            repeats=2,
+        )
+        first, fast, last = (seconds_of([e[:3] for e in r["samples"][1]["events"]])["compute_s"] for r in results)
+        # the first has 24 of 70 FFN columns, the others 23
+        assert first == pytest.approx(2 * fast, rel=0.03) and first == pytest.approx(last, rel=0.03)
+        assert all(result["max_abs_error"] < 1e-12 for result in results)
+        os.kill(session.pids[2], signal.SIGKILL)
+        with pytest.raises(DeviceLost, match=r"device 2 of 3 \(shed\) was killed by SIGKILL"):
+            session.run("self_check", num_devices=3, link_bytes=0, segment_s=0.01, num_segments=1)
 
 
 def test_a_failing_job_names_the_device_and_the_error(cases):
@@ -325,8 +415,6 @@ def test_a_lost_device_ends_the_run_and_is_named(cases, how, words):
 
 
 def test_operations_profile():
-    from detransformer.models import preset_config
-
     frame = profile_operations(preset_config("bert-base", 4), num_devices=(1, 4), repeats=2)
     assert set(frame["strategy"]) == set(STRATEGIES)
     assert (frame["latency_s"] > 0).all()

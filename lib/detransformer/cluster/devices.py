@@ -1,55 +1,187 @@
-"""Devices: presets from the papers, calibrated per model, as profiles for the cost model and the pacer."""
+"""Devices: presets from the papers as profiles for the cost model and the pacer, and devices made from them.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+A Raspberry Pi is calibrated on published latency. Of the Jetsons only the peak is published, and one latency on one of
+them: all three are given the share of their peak that this one achieves, which is a model, and is called so.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import groupby
 
 import numpy as np
-from transformers import BertConfig
+import pandas as pd
+from transformers import PretrainedConfig
 
 from detransformer.models.configuration import preset_config
 from detransformer.models.sizes import model_flops
 from detransformer.planning.profile import DeviceProfile
-from detransformer.report.expected import published_claim
+from detransformer.report.expected import published, published_claim
 
 CALIBRATION_SEQ_LEN = 128  # the published single-device latencies are at seq 128, batch 1 (Section IV-A)
+DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
+MEASURED_JETSON = "Jetson TX2"  # of CoFormer 2025, Table V, where one device runs the whole DeiT-B
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device of the papers. `latency_claims` maps a model to the published claim of its single-device latency."""
+    """A device of the papers, its figures in data/expected/devices.csv.
+
+    `latency_claims` maps a model to the published claim of its single-device latency; without, the rate is modelled.
+    """
 
     name: str
-    memory_bytes: int
-    memory_bytes_per_s: float
-    latency_claims: Mapping[str, str]
+    latency_claims: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self._figure("memory_gib") * 2**30)
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        return 1e9 * self._figure("memory_gb_per_s")
+
+    @property
+    def peak_flops_per_s(self) -> float:
+        return 1e9 * self._figure("peak_gflops")
+
+    @property
+    def power_w(self) -> float:
+        """Thermal design power."""
+        return self._figure("tdp_w")
+
+    def _figure(self, column: str) -> float:
+        return float(_figures().loc[self.name, column])
 
 
 DEVICES = {
     "rpi4b": Device(
         "Raspberry Pi 4B",
-        4 * 2**30,
-        4.8e9,  # STREAM triad on a Raspberry Pi 4 (www.sci-pi.org.uk/bench/stream.html)
         {"bert-base": "single_device_latency_bert_base", "bert-large": "single_device_latency_bert_large"},
     ),
+    "jetson-nano": Device("Jetson Nano"),
+    "jetson-tx2": Device("Jetson TX2"),
+    "jetson-orin-nano": Device("Jetson Orin Nano"),
 }
 
 
-def preset_profile(name: str, config: BertConfig) -> DeviceProfile:
+@cache
+def _figures() -> pd.DataFrame:
+    return published("devices").set_index("device")
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One device of a cluster: a preset, and by what it differs from it.
+
+    Args:
+        preset: of `DEVICES`.
+        speed: 2.0 computes, and reads its weights, twice as fast.
+        memory_bytes: its memory; None: the preset's.
+        link_share: its link's rate, as a part of the cluster's bandwidth.
+        name: what messages call it; empty: by its hardware.
+        profile: rates measured on the device, used instead of the preset's.
+    """
+
+    preset: str = "rpi4b"
+    speed: float = 1.0
+    memory_bytes: int | None = None
+    link_share: float = 1.0
+    name: str = ""
+    profile: DeviceProfile | None = None
+
+    def __post_init__(self):
+        if self.preset not in DEVICES:
+            raise ValueError(f"device {self.preset!r} is unknown: choose one of {', '.join(DEVICES)}.")
+        for what in ("speed", "link_share"):
+            if not 0 < getattr(self, what) < float("inf"):
+                raise ValueError(f"{what}={getattr(self, what)} must be above 0: 1 is as fast as the preset.")
+        if self.memory_bytes is not None and not self.memory_bytes > 0:
+            raise ValueError(f"memory_bytes={self.memory_bytes} must be above 0, or None for the preset's.")
+
+    @property
+    def hardware(self) -> str:
+        """What it is, in words: such as `Raspberry Pi 4B at 2x speed`."""
+        words = self.profile.name if self.profile else DEVICES[self.preset].name
+        words += f" at {self.speed:g}x speed" if self.speed != 1 else ""
+        words += f" with {self.memory_bytes / 2**20:g} MiB" if self.memory_bytes is not None else ""
+        return words + (f" on a {self.link_share:g}x link" if self.link_share != 1 else "")
+
+    @property
+    def title(self) -> str:
+        return self.name or self.hardware
+
+    def on(self, config: PretrainedConfig) -> DeviceProfile:
+        """Its profile on a model of `config`."""
+        known = self.profile or preset_profile(self.preset, config)
+        reads = known.memory_bytes_per_s
+        return replace(
+            known,
+            name=self.title,
+            memory_bytes=self.memory_bytes or known.memory_bytes,
+            flops_per_s={strategy: self.speed * rate for strategy, rate in known.flops_per_s.items()},
+            source=known.source + (f", {self.speed:g} times as fast" if self.speed != 1 else ""),
+            memory_bytes_per_s=reads and self.speed * reads,
+        )
+
+
+def device_specs(num_devices: int, device: str | DeviceSpec | Sequence[str | DeviceSpec]) -> tuple[DeviceSpec, ...]:
+    """A spec a device: of one preset or spec for all, or of one each.
+
+    Raises:
+        ValueError: for a list of another length.
+    """
+    listed = [device] * num_devices if isinstance(device, (str, DeviceSpec)) else list(device)
+    if len(listed) != num_devices:
+        raise ValueError(f"device lists {len(listed)} devices and num_devices={num_devices}: list one for each.")
+    return tuple(DeviceSpec(spec) if isinstance(spec, str) else spec for spec in listed)
+
+
+def describe_devices(specs: Sequence[DeviceSpec]) -> str:
+    """Such as `2 x Raspberry Pi 4B, Jetson TX2`; of devices that are all alike, one's hardware."""
+    runs = [(hardware, len(list(run))) for hardware, run in groupby(spec.hardware for spec in specs)]
+    if len(runs) == 1:
+        return runs[0][0]
+    return ", ".join(f"{count} x {hardware}" if count > 1 else hardware for hardware, count in runs)
+
+
+def preset_profile(name: str, config: PretrainedConfig) -> DeviceProfile:
     """The profile of a preset device on a model of `config`.
 
-    The rate is FLOPs over published latency of the model of the same hidden size: 14.2 GFLOP/s on BERT-Base, 17.6 on
+    Raspberry Pi: FLOPs over published latency of the model of the same hidden size, 14.2 GFLOP/s on BERT-Base, 17.6 on
     BERT-Large. One rate cannot fit both, so other sizes are interpolated between them by the logarithm of the hidden
-    size, and held constant outside. Shares of a layer compute at the rate of the whole, as published TP curves imply,
-    but no product is faster than its weights are read from memory.
+    size, and held constant outside. Jetsons: `jetson_share` of their peak, for all models. Shares of a layer compute at
+    the rate of the whole, as published TP curves imply, but no product is faster than its weights are read from memory.
+
+    Raises:
+        ValueError: for an unknown name.
     """
     if name not in DEVICES:
         raise ValueError(f"device {name!r} is unknown: choose one of {', '.join(DEVICES)}.")
     device = DEVICES[name]
-    points = []
-    for model, claim in device.latency_claims.items():
-        known = preset_config(model)
-        points.append((known.hidden_size, model_flops(known, CALIBRATION_SEQ_LEN) / published_claim(claim)))
-    widths, rates = zip(*sorted(points), strict=True)
-    rate = float(np.interp(np.log(config.hidden_size), np.log(widths), rates))
-    source = f"preset, calibrated on published single-device latency ({', '.join(device.latency_claims)})"
+    if device.latency_claims:
+        points = []
+        for model, claim in device.latency_claims.items():
+            known = preset_config(model)
+            points.append((known.hidden_size, model_flops(known, CALIBRATION_SEQ_LEN) / published_claim(claim)))
+        widths, rates = zip(*sorted(points), strict=True)
+        rate = float(np.interp(np.log(config.hidden_size), np.log(widths), rates))
+        source = f"preset, calibrated on published single-device latency ({', '.join(device.latency_claims)})"
+    else:
+        rate = jetson_share() * device.peak_flops_per_s
+        source = (
+            f"preset, modelled, not measured: {jetson_share():.0%} of its published peak, the share that the "
+            f"{MEASURED_JETSON} achieves on DeiT-B (CoFormer 2025, Tables V and VII)"
+        )
     return DeviceProfile(device.name, device.memory_bytes, {"*": rate}, source, device.memory_bytes_per_s)
+
+
+@cache
+def jetson_share() -> float:
+    """The share of its peak that a Jetson TX2 achieves on DeiT-B: 35.1 GFLOP in 123.48 ms of 665.6 GFLOPS, 43%."""
+    table = published("coformer_tables").set_index(["table", "row"])
+    latency_s = float(table.loc[("V", "1 device"), "latency_ms"]) / 1e3
+    layers, patch_values = preset_config("bert-base"), 3 * DEIT_PATCH**2
+    patches = 2 * (DEIT_TOKENS - 1) * patch_values * layers.hidden_size
+    peak = next(d.peak_flops_per_s for d in DEVICES.values() if d.name == MEASURED_JETSON)
+    return (model_flops(layers, DEIT_TOKENS) + patches) / latency_s / peak

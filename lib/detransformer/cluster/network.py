@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,6 +70,7 @@ def can_delay() -> tuple[bool, str]:
 class EmulatedNetwork:
     """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
 
+    `shares` are the links' parts of that rate, one a device; empty: all have all of it.
     `delay_s` (one way, between any two devices) and `jitter_s` (how far a packet's delay may lie from it,
     which can reorder packets) want netem. `namespaces`, `addresses` and `switch` are known once entered.
 
@@ -76,9 +78,16 @@ class EmulatedNetwork:
         OSError: on entering, where the kernel does not permit it, with the reason.
     """
 
-    def __init__(self, num_devices: int, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0):
+    def __init__(
+        self,
+        num_devices: int,
+        bandwidth_bps: float,
+        delay_s: float = 0.0,
+        jitter_s: float = 0.0,
+        shares: Sequence[float] = (),
+    ):
         self.num_devices = num_devices
-        self.shape = Shape(bandwidth_bps, delay_s, jitter_s)
+        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, tuple(shares))
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(num_devices)]
         self.namespaces: list[str] = []
         self.switch = ""
@@ -108,8 +117,11 @@ class EmulatedNetwork:
         return answer["names"]
 
     def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
-        """Changes every link's rate and, on a network made with a delay, its latency; connections stay open."""
-        self.shape = Shape(bandwidth_bps, delay_s, jitter_s)
+        """Changes the rate, of which every link keeps its share, and, on a network made with a delay, its latency.
+
+        Connections stay open.
+        """
+        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, self.shape.shares)
         self._keeper.stdin.write(f"{self.shape.to_line()}\n")
         self._keeper.stdin.flush()
         self._answer()
@@ -126,18 +138,25 @@ class EmulatedNetwork:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a link is set to."""
+    """What links are set to; `shares` as in `EmulatedNetwork`."""
 
     bandwidth_bps: float
     delay_s: float = 0.0
     jitter_s: float = 0.0
+    shares: tuple[float, ...] = ()
+
+    def of(self, device: int) -> "Shape":
+        """That of one device's link."""
+        share = self.shares[device] if self.shares else 1.0
+        return Shape(share * self.bandwidth_bps, self.delay_s, self.jitter_s)
 
     def to_line(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_line(cls, line: str) -> "Shape":
-        return cls(**json.loads(line))
+        fields = json.loads(line)
+        return cls(**fields | {"shares": tuple(fields["shares"])})
 
 
 class _Namespaces:
@@ -176,15 +195,19 @@ class _Namespaces:
         """
         from pyroute2 import NetNS
 
-        places = {self.switch: [f"port{i}" for i in range(len(self.devices))]}
-        places |= {name: [INTERFACE] for name in self.devices}
-        for name, interfaces in places.items():
-            delayed = name != self.switch and (shape.delay_s > 0 or shape.jitter_s > 0)
+        delayed = shape.delay_s > 0 or shape.jitter_s > 0
+        with NetNS(self.switch) as space:
+            for i in range(len(self.devices)):
+                self._set(space, action, f"port{i}", shape.of(i), delayed=False)
+        for i, name in enumerate(self.devices):
             with NetNS(name) as space:
-                for interface in interfaces:
-                    index = _index(space, interface)
-                    for discipline in disciplines(shape, delayed):
-                        space.tc(action, index=index, **discipline)
+                self._set(space, action, INTERFACE, shape.of(i), delayed)
+
+    @staticmethod
+    def _set(space, action: str, interface: str, shape: Shape, delayed: bool) -> None:
+        index = _index(space, interface)
+        for discipline in disciplines(shape, delayed):
+            space.tc(action, index=index, **discipline)
 
     def remove(self) -> None:
         from pyroute2 import netns

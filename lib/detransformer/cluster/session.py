@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import BertConfig
+from transformers import PretrainedConfig
 
-from detransformer.cluster.devices import DEVICES, preset_profile
+from detransformer.cluster.devices import DeviceSpec, describe_devices, device_specs
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_delay, can_emulate
 from detransformer.cluster.pacing import Arrivals
 from detransformer.planning.fitting import fitted_link
@@ -49,11 +50,11 @@ class DeviceLost(DeviceError):
 
 
 class EmulatedCluster:
-    """`num_devices` preset devices on a switch; a context manager.
+    """`num_devices` devices on a switch; a context manager.
 
     Args:
-        device: a preset of `cluster.devices`.
-        bandwidth_bps: of every link; change it with `set_link`.
+        device: a preset of `cluster.devices` or a `DeviceSpec`, for all devices alike or a list of one each.
+        bandwidth_bps: of every link, times the device's `link_share`; change it with `set_link`.
         transport: `auto` takes namespaces where they are permitted.
         threads: of each worker's compute.
         link: `line-rate`, clean and full duplex at its rate; or `fitted`, modelled, as slow as published results imply.
@@ -66,7 +67,7 @@ class EmulatedCluster:
     def __init__(
         self,
         num_devices: int,
-        device: str = "rpi4b",
+        device: str | DeviceSpec | Sequence[str | DeviceSpec] = "rpi4b",
         bandwidth_bps: float = 125e6,
         transport: str = "auto",
         threads: int = 1,
@@ -82,8 +83,7 @@ class EmulatedCluster:
             raise ValueError(f"bandwidth_bps={bandwidth_bps} must be above 0.")
         if transport not in TRANSPORTS:
             raise ValueError(f"transport={transport!r} is unknown: choose one of {', '.join(TRANSPORTS)}.")
-        if device not in DEVICES:
-            raise ValueError(f"device {device!r} is unknown: choose one of {', '.join(DEVICES)}.")
+        devices = device_specs(num_devices, device)
         if link not in LINKS:
             raise ValueError(f"link={link!r} is unknown: choose one of {', '.join(LINKS)}.")
         if link == "fitted" and transport == "namespaces":
@@ -107,7 +107,7 @@ class EmulatedCluster:
             if not delays:
                 raise ValueError(f"{why}: leave delay and jitter out, or run on a kernel with sch_netem.")
         self.num_devices = num_devices
-        self.device = device
+        self.devices = devices
         self.bandwidth_bps = bandwidth_bps
         self.time_scale = 1.0
         self.transport = transport
@@ -120,9 +120,20 @@ class EmulatedCluster:
         self._launcher: _Launcher | None = None
 
     @property
+    def device(self) -> str:
+        """The preset of the first device, which is that of all where they are alike."""
+        return self.devices[0].preset
+
+    @property
     def profile_name(self) -> str:
-        """What table rows call these devices."""
-        return f"{DEVICES[self.device].name} (emulated)"
+        """What table rows call these devices: `Raspberry Pi 4B (emulated)`, or a list where they differ."""
+        return f"{describe_devices(self.devices)} (emulated)"
+
+    @property
+    def link_shares(self) -> tuple[float, ...]:
+        """Each device's part of `bandwidth_bps`; empty where all have all of it."""
+        shares = tuple(spec.link_share for spec in self.devices)
+        return shares if set(shares) != {1.0} else ()
 
     @property
     def link(self) -> str:
@@ -131,15 +142,15 @@ class EmulatedCluster:
             return "fitted"
         return "line-rate" if self.transport == "namespaces" else "modelled"
 
-    def profile(self, model: str, config: BertConfig, link: LinkProfile | None = None) -> ClusterProfile:
+    def profile(self, model: str, config: PretrainedConfig, link: LinkProfile | None = None) -> ClusterProfile:
         """The devices of this cluster on `model` (a preset's name or a folder) of `config`, and its link at its rate.
 
         `link` gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
         """
-        devices = (preset_profile(self.device, config),) * self.num_devices
+        devices = tuple(spec.on(config) for spec in self.devices)
         if self._link == "fitted":
-            return ClusterProfile(devices, fitted_link(model, self.bandwidth_bps))
-        known = (link or LinkProfile(self.bandwidth_bps)).at(self.bandwidth_bps)
+            return ClusterProfile(devices, replace(fitted_link(model, self.bandwidth_bps), shares=self.link_shares))
+        known = replace((link or LinkProfile(self.bandwidth_bps)).at(self.bandwidth_bps), shares=self.link_shares)
         if self.delay_s:
             steps = {kind: step_s + self.delay_s for kind, step_s in known.step_latency_s.items()}
             known = replace(known, step_latency_s=steps)
@@ -149,7 +160,9 @@ class EmulatedCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
         try:
             if self.transport == "namespaces":
-                network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, self.delay_s, self.jitter_s)
+                network = EmulatedNetwork(
+                    self.num_devices, self.bandwidth_bps, self.delay_s, self.jitter_s, self.link_shares
+                )
                 self._network = network.__enter__()
             Arrivals.create(self.folder / "arrivals", self.num_devices)
             self._start()
@@ -183,7 +196,10 @@ class EmulatedCluster:
         self._collect("starting", START_TIMEOUT_S)
 
     def set_link(self, bandwidth_bps: float, time_scale: float = 1.0) -> None:
-        """Sets every link's rate, in the devices' own seconds; with `time_scale` k all runs k times slower."""
+        """Sets the rate that links have their share of, in the devices' own seconds.
+
+        With `time_scale` k all runs k times slower.
+        """
         self.bandwidth_bps = bandwidth_bps
         self.time_scale = time_scale
         if self._network:
@@ -244,7 +260,10 @@ class EmulatedCluster:
                 if now > deadline:
                     rank = min(waiting)
                     self.close()
-                    raise DeviceLost(rank, f"device {rank} had no result after {timeout_s:.0f} s while {doing}.")
+                    title = self.devices[rank].title
+                    raise DeviceLost(
+                        rank, f"device {rank} ({title}) had no result after {timeout_s:.0f} s while {doing}."
+                    )
         if errors:
             time.sleep(0.3)
             self._raise_if_lost(doing, time.monotonic())
@@ -276,7 +295,7 @@ class EmulatedCluster:
             self.close()
             raise DeviceLost(
                 rank,
-                f"device {rank} of {num_left + 1} ({DEVICES[self.device].name}) {how} while {doing}{why}; "
+                f"device {rank} of {num_left + 1} ({self.devices[rank].title}) {how} while {doing}{why}; "
                 f"the other {num_left} were stopped.",
             )
 
