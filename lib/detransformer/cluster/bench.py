@@ -179,7 +179,7 @@ class Bench:
         checks_links = sends and self.cluster.transport == "namespaces"
         num_devices = max(max(plan.device_ids) + 1 for plan in plans)
         # Layers that run whole are large products, and what travels between them is one message at a time.
-        rates = [device.flops_per_s["*"] for device in self._profile(cell, checkpoint.config).devices]
+        rates = [device.flops_per_s["*"] for device in self.profile(cell).devices]
         usual = preset_profile(USUAL_DEVICE, checkpoint.config).flops_per_s["*"]
         busy = max(
             sum(rates[i] for i in plan.device_ids) if plan.splits_layers else max(rates[i] for i in plan.device_ids)
@@ -230,7 +230,7 @@ class Bench:
 
     def plan(self, cell: Cell, config: BertConfig) -> tuple[Plan, Prediction]:
         """The plan that `cell` runs and what the cost model predicts for it."""
-        profile = self._profile(cell, config)
+        profile = self.profile(cell)
         request = dict(
             seq_len=cell.seq_len,
             batch_size=cell.batch_size,
@@ -248,22 +248,22 @@ class Bench:
 
     def predict(self, cell: Cell, config: BertConfig, plan: Plan) -> Prediction:
         """What the cost model says of `plan` under the conditions of `cell`."""
-        return predict(config, plan, self._profile(cell, config), cell.seq_len, cell.batch_size)
+        return predict(config, plan, self.profile(cell), cell.seq_len, cell.batch_size)
 
-    def _profile(self, cell: Cell, config: BertConfig) -> ClusterProfile:
+    def profile(self, cell: Cell) -> ClusterProfile:
         """The devices and links that `cell` takes."""
         self.cluster.bandwidth_bps = cell.bandwidth_mbps * 1e6
-        profile = self.cluster.profile(cell.model, config, self.link)
+        profile = self.cluster.profile(cell.model, self.config(cell), self.link)
         if cell.num_devices > len(profile.devices):
             raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
         return ClusterProfile(profile.devices[: cell.num_devices], profile.link)
 
-    def limit_s(self, cell: Cell, config: BertConfig, num_devices: int) -> float:
-        """The physical limit: the original model's modelled time on one device, shared evenly by `num_devices`."""
-        original = _original(config)
+    def limit_s(self, cell: Cell, config: BertConfig, devices: Sequence[int]) -> float:
+        """The physical limit: the original model's work over the summed speed of `devices`, nothing ever sent."""
+        original, profile = _original(config), self.profile(cell)
         single = published_plan("single", original, reads=cell.reads)
-        profile = self._profile(cell, config)
-        return predict(original, single, profile, cell.seq_len, cell.batch_size).latency_s / num_devices
+        alone = [replace(single, devices=(device,)) for device in devices]
+        return 1 / sum(1 / predict(original, plan, profile, cell.seq_len, cell.batch_size).latency_s for plan in alone)
 
     def _set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
         """Sets and checks the links; doubles the time scale until the check passes. Returns (scale, check)."""
@@ -322,7 +322,7 @@ class Bench:
         )
         sender = max(results, key=lambda r: sum(r["bytes"].values()))
         latency = statistics.median(latencies)
-        limit_s = self.limit_s(cell, config, plan.num_devices)
+        limit_s = self.limit_s(cell, config, plan.device_ids)
         throughput = 1 / latency
         if "stream_s" in results[0]:
             copies = plan.num_devices if plan.method == "dp" else 1
