@@ -475,7 +475,7 @@ def test_shaped_links_carry_their_rate_and_never_more():
             check = dict(num_devices=2, link_bytes=num_bytes, segment_s=0.01, num_segments=3)
             seconds = transfer_seconds(session.run("self_check", **check))
             assert len(seconds) == 2  # one link, both ways
-            assert all(0.6 * mbps < 8 * num_bytes / s / 1e6 <= mbps for s in seconds)
+            assert all(0.6 * mbps < 8 * num_bytes / s / 1e6 <= mbps for s in seconds.values())
         link, rows = profile_link(session, repeats=2)
         assert {"all_reduce", "all_gather", "send"} <= set(rows["kind"])
         assert all(0.3 < share <= 1 for share in link.efficiency.values())

@@ -193,13 +193,13 @@ class Bench:
         while True:
             attempts: list[list[tuple[dict, list[dict]]]] = [[] for _ in plans]
             for _ in range(ATTEMPTS):
-                scale, check = self._set_link(cell.bandwidth_mbps, num_devices, scale, checks_links)
+                scale, check = self.set_link(cell.bandwidth_mbps, num_devices, scale, checks_links)
                 measured = []
                 for plan in plans:
                     before = psutil.cpu_times()
                     results = self._run(cell, plan, checkpoint, files, held_with)
                     measured.append((results, _stolen_share(before, psutil.cpu_times())))
-                check = check.joined(self._check(cell.bandwidth_mbps, num_devices, checks_links))
+                check = check.joined(self.check(cell.bandwidth_mbps, num_devices, checks_links))
                 for i, (results, steal) in enumerate(measured):
                     row = self._row(cell, checkpoint.config, plans[i], predictions[i], results, scale, check, steal)
                     attempts[i].append((row, self._timeline(row, results, scale)))
@@ -265,16 +265,16 @@ class Bench:
         alone = [replace(single, devices=(device,)) for device in devices]
         return 1 / sum(1 / predict(original, plan, profile, cell.seq_len, cell.batch_size).latency_s for plan in alone)
 
-    def _set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
+    def set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
         """Sets and checks the links; doubles the time scale until the check passes. Returns (scale, check)."""
         while True:
             self.cluster.set_link(bandwidth_mbps * 1e6, scale)
-            check = self._check(bandwidth_mbps, num_devices, checks_links)
+            check = self.check(bandwidth_mbps, num_devices, checks_links)
             if not check.failures(bandwidth_mbps) or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
                 return scale, check
             scale *= 2
 
-    def _check(self, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
+    def check(self, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
         """A self-check that passes, or the last of several that failed."""
         scale = self.cluster.time_scale
         num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * LINK_CHECK_S / 8)) if checks_links else 0
@@ -283,7 +283,11 @@ class Bench:
         for _ in range(CHECK_ATTEMPTS):
             results = self.cluster.run("self_check", num_devices=num_devices, link_bytes=num_bytes, **paced)
             results = [result for result in results if result is not None]
-            rates = [8 * num_bytes / seconds * scale / 1e6 for seconds in transfer_seconds(results)]
+            shares = self.cluster.link_shares or [1.0] * self.cluster.num_devices
+            rates = [  # of a link that has a share of the bandwidth, over that share
+                8 * num_bytes / seconds * scale / 1e6 / min(shares[source], shares[target])
+                for (source, target), seconds in transfer_seconds(results).items()
+            ]
             error = max(result["pacing_error"] for result in results)
             check = Check(min(rates, default=math.nan), max(rates, default=math.nan), error)
             if not check.failures(bandwidth_mbps):
@@ -398,10 +402,11 @@ def _slowest_sums(results: list[dict], sample: int, scale: float) -> dict[str, f
     return {name: seconds / scale for name, seconds in seconds_of(parts[slowest]).items()}
 
 
-def transfer_seconds(results: Iterable[dict]) -> list[float]:
-    """Seconds of each transfer of a self-check, from its sender's start to its receiver's end."""
+def transfer_seconds(results: Iterable[dict]) -> dict[tuple[int, int], float]:
+    """Seconds of each transfer (from, to) of a self-check, from its sender's start to its receiver's end."""
     starts = {(source, target): at for result in results for source, target, at in result["sent"]}
-    return [at - starts[source, target] for result in results for source, target, at in result["received"]]
+    received = [pair for result in results for pair in result["received"]]
+    return {(source, target): at - starts[source, target] for source, target, at in received}
 
 
 def why_invalid(row: dict) -> str:

@@ -176,7 +176,7 @@ def run_plan(
                 "modelled_s": pacer.modelled_s / time_scale,
                 "link_bytes": state.sent_bytes() - sent,
                 "events": [(what, *(round(s, 6) for s in seconds)) for what, *seconds in pacer.events],
-                "collectives": [(kind, num_bytes) for kind, num_bytes, *_ in pacer.launched],
+                "transfers": [(kind, num_bytes, seconds / time_scale) for kind, num_bytes, seconds in comm.transfers],
             }
         )
     record = {

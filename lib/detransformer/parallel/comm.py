@@ -5,9 +5,11 @@ A thread runs them one after another, so that the first that was started is the 
 Bytes are those a rank sends (P ranks): all_reduce 2 (P-1)/P of the tensor (ring), all_gather P-1 times its own
 message, all_to_all and reduce_scatter one message to each other rank. An observer is told of starts and waits; pacing
 and timing live there, not here. Messages lie in buffers that are kept: what a collective returns may be a view of one,
-and holds until the next collective of the same name.
+and holds until the next collective of the same name. `transfers` are what the thread saw of each collective: from when
+this rank could begin to its end, so with the wait for peers that came later.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,12 +66,14 @@ class Comm:
         self.observer = observer
         self.counts: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.transfers: list[tuple[str, int, float]] = []  # (kind, bytes, seconds) of each that has run
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._runner = ThreadPoolExecutor(1, "collectives") if num_ranks > 1 else None
 
     def reset(self) -> None:
         self.counts.clear()
         self.bytes.clear()
+        self.transfers.clear()
 
     @contextmanager
     def observed(self, kind: str, num_bytes: int) -> Iterator[None]:
@@ -89,7 +93,13 @@ class Comm:
     def _start(self, kind: str, num_bytes: int, run: Callable[[], None], result: Callable) -> Pending:
         """`run()` makes the collective; `result()` is what it has brought."""
         number = self._launch(kind, num_bytes)
-        running = self._runner.submit(torch.inference_mode()(run))
+
+        def timed() -> None:
+            start = time.perf_counter()
+            run()
+            self.transfers.append((kind, num_bytes, time.perf_counter() - start))
+
+        running = self._runner.submit(torch.inference_mode()(timed))
 
         def finish():
             if self.observer:
