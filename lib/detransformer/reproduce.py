@@ -34,6 +34,7 @@ USES = {
     "03_accuracy": ("02_pretraining",),
     "05_placement": ("04_profiling",),
     "06_latency": ("04_profiling",),
+    "08_adaptive": ("04_profiling",),
     "07_summary": ("01_decoupling", "02_pretraining", "03_accuracy", "04_profiling", "05_placement", "06_latency"),
 }
 # Files of the package that no notebook's result depends on.

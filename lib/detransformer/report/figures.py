@@ -1,7 +1,7 @@
 """The papers' figures, drawn from a run's saved tables only: table in, Figure out.
 
 `FIGURES` names each figure with the tables it needs and the function that draws it; those of latency are in
-`report.latency_figures`. A published value is a hollow
+`report.latency_figures`, those of adaptive execution in `report.adaptive_figures`. A published value is a hollow
 diamond or a hatched bar beside the obtained one. Drawing computes nothing but the ratios that the axes name.
 """
 
@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from detransformer.files import atomic_write
-from detransformer.report import latency_figures
+from detransformer.report import adaptive_figures, latency_figures
 from detransformer.report.canvas import (
     COLOURS,
     STYLE,
@@ -237,4 +237,12 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "parts": (("latency",), latency_figures.parts),
     "timeline": (("timeline",), latency_figures.timeline),
     "wire": (("latency",), latency_figures.wire),
+    "plan_map": (("plan_map",), adaptive_figures.plan_map),
+    "choices": (("choice_cells",), adaptive_figures.choices_by_bandwidth),
+    "predicted": (("choices",), adaptive_figures.predicted),
+    "unequal": (("unequal",), adaptive_figures.unequal),
+    "trace": (("trace",), adaptive_figures.trace),
+    "generation": (("generation",), adaptive_figures.generation),
+    "perplexity": (("perplexity",), adaptive_figures.perplexity),
+    "scale_out": (("scale_out",), adaptive_figures.scale_out),
 }

@@ -11,7 +11,15 @@ NUM_DEVICES = 4  # the paper's testbed
 NUM_ORIGINAL_LAYERS, NUM_DIVISIONS = 4, 4  # Section IV-C-1: DeTransformer's configuration for Table IV and Fig. 7
 SEQ_LEN = 128
 BASELINES = ("tp", "sp")
-MODEL_NAMES = {"bert-base": "BERT-Base", "bert-large": "BERT-Large"}
+MODEL_NAMES = {
+    "bert-base": "BERT-Base",
+    "bert-large": "BERT-Large",
+    "gpt2": "GPT-2",
+    "gpt2-medium": "GPT-2 Medium",
+    "gpt2-large": "GPT-2 Large",
+    "gpt2-xl": "GPT-2 XL",
+    "opt-6.7b-shape": "7B shape",
+}
 TASK_COLUMNS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "mnli": "MNLI", "squad": "SQuAD"}
 METHOD_NAMES = {  # in the order of tables and legends
     "single": "Single",

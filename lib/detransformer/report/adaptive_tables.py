@@ -1,0 +1,42 @@
+"""What notebook 08 set out to show beside what it obtained; from saved tables only."""
+
+import pandas as pd
+
+from detransformer.report.tables import valid_rows
+
+
+def adaptive_verdicts(
+    cells: pd.DataFrame, unequal: pd.DataFrame, trace: pd.DataFrame, generation: pd.DataFrame
+) -> pd.DataFrame:
+    """One row a claim: claim, expected, obtained, verdict (`holds`, `does not hold`)."""
+    rows = [
+        (
+            "cells whose chosen plan is within 3% of the best measured",
+            "at least",
+            0.95,
+            (cells["over_best"] <= 1.03).mean(),
+        ),
+        ("median error of the prediction, chosen plans", "at most", 0.10, cells["prediction_error"].abs().median()),
+    ]
+    valid = valid_rows(unequal)
+    planned = valid["split"] == "planned"
+    for split, part in valid[~planned].groupby("split", sort=False):
+        rows.append((f"unequal devices: planned split over {split}", "at least", 1.5, part["over_planned"].min()))
+    over = valid.loc[planned, "over_ideal"].max()
+    rows.append(("unequal devices: over work / summed speed + communication", "at most", 1.15, over))
+    spent = trace.groupby("policy", sort=False)["latency_s"].sum()
+    saved = 1 - spent["adaptive"] / spent.drop("adaptive").min()
+    rows.append(("changing link: time saved over the best fixed plan", "at least", 0.10, saved))
+    equal = (generation["equal_tokens"] == generation["new_tokens"]).mean()
+    rows.append(("texts that equal the single device's, token for token", "at least", 1.0, equal))
+    return pd.DataFrame(
+        [
+            {
+                "claim": claim,
+                "expected": f"{side} {limit:g}",
+                "obtained": value,
+                "verdict": "holds" if (value <= limit if side == "at most" else value >= limit) else "does not hold",
+            }
+            for claim, side, limit, value in rows
+        ]
+    )
