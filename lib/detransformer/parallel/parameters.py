@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from detransformer.models.configuration import architecture
 from detransformer.parallel.linear import Linear, StackedLinear, input_major, padded
 from detransformer.parallel.weights import WeightSource
 
@@ -65,7 +66,7 @@ NAMING = {
 
 
 def naming_of(config: PretrainedConfig) -> Naming:
-    return NAMING[config.model_type.removeprefix("decoupled_")]
+    return NAMING[architecture(config)]
 
 
 class LayerParameters:
@@ -76,6 +77,7 @@ class LayerParameters:
         self._source = source
         self._prefix = self.naming.prefix.format(layer)
         self._keeps_whole = keeps_whole
+        self._width = config.hidden_size
 
     def _once(self, key: tuple, read: Callable):
         """What `read()` gives, or gave before for the same part."""
@@ -113,6 +115,8 @@ class LayerParameters:
 
     def qkv(self, columns: Range | None = None) -> Linear:
         """Q, K and V in one product, D -> 3A, or columns start..stop of each."""
+        if columns == (0, self._width):  # one device's own part is all
+            columns = None
         return self._once(("qkv", columns), lambda: self._read_qkv(columns))
 
     def _read_qkv(self, columns: Range | None) -> Linear:
@@ -123,7 +127,7 @@ class LayerParameters:
                 for kind in ("weight", "bias")
             )
             return Linear(input_major(weight), bias)
-        width = self._source.shape(f"{names[0]}.bias")[0] // 3
+        width = self._width
         start, stop = columns or (0, width)
         weight, bias = (
             torch.cat(

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from transformers import PretrainedConfig
 
-from detransformer.models.configuration import layer_kinds
+from detransformer.models.configuration import architecture, ffn_size, layer_kinds
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_spec, format_of
 
@@ -177,15 +177,9 @@ class Plan:
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 
-def ffn_size(config: PretrainedConfig) -> int:
-    """I, the inner width of the FFN."""
-    size = config.n_inner if is_decoder(config) else config.intermediate_size
-    return size or 4 * config.hidden_size
-
-
 def is_decoder(config: PretrainedConfig) -> bool:
     """Whether the model attends to earlier tokens only and goes on with the next one (GPT-2)."""
-    return config.model_type.removeprefix("decoupled_") == "gpt2"
+    return architecture(config) == "gpt2"
 
 
 # What each method does with an original layer; decoupled layers go to `block`.

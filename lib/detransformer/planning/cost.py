@@ -14,10 +14,10 @@ from itertools import chain
 
 from transformers import PretrainedConfig
 
-from detransformer.models.configuration import layer_kinds
+from detransformer.models.configuration import ffn_size, layer_kinds
 from detransformer.models.sizes import embedding_parameters, layer_parameters, pooler_parameters
 from detransformer.parallel.partition import bounds, split
-from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, Plan, ffn_size, is_decoder
+from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, Plan, is_decoder
 from detransformer.parallel.wire import message_bytes
 from detransformer.planning.profile import ClusterProfile
 
