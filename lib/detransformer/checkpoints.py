@@ -1,17 +1,20 @@
-"""Checkpoint in, decoupled checkpoint out: a Hugging Face BERT folder (or Hub name) converted on disk."""
+"""Checkpoint in, decoupled checkpoint out: a Hugging Face BERT or GPT-2 folder (or Hub name) converted on disk."""
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from detransformer.files import atomic_folder
 
-HEADS = ("auto", "base", "masked-lm", "classification", "question-answering")
+HEADS = ("auto", "base", "masked-lm", "classification", "question-answering", "causal-lm")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "vocab.txt",
+    "vocab.txt",  # BERT's
+    "vocab.json",  # GPT-2's two
+    "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
 )
@@ -26,6 +29,46 @@ ARCHITECTURE_HEADS = {
     "BertForPreTraining": "masked-lm",
     "BertForSequenceClassification": "classification",
     "BertForQuestionAnswering": "question-answering",
+    "GPT2LMHeadModel": "causal-lm",
+    "GPT2DoubleHeadsModel": "causal-lm",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What there is to know of a model type's checkpoints.
+
+    Args:
+        name: as people write it.
+        sizes: config.json's names of hidden size, layers and heads, and what holds where it is silent.
+        body: name parts of tensors that no checkpoint may lack.
+        classes: of transformers, by head.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    body: tuple[str, ...]
+    classes: dict[str, str]
+
+
+FAMILIES = {
+    "bert": Family(
+        name="BERT",
+        sizes={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+        body=("encoder", "embeddings"),
+        classes={
+            "base": "BertModel",
+            "masked-lm": "BertForMaskedLM",
+            "classification": "BertForSequenceClassification",
+            "question-answering": "BertForQuestionAnswering",
+        },
+    ),
+    "gpt2": Family(
+        name="GPT-2",
+        sizes={"n_embd": 768, "n_layer": 12, "n_head": 12},
+        body=("h", "wte", "wpe", "ln_f"),
+        classes={"base": "GPT2Model", "causal-lm": "GPT2LMHeadModel"},
+    ),
 }
 
 
@@ -39,12 +82,12 @@ def decouple_checkpoint(
     force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Convert the BERT at `source` (folder or Hub name); the result is at `output` whole or not at all.
+    """Convert the BERT or GPT-2 at `source` (folder or Hub name); the result is at `output` whole or not at all.
 
     `head` is the model class to load; `auto` takes the one the checkpoint was saved with. Tokenizer files are copied.
 
     Raises:
-        ValueError: for a source that is not a whole BERT checkpoint, sizes that do not divide, an output in the way.
+        ValueError: for a source that is no whole checkpoint of these, sizes that do not divide, an output in the way.
     """
     output = Path(output)
     if output.exists() and not force:
@@ -54,6 +97,7 @@ def decouple_checkpoint(
     config = read_config(source)
     if Path(source).is_dir() and output.resolve() == Path(source).resolve():
         raise ValueError(f"--output {output} is the checkpoint itself; choose another folder.")
+    family = FAMILIES[config["model_type"]]
     if head == "auto":
         head = ARCHITECTURE_HEADS.get((config.get("architectures") or [""])[0], "base")
 
@@ -61,12 +105,12 @@ def decouple_checkpoint(
     from detransformer.models.configuration import check_decoupling
 
     check_decoupling(
-        *(config.get(key, default) for key, default in BERT_SIZES.items()),
+        *(config.get(key, default) for key, default in family.sizes.items()),
         num_original_layers,
         num_divisions,
         attention_width,
     )
-    original, fresh = load_bert(source, head)
+    original, fresh = load_original(source, family, head)
     decoupled = decouple(original, num_original_layers, num_divisions, attention_width)
     with atomic_folder(output) as folder:
         decoupled.save_pretrained(folder)
@@ -80,12 +124,8 @@ def decouple_checkpoint(
     return output
 
 
-# What BertConfig takes where config.json is silent.
-BERT_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-
-
 def read_config(source: str) -> dict:
-    """config.json of a BERT checkpoint; ValueError where `source` is not one."""
+    """config.json of a BERT or GPT-2 checkpoint; ValueError where `source` is not one."""
     folder = Path(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file; give the checkpoint's folder (with config.json and model.safetensors).")
@@ -110,35 +150,38 @@ def read_config(source: str) -> dict:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         kind = config.get("model_type")
+        made_as = (config.get("architectures") or [""])[0]
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); fetch the checkpoint again.") from error
-    if kind == "decoupled_bert":
-        raise ValueError(f"{source} is decoupled already; give the original BERT checkpoint.")
-    if kind != "bert":
+    if kind in ("decoupled_bert", "decoupled_gpt2"):
+        raise ValueError(f"{source} is decoupled already; give the original checkpoint.")
+    if kind not in FAMILIES:
         raise ValueError(
-            f"{source} is not a BERT checkpoint (model_type {kind!r}); give one whose model_type is 'bert'."
+            f"{source} is not a BERT checkpoint, nor a GPT-2 one (model_type {kind!r}); give one whose model_type is "
+            f"one of {', '.join(FAMILIES)}."
+        )
+    if made_as in ARCHITECTURE_HEADS and ARCHITECTURE_HEADS[made_as] not in FAMILIES[kind].classes:
+        raise ValueError(
+            f"{source} is not a BERT checkpoint, nor a GPT-2 one: its config.json says model_type {kind!r} and "
+            f"architecture {made_as!r}; fetch it again."
         )
     return config
 
 
-def load_bert(source: str, head: str):
+def load_original(source: str, family: Family, head: str):
     """(model, names of modules the checkpoint had no weights for); ValueError for damaged or foreign weights."""
+    import transformers
     from safetensors import SafetensorError
-    from transformers import BertForMaskedLM, BertForQuestionAnswering, BertForSequenceClassification, BertModel
     from transformers.utils import logging
 
-    classes = {
-        "base": BertModel,
-        "masked-lm": BertForMaskedLM,
-        "classification": BertForSequenceClassification,
-        "question-answering": BertForQuestionAnswering,
-    }
-    if head not in classes:
+    if head not in HEADS:
         raise ValueError(f"--head {head} is unknown; choose one of {', '.join(HEADS)}.")
+    if head not in family.classes:
+        raise ValueError(f"--head {head} is not for {family.name}; choose one of {', '.join(family.classes)}.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = classes[head].from_pretrained(source, output_loading_info=True)
+        model, info = getattr(transformers, family.classes[head]).from_pretrained(source, output_loading_info=True)
     except (SafetensorError, EOFError) as error:
         raise ValueError(
             f"The weights of {source} are damaged ({_short(error)}); fetch the checkpoint again."
@@ -147,13 +190,13 @@ def load_bert(source: str, head: str):
         if getattr(error, "errno", None):
             raise
         raise ValueError(
-            f"{source} cannot be loaded as a BERT checkpoint ({_short(error)}); fetch it again."
+            f"{source} cannot be loaded as a {family.name} checkpoint ({_short(error)}); fetch it again."
         ) from error
     missing = {key for key in info["missing_keys"] if "position_ids" not in key}
-    lost = sorted(key for key in missing if "encoder." in key or "embeddings." in key)
+    lost = sorted(key for key in missing if not set(family.body).isdisjoint(key.split(".")))
     if lost:
         raise ValueError(
-            f"The weights of {source} are not a whole BERT: {len(lost)} tensors are missing, first {lost[0]}; "
+            f"The weights of {source} are not a whole {family.name}: {len(lost)} tensors are missing, first {lost[0]}; "
             f"fetch the checkpoint again."
         )
     return model, sorted({key.rsplit(".", 1)[0] for key in missing})

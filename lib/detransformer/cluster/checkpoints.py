@@ -11,14 +11,24 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from safetensors.torch import save
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from detransformer.files import atomic_folder, atomic_write
-from detransformer.models import DecoupledBertConfig, decouple
-from detransformer.models.configuration import PRESET_SIZES, decoupled_config, preset_config
+from detransformer.models import architecture, decouple
+from detransformer.models.configuration import PLANNING_ONLY, PRESETS, decoupled_config, preset_config
 from detransformer.settings import cache_folder
 
 SEED = 0
+MODEL_CLASS = {"bert": BertModel, "gpt2": GPT2LMHeadModel}
 
 
 @dataclass(frozen=True)
@@ -26,27 +36,33 @@ class Checkpoint:
     """A folder with config.json and model.safetensors, and the configuration in it."""
 
     path: Path
-    config: BertConfig
+    config: PretrainedConfig
 
     @property
     def decoupled(self) -> bool:
-        return isinstance(self.config, DecoupledBertConfig)
+        return hasattr(self.config, "num_divisions")
 
 
 def original_checkpoint(model: str) -> Checkpoint:
     """The original model: a preset's name (random weights, made once and cached) or a folder.
 
     Raises:
-        ValueError: if it is neither, or the folder holds no BERT.
+        ValueError: if it is neither, the preset is for planning only, or the folder holds no BERT or GPT-2.
     """
-    if model not in PRESET_SIZES:
+    if model in PLANNING_ONLY:
+        raise ValueError(
+            f"model {model!r} is for planning only, its weights are not made: choose one of "
+            f"{', '.join(name for name in PRESETS if name not in PLANNING_ONLY)}, or a checkpoint folder."
+        )
+    if model not in PRESETS:
         return open_folder(model)
 
-    def build() -> BertModel:
+    def build() -> PreTrainedModel:
         torch.manual_seed(SEED)
-        built = BertModel(preset_config(model))
+        config = preset_config(model)
+        built = MODEL_CLASS[architecture(config)](config)
         for name, parameter in built.named_parameters():
-            if name.endswith("bias") or "LayerNorm" in name:
+            if name.endswith("bias") or "LayerNorm" in name or ".ln_" in name:
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
         return built
 
@@ -60,36 +76,35 @@ def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: in
         return original
     config = original.config
     name = model
-    if model not in PRESET_SIZES:
+    if model not in PRESETS:
         stamp = (original.path / "model.safetensors").stat()
         name = "folder-" + hashlib.sha256(f"{original.path.resolve()} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
     # checks the sizes before a large model is loaded for nothing
     decoupled_config(config, num_original_layers, num_divisions, attention_width)
     name += f"-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}"
 
-    def build() -> BertModel:
-        loaded = BertModel.from_pretrained(original.path)
+    def build() -> PreTrainedModel:
+        loaded = MODEL_CLASS[architecture(config)].from_pretrained(original.path)
         return decouple(loaded, num_original_layers, num_divisions, attention_width)
 
     return _cached(name, build)
 
 
 def open_folder(folder: str | Path) -> Checkpoint:
-    """A BERT checkpoint in `folder`, original or decoupled."""
+    """A BERT or GPT-2 checkpoint in `folder`, original or decoupled."""
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(
-            f"model {str(folder)!r} is neither a preset ({', '.join(PRESET_SIZES)}) nor a folder that exists."
-        )
+        raise ValueError(f"model {str(folder)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder that exists.")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} holds no readable config.json ({str(error).splitlines()[0]}): save the model there."
         ) from None
-    if not isinstance(config, BertConfig):
+    if not isinstance(config, BertConfig | GPT2Config):
         raise ValueError(
-            f"{path} is a {config.model_type} checkpoint, not BERT: only BERT and decoupled BERT can be run."
+            f"{path} is a {config.model_type} checkpoint, not BERT or GPT-2: only these two can be run, original or "
+            f"decoupled."
         )
     if not (path / "model.safetensors").is_file():
         raise ValueError(

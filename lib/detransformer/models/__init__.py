@@ -1,6 +1,13 @@
-"""Decoupled and original BERT, and the conversion between them. Knows no rank, clock, file path or plot."""
+"""Decoupled and original BERT and GPT-2, and the conversion between them. Knows no rank, clock, file path or plot."""
 
-from detransformer.models.configuration import DecoupledBertConfig, layer_kinds, preset_config
+from detransformer.models.configuration import (
+    DecoupledBertConfig,
+    DecoupledGPT2Config,
+    architecture,
+    ffn_size,
+    layer_kinds,
+    preset_config,
+)
 from detransformer.models.conversion import decouple
 from detransformer.models.decoupled_bert import (
     DecoupledBertForMaskedLM,
@@ -8,6 +15,7 @@ from detransformer.models.decoupled_bert import (
     DecoupledBertForSequenceClassification,
     DecoupledBertModel,
 )
+from detransformer.models.decoupled_gpt2 import DecoupledGPT2LMHeadModel, DecoupledGPT2Model
 
 __all__ = [
     "DecoupledBertConfig",
@@ -15,7 +23,12 @@ __all__ = [
     "DecoupledBertForQuestionAnswering",
     "DecoupledBertForSequenceClassification",
     "DecoupledBertModel",
+    "DecoupledGPT2Config",
+    "DecoupledGPT2LMHeadModel",
+    "DecoupledGPT2Model",
+    "architecture",
     "decouple",
+    "ffn_size",
     "layer_kinds",
     "preset_config",
 ]

@@ -1,4 +1,4 @@
-"""Configuration of decoupled BERT (DATE 2024, Section III-B, Figs. 4 and 5).
+"""Configuration of decoupled BERT (DATE 2024, Section III-B, Figs. 4 and 5) and GPT-2 (its extension in TPDS 2025).
 
 A decoupled model is a stack of `num_hidden_layers` (l) layers cut in `num_original_layers` (Nb) groups. The last layer
 of each group is an original Transformer layer; the others are decoupled layers of `num_divisions` (Ndiv) sub-blocks.
@@ -7,7 +7,7 @@ of each group is an original Transformer layer; the others are decoupled layers 
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import BertConfig
+from transformers import BertConfig, GPT2Config, PretrainedConfig
 
 ATTENTION_WIDTHS = ("full", "narrow")
 
@@ -36,14 +36,40 @@ class DecoupledBertConfig(BertConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        check_decoupling(
-            self.hidden_size,
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.num_original_layers,
-            self.num_divisions,
-            self.attention_width,
-        )
+        _check_config(self)
+
+
+@strict
+class DecoupledGPT2Config(GPT2Config):
+    """`GPT2Config` plus the three choices of structure decoupling, as in `DecoupledBertConfig`.
+
+    Raises:
+        ValueError: for sizes that do not divide, naming the value, the limit and a remedy.
+    """
+
+    model_type = "decoupled_gpt2"
+
+    num_original_layers: int = 4
+    num_divisions: int = 4
+    attention_width: Literal["full", "narrow"] = "full"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        _check_config(self)
+
+
+DECOUPLED_CONFIG = {"bert": DecoupledBertConfig, "gpt2": DecoupledGPT2Config}
+
+
+def _check_config(config: DecoupledBertConfig | DecoupledGPT2Config) -> None:
+    check_decoupling(
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_original_layers,
+        config.num_divisions,
+        config.attention_width,
+    )
 
 
 def check_decoupling(
@@ -77,10 +103,27 @@ def check_decoupling(
         )
 
 
-def layer_kinds(config: BertConfig) -> tuple[str, ...]:
+def architecture(config: PretrainedConfig) -> str:
+    """`"bert"` or `"gpt2"`, original or decoupled; ValueError for any other model."""
+    name = config.model_type.removeprefix("decoupled_")
+    if name not in DECOUPLED_CONFIG:
+        raise ValueError(
+            f"model type {config.model_type!r} is neither BERT nor GPT-2: choose a model of one of these two."
+        )
+    return name
+
+
+def ffn_size(config: PretrainedConfig) -> int:
+    """I, the inner width of the FFN; GPT-2's is four times the hidden size where its configuration names none."""
+    if architecture(config) == "bert":
+        return config.intermediate_size
+    return config.n_inner or 4 * config.hidden_size
+
+
+def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
     """`"original"` or `"decoupled"` for each layer, first to last; the last of each group is original (Fig. 5).
 
-    A plain `BertConfig` is all original.
+    A plain `BertConfig` or `GPT2Config` is all original.
     """
     num_layers = config.num_hidden_layers
     num_original = getattr(config, "num_original_layers", num_layers)
@@ -90,17 +133,17 @@ def layer_kinds(config: BertConfig) -> tuple[str, ...]:
     )
 
 
-def config_fields(config: BertConfig) -> dict:
+def config_fields(config: PretrainedConfig) -> dict:
     """The arguments that make a configuration like `config`, of its class or another."""
     derived = ("model_type", "architectures", "transformers_version")
     return {key: value for key, value in config.to_dict().items() if key not in derived}
 
 
 def decoupled_config(
-    original: BertConfig, num_original_layers: int, num_divisions: int, attention_width: str = "full"
-) -> DecoupledBertConfig:
-    """The configuration of `original`, decoupled; ValueError where its sizes do not divide so."""
-    return DecoupledBertConfig(
+    original: PretrainedConfig, num_original_layers: int, num_divisions: int, attention_width: str = "full"
+) -> DecoupledBertConfig | DecoupledGPT2Config:
+    """The configuration of `original`, a BERT or GPT-2, decoupled; ValueError where its sizes do not divide so."""
+    return DECOUPLED_CONFIG[architecture(original)](
         **config_fields(original),
         num_original_layers=num_original_layers,
         num_divisions=num_divisions,
@@ -108,10 +151,21 @@ def decoupled_config(
     )
 
 
+# BERT's presets, which the papers' tables are about.
 PRESET_SIZES = {
     "bert-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "bert-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
+GPT2_SIZES = {
+    "gpt2": dict(n_embd=768, n_layer=12, n_head=12),
+    "gpt2-medium": dict(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": dict(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": dict(n_embd=1600, n_layer=48, n_head=25),
+    # OPT-6.7B's sizes (Zhang et al. 2022, Table 1) in GPT-2's architecture: too large to be made here, but not to plan.
+    "opt-6.7b-shape": dict(n_embd=4096, n_layer=32, n_head=32, n_inner=16384, vocab_size=50272, n_positions=2048),
+}
+PRESETS = (*PRESET_SIZES, *GPT2_SIZES)
+PLANNING_ONLY = ("opt-6.7b-shape",)
 
 
 def preset_config(
@@ -119,11 +173,11 @@ def preset_config(
     num_original_layers: int | None = None,
     num_divisions: int = 4,
     attention_width: str = "full",
-) -> BertConfig:
-    """BERT-Base or BERT-Large (DATE 2024, Section IV-A), original or, with `num_original_layers`, decoupled."""
-    if name not in PRESET_SIZES:
-        raise ValueError(f"model {name!r} is unknown: choose one of {', '.join(PRESET_SIZES)}, or a checkpoint folder.")
-    original = BertConfig(**PRESET_SIZES[name])
+) -> PretrainedConfig:
+    """A model of BERT's or GPT-2's published sizes (DATE 2024, Section IV-A), original or, with Nb, decoupled."""
+    if name not in PRESETS:
+        raise ValueError(f"model {name!r} is unknown: choose one of {', '.join(PRESETS)}, or a checkpoint folder.")
+    original = BertConfig(**PRESET_SIZES[name]) if name in PRESET_SIZES else GPT2Config(**GPT2_SIZES[name])
     if num_original_layers is None:
         return original
     return decoupled_config(original, num_original_layers, num_divisions, attention_width)

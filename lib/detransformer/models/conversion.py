@@ -1,38 +1,45 @@
-"""Conversion of a trained original BERT to a decoupled one by slicing its weights (DATE 2024, Fig. 4).
+"""Conversion of a trained original BERT or GPT-2 to a decoupled one by slicing its weights (DATE 2024, Fig. 4).
 
-Sub-block p takes the columns of Q, K, V and FFN-in that read its input slice, and the rows of both output projections
-that write its output slice. Original layers, embeddings, pooler and heads are copied.
+Sub-block p takes the weights of Q, K, V and FFN-in that read its input slice, and those of both output projections that
+write its output slice. Original layers, embeddings, last LayerNorm, pooler and heads are copied.
 """
 
+import copy
+import re
+
 import torch
-from transformers import BertConfig, BertPreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.models.configuration import DecoupledBertConfig, decoupled_config, layer_kinds
-from detransformer.models.decoupled_bert import DECOUPLED_CLASS
+from detransformer.models import decoupled_bert, decoupled_gpt2
+from detransformer.models.configuration import architecture, decoupled_config, layer_kinds
+
+DECOUPLED_CLASS = decoupled_bert.DECOUPLED_CLASS | decoupled_gpt2.DECOUPLED_CLASS
+LAYER_NAME = re.compile(r"(?:^|\.)(?:encoder\.layer|h)\.(\d+)\.(.+)$")
 
 
 def decouple(
-    model: BertPreTrainedModel,
+    model: PreTrainedModel,
     num_original_layers: int = 4,
     num_divisions: int = 4,
     attention_width: str = "full",
-) -> BertPreTrainedModel:
+) -> PreTrainedModel:
     """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
 
     Args:
-        model: a `BertModel`, `BertForMaskedLM`, `BertForSequenceClassification` or `BertForQuestionAnswering`.
+        model: a `BertModel`, `BertForMaskedLM`, `BertForSequenceClassification`, `BertForQuestionAnswering`,
+            `GPT2Model` or `GPT2LMHeadModel`.
         num_original_layers: Nb; `model`'s layers at those places are copied.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.
 
     Raises:
-        ValueError: if `model` is not one of the four BERT classes, or the sizes do not divide.
+        ValueError: if `model` is not one of these six classes, or the sizes do not divide.
     """
     decoupled_class = DECOUPLED_CLASS.get(type(model))
     if decoupled_class is None:
         raise ValueError(
-            f"{type(model).__name__} cannot be decoupled: it is not an original BERT. "
+            f"{type(model).__name__} cannot be decoupled: it is not an original BERT or GPT-2. "
             f"Load the checkpoint as one of {', '.join(c.__name__ for c in DECOUPLED_CLASS)}."
         )
     config = decoupled_config(model.config, num_original_layers, num_divisions, attention_width)
@@ -40,30 +47,33 @@ def decouple(
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
     with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds
         decoupled = decoupled_class(config, **kwargs)
-    decoupled.tie_weights()  # the MLM head's decoder is the word embeddings; drawing weights would have tied them
+    decoupled.tie_weights()  # the LM head's matrix is the word embeddings; drawing weights would have tied them
     decoupled = decoupled.to(next(model.parameters()).dtype)
     decoupled.load_state_dict(decoupled_state_dict(model.state_dict(), config))
+    if model.can_generate():
+        decoupled.generation_config = copy.deepcopy(model.generation_config)
     return decoupled.train(model.training)
 
 
-def decoupled_state_dict(state: dict[str, torch.Tensor], config: DecoupledBertConfig) -> dict[str, torch.Tensor]:
-    """Slices the decoupled layers' entries of a BERT state dict; everything else passes through unchanged."""
+def decoupled_state_dict(state: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """The decoupled layers' entries of a BERT or GPT-2 state dict sliced, views mostly; all else passes through."""
     kinds = layer_kinds(config)
     sliced = {}
     for name, value in state.items():
-        prefix, found, rest = name.partition("encoder.layer.")
-        index, _, parameter = rest.partition(".")
-        if found and kinds[int(index)] == "decoupled":
-            value = slice_parameter(parameter, value, config)
-        sliced[name] = value.clone()
+        found = LAYER_NAME.search(name)
+        if found and kinds[int(found[1])] == "decoupled":
+            value = slice_parameter(found[2], value, config)
+        sliced[name] = value
     return sliced
 
 
-def slice_parameter(parameter: str, value: torch.Tensor, config: BertConfig) -> torch.Tensor:
+def slice_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """One original layer's parameter [...] as the stacked parameter [P, ...] of its decoupled layer.
 
-    `parameter` is the name inside the layer, e.g. `attention.self.query.weight`.
+    `parameter` is the name inside the layer, e.g. `attention.self.query.weight` or `attn.c_attn.weight`.
     """
+    if architecture(config) == "gpt2":
+        return _slice_gpt2_parameter(parameter, value, config)
     blocks = config.num_divisions
     narrow = config.attention_width == "narrow"
     is_qkv = parameter.startswith("attention.self.")
@@ -79,9 +89,26 @@ def slice_parameter(parameter: str, value: torch.Tensor, config: BertConfig) -> 
     return value
 
 
-def _narrow_heads(stacked: torch.Tensor, config: BertConfig, dim: int) -> torch.Tensor:
-    """Sub-block p keeps the p-th part of every head along `dim`: [P, ..D..] -> [P, ..d..]."""
-    blocks, heads = config.num_divisions, config.num_attention_heads
+def _slice_gpt2_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """The same for GPT-2, whose weights are input-major, Q, K and V in one."""
+    blocks = config.num_divisions
+    narrow = config.attention_width == "narrow"
+    if parameter.startswith(("attn.c_attn.", "mlp.c_fc.")):  # reads a slice: rows; the bias is whole in each sub-block
+        if parameter.endswith("weight"):
+            value = value.unflatten(0, (blocks, -1))  # [D, out] -> [P, d, out]
+        else:
+            value = value.expand(blocks, -1)
+        is_qkv = parameter.startswith("attn.")
+        return _narrow_heads(value, config, value.ndim - 1, num_maps=3) if is_qkv and narrow else value
+    if parameter in ("attn.c_proj.weight", "mlp.c_proj.weight"):  # writes a slice: columns
+        value = value.unflatten(1, (blocks, -1)).transpose(0, 1)  # [in, D] -> [P, in, d]
+        return _narrow_heads(value, config, dim=1) if parameter.startswith("attn.") and narrow else value
+    return value.unflatten(0, (blocks, -1))  # bias and LayerNorm entries [P, d]
+
+
+def _narrow_heads(stacked: torch.Tensor, config: PretrainedConfig, dim: int, num_maps: int = 1) -> torch.Tensor:
+    """Sub-block p keeps the p-th part of every head, of each map packed along `dim`: [P, ..D..] -> [P, ..d..]."""
+    blocks, heads = config.num_divisions, num_maps * config.num_attention_heads
     parts = stacked.unflatten(dim, (heads, blocks, -1))  # [P, .., H, P, s/P, ..]
     kept = [parts[p].select(dim, p) for p in range(blocks)]  # the leading axis is gone: P stands at dim
     return torch.stack(kept).flatten(dim, dim + 1)

@@ -1,14 +1,15 @@
 """Parameters and floating-point operations of a model, counted from its configuration alone.
 
-A multiply-add counts as two operations. Only matrix products count: LayerNorm, GELU and softmax are below 2%.
+A multiply-add counts as two operations. Only matrix products count: LayerNorm, GELU and softmax are below 2%. The
+scores of GPT-2's causal attention count in full, as its modules compute them.
 """
 
-from transformers import BertConfig
+from transformers import PretrainedConfig
 
-from detransformer.models.configuration import layer_kinds
+from detransformer.models.configuration import architecture, ffn_size, layer_kinds
 
 
-def _widths(config: BertConfig, kind: str) -> tuple[int, int, int]:
+def _widths(config: PretrainedConfig, kind: str) -> tuple[int, int, int]:
     """(sub-blocks P, slice width d, attention width A of one sub-block) of a layer."""
     blocks = config.num_divisions if kind == "decoupled" else 1
     width = config.hidden_size // blocks
@@ -16,40 +17,48 @@ def _widths(config: BertConfig, kind: str) -> tuple[int, int, int]:
     return blocks, width, width if narrow else config.hidden_size
 
 
-def layer_parameters(config: BertConfig, kind: str) -> int:
+def layer_parameters(config: PretrainedConfig, kind: str) -> int:
     """Weights and biases of one `"original"` or `"decoupled"` layer."""
     blocks, width, attention = _widths(config, kind)
-    intermediate = config.intermediate_size
+    intermediate = ffn_size(config)
     attention_part = 3 * (width * attention + attention) + attention * width + width
     ffn_part = width * intermediate + intermediate + intermediate * width + width
     return blocks * (attention_part + ffn_part + 4 * width)  # two LayerNorms of weight and bias
 
 
-def embedding_parameters(config: BertConfig) -> int:
-    rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
-    return (rows + 2) * config.hidden_size
+def embedding_parameters(config: PretrainedConfig) -> int:
+    """What stands outside the layers, a LayerNorm included: of GPT-2 the last one; its LM head is the embeddings."""
+    token_types = config.type_vocab_size if architecture(config) == "bert" else 0
+    return (config.vocab_size + config.max_position_embeddings + token_types + 2) * config.hidden_size
 
 
-def pooler_parameters(config: BertConfig) -> int:
-    return config.hidden_size**2 + config.hidden_size
+def pooler_parameters(config: PretrainedConfig) -> int:
+    """Of BERT; GPT-2 has none."""
+    return config.hidden_size**2 + config.hidden_size if architecture(config) == "bert" else 0
 
 
-def model_parameters(config: BertConfig) -> int:
-    """Embeddings, encoder and pooler: 109.48 M for BERT-Base, 109.61 M decoupled (Nb=4, Ndiv=4)."""
+def model_parameters(config: PretrainedConfig) -> int:
+    """Embeddings, layers and pooler: 109.48 M for BERT-Base, 109.61 M decoupled (Nb=4, Ndiv=4); 124.44 M for GPT-2."""
     layers = sum(layer_parameters(config, kind) for kind in layer_kinds(config))
     return embedding_parameters(config) + layers + pooler_parameters(config)
 
 
-def layer_flops(config: BertConfig, kind: str, seq_len: int, batch_size: int = 1) -> int:
+def layer_flops(config: PretrainedConfig, kind: str, seq_len: int, batch_size: int = 1) -> int:
     """Matrix-product operations of one layer for X [batch_size, seq_len, D]."""
     blocks, width, attention = _widths(config, kind)
     projections = 2 * seq_len * 4 * width * attention
     scores = 2 * 2 * seq_len * seq_len * attention
-    ffn = 2 * seq_len * 2 * width * config.intermediate_size
+    ffn = 2 * seq_len * 2 * width * ffn_size(config)
     return batch_size * blocks * (projections + scores + ffn)
 
 
-def model_flops(config: BertConfig, seq_len: int, batch_size: int = 1) -> int:
-    """Encoder operations for one forward pass (embeddings are look-ups; the pooler's 2 D^2 are counted)."""
+def model_flops(config: PretrainedConfig, seq_len: int, batch_size: int = 1) -> int:
+    """Operations of one forward pass without a head (embeddings are look-ups; BERT's pooler, 2 D^2, is counted)."""
     layers = sum(layer_flops(config, kind, seq_len, batch_size) for kind in layer_kinds(config))
-    return layers + batch_size * 2 * config.hidden_size**2
+    pooler = 2 * config.hidden_size**2 if architecture(config) == "bert" else 0
+    return layers + batch_size * pooler
+
+
+def head_flops(config: PretrainedConfig, num_tokens: int = 1) -> int:
+    """Operations of the LM head for `num_tokens` tokens, 2 D V each; decoding needs the last token's alone."""
+    return 2 * num_tokens * config.hidden_size * config.vocab_size

@@ -1,0 +1,194 @@
+"""Decoupled GPT-2 as Hugging Face models: the decoder's counterpart of `decoupled_bert` (TPDS 2025).
+
+Only the layers differ from `transformers`' GPT-2: embeddings, original layers, the last LayerNorm and the head are its
+own classes, and `generate` is too. A decoupled layer is a pre-norm layer on each slice of the hidden axis: of slice p,
+x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds keys and values of all
+sub-blocks as further heads. Parameter names are GPT-2's, with a leading sub-block axis.
+
+Shapes: B batch, T tokens, D hidden size, P = Ndiv sub-blocks, d = D/P slice, A attention width of a sub-block (D, or d
+if narrow), H heads, s = A/H head size, I intermediate size.
+"""
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2Tokenizer,
+)
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, eager_attention_forward
+
+from detransformer.models.configuration import DecoupledGPT2Config, ffn_size, layer_kinds
+from detransformer.models.decoupled_bert import BatchedLayerNorm, merge_hidden, split_hidden
+
+
+class BatchedConv1D(nn.Module):
+    """P independent linear maps, weights input-major as in GPT-2's Conv1D: [P, M, in] -> [P, M, out]."""
+
+    def __init__(self, num_blocks: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, in_features, out_features))  # as Conv1D, stacked
+        self.bias = nn.Parameter(torch.zeros(num_blocks, out_features))
+        nn.init.normal_(self.weight, std=0.02)  # Conv1D's own default
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+
+
+class DecoupledGPT2Attention(GPT2Attention):
+    """Causal self-attention of P sub-blocks: Q, K, V are Linear(d -> A) packed in one, all heads in each sub-block."""
+
+    def __init__(self, config: DecoupledGPT2Config, layer_idx: int):
+        nn.Module.__init__(self)
+        self.config = config
+        self.layer_idx = layer_idx
+        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
+        attention_width = config.hidden_size if config.attention_width == "full" else width
+        self.num_heads = config.num_attention_heads
+        self.head_dim = attention_width // self.num_heads
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.reorder_and_upcast_attn = config.reorder_and_upcast_attn
+        self.c_attn = BatchedConv1D(blocks, width, 3 * attention_width)
+        self.c_proj = BatchedConv1D(blocks, attention_width, width)
+        self.attn_dropout = nn.Dropout(config.attn_pdrop)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.is_causal = True  # read by the attention functions of transformers
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        batch_size: int,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, P*H, T, T_all] or None)."""
+        blocks, rows, _ = x.shape
+        packed = self.c_attn(x).view(blocks, batch_size, rows // batch_size, 3, self.num_heads, self.head_dim)
+        # Sub-blocks stand beside heads, not beside requests: a cache is reordered, cut and repeated by requests.
+        q, k, v = packed.permute(3, 1, 0, 4, 2, 5).flatten(2, 3)  # [B, P*H, T, s] each
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        name = self.config._attn_implementation
+        if name == "eager" and self.reorder_and_upcast_attn:
+            context, weights = self._upcast_and_reordered_attn(q, k, v, attention_mask)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+            dropout = self.attn_dropout.p if self.training else 0.0
+            context, weights = attend(
+                self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )  # [B, T, P*H, s]
+        context = context.unflatten(2, (blocks, -1)).permute(2, 0, 1, 3, 4)  # [P, B, T, H, s]
+        return self.resid_dropout(self.c_proj(context.reshape(blocks, rows, -1))), weights
+
+
+class DecoupledGPT2MLP(GPT2MLP):
+    """The FFN of P sub-blocks, Linear(d -> I), activation, Linear(I -> d): [P, M, d] -> [P, M, d]."""
+
+    def __init__(self, config: DecoupledGPT2Config):
+        nn.Module.__init__(self)
+        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
+        self.c_fc = BatchedConv1D(blocks, width, ffn_size(config))
+        self.c_proj = BatchedConv1D(blocks, ffn_size(config), width)
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+
+class DecoupledGPT2Block(GPT2Block):
+    """One decoupled layer: P pre-norm sub-blocks, each over its own slice of the hidden axis."""
+
+    def __init__(self, config: DecoupledGPT2Config, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)
+        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
+        self.num_divisions = blocks
+        self.ln_1 = BatchedLayerNorm(blocks, width, config.layer_norm_epsilon)
+        self.attn = DecoupledGPT2Attention(config, layer_idx)
+        self.ln_2 = BatchedLayerNorm(blocks, width, config.layer_norm_epsilon)
+        self.mlp = DecoupledGPT2MLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> torch.Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; the remaining arguments are GPT2Block's (no cross-attention)."""
+        kwargs.pop("encoder_attention_mask", None)
+        batch_size = len(hidden_states)
+        x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]
+        attended, _ = self.attn(self.ln_1(x), batch_size, past_key_values, attention_mask, **kwargs)
+        x = x + attended
+        x = x + self.mlp(self.ln_2(x))
+        return merge_hidden(x, batch_size)
+
+
+class _DecoupledGPT2Mixin:
+    """What the two models below share: their configuration and the initialisation of stacked weights."""
+
+    config_class = DecoupledGPT2Config
+    _no_split_modules = ["GPT2Block", "DecoupledGPT2Block"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
+        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, BatchedConv1D):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, BatchedLayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class DecoupledGPT2Model(_DecoupledGPT2Mixin, GPT2Model):
+    """Decoupled GPT-2 without a head; outputs as `transformers.GPT2Model`."""
+
+    def __init__(self, config: DecoupledGPT2Config):
+        if config.add_cross_attention:
+            raise ValueError("decoupled GPT-2 attends to its own tokens only: set add_cross_attention=False.")
+        super().__init__(config)
+        for i, kind in enumerate(layer_kinds(config)):
+            if kind == "decoupled":
+                self.h[i] = DecoupledGPT2Block(config, layer_idx=i)
+        self.post_init()
+
+
+class DecoupledGPT2LMHeadModel(_DecoupledGPT2Mixin, GPT2LMHeadModel):
+    """Decoupled GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
+
+    def __init__(self, config: DecoupledGPT2Config):
+        super().__init__(config)
+        self.transformer = DecoupledGPT2Model(config)
+        self.post_init()
+
+
+DECOUPLED_CLASS = {GPT2Model: DecoupledGPT2Model, GPT2LMHeadModel: DecoupledGPT2LMHeadModel}
+
+
+def register() -> None:
+    """Makes `AutoConfig`, the AutoModel classes and `AutoTokenizer` know decoupled GPT-2."""
+    AutoConfig.register(DecoupledGPT2Config.model_type, DecoupledGPT2Config, exist_ok=True)
+    AutoModel.register(DecoupledGPT2Config, DecoupledGPT2Model, exist_ok=True)
+    AutoModelForCausalLM.register(DecoupledGPT2Config, DecoupledGPT2LMHeadModel, exist_ok=True)
+    AutoTokenizer.register(DecoupledGPT2Config, GPT2Tokenizer, exist_ok=True)  # GPT-2's own files name no class
+
+
+register()
