@@ -2,21 +2,20 @@
 
 A Raspberry Pi is calibrated on published latency. Of the Jetsons only the peak is published, and one latency on one of
 them: all three are given the share of their peak that this one achieves, which is a model, and is called so.
+What needs torch loads in the functions that do: `detransformer run` reads a cluster's file without it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
-from transformers import PretrainedConfig
+from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
-from detransformer.models.configuration import preset_config
-from detransformer.models.sizes import model_flops
-from detransformer.planning.profile import DeviceProfile
-from detransformer.report.expected import published, published_claim
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PretrainedConfig
 
 CALIBRATION_SEQ_LEN = 128  # the published single-device latencies are at seq 128, batch 1 (Section IV-A)
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
@@ -66,7 +65,9 @@ DEVICES = {
 
 
 @cache
-def _figures() -> pd.DataFrame:
+def _figures() -> "pd.DataFrame":
+    from detransformer.report.expected import published
+
     return published("devices").set_index("device")
 
 
@@ -111,7 +112,7 @@ class DeviceSpec:
     def title(self) -> str:
         return self.name or self.hardware
 
-    def on(self, config: PretrainedConfig) -> DeviceProfile:
+    def on(self, config: "PretrainedConfig") -> DeviceProfile:
         """Its profile on a model of `config`."""
         known = self.profile or preset_profile(self.preset, config)
         reads = known.memory_bytes_per_s
@@ -145,7 +146,37 @@ def describe_devices(specs: Sequence[DeviceSpec]) -> str:
     return ", ".join(f"{count} x {hardware}" if count > 1 else hardware for hardware, count in runs)
 
 
-def preset_profile(name: str, config: PretrainedConfig) -> DeviceProfile:
+def link_shares(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
+    """Each device's part of the cluster's bandwidth; empty where all have all of it."""
+    shares = tuple(spec.link_share for spec in specs)
+    return shares if set(shares) != {1.0} else ()
+
+
+def cluster_profile(
+    specs: Sequence[DeviceSpec],
+    model: str,
+    config: "PretrainedConfig",
+    bandwidth_bps: float,
+    kind: str = "line-rate",
+    delay_s: float = 0.0,
+    link: LinkProfile | None = None,
+) -> ClusterProfile:
+    """Devices and links on `model` (a preset's name or a folder) of `config`.
+
+    `link` gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
+    """
+    devices = tuple(spec.on(config) for spec in specs)
+    shares = link_shares(specs)
+    if kind == "fitted":
+        from detransformer.planning.fitting import fitted_link
+
+        return ClusterProfile(devices, replace(fitted_link(model, bandwidth_bps), shares=shares))
+    known = link or LinkProfile(bandwidth_bps)
+    steps = {name: step_s + delay_s for name, step_s in known.step_latency_s.items()}
+    return ClusterProfile(devices, replace(known, bandwidth_bps=bandwidth_bps, step_latency_s=steps, shares=shares))
+
+
+def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
     """The profile of a preset device on a model of `config`.
 
     Raspberry Pi: FLOPs over published latency of the model of the same hidden size, 14.2 GFLOP/s on BERT-Base, 17.6 on
@@ -158,6 +189,12 @@ def preset_profile(name: str, config: PretrainedConfig) -> DeviceProfile:
     """
     if name not in DEVICES:
         raise ValueError(f"device {name!r} is unknown: choose one of {', '.join(DEVICES)}.")
+    import numpy as np
+
+    from detransformer.models.configuration import preset_config
+    from detransformer.models.sizes import model_flops
+    from detransformer.report.expected import published_claim
+
     device = DEVICES[name]
     if device.latency_claims:
         points = []
@@ -179,6 +216,10 @@ def preset_profile(name: str, config: PretrainedConfig) -> DeviceProfile:
 @cache
 def jetson_share() -> float:
     """The share of its peak that a Jetson TX2 achieves on DeiT-B: 35.1 GFLOP in 123.48 ms of 665.6 GFLOPS, 43%."""
+    from detransformer.models.configuration import preset_config
+    from detransformer.models.sizes import model_flops
+    from detransformer.report.expected import published
+
     table = published("coformer_tables").set_index(["table", "row"])
     latency_s = float(table.loc[("V", "1 device"), "latency_ms"]) / 1e3
     layers, patch_values = preset_config("bert-base"), 3 * DEIT_PATCH**2

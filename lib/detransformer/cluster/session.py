@@ -18,15 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from detransformer.cluster.devices import DeviceSpec, describe_devices, device_specs
+from detransformer.cluster.devices import DeviceSpec, cluster_profile, describe_devices, device_specs, link_shares
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_delay, can_emulate
 from detransformer.cluster.pacing import Arrivals
-from detransformer.planning.fitting import fitted_link
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 TRANSPORTS = ("auto", "namespaces", "loopback")
@@ -132,8 +130,7 @@ class EmulatedCluster:
     @property
     def link_shares(self) -> tuple[float, ...]:
         """Each device's part of `bandwidth_bps`; empty where all have all of it."""
-        shares = tuple(spec.link_share for spec in self.devices)
-        return shares if set(shares) != {1.0} else ()
+        return link_shares(self.devices)
 
     @property
     def link(self) -> str:
@@ -147,14 +144,7 @@ class EmulatedCluster:
 
         `link` gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
         """
-        devices = tuple(spec.on(config) for spec in self.devices)
-        if self._link == "fitted":
-            return ClusterProfile(devices, replace(fitted_link(model, self.bandwidth_bps), shares=self.link_shares))
-        known = replace((link or LinkProfile(self.bandwidth_bps)).at(self.bandwidth_bps), shares=self.link_shares)
-        if self.delay_s:
-            steps = {kind: step_s + self.delay_s for kind, step_s in known.step_latency_s.items()}
-            known = replace(known, step_latency_s=steps)
-        return ClusterProfile(devices, known)
+        return cluster_profile(self.devices, model, config, self.bandwidth_bps, self._link, self.delay_s, link)
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
