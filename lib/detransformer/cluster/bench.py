@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 from tqdm.auto import tqdm
-from transformers import BertConfig
+from transformers import BertConfig, GPT2Config, PretrainedConfig
 
 from detransformer.cluster.checkpoints import (
     Checkpoint,
@@ -30,12 +30,12 @@ from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.files import atomic_write
 from detransformer.models.configuration import (
-    PRESET_SIZES,
+    PRESETS,
     config_fields,
     decoupled_config,
     preset_config,
 )
-from detransformer.parallel.plan import METHODS, READS, Plan, published_plan
+from detransformer.parallel.plan import METHODS, READS, Plan, is_decoder, published_plan
 from detransformer.parallel.wire import check_spec
 from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.placement import auto_plan, paper_plan
@@ -220,15 +220,15 @@ class Bench:
             cell.model, config.num_original_layers, config.num_divisions, config.attention_width
         )
 
-    def config(self, cell: Cell) -> BertConfig:
+    def config(self, cell: Cell) -> PretrainedConfig:
         """The configuration of `cell`'s model, without making its checkpoint."""
-        known = preset_config(cell.model) if cell.model in PRESET_SIZES else open_folder(cell.model).config
+        known = preset_config(cell.model) if cell.model in PRESETS else open_folder(cell.model).config
         if not cell.needs_decoupled or hasattr(known, "num_divisions"):
             return known
         width = "narrow" if cell.method == "bp+narrow" else cell.attention_width
         return decoupled_config(known, cell.num_original_layers, cell.num_divisions, width)
 
-    def plan(self, cell: Cell, config: BertConfig) -> tuple[Plan, Prediction]:
+    def plan(self, cell: Cell, config: PretrainedConfig) -> tuple[Plan, Prediction]:
         """The plan that `cell` runs and what the cost model predicts for it."""
         profile = self.profile(cell)
         request = dict(
@@ -246,7 +246,7 @@ class Bench:
             plan = published_plan(cell.method, config, [1.0] * cell.num_devices, cell.wire, cell.reads)
         return plan, predict(config, plan, profile, cell.seq_len, cell.batch_size)
 
-    def predict(self, cell: Cell, config: BertConfig, plan: Plan) -> Prediction:
+    def predict(self, cell: Cell, config: PretrainedConfig, plan: Plan) -> Prediction:
         """What the cost model says of `plan` under the conditions of `cell`."""
         return predict(config, plan, self.profile(cell), cell.seq_len, cell.batch_size)
 
@@ -258,7 +258,7 @@ class Bench:
             raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
         return ClusterProfile(profile.devices[: cell.num_devices], profile.link)
 
-    def limit_s(self, cell: Cell, config: BertConfig, devices: Sequence[int]) -> float:
+    def limit_s(self, cell: Cell, config: PretrainedConfig, devices: Sequence[int]) -> float:
         """The physical limit: the original model's work over the summed speed of `devices`, nothing ever sent."""
         original, profile = _original(config), self.profile(cell)
         single = published_plan("single", original, reads=cell.reads)
@@ -314,7 +314,7 @@ class Bench:
         return [result for result in results if result is not None]
 
     def _row(
-        self, cell: Cell, config: BertConfig, plan: Plan, prediction: Prediction, results, scale, check, steal
+        self, cell: Cell, config: PretrainedConfig, plan: Plan, prediction: Prediction, results, scale, check, steal
     ) -> dict:
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(cell.repeats)]
@@ -389,10 +389,11 @@ class Bench:
         return [conditions | part for part in timeline_rows(parts, scale)]
 
 
-def _original(config: BertConfig) -> BertConfig:
+def _original(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration that `config` was decoupled from, or itself."""
     added = ("num_original_layers", "num_divisions", "attention_width")
-    return BertConfig(**{name: value for name, value in config_fields(config).items() if name not in added})
+    kind = GPT2Config if is_decoder(config) else BertConfig
+    return kind(**{name: value for name, value in config_fields(config).items() if name not in added})
 
 
 def _slowest_sums(results: list[dict], sample: int, scale: float) -> dict[str, float]:
