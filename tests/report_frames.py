@@ -119,3 +119,68 @@ def decoupling_rows() -> pd.DataFrame:
             for n, w, s in itertools.product((2, 4, 8), ("full", "narrow"), (128, 384, 512))
         ]
     )
+
+
+def plan_map_rows() -> pd.DataFrame:
+    plans = ("12 replicate on 1 device", "(2 block + heads) x4, 4 chunks on 4 devices")
+    return pd.DataFrame(
+        dict(model=m, num_devices=n, bandwidth_mbps=b, seq_len=s, plan=plans[b * s > 20_000], predicted_s=s / b / n)
+        for m, n, b, s in itertools.product(SINGLE_S, (2, 4), BANDWIDTHS, (16, 128))
+    )
+
+
+def choice_rows() -> pd.DataFrame:
+    """Three plans a cell; the chosen one is the fastest but in one cell, where it takes 10% more."""
+    rows = []
+    for m, n, b, s in itertools.product(SINGLE_S, (2, 4), BANDWIDTHS, (32, 128)):
+        for i, plan in enumerate(("a", "b", "c")):
+            latency = SINGLE_S[m] * s / 128 / n * (1 + 0.1 * i)
+            if (m, n, b, s) == ("bert-base", 2, 125, 32) and i == 0:
+                latency *= 1.21
+            place = dict(model=m, num_devices=n, bandwidth_mbps=b, seq_len=s, plan=plan, chosen=i == 0)
+            rows.append(place | dict(latency_s=latency, predicted_s=0.98 * latency, valid=True, why_invalid=""))
+    return pd.DataFrame(rows)
+
+
+def unequal_rows() -> pd.DataFrame:
+    splits = {"planned": 0.25, "even, same strategies": 0.45, "even, best strategies": 0.44}
+    return pd.DataFrame(
+        dict(model="bert-base", speeds="1:1:2:4", split=k, bandwidth_mbps=b, latency_s=v, ideal_s=0.22, valid=True)
+        | dict(over_ideal=v / 0.23, over_planned=v / 0.25)
+        for b, (k, v) in itertools.product((1000, 125), splits.items())
+    )
+
+
+def trace_rows() -> pd.DataFrame:
+    rows = []
+    for policy, slow in (("adaptive", 0.05), ("fixed: a", 0.09), ("fixed: b", 0.06)):
+        for i in range(30):
+            mbps = 125 if 10 <= i < 20 else 1000
+            place = dict(policy=policy, request=i, seq_len=(16, 64)[i % 2], bandwidth_mbps=mbps, estimate_mbps=mbps)
+            place |= dict(plan="ab"[mbps < 500], switched=i in (11, 21), latency_s=slow, model="bert-base")
+            rows.append(place | dict(device="Jetson TX2 (emulated)", num_devices=4))
+    return pd.DataFrame(rows)
+
+
+def generation_rows() -> pd.DataFrame:
+    return pd.DataFrame(
+        dict(model="gpt2", method=m, num_devices=1 if m == "single" else 4, bandwidth_mbps=b, prompt_len=16, valid=True)
+        | dict(first_token_s=v, token_s=v / 2, predicted_first_token_s=v, predicted_token_s=v / 2, why_invalid="")
+        | dict(new_tokens=16, equal_tokens=16)
+        for m, v, rates in (("single", 0.2, (1000,)), ("tp", 0.1, (1000, 125)), ("bp+auto", 0.06, (1000, 125)))
+        for b in rates
+    )
+
+
+def perplexity_rows() -> pd.DataFrame:
+    sizes = [(None, None), (4, 4), (2, 4), (1, 4), (4, 2), (4, 8)]
+    return pd.DataFrame(
+        dict(num_original_layers=nb, num_divisions=nd, perplexity=60 + i) for i, (nb, nd) in enumerate(sizes)
+    )
+
+
+def scale_out_rows() -> pd.DataFrame:
+    return pd.DataFrame(
+        dict(model=m, num_devices=n, seq_len=s, bandwidth_mbps=b, speedup=n**0.8)
+        for m, n, s, b in itertools.product(("bert-large", "gpt2-xl"), (2, 8, 64), (32, 512), (1000, 125))
+    )

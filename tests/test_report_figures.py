@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from detransformer.report import adaptive_figures
+from detransformer.report.adaptive_tables import adaptive_verdicts, choice_cells
 from detransformer.report.expected import published
 from detransformer.report.figures import FIGURES, draw, draw_all
 from detransformer.report.latency_figures import EVENTS
@@ -18,14 +20,27 @@ from report_frames import (
     MEGABITS,
     SINGLE_S,
     WAIT_S,
+    choice_rows,
     communication_s,
     decoupling_rows,
+    generation_rows,
     latency_rows,
+    perplexity_rows,
+    plan_map_rows,
+    scale_out_rows,
     table_iii_rows,
     timeline_rows,
+    trace_rows,
+    unequal_rows,
 )
 
 FROM_LATENCY = [name for name, (tables, _) in FIGURES.items() if tables == ("latency",)]
+
+
+def adaptive_frames() -> dict[str, pd.DataFrame]:
+    frames = dict(plan_map=plan_map_rows(), choices=choice_rows(), unequal=unequal_rows(), trace=trace_rows())
+    frames |= dict(generation=generation_rows(), perplexity=perplexity_rows(), scale_out=scale_out_rows())
+    return frames | dict(choice_cells=choice_cells(frames["choices"]))
 
 
 @pytest.fixture
@@ -49,6 +64,8 @@ def full_run(tmp_path) -> RunFolder:
         if k.startswith("bp")
     ]
     run.save_table(pd.DataFrame(plans), "placement")
+    for name, frame in adaptive_frames().items():
+        run.save_table(frame, name)
     return run
 
 
@@ -200,3 +217,23 @@ def test_the_command_redraws_quickly_and_without_torch(full_run):
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 30, "seconds of one processor, imports included"
     assert len(list(full_run.figures.glob("*.svg"))) == len(FIGURES)
+
+
+def test_adaptive_verdicts_say_what_was_obtained():
+    frames = adaptive_frames()
+    names = ("choice_cells", "unequal", "trace", "generation")
+    verdicts = adaptive_verdicts(*(frames[name] for name in names)).set_index("claim")
+    near = verdicts.loc["cells whose chosen plan is within 3% of the best measured"]
+    assert near["obtained"] == 39 / 40 and near["verdict"] == "holds" and near["expected"] == "at least 0.95"
+    saved = verdicts.loc["changing link: time saved over the best fixed plan"]
+    assert saved["obtained"] == pytest.approx(1 / 6) and saved["verdict"] == "holds"
+    over = verdicts.loc["unequal devices: planned split over even, best strategies"]
+    assert over["obtained"] == pytest.approx(1.76)
+    frames["generation"].loc[0, "equal_tokens"] = 15
+    assert (adaptive_verdicts(*(frames[name] for name in names))["verdict"] == "does not hold").sum() == 1
+
+
+def test_the_trace_names_each_policy_with_its_total():
+    figure = adaptive_figures.trace(trace_rows())
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["adaptive: 1.5 s", "fixed: a: 2.7 s", "fixed: b: 1.8 s"]

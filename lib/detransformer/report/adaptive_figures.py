@@ -20,7 +20,7 @@ from detransformer.report.canvas import (
     panels,
     whole_ticks,
 )
-from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, valid_rows
+from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, checked_rows
 
 NEAR = 0.1  # a prediction within 10% counts as near
 
@@ -61,7 +61,7 @@ def plan_map(frame: pd.DataFrame) -> Figure:
 
 def predicted(frame: pd.DataFrame) -> Figure:
     """Predicted against measured latency of every plan of the grid; filled marks are the chosen ones."""
-    rows = need(valid_rows(frame), "choices", "measured plans")
+    rows = need(checked_rows(frame), "choices", "measured plans")
     models = list(dict.fromkeys(rows["model"]))
     figure, axes = panels(len(models), width=4.4, sharey=False)
     for axis, model in zip(axes, models, strict=True):
@@ -89,7 +89,7 @@ def predicted(frame: pd.DataFrame) -> Figure:
 
 def unequal(frame: pd.DataFrame) -> Figure:
     """Unequal devices: the planned split against even ones, and what no split can beat."""
-    rows = need(valid_rows(frame), "unequal", "measured splits")
+    rows = need(checked_rows(frame), "unequal", "measured splits")
     figure, axes = panels(1, width=6.4)
     axis = axes[0]
     splits, rates = list(dict.fromkeys(rows["split"])), sorted(rows["bandwidth_mbps"].unique(), reverse=True)
@@ -148,7 +148,7 @@ def trace(frame: pd.DataFrame) -> Figure:
 
 def generation(frame: pd.DataFrame) -> Figure:
     """Seconds to the first token and of each further one, by method and bandwidth; rings are predictions."""
-    rows = need(valid_rows(frame), "generation", "texts")
+    rows = need(checked_rows(frame), "generation", "texts")
     methods, rates = list(dict.fromkeys(rows["method"])), sorted(rows["bandwidth_mbps"].unique(), reverse=True)
     figure, axes = panels(2, width=4.4, sharey=False)
     step = 0.84 / len(methods)

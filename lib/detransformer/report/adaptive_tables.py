@@ -1,8 +1,26 @@
-"""What notebook 08 set out to show beside what it obtained; from saved tables only."""
+"""Tables of notebook 08, from rows measured: choices by cell, and what was expected beside what was obtained."""
 
 import pandas as pd
 
-from detransformer.report.tables import valid_rows
+from detransformer.report.tables import checked_rows
+
+
+def choice_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell of table `choices`: the chosen plan's latency over that of the best measured one (valid rows)."""
+    cells = []
+    where = ["model", "num_devices", "bandwidth_mbps", "seq_len"]
+    for key, part in checked_rows(rows).groupby(where, sort=False):
+        chosen = part[part["chosen"].astype(str) == "True"]
+        if not len(chosen):
+            continue
+        best, own = part.loc[part["latency_s"].idxmin()], chosen.iloc[0]
+        cells.append(
+            dict(zip(where, key, strict=True))
+            | {"chosen_plan": own["plan"], "latency_s": own["latency_s"], "best_plan": best["plan"]}
+            | {"best_s": best["latency_s"], "over_best": own["latency_s"] / best["latency_s"], "num_plans": len(part)}
+            | {"predicted_s": own["predicted_s"], "prediction_error": own["predicted_s"] / own["latency_s"] - 1}
+        )
+    return pd.DataFrame(cells)
 
 
 def adaptive_verdicts(
@@ -18,7 +36,7 @@ def adaptive_verdicts(
         ),
         ("median error of the prediction, chosen plans", "at most", 0.10, cells["prediction_error"].abs().median()),
     ]
-    valid = valid_rows(unequal)
+    valid = checked_rows(unequal)
     planned = valid["split"] == "planned"
     for split, part in valid[~planned].groupby("split", sort=False):
         rows.append((f"unequal devices: planned split over {split}", "at least", 1.5, part["over_planned"].min()))
