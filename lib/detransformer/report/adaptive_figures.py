@@ -79,6 +79,9 @@ def predicted(frame: pd.DataFrame) -> Figure:
                     **mark,
                 )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="Measured latency (s)")
+        ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low <= tick <= high]
+        whole_ticks(axis, ticks)
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         error = (part["predicted_s"] / part["latency_s"] - 1).abs()
         axis.set_title(f"{MODEL_NAMES.get(model, model)}: median error {error.median():.1%} of {len(part)} rows")
     axes[0].set_ylabel("Predicted latency (s)")
@@ -134,7 +137,10 @@ def trace(frame: pd.DataFrame) -> Figure:
     plans.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     link.step(own["request"], own["bandwidth_mbps"], where="post", color="0.2", lw=1.4, label="link")
     link.plot(own["request"], own["estimate_mbps"], color=COLOURS["tp"], lw=1.2, label="estimate, before the request")
+    rates = sorted(own["bandwidth_mbps"].unique())
     link.set(yscale="log", ylabel="Mbps", xlabel="Request")
+    link.minorticks_off()
+    link.set_yticks(rates, [f"{rate:g}" for rate in rates])
     link.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     total.set_ylabel("Seconds spent")
     total.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
