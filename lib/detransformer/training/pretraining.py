@@ -90,7 +90,7 @@ def pretrain(
     checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)
     set_seed(config.seed + 1 + accelerator.process_index)  # dropout: the same in every row
     checkpointer.resume()
-    _train(objective, optimizer, batches, config, accelerator, checkpointer, row.label, on_step)
+    train_steps(objective, optimizer, batches, config, accelerator, checkpointer, row.label, on_step)
     valid_batches = MaskedBatches(valid.sequences, data.vocab_size, data.special, config.num_masked, config.seed)
     valid_loss = evaluate(objective, valid_batches, config.micro_batch_size, accelerator)
     result = {
@@ -124,7 +124,12 @@ def pretrain_all(
     return [pretrain(row, config, data, output_dir) for row in rows]
 
 
-def _train(objective, optimizer, batches, config, accelerator, checkpointer, title, on_step) -> None:
+def train_steps(objective, optimizer, batches, config, accelerator, checkpointer, title, on_step) -> None:
+    """Trains from the checkpointer's step to `config.num_steps`; `objective(**batch)` is a micro-batch's mean loss.
+
+    Raises:
+        ValueError: if the micro-batches do not divide over the processes, or the loss is not finite.
+    """
     progress = checkpointer.progress
     mine = range(accelerator.process_index, config.num_micro_batches, accelerator.num_processes)
     if config.num_micro_batches % accelerator.num_processes:
@@ -176,7 +181,7 @@ def _sync(accelerator: Accelerator, model, last: bool):
 
 @torch.no_grad()
 def evaluate(objective, batches: MaskedBatches, batch_size: int, accelerator: Accelerator) -> float:
-    """Mean masked-token loss over all validation sequences; every process computes it whole."""
+    """Mean loss of a labelled token over all validation sequences; every process computes it whole."""
     objective.eval()
     total = count = 0.0
     for batch in batches.valid_batches(batch_size):
@@ -199,6 +204,12 @@ def _save(folder: Path, model, data: TrainingData, progress: Progress, config: P
     with atomic_folder(folder / "model") as temporary:
         model.save_pretrained(temporary)
         data.save_tokenizer(temporary)
+    save_history(folder, progress, config)
+    write_result(folder / "result.json", result)
+
+
+def save_history(folder: Path, progress: Progress, config) -> None:
+    """Writes history.csv, a row a step: step, tokens, train_loss."""
     steps = range(1, len(progress.losses) + 1)
     history = pd.DataFrame(
         {
@@ -209,7 +220,6 @@ def _save(folder: Path, model, data: TrainingData, progress: Progress, config: P
     )
     with atomic_write(folder / "history.csv") as file:
         history.to_csv(file, index=False)
-    write_result(folder / "result.json", result)
 
 
 def _result(row: ModelRow, folder: Path, result: dict) -> PretrainResult:

@@ -1,0 +1,149 @@
+"""Next-token training: rows start alike, resume bit-equal, are not trained twice, and their weights come back."""
+
+import dataclasses
+import math
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from detransformer.training import open_data
+from detransformer.training.causal import (
+    COLUMNS,
+    CausalConfig,
+    CausalRow,
+    NextTokenBatches,
+    NextTokenLoss,
+    build_model,
+    causal_rows,
+    make_optimizer,
+    perplexity_table,
+    reduced_data,
+    train_row,
+)
+
+TINY = CausalConfig(
+    **dict(num_layers=2, hidden_size=16, num_heads=2, vocab_size=120, num_steps=4, seq_len=16, global_batch_size=4),
+    **dict(micro_batch_size=2, learning_rate=1e-2, dropout=0.1, max_train_tokens=4000, max_valid_tokens=320, seed=5),
+)
+DECOUPLED = CausalRow(1, 2)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(done, loss):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return open_data("built-in", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def reduced(data):
+    return reduced_data(data, TINY.vocab_size)
+
+
+def test_table_of_rows_and_seeds_is_made_once(data, tmp_path, monkeypatch):
+    rows, seeds = [[], [1, 2]], (0, 1)
+    table = perplexity_table(rows, TINY, tmp_path, data, seeds, save_weights=True)
+    assert tuple(table.columns) == COLUMNS and table["seed"].tolist() == [0, 0, 1, 1]
+    assert table["num_original_layers"].isna().tolist() == [True, False] * 2 and set(table["model"]) == {"gpt2-2x16"}
+    assert table["train_tokens"].tolist() == [4 * 4 * 14] * 4 and table["valid_tokens"].tolist() == [320 // 16 * 14] * 4
+    assert table["perplexity"].tolist() == [math.exp(loss) for loss in table["valid_loss"]]
+    monkeypatch.setattr("detransformer.training.causal.train_steps", stop_at(None))  # would fail if it trained
+    pd.testing.assert_frame_equal(perplexity_table(rows, TINY, tmp_path, data, seeds, save_weights=True), table)
+    folder = tmp_path / "nb1-ndiv2-seed1" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and model.config.num_divisions == 2
+    assert model.num_parameters() == table["parameters"][3]
+    prompt = tokenizer("Anna bought", return_tensors="pt", return_token_type_ids=False)
+    assert prompt["input_ids"][0, 0] == tokenizer.cls_token_id == model.config.bos_token_id
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] <= prompt["input_ids"].shape[1] + 3
+    history = pd.read_csv(tmp_path / "original-seed0" / "history.csv")
+    assert history["tokens"].tolist() == [56, 112, 168, 224]
+    assert history["train_loss"][0] == pytest.approx(math.log(TINY.vocab_size), abs=0.7)
+
+
+def test_interrupted_training_ends_bit_equal(reduced, tmp_path):
+    config = dataclasses.replace(TINY, checkpoint_every_s=0)
+    whole = train_row(DECOUPLED, TINY, reduced, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_row(DECOUPLED, config, reduced, tmp_path / "parts", on_step=stop_at(2))
+    steps = []
+    parts = train_row(DECOUPLED, config, reduced, tmp_path / "parts", on_step=lambda step, loss: steps.append(step))
+    assert steps == [3, 4] and parts["valid_loss"] == whole["valid_loss"]  # it went on, it did not start again
+    assert sorted(path.name for path in (tmp_path / "parts" / "nb1-ndiv2-seed5").iterdir()) == [
+        "history.csv",
+        "result.json",
+    ]
+
+
+def test_it_learns(reduced, tmp_path):
+    config = dataclasses.replace(TINY, num_steps=60, micro_batch_size=4, max_train_tokens=None, dropout=0.0)
+    for row in causal_rows([[], [1, 2]]):
+        losses = []
+        result = train_row(row, config, reduced, tmp_path, on_step=lambda step, loss, seen=losses: seen.append(loss))
+        assert losses[-1] < losses[0] - 0.5 and result["valid_loss"] < losses[0] - 0.5
+
+
+def test_loss_is_that_of_the_text_alone(reduced):
+    """The same as the model's own loss with the labels of the last [SEP] taken out."""
+    sequences = reduced.packed("validation", 16, 320).sequences
+    batch = NextTokenBatches(sequences, reduced, seed=0).train_batch(0, 3)
+    model = build_model(DECOUPLED, TINY, reduced).eval()
+    whole = torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1)
+    assert (whole[:, 0] == reduced.special.cls).all() and batch["labels"].shape == (3, 14)
+    torch.testing.assert_close(NextTokenLoss(model)(**batch), model(whole, labels=whole).loss)
+
+
+def test_no_weight_decay_on_bias_and_layer_norm_even_when_stacked(reduced):
+    model = NextTokenLoss(build_model(DECOUPLED, TINY, reduced))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = make_optimizer(model, TINY).param_groups
+    assert decayed["weight_decay"] == TINY.weight_decay and plain["weight_decay"] == 0
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert all(".c_" in names[id(p)] or ".wte" in names[id(p)] or ".wpe" in names[id(p)] for p in decayed["params"])
+    assert "model.transformer.h.0.ln_1.weight" in {names[id(p)] for p in plain["params"]}
+
+
+def test_reduced_vocabulary_spells_what_it_lacks(data, reduced):
+    assert reduced.vocab_size == 120 < data.vocab_size
+    assert reduced.special.all == (0, 2, 3, 4)  # [PAD], [CLS], [SEP], [MASK]
+    encoded, whole = reduced.tokenizer.encode("Anna bought a yellow accordion."), data.tokenizer.encode("yellow")
+    assert encoded.tokens[0] == "[CLS]" and "[UNK]" not in encoded.tokens and "yellow" in whole.tokens
+    assert encoded.tokens[3:10] == ["a", "y", "##e", "##l", "##l", "##o", "##w"]
+    assert reduced.tokenizer.decode(encoded.ids) == "anna bought a yellow accordion."
+    assert reduced_data(data, None) is data and reduced_data(data, 10**6) is data
+    with pytest.raises(ValueError, match="vocab_size=9 has no room for 5 special tokens"):
+        reduced_data(data, 9)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(num_heads=3), "num_heads=3 does not divide hidden_size=128"),
+        (dict(micro_batch_size=3), "micro_batch_size=3 does not divide global_batch_size=4"),
+        (dict(seq_len=4), "seq_len=4 is below 8"),
+        (dict(num_steps=0), "num_steps=0 is not above 0"),
+        (dict(mixed_precision="int8"), "mixed_precision='int8' is unknown"),
+    ],
+)
+def test_bad_settings_are_named(fields, words):
+    with pytest.raises(ValueError, match=words):
+        CausalConfig(**fields)
+
+
+@pytest.mark.parametrize("row, words", [([3, 2], "outside 1..2"), ([1, 3], "num_divisions=3"), ([1], "half decoupled")])
+def test_rows_that_cannot_be_built_are_named_before_training(data, tmp_path, row, words):
+    with pytest.raises(ValueError, match=words):
+        perplexity_table([[], row], TINY, tmp_path, data)
+    assert not any(tmp_path.iterdir())
