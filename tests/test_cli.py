@@ -13,8 +13,9 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
-from detransformer.files import atomic_write
+from detransformer.files import atomic_write, repository_root
 
+EXAMPLES = repository_root() / "examples"
 SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
 
 
@@ -86,6 +87,13 @@ def test_help_imports_nothing_heavy():
         (["bench", "--delay", "5", "--transport", "loopback"], ["delay and jitter", "leave them out"]),
         (["bench", "--devices", "8", "--methods", "bp+tp", "--transport", "loopback"], ["8 devices", "8 divisions"]),
         (["bench", "--timeline", "/"], ["--timeline /", "file name"]),
+        (["bench", "--cluster", "/nowhere/c.yaml"], ["/nowhere/c.yaml", "examples/"]),
+        (["bench", "--cluster", EXAMPLES / "four-pis.yaml"], ["real hosts", "detransformer run"]),
+        (["bench", "--cluster", EXAMPLES / "unequal.yaml", "--delay", "5"], ["--delay 5", "leave one out"]),
+        (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "beside --cluster"]),
+        (["plan", "--wire", "float8"], ["--wire float8", "bfloat16"]),
+        (["plan", "--bandwidth", "125,500", "--output", "x.json"], ["--output x.json", "several"]),
+        (["profile", "--output", "x", "--device", "toaster"], ["--device toaster", "jetson-tx2"]),
     ],
 )
 def test_wrong_words_are_one_sentence(capsys, arguments, words):
@@ -105,6 +113,35 @@ def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
     assert {"rank", "what", "start_s", "stop_s"} <= set(pd.read_csv(tmp_path / "timeline.csv").columns)
     assert "modelled link" in done.stdout and "8 ar" in done.stdout and "x limit" in done.stdout
     assert not (tmp_path / "rows.csv.rows.json").exists()
+
+
+def test_plan_of_a_cluster_file(capsys, tmp_path):
+    """Unequal devices: a row for each set of devices, and why the slow ones take no part; the plan can be kept."""
+    options = ["--cluster", str(EXAMPLES / "unequal.yaml"), "--wire", "float32,int8", "--output", tmp_path / "p.json"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", *map(str, options)])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "unequal devices: 2 x Raspberry Pi 4B, Raspberry Pi 4B at 2x speed" in shown and "at 125 Mbps" in shown
+    assert "| 0+1+2+3 " in shown and "left out: with it" in shown
+    from detransformer.parallel.plan import Plan
+
+    plan = Plan.from_dict(json.loads((tmp_path / "p.json").read_text())["plan"])
+    assert f"({plan.describe()})" in shown and 3 in plan.device_ids
+
+
+def test_bench_of_a_cluster_file(bert, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "emulated: true\nlink: {bandwidth_mbps: 80}\n"
+        "devices: [{device: rpi4b}, {device: rpi4b, speed: 2, bandwidth_mbps: 40}]"
+    )
+    options = ["--cluster", tmp_path / "c.yaml", "--methods", "tp", "--seq-len", "8", "--repeats", "1"]
+    options += ["--transport", "loopback", "--num-original-layers", "2", "--output", tmp_path / "rows.csv"]
+    done = run_cli("bench", "--model", bert, *options, DETRANSFORMER_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    (row,) = pd.read_csv(tmp_path / "rows.csv").to_dict("records")
+    assert (row["bandwidth_mbps"], row["num_devices"]) == (80, 2)
+    assert row["device"] == "Raspberry Pi 4B, Raspberry Pi 4B at 2x speed on a 0.5x link (emulated)"
 
 
 def test_summary_of_a_bench():

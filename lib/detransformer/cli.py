@@ -90,21 +90,33 @@ def decouple(
 # --- Cluster -----------------------------------------------------------------------------------------------------
 
 Model = Annotated[str, typer.Option(help="bert-base, bert-large, or a checkpoint folder.")]
-Devices = Annotated[str, typer.Option(help="How many devices.")]
-Bandwidth = Annotated[str, typer.Option(help="Link rate in Mbps; several separated by commas.")]
+Cluster = Annotated[
+    str | None, typer.Option(help="Cluster file (examples/) instead of --devices, --device and --bandwidth.")
+]
+Devices = Annotated[str | None, typer.Option(help="How many devices, all alike; 4 where not given.")]
+Bandwidth = Annotated[
+    str | None,
+    typer.Option(help="Link rate in Mbps, several separated by commas; that of --cluster, or 125, where not given."),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Preset: rpi4b, jetson-nano, jetson-tx2, jetson-orin-nano; rpi4b where not given."),
+]
 Layers = Annotated[str, typer.Option(help="Nb of the decoupled model.")]
 Divisions = Annotated[str, typer.Option(help="Ndiv of the decoupled model.")]
 Width = Annotated[str, typer.Option(help="full (published) or narrow.")]
 Tokens = Annotated[str, typer.Option(help="Tokens of a request.")]
 Batch = Annotated[str, typer.Option(help="Sequences of a request.")]
+Wires = Annotated[str, typer.Option(help="Number formats that messages may have: some of float32,bfloat16,int8.")]
 Memory = Annotated[str | None, typer.Option(help="Budget of each device in MiB; its own memory where not given.")]
 
 
 @app.command()
 def bench(
     model: Model = "bert-base",
-    devices: Devices = "4",
-    bandwidth: Bandwidth = "125",
+    cluster: Cluster = None,
+    devices: Devices = None,
+    bandwidth: Bandwidth = None,
     methods: Annotated[
         str,
         typer.Option(
@@ -120,14 +132,18 @@ def bench(
     attention_width: Width = "full",
     seq_len: Tokens = "128",
     batch_size: Batch = "1",
-    device: Annotated[str, typer.Option(help="Preset to emulate: rpi4b.")] = "rpi4b",
+    device: Preset = None,
     wire: Annotated[
         str, typer.Option(help="Number format of messages: float32, bfloat16, int8, or such as float32,qkv=int8.")
     ] = "float32",
     reads: Annotated[str, typer.Option(help="What is read of the last layer: all, cls or both.")] = "all",
-    link: Annotated[str, typer.Option(help="line-rate (clean), or fitted (to the published results).")] = "line-rate",
-    delay: Annotated[str, typer.Option(help="One-way delay between devices in ms, where the kernel has netem.")] = "0",
-    jitter: Annotated[str, typer.Option(help="How far a packet's delay may lie from it, in ms.")] = "0",
+    link: Annotated[
+        str | None, typer.Option(help="line-rate (clean, the default), or fitted (to the published results).")
+    ] = None,
+    delay: Annotated[
+        str | None, typer.Option(help="One-way delay between devices in ms, where the kernel has netem.")
+    ] = None,
+    jitter: Annotated[str | None, typer.Option(help="How far a packet's delay may lie from it, in ms.")] = None,
     memory: Memory = None,
     transport: Annotated[str, typer.Option(help="auto, namespaces or loopback.")] = "auto",
     time_scale: Annotated[str, typer.Option(help="auto, or how many times slower all runs.")] = "auto",
@@ -139,18 +155,63 @@ def bench(
 
 
 @app.command()
+def run(
+    cluster: Annotated[str, typer.Option(help="Cluster file; examples/ has some to begin with.")],
+    model: Annotated[str, typer.Option(help="Folder of the checkpoint, on every host a copy of its own.")],
+    host: Annotated[
+        str | None, typer.Option(help="Which device of the file this host is; by its addresses where not given.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="What the model is asked; needs a tokenizer in its folder.")] = None,
+    context: Annotated[str | None, typer.Option(help="The passage that a question is about.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Instead of a text so many random tokens; 128 by default.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="auto (the fastest plan of all), or one by name: single, tp, sp, bp+tp, bp+paper, ..."),
+    ] = "auto",
+    plan: Annotated[str | None, typer.Option(help="JSON file with the plan, of `plan --output`.")] = None,
+    wire: Wires = "float32",
+    reads: Annotated[str, typer.Option(help="What is read of the last layer: all, or cls.")] = "all",
+    memory: Memory = None,
+    repeats: Annotated[str, typer.Option(help="Measured requests.")] = "5",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with the whole model on the first device (or this machine).")
+    ] = False,
+    output: Annotated[str | None, typer.Option(help="JSON file for answer, latency and plan (first device).")] = None,
+    wait: Annotated[str, typer.Option(help="Seconds to wait for the other hosts.")] = "120",
+    threads: Annotated[
+        str | None, typer.Option(help="Of each device's compute; all cores of a host, 1 where emulated, by default.")
+    ] = None,
+    transport: Annotated[str, typer.Option(help="Emulated only: auto, namespaces or loopback.")] = "auto",
+    time_scale: Annotated[str, typer.Option(help="Emulated only: auto, or how many times slower all runs.")] = "auto",
+) -> None:
+    """Answer a request over a cluster's devices: start the same command on every host of the file.
+
+    The order does not matter. The first device of the file decides what is asked and how it is planned, and prints the
+    answer; the others wait for it. If a host does not come or is lost, all end with one sentence that names it. Of a
+    file with `emulated: true` all devices are processes of this machine, and the command is started once.
+    """
+    from detransformer.cluster.run import run_command
+
+    run_command(**locals_without(locals(), "run_command"))
+
+
+@app.command()
 def plan(
     model: Model = "bert-base",
-    devices: Devices = "4",
-    bandwidth: Bandwidth = "125",
+    cluster: Cluster = None,
+    devices: Devices = None,
+    bandwidth: Bandwidth = None,
     memory: Memory = None,
     profile: Annotated[str | None, typer.Option(help="File made by `detransformer profile`.")] = None,
-    device: Annotated[str, typer.Option(help="Preset to plan for where there is no profile.")] = "rpi4b",
+    device: Preset = None,
     num_original_layers: Layers = "4",
     num_divisions: Divisions = "4",
     attention_width: Width = "full",
     seq_len: Tokens = "128",
     batch_size: Batch = "1",
+    wire: Wires = "float32",
+    explain: Annotated[bool, typer.Option("--explain", help="Say why this plan, and what limits it.")] = False,
+    output: Annotated[str | None, typer.Option(help="JSON file to save the chosen plan to.")] = None,
 ) -> None:
     """Predict every plan for a model on a cluster and say which is chosen."""
     from detransformer.cluster.commands import plan_command
@@ -162,9 +223,15 @@ def plan(
 def profile(
     output: Annotated[str, typer.Option(help="JSON file to save the profile to.")],
     model: Model = "bert-base",
-    devices: Devices = "4",
-    bandwidth: Bandwidth = "125",
-    device: Annotated[str, typer.Option(help="host (measured) or a preset: rpi4b.")] = "host",
+    cluster: Cluster = None,
+    devices: Devices = None,
+    bandwidth: Bandwidth = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="host (measured, the default) or a preset: rpi4b, jetson-nano, jetson-tx2, jetson-orin-nano."
+        ),
+    ] = None,
     num_original_layers: Layers = "4",
     num_divisions: Divisions = "4",
     attention_width: Width = "full",

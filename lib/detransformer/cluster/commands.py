@@ -1,8 +1,10 @@
 """The bodies of `detransformer bench`, `plan` and `profile`: words in, tables printed and saved."""
 
+import json
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,18 +12,21 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from detransformer import __version__
+from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS, ClusterSpec
 from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESET_SIZES
 from detransformer.parallel.plan import METHODS, READS
-from detransformer.parallel.wire import check_spec
+from detransformer.parallel.wire import WIRE_FORMATS, check_spec
 from detransformer.parse import number, one_of, whole_number, words
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 if TYPE_CHECKING:
     from detransformer.cluster.bench import Cell
+    from detransformer.cluster.devices import DeviceSpec
 
-BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)
 MAX_BENCH_DEVICES = 8
+# where neither the command nor a cluster file says otherwise
+DEFAULT_DEVICES, DEFAULT_DEVICE, DEFAULT_BANDWIDTH_MBPS = "4", "rpi4b", "125"
 SHOWN = {  # column of a bench row -> heading in the printed table
     "method": "method",
     "plan": "plan",
@@ -54,8 +59,9 @@ REFERENCES = ("single", "tp", "sp")  # measured in float32 beside methods on ano
 
 def bench_command(
     model: str,
-    devices: str,
-    bandwidth: str,
+    cluster: str | None,
+    devices: str | None,
+    bandwidth: str | None,
     methods: str,
     repeats: str,
     output: str | None,
@@ -65,19 +71,28 @@ def bench_command(
     attention_width: str,
     seq_len: str,
     batch_size: str,
-    device: str,
+    device: str | None,
     wire: str,
     reads: str,
-    link: str,
-    delay: str,
-    jitter: str,
+    link: str | None,
+    delay: str | None,
+    jitter: str | None,
     memory: str | None,
     transport: str,
     time_scale: str,
 ) -> None:
     """Measures the methods at each bandwidth on emulated devices; prints and saves one row a method."""
-    num_devices = whole_number(devices, "--devices", 1, MAX_BENCH_DEVICES)
-    bandwidths = _bandwidths(bandwidth)
+    beside = {"--devices": devices, "--device": device, "--link": link, "--delay": delay, "--jitter": jitter}
+    spec = _cluster_file(cluster, beside)
+    if spec and not spec.emulated:
+        raise ValueError(
+            f"{cluster} lists real hosts, and a bench measures emulated ones: set emulated: true in a copy of it, "
+            "or measure requests on the hosts with `detransformer run`."
+        )
+    num_devices = len(spec.members) if spec else whole_number(devices or DEFAULT_DEVICES, "--devices", 1)
+    if num_devices > MAX_BENCH_DEVICES:
+        raise ValueError(f"{num_devices} devices are more than the {MAX_BENCH_DEVICES} that a bench emulates.")
+    bandwidths = _bandwidths(bandwidth, spec)
     names = list(METHODS) if methods == "all" else words(methods, "--methods", METHODS)
     count = whole_number(repeats, "--repeats", 1)
     common = dict(
@@ -91,7 +106,7 @@ def bench_command(
     check_spec(wire)
     all_reads = READS if one_of(reads, "--reads", (*READS, "both")) == "both" else (reads,)
     delay_s, jitter_s = (
-        number(text, name, 0, 10_000) / 1e3 for text, name in ((delay, "--delay"), (jitter, "--jitter"))
+        number(text or "0", name, 0, 10_000) / 1e3 for text, name in ((delay, "--delay"), (jitter, "--jitter"))
     )
     scale = None if time_scale == "auto" else number(time_scale, "--time-scale", 0.1, 64)
     for path, name in ((output, "--output"), (timeline, "--timeline")):
@@ -102,19 +117,21 @@ def bench_command(
     from detransformer.cluster.session import EmulatedCluster
 
     cells = bench_cells(model, names, bandwidths, num_devices, wire, all_reads, **common)
-    cluster = EmulatedCluster(
-        num_devices, device, bandwidths[0] * 1e6, transport, link=link, delay_s=delay_s, jitter_s=jitter_s
-    )
-    bench = Bench(cluster, time_scale=scale, memory_budget_bytes=_budget(memory))
+    if spec:
+        emulated = spec.emulate(bandwidth_bps=bandwidths[0] * 1e6, transport=transport)
+    else:
+        alike = dict(device=device or DEFAULT_DEVICE, link=link or "line-rate", delay_s=delay_s, jitter_s=jitter_s)
+        emulated = EmulatedCluster(num_devices, bandwidth_bps=bandwidths[0] * 1e6, transport=transport, **alike)
+    bench = Bench(emulated, time_scale=scale, memory_budget_bytes=_budget(memory))
     check_cells(bench, cells)
-    with cluster:
+    with emulated:
         rows = measure_grid(bench, cells, f"{output}.rows.json" if output else None, timeline=timeline)
     if output:
         with atomic_write(output) as file:
             rows.to_csv(file, index=False)
     print(
-        f"\n{model} on {num_devices} x {cluster.profile_name}, {cluster.link} link, seq {seq_len}, batch {batch_size}, "
-        f"median of {repeats}\n"
+        f"\n{model} on {_on_devices(emulated.devices)} (emulated), {emulated.link} link, seq {seq_len}, "
+        f"batch {batch_size}, median of {repeats}\n"
     )
     print(_markdown(shown_rows(rows)))
     print("ar all_reduce, ag all_gather, a2a all_to_all, rs reduce_scatter; x limit: over single device / devices.\n")
@@ -185,28 +202,38 @@ def summary_lines(rows: pd.DataFrame) -> list[str]:
 
 def plan_command(
     model: str,
-    devices: str,
-    bandwidth: str,
+    cluster: str | None,
+    devices: str | None,
+    bandwidth: str | None,
     memory: str | None,
     profile: str | None,
-    device: str,
+    device: str | None,
     num_original_layers: str,
     num_divisions: str,
     attention_width: str,
     seq_len: str,
     batch_size: str,
+    wire: str,
+    explain: bool,
+    output: str | None,
 ) -> None:
     """Prints the plans of a model on a cluster, what each is predicted to take, and which is chosen and why."""
-    num_devices = whole_number(devices, "--devices", 1)
-    bandwidths = _bandwidths(bandwidth)
+    spec = _cluster_file(cluster, {"--devices": devices, "--device": device, "--profile": profile})
+    num_devices = len(spec.members) if spec else whole_number(devices or DEFAULT_DEVICES, "--devices", 1)
+    bandwidths = _bandwidths(bandwidth, spec)
     layers = whole_number(num_original_layers, "--num-original-layers", 1)
     divisions = whole_number(num_divisions, "--num-divisions", 1)
     one_of(attention_width, "--attention-width", ("full", "narrow"))
     tokens, batch = whole_number(seq_len, "--seq-len", 1), whole_number(batch_size, "--batch-size", 1)
+    wires = words(wire, "--wire", WIRE_FORMATS)
     budget = _budget(memory)
+    if output:
+        _check_writable(output)
+        if len(bandwidths) > 1:
+            raise ValueError(f"--output {output} takes the plan of one bandwidth, and --bandwidth names several.")
 
-    from detransformer.cluster.devices import preset_profile
-    from detransformer.planning.placement import place
+    from detransformer.cluster.devices import cluster_profile, device_specs
+    from detransformer.planning.placement import place_freely
 
     config = _model_config(model, layers, divisions, attention_width)
     if tokens > config.max_position_embeddings:
@@ -218,19 +245,38 @@ def plan_command(
         )
     for mbps in bandwidths:
         if known:
-            cluster = ClusterProfile(known.devices[:num_devices], known.link.at(mbps * 1e6))
+            shares = known.link.shares[:num_devices]
+            link = replace(known.link, bandwidth_bps=mbps * 1e6, shares=shares)
+            planned, name = ClusterProfile(known.devices[:num_devices], link), f"{num_devices} profiled devices"
+        elif spec:
+            planned = replace(spec, bandwidth_bps=mbps * 1e6).profile(model, config)
+            name = f"{spec.name}: {_on_devices(spec.device_specs)}"
         else:
-            cluster = ClusterProfile((preset_profile(device, config),) * num_devices, LinkProfile(mbps * 1e6))
-        placement = place(config, cluster, tokens, batch, budget)
-        print(f"\n{model} on {num_devices} x {cluster.devices[0].name} at {mbps:g} Mbps (predicted)\n")
-        rows = placement_rows(placement)
-        rows["memory_bytes"] /= 2**20
-        print(_markdown(rows.rename(columns={"memory_bytes": "memory_mib"})))
+            specs = device_specs(num_devices, device or DEFAULT_DEVICE)
+            planned, name = cluster_profile(specs, model, config, mbps * 1e6), _on_devices(specs)
+        placement = place_freely(config, planned, tokens, batch, budget, wires=wires)
+        print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
+        rows = placement_rows(placement).assign(
+            devices=["+".join(map(str, a.plan.device_ids)) for a in placement.alternatives],
+            memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
+        )
+        shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
+        print(_markdown(rows.drop_duplicates(["method", "devices"])[shown]))
         chosen = placement.chosen
         print(
             f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
-            f"least summed time of the plans that fit."
+            f"the fastest of {len(rows)} looked at that fit."
         )
+        for sentence in placement.left_out:
+            print(f"{sentence}.")
+        if explain:
+            from detransformer.planning.explain import explain as explanation
+
+            print(explanation(placement, config, planned, tokens, batch))
+        if output:
+            with atomic_write(output) as file:
+                json.dump({"plan": chosen.plan.to_dict(), "predicted_s": chosen.prediction.latency_s}, file, indent=2)
+            print(f"saved to {output}")
 
 
 def placement_rows(placement) -> pd.DataFrame:
@@ -255,17 +301,24 @@ def placement_rows(placement) -> pd.DataFrame:
 
 def profile_command(
     model: str,
-    devices: str,
-    bandwidth: str,
-    device: str,
+    cluster: str | None,
+    devices: str | None,
+    bandwidth: str | None,
+    device: str | None,
     output: str,
     num_original_layers: str,
     num_divisions: str,
     attention_width: str,
 ) -> None:
-    """Profiles operations (a preset's rates, or this host's by measuring) and links, and saves them as JSON."""
-    num_devices = whole_number(devices, "--devices", 2, MAX_BENCH_DEVICES)
-    (mbps, *more) = _bandwidths(bandwidth)
+    """Profiles operations (a preset's rates, or this host's by measuring) and links, and saves them as JSON.
+
+    Of a cluster of real hosts, this host is measured, and its links are assumed as the file says; of an emulated one,
+    the rates are those of its devices.
+    """
+    spec = _cluster_file(cluster, {"--devices": devices, "--device": device})
+    count = len(spec.members) if spec else devices or DEFAULT_DEVICES
+    num_devices = whole_number(count, "devices in --cluster" if spec else "--devices", 2, MAX_BENCH_DEVICES)
+    (mbps, *more) = _bandwidths(bandwidth, spec)
     if more:
         raise ValueError(f"--bandwidth {bandwidth} names several; a profile is made at one.")
     layers = whole_number(num_original_layers, "--num-original-layers", 1)
@@ -273,25 +326,30 @@ def profile_command(
     one_of(attention_width, "--attention-width", ("full", "narrow"))
     _check_writable(output)
 
-    from detransformer.cluster.devices import DEVICES, preset_profile
+    from detransformer.cluster.devices import DEVICES, link_shares, preset_profile
     from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
     from detransformer.cluster.session import EmulatedCluster
 
-    one_of(device, "--device", ("host", *DEVICES))
+    if device:
+        one_of(device, "--device", ("host", *DEVICES))
     config = _model_config(model, layers, divisions, attention_width)
-    if device == "host":
+    if spec and spec.emulated:
+        computes = spec.profile(model, config).devices
+    elif device in (None, "host"):
         operations = profile_operations(config)
         print(_markdown(operations))
-        compute = host_profile(platform.node() or "host", operations)
+        computes = (host_profile(platform.node() or "host", operations),) * num_devices
     else:
-        compute = preset_profile(device, config)
-        print(f"{compute.name}: {compute.flops_per_s['*'] / 1e9:.1f} GFLOP/s ({compute.source})")
+        computes = (preset_profile(device, config),) * num_devices
+    for name, rate, source in dict.fromkeys((c.name, c.flops_per_s["*"], c.source) for c in computes):
+        print(f"{name}: {rate / 1e9:.1f} GFLOP/s ({source})")
     link = LinkProfile(mbps * 1e6)
-    cluster = EmulatedCluster(num_devices, bandwidth_bps=mbps * 1e6)
-    if cluster.transport == "namespaces":
-        with cluster:
-            link, rows = profile_link(cluster)
+    emulated = EmulatedCluster(num_devices, bandwidth_bps=mbps * 1e6)  # with equal links, whatever their shares
+    if emulated.transport == "namespaces" and not (spec and (not spec.emulated or spec.kind == "fitted")):
+        with emulated:
+            link, rows = profile_link(emulated)
         print(_markdown(rows))
+    link = replace(link, shares=link_shares(spec.device_specs) if spec else ())
     print(f"link: {link.source}")
     provenance = {
         "model": model,
@@ -300,7 +358,7 @@ def profile_command(
         "python": sys.version.split()[0],
         "detransformer": __version__,
     }
-    ClusterProfile((compute,) * num_devices, link).save(output, provenance)
+    ClusterProfile(computes, link).save(output, provenance)
     print(f"saved to {output}")
 
 
@@ -314,9 +372,28 @@ def _model_config(model: str, num_original_layers: int, num_divisions: int, atte
     return open_folder(model).config
 
 
-def _bandwidths(text: str) -> list[float]:
-    low, high = BANDWIDTH_LIMITS_MBPS
-    return [number(word, "--bandwidth", low, high) for word in words(text, "--bandwidth")]
+def _cluster_file(path: str | None, beside: dict[str, str | None]) -> ClusterSpec | None:
+    """The file of `--cluster`; ValueError where an option `beside` it says what the file says."""
+    if path is None:
+        return None
+    for name, text in beside.items():
+        if text is not None:
+            raise ValueError(f"{name} {text} stands beside --cluster, which says that already; leave one out.")
+    return ClusterSpec.load(path)
+
+
+def _bandwidths(text: str | None, spec: ClusterSpec | None = None) -> list[float]:
+    if text is None:
+        return [spec.bandwidth_bps / 1e6 if spec else float(DEFAULT_BANDWIDTH_MBPS)]
+    return [number(word, "--bandwidth", *BANDWIDTH_LIMITS_MBPS) for word in words(text, "--bandwidth")]
+
+
+def _on_devices(specs: Sequence["DeviceSpec"]) -> str:
+    """Such as `4 x Raspberry Pi 4B`, or a list where they differ."""
+    from detransformer.cluster.devices import describe_devices
+
+    alike = len({spec.hardware for spec in specs}) == 1
+    return f"{len(specs)} x {describe_devices(specs)}" if alike else describe_devices(specs)
 
 
 def _budget(memory: str | None) -> int | None:

@@ -22,6 +22,18 @@ DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patch
 MEASURED_JETSON = "Jetson TX2"  # of CoFormer 2025, Table V, where one device runs the whole DeiT-B
 
 
+class DeviceError(RuntimeError):
+    """A device could not do its part; `rank` says which."""
+
+    def __init__(self, rank: int, message: str):
+        super().__init__(message)
+        self.rank = rank
+
+
+class DeviceLost(DeviceError):
+    """A device died, did not come, or stopped answering."""
+
+
 @dataclass(frozen=True)
 class Device:
     """A device of the papers, its figures in data/expected/devices.csv.

@@ -45,6 +45,14 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def torchrun() -> None:
+    """torchrun, in this process, which ends with its parent; its arguments are those of the command line."""
+    die_with_parent()
+    from torch.distributed.run import main
+
+    main(sys.argv[1:])
+
+
 def _work(worker: dict, workers: list[dict]) -> None:
     """The forked process: its own pipes and log, nobody else's, then the worker. Does not return."""
     try:

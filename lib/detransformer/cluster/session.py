@@ -22,7 +22,15 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from detransformer.cluster.devices import DeviceSpec, cluster_profile, describe_devices, device_specs, link_shares
+from detransformer.cluster.devices import (
+    DeviceError,
+    DeviceLost,
+    DeviceSpec,
+    cluster_profile,
+    describe_devices,
+    device_specs,
+    link_shares,
+)
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_delay, can_emulate
 from detransformer.cluster.pacing import Arrivals
 from detransformer.planning.profile import ClusterProfile, LinkProfile
@@ -33,18 +41,6 @@ MAX_DEVICES = 64
 START_TIMEOUT_S = 120
 SILENCE_LIMIT_S = 10  # a worker sends a heartbeat every second, whatever it is doing
 _MASTER_PORT = 29500
-
-
-class DeviceError(RuntimeError):
-    """A device could not do its part; `rank` says which."""
-
-    def __init__(self, rank: int, message: str):
-        super().__init__(message)
-        self.rank = rank
-
-
-class DeviceLost(DeviceError):
-    """A device died, or stopped answering."""
 
 
 class EmulatedCluster:

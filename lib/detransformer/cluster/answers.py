@@ -1,0 +1,264 @@
+"""A request before and after the devices: text to tokens and a plan, outputs to what a user reads. A function a task.
+
+`prepare` runs where the answer is printed, on the first device; what it returns goes to all. A new task is an entry of
+`TASKS` and, where it is another job than `run_plan`, a branch of `prepare`.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+
+from detransformer.cluster.run import Request
+from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.planning.cost import predict
+from detransformer.planning.placement import place, place_freely
+from detransformer.planning.profile import ClusterProfile
+
+SEED = 0
+MAX_ANSWER_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is run: `op` of `jobs.JOBS` with the arguments `job` (JSON), on the tensors `inputs`.
+
+    `notes` are sentences about the plan, such as which devices it leaves out.
+    """
+
+    op: str
+    job: dict
+    inputs: dict[str, torch.Tensor]
+    plan: Plan
+    predicted_s: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        batch_size, seq_len = self.inputs["input_ids"].shape
+        return batch_size, seq_len
+
+
+def prepare(request: Request, folder: str, config: PretrainedConfig, profile: ClusterProfile) -> Prepared:
+    """Tokens and plan of `request` for the model in `folder` on the devices of `profile`.
+
+    Raises:
+        ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit model or devices.
+    """
+    if is_decoder(config):
+        raise ValueError(f"{folder} is a {config.model_type}: `detransformer run` answers by BERT models so far.")
+    inputs = tokens_of(request, folder, config)
+    plan, notes = plan_of(request, config, profile, *inputs["input_ids"].shape)
+    prediction = predict(config, plan, profile, inputs["input_ids"].shape[1], inputs["input_ids"].shape[0])
+    return Prepared(
+        "run_plan", {"plan": plan.to_dict(), "repeats": request.repeats}, inputs, plan, prediction.latency_s, notes
+    )
+
+
+def tokens_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """input_ids and, of a text, attention_mask and token_type_ids, [1, T] each."""
+    if request.text is None:
+        generator = torch.Generator().manual_seed(SEED)
+        inputs = {"input_ids": torch.randint(config.vocab_size, (1, request.num_tokens), generator=generator)}
+    else:
+        if task_of(config) == "question-answering" and request.context is None:
+            raise ValueError(
+                "the model answers questions about a passage: give the question by --text, it by --context."
+            )
+        encoded = _tokenizer(folder)(request.text, request.context, return_tensors="pt")
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
+    seq_len, limit = inputs["input_ids"].shape[1], config.max_position_embeddings
+    if seq_len > limit:
+        raise ValueError(f"the request has {seq_len} tokens, and the model takes {limit}: shorten it.")
+    return inputs
+
+
+def _tokenizer(folder: str):
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]}): save it there with the model, "
+            "or run on random tokens by --tokens."
+        ) from None
+
+
+def plan_of(
+    request: Request, config: PretrainedConfig, profile: ClusterProfile, batch_size: int, seq_len: int
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan that `request` asks for, and notes on it."""
+    common = dict(memory_budget_bytes=request.memory_budget_bytes, reads=request.reads)
+    if request.plan is not None:
+        try:
+            plan = Plan.from_dict(request.plan)
+        except TypeError as error:
+            raise ValueError(
+                f"--plan has other fields than a plan ({error}): make it with `detransformer plan`."
+            ) from None
+        plan.check(config)
+        if max(plan.device_ids) >= len(profile.devices):
+            raise ValueError(
+                f"the plan is for device {max(plan.device_ids)}, and the cluster has {len(profile.devices)} devices, "
+                "0 and up: plan for this cluster."
+            )
+        return plan, ()
+    if request.method == "auto":
+        placement = place_freely(config, profile, seq_len, batch_size, wires=request.wires, **common)
+        method = "bp+auto" if "decoupled" in layer_kinds(config) else "auto"
+        plan = placement.plan if placement.plan.num_devices == 1 else replace(placement.plan, method=method)
+        return plan, placement.left_out
+    methods = None if request.method == "bp+paper" else [request.method]
+    (wire, *more) = request.wires
+    if more:
+        raise ValueError(f"--wire names several formats to choose from, and {request.method} takes one: give one.")
+    return place(config, profile, seq_len, batch_size, methods=methods, wire=wire, **common).plan, ()
+
+
+# --- Answers -----------------------------------------------------------------------------------------------------
+
+
+def task_of(config: PretrainedConfig) -> str:
+    """A key of `TASKS`, by the class that the checkpoint was saved with."""
+    (name, *_) = config.architectures or [""]
+    if name.endswith("ForSequenceClassification"):
+        return "classification"
+    return "question-answering" if name.endswith("ForQuestionAnswering") else "base"
+
+
+def classify(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
+    """The label of the largest logit, with its probability."""
+    (logits,) = outputs["logits"]  # [C]
+    best, share = int(logits.argmax()), float(logits.softmax(-1).max())
+    label = config.id2label.get(best, str(best)) if config.num_labels > 1 else ""
+    listed = ", ".join(f"{value:.3f}" for value in logits.tolist())
+    line = f"{label} ({share:.0%})" if label else f"{float(logits[0]):.3f}"
+    return f"{line}; logits {listed}", {"label": label, "logits": logits.tolist()}
+
+
+def find_answer(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
+    """The span of the passage with the largest sum of start and end logit."""
+    start, end = outputs["logits"][0].unbind(-1)  # [T] each
+    if "token_type_ids" in inputs:  # the passage is the second part
+        outside = inputs["token_type_ids"][0] == 0
+        start, end = start.masked_fill(outside, -1e9), end.masked_fill(outside, -1e9)
+    spans = (start[:, None] + end[None, :]).triu().tril(MAX_ANSWER_TOKENS - 1)
+    allowed = torch.ones_like(spans).triu().tril(MAX_ANSWER_TOKENS - 1).bool()
+    first, last = divmod(int(spans.masked_fill(~allowed, -2e9).argmax()), len(start))
+    fields = {"start": first, "end": last}
+    if "token_type_ids" not in inputs:
+        return f"tokens {first} to {last} (random tokens have no text)", fields
+    text = _tokenizer(folder).decode(inputs["input_ids"][0, first : last + 1])
+    return text, fields | {"answer": text}
+
+
+def show_state(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
+    """A model without a head: the size of what it computes, and the beginning of [CLS]."""
+    state = outputs["last_hidden_state"]
+    begin = state[0, 0, :8].tolist()
+    listed = ", ".join(f"{value:.3f}" for value in begin)
+    return f"hidden states {list(state.shape)}; of [CLS] {listed} ...", {"cls": state[0, 0].tolist()}
+
+
+TASKS: dict[str, Callable] = {"classification": classify, "question-answering": find_answer, "base": show_state}
+
+
+@torch.inference_mode()
+def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict, reads: str) -> dict:
+    """What the Hugging Face model computes of `inputs` on this host alone."""
+    task = task_of(config)
+    if task == "classification":
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        return {"logits": model(**inputs).logits}
+    if task == "question-answering":
+        result = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
+        return {"logits": torch.stack([result.start_logits, result.end_logits], -1)}
+    state = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs).last_hidden_state
+    return {"last_hidden_state": state[:, :1] if reads == "cls" else state}
+
+
+def compare(outputs: dict, expected: dict, wire: str) -> tuple[bool, dict]:
+    """Whether `outputs` agree with the single device's, as closely as bench rows must; and by how much they differ."""
+    from detransformer.cluster.bench import MAX_ABS_ERROR, MAX_RELATIVE_ERROR
+
+    errors = {name: (outputs[name] - tensor, tensor) for name, tensor in expected.items()}
+    largest = max(float(error.abs().max()) for error, _ in errors.values())
+    relative = max(float(e.square().mean().sqrt() / t.square().mean().sqrt()) for e, t in errors.values())
+    limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in wire), default=None)
+    agrees = largest <= MAX_ABS_ERROR if limit is None else relative <= limit
+    return agrees, {"max_abs_error": largest, "relative_error": relative, "agrees": agrees}
+
+
+def report(
+    request: Request,
+    prepared: Prepared,
+    config: PretrainedConfig,
+    folder: str,
+    cluster: str,
+    names: Sequence[str],
+    results: Sequence[dict | None],
+    outputs: dict,
+) -> tuple[list[str], dict]:
+    """Lines to print and the record of `--output`; `results` are `run_plan`'s, one a device of `names`."""
+    plan, taking_part = prepared.plan, [result for result in results if result is not None]
+    samples = [max(r["samples"][i]["latency_s"] for r in taking_part) for i in range(request.repeats)]
+    latency_s, sent = statistics.median(samples), max(sum(r["bytes"].values()) for r in taking_part)
+    answer, fields = TASKS[task_of(config)](config, prepared.inputs, outputs, folder)
+    batch_size, seq_len = prepared.shape
+    weights = {name: r["weights_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
+    lines = [
+        f"plan: {plan.method}, {plan.describe()}, on {', '.join(names[i] for i in plan.device_ids)}; {plan.wire}",
+        *(f"{note}." for note in prepared.notes),
+        f"weights: {', '.join(f'{name} {num / 2**20:.0f} MiB' for name, num in weights.items())}",
+        f"{(request.text or f'{seq_len} random tokens')!r} -> {answer}",
+        f"latency: {latency_s:.4g} s, median of {len(samples)} ({min(samples):.4g} to {max(samples):.4g}); "
+        f"predicted {prepared.predicted_s:.4g} s; a device sends {sent / 1024:.0f} KiB at most",
+    ]
+    record = {
+        "cluster": cluster,
+        "devices": list(names),
+        "model": str(Path(folder).resolve()),
+        "task": task_of(config),
+        "request": {"text": request.text, "context": request.context, "seq_len": seq_len, "batch_size": batch_size},
+        "answer": fields,
+        "latency_s": latency_s,
+        "samples_s": samples,
+        "predicted_s": prepared.predicted_s,
+        "sent_bytes": sent,
+        "weights_bytes": weights,
+        "plan": plan.to_dict(),
+        "notes": list(prepared.notes),
+    }
+    if request.check:
+        expected = single_device_outputs(folder, config, prepared.inputs, plan.reads)
+        agrees, errors = compare(outputs, expected, plan.wire)
+        record["check"] = errors
+        words = "agrees with" if agrees else "DIFFERS from"
+        size = f"{errors['max_abs_error']:.1e} at most, {errors['relative_error']:.1e} RMS"
+        lines.append(f"check: the output {words} the single device's ({size})")
+    return lines, json.loads(json.dumps(record))  # with lists for tuples, as it will be read
+
+
+def own_part(plan: Plan, rank: int) -> str:
+    """What the device `rank` does in `plan`, in words."""
+    if rank not in plan.device_ids:
+        return "the plan leaves this device out; it waits"
+    place = plan.device_ids.index(rank)
+    if plan.stages:
+        return f"{plan.stages[place]} of {sum(plan.stages)} layers"
+    if plan.num_devices == 1:
+        return "the whole model"
+    blocks, heads = plan.sub_blocks, plan.heads
+    share = plan.tokens_share[place] / sum(plan.tokens_share)
+    words = f"{blocks[place]} of {sum(blocks)} sub-blocks, " if sum(blocks) > 1 else ""
+    return f"{words}{heads[place]} of {sum(heads)} heads, {share:.0%} of the tokens"

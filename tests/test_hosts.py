@@ -1,0 +1,539 @@
+"""`detransformer run`: real processes on hosts that are network namespaces (or loopback), and on emulated devices."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertTokenizer
+
+from detransformer.cluster import rollcall
+from detransformer.cluster.devices import DeviceError, DeviceLost
+from detransformer.cluster.network import EmulatedNetwork, can_emulate
+from detransformer.cluster.rollcall import Channel, Coordinator, Member
+from detransformer.cluster.run import model_facts, own_rank, read_plan
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.models import decouple
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a film of great charm who made it the studio in rome".split()
+SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=70, vocab_size=len(WORDS))
+
+
+def save_model(folder: Path, cls, **fields) -> Path:
+    """A small decoupled model with a head and a tokenizer, its weights large enough to matter."""
+    torch.manual_seed(3)
+    model = cls(BertConfig(**SIZES | fields)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    decouple(model, num_original_layers=2, num_divisions=4).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    return save_model(tmp_path_factory.mktemp("models") / "classifier", BertForSequenceClassification, **labels)
+
+
+# --- Hosts -------------------------------------------------------------------------------------------------------
+
+
+class Hosts:
+    """Hosts pi1, pi2, ... of a cluster file: a network namespace each, or all on loopback."""
+
+    def __init__(self, folder: Path, addresses: list[str], namespaces: list[str] | None):
+        self.namespaces = namespaces
+        self.names = [f"pi{i + 1}" for i in range(len(addresses))]
+        self.file = folder / "cluster.yaml"
+        devices = [
+            f"  - {{name: {name}, address: {address}, device: rpi4b}}"
+            for name, address in zip(self.names, addresses, strict=True)
+        ]
+        port = free_ports() if namespaces is None else 29400
+        link = "link: {bandwidth_mbps: 100}"
+        self.file.write_text("\n".join(["name: shelf", link, f"rendezvous: {{port: {port}}}", "devices:", *devices]))
+        self.running: list[subprocess.Popen] = []
+
+    def start(self, number: int, model: Path, *options) -> subprocess.Popen:
+        """The command on host `number`, 0 being pi1."""
+        enter = ""
+        words = ["run", "--cluster", self.file, "--model", model, *options]
+        if self.namespaces is None:
+            words += ["--host", self.names[number]]
+        else:
+            enter = "from detransformer.cluster.network import enter_namespace\n"
+            enter += f"enter_namespace({self.namespaces[number]!r})\n"
+        code = enter + "from detransformer.cli import main; main()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        self.running.append(process)
+        return process
+
+    def stop(self) -> None:
+        for process in self.running:
+            process.kill()
+            process.communicate()
+
+
+def free_ports() -> int:
+    """A port that is free, and so is the next one."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            try:
+                other.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+@contextmanager
+def hosts(folder: Path, count: int):
+    """`count` hosts on a switch at 100 Mbps, or on loopback where namespaces are not permitted."""
+    if not can_emulate()[0]:
+        made = Hosts(folder, ["127.0.0.1"] * count, None)
+        try:
+            yield made
+        finally:
+            made.stop()
+        return
+    with EmulatedNetwork(count, 100e6) as network:
+        made = Hosts(folder, network.addresses, network.namespaces)
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
+def ended(process: subprocess.Popen, timeout_s: float = 60) -> tuple[int, str, str]:
+    stdout, stderr = process.communicate(timeout=timeout_s)
+    return process.returncode, stdout, stderr
+
+
+def last_sentence(stderr: str) -> str:
+    """The only line of an error, after what was said before."""
+    lines = stderr.strip().splitlines()
+    assert lines[-1].startswith("detransformer: ") and lines[-1].endswith("."), stderr
+    assert sum(line.startswith("detransformer: ") for line in lines) == 1 and "Traceback" not in stderr, stderr
+    return lines[-1]
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes below `pid`, at any depth."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *children_of(int(child))]
+    return found
+
+
+def test_three_hosts_answer_as_one_does(classifier, tmp_path):
+    """One torchrun a host over shaped links; each has its own copy of the model, and all end well."""
+    copies = [shutil.copytree(classifier, tmp_path / f"copy{i}") for i in range(3)]
+    options = ["--text", "a film of great charm", "--method", "bp+tp", "--repeats", "2", "--check"]
+    with hosts(tmp_path, 3) as shelf:
+        running = [shelf.start(i, copies[i], *options, "--output", tmp_path / f"{i}.json") for i in (2, 1, 0)]
+        results = [ended(process) for process in reversed(running)]
+    for code, _, stderr in results:
+        assert code == 0, stderr
+    (_, shown, _), (_, other, told), _ = results
+    assert "on pi1, pi2, pi3; float32" in shown and "'a film of great charm' -> " in shown
+    assert "agrees with the single device's" in shown and "latency: " in shown and "predicted" in shown
+    assert other == "" and "pi2: 1 of 4 sub-blocks, 2 of 6 heads" in told and "the answer is on pi1" in told
+    record = json.loads((tmp_path / "0.json").read_text())
+    assert record["check"]["max_abs_error"] < 1e-4 and len(record["samples_s"]) == 2
+    assert record["answer"]["label"] in ("bad", "good") and set(record["weights_bytes"]) == {"pi1", "pi2", "pi3"}
+    assert not (tmp_path / "1.json").exists()
+
+
+def wait_for(stream, words: str, timeout_s: float = 60) -> list[str]:
+    """Reads lines until one has `words`; ends the wait by failing."""
+    lines: list[str] = []
+    timer = threading.Timer(timeout_s, stream.close)
+    timer.start()
+    try:
+        for line in stream:
+            lines.append(line)
+            if words in line:
+                return lines
+    except ValueError:  # closed by the timer
+        pass
+    finally:
+        timer.cancel()
+    raise AssertionError(f"no {words!r} in {timeout_s} s: {lines}")
+
+
+def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
+    """In the middle of requests: within seconds one sentence on each of the others, and no process is left."""
+    with hosts(tmp_path, 3) as shelf:
+        running = [shelf.start(i, classifier, "--method", "bp+tp", "--repeats", "1000000") for i in range(3)]
+        for process in running:
+            wait_for(process.stderr, "of 6 heads")
+        time.sleep(1)
+        below = [pid for process in running for pid in children_of(process.pid)]
+        assert len(below) >= 6  # torchrun and its worker on each
+        running[2].send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        for process in running[:2]:
+            code, _, stderr = ended(process)
+            assert code == 1 and "pi3 (" in last_sentence(stderr) and "is lost" in last_sentence(stderr)
+        assert time.monotonic() - start < 10
+        assert gone(below)
+
+
+def gone(pids: list[int], timeout_s: float = 10) -> bool:
+    """Whether these processes have ended, or end soon."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if not any(Path("/proc", str(pid)).exists() for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_killed_worker_is_told_from_those_who_lose_their_connection(classifier, tmp_path):
+    """As when the kernel takes a process for want of memory: its host is named, by all."""
+    with hosts(tmp_path, 2) as shelf:
+        running = [shelf.start(i, classifier, "--method", "bp+tp", "--repeats", "1000000") for i in range(2)]
+        for process in running:
+            wait_for(process.stderr, "of 6 heads")
+        time.sleep(1)
+        (worker,) = children_of(children_of(running[1].pid)[0])
+        os.kill(worker, signal.SIGKILL)
+        for process in running:
+            code, _, stderr = ended(process)
+            assert code == 1
+            assert "pi2 (" in last_sentence(stderr) and "its worker was killed by SIGKILL" in last_sentence(stderr)
+
+
+def test_a_host_that_does_not_come_is_named(classifier, tmp_path):
+    with hosts(tmp_path, 3) as shelf:
+        running = [shelf.start(i, classifier, "--wait", "3") for i in range(2)]
+        for process in running:
+            code, _, stderr = ended(process)
+            assert code == 1 and "waiting for " in stderr
+            for words in ("pi3 (", "did not come within 3 s", "start the same command there"):
+                assert words in last_sentence(stderr)
+    with hosts(tmp_path, 2) as shelf:
+        code, _, stderr = ended(shelf.start(1, classifier, "--wait", "2"))
+        assert code == 1 and "waiting for pi1, the first device" in stderr
+        assert "pi1, the first device, does not answer at" in last_sentence(stderr)
+
+
+def drop_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+
+
+def change_weights(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (shutil.rmtree, "cannot take part: model folder .* does not exist on this host"),
+        (drop_weights, "cannot take part: .* has no model.safetensors"),
+        (change_config, "has a config.json whose digest is .*, and pi1 .*: copy the model's folder anew"),
+        (change_weights, "has weights whose digest is .*, and pi1 .*: copy the model's folder anew"),
+    ],
+    ids=["no-folder", "no-weights", "config", "weights"],
+)
+def test_another_model_on_a_host_is_refused(classifier, tmp_path, break_it, words):
+    copy = shutil.copytree(classifier, tmp_path / "copy")
+    break_it(copy)
+    with hosts(tmp_path, 2) as shelf:
+        running = [shelf.start(0, classifier), shelf.start(1, copy)]
+        for process in running:
+            code, _, stderr = ended(process)
+            assert code == 2 and re.search(r"pi2 \(\S+\) " + words, last_sentence(stderr)), stderr
+
+
+def test_an_interrupted_host_is_named(classifier, tmp_path):
+    with hosts(tmp_path, 2) as shelf:
+        waiting = shelf.start(1, classifier)
+        wait_for(waiting.stderr, "waiting for pi1, the first device")
+        waiting.send_signal(signal.SIGINT)
+        assert ended(waiting)[0] == 130
+        running = [shelf.start(i, classifier, "--method", "bp+tp", "--repeats", "1000000") for i in range(2)]
+        wait_for(running[1].stderr, "of 6 heads")
+        running[1].send_signal(signal.SIGINT)
+        assert ended(running[1])[0] == 130
+        code, _, stderr = ended(running[0])
+        assert code == 1 and "pi2 (" in last_sentence(stderr) and "failed: it was interrupted" in last_sentence(stderr)
+
+
+def test_a_plan_that_does_not_fit_ends_all(classifier, tmp_path):
+    """What the first device was told counts, not what the others were."""
+    with hosts(tmp_path, 2) as shelf:
+        running = [shelf.start(i, classifier, "--method", method) for i, method in enumerate(("tp", "bp+tp"))]
+        for process in running:
+            code, _, stderr = ended(process)
+            assert code == 1 and "pi1 (" in last_sentence(stderr)
+            assert "failed: tp runs original layers only" in last_sentence(stderr)
+
+
+# --- Roll call, in this process ----------------------------------------------------------------------------------
+
+
+MEMBERS = [("a", "127.0.0.1"), ("b", "127.0.0.1"), ("c", "127.0.0.1")]
+HELLO = dict(devices="d", versions="v", config="c", weights_bytes=1, weights="w")
+
+
+@contextmanager
+def meeting(wait_s: float = 20, **changes):
+    """A coordinator and a member for each name, who have said hello; `changes` of a hello, by name."""
+    port = free_ports()
+    coordinator = Coordinator(MEMBERS, port, wait_s)
+    coordinator.start()
+    members = {}
+    try:
+        for name, address in MEMBERS:
+            members[name] = Member.join("a", address, port, 5, lambda sentence: None)
+            members[name].send({"hello": name} | HELLO | changes.get(name, {}))
+        yield members
+    finally:
+        for member in members.values():
+            member.close()
+        coordinator.join(timeout=5)
+
+
+def hear(members: dict, key: str, timeout_s: float = 5) -> None:
+    """Polls all members until each has had a message with `key`."""
+    left, deadline = set(members), time.monotonic() + timeout_s
+    while left and time.monotonic() < deadline:
+        for name, member in members.items():
+            if any(key in message for message in member.poll(0.02)):
+                left.discard(name)
+    assert not left
+
+
+def sentence_of(members: dict, kind=DeviceError, timeout_s: float = 8) -> str:
+    """The sentence with which all of `members` end."""
+    found, deadline = {}, time.monotonic() + timeout_s
+    while len(found) < len(members) and time.monotonic() < deadline:
+        for name in set(members) - set(found):
+            try:
+                members[name].poll(0.02)
+            except kind as error:
+                found[name] = str(error)
+    assert len(found) == len(members) and len(set(found.values())) == 1, found
+    return found.popitem()[1]
+
+
+def test_all_begin_and_end_together():
+    with meeting() as members:
+        hear(members, "go")
+        for member in members.values():
+            member.send({"finished": True})
+        hear(members, "done")
+
+
+def test_who_is_lost_is_named_to_the_others(monkeypatch):
+    with meeting() as members:
+        hear(members, "go")
+        members.pop("c").close()
+        assert "c (127.0.0.1) is lost" in sentence_of(members)
+    with meeting() as members:
+        hear(members, "go")
+        members["a"].send({"failed": "it lost its connection to b", "own": False})
+        members["b"].send({"failed": "its worker was killed by SIGKILL", "own": True})
+        assert "b (127.0.0.1) failed: its worker was killed" in sentence_of(members)
+    with meeting() as members:
+        hear(members, "go")
+        members["c"].send({"failed": "it lost its connection to b.", "own": False})
+        assert sentence_of(members) == "c (127.0.0.1) failed: it lost its connection to b; the others were stopped."
+    monkeypatch.setattr(rollcall, "SILENCE_LIMIT_S", 2.0)
+    with meeting() as members:
+        hear(members, "go")
+        frozen = members.pop("b")  # says nothing from now on, and its connection stays
+        assert "b (127.0.0.1) has been silent for 2 s" in sentence_of(members)
+        frozen.close()
+
+
+def test_the_first_device_is_missed_too(monkeypatch):
+    monkeypatch.setattr(rollcall, "SILENCE_LIMIT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        member = Member.join("a", "127.0.0.1", port, 5, lambda sentence: None)
+        with pytest.raises(DeviceLost, match=r"a \(127.0.0.1\), the first device, has been silent for 1 s"):
+            while True:
+                member.poll()
+        member.close()
+        member = Member.join("a", "127.0.0.1", port, 5, lambda sentence: None)
+        listener.accept()[0].close()  # the one that is silent
+        listener.accept()[0].close()
+        with pytest.raises(DeviceLost, match="the first device, is lost"):
+            member.poll(2)
+        member.close()
+
+
+def test_differences_and_strangers():
+    with meeting(c=dict(versions="detransformer 9")) as members:
+        words = "c (127.0.0.1) has detransformer 9, and a v: install the same versions on all hosts."
+        assert sentence_of(members, ValueError) == words
+    port = free_ports()
+    coordinator = Coordinator(MEMBERS[:2], port, 20)
+    coordinator.start()
+    with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is in use"):
+        Coordinator(MEMBERS, port, 20)
+    with socket.create_connection(("127.0.0.1", port)) as browser:
+        browser.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert browser.recv(100) == b""
+    for name, words in [("x", "x is not in the cluster file of a"), ("a", "as a already")]:
+        members = [Member.join("a", "127.0.0.1", port, 5, lambda sentence: None) for _ in range(2)]
+        for member in members:
+            member.send({"hello": name} | HELLO)
+            time.sleep(0.1)
+        with pytest.raises(ValueError, match=words):
+            while True:
+                members[1].poll()
+        for member in members:
+            member.close()
+    both = {name: Member.join("a", "127.0.0.1", port, 5, lambda sentence: None) for name in ("a", "b")}
+    both["b"].send({"hello": "b"} | HELLO)
+    both["b"].close()  # it may come again
+    time.sleep(0.5)
+    both["b"] = Member.join("a", "127.0.0.1", port, 5, lambda sentence: None)
+    for name, member in both.items():
+        member.send({"hello": name} | HELLO)
+    hear(both, "go")
+    for member in both.values():
+        member.send({"finished": True})
+    hear(both, "done")
+    coordinator.join(timeout=5)
+    assert not coordinator.is_alive()
+
+
+def test_a_channel_takes_lines_in_any_pieces():
+    one, other = socket.socketpair()
+    channel = Channel(other)
+    for piece, messages in [(b'{"a": 1}\n{"b"', [{"a": 1}]), (b": 2}\n{}\n", [{"b": 2}]), (b"[1]\n", None)]:
+        one.sendall(piece)
+        assert channel.receive() == messages
+    one.close()
+    assert channel.receive() is None and not channel.send({"x": 1})
+    channel.close()
+
+
+# --- This host ---------------------------------------------------------------------------------------------------
+
+
+def test_a_host_finds_itself_in_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "devices:\n  - {name: a, address: 10.0.0.1, device: rpi4b}\n  - {name: b, address: 10.0.0.2, device: rpi4b}"
+    )
+    spec = ClusterSpec.load(path)
+    board = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.2"]}
+    assert own_rank(spec, None, board) == own_rank(spec, "b", board) == 1
+    for host, interfaces, words in [
+        (None, {"lo": ["127.0.0.1"], "eth0": ["10.0.0.7"]}, r"\(10.0.0.7\) are not in .*a \(10.0.0.1\) and b .*--host"),
+        (None, {"lo": ["127.0.0.1"]}, "none but loopback"),
+        ("a", board, "--host a has the address 10.0.0.1 .* this host has 10.0.0.2"),
+        ("x", board, "--host x is not in"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            own_rank(spec, host, interfaces)
+    path.write_text("interface: wg0\n" + path.read_text())
+    assert own_rank(ClusterSpec.load(path), "a", board) == 0  # such as behind a tunnel
+    path.write_text(path.read_text().replace("10.0.0.1", "127.0.0.1").replace("10.0.0.2", "127.0.0.1"))
+    with pytest.raises(ValueError, match="several devices .* --host"):
+        own_rank(ClusterSpec.load(path), None, board)
+
+
+def test_model_facts_tell_copies_from_other_models(classifier, tmp_path):
+    copy = shutil.copytree(classifier, tmp_path / "copy")
+    assert model_facts(str(copy)) == model_facts(str(classifier))
+    for change, key in [(change_config, "config"), (change_weights, "weights")]:
+        change(copy)
+        assert model_facts(str(copy))[key] != model_facts(str(classifier))[key]
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        model_facts(str(copy))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"method": "tp"}'])
+def test_what_is_no_plan(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match="is not a plan .*make one with `detransformer plan`"):
+        read_plan(tmp_path / "plan.json")
+
+
+# --- Emulated devices --------------------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    from detransformer import cli
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", *map(str, arguments)])
+    return end.value.code, *capsys.readouterr()
+
+
+def test_the_same_command_over_emulated_devices(capsys, tmp_path):
+    """A question, answered by two unequal devices over modelled links; the plan it kept is run again."""
+    folder = save_model(tmp_path / "qa", BertForQuestionAnswering)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 3}]"
+    )
+    options = ["--cluster", path, "--model", folder, "--text", "who made it", "--transport", "loopback"]
+    options += ["--repeats", "2", "--check"]
+    code, shown, error = run(capsys, *options, "--method", "bp+sp", "--output", tmp_path / "out.json",
+                             "--context", "the studio in rome made it")  # fmt: skip
+    assert code == 0, error
+    for words in ("pair (Raspberry Pi 4B, Raspberry Pi 4B at 3x speed (emulated), modelled link)", "on a, b; float32"):
+        assert words in shown
+    assert "agrees with the single device's" in shown and "'who made it' -> " in shown
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["answer"]["answer"] in "the studio in rome made it"
+    assert record["plan"]["sub_blocks"] == [1, 3] and record["latency_s"] >= record["predicted_s"]
+    code, shown, error = run(capsys, *options, "--plan", tmp_path / "out.json", "--context", "a film of charm")
+    assert code == 0 and "plan: bp+sp" in shown, error
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--text", "a", "--tokens", "3"], "--tokens 3 stands beside --text"),
+        (["--context", "a"], "--context needs --text"),
+        (["--host", "a"], "--host a is for real hosts"),
+        (["--tokens", "600"], "has 600 tokens, and the model takes 512"),
+        (["--plan", "/nowhere/p.json"], "/nowhere/p.json does not exist"),
+        (["--method", "magic"], "'magic' is unknown"),
+        (["--method", "tp"], "tp runs original layers only"),
+        (["--wire", "float32,int8", "--method", "bp+tp"], "several formats"),
+        (["--wait", "0"], "--wait 0 is out of range"),
+        (["--output", "/"], "--output / is a folder"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(capsys, classifier, tmp_path, options, words):
+    path = tmp_path / "c.yaml"
+    path.write_text("emulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b}]")
+    code, _, stderr = run(capsys, "--cluster", path, "--model", classifier, "--transport", "loopback", *options)
+    assert code == 2 and words in last_sentence(stderr)
