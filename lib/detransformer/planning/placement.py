@@ -1,16 +1,28 @@
-"""Adaptive placement (DATE 2024, Section III-C): of the plans that fit the memory, the one predicted to be fastest."""
+"""Adaptive placement (DATE 2024, Section III-C): of the plans that fit the memory, the one predicted to be fastest.
 
-from collections.abc import Iterable, Sequence
+`place` looks at the paper's three plans, over all devices. `place_freely` looks at all plans: which devices take part,
+in how many chunks a request is run, in which format messages travel, and, by `search`, each layer's strategy.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from transformers import BertConfig
+import numpy as np
+from transformers import PretrainedConfig
 
 from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.plan import PAPER_METHODS, STRATEGIES, Plan, layer_plan, published_plan
-from detransformer.planning.cost import Prediction, predict
+from detransformer.parallel.plan import PAPER_METHODS, Plan, layer_plan, published_plan
+from detransformer.parallel.wire import ROLES, WIRE_FORMATS, format_of
+from detransformer.planning.compiled import Compiled, least_bytes, memory_bytes
+from detransformer.planning.cost import Prediction
 from detransformer.planning.profile import ClusterProfile
+from detransformer.planning.search import ROUNDING, fastest
 
 CHUNKS = (1, 2, 4)  # more save little and cost a real device efficiency: its products become small
+ALL_COUNTS = 8  # of up to so many devices every number is tried; of more, powers of 2 and what lies around the best
+MEMORY_ROUNDS = 20  # so often is work moved away from devices that lack memory
+WIRE_TOLERANCE = 0.02  # a more exact format is taken where it costs no more than this
 
 
 @dataclass(frozen=True)
@@ -25,26 +37,150 @@ class Alternative:
     def fits(self) -> bool:
         return not self.reason
 
+    @property
+    def latency_s(self) -> float:
+        return self.prediction.latency_s
+
 
 @dataclass(frozen=True)
 class Placement:
-    """The chosen plan and all that were looked at, fastest first."""
+    """The chosen plan and all that were looked at, fastest first.
+
+    `left_out` has a sentence for each device (or group of them) that takes no part. `exact`: whether no plan of the
+    same devices, split, chunks and format is faster, by the cost model.
+    """
 
     chosen: Alternative
     alternatives: tuple[Alternative, ...]
+    left_out: tuple[str, ...] = ()
+    exact: bool = True
 
     @property
     def plan(self) -> Plan:
         return self.chosen.plan
 
 
-def search_space(config: BertConfig) -> tuple[str, ...]:
+def device_speeds(profile: ClusterProfile) -> list[float]:
+    """How fast each device computes, relative to the fastest: by its rate on whole layers."""
+    rates = [1 / device.compute_s(1.0, "replicate") for device in profile.devices]
+    return [rate / max(rates) for rate in rates]
+
+
+def search_space(config: PretrainedConfig) -> tuple[str, ...]:
     """The paper's three plans for a decoupled model; TP, SP and one device for an original one."""
     return PAPER_METHODS if "decoupled" in layer_kinds(config) else ("tp", "sp", "single")
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is planned for: the model on the cluster, a request's sizes, and bytes that each device may take."""
+
+    config: PretrainedConfig
+    profile: ClusterProfile
+    seq_len: int
+    batch_size: int
+    past: int
+    reads: str
+    budget: int | None
+
+    @cached_property
+    def budgets(self) -> list[int]:
+        return [device.memory_bytes if self.budget is None else self.budget for device in self.profile.devices]
+
+    @cached_property
+    def speeds(self) -> list[float]:
+        return device_speeds(self.profile)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The devices, fastest first; of equals the one of the wider link, then the first."""
+        return tuple(sorted(range(len(self.speeds)), key=lambda i: (-self.speeds[i], -self.profile.link.share(i), i)))
+
+    @cached_property
+    def least(self) -> int:
+        """Bytes that a device needs to take any part: embeddings, what the model ends in, activations."""
+        return least_bytes(self.config, self.seq_len, self.batch_size)
+
+    @cached_property
+    def orders(self) -> list[tuple[int, ...]]:
+        """Those of `order` that can take part; and in another order, the widest link first, where links differ."""
+        able = tuple(i for i in self.order if self.budgets[i] >= self.least) or self.order
+        return list(dict.fromkeys((able, tuple(sorted(able, key=lambda i: -self.profile.link.share(i))))))
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        return layer_kinds(self.config)
+
+    def needed(self, plan: Plan) -> np.ndarray:
+        return memory_bytes(self.config, plan, self.seq_len, self.batch_size, self.past)
+
+    def budgets_of(self, plan: Plan) -> list[int]:
+        return [self.budgets[i] for i in plan.device_ids]
+
+    def lacks(self, plan: Plan) -> bool:
+        return bool((self.needed(plan) > self.budgets_of(plan)).any())
+
+    def name_devices(self, devices: Sequence[int]) -> str:
+        """`device 3 (Raspberry Pi 4B) is`, `devices 2 (...) and 3 (...) are`, of many `28 devices (0, 1, ...) are`."""
+        if len(devices) > 4:
+            return f"{len(devices)} devices ({', '.join(map(str, devices[:3]))}, ...) are"
+        *names, last = (f"{i} ({self.profile.devices[i].name})" for i in devices)
+        return f"devices {', '.join(names)} and {last} are" if names else f"device {last} is"
+
+    def compiled(self, plan: Plan) -> Compiled:
+        return Compiled(
+            self.config, plan, self.profile, self.seq_len, self.batch_size, self.past, self.budgets_of(plan)
+        )
+
+    def alternative(self, plan: Plan, compiled: Compiled | None = None) -> Alternative:
+        prediction = (compiled or self.compiled(plan)).price(plan.strategies)
+        return Alternative(plan, prediction, self.lacking(plan, prediction))
+
+    def lacking(self, plan: Plan, prediction: Prediction) -> str:
+        over, device, needed = self.missing(plan, prediction)
+        if over <= 0:
+            return ""
+        return (
+            f"needs {needed / 2**20:.0f} MiB on device {device} ({self.profile.devices[device].name}), "
+            f"{over / 2**20:.0f} MiB more than its budget of {(needed - over) / 2**20:.0f} MiB"
+        )
+
+    def missing(self, plan: Plan, prediction: Prediction) -> tuple[int, int, int]:
+        """(bytes over budget, device, bytes needed) of the device that lacks most."""
+        needed = zip(plan.device_ids, prediction.memory_bytes, strict=True)
+        return max((memory - self.budgets[i], i, memory) for i, memory in needed)
+
+    def published(self, methods: Iterable[str], wire: str) -> list[Alternative]:
+        """The plans of these methods' names over all devices, split by speed; over the fastest where all are too many.
+
+        `single` takes the fastest device.
+        """
+        speeds, order = self.speeds, self.order
+        found = []
+        for method in methods:
+            for devices in _shrinking(order[:1] if method == "single" else order):
+                try:
+                    plan = published_plan(method, self.config, [speeds[i] for i in devices], wire, self.reads)
+                except ValueError:  # more devices than heads or sub-blocks
+                    if len(devices) == 1:
+                        raise
+                    continue
+                found.append(self.alternative(_on(plan, devices)))
+                break
+        return found
+
+
+def _shrinking(order: Sequence[int]) -> Iterator[list[int]]:
+    return (sorted(order[:count]) for count in range(len(order), 0, -1))
+
+
+def _on(plan: Plan, devices: Sequence[int]) -> Plan:
+    """`plan` on these devices; the first ones need no naming."""
+    return replace(plan, devices=() if list(devices) == list(range(len(devices))) else tuple(devices))
+
+
 def place(
-    config: BertConfig,
+    config: PretrainedConfig,
     profile: ClusterProfile,
     seq_len: int = 128,
     batch_size: int = 1,
@@ -52,8 +188,9 @@ def place(
     methods: Sequence[str] | None = None,
     wire: str = "float32",
     reads: str = "all",
+    past: int = 0,
 ) -> Placement:
-    """Chooses among `methods` (default: `search_space`) for all devices of `profile`.
+    """Chooses among `methods` (default: `search_space`) for all devices of `profile`, split by their speeds.
 
     Args:
         memory_budget_bytes: what a plan may take on each device; default: each device's own memory.
@@ -61,87 +198,240 @@ def place(
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    speeds = [1.0] * len(profile.devices)
-    plans = [published_plan(m, config, speeds, wire, reads) for m in methods or search_space(config)]
-    return _choose(_price(plans, config, profile, seq_len, batch_size, memory_budget_bytes))
+    request = _Request(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
+    return _choose(request, request.published(methods or search_space(config), wire))
 
 
-def paper_plan(config: BertConfig, profile: ClusterProfile, **request) -> Plan:
+def paper_plan(config: PretrainedConfig, profile: ClusterProfile, **request) -> Plan:
     """BP+Auto as published: the fastest of the paper's three plans that fit."""
     return place(config, profile, **request).plan
 
 
 def place_freely(
-    config: BertConfig,
+    config: PretrainedConfig,
     profile: ClusterProfile,
     seq_len: int = 128,
     batch_size: int = 1,
     memory_budget_bytes: int | None = None,
     wire: str = "float32",
     reads: str = "all",
+    past: int = 0,
+    wires: Sequence[str] = (),
 ) -> Placement:
-    """Chooses among all strategies for the original layers, another one for the last of them, and chunks.
+    """Chooses devices, chunks and every original layer's strategy; sizes are split by speed, and by memory if need be.
 
-    The paper's three plans are among the candidates. The last layer is its own choice because what follows it is: the
-    result is gathered, or only [CLS] is read of it.
+    The fastest devices are tried, 1, 2 and so on (and those of the widest links, where these differ), so that one which
+    only slows the others down is left out. Also listed: the best plan of each number of devices, each strategy for all
+    layers and with another for the last, the paper's plans, and one device alone.
+
+    Args:
+        wires: formats to choose from (default: `wire`): the most exact one within 2% of the fastest is taken.
+
+    Raises:
+        ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    speeds, kinds = [1.0] * len(profile.devices), layer_kinds(config)
-    names = [name for name, signature in STRATEGIES.items() if signature.layer_kind == "original"]
+    request = _Request(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
+    found = [_Candidates(request, one, order) for one in wires or (wire,) for order in request.orders]
+    fitting = [candidates for candidates in found if candidates.by_count]
+    if not fitting:
+        raise ValueError(_nothing_fits(request, [a for candidates in found for a in candidates.smallest()]))
+    limit_s = (1 + WIRE_TOLERANCE) * min(candidates.best.latency_s for candidates in fitting)
+    near = [candidates for candidates in fitting if candidates.best.latency_s <= limit_s]
+    taken = min(near, key=lambda candidates: (_roughness(candidates.wire), candidates.best.latency_s))
+    listed = [taken.best, *taken.by_count.values(), *taken.rivals()]
+    published = request.published(dict.fromkeys((*search_space(config), "single")), taken.wire)
+    placement = _choose(request, [*listed, *published])
+    others = [candidates.best for candidates in fitting if candidates is not taken]
+    left_out = taken.left_out(placement.chosen)
+    alternatives = _sorted([*placement.alternatives, *others])
+    return Placement(placement.chosen, alternatives, left_out, all(candidates.exact for candidates in fitting))
 
-    def plans(rest: str, final: str) -> list[Plan]:
-        strategies = ["block" if kind == "decoupled" else rest for kind in kinds[:-1]] + [final]
-        return [layer_plan("bp+auto", config, strategies, speeds, wire, reads, num_chunks=n) for n in CHUNKS]
 
-    def price(plans: Iterable[Plan]) -> list[Alternative]:
-        return _price(plans, config, profile, seq_len, batch_size, memory_budget_bytes)
-
-    uniform = price(plan for name in names for plan in plans(name, name))
-    best = _choose(uniform).plan.strategies[-1]
-    mixed = price(plan for name in names if name != best for plan in plans(best, name))
-    published = price(published_plan(method, config, speeds, wire, reads) for method in search_space(config))
-    return _choose([*uniform, *mixed, *published])
-
-
-def auto_plan(config: BertConfig, profile: ClusterProfile, **request) -> Plan:
+def auto_plan(config: PretrainedConfig, profile: ClusterProfile, **request) -> Plan:
     """BP+Auto: the plan that `place_freely` chooses, under its table name."""
     return replace(place_freely(config, profile, **request).plan, method="bp+auto")
 
 
-def _price(
-    plans: Iterable[Plan],
-    config: BertConfig,
-    profile: ClusterProfile,
-    seq_len: int,
-    batch_size: int,
-    budget: int | None,
-) -> list[Alternative]:
-    alternatives = []
-    for plan in plans:
-        prediction = predict(config, plan, profile, seq_len, batch_size)
-        alternatives.append(Alternative(plan, prediction, _lacking(plan, prediction, profile, budget)))
-    return alternatives
+def _roughness(wire: str) -> int:
+    return sum(WIRE_FORMATS.index(format_of(wire, 0, role)) for role in ROLES)
 
 
-def _choose(alternatives: Sequence[Alternative]) -> Placement:
+class _Candidates:
+    """The fastest plan of the first devices of `order`, by their number, in one wire format."""
+
+    def __init__(self, request: _Request, wire: str, order: Sequence[int]):
+        self.request, self.wire, self.order = request, wire, order
+        self.by_count: dict[int, Alternative] = {}
+        self.tried: dict[int, list[Compiled]] = {}
+        self.exact = True
+        total = len(self.order)
+        powers = [2**k for k in range(total.bit_length()) if 2**k < total]
+        for count in range(1, total + 1) if total <= ALL_COUNTS else [*powers, total]:
+            self._try(count)
+        while counts := self._around_best():
+            for count in counts:
+                self._try(count)
+
+    @property
+    def best(self) -> Alternative:
+        """The fastest; of equals the one of fewest devices."""
+        return min(self.by_count.values(), key=lambda a: (a.latency_s, a.plan.num_devices))
+
+    def _around_best(self) -> list[int]:
+        """Numbers of devices halfway between the best one and its neighbours, if not tried."""
+        if not self.by_count:
+            return []
+        tried = sorted(self.tried)
+        place = tried.index(self.best.plan.num_devices)
+        halfway = [(tried[place] + other) // 2 for other in tried[max(place - 1, 0) : place + 2]]
+        return [count for count in halfway if count not in self.tried]
+
+    def _try(self, count: int) -> None:
+        """Looks for the fastest plan of the first `count` devices; of one, that of the first which holds the model."""
+        self.tried[count] = []
+        devices = sorted(self.order[:count])
+        if count == 1:
+            (needed,) = self.request.needed(_splits(self.request, devices, self.wire)[0])
+            devices = [next((i for i in self.order if self.request.budgets[i] >= needed), *devices)]
+        best = None
+        for plan in _splits(self.request, devices, self.wire):
+            for num_chunks in reversed(CHUNKS) if count > 1 else CHUNKS[:1]:  # of equals the fewest
+                compiled = self.request.compiled(replace(plan, num_chunks=num_chunks))
+                self.tried[count].append(compiled)
+                found = fastest(compiled, best.latency_s * (1 + ROUNDING) if best else np.inf)
+                if found:
+                    strategies, exact = found
+                    best = self.request.alternative(replace(compiled.plan, strategies=strategies), compiled)
+                    self.exact &= exact
+        if best:
+            self.by_count[count] = best
+
+    def smallest(self) -> list[Alternative]:
+        """The plans that keep least."""
+        tried = [compiled for part in self.tried.values() for compiled in part]
+        return [self.request.alternative(replace(c.plan, strategies=c.smallest()), c) for c in tried]
+
+    def rivals(self) -> list[Alternative]:
+        """On the devices of the best plan: each strategy for all original layers, and others for the last of them.
+
+        The last layer is its own choice because what follows it is: the result is gathered, or only [CLS] is read.
+        """
+        tried, alternative = self.tried[self.best.plan.num_devices], self.request.alternative
+        kinds = self.request.kinds
+
+        def priced(rest: str, final: str) -> list[Alternative]:
+            names = (*("block" if kind == "decoupled" else rest for kind in kinds[:-1]), final)
+            return [alternative(replace(c.plan, strategies=names), c) for c in tried]
+
+        names = [row.name for row in tried[0].stages[-2]]
+        uniform = [a for name in names for a in priced(name, name)]
+        rest = min(uniform, key=lambda a: (not a.fits, a.latency_s)).plan.strategies[-1]
+        return uniform + [a for name in names if name != rest for a in priced(rest, name)]
+
+    def left_out(self, chosen: Alternative) -> tuple[str, ...]:
+        """A sentence for those devices that take no part in the chosen plan, by the number tried that includes them."""
+        request, used, sentences = self.request, set(chosen.plan.device_ids), []
+        for i in set(range(len(request.speeds))) - set(self.order):
+            why = f"{request.least / 2**20:.0f} MiB for embeddings and activations are above its budget"
+            sentences.append(f"{request.name_devices([i])} left out: {why} of {request.budgets[i] / 2**20:.0f} MiB")
+        told = set(used)
+        for count in sorted(self.tried):
+            devices = sorted(set(self.order[:count]) - told)
+            if not devices or count <= len(used):
+                continue
+            them = ("it" if len(devices) == 1 else "them") + ("" if told == used else ", too,")
+            if count in self.by_count:
+                why = f"with {them} {_instead(self.by_count[count].latency_s, chosen.latency_s)}"
+            else:
+                why = (
+                    f"with {them} no plan fits the memory" if self.tried[count] else "the model has no more sub-blocks"
+                )
+            sentences.append(f"{request.name_devices(devices)} left out: {why}")
+            told.update(devices)
+        return tuple(sentences)
+
+
+def _instead(slower_s: float, faster_s: float) -> str:
+    """`0.52 s instead of 0.47 s`, with as many digits as tell them apart."""
+    texts = ((f"{slower_s:.{n}g}", f"{faster_s:.{n}g}") for n in range(3, 7))
+    slower, faster = next((pair for pair in texts if pair[0] != pair[1]), (f"{slower_s:.3g}", f"{faster_s:.3g}"))
+    return f"{slower} s instead of {faster} s"
+
+
+def _splits(request: _Request, devices: Sequence[int], wire: str) -> list[Plan]:
+    """A plan of these devices split by speed; where that lacks memory, others whose weights go where there is more.
+
+    Tokens are always split by speed. Empty where there are more devices than sub-blocks.
+    """
+    config, speeds = request.config, [request.speeds[i] for i in devices]
+
+    def split(strategy: str, shares: Sequence[float]) -> Plan:
+        names = ["block" if kind == "decoupled" else strategy for kind in request.kinds]
+        method = "single" if len(devices) == 1 else "bp+auto"
+        plan = layer_plan(method, config, names, shares, wire, request.reads)
+        return _on(replace(plan, tokens_share=tuple(speeds)), devices)
+
+    def within_memory(strategy: str) -> Plan | None:
+        plan, shares, nothing = split(strategy, speeds), np.array(speeds), (0,) * len(devices)
+        least = request.needed(replace(plan, heads=nothing, ffn_columns=nothing, sub_blocks=nothing))
+        budgets = np.array(request.budgets_of(plan))
+        for _ in range(MEMORY_ROUNDS if (least <= budgets).all() else 0):
+            needed = request.needed(plan)
+            over = needed > budgets
+            if not over.any():
+                return plan
+            part = np.divide(budgets - least, needed - least, out=np.ones(len(devices)), where=over)
+            shares = shares * np.where(over, np.clip(part, 0.1, 0.9), 1.0)
+            plan = split(strategy, (shares / shares.max()).tolist())
+        return None
+
+    if len(devices) > getattr(config, "num_divisions", len(devices)):
+        return []
+    plans = [split("replicate", speeds)]
+    if len(devices) > 1 and request.lacks(plans[0]):
+        keeping = ("replicate", "heads", "tensor")  # a device keeps all of a layer, some of it, its part
+        names = keeping if len(devices) <= config.num_attention_heads else keeping[:1]
+        plans += [plan for name in names if (plan := within_memory(name))]
+    return list({(plan.heads, plan.ffn_columns, plan.sub_blocks): plan for plan in reversed(plans)}.values())[::-1]
+
+
+def _choose(request: _Request, alternatives: Sequence[Alternative]) -> Placement:
     """The fastest that fits, the first of equals; ValueError if none does."""
     fitting = [a for a in alternatives if a.fits]
     if not fitting:
-        smallest = min(alternatives, key=lambda a: max(a.prediction.memory_bytes))
-        raise ValueError(
-            f"no plan fits: even the smallest, {smallest.plan.method}, {smallest.reason}. "
-            "Give the devices more memory, add devices, or take a smaller model."
-        )
-    best = min(fitting, key=lambda a: a.prediction.latency_s)
-    return Placement(best, tuple(sorted(alternatives, key=lambda a: (not a.fits, a.prediction.latency_s))))
+        raise ValueError(_nothing_fits(request, alternatives))
+    return Placement(min(fitting, key=lambda a: a.latency_s), _sorted(alternatives))
 
 
-def _lacking(plan: Plan, prediction: Prediction, profile: ClusterProfile, budget: int | None) -> str:
-    for index, needed in zip(plan.device_ids, prediction.memory_bytes, strict=True):
-        device = profile.devices[index]
-        limit = device.memory_bytes if budget is None else budget
-        if needed > limit:
-            return (
-                f"needs {needed / 2**20:.0f} MiB on device {index} ({device.name}), {(needed - limit) / 2**20:.0f} MiB "
-                f"more than its budget of {limit / 2**20:.0f} MiB"
-            )
-    return ""
+def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
+    """Those that fit first, the fastest first; of equal plans the first."""
+    distinct: dict[Plan, Alternative] = {}
+    for alternative in alternatives:
+        distinct.setdefault(replace(alternative.plan, method=""), alternative)
+    return tuple(sorted(distinct.values(), key=lambda a: (not a.fits, a.latency_s)))
+
+
+def _nothing_fits(request: _Request, alternatives: Sequence[Alternative]) -> str:
+    """What the plan lacks that lacks least, and what would help."""
+    smallest = min(alternatives, key=lambda a: request.missing(a.plan, a.prediction)[0])
+    over, device, _ = request.missing(smallest.plan, smallest.prediction)
+    helps = ["Give the devices more memory"]
+    if smallest.prediction.activation_bytes > over:
+        helps.append(f"shorten requests ({smallest.prediction.activation_bytes / 2**20:.0f} MiB of it are activations)")
+    total = _devices_needed(request, device, smallest.plan.wire)
+    helps.append(f"take {total} devices, more like device {device}" if total else "take a smaller model")
+    what = f"{', '.join(helps[:-1])}, or {helps[-1]}"
+    return f"no plan fits: even the smallest, {smallest.plan.method}, {smallest.reason}. {what}."
+
+
+def _devices_needed(request: _Request, device: int, wire: str) -> int | None:
+    """How many devices would hold the model, the added ones being like `device`; None: four times as many do not."""
+    devices = request.profile.devices
+    names = tuple("tensor" if kind == "original" else "block" for kind in request.kinds)
+    most = min(4 * len(devices), request.config.num_attention_heads)
+    for count in range(len(devices) + 1, most + 1):
+        more = (*devices, *[devices[device]] * (count - len(devices)))
+        larger = replace(request, profile=ClusterProfile(more, replace(request.profile.link, shares=())))
+        if not all(larger.lacks(replace(plan, strategies=names)) for plan in _splits(larger, range(count), wire)):
+            return count
+    return None
