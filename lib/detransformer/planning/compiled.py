@@ -412,11 +412,18 @@ class Compiled:
 
     # What is asked ---------------------------------------------------------------------------------------------------
 
-    def price(self, strategies: Sequence[str]) -> Prediction:
-        """`cost.predict` of the plan with these strategies."""
+    def _path(self, strategies: Sequence[str]) -> tuple[list[Row], list[Piece]]:
         names = ("start", *strategies, "end")
         rows = [next(row for row in stage if row.name == name) for name, stage in zip(names, self.stages, strict=True)]
-        pieces = [self.piece(*pair) for pair in pairwise(rows)]
+        return rows, [self.piece(*pair) for pair in pairwise(rows)]
+
+    def messages(self, strategies: Sequence[str]) -> list[Message]:
+        """The collectives of one request, in their order."""
+        return [message for piece in self._path(strategies)[1] for message in piece.messages]
+
+    def price(self, strategies: Sequence[str]) -> Prediction:
+        """`cost.predict` of the plan with these strategies."""
+        rows, pieces = self._path(strategies)
         label = self.first_label()
         for piece in pieces:
             label = (piece.matrix + label).max(-1)

@@ -72,16 +72,16 @@ def search_space(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Request:
+class Problem:
     """What is planned for: the model on the cluster, a request's sizes, and bytes that each device may take."""
 
     config: PretrainedConfig
     profile: ClusterProfile
     seq_len: int
     batch_size: int
-    past: int
-    reads: str
-    budget: int | None
+    past: int = 0
+    reads: str = "all"
+    budget: int | None = None
 
     @cached_property
     def budgets(self) -> list[int]:
@@ -198,8 +198,8 @@ def place(
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    request = _Request(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
-    return _choose(request, request.published(methods or search_space(config), wire))
+    problem = Problem(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
+    return _choose(problem, problem.published(methods or search_space(config), wire))
 
 
 def paper_plan(config: PretrainedConfig, profile: ClusterProfile, **request) -> Plan:
@@ -230,17 +230,17 @@ def place_freely(
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    request = _Request(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
-    found = [_Candidates(request, one, order) for one in wires or (wire,) for order in request.orders]
+    problem = Problem(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
+    found = [_Candidates(problem, one, order) for one in wires or (wire,) for order in problem.orders]
     fitting = [candidates for candidates in found if candidates.by_count]
     if not fitting:
-        raise ValueError(_nothing_fits(request, [a for candidates in found for a in candidates.smallest()]))
+        raise ValueError(_nothing_fits(problem, [a for candidates in found for a in candidates.smallest()]))
     limit_s = (1 + WIRE_TOLERANCE) * min(candidates.best.latency_s for candidates in fitting)
     near = [candidates for candidates in fitting if candidates.best.latency_s <= limit_s]
     taken = min(near, key=lambda candidates: (_roughness(candidates.wire), candidates.best.latency_s))
     listed = [taken.best, *taken.by_count.values(), *taken.rivals()]
-    published = request.published(dict.fromkeys((*search_space(config), "single")), taken.wire)
-    placement = _choose(request, [*listed, *published])
+    published = problem.published(dict.fromkeys((*search_space(config), "single")), taken.wire)
+    placement = _choose(problem, [*listed, *published])
     others = [candidates.best for candidates in fitting if candidates is not taken]
     left_out = taken.left_out(placement.chosen)
     alternatives = _sorted([*placement.alternatives, *others])
@@ -252,6 +252,12 @@ def auto_plan(config: PretrainedConfig, profile: ClusterProfile, **request) -> P
     return replace(place_freely(config, profile, **request).plan, method="bp+auto")
 
 
+def first_counts(num_devices: int) -> list[int]:
+    """The numbers of devices to try first: all of few, of many the powers of 2."""
+    powers = [2**k for k in range(num_devices.bit_length()) if 2**k < num_devices]
+    return list(range(1, num_devices + 1)) if num_devices <= ALL_COUNTS else [*powers, num_devices]
+
+
 def _roughness(wire: str) -> int:
     return sum(WIRE_FORMATS.index(format_of(wire, 0, role)) for role in ROLES)
 
@@ -259,14 +265,12 @@ def _roughness(wire: str) -> int:
 class _Candidates:
     """The fastest plan of the first devices of `order`, by their number, in one wire format."""
 
-    def __init__(self, request: _Request, wire: str, order: Sequence[int]):
-        self.request, self.wire, self.order = request, wire, order
+    def __init__(self, problem: Problem, wire: str, order: Sequence[int]):
+        self.problem, self.wire, self.order = problem, wire, order
         self.by_count: dict[int, Alternative] = {}
         self.tried: dict[int, list[Compiled]] = {}
         self.exact = True
-        total = len(self.order)
-        powers = [2**k for k in range(total.bit_length()) if 2**k < total]
-        for count in range(1, total + 1) if total <= ALL_COUNTS else [*powers, total]:
+        for count in first_counts(len(order)):
             self._try(count)
         while counts := self._around_best():
             for count in counts:
@@ -291,17 +295,17 @@ class _Candidates:
         self.tried[count] = []
         devices = sorted(self.order[:count])
         if count == 1:
-            (needed,) = self.request.needed(_splits(self.request, devices, self.wire)[0])
-            devices = [next((i for i in self.order if self.request.budgets[i] >= needed), *devices)]
+            (needed,) = self.problem.needed(splits(self.problem, devices, self.wire)[0])
+            devices = [next((i for i in self.order if self.problem.budgets[i] >= needed), *devices)]
         best = None
-        for plan in _splits(self.request, devices, self.wire):
+        for plan in splits(self.problem, devices, self.wire):
             for num_chunks in reversed(CHUNKS) if count > 1 else CHUNKS[:1]:  # of equals the fewest
-                compiled = self.request.compiled(replace(plan, num_chunks=num_chunks))
+                compiled = self.problem.compiled(replace(plan, num_chunks=num_chunks))
                 self.tried[count].append(compiled)
                 found = fastest(compiled, best.latency_s * (1 + ROUNDING) if best else np.inf)
                 if found:
                     strategies, exact = found
-                    best = self.request.alternative(replace(compiled.plan, strategies=strategies), compiled)
+                    best = self.problem.alternative(replace(compiled.plan, strategies=strategies), compiled)
                     self.exact &= exact
         if best:
             self.by_count[count] = best
@@ -309,15 +313,15 @@ class _Candidates:
     def smallest(self) -> list[Alternative]:
         """The plans that keep least."""
         tried = [compiled for part in self.tried.values() for compiled in part]
-        return [self.request.alternative(replace(c.plan, strategies=c.smallest()), c) for c in tried]
+        return [self.problem.alternative(replace(c.plan, strategies=c.smallest()), c) for c in tried]
 
     def rivals(self) -> list[Alternative]:
         """On the devices of the best plan: each strategy for all original layers, and others for the last of them.
 
         The last layer is its own choice because what follows it is: the result is gathered, or only [CLS] is read.
         """
-        tried, alternative = self.tried[self.best.plan.num_devices], self.request.alternative
-        kinds = self.request.kinds
+        tried, alternative = self.tried[self.best.plan.num_devices], self.problem.alternative
+        kinds = self.problem.kinds
 
         def priced(rest: str, final: str) -> list[Alternative]:
             names = (*("block" if kind == "decoupled" else rest for kind in kinds[:-1]), final)
@@ -330,10 +334,10 @@ class _Candidates:
 
     def left_out(self, chosen: Alternative) -> tuple[str, ...]:
         """A sentence for those devices that take no part in the chosen plan, by the number tried that includes them."""
-        request, used, sentences = self.request, set(chosen.plan.device_ids), []
-        for i in set(range(len(request.speeds))) - set(self.order):
-            why = f"{request.least / 2**20:.0f} MiB for embeddings and activations are above its budget"
-            sentences.append(f"{request.name_devices([i])} left out: {why} of {request.budgets[i] / 2**20:.0f} MiB")
+        problem, used, sentences = self.problem, set(chosen.plan.device_ids), []
+        for i in set(range(len(problem.speeds))) - set(self.order):
+            why = f"{problem.least / 2**20:.0f} MiB for embeddings and activations are above its budget"
+            sentences.append(f"{problem.name_devices([i])} left out: {why} of {problem.budgets[i] / 2**20:.0f} MiB")
         told = set(used)
         for count in sorted(self.tried):
             devices = sorted(set(self.order[:count]) - told)
@@ -346,7 +350,7 @@ class _Candidates:
                 why = (
                     f"with {them} no plan fits the memory" if self.tried[count] else "the model has no more sub-blocks"
                 )
-            sentences.append(f"{request.name_devices(devices)} left out: {why}")
+            sentences.append(f"{problem.name_devices(devices)} left out: {why}")
             told.update(devices)
         return tuple(sentences)
 
@@ -358,25 +362,25 @@ def _instead(slower_s: float, faster_s: float) -> str:
     return f"{slower} s instead of {faster} s"
 
 
-def _splits(request: _Request, devices: Sequence[int], wire: str) -> list[Plan]:
+def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
     """A plan of these devices split by speed; where that lacks memory, others whose weights go where there is more.
 
     Tokens are always split by speed. Empty where there are more devices than sub-blocks.
     """
-    config, speeds = request.config, [request.speeds[i] for i in devices]
+    config, speeds = problem.config, [problem.speeds[i] for i in devices]
 
     def split(strategy: str, shares: Sequence[float]) -> Plan:
-        names = ["block" if kind == "decoupled" else strategy for kind in request.kinds]
+        names = ["block" if kind == "decoupled" else strategy for kind in problem.kinds]
         method = "single" if len(devices) == 1 else "bp+auto"
-        plan = layer_plan(method, config, names, shares, wire, request.reads)
+        plan = layer_plan(method, config, names, shares, wire, problem.reads)
         return _on(replace(plan, tokens_share=tuple(speeds)), devices)
 
     def within_memory(strategy: str) -> Plan | None:
         plan, shares, nothing = split(strategy, speeds), np.array(speeds), (0,) * len(devices)
-        least = request.needed(replace(plan, heads=nothing, ffn_columns=nothing, sub_blocks=nothing))
-        budgets = np.array(request.budgets_of(plan))
+        least = problem.needed(replace(plan, heads=nothing, ffn_columns=nothing, sub_blocks=nothing))
+        budgets = np.array(problem.budgets_of(plan))
         for _ in range(MEMORY_ROUNDS if (least <= budgets).all() else 0):
-            needed = request.needed(plan)
+            needed = problem.needed(plan)
             over = needed > budgets
             if not over.any():
                 return plan
@@ -388,18 +392,18 @@ def _splits(request: _Request, devices: Sequence[int], wire: str) -> list[Plan]:
     if len(devices) > getattr(config, "num_divisions", len(devices)):
         return []
     plans = [split("replicate", speeds)]
-    if len(devices) > 1 and request.lacks(plans[0]):
+    if len(devices) > 1 and problem.lacks(plans[0]):
         keeping = ("replicate", "heads", "tensor")  # a device keeps all of a layer, some of it, its part
         names = keeping if len(devices) <= config.num_attention_heads else keeping[:1]
         plans += [plan for name in names if (plan := within_memory(name))]
     return list({(plan.heads, plan.ffn_columns, plan.sub_blocks): plan for plan in reversed(plans)}.values())[::-1]
 
 
-def _choose(request: _Request, alternatives: Sequence[Alternative]) -> Placement:
+def _choose(problem: Problem, alternatives: Sequence[Alternative]) -> Placement:
     """The fastest that fits, the first of equals; ValueError if none does."""
     fitting = [a for a in alternatives if a.fits]
     if not fitting:
-        raise ValueError(_nothing_fits(request, alternatives))
+        raise ValueError(_nothing_fits(problem, alternatives))
     return Placement(min(fitting, key=lambda a: a.latency_s), _sorted(alternatives))
 
 
@@ -411,27 +415,27 @@ def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
     return tuple(sorted(distinct.values(), key=lambda a: (not a.fits, a.latency_s)))
 
 
-def _nothing_fits(request: _Request, alternatives: Sequence[Alternative]) -> str:
+def _nothing_fits(problem: Problem, alternatives: Sequence[Alternative]) -> str:
     """What the plan lacks that lacks least, and what would help."""
-    smallest = min(alternatives, key=lambda a: request.missing(a.plan, a.prediction)[0])
-    over, device, _ = request.missing(smallest.plan, smallest.prediction)
+    smallest = min(alternatives, key=lambda a: problem.missing(a.plan, a.prediction)[0])
+    over, device, _ = problem.missing(smallest.plan, smallest.prediction)
     helps = ["Give the devices more memory"]
     if smallest.prediction.activation_bytes > over:
         helps.append(f"shorten requests ({smallest.prediction.activation_bytes / 2**20:.0f} MiB of it are activations)")
-    total = _devices_needed(request, device, smallest.plan.wire)
+    total = _devices_needed(problem, device, smallest.plan.wire)
     helps.append(f"take {total} devices, more like device {device}" if total else "take a smaller model")
     what = f"{', '.join(helps[:-1])}, or {helps[-1]}"
     return f"no plan fits: even the smallest, {smallest.plan.method}, {smallest.reason}. {what}."
 
 
-def _devices_needed(request: _Request, device: int, wire: str) -> int | None:
+def _devices_needed(problem: Problem, device: int, wire: str) -> int | None:
     """How many devices would hold the model, the added ones being like `device`; None: four times as many do not."""
-    devices = request.profile.devices
-    names = tuple("tensor" if kind == "original" else "block" for kind in request.kinds)
-    most = min(4 * len(devices), request.config.num_attention_heads)
+    devices = problem.profile.devices
+    names = tuple("tensor" if kind == "original" else "block" for kind in problem.kinds)
+    most = min(4 * len(devices), problem.config.num_attention_heads)
     for count in range(len(devices) + 1, most + 1):
         more = (*devices, *[devices[device]] * (count - len(devices)))
-        larger = replace(request, profile=ClusterProfile(more, replace(request.profile.link, shares=())))
-        if not all(larger.lacks(replace(plan, strategies=names)) for plan in _splits(larger, range(count), wire)):
+        larger = replace(problem, profile=ClusterProfile(more, replace(problem.profile.link, shares=())))
+        if not all(larger.lacks(replace(plan, strategies=names)) for plan in splits(larger, range(count), wire)):
             return count
     return None

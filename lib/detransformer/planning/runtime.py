@@ -1,85 +1,207 @@
-"""Static and run-time planning (TPDS 2025): which plans a cluster holds at once, and which of them runs a request.
+"""Two phases of planning (TPDS 2025): which plans to hold, and which of them each request takes.
 
-Offline, `static_plans` picks a few plans that serve the expected requests and links well and whose weights fit the
-devices together. At run time `RuntimePlanner` takes one of them for each request, by its length and by the link's rate
-as the traffic itself has shown it. A table of predictions makes that a look-up.
+Static: `static_plans` chooses, before any request, a few plans that one loading of weights serves. Runtime: for each
+request, `RuntimePlanner` takes the plan that is fastest at the rate that the links have shown so far.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from transformers import PretrainedConfig
 
 from detransformer.parallel.plan import Plan
-from detransformer.planning.cost import activation_bytes, held_bytes, predict
-from detransformer.planning.placement import place_freely
-from detransformer.planning.profile import ClusterProfile, LinkProfile, latency_steps
+from detransformer.planning.compiled import Compiled
+from detransformer.planning.cost import activation_bytes, cache_bytes, held_bytes
+from detransformer.planning.placement import CHUNKS, Problem, first_counts, place_freely, splits
+from detransformer.planning.profile import ClusterProfile, LinkProfile
+from detransformer.planning.search import fastest
 
-MIN_GAIN = 0.05  # by which another plan must be faster to replace the one in use: rates are known to some percent
-MIN_BYTES = 16_384  # a smaller message shows the link's latency, not its rate
-BEST_SHARE = 0.75  # of a request's rates the quantile that counts: waiting for a late peer only makes a rate smaller
-NOISE = 0.1  # by which an estimate may err without being corrected at once
-SMOOTHING = 0.5  # of a rise, and of noise
-BLIND_REQUESTS = 5  # that send too little to show the rate, until the link is worth a probe
+WORTH = 0.005  # one plan more is held where it saves so much of the summed latency
+SWITCH_GAIN = 0.05  # a changed rate changes the plan where that is predicted to save more
+MIN_BYTES = 16 * 1024  # smaller messages tell of the latency, not of the rate
+QUANTILE = 0.9  # most durations include waiting for late devices, so the fastest messages tell the rate
+SAME_RATE = 0.15  # what is nearer to the estimate may be noise
+RISE, NOISE_WEIGHT = (
+    0.5,
+    0.2,
+)  # how far the estimate follows a higher rate, and one that may be noise; a lower one at once
+PROBE_BYTES = 64 * 1024
+PROBE_WORTH = 20  # a probe is due where requests might have saved so many times what it takes
+
+
+# Static: which plans to hold -----------------------------------------------------------------------------------------
+
+
+def static_plans(
+    config: PretrainedConfig,
+    profile: ClusterProfile,
+    requests: Sequence[tuple[int, int]],
+    bandwidths_bps: Sequence[float],
+    memory_budget_bytes: int | None = None,
+    max_plans: int = 4,
+    wire: str = "float32",
+    reads: str = "all",
+) -> list[Plan]:
+    """At most `max_plans` plans to hold at once: the best one alone, then those that add most.
+
+    They share one split of one set of devices, so that they share weights; one on a single device may join them. Of all
+    such sets whose weights fit, the one of least summed latency over all `requests` and `bandwidths_bps`.
+
+    Args:
+        requests: (batch_size, seq_len) of each kind of request, all as frequent.
+        memory_budget_bytes: what weights and the largest request may take on each device; default: its own memory.
+
+    Raises:
+        ValueError: if no plan fits, or there is nothing to plan for.
+    """
+    if not requests or not bandwidths_bps or max_plans < 1:
+        raise ValueError(
+            f"requests={list(requests)}, bandwidths_bps={list(bandwidths_bps)}, max_plans={max_plans}: "
+            "at least one of each is needed."
+        )
+    place_freely(
+        config, profile, *_largest(config, requests)[::-1], memory_budget_bytes, wire, reads
+    )  # or says why not
+    cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes, reads)
+    sets = []
+    for order in cells.largest.orders:
+        singles = [
+            plan for i in order[:1] for plan in splits(cells.largest, [i], wire) if not cells.largest.lacks(plan)
+        ]
+        for count in first_counts(len(order)):
+            for split in splits(cells.largest, sorted(order[:count]), wire) if count > 1 else []:
+                sets.append(cells.hold([*cells.contenders(split), *singles], max_plans))
+        sets.append(cells.hold(singles, max_plans))
+    return min(sets, key=lambda pair: pair[0])[1]
+
+
+def _largest(config: PretrainedConfig, requests: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(batch_size, seq_len) of the request that takes most memory."""
+    return max(requests, key=lambda request: activation_bytes(config, request[1], request[0]))
+
+
+class _Cells:
+    """Each kind of request at each bandwidth, and what plans take there."""
+
+    def __init__(self, config, profile, requests, bandwidths_bps, budget, reads):
+        links = [_at(profile, bandwidth) for bandwidth in bandwidths_bps]
+        self.problems = [
+            Problem(config, at_rate, seq_len, batch_size, reads=reads, budget=budget)
+            for batch_size, seq_len in requests
+            for at_rate in links
+        ]
+        batch_size, seq_len = _largest(config, requests)
+        self.largest = Problem(config, profile, seq_len, batch_size, reads=reads, budget=budget)
+        self._compiled: dict[tuple[int, Plan], Compiled] = {}
+
+    def compiled(self, cell: int, plan: Plan) -> Compiled:
+        key = cell, replace(plan, method="", strategies=())
+        if key not in self._compiled:
+            self._compiled[key] = self.problems[cell].compiled(plan)
+        return self._compiled[key]
+
+    def contenders(self, split: Plan) -> list[Plan]:
+        """Of each number of chunks: one strategy for all original layers, and the fastest plan in each cell."""
+        plans = []
+        for num_chunks in CHUNKS:
+            split = replace(split, num_chunks=num_chunks)
+            for name in [row.name for row in self.compiled(0, split).stages[-2]]:
+                names = ["block" if kind == "decoupled" else name for kind in self.largest.kinds]
+                plans.append(replace(split, strategies=tuple(names)))
+            found = [fastest(self.compiled(cell, split)) for cell in range(len(self.problems))]
+            plans += [replace(split, strategies=pair[0]) for pair in found if pair]
+        return list(dict.fromkeys(plans))
+
+    def hold(self, plans: Sequence[Plan], max_plans: int) -> tuple[float, list[Plan]]:
+        """(summed latency, plans): one by one those that save most, of those that fit together."""
+        latency_s = np.array(
+            [
+                [self.compiled(cell, plan).price(plan.strategies).latency_s for cell in range(len(self.problems))]
+                for plan in plans
+            ]
+        )
+        held: list[int] = []
+        now = np.full(len(self.problems), np.inf)
+        while len(held) < max_plans:
+            sums = {i: np.minimum(now, latency_s[i]).sum() for i in range(len(plans)) if i not in held}
+            better = sorted((i for i in sums if sums[i] < (1 - WORTH) * now.sum()), key=sums.get)
+            best = next((i for i in better if self._fit([plans[k] for k in (*held, i)])), None)
+            if best is None:
+                break
+            held.append(best)
+            now = np.minimum(now, latency_s[best])
+        return float(now.sum()), [plans[i] for i in held]
+
+    def _fit(self, plans: Sequence[Plan]) -> bool:
+        """Whether weights of all plans, and one largest request, fit each device."""
+        config, seq_len, batch_size = self.largest.config, self.largest.seq_len, self.largest.batch_size
+        activations = activation_bytes(config, seq_len, batch_size)
+        for device in {device for plan in plans for device in plan.device_ids}:
+            own = [(plan, plan.device_ids.index(device)) for plan in plans if device in plan.device_ids]
+            cached = max(cache_bytes(config, plan, rank, seq_len, batch_size) for plan, rank in own)
+            if held_bytes(config, plans, device) + activations + cached > self.largest.budgets[device]:
+                return False
+        return True
+
+
+# Runtime: which of them each request takes ---------------------------------------------------------------------------
+
+
+class BandwidthEstimator:
+    """The links' rate, from what collectives took: falls at once, rises smoothly, and noise moves it little.
+
+    Args:
+        link: whose step latency and efficiency are taken off; its rate is the first estimate.
+    """
+
+    def __init__(self, link: LinkProfile):
+        self.link = link
+        self.bandwidth_bps = link.bandwidth_bps
+        self._rates: list[float] = []
+
+    def rate(self, kind: str, num_bytes: float, seconds: float, num_devices: int) -> float | None:
+        """That of one collective, as the device which sends most of it saw it; None: it was too small to tell."""
+        latency_s = self.link.collective_s(kind, 0, num_devices)
+        if num_bytes < MIN_BYTES or seconds <= latency_s:
+            return None
+        full_s = self.link.collective_s(kind, num_bytes, num_devices) - latency_s
+        return self.link.bandwidth_bps * full_s / (seconds - latency_s)
+
+    def observe(self, kind: str, num_bytes: float, seconds: float, num_devices: int) -> None:
+        """One collective of a request."""
+        if (rate := self.rate(kind, num_bytes, seconds, num_devices)) is not None:
+            self._rates.append(rate)
+
+    def end_request(self) -> bool:
+        """Takes what was observed since the last call into the estimate; False if that was nothing."""
+        if not self._rates:
+            return False
+        change = float(np.quantile(self._rates, QUANTILE)) - self.bandwidth_bps
+        self._rates.clear()
+        outside = abs(change) > SAME_RATE * self.bandwidth_bps
+        self.bandwidth_bps += change * (NOISE_WEIGHT if not outside else RISE if change > 0 else 1.0)
+        return True
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan of a request: its index among those held, its predicted seconds, and whether it replaced another.
-
-    `switched` compares with the last request of the same kind: another length may have another plan at any time.
-    """
+    """The plan a request takes: which of the planner's, its predicted seconds, and whether the rate has changed it."""
 
     index: int
     predicted_s: float
     switched: bool
 
 
-class BandwidthEstimator:
-    """The links' rate, from how long collectives took: falls at once, rises with some smoothing, ignores noise.
-
-    `link` gives the step latencies and efficiencies that are taken off, and the rate that is believed at first.
-    """
-
-    def __init__(self, link: LinkProfile):
-        self._link = link
-        self.bandwidth_bps = link.bandwidth_bps
-        self.num_blind = 0  # requests since the last one that showed a rate
-
-    def rate_bps(self, kind: str, num_bytes: int, seconds: float, num_devices: int) -> float:
-        """The rate at which a collective of `num_devices` takes `seconds`, `LinkProfile.collective_s` turned round."""
-        latency = self._link.step_latency_s.get(kind, self._link.step_latency_s["*"])
-        efficiency = self._link.efficiency.get(kind, self._link.efficiency["*"])
-        return 8 * num_bytes / (max(seconds - latency_steps(kind, num_devices) * latency, 1e-6) * efficiency)
-
-    def observe(self, transfers: Sequence[tuple[str, int, float]], num_devices: int) -> None:
-        """A request's, or a probe's, collectives: kind, bytes the busiest device sent, and seconds each."""
-        rates = [self.rate_bps(*transfer, num_devices) for transfer in transfers if transfer[1] >= MIN_BYTES]
-        if not rates:
-            self.num_blind += 1
-            return
-        self.num_blind = 0
-        seen = float(np.quantile(rates, BEST_SHARE))
-        if seen < (1 - NOISE) * self.bandwidth_bps:
-            self.bandwidth_bps = seen
-        else:
-            self.bandwidth_bps *= (seen / self.bandwidth_bps) ** SMOOTHING
-
-
 class RuntimePlanner:
-    """Chooses among held `plans`, request by request.
+    """Chooses for each request the fastest of `plans` at the rate that the links have shown (TPDS 2025).
 
-    Args:
-        profile: devices and link; its rate is what is believed at first.
-        seq_lens, batch_sizes: for which latencies are predicted beforehand; lengths between are interpolated, a batch
-            counts as the next larger one.
-        bandwidths_bps: rates likewise; between them time is linear in 1 / rate, which is exact where messages are not
-            hidden.
+    Latency is predicted beforehand, by plan, batch size, length and bandwidth, and interpolated: linearly in size and
+    length, and in 1 / bandwidth. A rate that changes little does not change plans: the choice is that for the rate of
+    the last change, until another plan saves 5% at the present one. Requests of other sizes take other plans at once.
 
-    Raises:
-        ValueError: without a plan, a length, a batch size or a rate.
+    One device chooses for all; it may observe its own collectives, or better those of all devices.
     """
 
     def __init__(
@@ -91,125 +213,138 @@ class RuntimePlanner:
         batch_sizes: Sequence[int],
         bandwidths_bps: Sequence[float],
     ):
-        if not (plans and seq_lens and batch_sizes and bandwidths_bps):
-            raise ValueError("plans, seq_lens, batch_sizes and bandwidths_bps must each name at least one.")
-        self.plans = tuple(plans)
-        self._seq_lens, self._batch_sizes = np.array(sorted(seq_lens)), np.array(sorted(batch_sizes))
-        self._per_bps = np.sort(1 / np.array(bandwidths_bps))
-        self._estimator = BandwidthEstimator(profile.link)
-        profiles = [ClusterProfile(profile.devices, profile.link.at(1 / x)) for x in self._per_bps]
-        self.predicted_s = np.array(
+        if not (len(plans) and len(seq_lens) and len(batch_sizes) and len(bandwidths_bps)):
+            raise ValueError("plans, seq_lens, batch_sizes and bandwidths_bps: at least one of each is needed.")
+        self.plans = list(plans)
+        self.batch_sizes, self.seq_lens = np.unique(batch_sizes), np.unique(seq_lens)
+        self.slowness = np.unique(1 / np.asarray(bandwidths_bps, float))
+        self.latency_s = np.array(
             [
                 [
-                    [[predict(config, plan, p, int(n), int(b)).latency_s for p in profiles] for n in self._seq_lens]
-                    for b in self._batch_sizes
+                    [[_latency_s(config, plan, profile, b, t, 1 / s) for s in self.slowness] for t in self.seq_lens]
+                    for b in self.batch_sizes
                 ]
                 for plan in self.plans
             ]
-        )  # [plan, batch, length, rate]
-        self._last: dict[tuple[int, int], int] = {}
-        self._plan: Plan = self.plans[0]
+        )  # [plans, batch sizes, lengths, bandwidths]
+        self.estimator = BandwidthEstimator(profile.link)
+        self._planned_bps = self.estimator.bandwidth_bps
+        self._current, self._at_stake_s, self._num_devices = 0, 0.0, len(profile.devices)
 
     @property
     def bandwidth_bps(self) -> float:
-        """The links' rate as it is believed now."""
-        return self._estimator.bandwidth_bps
+        return self.estimator.bandwidth_bps
 
-    def latencies_s(self, batch_size: int, seq_len: int) -> np.ndarray:
-        """[plans]: what each is predicted to take on the link as it is believed to be."""
-        batch = min(int(np.searchsorted(self._batch_sizes, batch_size)), len(self._batch_sizes) - 1)
-        above = min(int(np.searchsorted(self._seq_lens, seq_len)), len(self._seq_lens) - 1)
-        below = max(above - 1, 0)
-        span = self._seq_lens[above] - self._seq_lens[below]
-        share = 1.0 if span == 0 else min(1.0, (seq_len - self._seq_lens[below]) / span)
-        table = self.predicted_s[:, batch]
-        by_rate = (1 - share) * table[:, below] + share * table[:, above]
-        per_bps = 1 / self.bandwidth_bps
-        return np.array([np.interp(per_bps, self._per_bps, row) for row in by_rate])
+    def predict(self, batch_size: int, seq_len: int, bandwidth_bps: float) -> np.ndarray:
+        """Seconds of one request under each plan."""
+        slowness = np.clip(1 / bandwidth_bps, self.slowness[0], self.slowness[-1])
+        latency_s = self.latency_s
+        for axis, value in ((self.batch_sizes, batch_size), (self.seq_lens, seq_len), (self.slowness, slowness)):
+            latency_s = _between(axis, value, latency_s)
+        return latency_s
 
     def choose(self, batch_size: int, seq_len: int) -> Choice:
-        """The plan of this request. The one that its kind had before stays unless another is `MIN_GAIN` faster."""
-        seconds = self.latencies_s(batch_size, seq_len)
-        best, kind = int(seconds.argmin()), (batch_size, seq_len)
-        before = self._last.get(kind)
-        if before is not None and seconds[before] <= (1 + MIN_GAIN) * seconds[best]:
-            best = before
-        self._last[kind] = best
-        self._plan = self.plans[best]
-        return Choice(best, float(seconds[best]), before is not None and best != before)
+        """The plan for the next request; what was observed before counts."""
+        if self.estimator.end_request():
+            self._at_stake_s = 0.0
+        before = int(self.predict(batch_size, seq_len, self._planned_bps).argmin())
+        now = self.predict(batch_size, seq_len, self.bandwidth_bps)
+        best = int(now.argmin())
+        switched = bool(now[best] < (1 - SWITCH_GAIN) * now[before])
+        if switched:
+            self._planned_bps = self.bandwidth_bps
+        self._current = best if switched else before
+        self._at_stake_s += now[self._current] - self.predict(batch_size, seq_len, 1 / self.slowness[0]).min()
+        return Choice(self._current, float(now[self._current]), switched)
 
-    def observe(self, transfers: Sequence[tuple[str, int, float]], num_devices: int | None = None) -> None:
-        """What the last request's collectives took (`BandwidthEstimator.observe`), or a probe's of `num_devices`."""
-        self._estimator.observe(transfers, num_devices or self._plan.num_devices)
+    def observe(self, kind: str, num_bytes: float, seconds: float) -> None:
+        """One collective of the request that runs by the plan chosen last."""
+        self.estimator.observe(kind, num_bytes, seconds, self.plans[self._current].num_devices)
 
-    @property
     def needs_probe(self) -> bool:
-        """Whether the last requests sent so little that the link may have changed unseen, and it would matter."""
-        return self._estimator.num_blind >= BLIND_REQUESTS and len(self.plans) > 1
+        """Whether an all_gather of `PROBE_BYTES` a device is due before the next request, only to learn the rate.
+
+        So it is where requests since the last message that told the rate might have saved far more than that takes,
+        were the link as fast as it can be.
+        """
+        probe_s = self.estimator.link.at(self.bandwidth_bps).collective_s("all_gather", PROBE_BYTES, self._num_devices)
+        return self._at_stake_s > PROBE_WORTH * probe_s
+
+    def observe_probe(self, num_bytes: float, seconds: float) -> None:
+        """That all_gather, of all devices: bytes that one sent, and how long it took. It counts in full."""
+        rate = self.estimator.rate("all_gather", num_bytes, seconds, self._num_devices)
+        self.estimator.bandwidth_bps = rate or self.bandwidth_bps
+        self._at_stake_s = 0.0
 
 
-def static_plans(
+def _latency_s(config, plan, profile, batch_size, seq_len, bandwidth_bps) -> float:
+    compiled = Compiled(config, plan, _at(profile, bandwidth_bps), int(seq_len), int(batch_size))
+    return compiled.price(plan.strategies).latency_s
+
+
+def _at(profile: ClusterProfile, bandwidth_bps: float) -> ClusterProfile:
+    return replace(profile, link=profile.link.at(float(bandwidth_bps)))
+
+
+def _between(axis: np.ndarray, value: float, table: np.ndarray) -> np.ndarray:
+    """`table` [plans, axis, ...] at `value`, by a straight line through the two nearest entries of the axis."""
+    if len(axis) == 1:
+        return table[:, 0]
+    right = int(np.clip(np.searchsorted(axis, value), 1, len(axis) - 1))
+    share = (value - axis[right - 1]) / (axis[right] - axis[right - 1])
+    return (1 - share) * table[:, right - 1] + share * table[:, right]
+
+
+def replay(
+    planner: RuntimePlanner,
     config: PretrainedConfig,
     profile: ClusterProfile,
     requests: Sequence[tuple[int, int]],
     bandwidths_bps: Sequence[float],
-    memory_budget_bytes: int | None = None,
-    max_plans: int = 4,
-    wire: str = "float32",
-) -> list[Plan]:
-    """The plans to hold at once for `requests` (batch, length) over links of `bandwidths_bps`, all equally likely.
+    noise: float = 0.0,
+    seed: int = 0,
+) -> list[dict]:
+    """What `planner` chooses for `requests` (batch_size, seq_len), each at its own bandwidth; a simulation.
 
-    Candidates are the best plans of each case over the devices that most cases want, which split layers alike and so
-    share weights, and the fastest device alone. One after another is taken by how much time it saves over those taken
-    already, as long as all weights together, with the largest request's activations, fit each device.
-
-    Raises:
-        ValueError: if nothing fits (as `place_freely`), or no request or rate is given.
+    Every collective lasts as the cost model says at the true rate, up to `noise` (relative) more or less. A row a
+    request: what was chosen and took how long (`latency_s`, with `probe_s` where the link was probed first), and the
+    plan that would have been fastest (`best`, `best_s`).
     """
-    cases = [
-        (batch, length, ClusterProfile(profile.devices, profile.link.at(bps)))
-        for batch, length in requests
-        for bps in bandwidths_bps
-    ]
-    if not cases:
-        raise ValueError("requests and bandwidths_bps must each name at least one.")
-    placements = [
-        place_freely(config, on, length, batch, memory_budget_bytes, wire=wire) for batch, length, on in cases
-    ]
-    wanted = Counter(p.plan.device_ids for p in placements if p.plan.num_devices > 1)
-    groups = [alternative.plan.device_ids for p in placements for alternative in p.alternatives if alternative.fits]
-    together = wanted.most_common(1)[0][0] if wanted else max(groups, key=len)
-    candidates: dict[Plan, None] = {}
-    for placement in placements:
-        fitting = [a.plan for a in placement.alternatives if a.fits]
-        shared = [plan for plan in fitting if plan.device_ids == together][:2]
-        alone = [plan for plan in fitting if plan.num_devices == 1][:1]
-        candidates |= dict.fromkeys(shared + alone)
-    plans = list(candidates)
-    seconds = np.array(
-        [[predict(config, plan, on, length, batch).latency_s for batch, length, on in cases] for plan in plans]
-    )  # [plan, case]
-    room = max(activation_bytes(config, length, batch) for batch, length in requests)
-    limits = [d.memory_bytes if memory_budget_bytes is None else memory_budget_bytes for d in profile.devices]
-    taken: list[int] = []
-    while len(taken) < max_plans:
-        best_s = seconds[taken].min(axis=0) if taken else np.full(len(cases), np.inf)
-        order = np.minimum(seconds, best_s).sum(axis=1).argsort()
-        fitting = [
-            i
-            for i in order
-            if i not in taken
-            and all(
-                held_bytes(config, [plans[j] for j in (*taken, i)], device) + room <= limit
-                for device, limit in enumerate(limits)
-            )
-        ]
-        if not fitting:
-            break
-        saved = best_s.sum() - np.minimum(seconds[fitting[0]], best_s).sum()
-        if taken and saved < 0.01 * best_s.sum():
-            break
-        taken.append(int(fitting[0]))
-    if not taken:
-        raise ValueError("no plan fits the devices: give them more memory, add devices, or take a smaller model.")
-    return [plans[i] for i in taken]
+    chance = np.random.default_rng(seed)
+
+    @cache
+    def compiled(plan: Plan, batch_size: int, seq_len: int, bandwidth_bps: float) -> Compiled:
+        return Compiled(config, plan, _at(profile, bandwidth_bps), seq_len, batch_size)
+
+    def lasts(seconds: float) -> float:
+        return seconds * (1 + noise * chance.uniform(-1, 1))
+
+    rows = []
+    for number, ((batch_size, seq_len), bandwidth_bps) in enumerate(zip(requests, bandwidths_bps, strict=True)):
+        probe_s = 0.0
+        if planner.needs_probe():
+            link, count = profile.link.at(bandwidth_bps), len(profile.devices)
+            probe_s = lasts(link.collective_s("all_gather", PROBE_BYTES, count))
+            planner.observe_probe(PROBE_BYTES, probe_s)
+        choice = planner.choose(batch_size, seq_len)
+        runs = [compiled(plan, batch_size, seq_len, bandwidth_bps) for plan in planner.plans]
+        latencies = [run.price(run.plan.strategies).latency_s for run in runs]
+        for message in runs[choice.index].messages(planner.plans[choice.index].strategies):
+            planner.observe(message.kind, message.num_bytes, lasts(message.seconds))
+        best = int(np.argmin(latencies))
+        rows.append(
+            {
+                "request": number,
+                "batch_size": batch_size,
+                "seq_len": seq_len,
+                "bandwidth_bps": bandwidth_bps,
+                "estimate_bps": planner.bandwidth_bps,
+                "chosen": choice.index,
+                "switched": choice.switched,
+                "latency_s": latencies[choice.index] + probe_s,
+                "probe_s": probe_s,
+                "best": best,
+                "best_s": latencies[best],
+            }
+        )
+    return rows
