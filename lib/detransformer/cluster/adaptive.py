@@ -3,25 +3,52 @@
 Each function measures on an emulated cluster and returns a frame in the form in which its table is saved.
 """
 
-import json
+import itertools
+import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
 
-from detransformer.cluster.bench import Bench, Cell, RowFile
-from detransformer.cluster.experiments import load_link
+from detransformer.cluster.bench import (
+    MAX_OVERRUN_SHARE,
+    MAX_TIME_SCALE,
+    USUAL_DEVICE,
+    Bench,
+    Cell,
+    RowFile,
+    first_time_scale,
+)
+from detransformer.cluster.checkpoints import Checkpoint, request
+from detransformer.cluster.devices import DeviceSpec, preset_profile
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.parallel.plan import Plan
+from detransformer.models.configuration import preset_config
+from detransformer.parallel.plan import Plan, layer_plan, published_plan
+from detransformer.planning.cost import predict
+from detransformer.planning.generation import GenerationPlan, place_generation, price_generation
 from detransformer.planning.placement import Placement, place, place_freely
+from detransformer.planning.profile import ClusterProfile, LinkProfile
+from detransformer.planning.runtime import PROBE_BYTES, RuntimePlanner, static_plans
+from detransformer.report.provenance import usable_cores
 
 GRID_COLUMNS = (
     *("model", "num_devices", "bandwidth_mbps", "seq_len", "batch_size", "plan", "chosen", "latency_s", "predicted_s"),
     *("compute_s", "comm_s", "wait_s", "weights_bytes", "spread_s", "repeats", "time_scale", "device", "link", "wire"),
     *("max_abs_error", "pacing_overrun", "host_steal", "valid", "why_invalid"),
 )
+
+
+def _measured_link(run_path: str | Path) -> LinkProfile | None:
+    """The link as notebook 04 of this run has measured it, whatever model it profiled beside it."""
+    path = next(iter(sorted(Path(run_path, "profiles").glob("*.json"))), None)
+    return ClusterProfile.load(path).link if path else None
 
 
 def contenders(placement: Placement, paper: Placement, num_rivals: int) -> list[Plan]:
@@ -62,7 +89,7 @@ def choice_rows(
         with EmulatedCluster(count, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
             kept = RowFile(path, cluster)
             for model in models:
-                bench = Bench(cluster, load_link(Path(run_path) / "profiles", model))
+                bench = Bench(cluster, _measured_link(run_path))
                 plans = {}
                 for mbps in bandwidths_mbps:
                     for seq_len in seq_lens:
@@ -84,22 +111,419 @@ def choice_rows(
     return pd.DataFrame(rows)[list(GRID_COLUMNS)]
 
 
-def choice_cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell of `choice_rows`: the chosen plan's latency over that of the best measured one (valid rows)."""
-    cells = []
-    where = ["model", "num_devices", "bandwidth_mbps", "seq_len"]
-    for key, part in rows[rows["valid"].astype(bool)].groupby(where, sort=False):
-        chosen = part[part["chosen"].astype(bool)]
-        if not len(chosen):
-            continue
-        best, own = part.loc[part["latency_s"].idxmin()], chosen.iloc[0]
-        cells.append(
-            dict(zip(where, key, strict=True))
-            | {"chosen_plan": own["plan"], "latency_s": own["latency_s"], "best_plan": best["plan"]}
-            | {"best_s": best["latency_s"], "over_best": own["latency_s"] / best["latency_s"], "num_plans": len(part)}
-            | {"predicted_s": own["predicted_s"], "prediction_error": own["predicted_s"] / own["latency_s"] - 1}
+def unequal_rows(
+    run_path: str | Path,
+    model: str,
+    speeds: Sequence[float] = (1, 1, 2, 4),
+    bandwidths_mbps: Sequence[float] = (1000, 500, 125),
+    num_divisions: int = 8,
+    seq_len: int = 128,
+    repeats: int = 3,
+    transport: str = "auto",
+) -> pd.DataFrame:
+    """Devices of these relative `speeds` (1: a Raspberry Pi 4B): the planned split against even ones.
+
+    Splits: `planned`; `even, same strategies`; `even, best strategies`, those a planner takes that believes all devices
+    equal. `ideal_s` is the work of the model over the speed of all devices, nothing sent; `over_ideal` the latency over
+    it and what communication could not be hidden.
+    """
+    path = Path(run_path) / "unequal_rows.json"
+    rows = []
+    specs = [DeviceSpec(speed=speed) for speed in speeds]
+    with EmulatedCluster(len(speeds), specs, bandwidths_mbps[0] * 1e6, transport) as cluster:
+        bench, kept = Bench(cluster, _measured_link(run_path)), RowFile(path, cluster)
+        for mbps in tqdm(bandwidths_mbps, unit="rate", desc="unequal devices"):
+            cell = Cell(
+                model, "bp+auto", len(speeds), mbps, num_divisions=num_divisions, seq_len=seq_len, repeats=repeats
+            )
+            config, profile = bench.config(cell), bench.profile(cell)
+            planned = place_freely(config, profile, seq_len=seq_len).plan
+            alike = replace(profile, devices=(profile.devices[0],) * len(speeds))
+            believed = place_freely(config, alike, seq_len=seq_len).plan
+            same = layer_plan("bp+auto", config, planned.strategies, [1.0] * len(speeds), num_chunks=planned.num_chunks)
+            splits = {"planned": planned, "even, same strategies": same, "even, best strategies": believed}
+            plans = [replace(plan, method="bp+auto") for plan in splits.values()]
+            measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure_plans(cell, plans))
+            single = published_plan("single", config)
+            alone = [
+                predict(config, replace(single, devices=(i,)), profile, seq_len).latency_s for i in range(len(speeds))
+            ]
+            ideal_s = 1 / sum(1 / seconds for seconds in alone)
+            for (split, plan), row in zip(splits.items(), measured, strict=True):
+                added = {"split": split, "sizes": sizes_in_words(plan), "devices": str(plan.device_ids)}
+                added |= {"speeds": ":".join(f"{speed:g}" for speed in speeds), "ideal_s": ideal_s}
+                rows.append(row | added | {"over_ideal": row["latency_s"] / (ideal_s + row["comm_s"])})
+    frame = pd.DataFrame(rows)
+    planned = frame[frame["split"] == "planned"].set_index("bandwidth_mbps")["latency_s"]
+    frame["over_planned"] = frame["latency_s"] / frame["bandwidth_mbps"].map(planned)
+    added = ["speeds", "split", "sizes", "devices", "ideal_s", "over_ideal", "over_planned"]
+    return frame[[*added, *(c for c in GRID_COLUMNS if c != "chosen")]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """So many requests at one link rate."""
+
+    num_requests: int
+    bandwidth_mbps: float
+
+
+DROP_AND_RECOVERY = (Phase(67, 1000), Phase(66, 125), Phase(67, 1000))
+
+
+def request_lengths(num_requests: int, seq_lens: Sequence[int], seed: int = 0) -> list[int]:
+    """The lengths of a stream of mixed requests."""
+    return np.random.default_rng(seed).choice(list(seq_lens), num_requests).tolist()
+
+
+def trace_rows(
+    run_path: str | Path,
+    model: str = "bert-base",
+    device: str = "jetson-tx2",
+    num_devices: int = 4,
+    seq_lens: Sequence[int] = (16, 32, 64, 128),
+    phases: Sequence[Phase] = DROP_AND_RECOVERY,
+    num_original_layers: int = 4,
+    num_divisions: int = 4,
+    max_plans: int = 4,
+    transport: str = "auto",
+    time_scale: float | None = None,
+) -> pd.DataFrame:
+    """Requests of mixed lengths while the link's rate drops and recovers: run-time planning, and each held plan alone.
+
+    The planner is told each request's length, never the link's rate: it sees what the traffic takes. Where the plan in
+    use sends nothing, a probe is sent now and then, whose time counts as the request's. One row a request and policy,
+    `adaptive` or `fixed: PLAN`, in the order of the requests; all policies serve the same ones.
+    """
+    path = Path(run_path) / "trace_rows.json"
+    rates = sorted({phase.bandwidth_mbps for phase in phases}, reverse=True)
+    num_requests = sum(phase.num_requests for phase in phases)
+    stream = list(
+        zip(
+            request_lengths(num_requests, seq_lens),
+            [phase.bandwidth_mbps for phase in phases for _ in range(phase.num_requests)],
+            strict=True,
         )
-    return pd.DataFrame(cells)
+    )
+    with EmulatedCluster(num_devices, device, rates[0] * 1e6, transport) as cluster:
+        bench, kept = Bench(cluster, _measured_link(run_path), time_scale), RowFile(path, cluster)
+        cell = Cell(
+            model,
+            "bp+auto",
+            num_devices,
+            rates[0],
+            num_original_layers,
+            num_divisions,
+            seq_len=max(seq_lens),
+            repeats=1,
+        )
+        config, profile = bench.config(cell), bench.profile(cell)
+        plans = static_plans(
+            config, profile, [(1, n) for n in seq_lens], [1e6 * mbps for mbps in rates], max_plans=max_plans
+        )
+        policies = {"adaptive": plans} | {f"fixed: {in_words(plan)}": [plan] for plan in plans}
+        rows = []
+        for policy, choices in policies.items():
+            key = asdict(cell) | {"policy": policy, "stream": stream, "plans": [plan.to_dict() for plan in plans]}
+            rows += kept.get(key) or kept.put(key, _serve(bench, cell, policy, choices, plans, stream))
+    return pd.DataFrame(rows)
+
+
+def in_words(plan: Plan) -> str:
+    """The plan and on how many devices it runs."""
+    return f"{plan.describe()} on {plan.num_devices} device{'s' if plan.num_devices > 1 else ''}"
+
+
+def _serve(bench: Bench, cell: Cell, policy: str, choices, held, stream) -> list[dict]:
+    """Serves the stream by run-time planning over `choices`; rows as in `trace_rows`."""
+    cluster, checkpoint = bench.cluster, bench.checkpoint(cell)
+    config, profile = bench.config(cell), bench.profile(cell)
+    seq_lens, rates = sorted({length for length, _ in stream}), sorted({mbps for _, mbps in stream})
+    low, high = 0.5e6 * rates[0], 2e6 * rates[-1]
+    bandwidths = np.geomspace(low, high, 12).tolist()
+    planner = RuntimePlanner(config, choices, profile, seq_lens, (1,), bandwidths)
+    files = {length: request(checkpoint, length, 1, cluster.folder) for length in seq_lens}
+    total_speed = (
+        sum(d.flops_per_s["*"] for d in profile.devices) / preset_profile(USUAL_DEVICE, config).flops_per_s["*"]
+    )
+    links_bps = rates[-1] * 1e6 * cluster.num_devices if cluster.transport == "namespaces" else 0.0
+    scale = bench.fixed_time_scale or min(MAX_TIME_SCALE, first_time_scale(links_bps, total_speed, usable_cores()))
+    rows, mbps = [], None
+    for number, (length, rate) in enumerate(tqdm(stream, unit="request", desc=policy)):
+        if rate != mbps:
+            cluster.set_link(rate * 1e6, scale)
+            mbps = rate
+        probe_s = 0.0
+        if planner.needs_probe():
+            num_bytes, probe_s = probe_link(cluster)
+            planner.observe_probe(num_bytes, probe_s)
+        started = time.perf_counter()
+        choice = planner.choose(1, length)
+        chosen_s = time.perf_counter() - started
+        plan = choices[choice.index]
+        results = cluster.run(
+            "run_plan",
+            per_rank=[{"device": asdict(device)} for device in profile.devices],
+            checkpoint=str(checkpoint.path),
+            plan=plan.to_dict(),
+            inputs=str(files[length].inputs),
+            reference=str(files[length].reference),
+            repeats=1,
+            link=asdict(profile.link.at(rate * 1e6)) if cluster.transport == "loopback" else None,
+            time_scale=scale,
+            held_with=[other.to_dict() for other in held],
+        )
+        samples = [result["samples"][0] for result in results if result]
+        estimate_bps = planner.bandwidth_bps
+        for transfer in as_transferred([sample["transfers"] for sample in samples]):
+            planner.observe(*transfer)
+        overrun = max(sample["overrun_s"] / max(sample["modelled_s"], 1e-9) for sample in samples)
+        rows.append(
+            {
+                "policy": policy,
+                "request": number,
+                "seq_len": length,
+                "bandwidth_mbps": rate,
+                "estimate_mbps": estimate_bps / 1e6,
+                "plan": in_words(plan),
+                "switched": choice.switched,
+                "latency_s": max(sample["latency_s"] for sample in samples) + probe_s,
+                "probe_s": probe_s,
+                "predicted_s": choice.predicted_s,
+                "choosing_s": chosen_s,
+                "max_abs_error": max(r["max_abs_error"] for r in results if r and "max_abs_error" in r),
+                "pacing_overrun": overrun,
+                "model": cell.model,
+                "device": cluster.profile_name,
+                "num_devices": cluster.num_devices,
+                "link": cluster.link,
+                "time_scale": scale,
+            }
+        )
+    return rows
+
+
+def as_transferred(transfers: Sequence[Sequence[tuple[str, int, float]]]) -> list[tuple[str, int, float]]:
+    """A request's collectives, of which each device has its own list: the busiest device's bytes, and seconds.
+
+    The seconds are the longest that a device saw: one that came late finds its data there already, and would take the
+    link for faster than it is. That others waited for it only makes the rate look smaller, for some of the collectives.
+    """
+    return [
+        (same[0][0], max(num_bytes for _, num_bytes, _ in same), max(seconds for *_, seconds in same))
+        for same in zip(*transfers, strict=True)
+    ]
+
+
+def probe_link(cluster: EmulatedCluster) -> tuple[int, float]:
+    """One all_gather of `PROBE_BYTES` a device: (bytes that one sends, seconds)."""
+    results = cluster.run(
+        "time_collective",
+        kind="all_gather",
+        num_floats=PROBE_BYTES // 4,
+        num_devices=cluster.num_devices,
+        repeats=1,
+    )
+    seconds = max(result["seconds"][0] for result in results) / cluster.time_scale
+    return max(result["bytes"] for result in results), seconds
+
+
+GENERATION_METHODS = ("single", "tp", "bp+auto")
+
+
+def generation_rows(
+    run_path: str | Path,
+    model: str = "gpt2",
+    methods: Sequence[str] = GENERATION_METHODS,
+    bandwidths_mbps: Sequence[float] = (1000, 125),
+    num_devices: int = 4,
+    prompt_lens: Sequence[int] = (16, 32, 64),
+    max_new_tokens: int = 64,
+    num_original_layers: int = 4,
+    num_divisions: int = 4,
+    transport: str = "auto",
+) -> pd.DataFrame:
+    """Greedy text after one prompt of each length: seconds to the first token and of each further one.
+
+    `single` and `tp` run the original model, `bp+...` the decoupled one; `equal_tokens` counts those that the single
+    device's Hugging Face model gives too, `predicted_...` is the cost model's word. `auto` and `bp+auto` are
+    `planning.generation.place_generation`'s choice.
+    """
+    path = Path(run_path) / "generation_rows.json"
+    rows = []
+    with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
+        bench, kept = Bench(cluster, _measured_link(run_path)), RowFile(path, cluster)
+        cells = [
+            Cell(
+                model,
+                method,
+                1 if method == "single" else num_devices,
+                mbps,
+                num_original_layers,
+                num_divisions,
+                seq_len=length,
+                repeats=1,
+            )
+            for method in methods
+            for mbps in (bandwidths_mbps[:1] if method == "single" else bandwidths_mbps)
+            for length in prompt_lens
+        ]
+        progress = tqdm(cells, unit="text", desc="generation")
+        for cell in progress:
+            progress.set_postfix_str(f"{cell.method} {cell.bandwidth_mbps:g} Mbps, prompt of {cell.seq_len}")
+            key = asdict(cell) | {"max_new_tokens": max_new_tokens}
+            rows.append(kept.get(key) or kept.put(key, measure_generation(bench, cell, max_new_tokens)))
+    return pd.DataFrame(rows)
+
+
+def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> GenerationPlan:
+    """What `cell`'s method runs for a prompt of its length and so many new tokens, and what is predicted of it."""
+    config, profile = bench.config(cell), bench.profile(cell)
+    if cell.method in ("auto", "bp+auto"):
+        best = place_generation(config, profile, cell.seq_len, max_new_tokens)[0]
+        return replace(best, **{n: replace(getattr(best, n), method=cell.method) for n in ("prefill", "decode")})
+    plan = published_plan(cell.method, config, [device.flops_per_s["*"] for device in profile.devices])
+    return price_generation(config, plan, plan, profile, cell.seq_len, max_new_tokens)
+
+
+def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
+    """One row of `generation_rows`; a row that was late is measured again at twice the time scale."""
+    cluster, checkpoint, planned = bench.cluster, bench.checkpoint(cell), plan_generation(bench, cell, max_new_tokens)
+    inputs, expected = text_request(checkpoint, cell.seq_len, max_new_tokens, cluster.folder)
+    profile = bench.profile(cell)
+    sends = planned.prefill.num_devices > 1 and cluster.transport == "namespaces"
+    scale = first_time_scale(
+        cell.bandwidth_mbps * 1e6 * planned.prefill.num_devices if sends else 0.0,
+        planned.prefill.num_devices,
+        usable_cores(),
+    )
+    while True:
+        scale, check = bench.set_link(cell.bandwidth_mbps, planned.prefill.num_devices, scale, sends)
+        results = cluster.run(
+            "generate",
+            per_rank=[{"device": asdict(device)} for device in cluster.profile(cell.model, checkpoint.config).devices],
+            checkpoint=str(checkpoint.path),
+            prefill=planned.prefill.to_dict(),
+            decode=planned.decode.to_dict(),
+            inputs=str(inputs),
+            max_new_tokens=max_new_tokens,
+            link=asdict(profile.link) if cluster.transport == "loopback" else None,
+            time_scale=scale,
+        )
+        results = [result for result in results if result]
+        check = check.joined(bench.check(cell.bandwidth_mbps, planned.prefill.num_devices, sends))
+        overrun = max(r["overrun_s"] / r["modelled_s"] for r in results)
+        if overrun <= MAX_OVERRUN_SHARE or 2 * scale > MAX_TIME_SCALE:
+            break
+        scale *= 2
+    token_s = [max(r["token_s"][i] for r in results) for i in range(max_new_tokens)]
+    equal = sum(a == b for a, b in zip(results[0]["tokens"][0], expected, strict=True))
+    reasons = check.failures(cell.bandwidth_mbps)
+    if overrun > MAX_OVERRUN_SHARE:
+        reasons.append(f"host late by {overrun:.1%} of what is modelled")
+    if equal < max_new_tokens:
+        reasons.append(f"{max_new_tokens - equal} of {max_new_tokens} tokens are not the single device's")
+    sent = max((r["bytes"] for r in results), key=lambda sent: sum(sent.values()))
+    return {
+        "model": cell.model,
+        "method": cell.method,
+        "prompt_plan": planned.prefill.describe(),
+        "token_plan": planned.decode.describe(),
+        "num_devices": planned.prefill.num_devices,
+        "bandwidth_mbps": cell.bandwidth_mbps,
+        "prompt_len": cell.seq_len,
+        "new_tokens": max_new_tokens,
+        "equal_tokens": equal,
+        "first_token_s": token_s[0],
+        "token_s": statistics.median(token_s[1:]),
+        "total_s": sum(token_s),
+        "predicted_first_token_s": planned.first_token_s,
+        "predicted_token_s": planned.token_s,
+        "sent_bytes_a_token": sum(sent.values()),
+        "weights_bytes": max(r["weights_bytes"] for r in results),
+        "cache_bytes": max(r["cache_bytes"] for r in results),
+        "link": cluster.link,
+        "device": cluster.profile_name,
+        "time_scale": scale,
+        "pacing_overrun": overrun,
+        "valid": not reasons,
+        "why_invalid": "; ".join(reasons),
+    }
+
+
+def text_request(checkpoint: Checkpoint, prompt_len: int, max_new_tokens: int, folder: Path) -> tuple[Path, list[int]]:
+    """A file with a random prompt [1, prompt_len], and the tokens that Hugging Face's model goes on with, greedily."""
+    path = folder / f"{checkpoint.path.name}-prompt{prompt_len}.safetensors"
+    generator = torch.Generator().manual_seed(prompt_len)
+    ids = torch.randint(checkpoint.config.vocab_size, (1, prompt_len), generator=generator)
+    save_file({"input_ids": ids}, path)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
+    model.generation_config.eos_token_id = None  # go on to the end
+    with torch.inference_mode():
+        text = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+    return path, text[0, prompt_len:].tolist()
+
+
+def plan_map_rows(
+    run_path: str | Path,
+    models: Sequence[str],
+    bandwidths_mbps: Sequence[float],
+    seq_lens: Sequence[int],
+    device_counts: Sequence[int],
+    device: str = "rpi4b",
+    num_original_layers: int = 4,
+    num_divisions: int = 4,
+) -> pd.DataFrame:
+    """The plan that is chosen for each bandwidth, length and number of devices; nothing is measured."""
+    rows = []
+    for model in models:
+        config = preset_config(model, num_original_layers, num_divisions)
+        for count in device_counts:
+            link = _measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0])
+            for mbps in bandwidths_mbps:
+                profile = ClusterProfile((preset_profile(device, config),) * count, link.at(1e6 * mbps))
+                for length in seq_lens:
+                    best = place_freely(config, profile, seq_len=length).chosen
+                    rows.append(
+                        (model, count, mbps, length, in_words(best.plan), best.prediction.latency_s, "predicted")
+                    )
+    columns = ["model", "num_devices", "bandwidth_mbps", "seq_len", "plan", "predicted_s", "kind"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def scale_out_rows(
+    models: Sequence[str],
+    device_counts: Sequence[int],
+    seq_lens: Sequence[int],
+    bandwidths_mbps: Sequence[float],
+    device: str = "rpi4b",
+    layers_a_group: int = 3,
+) -> pd.DataFrame:
+    """Predictions past this machine: one request, models of as many divisions as there are devices, at least 4.
+
+    `speedup` is over one such device that runs the original model, whether it would fit its memory or not; `fits` says
+    whether the plan does. Memory is not held against the plan: `memory_bytes` is what the fullest device would need.
+    """
+    rows = []
+    for model in models:
+        original = preset_config(model)
+        for count, length, mbps in itertools.product(device_counts, seq_lens, bandwidths_mbps):
+            if length > original.max_position_embeddings:
+                continue
+            layers = max(1, original.num_hidden_layers // layers_a_group)
+            config = preset_config(model, layers, max(4, count))
+            one = preset_profile(device, config)
+            roomy = replace(one, memory_bytes=2**50)
+            profile = ClusterProfile((roomy,) * count, LinkProfile(1e6 * mbps))
+            single = predict(original, published_plan("single", original), profile, length).latency_s
+            best = place_freely(config, profile, seq_len=length).chosen
+            memory = max(best.prediction.memory_bytes)
+            rows.append(
+                dict(model=model, num_devices=count, seq_len=length, bandwidth_mbps=mbps, plan=in_words(best.plan))
+                | dict(predicted_s=best.prediction.latency_s, single_s=single, kind="predicted", device=one.name)
+                | dict(speedup=single / best.prediction.latency_s, memory_bytes=memory, fits=memory <= one.memory_bytes)
+            )
+    return pd.DataFrame(rows)
 
 
 def sizes_in_words(plan: Plan) -> str:
@@ -109,7 +533,3 @@ def sizes_in_words(plan: Plan) -> str:
     if "block" in plan.strategies:
         parts.append("sub-blocks " + "+".join(map(str, plan.sub_blocks)))
     return ", ".join(parts)
-
-
-def plan_to_json(plan: Plan) -> str:
-    return json.dumps(plan.to_dict())
