@@ -74,8 +74,21 @@ def peers(run: RunFolder) -> str:
     return "\n".join(lines)
 
 
+def adaptive(run: RunFolder) -> str:
+    """What notebook 08 set out to show and obtained."""
+    lines = ["| claim | expected | obtained | verdict |", "|---|---|---|---|"]
+    for row in run.load_table("adaptive").itertuples():
+        lines.append(f"| {row.claim} | {row.expected} | {_number(row.obtained)} | {row.verdict} |")
+    return "\n".join(lines)
+
+
 # What each section needs of the run: one whose tables the run lacks keeps its text in the README, if it is there.
-SECTIONS = {"claims": (claims, "summary"), "table_iv": (table_iv, "table_iv"), "peers": (peers, "methods")}
+SECTIONS = {
+    "claims": (claims, "summary"),
+    "table_iv": (table_iv, "table_iv"),
+    "peers": (peers, "methods"),
+    "adaptive": (adaptive, "adaptive"),
+}
 
 
 def render(readme: str, run: RunFolder) -> str:

@@ -26,7 +26,7 @@ TABLE_NOTEBOOKS = {
     **dict.fromkeys(("scaling", "prediction", "table_ii", "table_iv"), "06_latency"),
     "summary": "07_summary",
     **dict.fromkeys(("plan_map", "choices", "choice_cells", "unequal", "trace"), "08_adaptive"),
-    **dict.fromkeys(("generation", "perplexity", "scale_out"), "08_adaptive"),
+    **dict.fromkeys(("generation", "perplexity", "scale_out", "adaptive"), "08_adaptive"),
 }
 
 
