@@ -30,7 +30,6 @@ from detransformer.cluster.rollcall import HEARTBEAT_S
 from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import Plan
-from detransformer.report.provenance import usable_cores
 
 COLLECTIVE_ERRORS = ("peer", "gloo", "timed out", "timeout", "broken pipe", "connection")  # words in them
 MAX_LATE = 0.03  # of what is modelled, by which the host may be late
@@ -128,6 +127,7 @@ def run_emulated(
         DeviceError: where a worker is lost or fails, or the output differs from the single device's.
     """
     from detransformer.cluster.bench import USUAL_DEVICE, first_time_scale
+    from detransformer.report.provenance import usable_cores
 
     config = open_folder(model).config
     profile = spec.profile(model, config)

@@ -5,6 +5,7 @@ there (`rollcall`), and starts torchrun with one worker (`host`). Loads no torch
 worker's. On an emulated cluster the same request goes to the workers of a session.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -384,11 +385,13 @@ class Worker:
         return f"its worker has been silent for {WORKER_SILENCE_S} s" if silent_s > WORKER_SILENCE_S else ""
 
     def __exit__(self, kind, error, trace) -> None:
-        """Waits for a torchrun whose worker has finished; ends any other at once. Its worker ends with it."""
-        try:
-            self._process.wait(END_S if kind is None else 0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """Waits for a torchrun whose worker has finished; ends any other, and with it its worker."""
+        ends = (None, END_S if kind is None else 0), (self._process.terminate, 3), (self._process.kill, 3)
+        for end, wait_s in ends:
+            if end:
+                end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(wait_s)
+                break
         self._selector.close()
         self._listener.close()
