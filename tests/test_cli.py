@@ -130,6 +130,13 @@ def test_plan_of_a_cluster_file(capsys, tmp_path):
     assert f"({plan.describe()})" in shown and 3 in plan.device_ids
 
 
+def test_plan_explains_itself(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", "--cluster", str(EXAMPLES / "unequal.yaml"), "--seq-len", "64", "--explain"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and "64 tokens" in shown and "What would help" in shown
+
+
 def test_bench_of_a_cluster_file(bert, tmp_path):
     (tmp_path / "c.yaml").write_text(
         "emulated: true\nlink: {bandwidth_mbps: 80}\n"
@@ -137,6 +144,7 @@ def test_bench_of_a_cluster_file(bert, tmp_path):
     )
     options = ["--cluster", tmp_path / "c.yaml", "--methods", "tp", "--seq-len", "8", "--repeats", "1"]
     options += ["--transport", "loopback", "--num-original-layers", "2", "--output", tmp_path / "rows.csv"]
+    options += ["--time-scale", "1"]
     done = run_cli("bench", "--model", bert, *options, DETRANSFORMER_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     (row,) = pd.read_csv(tmp_path / "rows.csv").to_dict("records")

@@ -256,23 +256,24 @@ def plan_command(
             planned, name = cluster_profile(specs, model, config, mbps * 1e6), _on_devices(specs)
         placement = place_freely(config, planned, tokens, batch, budget, wires=wires)
         print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
-        rows = placement_rows(placement).assign(
-            devices=["+".join(map(str, a.plan.device_ids)) for a in placement.alternatives],
-            memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
-        )
-        shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
-        print(_markdown(rows.drop_duplicates(["method", "devices"])[shown]))
         chosen = placement.chosen
-        print(
-            f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
-            f"the fastest of {len(rows)} looked at that fit."
-        )
-        for sentence in placement.left_out:
-            print(f"{sentence}.")
         if explain:
             from detransformer.planning.explain import explain as explanation
 
-            print(explanation(placement, config, planned, tokens, batch))
+            print(explanation(placement, config, planned, tokens, batch, budget))
+        else:
+            rows = placement_rows(placement).assign(
+                devices=["+".join(map(str, a.plan.device_ids)) for a in placement.alternatives],
+                memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
+            )
+            shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
+            print(_markdown(rows.drop_duplicates(["method", "devices"])[shown]))
+            print(
+                f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
+                f"the fastest of {len(rows)} looked at that fit."
+            )
+            for sentence in placement.left_out:
+                print(f"{sentence}.")
         if output:
             with atomic_write(output) as file:
                 json.dump({"plan": chosen.plan.to_dict(), "predicted_s": chosen.prediction.latency_s}, file, indent=2)
