@@ -421,6 +421,10 @@ class Compiled:
         """The collectives of one request, in their order."""
         return [message for piece in self._path(strategies)[1] for message in piece.messages]
 
+    def busiest(self, strategies: Sequence[str]) -> int:
+        """The rank that computes longest."""
+        return int(self.groups[np.argmax(sum(piece.compute_s for piece in self._path(strategies)[1]))])
+
     def price(self, strategies: Sequence[str]) -> Prediction:
         """`cost.predict` of the plan with these strategies."""
         rows, pieces = self._path(strategies)

@@ -17,11 +17,12 @@ from detransformer.parallel.wire import ROLES, WIRE_FORMATS, format_of
 from detransformer.planning.compiled import Compiled, least_bytes, memory_bytes
 from detransformer.planning.cost import Prediction
 from detransformer.planning.profile import ClusterProfile
-from detransformer.planning.search import ROUNDING, fastest
+from detransformer.planning.search import fastest
 
 CHUNKS = (1, 2, 4)  # more save little and cost a real device efficiency: its products become small
 ALL_COUNTS = 8  # of up to so many devices every number is tried; of more, powers of 2 and what lies around the best
 MEMORY_ROUNDS = 20  # so often is work moved away from devices that lack memory
+TIE = 1e-9  # relative: fewer chunks are taken
 WIRE_TOLERANCE = 0.02  # a more exact format is taken where it costs no more than this
 
 
@@ -258,6 +259,11 @@ def first_counts(num_devices: int) -> list[int]:
     return list(range(1, num_devices + 1)) if num_devices <= ALL_COUNTS else [*powers, num_devices]
 
 
+def chunk_counts(seq_len: int, num_devices: int) -> tuple[int, ...]:
+    """Those of `CHUNKS` that make sense."""
+    return tuple(count for count in CHUNKS if count == 1 or (count <= seq_len and num_devices > 1))
+
+
 def _roughness(wire: str) -> int:
     return sum(WIRE_FORMATS.index(format_of(wire, 0, role)) for role in ROLES)
 
@@ -299,10 +305,10 @@ class _Candidates:
             devices = [next((i for i in self.order if self.problem.budgets[i] >= needed), *devices)]
         best = None
         for plan in splits(self.problem, devices, self.wire):
-            for num_chunks in reversed(CHUNKS) if count > 1 else CHUNKS[:1]:  # of equals the fewest
+            for num_chunks in chunk_counts(self.problem.seq_len, count)[::-1]:
                 compiled = self.problem.compiled(replace(plan, num_chunks=num_chunks))
                 self.tried[count].append(compiled)
-                found = fastest(compiled, best.latency_s * (1 + ROUNDING) if best else np.inf)
+                found = fastest(compiled, best.latency_s * (1 + TIE) if best else np.inf)
                 if found:
                     strategies, exact = found
                     best = self.problem.alternative(replace(compiled.plan, strategies=strategies), compiled)
@@ -371,8 +377,7 @@ def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
 
     def split(strategy: str, shares: Sequence[float]) -> Plan:
         names = ["block" if kind == "decoupled" else strategy for kind in problem.kinds]
-        method = "single" if len(devices) == 1 else "bp+auto"
-        plan = layer_plan(method, config, names, shares, wire, problem.reads)
+        plan = layer_plan("bp+auto", config, names, shares, wire, problem.reads)
         return _on(replace(plan, tokens_share=tuple(speeds)), devices)
 
     def within_memory(strategy: str) -> Plan | None:
@@ -391,8 +396,10 @@ def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
 
     if len(devices) > getattr(config, "num_divisions", len(devices)):
         return []
+    if len(devices) == 1:
+        return [_on(published_plan("single", config, wire=wire, reads=problem.reads), devices)]
     plans = [split("replicate", speeds)]
-    if len(devices) > 1 and problem.lacks(plans[0]):
+    if problem.lacks(plans[0]):
         keeping = ("replicate", "heads", "tensor")  # a device keeps all of a layer, some of it, its part
         names = keeping if len(devices) <= config.num_attention_heads else keeping[:1]
         plans += [plan for name in names if (plan := within_memory(name))]
@@ -411,7 +418,9 @@ def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
     """Those that fit first, the fastest first; of equal plans the first."""
     distinct: dict[Plan, Alternative] = {}
     for alternative in alternatives:
-        distinct.setdefault(replace(alternative.plan, method=""), alternative)
+        alone = alternative.plan.num_devices == 1  # sends nothing, in any format
+        key = replace(alternative.plan, method="", **({"wire": "float32", "direct": False} if alone else {}))
+        distinct.setdefault(key, alternative)
     return tuple(sorted(distinct.values(), key=lambda a: (not a.fits, a.latency_s)))
 
 

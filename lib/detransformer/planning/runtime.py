@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from detransformer.parallel.plan import Plan
 from detransformer.planning.compiled import Compiled
 from detransformer.planning.cost import activation_bytes, cache_bytes, held_bytes
-from detransformer.planning.placement import CHUNKS, Problem, first_counts, place_freely, splits
+from detransformer.planning.placement import Problem, chunk_counts, first_counts, place_freely, splits
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.planning.search import fastest
 
@@ -105,7 +105,7 @@ class _Cells:
     def contenders(self, split: Plan) -> list[Plan]:
         """Of each number of chunks: one strategy for all original layers, and the fastest plan in each cell."""
         plans = []
-        for num_chunks in CHUNKS:
+        for num_chunks in chunk_counts(self.largest.seq_len, split.num_devices):
             split = replace(split, num_chunks=num_chunks)
             for name in [row.name for row in self.compiled(0, split).stages[-2]]:
                 names = ["block" if kind == "decoupled" else name for kind in self.largest.kinds]
