@@ -17,6 +17,7 @@ from detransformer.planning.cost import (
     predict,
     segments,
 )
+from detransformer.planning.explain import explain, explanation, limits, sweep
 from detransformer.planning.placement import auto_plan, paper_plan, place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
@@ -233,3 +234,103 @@ def test_a_damaged_profile_is_one_sentence(tmp_path, text):
         ClusterProfile.load(path)
     with pytest.raises(ValueError, match="does not exist"):
         ClusterProfile.load(tmp_path / "none.json")
+
+
+# Explanations and sweeps ---------------------------------------------------------------------------------------------
+
+
+def explained(config, profile, **request):
+    placement = place_freely(config, profile, **request)
+    return placement, explanation(placement, config, profile, **request), explain(placement, config, profile, **request)
+
+
+def test_an_explanation_fits_a_screen_and_names_what_matters():
+    config = preset_config("bert-base", 4)
+    placement, facts, text = explained(config, cluster(config))
+    lines = text.split("\n")
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    for words in ("BP+TP", "BP+SP", "BP+Allgather", "one device", "chosen", "Bottleneck: compute", "What would help"):
+        assert words in text
+    assert [row["kind"] for row in facts["alternatives"]][0] == "chosen"
+    assert {"other strategies", "on 3 devices", "single", *PAPER_METHODS} <= {
+        row["kind"] for row in facts["alternatives"]
+    }
+    assert all(row["over_chosen"] >= 1 for row in facts["alternatives"])
+    assert sum(row["tokens"] for row in facts["splits"]) == 128
+    assert sum(row["heads"] for row in facts["splits"]) == 12
+    assert facts["latency_s"] == placement.chosen.latency_s
+
+
+def test_what_limits_adds_up_and_follows_link_and_devices():
+    config = preset_config("bert-base", 4)
+    plan = published_plan("bp+sp", config, FOUR)
+    shares = [limits(plan, config, cluster(config, mbps)) for mbps in (10, 1000)]
+    for share in shares:
+        assert sum(share[name] for name in ("compute", "reading", "rate", "steps")) == pytest.approx(1)
+        assert min(share[name] for name in ("compute", "reading", "rate", "steps")) > -1e-9
+    assert shares[0]["rate"] > 0.8 > 0.3 > shares[1]["rate"]
+    slow = DeviceProfile("slow", 2**32, {"*": 1e9}, "test")
+    mixed = ClusterProfile((*cluster(config).devices[:2], slow, cluster(config).devices[3]), LinkProfile(1e9))
+    assert limits(plan, config, mixed)["device"] == 2
+    assert limits(plan, config, mixed)["compute"] > 0.9
+
+
+def test_help_is_what_planning_again_with_it_brings():
+    config = preset_config("bert-base", 4)
+    profile = cluster(config, 20)
+    placement, facts, _ = explained(config, profile)
+    by_change = {row["change"]: row for row in facts["helps"]}
+    faster = place_freely(config, cluster(config, 40)).chosen.latency_s
+    assert by_change["twice the bandwidth"]["latency_s"] == faster
+    assert by_change["twice the bandwidth"]["speedup"] == placement.chosen.latency_s / faster > 1.2
+    assert by_change["int8 on the wire"]["speedup"] > by_change["half the step latency"]["speedup"]
+    assert "twice the memory" not in by_change
+    assert [row["latency_s"] for row in facts["helps"]] == sorted(row["latency_s"] for row in facts["helps"])
+
+
+def test_memory_is_explained_with_figures():
+    config = preset_config("bert-large", 4)
+    request = dict(seq_len=512, batch_size=4, memory_budget_bytes=2**30)
+    _, facts, text = explained(config, cluster(config, 10), **request)
+    assert "BP+Allgather needs 1134 MiB on device 3 (Raspberry Pi 4B), 110 MiB more than its" in text
+    assert "no room" in text and "twice the memory" in {row["change"] for row in facts["helps"]}
+    assert all(row["memory_bytes"] <= row["budget_bytes"] == 2**30 for row in facts["splits"])
+
+
+def test_it_says_why_more_devices_are_slower():
+    config = preset_config("bert-base", 4)
+    _, facts, text = explained(config, cluster(config, 1))
+    assert "Why are" in text and "slower than 1?" in text
+    assert "is left out: with it" in text.replace("\n  ", " ")
+    own, *more = facts["counts"]
+    assert own["num_devices"] == 1 and all(row["latency_s"] > own["latency_s"] for row in more)
+    _, _, text = explained(config, cluster(config, 1000))
+    assert "Why are" not in text
+
+
+def test_a_sweep_predicts_clusters_that_are_not_here():
+    small = preset_profile("rpi4b", preset_config("bert-base"))
+    rows = sweep(
+        lambda count: preset_config("bert-base", 4, max(4, count)),
+        lambda count: ClusterProfile((small,) * count, LinkProfile(1e9)),
+        num_devices=[2, 8, 16],
+        seq_lens=[128],
+        bandwidths_bps=[1.25e8, 1e9],
+    )
+    assert [(row["num_devices"], row["bandwidth_mbps"]) for row in rows] == [
+        (count, mbps) for count in (2, 8, 16) for mbps in (125, 1000)
+    ]
+    fast = [row["predicted_s"] for row in rows if row["bandwidth_mbps"] == 1000]
+    assert fast == sorted(fast, reverse=True)
+    for row in rows:
+        assert row["kind"] == "predicted" and row["speedup"] == row["single_s"] / row["predicted_s"] > 1
+        assert row["devices_used"] <= row["num_devices"]
+    (refused,) = sweep(
+        lambda count: preset_config("bert-base"),
+        lambda count: ClusterProfile((small,) * count, LinkProfile(1e9)),
+        num_devices=[2],
+        seq_lens=[128],
+        bandwidths_bps=[1e9],
+        memory_budget_bytes=2**20,
+    )
+    assert refused["predicted_s"] is None and refused["plan"] is None

@@ -21,12 +21,10 @@ from detransformer.planning.search import fastest
 WORTH = 0.005  # one plan more is held where it saves so much of the summed latency
 SWITCH_GAIN = 0.05  # a changed rate changes the plan where that is predicted to save more
 MIN_BYTES = 16 * 1024  # smaller messages tell of the latency, not of the rate
-QUANTILE = 0.9  # most durations include waiting for late devices, so the fastest messages tell the rate
+QUANTILE = 0.95  # most durations include waiting for late devices, so the fastest messages tell the rate
 SAME_RATE = 0.15  # what is nearer to the estimate may be noise
-RISE, NOISE_WEIGHT = (
-    0.5,
-    0.2,
-)  # how far the estimate follows a higher rate, and one that may be noise; a lower one at once
+RISE = 0.5  # how far the estimate follows a higher rate; a lower one at once
+NOISE_WEIGHT = 0.2  # how far it follows what may be noise
 PROBE_BYTES = 64 * 1024
 PROBE_WORTH = 20  # a probe is due where requests might have saved so many times what it takes
 
@@ -61,25 +59,16 @@ def static_plans(
             f"requests={list(requests)}, bandwidths_bps={list(bandwidths_bps)}, max_plans={max_plans}: "
             "at least one of each is needed."
         )
-    place_freely(
-        config, profile, *_largest(config, requests)[::-1], memory_budget_bytes, wire, reads
-    )  # or says why not
     cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes, reads)
-    sets = []
-    for order in cells.largest.orders:
-        singles = [
-            plan for i in order[:1] for plan in splits(cells.largest, [i], wire) if not cells.largest.lacks(plan)
-        ]
-        for count in first_counts(len(order)):
-            for split in splits(cells.largest, sorted(order[:count]), wire) if count > 1 else []:
-                sets.append(cells.hold([*cells.contenders(split), *singles], max_plans))
+    largest, sets = cells.largest, []
+    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, wire, reads)  # or says why
+    for order in largest.orders:
+        singles = [plan for i in order for plan in splits(largest, [i], wire) if not largest.lacks(plan)][:1]
         sets.append(cells.hold(singles, max_plans))
+        for count in first_counts(len(order))[1:]:
+            for split in splits(largest, sorted(order[:count]), wire):
+                sets.append(cells.hold([*cells.contenders(split), *singles], max_plans))
     return min(sets, key=lambda pair: pair[0])[1]
-
-
-def _largest(config: PretrainedConfig, requests: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(batch_size, seq_len) of the request that takes most memory."""
-    return max(requests, key=lambda request: activation_bytes(config, request[1], request[0]))
 
 
 class _Cells:
@@ -92,7 +81,7 @@ class _Cells:
             for batch_size, seq_len in requests
             for at_rate in links
         ]
-        batch_size, seq_len = _largest(config, requests)
+        batch_size, seq_len = max(requests, key=lambda request: activation_bytes(config, request[1], request[0]))
         self.largest = Problem(config, profile, seq_len, batch_size, reads=reads, budget=budget)
         self._compiled: dict[tuple[int, Plan], Compiled] = {}
 
@@ -178,7 +167,7 @@ class BandwidthEstimator:
         """Takes what was observed since the last call into the estimate; False if that was nothing."""
         if not self._rates:
             return False
-        change = float(np.quantile(self._rates, QUANTILE)) - self.bandwidth_bps
+        change = float(np.quantile(self._rates, QUANTILE, method="higher")) - self.bandwidth_bps
         self._rates.clear()
         outside = abs(change) > SAME_RATE * self.bandwidth_bps
         self.bandwidth_bps += change * (NOISE_WEIGHT if not outside else RISE if change > 0 else 1.0)
