@@ -201,6 +201,13 @@ def test_auto_keeps_to_the_memory_budget():
     assert max(tight.chosen.prediction.memory_bytes) <= budget < max(free.chosen.prediction.memory_bytes)
 
 
+def test_pipelines_and_data_parallelism_are_placed_by_the_cost_model_itself():
+    config = preset_config("bert-base")
+    placement = place(config, cluster(config), methods=("pp", "dp", "tp"))
+    for alternative in placement.alternatives:
+        assert alternative.latency_s == pytest.approx(predict(config, alternative.plan, cluster(config)).latency_s)
+
+
 def test_an_impossible_budget_says_how_much_is_missing():
     config = preset_config("bert-base", 4)
     with pytest.raises(ValueError, match=r"no plan fits: even the smallest, bp\+tp, needs \d+ MiB .* MiB more than"):

@@ -15,7 +15,7 @@ from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.plan import PAPER_METHODS, Plan, layer_plan, published_plan
 from detransformer.parallel.wire import ROLES, WIRE_FORMATS, format_of
 from detransformer.planning.compiled import Compiled, least_bytes, memory_bytes
-from detransformer.planning.cost import Prediction
+from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.profile import ClusterProfile
 from detransformer.planning.search import fastest
 
@@ -134,7 +134,10 @@ class Problem:
         )
 
     def alternative(self, plan: Plan, compiled: Compiled | None = None) -> Alternative:
-        prediction = (compiled or self.compiled(plan)).price(plan.strategies)
+        if plan.num_devices > 1 and not plan.splits_layers:  # a pipeline, data parallelism
+            prediction = predict(self.config, plan, self.profile, self.seq_len, self.batch_size, self.past)
+        else:
+            prediction = (compiled or self.compiled(plan)).price(plan.strategies)
         return Alternative(plan, prediction, self.lacking(plan, prediction))
 
     def lacking(self, plan: Plan, prediction: Prediction) -> str:
