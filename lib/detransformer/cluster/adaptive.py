@@ -216,7 +216,12 @@ def trace_rows(
             seq_len=max(seq_lens),
             repeats=1,
         )
-        config, profile = bench.config(cell), bench.profile(cell)
+        config = bench.config(cell)
+        usual = preset_profile(USUAL_DEVICE, config).flops_per_s["*"]
+        total_speed = sum(device.flops_per_s["*"] for device in bench.profile(cell).devices) / usual
+        links_bps = rates[0] * 1e6 * num_devices if cluster.transport == "namespaces" else 0.0
+        scale = time_scale or min(MAX_TIME_SCALE, first_time_scale(links_bps, total_speed, usable_cores()))
+        profile = on_testbed(bench.profile(cell), scale)
         plans = static_plans(
             config, profile, [(1, n) for n in seq_lens], [1e6 * mbps for mbps in rates], max_plans=max_plans
         )
@@ -224,7 +229,7 @@ def trace_rows(
         rows = []
         for policy, choices in policies.items():
             key = asdict(cell) | {"policy": policy, "stream": stream, "plans": [plan.to_dict() for plan in plans]}
-            rows += kept.get(key) or kept.put(key, _serve(bench, cell, policy, choices, plans, stream))
+            rows += kept.get(key) or kept.put(key, _serve(bench, cell, profile, scale, policy, choices, plans, stream))
     return pd.DataFrame(rows)
 
 
@@ -233,20 +238,28 @@ def in_words(plan: Plan) -> str:
     return f"{plan.describe()} on {plan.num_devices} device{'s' if plan.num_devices > 1 else ''}"
 
 
-def _serve(bench: Bench, cell: Cell, policy: str, choices, held, stream) -> list[dict]:
+def on_testbed(profile: ClusterProfile, time_scale: float) -> ClusterProfile:
+    """`profile` as it is seen at `time_scale`: latency is that of software, which is not slowed, so it is smaller."""
+    steps = {kind: seconds / time_scale for kind, seconds in profile.link.step_latency_s.items()}
+    return replace(profile, link=replace(profile.link, step_latency_s=steps))
+
+
+def _serve(
+    bench: Bench,
+    cell: Cell,
+    profile: ClusterProfile,
+    scale: float,
+    policy: str,
+    choices: Sequence[Plan],
+    held: Sequence[Plan],
+    stream: Sequence[tuple[int, float]],
+) -> list[dict]:
     """Serves the stream by run-time planning over `choices`; rows as in `trace_rows`."""
     cluster, checkpoint = bench.cluster, bench.checkpoint(cell)
-    config, profile = bench.config(cell), bench.profile(cell)
     seq_lens, rates = sorted({length for length, _ in stream}), sorted({mbps for _, mbps in stream})
-    low, high = 0.5e6 * rates[0], 2e6 * rates[-1]
-    bandwidths = np.geomspace(low, high, 12).tolist()
-    planner = RuntimePlanner(config, choices, profile, seq_lens, (1,), bandwidths)
+    bandwidths = np.geomspace(0.5e6 * rates[0], 2e6 * rates[-1], 12).tolist()
+    planner = RuntimePlanner(bench.config(cell), choices, profile, seq_lens, (1,), bandwidths)
     files = {length: request(checkpoint, length, 1, cluster.folder) for length in seq_lens}
-    total_speed = (
-        sum(d.flops_per_s["*"] for d in profile.devices) / preset_profile(USUAL_DEVICE, config).flops_per_s["*"]
-    )
-    links_bps = rates[-1] * 1e6 * cluster.num_devices if cluster.transport == "namespaces" else 0.0
-    scale = bench.fixed_time_scale or min(MAX_TIME_SCALE, first_time_scale(links_bps, total_speed, usable_cores()))
     rows, mbps = [], None
     for number, (length, rate) in enumerate(tqdm(stream, unit="request", desc=policy)):
         if rate != mbps:
@@ -418,9 +431,8 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
         if overrun <= MAX_LATE_TOKENS or 2 * scale > MAX_TIME_SCALE:
             break
         scale *= 2
-    here = replace(profile.link, step_latency_s={k: s / scale for k, s in profile.link.step_latency_s.items()})
     testbed = price_generation(
-        checkpoint.config, planned.prefill, planned.decode, replace(profile, link=here), cell.seq_len, max_new_tokens
+        checkpoint.config, planned.prefill, planned.decode, on_testbed(profile, scale), cell.seq_len, max_new_tokens
     )
     token_s = [max(r["token_s"][i] for r in results) for i in range(max_new_tokens)]
     equal = sum(a == b for a, b in zip(results[0]["tokens"][0], expected, strict=True))
