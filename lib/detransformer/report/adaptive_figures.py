@@ -4,6 +4,9 @@ Each function takes saved tables and returns a Figure; `report.figures` names an
 so in the figure's title or legend.
 """
 
+import re
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -25,27 +28,42 @@ from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, checked_rows
 NEAR = 0.1  # a prediction within 10% counts as near
 
 
+ORIGINAL_LAYERS = ("tensor", "heads", "ulysses", "sequence", "galaxy", "replicate", "one device")
+
+
+def in_short(plan: str) -> tuple[str, int]:
+    """(strategy of most original layers, or `one device`; chunks) of a plan in words."""
+    if plan.endswith("on 1 device"):
+        return "one device", 1
+    names = Counter(word for word in re.findall(r"[a-z]+", plan) if word in ORIGINAL_LAYERS)
+    chunks = re.search(r"(\d+) chunks", plan)
+    return names.most_common(1)[0][0], int(chunks[1]) if chunks else 1
+
+
 def plan_map(frame: pd.DataFrame) -> Figure:
-    """The chosen plan over bandwidth and length, a panel a number of devices; the numbers are predicted seconds."""
+    """The chosen plan over bandwidth and length, a panel a number of devices: strategy, chunks, predicted seconds."""
     rows = need(frame[frame["predicted_s"].notna()], "plan_map", "predicted plans")
-    plans = rows["plan"].value_counts().index.tolist()  # the most frequent first
-    counts = sorted(rows["num_devices"].unique())
-    models = list(dict.fromkeys(rows["model"]))
-    colours = sns.color_palette("colorblind", 10)[: len(plans)] + [(0.85, 0.85, 0.85)] * max(0, len(plans) - 10)
+    rows = rows.assign(strategy=[in_short(plan)[0] for plan in rows["plan"]])
+    rows["chunks"] = [in_short(plan)[1] for plan in rows["plan"]]
+    counts, models = sorted(rows["num_devices"].unique()), list(dict.fromkeys(rows["model"]))
+    colours = [*sns.color_palette("colorblind", len(ORIGINAL_LAYERS) - 1), (0.75, 0.75, 0.75)]
     pale = ListedColormap([tuple(0.5 + 0.5 * part for part in colour) for colour in colours])
-    tall = 0.9 + 0.34 * rows["seq_len"].nunique()
-    figure, axes = panel_grid(len(models), len(counts), width=4.3, height=tall)
+    figure, axes = panel_grid(len(models), len(counts), width=4.0, height=0.9 + 0.36 * rows["seq_len"].nunique())
     for (i, model), (j, count) in ((a, b) for a in enumerate(models) for b in enumerate(counts)):
         axis = axes[i][j]
         part = rows[(rows["model"] == model) & (rows["num_devices"] == count)]
-        grid = part.pivot_table(index="seq_len", columns="bandwidth_mbps", values="plan", aggfunc="first")
-        seconds = part.pivot_table(index="seq_len", columns="bandwidth_mbps", values="predicted_s")
-        codes = grid.map(lambda plan: plans.index(plan) if isinstance(plan, str) else np.nan).astype(float)
-        axis.imshow(codes, cmap=pale, vmin=-0.5, vmax=len(plans) - 0.5, aspect="auto", origin="lower")
-        for y, x in np.ndindex(*seconds.shape):
-            value = seconds.iat[y, x]
-            axis.text(x, y, f"{value:.2f}" if value >= 0.1 else f"{value:.3f}", ha="center", va="center", fontsize=7)
-        axis.set_xticks(range(len(grid.columns)), [f"{value:g}" for value in grid.columns], rotation=45)
+        codes = part.assign(code=[ORIGINAL_LAYERS.index(name) for name in part["strategy"]])
+        grids = {
+            name: codes.pivot(index="seq_len", columns="bandwidth_mbps", values=name)
+            for name in ("code", "predicted_s", "chunks")
+        }
+        axis.imshow(grids["code"], cmap=pale, vmin=-0.5, vmax=len(ORIGINAL_LAYERS) - 0.5, aspect="auto", origin="lower")
+        for y, x in np.ndindex(*grids["code"].shape):
+            seconds, chunks = grids["predicted_s"].iat[y, x], grids["chunks"].iat[y, x]
+            text = f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.3f}"
+            axis.text(x, y, f"{text} /{chunks:g}" if chunks > 1 else text, ha="center", va="center", fontsize=7)
+        grid = grids["code"]
+        axis.set_xticks(range(len(grid.columns)), [f"{value:g}" for value in grid.columns])
         axis.set_yticks(range(len(grid.index)), [f"{value:g}" for value in grid.index])
         axis.grid(False)
         axis.set_title(f"{MODEL_NAMES.get(model, model)}, {count:g} devices", fontsize=9)
@@ -53,9 +71,10 @@ def plan_map(frame: pd.DataFrame) -> Figure:
             axis.set_ylabel("Tokens")
         if i == len(models) - 1:
             axis.set_xlabel("Bandwidth (Mbps)")
-    figure.suptitle("The plan that is chosen, and its latency in seconds (all predicted)", fontsize=10)
-    handles = [Patch(color=pale(i), label=plan) for i, plan in enumerate(plans)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if max(map(len, plans)) > 30 else 3)
+    figure.suptitle("How most original layers are run, and seconds / chunks (all predicted)", fontsize=10)
+    seen = [name for name in ORIGINAL_LAYERS if (rows["strategy"] == name).any()]
+    handles = [Patch(color=pale(ORIGINAL_LAYERS.index(name)), label=name) for name in seen]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 

@@ -36,12 +36,12 @@ def adaptive_verdicts(
         ),
         ("median error of the prediction, chosen plans", "at most", 0.10, cells["prediction_error"].abs().median()),
     ]
-    valid = checked_rows(unequal)
-    planned = valid["split"] == "planned"
-    for split, part in valid[~planned].groupby("split", sort=False):
-        rows.append((f"unequal devices: planned split over {split}", "at least", 1.5, part["over_planned"].min()))
-    over = valid.loc[planned, "over_ideal"].max()
-    rows.append(("unequal devices: over work / summed speed + communication", "at most", 1.15, over))
+    for mbps, part in checked_rows(unequal).groupby("bandwidth_mbps", sort=False):
+        at = f"unequal devices at {mbps:g} Mbps: "
+        even = part[part["split"] != "planned"]["over_planned"].min()
+        rows.append((f"{at}planned split over the better even one", "at least", 1.5, even))
+        over = part.loc[part["split"] == "planned", "over_ideal"].max()
+        rows.append((f"{at}over work / summed speed + communication", "at most", 1.15, over))
     spent = trace.groupby("policy", sort=False)["latency_s"].sum()
     saved = 1 - spent["adaptive"] / spent.drop("adaptive").min()
     rows.append(("changing link: time saved over the best fixed plan", "at least", 0.10, saved))
