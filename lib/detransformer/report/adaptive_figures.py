@@ -151,18 +151,18 @@ def trace(frame: pd.DataFrame) -> Figure:
         here = own[own["seq_len"] == length]
         label, colour = f"{length:g} tokens", sns.color_palette("viridis", len(lengths))[i]
         plans.plot(here["request"], [names.index(plan) for plan in here["plan"]], "o", ms=4, color=colour, label=label)
-    plans.set_yticks(range(len(names)), names, fontsize=8)
+    plans.set_yticks(range(len(names)), [name.replace(" on ", "\non ") for name in names], fontsize=8)
     plans.set_ylim(-0.5, len(names) - 0.5)
-    plans.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    plans.legend(loc="center right")
     link.step(own["request"], own["bandwidth_mbps"], where="post", color="0.2", lw=1.4, label="link")
     link.plot(own["request"], own["estimate_mbps"], color=COLOURS["tp"], lw=1.2, label="estimate, before the request")
     rates = sorted(own["bandwidth_mbps"].unique())
     link.set(yscale="log", ylabel="Mbps", xlabel="Request")
     link.minorticks_off()
     link.set_yticks(rates, [f"{rate:g}" for rate in rates])
-    link.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    link.legend(loc="lower right")
     total.set_ylabel("Seconds spent")
-    total.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    total.legend(loc="upper left")
     plans.set_ylabel("Plan in use")
     first = rows.iloc[0]
     devices = f"{first['num_devices']:g} x {first['device']}"
@@ -229,11 +229,11 @@ def scale_out(frame: pd.DataFrame) -> Figure:
     rows = need(frame[frame["speedup"].notna()], "scale_out", "predictions")
     models = list(dict.fromkeys(rows["model"]))
     figure, axes = panels(len(models), width=3.4)
+    lengths = sorted(rows["seq_len"].unique())
+    colours = dict(zip(lengths, sns.color_palette("viridis", len(lengths)), strict=True))
     for axis, model in zip(axes, models, strict=True):
         part = rows[rows["model"] == model]
         keys = part[["seq_len", "bandwidth_mbps"]].drop_duplicates().sort_values(["bandwidth_mbps", "seq_len"])
-        lengths = sorted(part["seq_len"].unique())
-        colours = dict(zip(lengths, sns.color_palette("viridis", len(lengths)), strict=True))
         for length, rate in keys.itertuples(index=False):
             line = part[(part["seq_len"] == length) & (part["bandwidth_mbps"] == rate)].sort_values("num_devices")
             style = "-" if rate == part["bandwidth_mbps"].max() else ":"
@@ -248,7 +248,7 @@ def scale_out(frame: pd.DataFrame) -> Figure:
         axis.set(xlabel="Devices", title=MODEL_NAMES.get(model, model))
     axes[0].set_ylabel("Speedup over one device")
     figure.suptitle("Past this machine: predicted by the cost model, not measured", fontsize=10)
-    legend_below(figure, axes[0], columns=3)
+    legend_below(figure, max(axes, key=lambda axis: len(axis.lines)), columns=4)
     return figure
 
 
