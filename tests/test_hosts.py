@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from detransformer.cluster import rollcall
 from detransformer.cluster.devices import DeviceError, DeviceLost
@@ -515,6 +522,34 @@ def test_the_same_command_over_emulated_devices(capsys, tmp_path):
     assert record["plan"]["sub_blocks"] == [1, 3] and record["latency_s"] >= record["predicted_s"]
     code, shown, error = run(capsys, *options, "--plan", tmp_path / "out.json", "--context", "a film of charm")
     assert code == 0 and "plan: bp+sp" in shown, error
+
+
+def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
+    """A GPT-2 over two unequal devices: the single device's tokens, and the text that they are."""
+    torch.manual_seed(3)
+    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=len(WORDS), n_positions=64)
+    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=3)
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path / "gpt2"
+    decouple(model, num_original_layers=2, num_divisions=4).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 2}]"
+    )
+    options = ["--cluster", path, "--model", folder, "--text", "a film of", "--transport", "loopback", "--check"]
+    code, shown, error = run(capsys, *options, "--new-tokens", "9", "--output", tmp_path / "out.json")
+    assert code == 0 and "check: all tokens are the single device's" in shown, error
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert len(record["answer"]["tokens"]) == len(record["token_s"]) == 9
+    assert set(record["answer"]["text"].split()) <= set(WORDS) and record["answer"]["text"] in shown
+    code, _, error = run(capsys, *options, "--new-tokens", "80")
+    assert code == 2 and "5 tokens and 80 new ones, and the model takes 64" in error
+    code, _, error = run(capsys, *options, "--new-tokens", "9", "--reads", "cls")
+    assert code == 2 and "GPT-2 is run with --reads all" in error
 
 
 @pytest.mark.parametrize(

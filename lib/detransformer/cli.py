@@ -173,6 +173,7 @@ def run(
     reads: Annotated[str, typer.Option(help="What is read of the last layer: all, or cls.")] = "all",
     memory: Memory = None,
     repeats: Annotated[str, typer.Option(help="Measured requests.")] = "5",
+    new_tokens: Annotated[str, typer.Option(help="Tokens by which a GPT-2 goes on.")] = "64",
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the whole model on the first device (or this machine).")
     ] = False,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,8 +22,10 @@ from transformers import (
 
 from detransformer.cluster.run import Request
 from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.generation import check_generation
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.cost import predict
+from detransformer.planning.generation import place_generation, price_generation
 from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile
 
@@ -56,14 +59,33 @@ def prepare(request: Request, folder: str, config: PretrainedConfig, profile: Cl
     Raises:
         ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit model or devices.
     """
-    if is_decoder(config):
-        raise ValueError(f"{folder} is a {config.model_type}: `detransformer run` answers by BERT models so far.")
     inputs = tokens_of(request, folder, config)
+    if is_decoder(config):
+        return prepare_text(request, config, profile, inputs)
     plan, notes = plan_of(request, config, profile, *inputs["input_ids"].shape)
     prediction = predict(config, plan, profile, inputs["input_ids"].shape[1], inputs["input_ids"].shape[0])
     return Prepared(
         "run_plan", {"plan": plan.to_dict(), "repeats": request.repeats}, inputs, plan, prediction.latency_s, notes
     )
+
+
+def prepare_text(request: Request, config: PretrainedConfig, profile: ClusterProfile, inputs: dict) -> Prepared:
+    """A prompt's plan and that of the tokens after it."""
+    batch_size, seq_len = inputs["input_ids"].shape
+    if request.reads != "all" or request.wires != ("float32",):
+        raise ValueError("a GPT-2 is run with --reads all and --wire float32: leave both options out.")
+    if request.method == "auto" and request.plan is None:
+        chosen = place_generation(
+            config, profile, seq_len, request.max_new_tokens, batch_size, request.memory_budget_bytes
+        )[0]
+    else:
+        plan, _ = plan_of(request, config, profile, batch_size, seq_len)
+        check_generation(config, plan, plan)
+        chosen = price_generation(config, plan, plan, profile, seq_len, request.max_new_tokens, batch_size)
+    job = {"prefill": chosen.prefill.to_dict(), "decode": chosen.decode.to_dict()}
+    job |= {"max_new_tokens": request.max_new_tokens}
+    notes = (f"further tokens: {chosen.decode.describe()}",)
+    return Prepared("generate", job, inputs, chosen.prefill, chosen.total_s, notes)
 
 
 def tokens_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
@@ -79,8 +101,12 @@ def tokens_of(request: Request, folder: str, config: PretrainedConfig) -> dict[s
         encoded = _tokenizer(folder)(request.text, request.context, return_tensors="pt")
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
     seq_len, limit = inputs["input_ids"].shape[1], config.max_position_embeddings
-    if seq_len > limit:
-        raise ValueError(f"the request has {seq_len} tokens, and the model takes {limit}: shorten it.")
+    new, words = 0, ""
+    if is_decoder(config):
+        inputs.pop("token_type_ids", None)
+        new, words = request.max_new_tokens - 1, f" and {request.max_new_tokens} new ones"  # the last is not run
+    if seq_len + new > limit:
+        raise ValueError(f"the request has {seq_len} tokens{words}, and the model takes {limit}: shorten it.")
     return inputs
 
 
@@ -199,6 +225,68 @@ def compare(outputs: dict, expected: dict, wire: str) -> tuple[bool, dict]:
     return agrees, {"max_abs_error": largest, "relative_error": relative, "agrees": agrees}
 
 
+def report_text(
+    request: Request,
+    prepared: Prepared,
+    config: PretrainedConfig,
+    folder: str,
+    cluster: str,
+    names: Sequence[str],
+    results: Sequence[dict | None],
+    outputs: dict,
+) -> tuple[list[str], dict]:
+    """`report` of a text that was generated: `results` are `generate`'s."""
+    taking_part = [result for result in results if result is not None]
+    token_s = [max(r["token_s"][i] for r in taking_part) for i in range(request.max_new_tokens)]
+    tokens = outputs["tokens"][0].tolist()
+    ends = [i for i, token in enumerate(tokens) if token == config.eos_token_id]
+    kept = tokens[: ends[0]] if ends else tokens
+    written = _tokenizer(folder).decode(kept) if request.text is not None else f"tokens {kept}"
+    held = {name: r["weights_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
+    cached = {name: r["cache_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
+    further_s = statistics.median(token_s[1:]) if len(token_s) > 1 else float("nan")
+    on = ", ".join(names[i] for i in prepared.plan.device_ids)
+    lines = [
+        f"plan: {prepared.plan.method}, prompt: {prepared.plan.describe()}, on {on}",
+        *(f"{note}." for note in prepared.notes),
+        "weights and keys and values: "
+        + ", ".join(f"{name} {held[name] / 2**20:.0f} + {cached[name] / 2**20:.1f} MiB" for name in held),
+        f"{(request.text or f'{prepared.shape[1]} random tokens')!r} -> {written}",
+        f"first token {token_s[0]:.4g} s, each further one {further_s:.4g} s (median), {len(token_s)} tokens in "
+        f"{sum(token_s):.4g} s; predicted {prepared.predicted_s:.4g} s",
+    ]
+    record = {
+        "cluster": cluster,
+        "devices": list(names),
+        "model": str(Path(folder).resolve()),
+        "task": "generation",
+        "request": {"text": request.text, "seq_len": prepared.shape[1], "max_new_tokens": request.max_new_tokens},
+        "answer": {"tokens": tokens, "text": written},
+        "token_s": token_s,
+        "predicted_s": prepared.predicted_s,
+        "weights_bytes": held,
+        "cache_bytes": cached,
+        "plan": prepared.job,
+        "notes": list(prepared.notes),
+    }
+    if request.check:
+        expected = single_device_text(folder, prepared.inputs, request.max_new_tokens)
+        equal = sum(a == b for a, b in zip(tokens, expected, strict=True))
+        record["check"] = {"equal_tokens": equal, "agrees": equal == len(tokens)}
+        words = "all tokens are" if equal == len(tokens) else f"only {equal} of {len(tokens)} tokens ARE"
+        lines.append(f"check: {words} the single device's")
+    return lines, json.loads(json.dumps(record))
+
+
+@torch.inference_mode()
+def single_device_text(folder: str, inputs: dict, max_new_tokens: int) -> list[int]:
+    """The tokens that Hugging Face's model goes on with on this host alone, greedily."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # go on to the end
+    text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+    return text[0, inputs["input_ids"].shape[1] :].tolist()
+
+
 def report(
     request: Request,
     prepared: Prepared,
@@ -209,7 +297,9 @@ def report(
     results: Sequence[dict | None],
     outputs: dict,
 ) -> tuple[list[str], dict]:
-    """Lines to print and the record of `--output`; `results` are `run_plan`'s, one a device of `names`."""
+    """Lines to print and the record of `--output`; `results` are the job's, one a device of `names`."""
+    if prepared.op == "generate":
+        return report_text(request, prepared, config, folder, cluster, names, results, outputs)
     plan, taking_part = prepared.plan, [result for result in results if result is not None]
     samples = [max(r["samples"][i]["latency_s"] for r in taking_part) for i in range(request.repeats)]
     latency_s, sent = statistics.median(samples), max(sum(r["bytes"].values()) for r in taking_part)

@@ -216,6 +216,7 @@ def generate(
     time_scale: float = 1.0,
     dtype: str = "float32",
     warmup: int = 1,
+    output: str | None = None,
 ) -> dict | None:
     """Generates text greedily, the prompt by plan `prefill`, each further token by `decode`; None if left out.
 
@@ -267,6 +268,8 @@ def generate(
         made.append(generator.step(made[-1]) if made else generator.start(ids, mask, max_new_tokens))
         pacer.end()
         token_s.append((time.perf_counter() - start) / time_scale)
+    if output and comm.rank == plans[0].num_devices - 1:
+        save_file({"tokens": torch.stack(made, dim=1)}, output)
     return {
         "tokens": torch.stack(made, dim=1).tolist(),
         "token_s": token_s,

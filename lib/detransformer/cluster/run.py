@@ -39,6 +39,8 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16  # of a weights file, for its digest
 class Request:
     """What is asked of a model: a text, or `num_tokens` random tokens, `repeats` times, and how it is planned.
 
+    A GPT-2 goes on by `max_new_tokens`, once.
+
     `wires` are the formats that messages may have. `plan` (fields of a `Plan`) goes before `method`.
     """
 
@@ -51,6 +53,7 @@ class Request:
     reads: str = "all"
     memory_budget_bytes: int | None = None
     repeats: int = 5
+    max_new_tokens: int = 64
     check: bool = False
 
 
@@ -67,6 +70,7 @@ def run_command(
     reads: str,
     memory: str | None,
     repeats: str,
+    new_tokens: str,
     check: bool,
     output: str | None,
     wait: str,
@@ -89,6 +93,7 @@ def run_command(
         reads=one_of(reads, "--reads", ("all", "cls")),
         memory_budget_bytes=None if memory is None else int(number(memory, "--memory", 1) * 2**20),
         repeats=whole_number(repeats, "--repeats", 1),
+        max_new_tokens=whole_number(new_tokens, "--new-tokens", 1),
         check=check,
     )
     wait_s = number(wait, "--wait", 1, 86_400)
