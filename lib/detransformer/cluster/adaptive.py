@@ -32,7 +32,7 @@ from detransformer.models.configuration import preset_config
 from detransformer.parallel.plan import Plan, layer_plan, published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.generation import GenerationPlan, place_generation, price_generation
-from detransformer.planning.placement import Placement, place, place_freely
+from detransformer.planning.placement import Placement, device_speeds, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.planning.runtime import PROBE_BYTES, RuntimePlanner, static_plans
 from detransformer.report.provenance import usable_cores
@@ -397,7 +397,7 @@ def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> Generation
     if cell.method in ("auto", "bp+auto"):
         best = place_generation(config, profile, cell.seq_len, max_new_tokens)[0]
         return replace(best, **{n: replace(getattr(best, n), method=cell.method) for n in ("prefill", "decode")})
-    plan = published_plan(cell.method, config, [device.flops_per_s["*"] for device in profile.devices])
+    plan = published_plan(cell.method, config, device_speeds(profile))
     return price_generation(config, plan, plan, profile, cell.seq_len, max_new_tokens)
 
 

@@ -38,7 +38,7 @@ from detransformer.models.configuration import (
 from detransformer.parallel.plan import METHODS, READS, Plan, is_decoder, published_plan
 from detransformer.parallel.wire import check_spec
 from detransformer.planning.cost import Prediction, predict
-from detransformer.planning.placement import auto_plan, paper_plan
+from detransformer.planning.placement import auto_plan, device_speeds, paper_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
 from detransformer.report.provenance import usable_cores
 
@@ -243,7 +243,7 @@ class Bench:
         elif cell.method in ("bp+paper", "bp+narrow"):  # bp+narrow: the same on the model of narrow sub-blocks
             plan = replace(paper_plan(config, profile, **request), method=cell.method)
         else:
-            plan = published_plan(cell.method, config, [1.0] * cell.num_devices, cell.wire, cell.reads)
+            plan = published_plan(cell.method, config, device_speeds(profile), cell.wire, cell.reads)
         return plan, predict(config, plan, profile, cell.seq_len, cell.batch_size)
 
     def predict(self, cell: Cell, config: PretrainedConfig, plan: Plan) -> Prediction:

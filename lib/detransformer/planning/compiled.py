@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import layer_kinds
 from detransformer.models.sizes import embedding_parameters, pooler_parameters
 from detransformer.parallel.partition import split
-from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan, is_decoder
+from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan
 from detransformer.parallel.wire import ROLES
 from detransformer.planning.cost import (
     FLOAT_BYTES,
@@ -33,9 +33,10 @@ from detransformer.planning.cost import (
     Step,
     Tape,
     Wait,
-    _reshard,
     activation_bytes,
     cache_bytes,
+    end_steps,
+    reshard_steps,
 )
 from detransformer.planning.profile import ClusterProfile
 
@@ -46,6 +47,10 @@ class AllRanks(Sizes):
     @cached_property
     def chunks(self) -> list[np.ndarray]:
         return [np.array(chunk) for chunk in self.plan.tokens(self.seq_len)]
+
+    @property
+    def words(self) -> np.ndarray:
+        return np.array(self.plan.vocabulary(self.config.vocab_size))
 
     def product(self, num_tokens, num_in, num_out, copies=1) -> Compute:
         numbers, tokens = copies * num_in * num_out, self.batch_size * num_tokens
@@ -193,12 +198,7 @@ def _end(z: Sizes, arriving: Iterable) -> None:
     """What follows the last layer, as `cost.device_steps` has it."""
     for arrival in arriving:
         arrival.wait()
-    if is_decoder(z.config):
-        words = np.array(z.plan.vocabulary(z.config.vocab_size))
-        z.tape.compute("replicate", z.product(1, z.config.hidden_size, words))
-        z.all_gather([(z.batch_size, 2)] * z.ranks, None).wait()
-    else:
-        z.tape.compute("replicate", Compute(z.batch_size * 2 * z.config.hidden_size**2, ""))
+    end_steps(z)
 
 
 def _together(of_ranks: Sequence[Sequence[Step]]) -> list[Step]:
@@ -348,7 +348,7 @@ class Compiled:
         if key not in self._reshards:
             z = replace(self.z, layer=target.layer)
             z.tape.steps, z.tape.num_started = [], 0
-            arriving = _reshard(iter([None] * self.num_chunks), *key[:2], z)
+            arriving = reshard_steps(iter([None] * self.num_chunks), *key[:2], z)
             self._reshards[key] = None
             if isinstance(arriving, list):
                 segments = [[start] for start in z.tape.steps]

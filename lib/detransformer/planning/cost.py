@@ -131,6 +131,11 @@ class Sizes:
         """Columns of this device's heads, h*s."""
         return self.head_width(self.rank)
 
+    @property
+    def words(self) -> int:
+        """Words of the vocabulary that this device looks at for a decoder's next token."""
+        return self.plan.vocabulary(self.config.vocab_size)[self.rank]
+
     def head_width(self, rank: int) -> int:
         return self.plan.heads[rank] * (self.config.hidden_size // self.config.num_attention_heads)
 
@@ -442,7 +447,7 @@ LAYER_COSTS = {
 }
 
 
-def _reshard(chunks: Iterator[None], source: str, target: str, z: Sizes) -> Chunks:
+def reshard_steps(chunks: Iterator[None], source: str, target: str, z: Sizes) -> Chunks:
     """X's chunks in another layout, as `parallel.strategies.reshard` does it: sent as they come, or passed on."""
     if source == target or source == REPLICATE or z.ranks == 1:
         return (Arrival(z.tape) for _ in chunks)
@@ -495,24 +500,30 @@ def device_steps(
     reads_cls = plan.reads == "cls" and layers.stop > last
     for i in layers:
         signature, row, z = STRATEGIES[plan.strategies[i]], LAYER_COSTS[plan.strategies[i]], replace(z, layer=i)
-        arriving = _reshard(chunks, layout, signature.in_layout, z)
+        arriving = reshard_steps(chunks, layout, signature.in_layout, z)
         if i == last and reads_cls:
             row.cls_steps(z, arriving)
         else:
             chunks, layout = row.steps(z, arriving), signature.out_layout
     if not reads_cls:
-        for arrival in _reshard(chunks, layout, REPLICATE, replace(z, layer=last + 1)):
+        for arrival in reshard_steps(chunks, layout, REPLICATE, replace(z, layer=last + 1)):
             arrival.wait()
     if plan.stages and rank < plan.num_devices - 1:
         tape.start("send", stage_message(layers.stop)).wait()
-    elif is_decoder(config):
-        words = local.vocabulary(config.vocab_size)[z.rank]
-        tape.compute("replicate", z.product(1, config.hidden_size, words))
-        z.all_gather([(batch_size, 2)] * z.ranks, None).wait()
     else:
-        # The pooler; that it reads its weights for one token is part of the latency that presets are calibrated on.
-        tape.compute("replicate", Compute(batch_size * 2 * config.hidden_size**2, ""))
+        end_steps(z)
     return tape.steps
+
+
+def end_steps(z: Sizes) -> None:
+    """What a model ends in: the next token, by parts of the vocabulary, or the pooler."""
+    width = z.config.hidden_size
+    if is_decoder(z.config):
+        z.tape.compute("replicate", z.product(1, width, z.words))
+        z.all_gather([(z.batch_size, 2)] * z.ranks, None).wait()
+    else:
+        # That it reads its weights for one token is part of the latency that presets are calibrated on.
+        z.tape.compute("replicate", Compute(z.batch_size * 2 * width**2, ""))
 
 
 def segments(steps: list[Step]) -> tuple[list[list[Compute]], list[Start]]:

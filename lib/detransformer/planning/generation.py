@@ -13,9 +13,8 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.plan import STRATEGIES, Plan, layer_plan, published_plan
 from detransformer.planning.cost import cache_bytes, held_bytes, predict
+from detransformer.planning.placement import CHUNKS, device_speeds
 from detransformer.planning.profile import ClusterProfile
-
-CHUNKS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,12 @@ def place_generation(
         ValueError: if none fits, saying what is missing.
     """
     limits = [d.memory_bytes if memory_budget_bytes is None else memory_budget_bytes for d in profile.devices]
-    rates = [device.flops_per_s["*"] for device in profile.devices]
+    rates = device_speeds(profile)
     order = sorted(range(len(rates)), key=lambda i: (-rates[i], -profile.link.share(i), i))
     priced, refused = [], []
     for count in range(1, len(order) + 1):
         chosen = sorted(order[:count])
-        speeds = [rates[i] / rates[order[0]] for i in chosen]
+        speeds = [rates[i] for i in chosen]
         try:
             pairs = list(generation_candidates(config, speeds, chosen))
         except ValueError:  # more devices than heads or sub-blocks
