@@ -564,6 +564,7 @@ def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
         (["--method", "tp"], "tp runs original layers only"),
         (["--wire", "float32,int8", "--method", "bp+tp"], "several formats"),
         (["--wait", "0"], "--wait 0 is out of range"),
+        (["--model", "bert-base"], "--model bert-base is a preset"),
         (["--output", "/"], "--output / is a folder"),
     ],
 )

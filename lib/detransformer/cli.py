@@ -89,7 +89,9 @@ def decouple(
 
 # --- Cluster -----------------------------------------------------------------------------------------------------
 
-Model = Annotated[str, typer.Option(help="bert-base, bert-large, or a checkpoint folder.")]
+Model = Annotated[
+    str, typer.Option(help="bert-base, bert-large, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a checkpoint folder.")
+]
 Cluster = Annotated[
     str | None, typer.Option(help="Cluster file (examples/) instead of --devices, --device and --bandwidth.")
 ]

@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import pandas as pd
 from detransformer import __version__
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS, ClusterSpec
 from detransformer.files import atomic_write
-from detransformer.models.configuration import PRESET_SIZES
+from detransformer.models.configuration import PRESETS
 from detransformer.parallel.plan import METHODS, READS
 from detransformer.parallel.wire import WIRE_FORMATS, check_spec
 from detransformer.parse import number, one_of, whole_number, words
@@ -254,7 +255,9 @@ def plan_command(
         else:
             specs = device_specs(num_devices, device or DEFAULT_DEVICE)
             planned, name = cluster_profile(specs, model, config, mbps * 1e6), _on_devices(specs)
+        started = time.perf_counter()
         placement = place_freely(config, planned, tokens, batch, budget, wires=wires)
+        planning_s = time.perf_counter() - started
         print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
         chosen = placement.chosen
         if explain:
@@ -263,14 +266,14 @@ def plan_command(
             print(explanation(placement, config, planned, tokens, batch, budget))
         else:
             rows = placement_rows(placement).assign(
-                devices=["+".join(map(str, a.plan.device_ids)) for a in placement.alternatives],
+                devices=[_listed(a.plan.device_ids) for a in placement.alternatives],
                 memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
             )
             shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
             print(_markdown(rows.drop_duplicates(["method", "devices"])[shown]))
             print(
                 f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
-                f"the fastest of {len(rows)} looked at that fit."
+                f"the fastest of {len(rows)} looked at that fit; planned in {planning_s:.2f} s."
             )
             for sentence in placement.left_out:
                 print(f"{sentence}.")
@@ -278,6 +281,11 @@ def plan_command(
             with atomic_write(output) as file:
                 json.dump({"plan": chosen.plan.to_dict(), "predicted_s": chosen.prediction.latency_s}, file, indent=2)
             print(f"saved to {output}")
+
+
+def _listed(devices: Sequence[int]) -> str:
+    """Such as `0+1+3`, or how many they are."""
+    return "+".join(map(str, devices)) if len(devices) <= MAX_BENCH_DEVICES else f"{len(devices)} devices"
 
 
 def placement_rows(placement) -> pd.DataFrame:
@@ -368,7 +376,7 @@ def _model_config(model: str, num_original_layers: int, num_divisions: int, atte
     from detransformer.cluster.checkpoints import open_folder
     from detransformer.models.configuration import preset_config
 
-    if model in PRESET_SIZES:
+    if model in PRESETS:
         return preset_config(model, num_original_layers, num_divisions, attention_width)
     return open_folder(model).config
 

@@ -28,6 +28,7 @@ from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.rollcall import Channel, Coordinator, Member, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import atomic_write
+from detransformer.models.configuration import PRESETS
 from detransformer.parse import number, one_of, whole_number, words
 
 WORKER_SILENCE_S = 30  # a heartbeat may be late while torch loads a large model
@@ -102,6 +103,8 @@ def run_command(
     if output and Path(output).is_dir():
         raise ValueError(f"--output {output} is a folder; give a file name.")
     spec = ClusterSpec.load(cluster)
+    if model in PRESETS and not Path(model).is_dir():
+        raise ValueError(f"--model {model} is a preset with random weights, for bench and plan; give a model's folder.")
     if spec.emulated:
         if host:
             raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
