@@ -1,5 +1,7 @@
 """Splits and plans: pure functions, checked by tables."""
 
+import itertools
+
 import pytest
 
 from detransformer.models import preset_config
@@ -14,7 +16,8 @@ from detransformer.parallel.plan import METHODS, Plan, published_plan
         (128, [1, 1, 1], [43, 43, 42]),
         (16, [1, 1, 1], [6, 5, 5]),
         (4, [1, 1, 1], [2, 1, 1]),
-        (12, [1, 1, 2, 4], [2, 1, 3, 6]),
+        (12, [1, 1, 2, 4], [1, 1, 3, 7]),  # done after 1.75; [2, 1, 3, 6], by largest remainder, after 2
+        (4, [1, 1, 2, 4], [0, 0, 1, 3]),
         (2, [1, 1, 1], [1, 1, 0]),
     ],
 )
@@ -24,6 +27,18 @@ def test_split(total, speeds, expected):
     edges = [bounds(expected, rank) for rank in range(len(expected))]
     assert edges[0][0] == 0 and edges[-1][1] == total
     assert all(left[1] == right[0] for left, right in zip(edges, edges[1:], strict=False))
+
+
+@pytest.mark.parametrize("speeds", [[1, 2], [3, 1, 1], [0.5, 1.7, 2], [1, 1, 2, 4], [4, 1, 3, 0.1]])
+@pytest.mark.parametrize("total", [1, 4, 7])
+def test_no_split_is_done_earlier(total, speeds):
+    """Against all splits there are."""
+
+    def done_at(sizes) -> float:
+        return max(size / speed for size, speed in zip(sizes, speeds, strict=True))
+
+    every = (s for s in itertools.product(range(total + 1), repeat=len(speeds)) if sum(s) == total)
+    assert done_at(split(total, speeds)) == min(map(done_at, every))
 
 
 @pytest.mark.parametrize("speeds", [[], [1, 0], [1, -2]])
