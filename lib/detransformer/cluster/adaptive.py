@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from detransformer.cluster.bench import (
     MAX_TIME_SCALE,
-    USUAL_DEVICE,
     Bench,
     Cell,
     RowFile,
     first_time_scale,
+    usual_devices,
 )
 from detransformer.cluster.checkpoints import Checkpoint, request
 from detransformer.cluster.devices import DeviceSpec, preset_profile
@@ -31,7 +31,12 @@ from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.plan import Plan, layer_plan, published_plan
 from detransformer.planning.cost import predict
-from detransformer.planning.generation import GenerationPlan, place_generation, price_generation
+from detransformer.planning.generation import (
+    GenerationPlan,
+    place_generation,
+    price_generation,
+    published_generation,
+)
 from detransformer.planning.placement import Placement, device_speeds, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.planning.runtime import PROBE_BYTES, RuntimePlanner, static_plans
@@ -217,8 +222,7 @@ def trace_rows(
             repeats=1,
         )
         config = bench.config(cell)
-        usual = preset_profile(USUAL_DEVICE, config).flops_per_s["*"]
-        total_speed = sum(device.flops_per_s["*"] for device in bench.profile(cell).devices) / usual
+        total_speed = usual_devices(bench.profile(cell).devices, config)
         links_bps = rates[0] * 1e6 * num_devices if cluster.transport == "namespaces" else 0.0
         scale = time_scale or min(MAX_TIME_SCALE, first_time_scale(links_bps, total_speed, usable_cores()))
         profile = on_testbed(bench.profile(cell), scale)
@@ -397,8 +401,8 @@ def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> Generation
     if cell.method in ("auto", "bp+auto"):
         best = place_generation(config, profile, cell.seq_len, max_new_tokens)[0]
         return replace(best, **{n: replace(getattr(best, n), method=cell.method) for n in ("prefill", "decode")})
-    plan = published_plan(cell.method, config, device_speeds(profile))
-    return price_generation(config, plan, plan, profile, cell.seq_len, max_new_tokens)
+    plans = published_generation(cell.method, config, device_speeds(profile))
+    return price_generation(config, *plans, profile, cell.seq_len, max_new_tokens)
 
 
 def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:

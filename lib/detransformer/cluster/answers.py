@@ -20,6 +20,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from detransformer.cluster.jobs import output_errors
 from detransformer.cluster.run import Request
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.generation import check_generation
@@ -217,12 +218,10 @@ def compare(outputs: dict, expected: dict, wire: str) -> tuple[bool, dict]:
     """Whether `outputs` agree with the single device's, as closely as bench rows must; and by how much they differ."""
     from detransformer.cluster.bench import MAX_ABS_ERROR, MAX_RELATIVE_ERROR
 
-    errors = {name: (outputs[name] - tensor, tensor) for name, tensor in expected.items()}
-    largest = max(float(error.abs().max()) for error, _ in errors.values())
-    relative = max(float(e.square().mean().sqrt() / t.square().mean().sqrt()) for e, t in errors.values())
+    errors = output_errors(outputs, expected, reads="all")  # `expected` has what was read already
     limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in wire), default=None)
-    agrees = largest <= MAX_ABS_ERROR if limit is None else relative <= limit
-    return agrees, {"max_abs_error": largest, "relative_error": relative, "agrees": agrees}
+    agrees = errors["max_abs_error"] <= MAX_ABS_ERROR if limit is None else errors["relative_error"] <= limit
+    return agrees, errors | {"agrees": agrees}
 
 
 def report_text(

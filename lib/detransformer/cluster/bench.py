@@ -39,7 +39,7 @@ from detransformer.parallel.plan import METHODS, READS, Plan, is_decoder, publis
 from detransformer.parallel.wire import check_spec
 from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.placement import auto_plan, device_speeds, paper_plan
-from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
+from detransformer.planning.profile import SENT_KINDS, ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.report.provenance import usable_cores
 
 FLOAT32_METHODS = ("single", "dp", "dtensor")  # send nothing, or by PyTorch's own means: float32 on any wire
@@ -179,13 +179,8 @@ class Bench:
         checks_links = sends and self.cluster.transport == "namespaces"
         num_devices = max(max(plan.device_ids) + 1 for plan in plans)
         # Layers that run whole are large products, and what travels between them is one message at a time.
-        rates = [device.flops_per_s["*"] for device in self.profile(cell).devices]
-        usual = preset_profile(USUAL_DEVICE, checkpoint.config).flops_per_s["*"]
-        busy = max(
-            sum(rates[i] for i in plan.device_ids) if plan.splits_layers else max(rates[i] for i in plan.device_ids)
-            for plan in plans
-        )
-        busy /= usual
+        worth = [usual_devices([device], checkpoint.config) for device in self.profile(cell).devices]
+        busy = max((sum if plan.splits_layers else max)(worth[device] for device in plan.device_ids) for plan in plans)
         if self.cluster.transport == "loopback":  # the host need not carry modelled links in time
             busy /= 2
         total_bps = cell.bandwidth_mbps * 1e6 * busy if checks_links else 0.0
@@ -424,6 +419,11 @@ def why_invalid(row: dict) -> str:
     if limit is not None and not row["relative_error"] <= limit:
         reasons.append(f"output differs from the single device's by {row['relative_error']:.1%} (RMS)")
     return "; ".join(reasons)
+
+
+def usual_devices(devices: Iterable[DeviceProfile], config: PretrainedConfig) -> float:
+    """As many of `USUAL_DEVICE` as compute what these do, on a model of `config`."""
+    return sum(device.flops_per_s["*"] for device in devices) / preset_profile(USUAL_DEVICE, config).flops_per_s["*"]
 
 
 def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> float:

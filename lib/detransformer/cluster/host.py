@@ -23,7 +23,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from detransformer.cluster.answers import own_part, prepare, report
 from detransformer.cluster.checkpoints import open_folder
-from detransformer.cluster.devices import DeviceError, preset_profile
+from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.jobs import JOBS, WorkerState
 from detransformer.cluster.launcher import die_with_parent
 from detransformer.cluster.rollcall import HEARTBEAT_S
@@ -126,7 +126,7 @@ def run_emulated(
         ValueError: as `prepare`.
         DeviceError: where a worker is lost or fails, or the output differs from the single device's.
     """
-    from detransformer.cluster.bench import USUAL_DEVICE, first_time_scale
+    from detransformer.cluster.bench import first_time_scale, usual_devices
     from detransformer.report.provenance import usable_cores
 
     config = open_folder(model).config
@@ -134,8 +134,7 @@ def run_emulated(
     prepared = prepare(request, model, config, profile)
     with spec.emulate(transport=transport, threads=threads) as cluster:
         shaped = cluster.transport == "namespaces"
-        usual = preset_profile(USUAL_DEVICE, config).flops_per_s["*"]
-        busy = sum(profile.devices[i].flops_per_s["*"] for i in prepared.plan.device_ids) / usual
+        busy = usual_devices([profile.devices[i] for i in prepared.plan.device_ids], config)
         total_bps = spec.bandwidth_bps * sum(profile.link.share(i) for i in range(len(profile.devices)))
         scale = time_scale or first_time_scale(total_bps if shaped else 0.0, busy, usable_cores())
         cluster.set_link(spec.bandwidth_bps, scale)

@@ -198,7 +198,7 @@ def run_plan(
         named = ("last_hidden_state", "pooler_output", "logits", "next_token")
         outputs = {name: tensor for name in named if (tensor := getattr(result, name, None)) is not None}
         if reference:
-            record |= _errors(outputs, load_file(reference), plan_.reads)
+            record |= output_errors(outputs, load_file(reference), plan_.reads)
         if output and comm.rank == plan_.num_devices - 1:
             save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, output)
     return record
@@ -351,7 +351,7 @@ def _touch_libraries() -> None:
         F.scaled_dot_product_attention(x, x, x)
 
 
-def _errors(outputs: dict, expected: dict, reads: str) -> dict:
+def output_errors(outputs: dict, expected: dict, reads: str) -> dict:
     """How far `outputs` lie from the single device's: largest absolute error, and RMS error over the output's RMS."""
     if reads == "cls" and "last_hidden_state" in expected:
         expected = expected | {"last_hidden_state": expected["last_hidden_state"][:, :1]}
