@@ -81,6 +81,7 @@ def decouple_checkpoint(
     head: str = "auto",
     force: bool = False,
     say: Callable[[str], None] = print,
+    original_placement: str = "last",
 ) -> Path:
     """Convert the BERT or GPT-2 at `source` (folder or Hub name); the result is at `output` whole or not at all.
 
@@ -109,13 +110,15 @@ def decouple_checkpoint(
         num_original_layers,
         num_divisions,
         attention_width,
+        original_placement,
     )
     original, fresh = load_original(source, family, head)
-    decoupled = decouple(original, num_original_layers, num_divisions, attention_width)
+    decoupled = decouple(original, num_original_layers, num_divisions, attention_width, original_placement)
     with atomic_folder(output) as folder:
         decoupled.save_pretrained(folder)
         copied = copy_tokenizer(source, folder)
     sizes = f"Nb={num_original_layers}, Ndiv={num_divisions}, {attention_width} attention"
+    sizes += "" if original_placement == "last" else f", original layers {original_placement}"
     say(f"{type(original).__name__}: {original.num_parameters():,} parameters")
     say(f"{type(decoupled).__name__} ({sizes}): {decoupled.num_parameters():,} parameters")
     if fresh:

@@ -99,7 +99,7 @@ def _time_share(
     original = strategy if strategy != "block" else "replicate"
     strategies = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
     plan = layer_plan("bp+auto", config, strategies, [1.0] * num_devices, num_chunks=num_chunks)
-    layer = 0 if strategy == "block" else len(strategies) - 1
+    layer = strategies.index(strategy)
     runner = STRATEGY_CLASSES[strategy](config, plan, LocalComm(None, 0, num_devices), WeightSource(state), layer)
     request, chunks = Request.of(plan, batch_size, seq_len), []
     for chunk in request.chunks:

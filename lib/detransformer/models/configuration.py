@@ -2,6 +2,7 @@
 
 A decoupled model is a stack of `num_hidden_layers` (l) layers cut in `num_original_layers` (Nb) groups. The last layer
 of each group is an original Transformer layer; the others are decoupled layers of `num_divisions` (Ndiv) sub-blocks.
+The original layers may stand elsewhere too (`original_placement`), which the papers do not try.
 """
 
 from typing import Literal
@@ -10,19 +11,23 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config, PretrainedConfig
 
 ATTENTION_WIDTHS = ("full", "narrow")
+ORIGINAL_PLACEMENTS = ("last", "first", "bottom", "middle", "top")
 
 
 @strict
 class DecoupledBertConfig(BertConfig):
-    """`BertConfig` plus the three choices of structure decoupling.
+    """`BertConfig` plus the four choices of structure decoupling.
 
     Args:
-        num_original_layers: Nb, how many of the `num_hidden_layers` stay original; the last layer always does. Where Nb
-            does not divide the number of layers, group sizes differ by one. Nb = `num_hidden_layers` is plain BERT.
+        num_original_layers: Nb, how many of the `num_hidden_layers` stay original. Where Nb does not divide the number
+            of layers, group sizes differ by one. Nb = `num_hidden_layers` is plain BERT.
         num_divisions: Ndiv, the number of sub-blocks in a decoupled layer; must divide `hidden_size`.
         attention_width: `"full"` is the published layer (every sub-block has all heads at full head size, Eq. 2);
             `"narrow"` keeps attention inside the slice (head size `hidden_size / num_attention_heads / Ndiv`), the
             size that the authors' released latency code times.
+        original_placement: `"last"` makes the last layer of each of the Nb groups original, as published (Fig. 5), and
+            so the model's last; `"first"` the first of each group; `"bottom"`, `"middle"` and `"top"` make Nb layers in
+            a row original: the first, those in the middle (the earlier ones where it is not whole), the last.
 
     Raises:
         ValueError: for sizes that do not divide, naming the value, the limit and a remedy.
@@ -33,6 +38,7 @@ class DecoupledBertConfig(BertConfig):
     num_original_layers: int = 4
     num_divisions: int = 4
     attention_width: Literal["full", "narrow"] = "full"
+    original_placement: Literal["last", "first", "bottom", "middle", "top"] = "last"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -41,7 +47,7 @@ class DecoupledBertConfig(BertConfig):
 
 @strict
 class DecoupledGPT2Config(GPT2Config):
-    """`GPT2Config` plus the three choices of structure decoupling, as in `DecoupledBertConfig`.
+    """`GPT2Config` plus the four choices of structure decoupling, as in `DecoupledBertConfig`.
 
     Raises:
         ValueError: for sizes that do not divide, naming the value, the limit and a remedy.
@@ -52,6 +58,7 @@ class DecoupledGPT2Config(GPT2Config):
     num_original_layers: int = 4
     num_divisions: int = 4
     attention_width: Literal["full", "narrow"] = "full"
+    original_placement: Literal["last", "first", "bottom", "middle", "top"] = "last"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -69,6 +76,7 @@ def _check_config(config: DecoupledBertConfig | DecoupledGPT2Config) -> None:
         config.num_original_layers,
         config.num_divisions,
         config.attention_width,
+        config.original_placement,
     )
 
 
@@ -79,12 +87,13 @@ def check_decoupling(
     num_original_layers: int,
     num_divisions: int,
     attention_width: str = "full",
+    original_placement: str = "last",
 ) -> None:
     """Raises ValueError where a model of these sizes cannot be decoupled so."""
     if not 1 <= num_original_layers <= num_layers:
         raise ValueError(
             f"num_original_layers={num_original_layers} is outside 1..{num_layers}: "
-            f"the last of the {num_layers} layers is always original. Choose a value in that range."
+            f"at least one of the {num_layers} layers is original. Choose a value in that range."
         )
     if num_divisions < 1 or hidden_size % num_divisions:
         good = ", ".join(str(n) for n in range(1, 17) if hidden_size % n == 0)
@@ -95,6 +104,10 @@ def check_decoupling(
     if attention_width not in ATTENTION_WIDTHS:
         raise ValueError(
             f"attention_width={attention_width!r} is unknown: choose one of {', '.join(ATTENTION_WIDTHS)}."
+        )
+    if original_placement not in ORIGINAL_PLACEMENTS:
+        raise ValueError(
+            f"original_placement={original_placement!r} is unknown: choose one of {', '.join(ORIGINAL_PLACEMENTS)}."
         )
     if attention_width == "narrow" and (hidden_size // num_heads) % num_divisions:
         raise ValueError(
@@ -121,16 +134,21 @@ def ffn_size(config: PretrainedConfig) -> int:
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
-    """`"original"` or `"decoupled"` for each layer, first to last; the last of each group is original (Fig. 5).
+    """`"original"` or `"decoupled"` for each layer, first to last, by `original_placement` (published: Fig. 5).
 
     A plain `BertConfig` or `GPT2Config` is all original.
     """
     num_layers = config.num_hidden_layers
     num_original = getattr(config, "num_original_layers", num_layers)
-    return tuple(
-        "original" if (i + 1) * num_original // num_layers > i * num_original // num_layers else "decoupled"
-        for i in range(num_layers)
-    )
+    placement = getattr(config, "original_placement", "last")
+    if placement in ("last", "first"):
+        ends = [-(-group * num_layers // num_original) for group in range(num_original + 1)]  # rounded up
+        original = {end - 1 for end in ends[1:]} if placement == "last" else set(ends[:-1])
+    else:
+        rest = num_layers - num_original
+        start = {"bottom": 0, "middle": rest // 2, "top": rest}[placement]
+        original = set(range(start, start + num_original))
+    return tuple("original" if i in original else "decoupled" for i in range(num_layers))
 
 
 def config_fields(config: PretrainedConfig) -> dict:
@@ -140,7 +158,11 @@ def config_fields(config: PretrainedConfig) -> dict:
 
 
 def decoupled_config(
-    original: PretrainedConfig, num_original_layers: int, num_divisions: int, attention_width: str = "full"
+    original: PretrainedConfig,
+    num_original_layers: int,
+    num_divisions: int,
+    attention_width: str = "full",
+    original_placement: str = "last",
 ) -> DecoupledBertConfig | DecoupledGPT2Config:
     """The configuration of `original`, a BERT or GPT-2, decoupled; ValueError where its sizes do not divide so."""
     return DECOUPLED_CONFIG[architecture(original)](
@@ -148,6 +170,7 @@ def decoupled_config(
         num_original_layers=num_original_layers,
         num_divisions=num_divisions,
         attention_width=attention_width,
+        original_placement=original_placement,
     )
 
 

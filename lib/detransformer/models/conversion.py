@@ -23,6 +23,7 @@ def decouple(
     num_original_layers: int = 4,
     num_divisions: int = 4,
     attention_width: str = "full",
+    original_placement: str = "last",
 ) -> PreTrainedModel:
     """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
 
@@ -32,6 +33,8 @@ def decouple(
         num_original_layers: Nb; `model`'s layers at those places are copied.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.
+        original_placement: where the original layers stand, `"last"` of each group (published) or elsewhere: see
+            `DecoupledBertConfig`.
 
     Raises:
         ValueError: if `model` is not one of these six classes, or the sizes do not divide.
@@ -42,7 +45,7 @@ def decouple(
             f"{type(model).__name__} cannot be decoupled: it is not an original BERT or GPT-2. "
             f"Load the checkpoint as one of {', '.join(c.__name__ for c in DECOUPLED_CLASS)}."
         )
-    config = decoupled_config(model.config, num_original_layers, num_divisions, attention_width)
+    config = decoupled_config(model.config, num_original_layers, num_divisions, attention_width, original_placement)
     config._attn_implementation = model.config._attn_implementation
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
     with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds

@@ -15,9 +15,11 @@ from detransformer.models.sizes import layer_flops, model_flops, model_parameter
 
 
 def layer_pattern(config: BertConfig) -> str:
-    """The layers first to last, e.g. `DDO DDO DDO DDO`: a group ends with its original layer."""
+    """The layers first to last, e.g. `DDO DDO DDO DDO`: a group ends with its original layer, or begins with it."""
     letters = "".join("O" if kind == "original" else "D" for kind in layer_kinds(config))
-    return letters.replace("O", "O ").strip()
+    placement = getattr(config, "original_placement", "last")
+    spaced = {"last": "O ", "first": " O"}.get(placement, "O")
+    return letters.replace("O", spaced).strip()
 
 
 def size_rows(

@@ -64,7 +64,9 @@ class StackedLinear:
         """A view of sub-blocks start..stop."""
         return StackedLinear(self.weight[start:stop], self.bias[start:stop])
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """The outputs start..stop, or all."""
+        weight, bias = self.weight[..., start:stop], self.bias[:, start:stop]
         if len(x) == 1:  # one sub-block a device: a plain product is faster than a batch of one
-            return torch.addmm(self.bias[0], x[0], self.weight[0]).unsqueeze(0)
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+            return torch.addmm(bias[0], x[0], weight[0]).unsqueeze(0)
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)

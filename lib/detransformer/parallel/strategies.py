@@ -202,7 +202,7 @@ class Strategy:
         k, v = self.remember(k, v, request)
         for part, chunk in zip(qkv, request.chunks, strict=True):
             mask = request.mask_of(chunk.start, chunk.stop)
-            if mask is not None and copies > 1:
+            if mask is not None and len(mask) > 1:  # one of all sequences is that of all copies
                 mask = mask.repeat(copies, 1, 1, 1)
             yield attend(part[:, :, 0], k, v, self.head_size, mask)
 
@@ -453,6 +453,24 @@ class BlockParallel(Strategy):
             return
         for context, x in zip(self.attended(qkv, request, copies=len(xs[0])), xs, strict=True):  # [p*B, T, A]
             yield self.after_attention(context.reshape(*x.shape[:2], -1), x)
+
+    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
+        batch_size, width, rows, keys = request.batch_size, self.to_qkv.weight.shape[-1] // 3, [], []
+        for x in arrived(chunks):
+            rows.append(x.unflatten(1, (batch_size, -1))[:, :, 0])  # the first token of the chunk [p, B, d]
+            if len(x):
+                projected = self.to_qkv(x, start=width)  # [p, B*T, 2A]
+                keys.append(projected.view(len(x) * batch_size, -1, 2 * width))
+        x_cls = rows[0]
+        if keys:
+            blocks, mask = len(x_cls), request.mask  # [B, 1, 1, T]
+            q = self.to_qkv(x_cls, stop=width).flatten(0, 1).unsqueeze(1)  # [p*B, 1, A]
+            mask = mask if mask is None else mask.repeat(blocks, 1, 1, 1)
+            context = attend(q, *together(keys).chunk(2, dim=-1), self.head_size, mask)
+            x_cls = self.after_attention(context.view(blocks, batch_size, -1), x_cls)
+        shapes = [(blocks, *x_cls.shape[1:]) for blocks in self.plan.sub_blocks]
+        every = self.comm.start_all_gather(x_cls, shapes, name="cls").wait()
+        return merge_hidden(together(every, dim=0), batch_size)
 
 
 STRATEGY_CLASSES = {

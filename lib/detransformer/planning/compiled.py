@@ -261,7 +261,9 @@ class Compiled:
         self.activations = activation_bytes(self.config, z.seq_len, z.batch_size)
         self.ends = least_bytes(self.config, z.seq_len, z.batch_size) - self.activations
         self.fixed = self.ends + self.activations + cache(own)
-        self.whole_cache = cache([*own[:-1], "replicate"]) - cache(own)  # the last layer is original
+        whole, original = list(own), kinds.index("original")
+        whole[original] = "replicate"
+        self.whole_cache = cache(whole) - cache(own)  # of one original layer
         self.room = np.full(z.ranks, np.inf) if budgets is None else np.array(budgets) - self.fixed
 
     # Rows ------------------------------------------------------------------------------------------------------------

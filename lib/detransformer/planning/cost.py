@@ -389,6 +389,21 @@ def _block(z: Sizes, arriving: Chunks) -> Iterator[None]:
         yield
 
 
+def _block_cls(z: Sizes, arriving: Chunks) -> None:
+    (width, attention), blocks = _slice_widths(z.config), z.plan.sub_blocks[z.rank]
+    for arrival, chunk in zip(arriving, z.chunks, strict=True):
+        arrival.wait()
+        z.tape.compute("block", z.product(sum(chunk), width, 2 * attention, blocks))
+    z.tape.compute(
+        "block",
+        z.product(1, width, attention, blocks),
+        z.scores(1, blocks * attention),
+        z.product(1, attention, width, blocks),
+        z.product(1, width, ffn_size(z.config), 2 * blocks),
+    )
+    z.all_gather([(b, z.batch_size, width) for b in z.plan.sub_blocks], None).wait()
+
+
 def _slice_widths(config: PretrainedConfig) -> tuple[int, int]:
     """(d, A) of a decoupled layer."""
     width = config.hidden_size // config.num_divisions
@@ -432,12 +447,12 @@ class LayerCost:
     """A strategy's row: its steps for a request, those of a last layer of which [CLS] is read, and its parameters."""
 
     steps: Callable[[Sizes, Chunks], Iterator[None]]
-    cls_steps: Callable[[Sizes, Chunks], None] | None
+    cls_steps: Callable[[Sizes, Chunks], None]
     parameters: Callable[[PretrainedConfig, Plan, int], int]
 
 
 LAYER_COSTS = {
-    "block": LayerCost(_block, None, _parameters("block")),  # the last layer is always original
+    "block": LayerCost(_block, _block_cls, _parameters("block")),
     "tensor": LayerCost(_tensor, _tensor_cls, _parameters("tensor")),
     "sequence": LayerCost(_sequence, _by_tokens_cls("sequence"), _parameters("sequence")),
     "ulysses": LayerCost(_ulysses, _by_tokens_cls("ulysses"), _parameters("ulysses")),

@@ -327,18 +327,20 @@ class _Candidates:
     def rivals(self) -> list[Alternative]:
         """On the devices of the best plan: each strategy for all original layers, and others for the last of them.
 
-        The last layer is its own choice because what follows it is: the result is gathered, or only [CLS] is read.
+        The last one is its own choice because what follows it is: the result is gathered, or only [CLS] is read.
         """
         tried, alternative = self.tried[self.best.plan.num_devices], self.problem.alternative
         kinds = self.problem.kinds
+        last = max(i for i, kind in enumerate(kinds) if kind == "original")
 
         def priced(rest: str, final: str) -> list[Alternative]:
-            names = (*("block" if kind == "decoupled" else rest for kind in kinds[:-1]), final)
-            return [alternative(replace(c.plan, strategies=names), c) for c in tried]
+            names = ["block" if kind == "decoupled" else rest for kind in kinds]
+            names[last] = final
+            return [alternative(replace(c.plan, strategies=tuple(names)), c) for c in tried]
 
-        names = [row.name for row in tried[0].stages[-2]]
+        names = [row.name for row in tried[0].stages[last + 1]]
         uniform = [a for name in names for a in priced(name, name)]
-        rest = min(uniform, key=lambda a: (not a.fits, a.latency_s)).plan.strategies[-1]
+        rest = min(uniform, key=lambda a: (not a.fits, a.latency_s)).plan.strategies[last]
         return uniform + [a for name in names if name != rest for a in priced(rest, name)]
 
     def left_out(self, chosen: Alternative) -> tuple[str, ...]:

@@ -1,0 +1,211 @@
+"""A model in one process that computes what devices under a plan would, compressed messages included.
+
+Each device of the plan is a thread that runs the plan's own `Executor`; messages go through memory, encoded and decoded
+as `comm` does it. So splits, scales of rows, what a device keeps exact of its own data, and the order of sums are those
+of real devices, whatever the plan. It is for scoring a model under a wire format, not for speed.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from transformers import BertForSequenceClassification, BertModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.comm import Comm, Pending
+from detransformer.parallel.executor import Executor, Output
+from detransformer.parallel.plan import Plan, layer_plan
+from detransformer.parallel.weights import WeightSource
+
+
+def wire_plan(config: PretrainedConfig, num_devices: int = 4, wire: str = "int8") -> Plan:
+    """The plan that models are scored with in a wire format, from their configuration alone.
+
+    Decoupled layers by block, original ones by heads, X from one sharded layout to the other by one all_to_all: what
+    the planner chooses for BERT-Base over four Raspberry Pis, original or decoupled, at 50 to 500 Mbps (but for the
+    chunks, which only change when messages travel). A model with fewer heads than devices runs its original layers by
+    sequence, where K and V travel. Equal devices; fewer where sub-blocks are fewer.
+    """
+    decoupled = "decoupled" in layer_kinds(config)
+    devices = min(num_devices, config.num_divisions) if decoupled else num_devices
+    original = "heads" if config.num_attention_heads >= devices else "sequence"
+    names = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
+    return layer_plan("bp+auto" if decoupled else "auto", config, names, [1.0] * devices, wire)
+
+
+@contextmanager
+def wired(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
+    """Lets `model` compute what the devices of `plan` would; inside the context it is called as ever.
+
+    The result is the first device's; of a plan that the executor can run all devices have the same (sums of float32
+    numbers in another order aside). Weights are those that `model` has when the context is entered, in float64 where
+    they are float64, else in float32. Of outputs only the last hidden state and what is made of it are there. A plan
+    that reads [CLS] alone gives one token.
+
+    Args:
+        model: a BERT or decoupled BERT of any head, in eval mode.
+        plan: made for it; pipelines and data parallelism, where devices share no layer, send nothing to round.
+
+    Raises:
+        ValueError: for other models, a plan that does not fit or shares no layer; when called, for a model in training
+            mode, `inputs_embeds`, a mask other than [B, T], positions other than 0, 1, .., or asked-for inner states.
+    """
+    base = getattr(model, "bert", model)
+    if not isinstance(base, BertModel):
+        raise ValueError(f"{type(model).__name__} is no BERT: a wired model is a BERT or decoupled BERT.")
+    if plan.num_devices > 1 and not plan.splits_layers:
+        raise ValueError(f"plan {plan.method!r}: its devices share no layer; choose one whose devices do, such as tp.")
+    if plan.reads == "cls" and model is not base and not isinstance(model, BertForSequenceClassification):
+        raise ValueError(f"reads='cls' leaves out tokens that {type(model).__name__} reads: plan with reads='all'.")
+    before = vars(base).get("forward")  # another's wrapper, where there is one
+    with _Devices(base, plan) as devices:
+        base.forward = devices.forward  # found before the class's
+        try:
+            yield model
+        finally:
+            del base.forward
+            if before is not None:
+                base.forward = before
+
+
+class _Devices:
+    """The devices of a plan as threads; as many compute at a time as PyTorch has threads, others wait for messages."""
+
+    def __init__(self, model: BertModel, plan: Plan):
+        self.model, self.plan = model, plan
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        weights = WeightSource(model.state_dict(), dtype)  # one: parts that several devices keep are kept once
+        meeting = _Meeting(plan.num_devices, torch.get_num_threads())
+        self.comms = [_InProcessComm(rank, meeting, model.device) for rank in range(plan.num_devices)]
+        with model.device:
+            self.executors = [Executor(model.config, plan, weights, comm) for comm in self.comms]
+        self.meeting = meeting
+
+    def __enter__(self) -> "_Devices":
+        ranks, threads = self.plan.num_devices, torch.get_num_threads()
+        ready = threading.Barrier(ranks + 1)
+
+        def start() -> None:
+            torch.set_num_threads(1)  # of this thread's products, and of threads to come
+            ready.wait()
+
+        self.pool = ThreadPoolExecutor(ranks, "device")
+        started = [self.pool.submit(start) for _ in range(ranks)]
+        ready.wait()
+        for each in started:
+            each.result()
+        torch.set_num_threads(threads)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
+        """As `BertModel.forward`, of an encoder."""
+        if self.model.training:
+            raise ValueError("a wired model only infers: call eval() first.")
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a wired model takes input_ids, not inputs_embeds.")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask has {attention_mask.ndim} axes: a wired model takes one [B, T].")
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if position_ids is not None and not bool((position_ids == places).all()):
+            raise ValueError("a wired model numbers positions 0, 1, ..: leave out position_ids.")
+        asked = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if asked:
+            raise ValueError(f"a wired model gives its last hidden state only: leave out {asked[0]}.")
+        output = self._run(input_ids, attention_mask, token_type_ids)
+        hidden, pooled = (
+            output.last_hidden_state,
+            output.pooler_output,
+        )  # of inference mode: copies may be used anywhere
+        hidden = hidden.to(self.model.dtype, copy=True)
+        pooled = None if pooled is None else pooled.to(self.model.dtype, copy=True)
+        if return_dict is False:
+            return (hidden, pooled)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
+
+    def _run(self, *request: torch.Tensor | None) -> Output:
+        """The first device's output; what one of them raises."""
+        running = [self.pool.submit(self._one, *pair, request) for pair in zip(self.executors, self.comms, strict=True)]
+        errors = [error for each in running if (error := each.exception())]
+        self.meeting.barrier.reset()
+        if errors:  # the others only tell that one does not come
+            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        return running[0].result()
+
+    def _one(self, executor: Executor, comm: "_InProcessComm", request: Sequence[torch.Tensor | None]) -> Output:
+        with self.meeting.permits:
+            try:
+                return executor(*request)
+            except BaseException:
+                self.meeting.barrier.abort()
+                raise
+
+
+class _Meeting:
+    """Where the ranks of one process hand each other messages; at most `num_running` of them compute at a time."""
+
+    def __init__(self, num_ranks: int, num_running: int):
+        self.barrier = threading.Barrier(num_ranks)
+        self.permits = threading.Semaphore(num_running)
+        self.brought: list = [None] * num_ranks
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.permits.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.permits.acquire()
+
+    def swap(self, rank: int, brings, take) -> None:
+        """`take(all that ranks bring)`, which stays as it is until all have taken."""
+        self.brought[rank] = brings
+        self.wait()
+        take(self.brought)
+        self.wait()
+
+
+class _InProcessComm(Comm):
+    """Collectives between threads: run where they are started, which all ranks do in the same order."""
+
+    def __init__(self, rank: int, meeting: _Meeting, device: torch.device):
+        super().__init__(None, rank, len(meeting.brought))
+        self.meeting, self.device = meeting, device
+
+    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
+        if wire != "float32" or self.num_ranks == 1:
+            return super().start_all_reduce(x, wire, name)
+        sums = []
+        self.meeting.swap(self.rank, x, lambda every: sums.append(torch.stack(every).sum(0)))
+        return Pending(x.copy_(sums[0]))
+
+    def _start(self, kind: str, num_bytes: int, run, result) -> Pending:
+        self._launch(kind, num_bytes)
+        run()
+        return Pending(result())
+
+    def _swap(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> None:
+        def take(every: Sequence[Sequence[torch.Tensor]]) -> None:
+            for rank, message in enumerate(incoming):
+                if rank != self.rank:
+                    message.copy_(every[rank][self.rank])
+
+        self.meeting.swap(self.rank, outgoing, take)
+
+    def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
+        """A new one each time: nothing here is reused while it is read."""
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)

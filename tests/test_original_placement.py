@@ -1,0 +1,309 @@
+"""Where original layers stand: kinds, conversion, and models whose last layer is decoupled: run, priced, planned."""
+
+import itertools
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from conftest import SIZES, Case
+from detransformer.checkpoints import decouple_checkpoint
+from detransformer.cluster.devices import preset_profile
+from detransformer.models import DecoupledBertConfig, DecoupledBertModel, decouple, layer_kinds
+from detransformer.models.configuration import ORIGINAL_PLACEMENTS, check_decoupling, decoupled_config
+from detransformer.models.overview import layer_pattern
+from detransformer.parallel.comm import Comm
+from detransformer.parallel.executor import Executor
+from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.weights import WeightSource
+from detransformer.planning.compiled import Compiled, memory_bytes
+from detransformer.planning.cost import Start, device_parameters, device_steps, predict
+from detransformer.planning.explain import explain
+from detransformer.planning.placement import place, place_freely
+from detransformer.planning.profile import ClusterProfile, LinkProfile
+
+TOLERANCE = 1e-12  # float64: what is left is the order of summation
+PLACES = ("first", "bottom", "middle")  # those whose last layer is decoupled
+METHODS = ("single", "bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
+UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Case]:
+    """O D D O D, O O D D D and D O O D D with random weights, biases and LayerNorms."""
+    folder = tmp_path_factory.mktemp("placements")
+    torch.manual_seed(3)
+    bert = BertModel(BertConfig(**SIZES)).double().eval()
+    for parameter in bert.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return {name: Case(folder / name, decouple(bert, 2, 4, original_placement=name)) for name in PLACES}
+
+
+@pytest.mark.parametrize(
+    "num_layers, num_original, placement, expected",
+    [
+        (12, 4, "last", "DDO DDO DDO DDO"),
+        (12, 4, "first", "ODD ODD ODD ODD"),
+        (12, 4, "bottom", "OOOODDDDDDDD"),
+        (12, 4, "middle", "DDDDOOOODDDD"),
+        (12, 4, "top", "DDDDDDDDOOOO"),
+        (12, 3, "middle", "DDDDOOODDDDD"),
+        (5, 2, "first", "ODD OD"),
+        (5, 2, "last", "DDO DO"),
+    ],
+)
+def test_where_original_layers_stand(num_layers, num_original, placement, expected):
+    config = DecoupledBertConfig(
+        num_hidden_layers=num_layers, num_original_layers=num_original, original_placement=placement
+    )
+    assert layer_pattern(config) == expected
+
+
+def test_placements_have_as_many_original_layers_and_keep_the_groups():
+    for num_layers, placement in itertools.product(range(1, 14), ORIGINAL_PLACEMENTS):
+        for num_original in range(1, num_layers + 1):
+            config = DecoupledBertConfig(
+                num_hidden_layers=num_layers, num_original_layers=num_original, original_placement=placement
+            )
+            assert layer_kinds(config).count("original") == num_original
+            if placement == "last":  # as released, and as checkpoints without the field mean it
+                ends = [
+                    (i + 1) * num_original // num_layers > i * num_original // num_layers for i in range(num_layers)
+                ]
+                assert [kind == "original" for kind in layer_kinds(config)] == ends
+
+
+def test_a_checkpoint_without_the_field_is_the_published_structure(tmp_path):
+    model = decouple(BertModel(BertConfig(**SIZES)), 2, 4)
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields.pop("original_placement") == "last"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    reloaded = DecoupledBertModel.from_pretrained(tmp_path)
+    assert layer_kinds(reloaded.config) == layer_kinds(model.config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reloaded.parameters(), strict=True))
+
+
+def test_another_place_is_saved_and_read_again(tmp_path, places):
+    case = places["bottom"]
+    reloaded = DecoupledBertModel.from_pretrained(case.checkpoint)
+    assert layer_kinds(reloaded.config) == ("original",) * 2 + ("decoupled",) * 3
+
+
+@pytest.mark.parametrize("placement", ORIGINAL_PLACEMENTS)
+def test_one_division_is_bert_wherever_original_layers_stand(placement):
+    torch.manual_seed(0)
+    bert, ids = BertModel(BertConfig(**SIZES)).eval(), torch.randint(101, (2, 9))
+    ours = decouple(bert, 2, 1, original_placement=placement)(ids)
+    torch.testing.assert_close(ours.last_hidden_state, bert(ids).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_bad_placement_is_one_sentence():
+    with pytest.raises(ValueError, match="original_placement='outer' is unknown"):
+        check_decoupling(48, 4, 6, 2, 4, original_placement="outer")
+
+
+def test_a_checkpoint_is_converted_so(tmp_path):
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    said = []
+    decouple_checkpoint(str(tmp_path / "bert"), tmp_path / "ours", 2, 4, say=said.append, original_placement="first")
+    assert "original layers first" in said[1]
+    model = DecoupledBertModel.from_pretrained(tmp_path / "ours")
+    assert layer_pattern(model.config) == "ODD OD"
+
+
+def run(cluster, case, plan, **job):
+    results = cluster.run(
+        "run_plan",
+        checkpoint=case.checkpoint,
+        plan=plan.to_dict(),
+        dtype="float64",
+        repeats=1,
+        warmup=0,
+        **{"inputs": case.inputs, "reference": case.reference, **job},
+    )
+    return [result for result in results if result is not None]
+
+
+def check(case, plan, results, seq_len=11, batch_size=2):
+    """Each device's output is the single device's; it counted, sent and keeps what the cost model says."""
+    assert max(r["max_abs_error"] for r in results if "max_abs_error" in r) < TOLERANCE
+    for rank, result in enumerate(results):
+        steps = device_steps(case.config, plan, rank, seq_len, batch_size, 8)
+        started = [step for step in steps if isinstance(step, Start)]
+        assert result["counts"] == dict(Counter(step.kind for step in started))
+        assert sum(result["bytes"].values()) == sum(step.num_bytes for step in started)
+        assert result["weights_bytes"] == 8 * device_parameters(case.config, plan, rank)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
+@pytest.mark.parametrize("reads", ["all", "cls"])
+@pytest.mark.parametrize("method", [*METHODS, "pp"])
+@pytest.mark.parametrize("place_", PLACES)
+def test_plan_equals_single_device(cluster, places, place_, method, reads, num_devices):
+    case = places[place_]
+    plan = published_plan(method, case.config, UNEVEN[num_devices], reads=reads)
+    check(case, plan, run(cluster, case, plan))
+
+
+@pytest.mark.parametrize("reads", ["all", "cls"])
+@pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+def test_chunks_and_devices_without_sub_blocks(cluster, places, strategy, reads):
+    case = places["first"]
+    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
+    plan = layer_plan("bp+auto", case.config, strategies, UNEVEN[4], reads=reads, num_chunks=3)
+    check(case, plan, run(cluster, case, plan))
+    plan = replace(plan, sub_blocks=(2, 0, 1, 1))
+    assert max(r["max_abs_error"] for r in run(cluster, case, plan)) < TOLERANCE
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_the_last_reshard_is_compressed_too(cluster, places, wire):
+    case = places["bottom"]
+    results = run(cluster, case, published_plan("bp+tp", case.config, UNEVEN[3], wire))
+    assert TOLERANCE < max(r["relative_error"] for r in results) < 0.05  # as in test_parallel
+
+
+@pytest.mark.parametrize("base", [BertForSequenceClassification, BertForQuestionAnswering])
+def test_task_heads_after_a_decoupled_layer(cluster, tmp_path, base):
+    torch.manual_seed(1)
+    model = decouple(base(BertConfig(**SIZES)).double().eval(), 2, 4, original_placement="bottom")
+    ids = torch.randint(101, (2, 9))
+    executor = Executor(
+        model.config,
+        published_plan("single", model.config),
+        WeightSource(model.state_dict(), torch.float64),
+        Comm(None, 0, 1),
+    )
+    with torch.no_grad():
+        expected = model(ids)
+    if base is BertForQuestionAnswering:
+        expected = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
+    else:
+        expected = expected.logits
+    torch.testing.assert_close(executor(ids).logits, expected)
+    model.save_pretrained(tmp_path)
+    save_file({"input_ids": ids}, tmp_path / "inputs")
+    save_file({"logits": expected}, tmp_path / "reference")
+    results = cluster.run(
+        "run_plan",
+        checkpoint=str(tmp_path),
+        plan=published_plan("bp+heads", model.config, UNEVEN[4]).to_dict(),
+        inputs=str(tmp_path / "inputs"),
+        reference=str(tmp_path / "reference"),
+        dtype="float64",
+        repeats=1,
+        warmup=0,
+    )
+    assert max(r["max_abs_error"] for r in results) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["bp+tp", "bp+heads"])
+def test_gpt2_that_ends_in_a_decoupled_layer_writes_the_same_text(cluster, tmp_path, method):
+    torch.manual_seed(3)
+    config = GPT2Config(
+        n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, n_positions=64, bos_token_id=None, eos_token_id=None
+    )
+    gpt2 = GPT2LMHeadModel(config).double().eval()
+    for parameter in gpt2.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = decouple(gpt2, 2, 4, original_placement="first")
+    ids = torch.randint(101, (2, 9))
+    model.save_pretrained(tmp_path)
+    save_file({"input_ids": ids}, tmp_path / "inputs")
+    mask = torch.ones_like(ids)
+    text = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 9:]
+    with torch.no_grad():
+        save_file({"last_hidden_state": model.transformer(ids).last_hidden_state}, tmp_path / "reference")
+    prompt = published_plan(method, model.config, UNEVEN[3])
+    results = cluster.run(
+        "run_plan",
+        checkpoint=str(tmp_path),
+        plan=prompt.to_dict(),
+        inputs=str(tmp_path / "inputs"),
+        reference=str(tmp_path / "reference"),
+        dtype="float64",
+        repeats=1,
+        warmup=0,
+    )
+    assert max(r["max_abs_error"] for r in results if r) < 1e-11
+    decode = published_plan("bp+tp", model.config, UNEVEN[3])
+    results = cluster.run(
+        "generate",
+        checkpoint=str(tmp_path),
+        prefill=prompt.to_dict(),
+        decode=decode.to_dict(),
+        inputs=str(tmp_path / "inputs"),
+        max_new_tokens=8,
+        dtype="float64",
+    )
+    assert all(r["tokens"] == text.tolist() for r in results if r)
+
+
+# Prices and plans ------------------------------------------------------------------------------------------------
+
+
+def profiled(config, mbps=50.0, count=4):
+    return ClusterProfile((preset_profile("rpi4b", config),) * count, LinkProfile(mbps * 1e6))
+
+
+def sizes(placement, decoder=False, num_layers=5, num_original=2):
+    small = dict(hidden_size=96, num_hidden_layers=num_layers, num_attention_heads=6, intermediate_size=384)
+    decoder_sizes = dict(n_embd=96, n_layer=num_layers, n_head=6, bos_token_id=0, eos_token_id=0)
+    original = GPT2Config(vocab_size=500, **decoder_sizes) if decoder else BertConfig(vocab_size=500, **small)
+    return decoupled_config(original, num_original, 4, original_placement=placement)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("reads", ["all", "cls"])
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("placement", [*PLACES, "top"])
+def test_compiled_prices_are_the_cost_models(placement, num_chunks, reads, decoder):
+    if decoder and reads == "cls":
+        pytest.skip("a decoder reads its last token")
+    config = sizes(placement, decoder)
+    names = ["block" if kind == "decoupled" else "replicate" for kind in layer_kinds(config)]
+    profile, request = profiled(config, count=3), dict(seq_len=17, batch_size=2)
+    plan = layer_plan("bp+auto", config, names, [1.0, 1.0, 2.0], "int8", reads, num_chunks=num_chunks)
+    compiled = Compiled(config, plan, profile, **request)
+    every = list(itertools.product(*[[row.name for row in stage] for stage in compiled.stages[1:-1]]))
+    for strategies in random.Random(0).choices(every, k=6):
+        one = replace(plan, strategies=strategies)
+        priced, predicted = compiled.price(strategies), predict(config, one, profile, **request)
+        assert priced.latency_s == pytest.approx(predicted.latency_s, rel=1e-9)
+        assert (priced.counts, priced.bytes) == (predicted.counts, predicted.bytes)
+        assert priced.memory_bytes == predicted.memory_bytes == tuple(memory_bytes(config, one, **request))
+
+
+@pytest.mark.parametrize("reads", ["all", "cls"])
+@pytest.mark.parametrize("placement", ORIGINAL_PLACEMENTS)
+def test_the_planner_finds_a_plan_wherever_original_layers_stand(placement, reads):
+    config = sizes(placement)
+    profile = profiled(config)
+    found = place_freely(config, profile, 32, reads=reads)
+    found.plan.check(config)
+    published = place(config, profile, 32, reads=reads)
+    assert found.chosen.latency_s <= published.chosen.latency_s
+    assert "original" in explain(found, config, profile, 32)
+
+
+def test_adjacent_original_layers_need_fewer_reshards():
+    """As many original layers in a row are entered and left once, in groups twice each but for the ends."""
+    counts = {}
+    for placement in ORIGINAL_PLACEMENTS:
+        config = decoupled_config(BertConfig(), 4, 4, original_placement=placement)
+        plan = published_plan("bp+allgather", config, [1.0] * 4)
+        counts[placement] = predict(config, plan, profiled(config), 128).counts["all_gather"]
+    assert counts == {"last": 4, "first": 4, "bottom": 1, "middle": 2, "top": 1}
