@@ -49,7 +49,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reduced(data):
-    return reduced_data(data, TINY.vocab_size)
+    return reduced_data(data, TINY.vocab_size, decoder=True)
 
 
 def test_table_of_rows_and_seeds_is_made_once(data, tmp_path, monkeypatch):

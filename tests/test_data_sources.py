@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import pickle
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from detransformer.training.data import TASKS, open_data
+from detransformer.training.data import TASKS, open_data, reduced_data
 from detransformer.training.data import sources as sources_module
 from detransformer.training.data.built_in import BuiltInSource
 from detransformer.training.data.hub import hub_problem
@@ -266,3 +267,28 @@ def test_the_mirror_given_here_reads_whole():
         assert 0 < len(source.task_rows(task, "train")) <= task.full_train_rows
     assert isinstance(source.tokenizer(), Tokenizer) and source.tokenizer().get_vocab_size() == 30_522
     assert len(next(source.articles("validation")).split()) > 20
+
+
+# --- fewer pieces ----------------------------------------------------------------------------------------------------
+
+
+def test_a_reduced_vocabulary_keeps_bert_inputs(tmp_path):
+    whole = open_data("built-in", tmp_path)
+    data = reduced_data(whole, 120)
+    assert data.vocab_size == 120 and data.name == "built-in-120-pieces"
+    encoding = data.tokenizer.encode("a film", "of charm")
+    assert encoding.tokens[0] == "[CLS]" and encoding.tokens[-1] == "[SEP]" and encoding.tokens.count("[SEP]") == 2
+    middle = encoding.tokens.index("[SEP]")
+    assert encoding.type_ids == [0] * (middle + 1) + [1] * (len(encoding.ids) - middle - 1)
+    assert "[UNK]" not in encoding.tokens and max(encoding.ids) < 120
+    ids = {name: data.tokenizer.token_to_id(f"[{name.upper()}]") for name in ("pad", "cls", "sep", "mask")}
+    assert ids == vars(data.special)
+    assert "".join(t.removeprefix("##") for t in encoding.tokens if not t.startswith("[")) == "afilmofcharm"
+
+
+def test_data_travels_to_another_process_as_its_source(tmp_path):
+    data = reduced_data(open_data("built-in", tmp_path), 120)
+    data.task("MRPC")
+    copy = pickle.loads(pickle.dumps(data))
+    assert (copy.name, copy.fingerprint, copy.cache_dir) == (data.name, data.fingerprint, data.cache_dir)
+    assert copy.tokenizer.to_str() == data.tokenizer.to_str() and not copy._rows

@@ -69,6 +69,9 @@ def decouple(
     num_original_layers: Annotated[str, typer.Option(help="Nb, the layers that stay original.")] = "4",
     num_divisions: Annotated[str, typer.Option(help="Ndiv, the sub-blocks of a decoupled layer.")] = "4",
     attention_width: Annotated[str, typer.Option(help="full (published) or narrow.")] = "full",
+    original_placement: Annotated[
+        str, typer.Option(help="Original layers: last of each group (published), first, bottom, middle or top.")
+    ] = "last",
     head: Annotated[str, typer.Option(help="auto, base, masked-lm, classification or question-answering.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
 ) -> None:
@@ -84,7 +87,67 @@ def decouple(
         one_of(attention_width, "--attention-width", ("full", "narrow")),
         one_of(head, "--head", HEADS),
         force,
+        original_placement=one_of(
+            original_placement, "--original-placement", ("last", "first", "bottom", "middle", "top")
+        ),
     )
+
+
+@app.command("bench-training")
+def bench_training(
+    rows: Annotated[str, typer.Option(help="Models: original and Nb,Ndiv, with spaces between them.")] = "original 4,4",
+    hidden_size: Annotated[str, typer.Option(help="Width of the 12 layers; 768 is BERT-Base.")] = "128",
+    seq_len: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "128",
+    batch: Annotated[str, typer.Option(help="Sequences of a step.")] = "32",
+    steps: Annotated[str, typer.Option(help="Measured steps of a turn, and steps of the losses.")] = "20",
+    repeats: Annotated[str, typer.Option(help="Turns of each implementation.")] = "5",
+    precision: Annotated[
+        str, typer.Option(help="Of our fastest: auto, no (float32), bf16, fp16 or bf16-weights.")
+    ] = "auto",
+    num_threads: Annotated[str | None, typer.Option(help="Of each process; PyTorch's choice where not given.")] = None,
+    source: Annotated[str, typer.Option(help="Text: auto, mirror, hub or built-in.")] = "auto",
+    peak_tflops: Annotated[
+        str | None, typer.Option(help="Of the device, for its utilisation; known GPUs by name where not given.")
+    ] = None,
+    output: Annotated[str, typer.Option(help="Run folder to save the tables in.")] = "results/bench-training",
+) -> None:
+    """Compare pre-training's tokens per second and losses with Hugging Face's Trainer on this machine."""
+    from detransformer.training.benchmark import bench_training_command
+
+    bench_training_command(**locals_without(locals(), "bench_training_command"))
+
+
+@app.command()
+def calibrate(
+    teacher: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint with its masked-LM head and tokenizer.")],
+    output: Annotated[str, typer.Argument(help="Folder to write the decoupled and trained model to.")],
+    num_original_layers: Annotated[str, typer.Option(help="Nb, the layers that stay original.")] = "4",
+    num_divisions: Annotated[str, typer.Option(help="Ndiv, the sub-blocks of a decoupled layer.")] = "4",
+    attention_width: Annotated[str, typer.Option(help="full (published) or narrow.")] = "full",
+    original_placement: Annotated[
+        str, typer.Option(help="Original layers: last of each group (published), first, bottom, middle or top.")
+    ] = "last",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text file (an article a line) or folder of .txt files; may be repeated."),
+    ] = None,
+    source: Annotated[str, typer.Option(help="Where no --text is given: auto, mirror, hub or built-in.")] = "auto",
+    steps: Annotated[str, typer.Option(help="Optimizer steps.")] = "2000",
+    batch_size: Annotated[str, typer.Option(help="Sequences of a step.")] = "64",
+    seq_len: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "128",
+    learning_rate: Annotated[str, typer.Option(help="Its peak, of AdamW.")] = "2e-4",
+    ce_weight: Annotated[str, typer.Option(help="Of the masked tokens' cross-entropy.")] = "1",
+    kl_weight: Annotated[str, typer.Option(help="Of the divergence from the teacher's probabilities; 0: none.")] = "1",
+    hidden_weight: Annotated[str, typer.Option(help="Of the error of the original layers' outputs; 0: none.")] = "1",
+    temperature: Annotated[str, typer.Option(help="By which logits are divided in the divergence.")] = "2",
+    precision: Annotated[str, typer.Option(help="auto, no (float32), bf16, fp16 or bf16-weights.")] = "auto",
+    seed: Annotated[str, typer.Option(help="Of the order of text and of masks.")] = "0",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Decouple a BERT checkpoint and train it on, with the original as its teacher; interrupted, it goes on."""
+    from detransformer.training.commands import calibrate_command
+
+    calibrate_command(**locals_without(locals(), "calibrate_command"))
 
 
 # --- Cluster -----------------------------------------------------------------------------------------------------

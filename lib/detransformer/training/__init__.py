@@ -4,6 +4,7 @@
 `summary` turns their results into tables. Knows no plot and no value of the paper.
 """
 
+from detransformer.training.benchmark import bench_training, loss_differences
 from detransformer.training.config import (
     FinetuneConfig,
     ModelRow,
@@ -12,28 +13,45 @@ from detransformer.training.config import (
     make_config,
     model_rows,
 )
-from detransformer.training.data import TrainingData, open_data
+from detransformer.training.data import TrainingData, open_data, reduced_data
+from detransformer.training.distillation import (
+    CalibrationConfig,
+    CalibrationResult,
+    calibrate,
+    calibration_table,
+)
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import PretrainResult, pretrain, pretrain_all
+from detransformer.training.studies import calibration_study, structures
 from detransformer.training.summary import (
     accuracy_table,
     loss_table,
     mean_differences,
+    placement_table,
     pretraining_table,
     table_iii,
     table_note,
+    width_table,
+    wire_table,
 )
 
 __all__ = [
+    "CalibrationConfig",
+    "CalibrationResult",
     "FinetuneConfig",
     "ModelRow",
     "PretrainConfig",
     "PretrainResult",
     "TrainingData",
     "accuracy_table",
+    "bench_training",
+    "calibrate",
+    "calibration_table",
+    "calibration_study",
     "finetune",
     "finetune_all",
     "finetune_recipes",
+    "loss_differences",
     "loss_table",
     "make_config",
     "mean_differences",
@@ -41,7 +59,12 @@ __all__ = [
     "open_data",
     "pretrain",
     "pretrain_all",
+    "placement_table",
     "pretraining_table",
+    "reduced_data",
+    "structures",
     "table_iii",
     "table_note",
+    "width_table",
+    "wire_table",
 ]

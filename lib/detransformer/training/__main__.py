@@ -12,10 +12,12 @@ from pathlib import Path
 import typer
 import yaml
 
-from detransformer.training import PretrainConfig, make_config, model_rows, open_data, pretrain_all
+from detransformer.training import PretrainConfig, make_config, model_rows, open_data, pretrain_all, reduced_data
 
 
-def main(profile: str = "quick", run_dir: Path = Path("results/local"), row: int | None = None) -> None:
+def main(
+    profile: str = "quick", run_dir: Path = Path("results/local"), row: int | None = None, num_jobs: int = 1
+) -> None:
     """Pre-train the rows of PROFILE into RUN_DIR/checkpoints; --row N takes the N-th row only (0 is the first)."""
     named = profile.endswith(".yaml")
     path = Path(profile) if named else Path(str(files("detransformer"))) / "profiles" / f"{profile}.yaml"
@@ -25,9 +27,10 @@ def main(profile: str = "quick", run_dir: Path = Path("results/local"), row: int
     rows = model_rows(section["rows"])
     if row is not None and not 0 <= row < len(rows):
         raise ValueError(f"row {row} is outside 0..{len(rows) - 1}: profile {profile} has {len(rows)} rows.")
-    data = open_data(section["source"], cache_dir=run_dir / "cache")
+    data = reduced_data(open_data(section["source"], cache_dir=run_dir / "cache"), section.get("vocab_size"))
     config = make_config(PretrainConfig, section["pretraining"])
-    for result in pretrain_all(rows if row is None else rows[row : row + 1], config, data, run_dir / "checkpoints"):
+    chosen = rows if row is None else rows[row : row + 1]
+    for result in pretrain_all(chosen, config, data, run_dir / "checkpoints", num_jobs):
         typer.echo(f"{result.row.label}: validation loss {result.valid_loss:.4f} after {result.tokens:,} tokens")
 
 

@@ -9,9 +9,8 @@ text is predicted, the last [SEP] is not, because it stands at the same place in
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,6 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
-from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -39,9 +36,8 @@ from detransformer.training.config import (
     _check_positive,
     config_hash,
 )
-from detransformer.training.data import Task, TrainingData, open_data
+from detransformer.training.data import TrainingData, open_data, reduced_data
 from detransformer.training.data.packing import MaskedBatches
-from detransformer.training.data.sources import Source
 from detransformer.training.pretraining import evaluate, save_history, train_steps
 
 COLUMNS = (
@@ -167,75 +163,6 @@ class CausalConfig:
             eos_token_id=data.special.sep,
             pad_token_id=data.special.pad,
         )
-
-
-@dataclass(frozen=True)
-class ReducedVocabulary:
-    """`source` with fewer pieces: special tokens, single ASCII characters, then the first others of its vocabulary.
-
-    BERT's vocabulary is in order of frequency. Words are cut in shorter pieces instead; characters outside ASCII (after
-    the tokenizer's normalisation, which takes accents away) make a word [UNK]. Perplexity is a token's, so it compares
-    with that of the same vocabulary only.
-    """
-
-    source: Source
-    vocab_size: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.source.name}-{self.vocab_size}-pieces"
-
-    @property
-    def is_real(self) -> bool:
-        return self.source.is_real
-
-    def fingerprint(self) -> str:
-        return f"{self.source.fingerprint()}-{self.vocab_size}"
-
-    def task_rows(self, task: Task, split: str) -> Dataset:
-        return self.source.task_rows(task, split)
-
-    def articles(self, split: str) -> Iterator[str]:
-        return self.source.articles(split)
-
-    def tokenizer(self) -> Tokenizer:
-        """The source's tokenizer with pieces numbered anew; what it encodes starts with [CLS], as training text does.
-
-        Raises:
-            ValueError: if `vocab_size` has no room for special tokens and characters.
-        """
-        described = json.loads(self.source.tokenizer().to_str())
-        pieces = sorted(described["model"]["vocab"], key=described["model"]["vocab"].get)
-        special = [token["content"] for token in described["added_tokens"]]
-        single = [p for p in pieces if len(p.removeprefix("##")) == 1]
-        characters = [p for p in single if p.isascii()]
-        taken = {*special, *single}
-        others = [p for p in pieces if p not in taken and not p.startswith("[unused")]
-        room = self.vocab_size - len(special) - len(characters)
-        if room < 0:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} has no room for {len(special)} special tokens and {len(characters)} "
-                f"characters: choose at least {len(special) + len(characters)}, or None for all."
-            )
-        numbers = {piece: number for number, piece in enumerate((*special, *characters, *others[:room]))}
-        described["model"]["vocab"] = numbers
-        for token in described["added_tokens"]:
-            token["id"] = numbers[token["content"]]
-        start = {"SpecialToken": {"id": "[CLS]", "type_id": 0}}
-        described["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {"[CLS]": {"id": "[CLS]", "ids": [numbers["[CLS]"]], "tokens": ["[CLS]"]}},
-        }
-        return Tokenizer.from_str(json.dumps(described))
-
-
-def reduced_data(data: TrainingData, vocab_size: int | None) -> TrainingData:
-    """`data` with a vocabulary of `vocab_size`; itself where it has no more pieces, or None is asked."""
-    if vocab_size is None or vocab_size >= data.vocab_size:
-        return data
-    return TrainingData(ReducedVocabulary(data.source, vocab_size), data.cache_dir, data.note)
 
 
 class NextTokenBatches(MaskedBatches):
@@ -371,7 +298,7 @@ def perplexity_table(
         ValueError: for sizes that do not divide, before anything is trained.
     """
     rows = causal_rows(rows)
-    data = reduced_data(data or open_data(cache_dir=Path(folder) / "cache"), settings.vocab_size)
+    data = reduced_data(data or open_data(cache_dir=Path(folder) / "cache"), settings.vocab_size, decoder=True)
     for row in rows:
         if not row.is_original:
             decoupled_config(settings.original_config(data), row.num_original_layers, row.num_divisions)

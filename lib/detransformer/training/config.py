@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from transformers import BertConfig
 
-from detransformer.models.configuration import PRESET_SIZES, decoupled_config
+from detransformer.models.configuration import ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS, PRESET_SIZES, decoupled_config
+from detransformer.parallel.wire import WIRE_FORMATS
 
 OPTIMIZERS = ("lamb", "adamw")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("no", "bf16", "fp16", "bf16-weights", "auto")
 TOKENS_PER_SPECIAL = 2  # [CLS] and [SEP] around a packed sequence
 
 
@@ -25,15 +26,21 @@ class ModelRow:
         model: `"bert-base"` (12 layers) or `"bert-large"` (24 layers).
         num_original_layers: Nb; None is the original model.
         num_divisions: Ndiv; None for the original model.
+        attention_width: of a sub-block, `"full"` (published) or `"narrow"`.
+        original_placement: where the original layers stand, `"last"` of each group (published) or elsewhere.
     """
 
     model: str = "bert-base"
     num_original_layers: int | None = None
     num_divisions: int | None = None
+    attention_width: str = "full"
+    original_placement: str = "last"
 
     def __post_init__(self):
         if self.model not in PRESET_SIZES:
             raise ValueError(f"model {self.model!r} is unknown: choose one of {', '.join(PRESET_SIZES)}.")
+        _check_choice(self, "attention_width", ATTENTION_WIDTHS)
+        _check_choice(self, "original_placement", ORIGINAL_PLACEMENTS)
         if (self.num_original_layers is None) != (self.num_divisions is None):
             raise ValueError(
                 f"row {self.model}, {self.num_original_layers}, {self.num_divisions} is half decoupled: "
@@ -47,20 +54,26 @@ class ModelRow:
     @property
     def key(self) -> str:
         """The row as a folder name."""
-        return (
-            f"{self.model}-original"
-            if self.is_original
-            else f"{self.model}-nb{self.num_original_layers}-ndiv{self.num_divisions}"
-        )
+        if self.is_original:
+            return f"{self.model}-original"
+        return "-".join([f"{self.model}-nb{self.num_original_layers}-ndiv{self.num_divisions}", *self._variant])
 
     @property
     def label(self) -> str:
         """The row as people read it."""
-        return (
-            f"{self.model} original"
-            if self.is_original
-            else f"{self.model} Nb={self.num_original_layers}, Ndiv={self.num_divisions}"
-        )
+        if self.is_original:
+            return f"{self.model} original"
+        return ", ".join([f"{self.model} Nb={self.num_original_layers}, Ndiv={self.num_divisions}", *self._variant])
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the paper's structure is meant: full sub-blocks, original layers last in their groups."""
+        return not self._variant
+
+    @property
+    def _variant(self) -> list[str]:
+        width = [] if self.attention_width == "full" else [self.attention_width]
+        return width + ([] if self.original_placement == "last" else [self.original_placement])
 
 
 def model_rows(rows) -> list[ModelRow]:
@@ -94,6 +107,7 @@ class PretrainConfig:
     Args:
         hidden_size, num_heads, intermediate_size: None takes BERT-Base's or BERT-Large's; smaller ones are a reduced
             scale, the number of layers stays the row's.
+        initializer_range: standard deviation of the first weights; BERT's is 0.02.
         num_steps: optimizer steps.
         seq_len: tokens in a packed sequence, [CLS] and [SEP] included.
         global_batch_size: sequences in one optimizer step over all processes.
@@ -102,7 +116,8 @@ class PretrainConfig:
         learning_rate, warmup, decay_power: linear warm-up over that fraction of the steps, then polynomial decay to 0.
         max_train_tokens, max_valid_tokens: text used; None takes all of it.
         dropout: of hidden states and attention.
-        mixed_precision: `"no"`, `"bf16"` or `"fp16"` (accelerate).
+        mixed_precision: `"no"` (float32), `"bf16"` or `"fp16"` (accelerate's autocast), `"bf16-weights"` (bfloat16
+            weights and activations, float32 copies in the optimizer), or `"auto"` for the fastest of this machine.
         checkpoint_every_s: seconds between checkpoints.
         seed: of the weights, the data order and the masks: the same for every row.
     """
@@ -110,6 +125,7 @@ class PretrainConfig:
     hidden_size: int | None = None
     num_heads: int | None = None
     intermediate_size: int | None = None
+    initializer_range: float = 0.02
     num_steps: int = 7038
     seq_len: int = 128
     global_batch_size: int = 65536
@@ -137,7 +153,7 @@ class PretrainConfig:
         _check_positive(
             self,
             *("hidden_size", "num_heads", "intermediate_size", "num_steps", "global_batch_size", "micro_batch_size"),
-            *("learning_rate", "max_train_tokens", "max_valid_tokens", "mask_fraction"),
+            *("learning_rate", "max_train_tokens", "max_valid_tokens", "mask_fraction", "initializer_range"),
         )
         if not 8 <= self.seq_len <= 512:
             raise ValueError(f"seq_len={self.seq_len} is outside 8..512: BERT has 512 positions, choose in that range.")
@@ -174,11 +190,9 @@ class PretrainConfig:
                 f"num_heads={sizes['num_attention_heads']} does not divide hidden_size={sizes['hidden_size']}: "
                 "every head takes an equal part, choose a divisor."
             )
-        # BERT's 0.02 is for width 768: a narrower layer's products keep their size with wider weights.
-        reference = PRESET_SIZES[model]["hidden_size"]
         return BertConfig(
             **sizes,
-            initializer_range=0.02 * (reference / sizes["hidden_size"]) ** 0.5,
+            initializer_range=self.initializer_range,
             vocab_size=vocab_size,
             pad_token_id=pad_token_id,
             hidden_dropout_prob=self.dropout,
@@ -189,7 +203,9 @@ class PretrainConfig:
         """Raises ValueError where `row` cannot be built at this scale."""
         original = self.original_config(row.model, vocab_size=1024)
         if not row.is_original:
-            decoupled_config(original, row.num_original_layers, row.num_divisions)
+            decoupled_config(
+                original, row.num_original_layers, row.num_divisions, row.attention_width, row.original_placement
+            )
 
     def scale_note(self, row: ModelRow) -> str:
         """The scale in words, so that a reduced one is never taken for the paper's."""
@@ -211,6 +227,8 @@ class FinetuneConfig:
         micro_batch_size: rows in one forward pass, the rest is gradient accumulation; None takes the batch at once.
         doc_stride: tokens two SQuAD windows share; None is a quarter of seq_len.
         max_train_rows, max_eval_rows: None takes all; a cut set is called reduced in every table.
+        wire_formats: number formats of messages that the trained model is scored with besides exact ones.
+        mixed_precision: as in `PretrainConfig`.
         checkpoint_every_s: seconds between checkpoints.
     """
 
@@ -229,12 +247,19 @@ class FinetuneConfig:
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
     max_answer_tokens: int = 30
+    wire_formats: tuple[str, ...] = ()
     mixed_precision: str = "no"
     checkpoint_every_s: float = 600.0
 
     def __post_init__(self):
         _check_choice(self, "optimizer", OPTIMIZERS)
         _check_choice(self, "mixed_precision", PRECISIONS)
+        object.__setattr__(self, "wire_formats", tuple(self.wire_formats))  # a profile gives a list
+        for name in self.wire_formats:
+            if name not in WIRE_FORMATS:
+                raise ValueError(
+                    f"wire_formats has {name!r}, which is unknown: choose among {', '.join(WIRE_FORMATS)}."
+                )
         _check_fraction(self, "warmup")
         _check_fraction(self, "dropout")
         _check_positive(self, "learning_rate", "batch_size", "eval_batch_size", "num_epochs", "max_answer_tokens")

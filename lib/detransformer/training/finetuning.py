@@ -20,8 +20,9 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 from transformers.utils import logging as transformers_logging
 
 import detransformer.models  # noqa: F401  (AutoModel knows decoupled BERT)
+from detransformer.parallel.wire_model import wire_plan, wired
 from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
-from detransformer.training.config import FinetuneConfig, config_hash
+from detransformer.training.config import FinetuneConfig, ModelRow, config_hash
 from detransformer.training.data import Task, TrainingData
 from detransformer.training.data.tasks import get_task
 from detransformer.training.features import (
@@ -32,9 +33,11 @@ from detransformer.training.features import (
     epoch_batches,
     prepare_task,
 )
+from detransformer.training.hardware import autocast_of, keep_freed_memory, resolve_precision
+from detransformer.training.jobs import advance, run_jobs
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
-from detransformer.training.optim import learning_rate, make_optimizer, set_learning_rate
-from detransformer.training.pretraining import PretrainResult
+from detransformer.training.optim import learning_rate, set_learning_rate
+from detransformer.training.pretraining import PretrainResult, finish, prepare
 from detransformer.training.summary import accuracy_table
 
 # The paper's "Acc" for SQuAD is not defined there; exact match is the share of questions answered right.
@@ -61,20 +64,23 @@ def finetune(
     """
     chosen, folder = get_task(task), Path(output_dir)
     model_folder, source_identity = _checkpoint(checkpoint)
-    identity = config_hash(config, source_identity, task, seed, data.name, data.fingerprint)
+    precision = resolve_precision(config.mixed_precision)
+    resolved = dataclasses.replace(config, mixed_precision=precision)
+    identity = config_hash(resolved, source_identity, task, seed, data.name, data.fingerprint)
     done = read_result(folder / "result.json", identity)
     if done is not None:
         return done
     prepared = _prepared(data, task, config)
     set_seed(seed)  # the head's weights, then dropout
     model = load_model(model_folder, chosen, config.dropout)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, config.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    keep_freed_memory()
+    accelerator = Accelerator(mixed_precision=autocast_of(precision))
+    model, optimizer = prepare(model, model, config, precision, accelerator)
     progress = Progress()
     checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)
     checkpointer.resume()
     _train(model, optimizer, prepared, config, seed, accelerator, checkpointer, data.special.pad, on_step)
+    finish(optimizer)
     scores = evaluate(model, prepared, config, data.special.pad, accelerator)
     result = {
         "identity": identity,
@@ -84,11 +90,13 @@ def finetune(
         "score": scores[TABLE_METRIC[chosen.metric]],
         "majority_score": _majority(prepared),
         **scores,
+        **_wire_scores(model, prepared, config, data.special.pad, accelerator),
         "train_loss": float(np.mean(progress.losses[-20:])),
         "num_steps": progress.step,
         "train_rows": len(prepared.rows.train),
         "eval_rows": len(prepared.rows.validation),
         "seconds": round(progress.seconds, 3),
+        "precision": precision,
         "source": data.name,
         "note": prepared.rows.note,
         "config": dataclasses.asdict(config),
@@ -104,17 +112,40 @@ def finetune_all(
     num_seeds: Mapping[str, int],
     data: TrainingData,
     output_dir: str | Path,
+    num_jobs: int = 1,
+    wire_rows: Iterable[ModelRow] | None = None,
 ) -> pd.DataFrame:
-    """Every pre-trained row on every task of `configs`, with seeds 0.. of that task: one row a run."""
-    cells = [(p, task, seed) for p in pretrained for task in configs for seed in range(num_seeds[task])]
-    records = []
-    with tqdm(cells, desc="fine-tuning", unit="run") as bar:
-        for result, task, seed in bar:
-            bar.set_postfix_str(f"{result.row.label}, {task}, seed {seed}")
-            folder = Path(output_dir) / result.row.key / task / f"seed{seed}"
-            record = finetune(result, task, configs[task], data, seed, folder)
-            records.append(dataclasses.asdict(result.row) | {"pretraining": result.note} | record)
-    return accuracy_table(records)
+    """Every pre-trained row on every task of `configs`, with seeds 0.. of that task: one row a run.
+
+    Args:
+        num_jobs: runs side by side.
+        wire_rows: rows that are scored with the `wire_formats` of their task too; None is all.
+    """
+    wired = None if wire_rows is None else set(wire_rows)
+    cells = []
+    for result in pretrained:
+        for task, config in configs.items():
+            if wired is not None and result.row not in wired:
+                config = dataclasses.replace(config, wire_formats=())
+            for seed in range(num_seeds[task]):
+                folder = Path(output_dir) / result.row.key / task / f"seed{seed}"
+                cells.append((result, task, config, seed, folder))
+    jobs = [(*cell[:3], data, *cell[3:]) for cell in cells]
+    if num_jobs == 1:
+        _opened[data.name, data.fingerprint] = data
+    records = run_jobs(_finetune_job, jobs, num_jobs, "fine-tuning", len(jobs), "run")
+    models = [dataclasses.asdict(cell[0].row) | {"pretraining": cell[0].note} for cell in cells]
+    return accuracy_table([model | record for model, record in zip(models, records, strict=True)])
+
+
+_opened: dict[tuple, TrainingData] = {}  # of this process: a worker reads and tokenises a task once for all its runs
+
+
+def _finetune_job(result: PretrainResult, task, config, data: TrainingData, seed, folder) -> dict:
+    data = _opened.setdefault((data.name, data.fingerprint), data)
+    record = finetune(result, task, config, data, seed, folder)
+    advance()
+    return record
 
 
 def load_model(folder: Path, task: Task, dropout: float):
@@ -149,6 +180,16 @@ def _checkpoint(checkpoint: PretrainResult | str | Path) -> tuple[Path, str]:
         raise ValueError(f"{checkpoint} has no model.safetensors: pre-train first, or give a saved model's folder.")
     with open(weights, "rb") as file:
         return Path(checkpoint), hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _wire_scores(model, prepared, config, pad, accelerator) -> dict[str, float]:
+    """The task's score when messages between four devices have each of `config.wire_formats`."""
+    scores = {}
+    for name in config.wire_formats:
+        with wired(model, wire_plan(model.config, wire=name)):
+            found = evaluate(model, prepared, config, pad, accelerator)
+        scores[f"score_{name}"] = found[TABLE_METRIC[prepared.rows.task.metric]]
+    return scores
 
 
 def _majority(prepared: PreparedTask) -> float:

@@ -25,8 +25,10 @@ from detransformer.training.checkpoints import Checkpointer, Progress, read_resu
 from detransformer.training.config import ModelRow, PretrainConfig, config_hash
 from detransformer.training.data import TrainingData
 from detransformer.training.data.packing import MaskedBatches
+from detransformer.training.hardware import autocast_of, choose_attention, keep_freed_memory, resolve_precision
+from detransformer.training.jobs import StepCounter, run_jobs
 from detransformer.training.objective import MaskedLmLoss
-from detransformer.training.optim import learning_rate, make_optimizer, set_learning_rate
+from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class PretrainResult:
     unique_tokens: int
     seconds: float
     hidden_size: int
+    seed: int
+    precision: str
     source: str
     note: str
     identity: str
@@ -54,7 +58,7 @@ def build_model(row: ModelRow, config: PretrainConfig, vocab_size: int, pad_toke
     model = BertForMaskedLM(config.original_config(row.model, vocab_size, pad_token_id))
     if row.is_original:
         return model
-    return decouple(model, row.num_original_layers, row.num_divisions)
+    return decouple(model, row.num_original_layers, row.num_divisions, row.attention_width, row.original_placement)
 
 
 def pretrain(
@@ -74,23 +78,25 @@ def pretrain(
     """
     config.check_row(row)
     folder = Path(output_dir) / row.key
-    identity = config_hash(row, config, data.name, data.fingerprint)
+    precision = resolve_precision(config.mixed_precision)
+    identity = config_hash(row, dataclasses.replace(config, mixed_precision=precision), data.name, data.fingerprint)
     done = read_result(folder / "result.json", identity)
     if done is not None:
         return _result(row, folder, done)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    keep_freed_memory()
+    accelerator = Accelerator(mixed_precision=autocast_of(precision))
     with accelerator.main_process_first():  # one process packs the text, the others map it
         train = data.packed("train", config.seq_len, config.max_train_tokens)
         valid = data.packed("validation", config.seq_len, config.max_valid_tokens)
     batches = MaskedBatches(train.sequences, data.vocab_size, data.special, config.num_masked, config.seed)
-    objective = MaskedLmLoss(build_model(row, config, data.vocab_size, data.special.pad))
-    optimizer = make_optimizer(objective, config.optimizer, config.learning_rate, config.weight_decay)
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    model = build_model(row, config, data.vocab_size, data.special.pad)
+    objective, optimizer = prepare(MaskedLmLoss(model), model, config, precision, accelerator)
     progress = Progress()
     checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)
     set_seed(config.seed + 1 + accelerator.process_index)  # dropout: the same in every row
     checkpointer.resume()
     train_steps(objective, optimizer, batches, config, accelerator, checkpointer, row.label, on_step)
+    finish(optimizer)
     valid_batches = MaskedBatches(valid.sequences, data.vocab_size, data.special, config.num_masked, config.seed)
     valid_loss = evaluate(objective, valid_batches, config.micro_batch_size, accelerator)
     result = {
@@ -102,6 +108,8 @@ def pretrain(
         "unique_tokens": train.num_tokens,
         "seconds": round(progress.seconds, 3),
         "hidden_size": config.original_config(row.model, data.vocab_size).hidden_size,
+        "seed": config.seed,
+        "precision": precision,
         "source": data.name,
         "note": f"{config.scale_note(row)}; {_text_note(data, train.num_tokens)}",
         "row": dataclasses.asdict(row),
@@ -115,13 +123,52 @@ def pretrain(
 
 
 def pretrain_all(
-    rows: Iterable[ModelRow], config: PretrainConfig, data: TrainingData, output_dir: str | Path
+    rows: Iterable[ModelRow],
+    config: PretrainConfig,
+    data: TrainingData,
+    output_dir: str | Path,
+    num_jobs: int = 1,
 ) -> list[PretrainResult]:
-    """`pretrain` for each row, all with the same configuration."""
+    """`pretrain` for each row, all with the same configuration, `num_jobs` of them side by side."""
     rows = list(rows)
     for row in rows:  # say what cannot work before hours are spent
         config.check_row(row)
-    return [pretrain(row, config, data, output_dir) for row in rows]
+    if num_jobs == 1:
+        return [pretrain(row, config, data, output_dir) for row in rows]
+    data.packed("train", config.seq_len, config.max_train_tokens)  # once, before the workers want it
+    data.packed("validation", config.seq_len, config.max_valid_tokens)
+    jobs = [(row, config, data, output_dir) for row in sorted(rows, key=_slowest_first)]
+    run_jobs(_pretrain_job, jobs, num_jobs, "pre-training", len(rows) * config.num_steps, "step")
+    return [pretrain(row, config, data, output_dir) for row in rows]  # read back
+
+
+def _pretrain_job(row: ModelRow, config: PretrainConfig, data: TrainingData, output_dir: Path) -> None:
+    with StepCounter(config.num_steps) as report:
+        pretrain(row, config, data, output_dir, report)
+
+
+def _slowest_first(row: ModelRow) -> tuple[int, int]:
+    """By sub-blocks, then by decoupled layers: the last run to end should be a short one."""
+    return -(row.num_divisions or 1), row.num_original_layers or 0
+
+
+def prepare(objective, model, config, precision: str, accelerator: Accelerator):
+    """`objective` around `model` and its optimizer, in `precision` and on accelerate's device."""
+    choose_attention(model, precision)
+    if precision == "bf16-weights":
+        float32 = [p.detach().clone() for p in model.parameters()]
+        model.to(torch.bfloat16)
+    optimizer = make_optimizer(model, config.optimizer, config.learning_rate, config.weight_decay)
+    if isinstance(optimizer, MasterWeights):
+        optimizer.set_copies(dict(zip(model.parameters(), float32, strict=True)))
+    return accelerator.prepare(objective, optimizer)
+
+
+def finish(optimizer) -> None:
+    """Leaves the trained model in float32, whatever it was trained in."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, MasterWeights):
+        inner.restore_float32()
 
 
 def train_steps(objective, optimizer, batches, config, accelerator, checkpointer, title, on_step) -> None:

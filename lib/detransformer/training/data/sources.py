@@ -77,6 +77,10 @@ class TrainingData:
         self._rows: dict[tuple[str, str], Dataset] = {}
         self.prepared: dict = {}  # tokenised tasks, kept by `finetuning`
 
+    def __reduce__(self):
+        """Another process opens the source for itself; what was read or tokenised here does not travel."""
+        return TrainingData, (self.source, self.cache_dir, self.note)
+
     def __repr__(self) -> str:
         return f"TrainingData(source={self.name!r}: {self.note})"
 

@@ -1,0 +1,95 @@
+"""Text cut by a checkpoint's own tokenizer: lines of plain text files, or another source's articles."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from tokenizers import Tokenizer
+
+from detransformer.training.data.sources import Source, TrainingData
+from detransformer.training.data.tasks import Task
+
+VALID_EVERY = 20  # one line of so many is held out; of fewer, the last one
+
+
+class TextFiles:
+    """Plain text files as a data source (see `sources.py` for what a source offers): each line is an article."""
+
+    name = "text"
+    is_real = True
+
+    def __init__(self, files: Sequence[Path], tokenizer: Tokenizer):
+        self.files, self._tokenizer = list(files), tokenizer
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self._tokenizer.to_str().encode())
+        for path in self.files:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:12]
+
+    def task_rows(self, task: Task, split: str) -> Dataset:
+        raise ValueError(f"text files have no rows of {task.name}: choose a data source.")
+
+    def articles(self, split: str) -> Iterator[str]:
+        """Lines that are not empty: every 20th is of `validation` (of fewer the last one), the others of `train`."""
+        held_out = split == "validation"
+        waiting = None  # the last line read, of which it is not known yet whether it is the last of all
+        number = 0
+        for path in self.files:
+            for line in filter(None, open_text(path)):
+                if waiting is not None and (number % VALID_EVERY == 0) == held_out:
+                    yield waiting
+                waiting, number = line, number + 1
+        if waiting is not None and (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
+            yield waiting
+
+
+class Retokenized:
+    """Another source's text, cut by `tokenizer`."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer):
+        self.name, self.is_real = source.name, source.is_real
+        self.articles, self.task_rows = source.articles, source.task_rows
+        self._source, self._tokenizer = source, tokenizer
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def fingerprint(self) -> str:
+        text = self._source.fingerprint() + self._tokenizer.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def open_text(path: Path) -> Iterator[str]:
+    """A file's lines, stripped; ValueError where it is not UTF-8."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                yield line.strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}): convert it first.") from error
+
+
+def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
+    """The text of files, and of all .txt files of folders.
+
+    Raises:
+        ValueError: where one is not there, or a folder has no text.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not found or not found[0].is_file():
+            raise ValueError(f"{path} has no text: give a text file, or a folder of .txt files.")
+        files += found
+    return TrainingData(TextFiles(files, tokenizer), cache_dir, f"{len(files)} text files")
+
+
+def retokenized(data: TrainingData, tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
+    """`data`, cut by `tokenizer`."""
+    return TrainingData(Retokenized(data.source, tokenizer), cache_dir, data.note)
