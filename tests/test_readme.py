@@ -6,10 +6,22 @@ import pytest
 
 from detransformer.files import repository_root
 from detransformer.report.claims import summarise
+from detransformer.report.expected import published
 from detransformer.report.peers import methods_table
 from detransformer.report.readme import REFERENCE, SECTIONS, render
 from detransformer.report.runs import RunFolder
-from report_frames import WAIT_S, communication_s, latency_rows
+from detransformer.training.summary import table_iii
+from report_frames import (
+    WAIT_S,
+    accuracy_rows,
+    calibration_rows,
+    communication_s,
+    latency_rows,
+    placement_rows,
+    pretraining_rows,
+    table_iii_rows,
+    wire_rows,
+)
 
 ROOT = repository_root()
 
@@ -79,3 +91,40 @@ def test_a_section_needs_its_place_only_where_the_run_has_its_table(tmp_path):
         render(readme, run)
     (run.tables / "methods.csv").unlink()
     assert "all_reduces of TP" in render(readme, run), "there is no table_iv.csv either"
+
+
+def run_with_accuracy(tmp_path, num_seeds=3) -> RunFolder:
+    run = RunFolder(tmp_path)
+    run.save_table(table_iii(accuracy_rows(num_seeds), published("table_iii"), "", pretraining_rows()), "table_iii")
+    return run
+
+
+def test_accuracy_is_told_in_a_table_and_in_sentences(tmp_path):
+    run = run_with_accuracy(tmp_path)
+    for name, frame in (
+        ("wire_accuracy", wire_rows()),
+        ("placements", placement_rows()),
+        ("calibration", calibration_rows()),
+    ):
+        run.save_table(frame, name)
+    text = SECTIONS["table_iii"][0](run)
+    assert "| BERT-Base Nb=4, Ndiv=4 | 5 | 75.8 (100.9%) | 60.6 (100.9 ± 0.0%) | 50.4 |" in text
+    assert "keeps 100.9 ± 0.0% of the original's mean over all tasks (published 100.9%; at least 98%: yes)" in text
+    assert "Of 30 differences to the original," in text and "published table is one seed a cell" in text
+    assert "BERT-Base over Nb at Ndiv=4, by the slope:" in text and "BERT-Large" not in text
+    assert "int8 by 0.40 points at most (8 of 10 within 0.3)" in text
+    assert "(Nb=4, Ndiv=4), held-out loss: first +0.050 ± 0.010" in text
+    assert "distilled 3.832 (3,000,000 tokens)" in text and "the original 3.500" in text
+
+
+def test_accuracy_of_one_seed_is_not_judged(tmp_path):
+    text = SECTIONS["table_iii"][0](run_with_accuracy(tmp_path, num_seeds=1))
+    assert "No difference to the original can be judged: one seed a cell." in text and "one seed: CoLA" in text
+
+
+def test_accuracy_of_an_older_run_leaves_the_text_as_it_is(tmp_path):
+    run = RunFolder(tmp_path)
+    run.save_table(table_iii_rows(), "table_iii")
+    readme = "<!-- table_iii -->\nas it was\n<!-- /table_iii -->\n"
+    assert render(readme, run) == readme
+    assert "as it was" not in render(readme, run_with_accuracy(tmp_path / "new"))

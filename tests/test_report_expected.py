@@ -6,7 +6,8 @@ import pytest
 from detransformer.report.claims import summarise, table_iii_differences, verdict_counts
 from detransformer.report.expected import judge, published, published_claim, verdict
 from detransformer.report.runs import RunFolder, to_markdown
-from report_frames import row
+from detransformer.training.summary import table_iii
+from report_frames import accuracy_rows, pretraining_rows, row
 
 
 @pytest.mark.parametrize(
@@ -162,3 +163,21 @@ def test_accuracy_differences_are_judged_only_with_seeds():
     assert said(table(3, 2.0, 51.63)) == "within noise"
     assert said(table(3, 0.1, 51.63)) == "matches"  # the paper: 42.06 - 40.43 = 1.63
     assert said(table(3, 0.1, 45.0)) == "does not hold"
+
+
+def test_accuracy_differences_follow_the_tables_own_verdict_on_noise(tmp_path):
+    run = RunFolder(tmp_path)
+    table = table_iii(accuracy_rows(3), published("table_iii"), pretraining=pretraining_rows(2))
+    run.save_table(table, "table_iii")
+    summary = summarise(run)
+    assert (summary["where"] == "Table III").sum() == 55 and (summary["where"] == "Table III (difference)").sum() == 45
+    said = summary.set_index("claim")["verdict"]
+    assert said["CoLA, BERT-Base Nb=4, Ndiv=4, minus original"] == "holds, smaller", "the seeds are paired"
+    assert said["SST-2, BERT-Base Nb=4, Ndiv=8, minus original"] == "within noise", "no difference at all"
+    table["beyond_noise"] = table["beyond_noise"].where(table["task"] != "CoLA", False)
+    run.save_table(table, "table_iii")
+    said = summarise(run).set_index("claim")["verdict"]
+    assert said["CoLA, BERT-Base Nb=4, Ndiv=4, minus original"] == "within noise"
+    run.save_table(table_iii(accuracy_rows(1), published("table_iii")), "table_iii")
+    counts = summarise(run).query("where == 'Table III (difference)'")["verdict"].value_counts()
+    assert counts.to_dict() == {"one seed": 30, "not run": 15}

@@ -15,23 +15,32 @@ from detransformer.report.figures import FIGURES, draw, draw_all
 from detransformer.report.latency_figures import EVENTS
 from detransformer.report.runs import RunFolder
 from detransformer.report.tables import METHOD_NAMES, table_iv
+from detransformer.training.summary import table_iii
 from report_frames import (
     BANDWIDTHS,
     MEGABITS,
     SINGLE_S,
+    SPREAD,
     WAIT_S,
+    accuracy_rows,
+    calibration_rows,
     choice_rows,
     communication_s,
     decoupling_rows,
     generation_rows,
     latency_rows,
     perplexity_rows,
+    placement_rows,
     plan_map_rows,
+    pretraining_rows,
     scale_out_rows,
     table_iii_rows,
+    throughput_loss_rows,
+    throughput_rows,
     timeline_rows,
     trace_rows,
     unequal_rows,
+    wire_rows,
 )
 
 FROM_LATENCY = [name for name, (tables, _) in FIGURES.items() if tables == ("latency",)]
@@ -43,6 +52,12 @@ def adaptive_frames() -> dict[str, pd.DataFrame]:
     return frames | dict(choice_cells=choice_cells(frames["choices"]))
 
 
+def accuracy_frames() -> dict[str, pd.DataFrame]:
+    frames = dict(accuracy_runs=accuracy_rows(3), calibration=calibration_rows(), placements=placement_rows())
+    frames |= dict(training_throughput=throughput_rows(), training_throughput_loss=throughput_loss_rows())
+    return frames | dict(wire_accuracy=wire_rows())
+
+
 @pytest.fixture
 def full_run(tmp_path) -> RunFolder:
     run = RunFolder(tmp_path / "run")
@@ -50,7 +65,9 @@ def full_run(tmp_path) -> RunFolder:
     run.save_table(latency, "latency")
     run.save_table(table_iv(latency, published("table_iv")), "table_iv")
     run.save_table(timeline_rows(), "timeline")
-    run.save_table(table_iii_rows(), "table_iii")
+    run.save_table(table_iii(accuracy_rows(3), published("table_iii"), "", pretraining_rows()), "table_iii")
+    for name, frame in accuracy_frames().items():
+        run.save_table(frame, name)
     run.save_table(decoupling_rows(), "decoupling")
     steps = np.arange(1, 60)
     losses = [pd.DataFrame(dict(row=r, step=steps, train_loss=10 / steps**0.2 + i)) for i, r in enumerate("ab")]
@@ -238,3 +255,101 @@ def test_the_trace_names_each_policy_with_its_total():
     figure = adaptive_figures.trace(trace_rows())
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert names == ["adaptive: 1.5 s", "fixed: a: 2.7 s", "fixed: b: 1.8 s"]
+
+
+# --- accuracy ----------------------------------------------------------------------------------------------------
+
+
+def test_table_iii_trends_are_differences_with_the_originals_band(full_run):
+    figure = draw(full_run, "table_iii")
+    assert len(figure.axes) == 2 * 7, "five tasks, their mean, perplexity; over Nb and over Ndiv"
+    axis = next(axis for axis in figure.axes if axis.get_title() == "CoLA\n(mcc)")
+    hollow = next(line for line in axis.lines if line.get_marker() == "D")
+    assert hollow.get_ydata() == pytest.approx(np.array([39.85, 41.26, 41.20, 42.06]) - 40.43)
+    filled = next(line for line in axis.lines if line.get_marker() == "o")
+    assert filled.get_ydata() == pytest.approx(0.8 * hollow.get_ydata())
+    band = axis.patches[0].get_height()
+    assert band == pytest.approx(2 * SPREAD / 3**0.5), "mean plus and minus a standard error of three seeds"
+    text = next(axis for axis in figure.axes if axis.get_title().startswith("MLM"))
+    assert not any(line.get_marker() == "D" for line in text.lines), "the paper has no perplexity"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        table_iii_rows(),
+        table_iii(accuracy_rows(1), published("table_iii"), pretraining=pretraining_rows()),
+        table_iii(accuracy_rows(2).query("task == 'CoLA' and num_divisions == 4"), published("table_iii")),
+        table_iii(accuracy_rows(1).head(0), published("table_iii")),
+    ],
+    ids=["older", "one seed", "no original, one task", "nothing run"],
+)
+def test_table_iii_is_drawn_from_what_there_is(tmp_path, table):
+    run = RunFolder(tmp_path)
+    run.save_table(table, "table_iii")
+    assert len(draw(run, "table_iii").axes) >= 2 * 6
+
+
+def test_every_seed_is_a_dot_and_the_original_a_band(full_run):
+    figure = draw(full_run, "table_iii_noise")
+    assert [axis.get_title() for axis in figure.axes] == [
+        f"{task}, 3 seeds" for task in ("CoLA", "SST-2", "MRPC", "MNLI", "SQuAD")
+    ]
+    axis = figure.axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names[0] == "original" and len(names) == 7
+    dots = next(line for line in axis.lines if line.get_marker() == "o")
+    assert sorted(dots.get_xdata()) == pytest.approx([0.8 * 40.43 + shift for shift in (-SPREAD, 0, SPREAD)])
+    assert axis.patches[0].get_width() == pytest.approx(2 * SPREAD), "a standard deviation to both sides"
+
+
+def test_dots_of_one_seed_have_no_band_and_variants_are_left_out(tmp_path):
+    run = RunFolder(tmp_path)
+    runs = accuracy_rows(1)
+    run.save_table(pd.concat([runs, runs.assign(attention_width="narrow", score=1.0)]), "accuracy_runs")
+    axis = draw(run, "table_iii_noise").axes[0]
+    assert axis.get_title() == "CoLA, 1 seed" and not axis.patches
+    assert all(len(line.get_xdata()) == 1 for line in axis.lines if line.get_marker() == "o")
+
+
+def test_calibration_has_a_line_a_method_and_the_teacher(full_run):
+    figure = draw(full_run, "calibration")
+    assert len(figure.axes) == 2
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [
+        "not trained on (sliced)",
+        "plain",
+        "distilled",
+        "from scratch, 100,000,000 tokens",
+        "original (teacher)",
+    ]
+    levels = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_label() == "original (teacher)"]
+    assert levels == [3.5] and figure.axes[0].get_xscale() == "log"
+
+
+def test_calibration_of_one_method_is_drawn(tmp_path):
+    run = RunFolder(tmp_path)
+    rows = calibration_rows().query("method == 'distilled'").assign(teacher_valid_loss=np.nan)
+    run.save_table(rows, "calibration")
+    assert [text.get_text() for text in draw(run, "calibration").legends[0].get_texts()] == ["distilled"]
+
+
+def test_throughput_has_bars_and_losses_at_equal_steps(full_run):
+    left, right = draw(full_run, "throughput").axes
+    assert [label.get_text() for label in left.get_yticklabels()][:2] == ["ours, bf16-weights", "ours, float32"]
+    assert left.patches[0].get_width() == 9000 and left.texts[0].get_text() == "9,000 (3.00x), bert-base original"
+    assert [line.get_label() for line in right.lines] == ["ours", "Trainer"]
+
+
+def test_placements_write_the_difference_to_the_published_place(full_run):
+    axis = draw(full_run, "placements").axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["last", "first", "bottom", "middle", "top"]
+    assert [text.get_text() for text in axis.texts] == ["", "+0.050", "+0.200", "+0.100", "-0.050"]
+
+
+def test_wire_accuracy_has_the_band_that_is_allowed(full_run):
+    figure = draw(full_run, "wire_accuracy")
+    axis = figure.axes[0]
+    band = axis.patches[0]
+    assert (band.get_y(), band.get_height()) == (pytest.approx(-0.3), pytest.approx(0.6))
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["bfloat16", "int8"]

@@ -20,7 +20,18 @@ from detransformer.report.tables import (
     table_iv_markdown,
     valid_rows,
 )
-from report_frames import MEGABITS, SINGLE_S, WAIT_S, communication_s, latency_rows, row, table_iii_rows
+from detransformer.training.summary import table_iii
+from report_frames import (
+    MEGABITS,
+    SINGLE_S,
+    WAIT_S,
+    accuracy_rows,
+    communication_s,
+    latency_rows,
+    pretraining_rows,
+    row,
+    table_iii_rows,
+)
 
 CELL = ["link", "variant", "model", "bandwidth_mbps", "baseline"]
 
@@ -185,9 +196,47 @@ def test_table_ii_takes_the_nearest_bandwidth_and_says_not_run():
 def test_table_iii_markdown_has_the_papers_rows_and_both_values():
     markdown = table_iii_markdown(table_iii_rows())
     lines = [line for line in markdown.splitlines() if line.startswith("| BERT")]
-    assert len(lines) == 11
+    assert len(lines) == 11 + 9, "scores, and differences of the decoupled ones"
     assert "42.06 / 33.65 ± 1.50" in markdown and "51.00 / not run" in markdown
     assert "| BERT-Base  | original" in markdown
+
+
+def lines_of(markdown: str, *start: str) -> list[list[str]]:
+    """Cells of the lines whose first cells are `start`, in both tables."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    return [row for row in rows if tuple(row[: len(start)]) == start]
+
+
+def test_table_iii_markdown_marks_what_is_beyond_noise():
+    table = table_iii_rows()
+    decoupled = (table["num_original_layers"] == 4) & (table["num_divisions"] == 8) & (table["model"] == "bert-base")
+    table.loc[decoupled, "obtained_std"] = 0.01
+    table.loc[table["num_original_layers"].isna(), "obtained_std"] = 0.01
+    markdown = table_iii_markdown(table)
+    scores, differences = lines_of(markdown, "BERT-Base", "4", "8")
+    assert scores[3] == "36.75 / 29.40 ± 0.01 ▼" and differences[3] == "-3.68 / -2.94 ± 0.01 ▼"
+    assert scores[4] == "91.28 / 73.02 ± 0.01" and "▲ better and ▼ worse" in markdown, "as the original: no mark"
+    assert scores[8] == "73.37 (97.7%) / 58.69 (97.7 ± 0.0%)", "the mean of five tasks and its share"
+    assert lines_of(markdown, "BERT-Large", "8", "4")[0][3] == "44.25 / not run"
+    assert len(lines_of(markdown, "BERT-Base", "original")) == 1, "the original has no difference to itself"
+
+
+def test_table_iii_markdown_has_perplexity_lower_is_better(tmp_path):
+    table = table_iii(accuracy_rows(1), published("table_iii"), pretraining=pretraining_rows(2))
+    table.to_csv(tmp_path / "table_iii.csv", index=False)
+    for frame in (table, pd.read_csv(tmp_path / "table_iii.csv")):
+        markdown = table_iii_markdown(frame)
+        scores, differences = lines_of(markdown, "BERT-Base", "1", "4")
+        assert "Held-out text, perplexity" in markdown and scores[-1].startswith("58.85 ±") and scores[-1].endswith("▼")
+        assert scores[3] == "39.85 / 31.88" and differences[3] == "-0.58 / -0.46", "one seed: no spread, no mark"
+        assert lines_of(markdown, "BERT-Large", "4", "4")[0][-1] == "not run"
+
+
+def test_table_iii_markdown_shows_the_mean_of_learned_tasks_where_not_all_are():
+    runs = accuracy_rows(2)
+    assert "Mean of learned" not in table_iii_markdown(table_iii(runs, published("table_iii")))
+    runs.loc[runs["task"] == "MRPC", "score"] = 62.0
+    assert "Mean of learned tasks" in table_iii_markdown(table_iii(runs, published("table_iii")))
 
 
 # --- beyond the paper --------------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 Reads the run's saved tables only. Where the paper says BP+Auto, the best of the paper's three plans stands beside the
 published value; our plans follow in rows of their own, where they were measured. Verdicts follow `report.expected`;
 three more stand here: a count must be equal, a yes or no of Table II must be the same word, and a difference between
-two accuracies is judged only where several seeds say how much the seed alone moves it (`one seed` and `within noise`
-otherwise).
+two accuracies is judged only where it is beyond what several seeds say that the seed alone moves it (`one seed` and
+`within noise` otherwise, by the rule of `report.accuracy`).
 """
-
-import math
 
 import pandas as pd
 
+from detransformer.report.accuracy import PUBLISHED_COLUMNS, ROW_COLUMNS, completed
 from detransformer.report.expected import COLUMNS, TOLERANCE, judge, published, verdict
 from detransformer.report.runs import RunFolder
 from detransformer.report.tables import (
@@ -139,13 +138,8 @@ def table_iii_differences(table: pd.DataFrame, tolerance: float) -> pd.DataFrame
         base = originals.loc[(cell.model, cell.task)]
         expected, obtained = cell.expected - base["expected"], cell.obtained_mean - base["obtained_mean"]
         said = judge(expected, obtained, tolerance, neutral=0)
-        if pd.notna(obtained):
-            counts = (cell.num_seeds, base["num_seeds"])
-            if min(counts) < 2:
-                said = "one seed"
-            else:
-                noise = math.hypot(cell.obtained_std / counts[0] ** 0.5, base["obtained_std"] / counts[1] ** 0.5)
-                said = "within noise" if abs(obtained) <= 2 * noise else said  # two standard errors
+        if pd.notna(obtained) and (pd.isna(cell.beyond_noise) or not cell.beyond_noise):
+            said = "one seed" if pd.isna(cell.beyond_noise) else "within noise"
         ratio = obtained / expected if expected else None
         claim, where = f"{cell.claim}, minus original", "Table III (difference)"
         rows.append((claim, where, "", expected, obtained, ratio, said, "03_accuracy"))
@@ -178,18 +172,16 @@ def _table(run: RunFolder, name: str) -> pd.DataFrame:
 
 
 def _table_iii_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The published cells (model, Nb, Ndiv, task) with the obtained mean, spread and seeds, NaN where not run."""
-    names = {"cola_mcc": "CoLA", "sst2_acc": "SST-2", "mrpc_acc": "MRPC", "mnli_acc": "MNLI", "squad_acc": "SQuAD"}
-    keys = ["model", "num_original_layers", "num_divisions"]
-    stated = published("table_iii").set_axis([*keys, *names], axis=1).rename(columns=names)
-    cells = stated.melt(keys, list(names.values()), var_name="task", value_name="expected")
+    """The published cells (model, Nb, Ndiv, task) with the obtained mean, NaN where not run, and `beyond_noise`."""
+    keys, tasks = ROW_COLUMNS, list(PUBLISHED_COLUMNS)
+    stated = published("table_iii").set_axis([*keys, *tasks], axis=1)
+    cells = stated.melt(keys, tasks, var_name="task", value_name="expected")
     cells["original"] = cells["num_original_layers"] == "original"
-    wanted = ["obtained_mean", "obtained_std", "num_seeds"]
+    wanted = ["obtained_mean", "beyond_noise"]
     if len(table):
-        found = table.copy()
+        found = completed(table)
         for key in keys[1:]:
-            numbers = pd.to_numeric(found[key], errors="coerce")
-            found[key] = ["original" if pd.isna(n) else str(int(n)) for n in numbers]
+            found[key] = ["original" if pd.isna(n) else str(n) for n in found[key]]
         cells = cells.merge(found[[*keys, "task", *wanted]], how="left", on=[*keys, "task"])
     else:
         cells[wanted] = float("nan")

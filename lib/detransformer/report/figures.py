@@ -1,8 +1,8 @@
 """The papers' figures, drawn from a run's saved tables only: table in, Figure out.
 
-`FIGURES` names each figure with the tables it needs and the function that draws it; those of latency are in
-`report.latency_figures`, those of adaptive execution in `report.adaptive_figures`. A published value is a hollow
-diamond or a hatched bar beside the obtained one. Drawing computes nothing but the ratios that the axes name.
+`FIGURES` names each figure with the tables it needs and the function that draws it; those of accuracy are in
+`report.accuracy_figures`, of latency in `report.latency_figures`, of adaptive execution in `report.adaptive_figures`. A
+published value is hollow or hatched beside the obtained one. Drawing computes nothing but what the axes name.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from detransformer.files import atomic_write
-from detransformer.report import adaptive_figures, latency_figures
+from detransformer.report import accuracy_figures, adaptive_figures, latency_figures
 from detransformer.report.canvas import (
     COLOURS,
     STYLE,
@@ -21,12 +21,11 @@ from detransformer.report.canvas import (
     legend_below,
     legend_beside,
     need,
-    panel_grid,
     panels,
     whole_ticks,
 )
 from detransformer.report.runs import RunFolder
-from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, NUM_DEVICES, TASK_COLUMNS
+from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, NUM_DEVICES
 
 
 def draw(run: RunFolder, name: str) -> Figure:
@@ -93,7 +92,7 @@ def decoupling(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-# --- 02, 03 training ---------------------------------------------------------------------------------------------
+# --- 02 training -------------------------------------------------------------------------------------------------
 
 
 def pretraining_loss(frame: pd.DataFrame) -> Figure:
@@ -108,54 +107,6 @@ def pretraining_loss(frame: pd.DataFrame) -> Figure:
     axis.set(xlabel="Optimiser step", ylabel="Training loss (nats a masked token)")
     axis.set_title("Pre-training, original and decoupled (paper Section IV-B)")
     legend_beside(axis)
-    return figure
-
-
-def table_iii(frame: pd.DataFrame) -> Figure:
-    """Table III as trends: each task over Nb (Ndiv=4) and over Ndiv (Nb=4); published hollow, obtained filled."""
-    rows = frame.copy()
-    rows["nb"] = pd.to_numeric(rows["num_original_layers"], errors="coerce")
-    rows["ndiv"] = pd.to_numeric(rows["num_divisions"], errors="coerce")
-    rows = need(rows[rows["obtained_mean"].notna() | rows["published"].notna()], "table_iii", "any row")
-    model = "bert-base" if (rows["model"] == "bert-base").any() else rows["model"].iloc[0]
-    rows = rows[rows["model"] == model]
-    original = rows[rows["nb"].isna()]
-    tasks = list(dict.fromkeys(rows["task"]))
-    figure, grid = panel_grid(2, len(tasks), width=2.15, height=2.1)
-    for column, task in enumerate(tasks):
-        base = original[original["task"] == task]
-        for row, (key, fixed, value, title) in enumerate(
-            [("nb", "ndiv", 4, "Nb (Ndiv = 4)"), ("ndiv", "nb", 4, "Ndiv (Nb = 4)")]
-        ):
-            axis = grid[row][column]
-            line = rows[(rows["task"] == task) & (rows[fixed] == value)].sort_values(key)
-            axis.plot(line[key], line["published"], "D--", mfc="none", color="0.35", ms=5, lw=0.9)
-            axis.errorbar(
-                line[key],
-                line["obtained_mean"],
-                yerr=line["obtained_std"].fillna(0),
-                fmt="o-",
-                color="C0",
-                ms=4,
-                capsize=2,
-            )
-            for values, colour in ((base["published"], "0.35"), (base["obtained_mean"], "C0")):
-                if values.notna().any():
-                    axis.axhline(values.mean(), color=colour, lw=0.9, ls=":")
-            whole_ticks(axis, sorted(line[key].unique()))
-            axis.set_xlabel(title)
-            if row == 0:
-                metric = base["metric"].iloc[0] if "metric" in base and len(base) else "score"
-                axis.set_title(f"{TASK_COLUMNS.get(task, task)} ({metric})")
-            if column == 0:
-                axis.set_ylabel("Score (x100)")
-    handles = [
-        matplotlib.lines.Line2D([], [], marker="D", mfc="none", color="0.35", ls="--", lw=0.9, label="published"),
-        matplotlib.lines.Line2D([], [], marker="o", color="C0", ms=4, label="obtained (mean ± std over seeds)"),
-        matplotlib.lines.Line2D([], [], color="0.35", ls=":", label="original model (grey published, blue obtained)"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    figure.suptitle(f"Accuracy of decoupled {MODEL_NAMES.get(model, model)} (paper Table III)", fontsize=10)
     return figure
 
 
@@ -223,7 +174,12 @@ def placement(frame: pd.DataFrame) -> Figure:
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "decoupling": (("decoupling",), decoupling),
     "pretraining_loss": (("pretraining_loss",), pretraining_loss),
-    "table_iii": (("table_iii",), table_iii),
+    "table_iii": (("table_iii",), accuracy_figures.table_iii),
+    "table_iii_noise": (("accuracy_runs",), accuracy_figures.table_iii_noise),
+    "calibration": (("calibration",), accuracy_figures.calibration),
+    "throughput": (("training_throughput", "training_throughput_loss"), accuracy_figures.throughput),
+    "placements": (("placements",), accuracy_figures.placements),
+    "wire_accuracy": (("wire_accuracy",), accuracy_figures.wire_accuracy),
     "fig2a": (("fig2a",), fig2a),
     "placement": (("placement",), placement),
     "fig2b": (("latency",), latency_figures.fig2b),

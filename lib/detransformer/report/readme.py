@@ -10,6 +10,7 @@ import pandas as pd
 
 from detransformer.files import atomic_write, repository_root
 from detransformer.report.claims import OURS
+from detransformer.report.findings import findings, mean_lines
 from detransformer.report.peers import methods_at
 from detransformer.report.runs import RunFolder
 
@@ -82,11 +83,23 @@ def adaptive(run: RunFolder) -> str:
     return "\n".join(lines)
 
 
+def table_iii(run: RunFolder) -> str | None:
+    """Table III's means and perplexity, and what differences, trends, wire, placements and calibration came to.
+
+    None, which leaves the README as it is, for a run whose table has no seeds to judge differences by.
+    """
+    table = run.load_table("table_iii")
+    if "beyond_noise" not in table:
+        return None
+    return "\n".join([*mean_lines(table), "", *(f"- {sentence}" for sentence in findings(run))])
+
+
 # What each section needs of the run: one whose tables the run lacks keeps its text in the README, if it is there.
 SECTIONS = {
     "claims": (claims, "summary"),
     "table_iv": (table_iv, "table_iv"),
     "peers": (peers, "methods"),
+    "table_iii": (table_iii, "table_iii"),
     "adaptive": (adaptive, "adaptive"),
 }
 
@@ -99,8 +112,9 @@ def render(readme: str, run: RunFolder) -> str:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not pattern.search(readme):
             raise ValueError(f"README.md has no place for {name!r}: put <!-- {name} --> and <!-- /{name} --> in it.")
-        found = pattern.search(readme)
-        readme = readme[: found.end(1)] + make(run) + "\n" + readme[found.start(2) :]
+        found, body = pattern.search(readme), make(run)
+        if body is not None:
+            readme = readme[: found.end(1)] + body + "\n" + readme[found.start(2) :]
     return readme
 
 

@@ -14,9 +14,9 @@ from detransformer.files import atomic_write
 TABLE_NOTEBOOKS = {
     "decoupling": "01_decoupling",
     "pretraining_loss": "02_pretraining",
-    "pretraining": "02_pretraining",
-    "accuracy_runs": "03_accuracy",
-    "table_iii": "03_accuracy",
+    **dict.fromkeys(("pretraining", "placements", "widths", "calibration"), "02_pretraining"),
+    **dict.fromkeys(("training_throughput", "training_throughput_loss"), "02_pretraining"),
+    **dict.fromkeys(("accuracy_runs", "table_iii", "mean_score", "trends", "wire_accuracy"), "03_accuracy"),
     "profile": "04_profiling",
     "efficiency": "04_profiling",
     "links": "04_profiling",

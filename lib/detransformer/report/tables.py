@@ -7,6 +7,8 @@ lacks a column is read as if it had been measured in the paper's setting, which 
 
 import pandas as pd
 
+from detransformer.report.accuracy import MLM, NUM_ERRORS, ROW_COLUMNS, completed, lower_is_better, mean_score
+
 NUM_DEVICES = 4  # the paper's testbed
 NUM_ORIGINAL_LAYERS, NUM_DIVISIONS = 4, 4  # Section IV-C-1: DeTransformer's configuration for Table IV and Fig. 7
 SEQ_LEN = 128
@@ -20,7 +22,6 @@ MODEL_NAMES = {
     "gpt2-xl": "GPT-2 XL",
     "opt-6.7b-shape": "7B shape",
 }
-TASK_COLUMNS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "mnli": "MNLI", "squad": "SQuAD"}
 METHOD_NAMES = {  # in the order of tables and legends
     "single": "Single",
     "dp": "DP",
@@ -216,23 +217,94 @@ def table_iv_markdown(table: pd.DataFrame) -> str:
 
 
 def table_iii_markdown(table: pd.DataFrame) -> str:
-    """Table III in the paper's form (Nb, Ndiv, tasks), `published / obtained mean ± std` in each cell."""
-    cells = table.copy()
-    cells["cell"] = [
-        _pair(row.published, row.obtained_mean, row.obtained_std if getattr(row, "num_seeds", 1) > 1 else None)
-        for row in table.itertuples()
-    ]
-    keys = ["model", "num_original_layers", "num_divisions"]
-    cells[keys] = cells[keys].astype(object).where(cells[keys].notna(), "original").map(_plain)
-    order = cells[keys].drop_duplicates()
-    tasks = list(dict.fromkeys(cells["task"]))
-    wide = order.merge(cells.pivot(index=keys, columns="task", values="cell").reset_index(), on=keys)
-    wide = wide[keys + tasks].fillna("not run")
-    wide["model"] = wide["model"].map(lambda m: MODEL_NAMES.get(m, m))
-    metrics = cells.drop_duplicates("task").set_index("task")["metric"] if "metric" in cells else {}
-    titles = {task: f"{TASK_COLUMNS.get(task, task)} ({metrics[task]})" if len(metrics) else task for task in tasks}
+    """Table III in the paper's form (Nb, Ndiv, tasks), then its differences to the original in the same form.
+
+    First `published / obtained mean ± standard deviation`, with the mean over tasks, its share of the original's, and
+    perplexity; then `published difference / obtained difference ± standard error`. An arrow marks what is beyond noise.
+    """
+    cells = completed(table)
+    cells["cell"] = [_score_cell(row) for row in cells.itertuples()]
+    wide = _wide(cells, "cell")
+    means = mean_score(table)
+    everything = means[means["over"] == "all"]
+    wide = _with_column(wide, "Mean (% of original)", everything, [_mean_cell(row) for row in everything.itertuples()])
+    some = means[(means["over"] == "learned") & (means["num_tasks"] > 0)]
+    if len(some) and set(some["tasks"]) != set(everything.loc[everything["num_tasks"] > 0, "tasks"]):
+        wide = _with_column(wide, "Mean of learned tasks", some, [_mean_cell(row) for row in some.itertuples()])
+    if MLM in wide:
+        wide = wide[[name for name in wide if name != MLM] + [MLM]].rename(columns={MLM: "Held-out text, perplexity"})
+    decoupled = cells[cells["num_original_layers"].notna()]
+    decoupled = decoupled.assign(cell=[_difference_cell(row) for row in decoupled.itertuples()])
+    return "\n\n".join(
+        [
+            "Each cell: published / obtained ± standard deviation over seeds.",
+            _markdown(_titled(wide, cells)),
+            f"▲ better and ▼ worse than the original by more than {NUM_ERRORS} standard errors of the difference; "
+            "no mark: within that noise, or one seed. Published values are of one seed. Perplexity: lower is better.",
+            "Differences to the original, published / obtained ± standard error.",
+            _markdown(_titled(_wide(decoupled, "cell"), cells)),
+        ]
+    )
+
+
+def _wide(cells: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One line a model row and one column a task, in the table's order; Nb and Ndiv as words."""
+    keyed = cells.assign(**{name: cells[name].astype(object).map(_or_original) for name in ROW_COLUMNS[1:]})
+    tasks = list(dict.fromkeys(keyed["task"]))
+    pivot = keyed.pivot(index=ROW_COLUMNS, columns="task", values=column).reset_index()
+    return keyed[ROW_COLUMNS].drop_duplicates().merge(pivot, on=ROW_COLUMNS)[ROW_COLUMNS + tasks].fillna("not run")
+
+
+def _with_column(wide: pd.DataFrame, title: str, means: pd.DataFrame, values: list[str]) -> pd.DataFrame:
+    keyed = means.assign(**{name: means[name].astype(object).map(_or_original) for name in ROW_COLUMNS[1:]})
+    column = keyed[ROW_COLUMNS].assign(**{title: values})
+    return wide.merge(column, on=ROW_COLUMNS, how="left").fillna({title: "-"})
+
+
+def _titled(wide: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Headings with each task's metric, and the models' names."""
+    metrics = cells.drop_duplicates("task").set_index("task")["metric"].fillna("")
+    titles = {task: f"{task} ({metric.replace('_', ' ')})" for task, metric in metrics.items() if metric}
     names = {"model": "Model", "num_original_layers": "Nb", "num_divisions": "Ndiv"}
-    return "Each cell: published / obtained.\n\n" + _markdown(wide.rename(columns=names | titles))
+    wide = wide.assign(model=wide["model"].map(lambda model: MODEL_NAMES.get(model, model)))
+    return wide.rename(columns=titles | names)
+
+
+def _score_cell(row) -> str:
+    spread = row.obtained_std if row.num_seeds > 1 else None
+    if row.task == MLM:
+        return _signed(row.obtained_mean, spread, "") + _mark(row)
+    return _pair(row.published, row.obtained_mean, spread) + _mark(row)
+
+
+def _difference_cell(row) -> str:
+    obtained = _signed(row.obtained_difference, row.difference_std_error) + _mark(row)
+    return obtained if row.task == MLM else f"{_signed(row.published_difference)} / {obtained}"
+
+
+def _mean_cell(row) -> str:
+    """`published (share) / obtained (share ± standard error)`, both over the tasks that were measured."""
+    published = f"{row.published:.2f} ({row.published_share:.1f}%)"
+    if pd.isna(row.obtained):
+        return f"{published} / not run"
+    error = "" if pd.isna(row.share_std_error) else f" ± {row.share_std_error:.1f}"
+    return f"{published} / {row.obtained:.2f} ({row.obtained_share:.1f}{error}%)"
+
+
+def _mark(row) -> str:
+    if pd.isna(row.beyond_noise) or not row.beyond_noise:
+        return ""
+    return " ▲" if (row.obtained_difference > 0) != lower_is_better(row.task) else " ▼"
+
+
+def _signed(value: float, spread: float | None = None, sign: str = "+") -> str:
+    if pd.isna(value):
+        return "not run"
+    return f"{value:{sign}.2f}" + (f" ± {spread:.2f}" if spread is not None and pd.notna(spread) else "")
+
+
+def _or_original(value) -> str:
+    return "original" if pd.isna(value) else str(value)
 
 
 TABLE_II_VARIANTS = {"BP": "paper", "BP (ours)": "ours"}
@@ -327,15 +399,7 @@ def _times(value: float) -> str:
 
 
 def _pair(expected: float, obtained: float, spread: float | None = None) -> str:
-    if pd.isna(obtained):
-        mine = "not run"
-    else:
-        mine = f"{obtained:.2f}" + (f" ± {spread:.2f}" if spread is not None and pd.notna(spread) else "")
-    return f"{'-' if pd.isna(expected) else f'{expected:.2f}'} / {mine}"
-
-
-def _plain(value) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return f"{'-' if pd.isna(expected) else f'{expected:.2f}'} / {_signed(obtained, spread, '')}"
 
 
 def _markdown(frame: pd.DataFrame) -> str:
