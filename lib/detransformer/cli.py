@@ -93,6 +93,21 @@ def decouple(
     )
 
 
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a BERT or decoupled BERT with its masked-LM head.")],
+    text: Annotated[list[str] | None, typer.Option(help="Text file or folder of .txt files; may be repeated.")] = None,
+    source: Annotated[str, typer.Option(help="Where no --text is given: auto, mirror, hub or built-in.")] = "auto",
+    seq_len: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "128",
+    max_tokens: Annotated[str, typer.Option(help="Held-out text read, at most.")] = "200000",
+    wire: Annotated[str | None, typer.Option(help="Also with messages of four devices in bfloat16 or int8.")] = None,
+) -> None:
+    """Held-out loss and perplexity of a pre-trained model, e.g. results/reference/models/bert-base-nb4-ndiv4."""
+    from detransformer.training.commands import evaluate_command
+
+    evaluate_command(checkpoint, text, source, seq_len, max_tokens, wire)
+
+
 @app.command("bench-training")
 def bench_training(
     rows: Annotated[str, typer.Option(help="Models: original and Nb,Ndiv, with spaces between them.")] = "original 4,4",

@@ -20,6 +20,7 @@ from detransformer.training.distillation import (
     calibrate,
     calibration_table,
 )
+from detransformer.training.evaluation import export, held_out_loss, load_masked_lm
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import PretrainResult, pretrain, pretrain_all
 from detransformer.training.studies import calibration_study, structures
@@ -27,6 +28,7 @@ from detransformer.training.summary import (
     accuracy_table,
     loss_table,
     mean_differences,
+    of_row,
     placement_table,
     pretraining_table,
     table_iii,
@@ -48,14 +50,18 @@ __all__ = [
     "calibrate",
     "calibration_table",
     "calibration_study",
+    "export",
     "finetune",
     "finetune_all",
     "finetune_recipes",
+    "held_out_loss",
+    "load_masked_lm",
     "loss_differences",
     "loss_table",
     "make_config",
     "mean_differences",
     "model_rows",
+    "of_row",
     "open_data",
     "pretrain",
     "pretrain_all",

@@ -1,8 +1,9 @@
-"""`detransformer calibrate`: a BERT checkpoint of one's own, decoupled and trained on with itself as the teacher."""
+"""`detransformer calibrate` and `evaluate`: a BERT checkpoint of one's own, decoupled with itself as the teacher."""
 
 import dataclasses
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -10,11 +11,13 @@ from transformers import AutoTokenizer
 from detransformer.checkpoints import copy_tokenizer, read_config
 from detransformer.files import atomic_folder
 from detransformer.models.configuration import ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS, check_decoupling
+from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.parse import number, one_of, whole_number
 from detransformer.training.config import PRECISIONS, ModelRow, PretrainConfig
 from detransformer.training.data import SOURCES, TrainingData, open_data
 from detransformer.training.data.text import retokenized, text_data
 from detransformer.training.distillation import CalibrationConfig, CalibrationResult, calibrate
+from detransformer.training.evaluation import held_out_loss, load_masked_lm
 
 MICRO_BATCH = 32  # sequences in one forward pass, at most
 MAX_VALID_TOKENS = 200_000
@@ -106,6 +109,29 @@ def calibrate_command(
         f"calibrated ({result.method}, {result.tokens:,} tokens, {result.seconds:.0f} s), "
         f"{result.teacher_valid_loss:.3f} the teacher's.\nWritten to {target}."
     )
+
+
+def evaluate_command(
+    checkpoint: str, text: list[str] | None, source: str, seq_len: str, max_tokens: str, wire: str | None
+) -> None:
+    """Prints the held-out loss of a checkpoint; with `wire`, also as four devices would compute it.
+
+    Raises:
+        ValueError: for a folder that is no masked-language model, words that are no numbers, an unknown format.
+    """
+    length, limit = whole_number(seq_len, "--seq-len", 8, 512), whole_number(max_tokens, "--max-tokens", 8)
+    wires = ["", *([one_of(wire, "--wire", WIRE_FORMATS)] if wire else [])]
+    model = load_masked_lm(checkpoint)
+    with tempfile.TemporaryDirectory() as cache:
+        data = _read_text(Path(checkpoint), text, one_of(source, "--source", SOURCES), Path(cache))
+        print(f"Text: {data.note}.")
+        for name in wires:
+            found = held_out_loss(model, data, length, limit, name)
+            how = f"{name} messages between four devices" if name else "exact"
+            print(
+                f"{how}: {found['loss']:.4f} nats a masked token, perplexity {found['perplexity']:.1f} "
+                f"({found['tokens']:,} tokens)"
+            )
 
 
 def _read_text(checkpoint: Path, text: list[str] | None, source: str, cache_dir: Path) -> TrainingData:

@@ -222,6 +222,18 @@ def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
     return _nullable(frame).astype({"change_std_error": float})
 
 
+def of_row(frame: pd.DataFrame, row) -> pd.DataFrame:
+    """The rows of a table of models or runs that are of `row`, a `ModelRow`."""
+    frame = with_structure(frame)
+    same = frame["model"] == row.model
+    for name in ("num_original_layers", "num_divisions"):
+        wanted = getattr(row, name)
+        same &= frame[name].isna() if wanted is None else (frame[name] == wanted).fillna(False)
+    for name in ("attention_width", "original_placement"):
+        same &= frame[name] == getattr(row, name)
+    return frame[same]
+
+
 def placement_table(pretraining: pd.DataFrame) -> pd.DataFrame:
     """Where the original layers stand, at equal Nb and Ndiv: held-out loss beside that of "last", as published."""
     return _variant_table(pretraining, "original_placement")
