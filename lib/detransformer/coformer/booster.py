@@ -1,0 +1,525 @@
+"""Booster: sub-models calibrated one after the other by distillation (CoFormer 2025, Algorithm 1, lines 12 to 15).
+
+Each training sample i of M has a weight w_i. Sub-model n is trained on Eq. 14,
+
+    L_i = 1/2 [CE(student, y_i) + CE(student, y_t,i)],   the batch's mean of w_i L_i,
+
+with y_t the large model's own decision (DeiT's hard distillation), and the weights are updated by its losses, Eq. 13:
+
+    w_i <- w_i exp[(1/M - 1) L_i].
+
+As printed, (1/M - 1) is about -1: a sample that sub-model n gets WRONG weighs less for sub-model n+1, and one it gets
+right weighs more. That is the opposite of boosting (Freund and Schapire 1997), which the method is named after. Also as
+printed, L contains W/2 with W = 1/M, which makes every exponent about 0 and the weights stay; L is taken here before
+its weight. The rule is therefore a choice (`RULES`):
+
+    "boosting"   the sign turned: hard samples weigh more. L is measured in ln C, what guessing among C classes costs,
+                 and cut at 1, so that one round raises a sample exp(strength) times over another at most: with the
+                 bare loss a few mislabelled samples would be all that the next sub-model sees. The default.
+    "published"  Eq. 13 as printed, with L before its weight.
+    "none"       all weights stay: the sub-models are distilled independently of each other.
+
+Weights start at 1 and are normalised to mean 1, where the paper starts at 1/M and states no normalisation: their ratios
+are the same, and the loss keeps its size whatever M is.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from detransformer.files import atomic_folder, atomic_write
+from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
+from detransformer.training.config import OPTIMIZERS, PRECISIONS, FinetuneConfig, config_hash
+from detransformer.training.data import TrainingData
+from detransformer.training.data.images import ImageData
+from detransformer.training.data.tasks import get_task
+from detransformer.training.features import by_length, collate, epoch_batches
+from detransformer.training.finetuning import _prepared
+from detransformer.training.hardware import autocast_of, choose_attention, keep_freed_memory, resolve_precision
+from detransformer.training.metrics import classification_scores
+from detransformer.training.pretraining import finish, prepare, train_steps
+
+RULES = ("boosting", "published", "none")
+TARGETS = ("hard", "soft")
+UNRELATED = ("_name_or_path", "architectures", "transformers_version", "dtype")  # to what a configuration computes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of a task: their numbers [B] in the split, and what a model reads."""
+
+    rows: np.ndarray
+    inputs: dict[str, torch.Tensor]
+
+
+class BoostTask(Protocol):
+    """What is learned: M training samples with labels, as batches that say which samples they hold."""
+
+    name: str
+    fingerprint: str
+    num_classes: int
+    metric: str
+    train_labels: np.ndarray  # int64 [M]
+    test_labels: np.ndarray
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """A function of its arguments; augmented where the task augments."""
+        ...
+
+    def ordered_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Every sample of `split` (`train` or `test`) once, in any order, not augmented."""
+        ...
+
+    def score(self, predicted: np.ndarray) -> float:
+        """Of the test samples' predicted classes, times 100, by `metric`."""
+        ...
+
+
+class ImageTask:
+    """Classification of images.
+
+    Args:
+        padding, flip: augmentation, as in `ImageConfig`. The large model's decision is that for the image as it is.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, data: ImageData, padding: int = 4, flip: bool = True):
+        self.data, self.padding, self.flip = data, padding, flip
+        self.name, self.num_classes = f"{data.name} images", data.num_classes
+        self.fingerprint = f"{data.fingerprint}-{padding}-{flip}"
+        self.train_labels, self.test_labels = data.train_labels, data.test_labels
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        return self._batch(self.data.train_batch(seed, step, batch_size, self.padding, self.flip))
+
+    def ordered_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        return map(self._batch, self.data.ordered_batches(split, batch_size))
+
+    def score(self, predicted: np.ndarray) -> float:
+        return 100 * float((predicted == self.test_labels).mean())
+
+    @staticmethod
+    def _batch(batch: dict[str, torch.Tensor]) -> Batch:
+        return Batch(batch["rows"].numpy(), {"pixel_values": batch["pixel_values"]})
+
+
+class TextTask:
+    """A GLUE classification task, tokenised and batched as in fine-tuning.
+
+    Args:
+        config: of which seq_len and the numbers of rows are read.
+        input_names: what the models take; leave token_type_ids out for GPT-2.
+
+    Raises:
+        ValueError: for a task without classes.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        task: str,
+        config: FinetuneConfig,
+        input_names: Sequence[str] = ("input_ids", "token_type_ids", "attention_mask"),
+    ):
+        self.task = get_task(task)
+        if self.task.is_question_answering:
+            raise ValueError(f"{task} has no classes to boost on: choose CoLA, SST-2, MRPC or MNLI.")
+        prepared = _prepared(data, task, config)
+        self._features = {"train": prepared.train, "test": prepared.validation}
+        self._pad, self._input_names = data.special.pad, tuple(input_names)
+        self._lengths = [len(feature.tokens) for feature in prepared.train]
+        self._epoch: tuple[tuple[int, int, int], list[np.ndarray]] = ((-1, -1, -1), [])
+        self.name, self.num_classes, self.metric = task, len(self.task.labels), self.task.metric
+        rows = [config.max_train_rows, config.max_eval_rows, config.seq_len, self._input_names]
+        self.fingerprint = config_hash(data.name, data.fingerprint, task, *rows)
+        self.train_labels, self.test_labels = (
+            np.array([feature.label for feature in features]) for features in self._features.values()
+        )
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """Batch `step`; the last of an epoch may be smaller."""
+        epoch, number = divmod(step, math.ceil(len(self._lengths) / batch_size))
+        key = (seed, epoch, batch_size)
+        if self._epoch[0] != key:
+            self._epoch = (key, epoch_batches(self._lengths, batch_size, seed, epoch))
+        return self._batch("train", self._epoch[1][number])
+
+    def ordered_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        for rows in by_length(self._features[split], batch_size):
+            yield self._batch(split, np.array(rows))
+
+    def score(self, predicted: np.ndarray) -> float:
+        return classification_scores(self.task, predicted, self.test_labels)[self.metric]
+
+    def _batch(self, split: str, rows: np.ndarray) -> Batch:
+        batch = collate([self._features[split][i] for i in rows], self._pad)
+        return Batch(rows, {name: batch[name] for name in self._input_names})
+
+
+@dataclass(frozen=True)
+class BoostConfig:
+    """How each sub-model is calibrated.
+
+    Args:
+        num_steps: optimizer steps of one sub-model.
+        global_batch_size, micro_batch_size: samples in one optimizer step, and in one forward pass.
+        learning_rate, warmup, decay_power: linear warm-up over that fraction of the steps, then polynomial decay to 0.
+        rule: of the weights, see the module; one of `RULES`.
+        strength: of `"boosting"`: how far one round may raise a sample, as an exponent.
+        target: the large model's `"hard"` decision (Eq. 14), or its `"soft"` probabilities in place of it (Hinton et
+            al. 2015: temperature squared times the divergence).
+        temperature: of soft targets.
+        mixed_precision: as in `PretrainConfig`.
+        checkpoint_every_s: seconds between checkpoints.
+        seed: of order and dropout; sub-model n has its own order.
+    """
+
+    num_steps: int = 1000
+    global_batch_size: int = 64
+    micro_batch_size: int = 64
+    optimizer: str = "adamw"
+    learning_rate: float = 5e-4
+    warmup: float = 0.1
+    decay_power: float = 1.0
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    rule: str = "boosting"
+    strength: float = 1.0
+    target: str = "hard"
+    temperature: float = 2.0
+    mixed_precision: str = "auto"
+    checkpoint_every_s: float = 600.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("mixed_precision", PRECISIONS),
+            ("rule", RULES),
+            ("target", TARGETS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
+        for name in (
+            *("num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "decay_power"),
+            *("strength", "temperature"),
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0: give a positive number.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup={self.warmup} is outside 0..1: give it as a fraction of the steps.")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}: "
+                "gradients accumulate over whole micro-batches, choose a divisor."
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.global_batch_size // self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class BoostResult:
+    """A calibrated sub-model: `checkpoint` is a Hugging Face model folder, `history` has a row a step.
+
+    `score` is of the test samples, `train_loss` the mean of L_i over all training samples after calibration,
+    `agreement` the share of them (times 100) decided as the large model does; `weight_range` and `effective_rows`,
+    (sum w)^2 / sum w^2, describe the weights it was trained with.
+    """
+
+    number: int
+    checkpoint: Path
+    history: pd.DataFrame
+    score: float
+    metric: str
+    train_loss: float
+    agreement: float
+    weight_range: tuple[float, float]
+    effective_rows: float
+    num_steps: int
+    num_parameters: int
+    seconds: float
+    rule: str
+    target: str
+    seed: int
+    precision: str
+    task: str
+    identity: str
+
+
+def update_weights(
+    weights: np.ndarray,
+    losses: np.ndarray,
+    rule: str,
+    num_classes: int,
+    strength: float = 1.0,
+    normalise: bool = True,
+) -> np.ndarray:
+    """The weights [M] for the next sub-model (Eq. 13), from those of the last one and its losses [M].
+
+    Args:
+        normalise: to mean 1; without it, `"published"` is Eq. 13 to the letter.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown: choose one of {', '.join(RULES)}.")
+    if not np.isfinite(losses).all():
+        raise ValueError(f"{int((~np.isfinite(losses)).sum())} of {len(losses)} losses are not finite: train again.")
+    weights, losses = np.asarray(weights, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    decay = 1 / len(weights) - 1  # about -1
+    if rule == "published":
+        # The largest factor is 1 before normalisation, which the subtraction changes by a common factor only.
+        exponents = decay * (losses - losses.min() if normalise else losses)
+    elif rule == "boosting":
+        exponents = -decay * strength * np.minimum(losses / math.log(num_classes), 1.0)
+    else:
+        exponents = np.zeros_like(losses)
+    updated = weights * np.exp(exponents)
+    return updated / updated.mean() if normalise else updated
+
+
+def sample_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target: str = "hard",
+    temperature: float = 2.0,
+) -> torch.Tensor:
+    """L_i of Eq. 14 before its weight: logits and teacher_logits [B, C], labels [B] -> [B], in float32."""
+    logits, teacher_logits = logits.float(), teacher_logits.float()
+    truth = F.cross_entropy(logits, labels, reduction="none")
+    if target == "hard":
+        taught = F.cross_entropy(logits, teacher_logits.argmax(-1), reduction="none")
+    else:
+        ours, theirs = (F.log_softmax(x / temperature, dim=-1) for x in (logits, teacher_logits))
+        taught = temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    return (truth + taught) / 2
+
+
+class BoostLoss(nn.Module):
+    """A sub-model and the mean of w_i L_i as one module, so that accelerate wraps the whole forward pass."""
+
+    def __init__(self, model: nn.Module, config: BoostConfig):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, labels, teacher_logits, sample_weights, **inputs) -> torch.Tensor:
+        logits = self.model(**inputs).logits
+        losses = sample_losses(logits, labels, teacher_logits, self.config.target, self.config.temperature)
+        return (sample_weights * losses).mean()
+
+
+class WeightedBatches:
+    """A task's training batches with labels, the large model's logits [M, C] and weights [M]."""
+
+    def __init__(self, task: BoostTask, teacher_logits: np.ndarray, weights: np.ndarray, seed: int):
+        self.task, self.seed = task, seed
+        self.labels, self.teacher_logits = torch.from_numpy(task.train_labels), torch.from_numpy(teacher_logits)
+        self.weights = torch.from_numpy(weights).float()
+
+    def train_batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
+        batch = self.task.train_batch(self.seed, index, batch_size)
+        rows = torch.from_numpy(batch.rows)
+        return batch.inputs | {
+            "labels": self.labels[rows],
+            "teacher_logits": self.teacher_logits[rows],
+            "sample_weights": self.weights[rows],
+        }
+
+
+def boost(
+    sub_models: Sequence[PreTrainedModel],
+    teacher: PreTrainedModel,
+    task: BoostTask,
+    config: BoostConfig,
+    output_dir: str | Path,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> list[BoostResult]:
+    """Calibrates each sub-model in turn into `output_dir/sub-model-N-*/` (model/, history.csv, result.json).
+
+    The models given stay as they are; `load_calibrated` reads the calibrated ones. A finished sub-model is not trained
+    again as long as nothing it depends on has changed (its first weights, the large model's, task, configuration and,
+    unless the rule is `"none"`, the sub-models before it); an interrupted one goes on.
+
+    Args:
+        sub_models: models with `.logits` [B, C], in the order of calibration, as they were decomposed.
+        teacher: the large model, fine-tuned on the task.
+        on_step: `on_step(number, step, loss)` is called after each step of sub-model `number`, from 1.
+
+    Raises:
+        ValueError: without sub-models, for damaged files, or a loss that is not finite.
+    """
+    if not sub_models:
+        raise ValueError("there are no sub-models to calibrate: decompose the large model first.")
+    precision = resolve_precision(config.mixed_precision)
+    resolved = dataclasses.replace(config, mixed_precision=precision)
+    keep_freed_memory()
+    taught = teacher_logits(teacher, task, Path(output_dir), precision)
+    decided = taught.argmax(-1)
+    said = decided if config.target == "hard" else taught
+    base = config_hash("boost", resolved, task.name, task.fingerprint, hashlib.sha256(said).hexdigest())
+    weights, before, results = np.ones(len(task.train_labels)), base, []
+    for number, sub_model in enumerate(sub_models, start=1):
+        identity = config_hash(before, number, weights_hash(sub_model))
+        folder = Path(output_dir) / f"sub-model-{number}-{identity[:6]}"
+        record = read_result(folder / "result.json", identity)
+        if record is None:
+            record = _calibrate(sub_model, number, taught, weights, task, resolved, identity, folder, on_step)
+        results.append(_result(folder, record))
+        if config.rule != "none":
+            losses = _read_array(folder / "losses.npz", "losses", weights.shape, f"delete {folder}")
+            weights = update_weights(weights, losses, config.rule, task.num_classes, config.strength)
+            before = identity
+    return results
+
+
+def _calibrate(sub_model, number, taught, weights, task, config, identity, folder, on_step) -> dict:
+    precision = config.mixed_precision
+    model = copy.deepcopy(sub_model)
+    accelerator = Accelerator(mixed_precision=autocast_of(precision))
+    objective, optimizer = prepare(BoostLoss(model, config), model, config, precision, accelerator)
+    progress = Progress()
+    checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)
+    seed = config.seed + number - 1
+    set_seed(seed + 1 + accelerator.process_index)  # dropout
+    checkpointer.resume()
+    batches = WeightedBatches(task, taught, weights, seed)
+    report = None if on_step is None else lambda step, loss: on_step(number, step, loss)
+    train_steps(objective, optimizer, batches, config, accelerator, checkpointer, f"sub-model {number}", report)
+    trained = accelerator.unwrap_model(objective).model
+    ours = predict(trained, task, "train")  # in the number format it was trained in, which is the fast one
+    losses = sample_losses(
+        *(torch.from_numpy(array) for array in (ours, task.train_labels, taught)), config.target, config.temperature
+    ).numpy()
+    score = task.score(predict(trained, task, "test").argmax(-1))
+    finish(optimizer)
+    record = {
+        "identity": identity,
+        "number": number,
+        "score": score,
+        "metric": task.metric,
+        "train_loss": float(losses.mean()),
+        "agreement": 100 * float((ours.argmax(-1) == taught.argmax(-1)).mean()),
+        "weight_range": [float(weights.min()), float(weights.max())],
+        "effective_rows": float(weights.sum() ** 2 / (weights**2).sum()),
+        "num_steps": config.num_steps,
+        "num_parameters": trained.num_parameters(),
+        "seconds": round(progress.seconds, 3),
+        "rule": config.rule,
+        "target": config.target,
+        "seed": config.seed,
+        "precision": precision,
+        "task": task.name,
+        "config": dataclasses.asdict(config),
+    }
+    if accelerator.is_main_process:
+        (folder / "result.json").unlink(missing_ok=True)
+        with atomic_folder(folder / "model") as temporary:
+            trained.save_pretrained(temporary)
+        with atomic_write(folder / "losses.npz", "wb") as file:
+            np.savez(file, losses=losses.astype(np.float32))
+        steps = np.arange(1, len(progress.losses) + 1)
+        history = {"step": steps, "samples": steps * config.global_batch_size, "train_loss": progress.losses}
+        with atomic_write(folder / "history.csv") as file:
+            pd.DataFrame(history).to_csv(file, index=False)
+        write_result(folder / "result.json", record)
+    accelerator.wait_for_everyone()
+    checkpointer.remove()
+    return record
+
+
+def load_calibrated(results: Sequence[BoostResult], sub_models: Sequence[PreTrainedModel]) -> list[PreTrainedModel]:
+    """The calibrated models of `results`, of the classes of `sub_models`, in eval mode."""
+    pairs = zip(results, sub_models, strict=True)
+    return [type(sub_model).from_pretrained(result.checkpoint).eval() for result, sub_model in pairs]
+
+
+def boost_table(results: Sequence[BoostResult]) -> pd.DataFrame:
+    """What calibration comes to, one row a sub-model; all columns but checkpoint, history and identity."""
+    columns = [f.name for f in dataclasses.fields(BoostResult) if f.name not in ("checkpoint", "history", "identity")]
+    return pd.DataFrame([{name: getattr(result, name) for name in columns} for result in results], columns=columns)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, task: BoostTask, split: str, batch_size: int = 250) -> np.ndarray:
+    """Logits float32 [N, C] of all samples of `split`, by number, in the model's own number format."""
+    labels = task.train_labels if split == "train" else task.test_labels
+    logits = np.empty((len(labels), task.num_classes), dtype=np.float32)
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    with tqdm(total=len(labels), desc=f"{task.name} {split}", unit="sample", leave=False) as bar:
+        for batch in task.ordered_batches(split, batch_size):
+            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+            logits[batch.rows] = model(**inputs).logits.float().cpu().numpy()
+            bar.update(len(batch.rows))
+    model.train(was_training)
+    return logits
+
+
+def teacher_logits(teacher: PreTrainedModel, task: BoostTask, folder: Path, precision: str = "no") -> np.ndarray:
+    """The large model's logits [M, C] of all training samples: computed once, then kept in `folder/teacher-*.npz`.
+
+    Raises:
+        ValueError: for another number of classes than the task's, or a damaged file.
+    """
+    if teacher.config.num_labels != task.num_classes:
+        raise ValueError(
+            f"the large model tells {teacher.config.num_labels} classes apart, {task.name} has {task.num_classes}: "
+            "fine-tune it on this task first."
+        )
+    key = config_hash("teacher", weights_hash(teacher), task.name, task.fingerprint, precision)
+    path = folder / f"teacher-{key}.npz"
+    if not path.exists():
+        low = precision == "bf16-weights"
+        model = copy.deepcopy(teacher).to(torch.bfloat16) if low else copy.deepcopy(teacher)
+        choose_attention(model, precision)
+        model.to(Accelerator(mixed_precision=autocast_of(precision)).device)
+        with atomic_write(path, "wb") as file:
+            np.savez(file, logits=predict(model, task, "train"))
+    return _read_array(path, "logits", (len(task.train_labels), task.num_classes), "delete it")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """16 hexadecimal digits over a model's class, configuration and weights."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    if isinstance(model, PreTrainedModel):
+        told = {name: value for name, value in model.config.to_dict().items() if name not in UNRELATED}
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _read_array(path: Path, name: str, shape: tuple[int, ...], remedy: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            array = file[name]
+        if array.shape != shape:
+            raise ValueError(f"{name} is {list(array.shape)}, not {list(shape)}")
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise ValueError(f"{path} is damaged ({error}): {remedy} and it is computed again.") from error
+    return array
+
+
+def _result(folder: Path, record: dict) -> BoostResult:
+    wanted = [f.name for f in dataclasses.fields(BoostResult) if f.name not in ("checkpoint", "history")]
+    values = {name: record[name] for name in wanted} | {"weight_range": tuple(record["weight_range"])}
+    return BoostResult(checkpoint=folder / "model", history=pd.read_csv(folder / "history.csv"), **values)

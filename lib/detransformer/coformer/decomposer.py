@@ -1,0 +1,334 @@
+"""The decomposer: sub-models that inherit the large model's weights (CoFormer 2025, Fig. 14, supplementary B-1).
+
+First `choose_parts`, a pure function, says which layers, heads, FFN columns and embedding dimensions each sub-model
+takes; then `decompose` slices. The paper removes "unimportant" neurons and "redundant" heads and does not say how it
+tells them: here by the size of their weights, or of the loss's change without them (Taylor).
+
+LayerNorms: a sub-model keeps the entries of weight and bias of its d_n dimensions, and normalises over these alone. The
+mean and variance of a part of the dimensions differ from those of all, and products read fewer inputs; no weight is
+rescaled for it, since the sub-models are trained afterwards (the booster). Task heads are sliced too, so that each
+sub-model can be evaluated alone (Eq. 7); the aggregation takes `features`.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from detransformer.coformer.policy import Original, Policy, SubModelConfig
+from detransformer.coformer.submodels import SUB_MODEL_CLASS, sub_model_config
+
+LAYER_CHOICES = ("even", "importance")
+LAYER_NAME = re.compile(r"^(?:bert\.|transformer\.|vit\.)?(?:encoder\.layer|layers|h)\.(\d+)\.(.+)$")
+PREFIX = re.compile(r"^(?:bert|transformer|vit)\.")
+
+# Which axis of a parameter is cut by what, first axis first; axes that are not listed stay whole. "heads" are the
+# columns of all heads, "qkv" those of Q, K and V in one.
+LAYER_AXES = {
+    "bert": {
+        r"attention\.self\.\w+\.weight": ("heads", "dims"),
+        r"attention\.self\.\w+\.bias": ("heads",),
+        r"attention\.output\.dense\.weight": ("dims", "heads"),
+        r"intermediate\.dense\.weight": ("ffn", "dims"),
+        r"intermediate\.dense\.bias": ("ffn",),
+        r"output\.dense\.weight": ("dims", "ffn"),
+        r"(attention\.)?output\.(dense\.bias|LayerNorm\.\w+)": ("dims",),
+    },
+    "gpt2": {  # Conv1D's weights are input-major
+        r"attn\.c_attn\.weight": ("dims", "qkv"),
+        r"attn\.c_attn\.bias": ("qkv",),
+        r"attn\.c_proj\.weight": ("heads", "dims"),
+        r"mlp\.c_fc\.weight": ("dims", "ffn"),
+        r"mlp\.c_fc\.bias": ("ffn",),
+        r"mlp\.c_proj\.weight": ("ffn", "dims"),
+        r"(ln_1|ln_2)\.\w+|(attn|mlp)\.c_proj\.bias": ("dims",),
+    },
+    "vit": {
+        r"attention\.[qkv]_proj\.weight": ("heads", "dims"),
+        r"attention\.[qkv]_proj\.bias": ("heads",),
+        r"attention\.o_proj\.weight": ("dims", "heads"),
+        r"mlp\.fc1\.weight": ("ffn", "dims"),
+        r"mlp\.fc1\.bias": ("ffn",),
+        r"mlp\.fc2\.weight": ("dims", "ffn"),
+        r"layernorm_(before|after)\.\w+|attention\.o_proj\.bias|mlp\.fc2\.bias": ("dims",),
+    },
+}
+OUTER_AXES = {  # of all three: outside the layers
+    r"embeddings\.\w+_embeddings\.weight|wte\.weight|wpe\.weight": (None, "dims"),
+    r"embeddings\.(cls_token|mask_token|position_embeddings)": (None, None, "dims"),
+    r"embeddings\.patch_embeddings\.projection\.(weight|bias)": ("dims",),
+    r"embeddings\.LayerNorm\.\w+|ln_f\.\w+|layernorm\.\w+": ("dims",),
+    r"pooler\.dense\.weight": ("pooled", "dims"),
+    r"pooler\.dense\.bias": ("pooled",),
+    r"(classifier|score|lm_head)\.weight": (None, "dims"),
+    r"classifier\.bias": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much each part of the large model counts: layers [L], dimensions [d], heads [L, h], FFN columns [L, D]."""
+
+    layers: np.ndarray
+    dims: np.ndarray
+    heads: np.ndarray
+    ffn: np.ndarray
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one sub-model takes of the large one, ascending: its layers, its dimensions, its heads and FFN by layer."""
+
+    layers: np.ndarray
+    dims: np.ndarray
+    heads: tuple[np.ndarray, ...]
+    ffn: tuple[np.ndarray, ...]
+
+
+# Importance ------------------------------------------------------------------------------------------------------
+
+
+def magnitude_importance(model: PreTrainedModel) -> Importance:
+    """The L2 norm of the weights that read and write a dimension, a head or an FFN column, or that a layer has."""
+    return _importance(model, ((name, value.detach() ** 2) for name, value in model.named_parameters()), root=True)
+
+
+def taylor_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> Importance:
+    """|weight x gradient| of these weights, summed over `batches`: how the loss changes without them, to first order.
+
+    Raises:
+        ValueError: for a model without a task head, or batches without labels.
+    """
+    was_training = model.training
+    model.eval()
+    named = dict(model.named_parameters())
+    found = {name: torch.zeros_like(value) for name, value in named.items()}
+    count = 0
+    for batch in batches:
+        loss = getattr(model(**{name: value.to(model.device) for name, value in batch.items()}), "loss", None)
+        if loss is None:
+            raise ValueError(
+                f"{type(model).__name__} gave no loss: take a model with a task head, and batches with labels."
+            )
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for (name, value), gradient in zip(named.items(), gradients, strict=True):
+            if gradient is not None:
+                found[name] += (value * gradient).detach().abs()
+        count += 1
+    model.train(was_training)
+    if not count:
+        raise ValueError("no batch to measure importance on: give at least one.")
+    return _importance(model, found.items(), root=False)
+
+
+def _importance(model: PreTrainedModel, saliency: Iterable[tuple[str, torch.Tensor]], root: bool) -> Importance:
+    """Sums of a number a weight over what belongs together; `root` of the sum for a norm."""
+    original = Original.of(model.config)
+    layers = np.zeros(original.num_layers)
+    dims = np.zeros(original.hidden_size)
+    heads = np.zeros((original.num_layers, original.num_heads))
+    ffn = np.zeros((original.num_layers, original.ffn_size))
+    for name, value in saliency:
+        layer, axes = axes_of(name, model.config.model_type)
+        if layer is not None:
+            layers[layer] += float(value.sum())
+        for axis, role in enumerate(axes):
+            if role is None or role == "pooled":  # the pooler's outputs are not the embedding's dimensions
+                continue
+            others = [other for other in range(value.ndim) if other != axis]
+            sums = (value.sum(others) if others else value).double().cpu().numpy()
+            if role == "dims":
+                dims += sums
+            elif role == "ffn":
+                ffn[layer] += sums
+            else:  # [(3,) h, s] of "qkv" or "heads"
+                heads[layer] += sums.reshape(-1, original.num_heads, original.head_size).sum((0, 2))
+    return Importance(*(np.sqrt(scores) if root else scores for scores in (layers, dims, heads, ffn)))
+
+
+def axes_of(name: str, architecture: str) -> tuple[int | None, tuple[str | None, ...]]:
+    """(its layer or None, what cuts each axis) of a parameter of a BERT, GPT-2 or ViT."""
+    found = LAYER_NAME.match(name)
+    layer, inner = (int(found[1]), found[2]) if found else (None, PREFIX.sub("", name))
+    for pattern, axes in (LAYER_AXES[architecture] if found else OUTER_AXES).items():
+        if re.fullmatch(pattern, inner):
+            return layer, axes
+    raise ValueError(f"parameter {name} of {architecture} is not known to the decomposer: it cannot be sliced.")
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+def choose_parts(importance: Importance, policy: Policy, layers: str = "even") -> list[Parts]:
+    """Which parts of the large model each sub-model takes.
+
+    The parts of a layer, and the embedding dimensions, are *dealt* like cards: ranked by importance, then one to each
+    sub-model in turn until each has as many as the policy says. So no two have the same (C2-C4 leave enough for all),
+    each one has important ones, what is left over is the least important, and a small sub-model, which has few, has
+    the best few. Were the parts cut in a row instead, the first sub-model would get all the good ones; were all given
+    the same ones, the sub-models would err alike, and their ensemble would gain nothing. Who begins changes from layer
+    to layer.
+
+    C3 and C4 count k-th layers, and the k-th layers of two sub-models may come from different layers of the large
+    model. Where sub-models ask for more of one layer than it has, the most important parts are given twice.
+
+    Args:
+        layers: `"even"`: spread over the depth from the first to the last (the norms of a layer's weights say little of
+            its worth); `"importance"`: the most important, in their order.
+
+    Raises:
+        ValueError: for a sub-model larger than the large model, or an unknown choice of layers.
+    """
+    num_layers, num_heads = importance.heads.shape
+    _check_sizes(policy, num_layers, len(importance.dims), num_heads, importance.ffn.shape[1])
+    configs = policy.sub_models
+    dims = deal(importance.dims, [c.hidden_size for c in configs])
+    sources = [choose_layers(importance.layers, c.num_layers, layers) for c in configs]
+    heads: list[list[np.ndarray]] = [[] for _ in configs]
+    ffn: list[list[np.ndarray]] = [[] for _ in configs]
+    for layer in range(num_layers):
+        # (sub-model, its own number of this layer)
+        users = [(n, int(np.flatnonzero(s == layer)[0])) for n, s in enumerate(sources) if layer in s]
+        for hands, scores, field in (
+            (heads, importance.heads[layer], "num_heads"),
+            (ffn, importance.ffn[layer], "ffn_sizes"),
+        ):
+            dealt = deal(scores, [getattr(configs[n], field)[k] for n, k in users], first=layer)
+            for (n, _), hand in zip(users, dealt, strict=True):
+                hands[n].append(hand)
+    return [Parts(s, d, tuple(h), tuple(f)) for s, d, h, f in zip(sources, dims, heads, ffn, strict=True)]
+
+
+def choose_layers(scores: np.ndarray, num_layers: int, how: str = "even") -> np.ndarray:
+    """So many of the layers that `scores` are of, ascending; `"even"` takes the first and the last of them always.
+
+    Of a single layer, it is the first: it reads embeddings, as it was trained to.
+    """
+    if how not in LAYER_CHOICES:
+        raise ValueError(f"layers={how!r} is unknown: choose one of {', '.join(LAYER_CHOICES)}.")
+    if how == "even":
+        return np.round(np.linspace(0, len(scores) - 1, num_layers)).astype(int)
+    return np.sort(np.argsort(-scores, kind="stable")[:num_layers])
+
+
+def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.ndarray]:
+    """`counts[n]` items for each n, ascending: the best in turn, beginning with `first` (modulo their number).
+
+    Items are given twice only when all have been given; no one has the same item twice.
+    """
+    order = [int(item) for item in np.argsort(-scores, kind="stable")]
+    hands: list[list[int]] = [[] for _ in counts]
+    turn = [(first + i) % len(counts) for i in range(len(counts))] if counts else []
+    deck = iter(order)
+    while wanting := [n for n in turn if len(hands[n]) < counts[n]]:
+        for n in wanting:
+            item = next(deck, None)
+            if item is None:
+                held = set(hands[n])
+                hands[n] += [i for i in order if i not in held][: counts[n] - len(hands[n])]
+            else:
+                hands[n].append(item)
+    return [np.sort(np.array(hand, dtype=int)) for hand in hands]
+
+
+def _check_sizes(policy: Policy, num_layers: int, width: int, num_heads: int, ffn_size: int) -> None:
+    for n, c in enumerate(policy.sub_models):
+        for what, size, most in (
+            ("layers", c.num_layers, num_layers),
+            ("embedding dimensions", c.hidden_size, width),
+            ("heads in a layer", max(c.num_heads), num_heads),
+            ("FFN columns in a layer", max(c.ffn_sizes), ffn_size),
+        ):
+            if size > most:
+                raise ValueError(f"sub-model {n} has {size} {what}, the model to decompose {most}: give it no more.")
+
+
+# Slicing ---------------------------------------------------------------------------------------------------------
+
+
+def decompose(
+    model: PreTrainedModel, policy: Policy, importance: Importance | None = None, layers: str = "even"
+) -> list[PreTrainedModel]:
+    """The sub-models of `policy`, of the same head as `model` and with weights sliced from its own.
+
+    A single sub-model of the full size is `model` again. Sub-models larger together than C2-C4 allow share parts: see
+    `choose_parts`; `check_policy` refuses such policies.
+
+    Args:
+        model: a `BertModel`, `BertForSequenceClassification`, `GPT2Model`, `GPT2ForSequenceClassification`,
+            `GPT2LMHeadModel`, `ViTModel` or `ViTForImageClassification`.
+        importance: `magnitude_importance(model)` unless given.
+        layers: `"even"` or by `"importance"`.
+
+    Raises:
+        ValueError: for a model of another class, or a sub-model larger than `model`.
+    """
+    if type(model) not in SUB_MODEL_CLASS:
+        raise ValueError(
+            f"{type(model).__name__} cannot be decomposed: "
+            f"load the checkpoint as one of {', '.join(c.__name__ for c in SUB_MODEL_CLASS)}."
+        )
+    if importance is None:
+        importance = magnitude_importance(model)
+    parts = choose_parts(importance, policy, layers)
+    return [_sub_model(model, c, p) for c, p in zip(policy.sub_models, parts, strict=True)]
+
+
+def _sub_model(model: PreTrainedModel, sizes: SubModelConfig, parts: Parts) -> PreTrainedModel:
+    config = sub_model_config(model.config, sizes, [int(layer) for layer in parts.layers])
+    kwargs = {}
+    if type(model) is type(model.base_model) and hasattr(model, "pooler"):
+        kwargs["add_pooling_layer"] = model.pooler is not None
+        if getattr(model.embeddings, "mask_token", None) is not None:
+            kwargs["use_mask_token"] = True
+    with no_init_weights():  # every weight comes from `model`
+        made = SUB_MODEL_CLASS[type(model)](config, **kwargs)
+    made.tie_weights()
+    made = made.to(next(model.parameters()).dtype)
+    made.load_state_dict(slice_state(model, parts))
+    if model.can_generate():
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).train(model.training)
+
+
+def slice_state(model: PreTrainedModel, parts: Parts) -> dict[str, torch.Tensor]:
+    """The state dict of the sub-model that takes `parts` of `model`."""
+    config = model.config
+    original = Original.of(config)
+    number = {int(layer): k for k, layer in enumerate(parts.layers)}  # of a layer in the sub-model
+    # ViT's pooler may have a width of its own; then its outputs stay whole.
+    pooled = getattr(config, "pooler_output_size", config.hidden_size) == config.hidden_size
+    sliced = {}
+    for name, value in model.state_dict().items():
+        layer, axes = axes_of(name, config.model_type)
+        if layer is not None:
+            if layer not in number:
+                continue
+            k = number[layer]
+            columns = _head_columns(parts.heads[k], original)
+            place = LAYER_NAME.match(name).span(1)
+            name = f"{name[: place[0]]}{k}{name[place[1] :]}"
+        for axis, role in enumerate(axes):
+            if role == "dims" or (role == "pooled" and pooled):
+                kept = parts.dims
+            elif role == "heads":
+                kept = columns
+            elif role == "qkv":
+                kept = np.concatenate([columns + i * original.hidden_size for i in range(3)])
+            elif role == "ffn":
+                kept = parts.ffn[k]
+            else:
+                continue
+            value = value.index_select(axis, torch.as_tensor(kept, device=value.device))
+        sliced[name] = value.contiguous()
+    return sliced
+
+
+def _head_columns(heads: np.ndarray, original: Original) -> np.ndarray:
+    """Columns of these heads: [h_n] -> [h_n s]."""
+    return (heads[:, None] * original.head_size + np.arange(original.head_size)).ravel()

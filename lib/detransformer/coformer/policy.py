@@ -1,0 +1,542 @@
+"""Decomposition policies: into which sub-models a large transformer is cut (CoFormer 2025, Section III-B, Eq. 8).
+
+A policy names one sub-model a device, C_n = {l_n, d_n, h_n^{1:l_n}, D_n^{1:l_n}}. Here are its constraints, its costs,
+its encoding for the Gaussian process and random valid policies, all pure functions of sizes.
+
+Letters: L, d, h, D layers, embedding width, heads and FFN width of the large model; s its head size, which sub-models
+keep; S tokens; A = h_n^k s the attention width of a sub-model's layer, which is not its embedding width d_n.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from transformers import PretrainedConfig
+
+FLOAT_BYTES = 4
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class SubModelConfig:
+    """C_n: one sub-model's sizes; heads and FFN widths by layer, first to last.
+
+    Raises:
+        ValueError: for a size below 1, or lists that are not one entry a layer.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: tuple[int, ...]
+    ffn_sizes: tuple[int, ...]
+
+    def __post_init__(self):
+        for name in ("num_heads", "ffn_sizes"):
+            sizes = tuple(int(size) for size in getattr(self, name))
+            if len(sizes) != self.num_layers:
+                raise ValueError(f"{name} lists {len(sizes)} layers and num_layers={self.num_layers}: list each layer.")
+            object.__setattr__(self, name, sizes)
+        if min(self.num_layers, self.hidden_size, *self.num_heads, *self.ffn_sizes) < 1:
+            raise ValueError(f"{self} has a size below 1: every layer needs a head and an FFN column.")
+
+    @property
+    def mean_heads(self) -> float:
+        return sum(self.num_heads) / self.num_layers
+
+    @property
+    def mean_ffn_size(self) -> float:
+        return sum(self.ffn_sizes) / self.num_layers
+
+
+@dataclass(frozen=True)
+class Policy:
+    """C = {C_1, ..., C_N}: a sub-model for each device, in the devices' order."""
+
+    sub_models: tuple[SubModelConfig, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "sub_models", tuple(self.sub_models))
+        if not self.sub_models:
+            raise ValueError("a policy without a sub-model decomposes nothing: give one for each device.")
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.sub_models)
+
+    def to_dict(self) -> dict:
+        """For JSON; `from_dict` reads it."""
+        return {"sub_models": [asdict(config) for config in self.sub_models]}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> "Policy":
+        return cls(tuple(SubModelConfig(**config) for config in fields["sub_models"]))
+
+
+@dataclass(frozen=True)
+class Original:
+    """The large model {L, d, h, D}, and what else its sub-models' FLOPs and memory depend on.
+
+    Args:
+        num_layers, hidden_size, num_heads, ffn_size: L, d, h, D.
+        seq_len: S, tokens of a request; of an image its patches and the class token.
+        embedding_rows: numbers kept outside the layers for each embedding dimension: embeddings and LayerNorms.
+        patch_values: numbers of an image patch, which one product reads; 0: tokens are looked up.
+        has_pooler: BERT's d x d product on the first token.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_size: int
+    seq_len: int = 128
+    embedding_rows: int = 0
+    patch_values: int = 0
+    has_pooler: bool = False
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}.")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def whole(self) -> SubModelConfig:
+        """The large model as a sub-model of itself."""
+        layers = self.num_layers
+        return SubModelConfig(layers, self.hidden_size, (self.num_heads,) * layers, (self.ffn_size,) * layers)
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, seq_len: int | None = None) -> "Original":
+        """The sizes of a BERT, GPT-2 or ViT; `seq_len` is 128 (an image's own number of tokens) unless given.
+
+        Raises:
+            ValueError: for another model.
+        """
+        layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+        if config.model_type == "bert":
+            rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size + 2
+            return cls(layers, hidden, heads, config.intermediate_size, seq_len or 128, rows, has_pooler=True)
+        if config.model_type == "gpt2":
+            rows = config.vocab_size + config.max_position_embeddings + 2
+            return cls(layers, hidden, heads, config.n_inner or 4 * hidden, seq_len or 128, rows)
+        if config.model_type == "vit":
+            tall, wide = _pair(config.image_size)
+            patch_tall, patch_wide = _pair(config.patch_size)
+            tokens = (tall // patch_tall) * (wide // patch_wide) + 1
+            values = config.num_channels * patch_tall * patch_wide
+            rows = tokens + 1 + values + 1 + 2  # positions, class token, patch weights and bias, last LayerNorm
+            return cls(layers, hidden, heads, config.intermediate_size, seq_len or tokens, rows, values)
+        raise ValueError(f"model type {config.model_type!r} cannot be decomposed: choose a BERT, GPT-2 or ViT.")
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Omega_n and Phi_n: the most FLOPs of a request and the most bytes, a device each (C5, C6 of Eq. 8)."""
+
+    flops: tuple[float, ...]
+    memory_bytes: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.flops) != len(self.memory_bytes):
+            raise ValueError(f"flops lists {len(self.flops)} devices and memory_bytes {len(self.memory_bytes)}.")
+
+    @classmethod
+    def none(cls, num_devices: int) -> "Limits":
+        return cls((INFINITE,) * num_devices, (INFINITE,) * num_devices)
+
+    @classmethod
+    def share(cls, original: Original, share: float, num_devices: int) -> "Limits":
+        """Each device may spend `share` of the large model's FLOPs (the 30, 40 and 50% of Fig. 13)."""
+        return cls((share * flops(original.whole, original),) * num_devices, (INFINITE,) * num_devices)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What policies are drawn from: embedding and FFN widths in multiples of a step, and no fewer layers than given."""
+
+    hidden_step: int
+    ffn_step: int
+    min_layers: int = 1
+
+    @classmethod
+    def of(cls, original: Original, num_steps: int = 24) -> "Grid":
+        """The large model's widths in `num_steps` parts: steps of 32 and 128 for BERT-Base and DeiT-B."""
+        return cls(max(1, original.hidden_size // num_steps), max(1, original.ffn_size // num_steps))
+
+
+# Costs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of a request: its operations, and the bytes of the weights that it reads."""
+
+    flops: int
+    weight_bytes: int
+
+
+def products(config: SubModelConfig, original: Original) -> list[Product]:
+    """The matrix products of one request (batch 1) through a sub-model's backbone, in their order.
+
+    A multiply-add counts as two operations; LayerNorm, GELU and softmax, below 2%, are left out, as in `models.sizes`.
+    Task heads stand outside the decomposition (Section III-A, footnote 1) and outside its costs.
+    """
+    tokens, width = original.seq_len, config.hidden_size
+
+    def linear(num_tokens: int, num_in: int, num_out: int) -> Product:
+        return Product(2 * num_tokens * num_in * num_out, FLOAT_BYTES * num_in * num_out)
+
+    listed = [linear(tokens - 1, original.patch_values, width)] if original.patch_values else []
+    for heads, ffn in zip(config.num_heads, config.ffn_sizes, strict=True):
+        attention = heads * original.head_size
+        listed += [linear(tokens, width, 3 * attention), Product(4 * tokens * tokens * attention, 0)]
+        listed += [linear(tokens, attention, width), linear(tokens, width, ffn), linear(tokens, ffn, width)]
+    return listed + ([linear(1, width, width)] if original.has_pooler else [])
+
+
+def flops(config: SubModelConfig, original: Original) -> int:
+    """omega(C_n): operations of one request, the sum of `products`."""
+    tokens, width, attention = original.seq_len, config.hidden_size, sum(config.num_heads) * original.head_size
+    layers = 2 * tokens * (4 * width * attention + 2 * width * sum(config.ffn_sizes)) + 4 * tokens**2 * attention
+    patches = 2 * (tokens - 1) * original.patch_values * width if original.patch_values else 0
+    return layers + patches + (2 * width**2 if original.has_pooler else 0)
+
+
+def parameters(config: SubModelConfig, original: Original) -> int:
+    """Weights and biases of the backbone: embeddings, layers, last LayerNorm, and BERT's pooler."""
+    width, attention, ffn = config.hidden_size, sum(config.num_heads) * original.head_size, sum(config.ffn_sizes)
+    layers = 4 * width * attention + 3 * attention + 2 * width * ffn + ffn + 6 * width * config.num_layers
+    return layers + original.embedding_rows * width + (width**2 + width if original.has_pooler else 0)
+
+
+def activations(config: SubModelConfig, original: Original) -> int:
+    """Numbers that the largest layer keeps alive at once: X twice, Q, K, V, context, scores, the FFN's inner state.
+
+    An upper bound, and of the whole model that of `planning.cost.activation_bytes`.
+    """
+    tokens = original.seq_len
+    largest = max(
+        heads * (4 * original.head_size + tokens) + ffn
+        for heads, ffn in zip(config.num_heads, config.ffn_sizes, strict=True)
+    )
+    return tokens * (2 * config.hidden_size + largest)
+
+
+def memory_bytes(config: SubModelConfig, original: Original) -> int:
+    """phi(C_n): weights and activations of one request in float32."""
+    return FLOAT_BYTES * (parameters(config, original) + activations(config, original))
+
+
+# Constraints -----------------------------------------------------------------------------------------------------
+
+
+def violations(policy: Policy, original: Original, limits: Limits | None = None) -> list[str]:
+    """What is wrong with a policy by C1-C6 of Eq. 8, each sentence beginning with the constraint's name; [] if valid.
+
+    C3 and C4 are read as printed: over the k-th layers of the sub-models, whichever layers of the original these are.
+
+    Raises:
+        ValueError: if `limits` are of another number of devices.
+    """
+    if limits is not None and len(limits.flops) != policy.num_devices:
+        raise ValueError(f"limits are of {len(limits.flops)} devices and the policy of {policy.num_devices}.")
+    configs = policy.sub_models
+    found = [
+        f"C1: sub-model {n} has {c.num_layers} layers, the original {original.num_layers}: give it no more"
+        for n, c in enumerate(configs)
+        if c.num_layers > original.num_layers
+    ]
+    width = sum(c.hidden_size for c in configs)
+    if width > original.hidden_size:
+        found.append(
+            f"C2: the sub-models' embeddings are {width} wide together, the original's {original.hidden_size}: "
+            "give some of them fewer dimensions"
+        )
+    for name, what, field, most in (
+        ("C3", "heads", "num_heads", original.num_heads),
+        ("C4", "FFN columns", "ffn_sizes", original.ffn_size),
+    ):
+        for layer in range(max(c.num_layers for c in configs)):
+            total = sum(getattr(c, field)[layer] for c in configs if layer < c.num_layers)
+            if total > most:
+                found.append(
+                    f"{name}: layer {layer} has {total} {what} over the sub-models, the original {most}: "
+                    f"give some of them fewer {what} there"
+                )
+    for n, c in enumerate(configs if limits else ()):
+        if flops(c, original) > limits.flops[n]:
+            found.append(
+                f"C5: sub-model {n} takes {flops(c, original) / 1e9:.3g} GFLOP, its device "
+                f"{limits.flops[n] / 1e9:.3g}: make it smaller"
+            )
+        if memory_bytes(c, original) > limits.memory_bytes[n]:
+            found.append(
+                f"C6: sub-model {n} takes {memory_bytes(c, original) / 2**20:.4g} MiB, its device has "
+                f"{limits.memory_bytes[n] / 2**20:.4g}: make it smaller, its embedding first"
+            )
+    return found
+
+
+def check_policy(policy: Policy, original: Original, limits: Limits | None = None) -> None:
+    """Raises ValueError where a policy breaks a constraint of Eq. 8, naming it; without `limits` C1-C4 alone."""
+    found = violations(policy, original, limits)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ValueError(f"{found[0]}{more}.")
+
+
+# Encoding --------------------------------------------------------------------------------------------------------
+
+
+def encode(policy: Policy, original: Original) -> np.ndarray:
+    """A policy as a vector [N (2 + 2 L)] for the Gaussian process: of each sub-model l, d, heads and FFN by layer.
+
+    All are shares of the original's, 0 for layers that are not there. Entries by layer are divided by sqrt(L), so that
+    heads altogether weigh as much in a distance as the number of layers does, and a length scale of 1 is meaningful.
+    """
+    entries = []
+    for config in policy.sub_models:
+        missing = (0,) * (original.num_layers - config.num_layers)
+        heads = np.array(config.num_heads + missing) / original.num_heads
+        ffn = np.array(config.ffn_sizes + missing) / original.ffn_size
+        alone = [config.num_layers / original.num_layers, config.hidden_size / original.hidden_size]
+        entries += [alone, heads / original.num_layers**0.5, ffn / original.num_layers**0.5]
+    return np.concatenate(entries)
+
+
+# Random policies -------------------------------------------------------------------------------------------------
+
+
+def sample_policy(
+    rng: np.random.Generator, original: Original, limits: Limits | None, num_devices: int, grid: Grid | None = None
+) -> Policy:
+    """A random policy within C1-C6, `hidden_size` and `ffn_sizes` on `grid` (default: `Grid.of(original)`).
+
+    Each device draws its share of embedding, heads and FFN, which varies from layer to layer; a part of the original
+    may stay unused. Nothing is rejected: a sub-model above its device's limits is made smaller until it fits.
+
+    Raises:
+        ValueError: if no policy exists, naming the constraint.
+    """
+    grid = grid or Grid.of(original)
+    _check_room(original, num_devices, grid)
+    share = rng.dirichlet(np.full(num_devices, 2.0))
+    num_layers = rng.integers(min(grid.min_layers, original.num_layers), original.num_layers + 1, num_devices)
+    widths = _draw(rng, original.hidden_size // grid.hidden_step, _vary(rng, share))
+    head_share, ffn_share = _vary(rng, share), _vary(rng, share)
+    heads: list[list[int]] = [[] for _ in range(num_devices)]
+    ffn: list[list[int]] = [[] for _ in range(num_devices)]
+    for layer in range(max(num_layers)):
+        there = np.flatnonzero(num_layers > layer)
+        drawn = zip(
+            there,
+            _draw(rng, original.num_heads, head_share[there]),
+            _draw(rng, original.ffn_size // grid.ffn_step, ffn_share[there]),
+            strict=True,
+        )
+        for n, layer_heads, layer_ffn in drawn:
+            heads[n].append(int(layer_heads))
+            ffn[n].append(int(layer_ffn) * grid.ffn_step)
+    configs = [
+        SubModelConfig(len(h), int(w) * grid.hidden_step, h, f) for w, h, f in zip(widths, heads, ffn, strict=True)
+    ]
+    return _within(rng, configs, original, limits, grid)
+
+
+def mutate_policy(
+    rng: np.random.Generator, policy: Policy, original: Original, limits: Limits | None, grid: Grid | None = None
+) -> Policy:
+    """A valid policy near `policy`: one to three changes of a sub-model's layers, width, heads or FFN.
+
+    What others then have too much of is taken from the sub-model that has most.
+    """
+    grid = grid or Grid.of(original)
+    configs = list(policy.sub_models)
+    for _ in range(rng.integers(1, 4)):
+        n = rng.integers(len(configs))
+        configs[n] = _mutate(rng, configs[n], original, grid)
+        configs = _share_out(configs, int(n), original, grid)
+    return _within(rng, configs, original, limits, grid)
+
+
+def uniform_policy(
+    original: Original,
+    num_devices: int,
+    limits: Limits | None = None,
+    grid: Grid | None = None,
+    num_layers: int | None = None,
+) -> Policy:
+    """The same sub-model for each device (the uniform decomposition of Fig. 11): 1/N of embedding, heads and FFN.
+
+    It has `num_layers` (default: all) layers, fewer where a device's limits ask for it.
+
+    Raises:
+        ValueError: if not even one layer of it fits, naming the constraint.
+    """
+    grid = grid or Grid.of(original)
+    _check_room(original, num_devices, grid)
+    width = original.hidden_size // num_devices // grid.hidden_step * grid.hidden_step
+    heads = original.num_heads // num_devices
+    ffn = original.ffn_size // num_devices // grid.ffn_step * grid.ffn_step
+    for layers in range(num_layers or original.num_layers, 0, -1):
+        policy = Policy((SubModelConfig(layers, width, (heads,) * layers, (ffn,) * layers),) * num_devices)
+        found = violations(policy, original, limits)
+        if not found:
+            return policy
+    raise ValueError(f"no uniform policy of {num_devices} devices: {found[0]}.")
+
+
+def sample_uniform_policy(
+    rng: np.random.Generator, original: Original, limits: Limits | None, num_devices: int, grid: Grid | None = None
+) -> Policy:
+    """A random policy within C1-C6 that gives each device the same sub-model."""
+    grid = grid or Grid.of(original)
+    _check_room(original, num_devices, grid)
+    layers = int(rng.integers(min(grid.min_layers, original.num_layers), original.num_layers + 1))
+    width = grid.hidden_step * rng.integers(1, original.hidden_size // grid.hidden_step // num_devices + 1)
+    heads = rng.integers(1, original.num_heads // num_devices + 1, layers)
+    ffn = grid.ffn_step * rng.integers(1, original.ffn_size // grid.ffn_step // num_devices + 1, layers)
+    config = SubModelConfig(layers, int(width), heads, ffn)
+    if limits is not None:
+        config = _shrunk(rng, config, original, grid, min(limits.flops), min(limits.memory_bytes), "the smallest")
+    return Policy((config,) * num_devices)
+
+
+def _check_room(original: Original, num_devices: int, grid: Grid) -> None:
+    """Each device needs one part of everything."""
+    for name, what, parts in (
+        ("C2", f"{grid.hidden_step} embedding dimensions", original.hidden_size // grid.hidden_step),
+        ("C3", "one head", original.num_heads),
+        ("C4", f"{grid.ffn_step} FFN columns", original.ffn_size // grid.ffn_step),
+    ):
+        if parts < num_devices:
+            raise ValueError(
+                f"{name}: {num_devices} sub-models of at least {what} each need more than the original has: "
+                "take fewer devices or smaller steps."
+            )
+
+
+def _vary(rng: np.random.Generator, share: np.ndarray) -> np.ndarray:
+    """Shares near `share`: a device that is given much of one thing tends to be given much of all."""
+    return rng.dirichlet(1 + 10 * share)
+
+
+def _draw(rng: np.random.Generator, num_parts: int, share: np.ndarray) -> np.ndarray:
+    """At least one part each, and the rest by `share` with chance; mostly all parts are used, at times as few as half.
+
+    `share` need not sum to 1.
+    """
+    unused = int(num_parts * max(0.0, rng.uniform(-0.5, 0.5)))
+    used = max(num_parts - unused, len(share))
+    return 1 + rng.multinomial(used - len(share), share / share.sum())
+
+
+def _mutate(rng: np.random.Generator, config: SubModelConfig, original: Original, grid: Grid) -> SubModelConfig:
+    """One change of one sub-model, within the original's own sizes."""
+    kind = ("layers", "width", "heads", "ffn")[rng.integers(4)]
+    change = (-3, -2, -1, 1, 2, 3)[rng.integers(6)]
+    if kind == "width":
+        return replace(config, hidden_size=_bounded(config.hidden_size, change, grid.hidden_step, original.hidden_size))
+    if kind == "layers":
+        fewest = min(grid.min_layers, original.num_layers)
+        wanted = max(fewest, min(config.num_layers + change, original.num_layers))
+        # A layer goes or comes twice at any place: layers are like others near them.
+        kept = np.arange(config.num_layers)
+        while len(kept) != wanted:
+            place = rng.integers(len(kept))
+            kept = np.delete(kept, place) if len(kept) > wanted else np.insert(kept, place, kept[place])
+        return _layers(config, kept)
+    start, stop = sorted(rng.integers(0, config.num_layers + 1, 2))
+    if start == stop:
+        start, stop = 0, config.num_layers
+    step, most, field = (1, original.num_heads, "num_heads")
+    if kind == "ffn":
+        step, most, field = (grid.ffn_step, original.ffn_size, "ffn_sizes")
+    sizes = list(getattr(config, field))
+    sizes[start:stop] = [_bounded(size, change, step, most) for size in sizes[start:stop]]
+    return replace(config, **{field: tuple(sizes)})
+
+
+def _bounded(size: int, change: int, step: int, most: int) -> int:
+    return max(step, min(size + change * step, most // step * step))
+
+
+def _layers(config: SubModelConfig, kept: np.ndarray) -> SubModelConfig:
+    heads, ffn = ([sizes[i] for i in kept] for sizes in (config.num_heads, config.ffn_sizes))
+    return SubModelConfig(len(kept), config.hidden_size, heads, ffn)
+
+
+def _share_out(configs: list[SubModelConfig], changed: int, original: Original, grid: Grid) -> list[SubModelConfig]:
+    """C2-C4 again after sub-model `changed` grew: what is too much is taken from the others that have most."""
+    widths = _lowered([c.hidden_size for c in configs], changed, grid.hidden_step, original.hidden_size)
+    heads, ffn = [list(c.num_heads) for c in configs], [list(c.ffn_sizes) for c in configs]
+    for sizes, step, most in ((heads, 1, original.num_heads), (ffn, grid.ffn_step, original.ffn_size)):
+        for layer in range(max(c.num_layers for c in configs)):
+            there = [n for n, c in enumerate(configs) if c.num_layers > layer]
+            first = there.index(changed) if changed in there else -1
+            lowered = _lowered([sizes[n][layer] for n in there], first, step, most)
+            for n, size in zip(there, lowered, strict=True):
+                sizes[n][layer] = size
+    return [SubModelConfig(len(h), w, h, f) for w, h, f in zip(widths, heads, ffn, strict=True)]
+
+
+def _lowered(sizes: list[int], spared: int, step: int, most: int) -> list[int]:
+    """`sizes` with a sum of at most `most`, none below `step`; the one at `spared` is lowered last."""
+    sizes = list(sizes)
+    while sum(sizes) > most:
+        # `_check_room` made sure that there is one above a step.
+        largest = max(range(len(sizes)), key=lambda n: (sizes[n] > step, n != spared, sizes[n]))
+        sizes[largest] -= step
+    return sizes
+
+
+def _within(
+    rng: np.random.Generator, configs: list[SubModelConfig], original: Original, limits: Limits | None, grid: Grid
+) -> Policy:
+    if limits is None:
+        return Policy(tuple(configs))
+    room = zip(configs, limits.flops, limits.memory_bytes, strict=True)
+    return Policy(tuple(_shrunk(rng, c, original, grid, f, m, f"device {n}") for n, (c, f, m) in enumerate(room)))
+
+
+def _shrunk(
+    rng: np.random.Generator,
+    config: SubModelConfig,
+    original: Original,
+    grid: Grid,
+    max_flops: float,
+    max_memory: float,
+    device: str,
+) -> SubModelConfig:
+    """`config` made smaller, an eighth of one of its sizes at a time, until it is within both limits."""
+    fewest = min(grid.min_layers, original.num_layers)
+    while True:
+        name = "C5" if flops(config, original) > max_flops else "C6"
+        if name == "C6" and memory_bytes(config, original) <= max_memory:
+            return config
+        smaller = []
+        if config.num_layers > fewest:
+            # The last ones: the layers of other sub-models that C3 and C4 count with the rest stay the same.
+            kept = config.num_layers - max(1, (config.num_layers - fewest) // 8)
+            smaller.append(_layers(config, np.arange(kept)))
+        if config.hidden_size > grid.hidden_step:
+            smaller.append(replace(config, hidden_size=_eighth_less(config.hidden_size, grid.hidden_step)))
+        if max(config.num_heads) > 1:
+            smaller.append(replace(config, num_heads=tuple(_eighth_less(h, 1) for h in config.num_heads)))
+        if max(config.ffn_sizes) > grid.ffn_step:
+            smaller.append(replace(config, ffn_sizes=tuple(_eighth_less(f, grid.ffn_step) for f in config.ffn_sizes)))
+        if not smaller:
+            raise ValueError(f"{name}: the smallest sub-model of the grid is above the limit of {device}: raise it.")
+        config = smaller[rng.integers(len(smaller))]
+
+
+def _eighth_less(size: int, step: int) -> int:
+    """In steps, and one step at least stays."""
+    parts = size // step
+    return step * max(1, parts - max(1, parts // 8))

@@ -1,0 +1,316 @@
+"""CIFAR-100 (Krizhevsky 2009) from the mirror folder or the Hub, or generated images for machines without data.
+
+Rows are put in an order of which any prefix has every class equally often (to one row), so a cut set is a prefix and
+a smaller one is part of a larger one. A training batch is a function of (seed, step) alone: epochs are shuffled, images
+are padded, cropped and flipped.
+
+Shapes: N images, B batch; images uint8 [N, 32, 32, 3], what a model reads float32 [B, 3, 32, 32].
+"""
+
+import dataclasses
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from detransformer.files import atomic_write
+from detransformer.settings import data_environment
+from detransformer.training.data.hub import hub_problem
+from detransformer.training.data.sources import SOURCES
+
+IMAGE_SIZE, NUM_CHANNELS = 32, 3
+MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100's training set, images in 0..1
+CIFAR_CLASSES, CIFAR_ROWS = 100, {"train": 50_000, "test": 10_000}
+HUB_NAME = "uoft-cs/cifar100"
+MIRROR_FILES = ("cifar100.npz", "cifar100_subset.npz")  # in cifar100/, the first that exists
+
+SHAPES = ("disc", "ring", "square", "cross", "stripes")  # each its own mirror image: batches are flipped
+COLOURS = {"red": (220, 50, 40), "green": (50, 180, 70), "blue": (60, 90, 220), "yellow": (230, 210, 60)}
+GENERATED_ROWS = {"train": 2000, "test": 400}
+GENERATED_SEED = 2025
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images of both splits with their classes.
+
+    Args:
+        name: of the source, `mirror`, `hub` or `built-in`.
+        found: which sources were tried and why this one was taken.
+        train_images, test_images: uint8 [N, 32, 32, 3].
+        train_labels, test_labels: int64 [N], 0..num_classes - 1.
+        full_train_rows, full_test_rows: of the official set, to call smaller ones reduced.
+    """
+
+    name: str
+    found: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+    full_train_rows: int
+    full_test_rows: int
+
+    def __repr__(self) -> str:
+        return f"ImageData({self.note})"
+
+    @property
+    def is_real(self) -> bool:
+        return self.name != "built-in"
+
+    @property
+    def note(self) -> str:
+        """Source and row counts, e.g. `mirror; reduced training set, 15,000 of 50,000 rows; 10,000 test rows`."""
+        train, test = len(self.train_images), len(self.test_images)
+        if not self.is_real:
+            return f"built-in generated images, {train:,} training rows; {test:,} test rows"
+        parts = [
+            f"reduced training set, {train:,} of {self.full_train_rows:,} rows"
+            if train < self.full_train_rows
+            else f"full training set, {train:,} rows",
+            f"reduced test set, {test:,} of {self.full_test_rows:,} rows"
+            if test < self.full_test_rows
+            else f"{test:,} test rows",
+        ]
+        return "; ".join([self.name, *parts])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any pixel or label."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(repr(array.shape).encode())
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()[:16]
+
+    def cut(self, max_train_rows: int | None = None, max_test_rows: int | None = None) -> "ImageData":
+        """The first rows of both splits, the classes equally often in each; None keeps all."""
+        for name, limit in (("max_train_rows", max_train_rows), ("max_test_rows", max_test_rows)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}={limit} is below 1: give a number of rows, or None for all.")
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[:max_train_rows],
+            train_labels=self.train_labels[:max_train_rows],
+            test_images=self.test_images[:max_test_rows],
+            test_labels=self.test_labels[:max_test_rows],
+        )
+
+    def train_rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """Row numbers [B] of batch `step` of the endless stream; each epoch has its own order."""
+        num = len(self.train_images)
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        rows = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(positions // num):
+            here = positions // num == epoch
+            rows[here] = _epoch_order(seed, int(epoch), num)[positions[here] % num]
+        return rows
+
+    def train_batch(
+        self, seed: int, step: int, batch_size: int, padding: int = 4, flip: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Batch `step`: pixel_values [B, 3, 32, 32], labels [B], rows [B]; cropped with `padding`, flipped."""
+        rows = self.train_rows(seed, step, batch_size)
+        images = augmented(self.train_images[rows], np.random.default_rng([seed, 1, step]), padding, flip)
+        return _batch(images, self.train_labels[rows], rows)
+
+    def ordered_batches(self, split: str, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """All rows of `split` (`train` or `test`) once, in order, as they are; keys as in `train_batch`."""
+        if split not in ("train", "test"):
+            raise ValueError(f"split {split!r} is unknown: choose train or test.")
+        images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+        for start in range(0, len(images), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(images)))
+            yield _batch(images[rows], labels[rows], rows)
+
+    def test_batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        return self.ordered_batches("test", batch_size)
+
+
+def open_images(source: str = "auto", cache_dir: str | Path = "data/cache") -> ImageData:
+    """Images of `source`: `mirror`, `hub`, `built-in`, or `auto` for the first of these that is there.
+
+    Args:
+        cache_dir: where the Hub's images are kept once they are decoded.
+
+    Raises:
+        ValueError: for an unknown source, an explicit one that is not available, or damaged files.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source {source!r} is unknown: choose one of {', '.join(SOURCES)}.")
+    environment = data_environment()
+    paths = [environment.mirror / "cifar100" / name for name in MIRROR_FILES]
+    there = next((path for path in paths if path.is_file()), None)
+    if source == "built-in":
+        return generated_images("generated images, as asked")
+    if source == "mirror" or (source == "auto" and there is not None):
+        if there is None:
+            raise ValueError(
+                f"{paths[-1]} is missing: copy it there, set DETRANSFORMER_DATA to the folder that has it, or choose "
+                "the source hub or built-in."
+            )
+        return _image_data("mirror", f"{there.name} in {environment.mirror_named_by}", read_images(there))
+    skipped = [f"no {paths[-1]}"] if source == "auto" else []
+    cached = Path(cache_dir) / "cifar100-hub.npz"
+    problem = None if cached.is_file() else hub_problem(environment.hub_offline)
+    if problem is None:
+        return _image_data("hub", "; ".join([*skipped, "the Hub"]), _hub_images(cached))
+    if source == "hub":
+        raise ValueError(
+            f"source 'hub' is not available ({problem}): connect to the network, or choose mirror, built-in or auto."
+        )
+    return generated_images("; ".join([*skipped, f"no Hub ({problem})", "generated images"]))
+
+
+def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.ndarray]:
+    """The four arrays of an npz file: train_images, train_labels, test_images, test_labels.
+
+    Raises:
+        ValueError: that names the file and the remedy, where it is damaged or holds something else.
+    """
+    arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in ("train_images", "train_labels", "test_images", "test_labels"):
+                arrays[name] = file[name]
+    except KeyError as error:
+        raise ValueError(f"{path} has no array {error}: copy it again from the original.") from error
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again from the original.") from error
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        shape = (IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+            raise ValueError(
+                f"{path}: {split}_images is {images.dtype} {list(images.shape)} where uint8 [N, 32, 32, 3] is "
+                "expected; copy it again from the original."
+            )
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)} where {len(images)} integers are "
+                "expected; copy it again from the original."
+            )
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(
+                f"{path}: {split}_labels has {labels.max() if labels.max() >= num_classes else labels.min()}, outside "
+                f"0..{num_classes - 1}; copy it again from the original."
+            )
+    return arrays
+
+
+def balanced_order(labels: np.ndarray) -> np.ndarray:
+    """Row numbers: the first row of each class, then the second of each, ..; any prefix is balanced to one row."""
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.unique(labels, return_counts=True)[1]
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[by_class] = np.concatenate([np.arange(count) for count in counts])
+    return np.lexsort((labels, ranks))
+
+
+def augmented(images: np.ndarray, rng: np.random.Generator, padding: int, flip: bool) -> np.ndarray:
+    """Each image [B, H, W, 3] moved by up to `padding` pixels, black beyond its edge; half of them flipped."""
+    if padding:
+        height, width = images.shape[1:3]
+        edge = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        padded = np.pad(images, edge)
+        top, left = rng.integers(0, 2 * padding + 1, size=(2, len(images), 1))
+        rows, columns = top + np.arange(height), left + np.arange(width)  # [B, H], [B, W]
+        images = padded[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if flip:
+        turned = rng.random(len(images)) < 0.5
+        images = np.where(turned[:, None, None, None], images[:, :, ::-1], images)
+    return images
+
+
+def normalised(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] of mean 0 and deviation 1 over CIFAR-100's training set."""
+    scale = torch.tensor(STD) * 255
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).float()
+    return ((pixels - torch.tensor(MEAN) * 255) / scale).permute(0, 3, 1, 2).contiguous()
+
+
+def generated_images(found: str = "generated images") -> ImageData:
+    """Twenty classes, five shapes in four colours, at random places and sizes over noise: a set that can be learned.
+
+    It stands in for CIFAR-100 in form only: accuracy on it says that the software works.
+    """
+    rows = {f"full_{split}_rows": count for split, count in GENERATED_ROWS.items()}
+    return ImageData("built-in", found, **_generated_arrays(), num_classes=len(SHAPES) * len(COLOURS), **rows)
+
+
+@cache
+def _generated_arrays() -> dict[str, np.ndarray]:
+    arrays = {}
+    for number, split in enumerate(("train", "test")):
+        labels = np.arange(GENERATED_ROWS[split]) % (len(SHAPES) * len(COLOURS))
+        arrays[f"{split}_images"] = _generated_images(np.random.default_rng([GENERATED_SEED, number]), labels)
+        arrays[f"{split}_labels"] = labels.astype(np.int64)
+    return arrays
+
+
+def _generated_images(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    """Labels [N], shape by shape and within a shape by colour -> images uint8 [N, 32, 32, 3]."""
+    num = len(labels)
+    shape = np.array(SHAPES)[labels // len(COLOURS)][:, None, None]  # [N, 1, 1], as all below
+    radius = rng.uniform(7, 11, size=(num, 1, 1))
+    y, x = (axis - rng.uniform(radius, IMAGE_SIZE - radius) for axis in np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE])  # [N, H, W]
+    distance, reach, near = np.hypot(y, x), np.maximum(abs(y), abs(x)), np.minimum(abs(y), abs(x))
+    inside = np.select(
+        [shape == name for name in SHAPES],
+        [
+            distance < radius,
+            (distance < radius) & (distance > 0.6 * radius),
+            reach < 0.85 * radius,
+            (near < 0.25 * radius) & (reach < radius),
+            (reach < radius) & (np.floor(y / 3) % 2 == 0),
+        ],
+    )
+    colour = np.array(list(COLOURS.values()))[labels % len(COLOURS)] * rng.uniform(0.8, 1.1, size=(num, 1))  # [N, 3]
+    ground = rng.integers(90, 150, size=(num, 1, 1, 1))
+    images = np.where(inside[..., None], colour[:, None, None], ground)
+    images += rng.normal(0, 12, size=images.shape)
+    return images.clip(0, 255).astype(np.uint8)
+
+
+def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(num_rows)
+
+
+def _batch(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    return {"pixel_values": normalised(images), "labels": torch.from_numpy(labels), "rows": torch.from_numpy(rows)}
+
+
+def _image_data(name: str, found: str, arrays: dict[str, np.ndarray]) -> ImageData:
+    """Arrays of CIFAR-100, as read, in balanced order."""
+    ordered = {}
+    for split in ("train", "test"):
+        order = balanced_order(arrays[f"{split}_labels"])
+        ordered[f"{split}_images"] = arrays[f"{split}_images"][order]
+        ordered[f"{split}_labels"] = arrays[f"{split}_labels"][order].astype(np.int64)
+    rows = {f"full_{split}_rows": count for split, count in CIFAR_ROWS.items()}
+    return ImageData(name, found, **ordered, num_classes=CIFAR_CLASSES, **rows)
+
+
+def _hub_images(cached: Path) -> dict[str, np.ndarray]:
+    """The Hub's official set, downloaded and decoded once."""
+    if not cached.is_file():
+        from datasets import load_dataset
+
+        arrays = {}
+        for split in ("train", "test"):
+            rows = load_dataset(HUB_NAME, split=split)
+            arrays[f"{split}_images"] = np.stack([np.asarray(image.convert("RGB")) for image in rows["img"]])
+            arrays[f"{split}_labels"] = np.array(rows["fine_label"], dtype=np.uint8)
+        with atomic_write(cached, "wb") as file:
+            np.savez(file, **arrays)
+    try:
+        return read_images(cached)
+    except ValueError as error:
+        raise ValueError(f"{error} It is a copy of the Hub's {HUB_NAME}: delete it and it is made again.") from error

@@ -1,0 +1,458 @@
+"""Aggregators: Eq. 2 and pooling before sending, votes and ties, missing sub-models, training, costs, files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
+
+from detransformer.coformer.aggregator import (
+    KINDS,
+    POOLINGS,
+    aggregator_flops,
+    features_and_logits,
+    inherit_head,
+    load_aggregator,
+    make_aggregator,
+    message_bytes,
+    pool_features,
+    save_aggregator,
+)
+from detransformer.coformer.booster import ImageTask, predict
+from detransformer.coformer.fusion import (
+    AggregatorConfig,
+    Outputs,
+    collect_outputs,
+    ensemble_accuracy,
+    missing_table,
+    random_presence,
+    train_aggregator,
+)
+from detransformer.training.data.images import generated_images
+from detransformer.training.images import ImageConfig
+
+WIDTHS, CLASSES = (6, 10, 4), 5
+LEARNED = ("coformer", "attention", "senet")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def made(kind, **sizes):
+    torch.manual_seed(1)
+    aggregator = make_aggregator(kind, WIDTHS, CLASSES, **sizes).double().eval()
+    if aggregator.learned:
+        aggregator.set_means([random(50, width, seed=90 + width) + 1 for width in WIDTHS])
+    return aggregator
+
+
+def answers(num=7, tokens=None):
+    """(features [B, S, d_n] or [B, d_n], logits [B, C]) of three sub-models."""
+    shape = (num,) if tokens is None else (num, tokens)
+    features = [random(*shape, width, seed=n) for n, width in enumerate(WIDTHS)]
+    return features, [random(num, CLASSES, seed=10 + n) for n in range(3)]
+
+
+def as_logits(*probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def learnable(num=400, seed=0, noise=0.6):
+    """Features of three sub-models that each tell two of the three bits of the class; C = 8."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(8, size=num)
+    bits = (labels[:, None] >> np.arange(3)) & 1
+    features = []
+    for n, width in enumerate(WIDTHS):
+        seen = bits[:, [n, (n + 1) % 3]] * 2.0 - 1
+        mix = np.random.default_rng(100 + n).normal(size=(2, width))  # the same in training and test
+        features.append(torch.from_numpy(seen @ mix + rng.normal(0, noise, size=(num, width))).float())
+    return features, torch.from_numpy(labels)
+
+
+# --- Eq. 2 and pooling ----------------------------------------------------------------------------------------------
+
+
+def test_coformer_is_equation_2():
+    aggregator, (features, _) = made("coformer", hidden_size=8), answers(tokens=9)
+    weight, bias = aggregator.projection.weight, aggregator.projection.bias  # [d_i, d_agg], [d_i]
+    for i in range(7):
+        tokens = [torch.cat([x[i, s] for x in features]) for s in range(9)]
+        aggregated = sum(weight @ token + bias for token in tokens) / 9
+        expected = aggregator.head.weight @ aggregated + aggregator.head.bias
+        torch.testing.assert_close(aggregator(features)[i], expected)
+    assert made("coformer").hidden_size == 10  # the widest
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pooling_before_sending_is_exact(kind, masked, pooling):
+    aggregator, (features, _) = made(kind, pooling=pooling), answers(tokens=9)
+    mask = (torch.arange(9) < torch.tensor([9, 1, 5, 9, 2, 7, 8])[:, None]).long() if masked else None
+    pooled = [aggregator.pool(x, mask) for x in features]
+    assert [tuple(x.shape) for x in pooled] == [(7, width) for width in WIDTHS]
+    torch.testing.assert_close(aggregator(features, attention_mask=mask), aggregator(pooled), atol=1e-12, rtol=0)
+    present = [True, False, True]
+    whole = aggregator(features, present=present, attention_mask=mask)
+    torch.testing.assert_close(whole, aggregator(pooled, present=present), atol=1e-12, rtol=0)
+
+
+def test_pooling_counts_the_tokens_that_count():
+    x = random(2, 4, 3)
+    torch.testing.assert_close(pool_features(x), x.mean(1))
+    pooled = pool_features(x, torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]))
+    torch.testing.assert_close(pooled[0], x[0, :2].mean(0))
+    assert (pooled[1] == 0).all()  # nothing to divide by
+    assert torch.equal(pool_features(x[0]), x[0])  # pooled already
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])  # padding may stand on either side
+    assert torch.equal(pool_features(x, mask, "first"), torch.stack([x[0, 0], x[1, 1]]))
+    assert torch.equal(pool_features(x, mask, "last"), torch.stack([x[0, 1], x[1, 3]]))
+    assert torch.equal(pool_features(x, None, "first"), x[:, 0]) and torch.equal(
+        pool_features(x, None, "last"), x[:, 3]
+    )
+    for wrong in (lambda: pool_features(x, None, "max"), lambda: make_aggregator("senet", WIDTHS, 5, pooling="max")):
+        with pytest.raises(ValueError, match="pooling 'max' is unknown: choose one of mean, first, last"):
+            wrong()
+
+
+def test_attention_and_senet_are_what_they_are_called():
+    features, _ = answers()
+    attention = made("attention", hidden_size=8)
+    x = torch.stack([p(f) for p, f in zip(attention.projections, features, strict=True)], 1)
+    q, k, v = attention.query(x), attention.key(x), attention.value(x)
+    attended = nn.functional.scaled_dot_product_attention(q, k, v)
+    expected = attention.head((x + attention.output(attended)).mean(1))
+    torch.testing.assert_close(attention(features), expected)
+    senet = made("senet")
+    with torch.no_grad():
+        senet.excite.weight.zero_()
+        senet.excite.bias.fill_(100.0)  # every gate open: what is left is Eq. 2 on pooled features
+    coformer = made("coformer")
+    coformer.projection.load_state_dict(senet.projection.state_dict())
+    coformer.head.load_state_dict(senet.head.state_dict())
+    torch.testing.assert_close(senet(features), coformer(features))
+    with torch.no_grad():
+        senet.excite.bias.fill_(-100.0)  # every gate shut: only biases
+    assert torch.allclose(senet(features), senet(features)[:1].expand(7, -1))
+
+
+# --- votes ----------------------------------------------------------------------------------------------------------
+
+
+def test_average_is_of_probabilities():
+    logits = [as_logits([0.9, 0.1]), as_logits([0.2, 0.8]), as_logits([0.3, 0.7])]
+    aggregator = make_aggregator("average", (1, 1, 1), 2)
+    np.testing.assert_allclose(aggregator(None, logits).exp()[0], [1.4 / 3, 1.6 / 3], rtol=1e-6)
+    np.testing.assert_allclose(aggregator(None, logits, [True, True, False]).exp()[0], [0.55, 0.45], rtol=1e-6)
+    sure = [torch.tensor([[0.0, 1e4]])] * 3  # a probability of 0 is no -inf
+    assert torch.isfinite(aggregator(None, sure)).all()
+
+
+def test_majority_counts_votes_and_ties_go_by_probability():
+    aggregator = make_aggregator("majority", (1, 1, 1), 3)
+    outvoted = [as_logits([0.98, 0.01, 0.01]), as_logits([0.4, 0.6, 0.0]), as_logits([0.4, 0.6, 0.0])]
+    assert (
+        aggregator(None, outvoted).argmax() == 1
+        and make_aggregator("average", (1, 1, 1), 3)(None, outvoted).argmax() == 0
+    )
+    tied = [as_logits([0.5, 0.3, 0.2]), as_logits([0.3, 0.6, 0.1]), as_logits([0.1, 0.2, 0.7])]
+    assert aggregator(None, tied).argmax() == 1  # 0.9, 1.1, 1.0
+    assert aggregator(None, [None, tied[1], tied[2]]).argmax() == 1  # 0.8 and 0.8 + 0.0 for class 2
+    certain = [as_logits([1.0, 0.0, 0.0])] * 2 + [as_logits([0.0, 1.0, 0.0])]
+    assert aggregator(None, certain).argmax() == 0
+
+
+def test_a_class_without_votes_never_wins_by_probability():
+    votes = [as_logits([0.34, 0.33, 0.33])] * 2 + [as_logits([0.0, 0.01, 0.99])]
+    scores = make_aggregator("majority", (1, 1, 1), 3)(None, votes)
+    assert scores.argmax() == 0 and scores[0, 2] > scores[0, 1]
+
+
+# --- missing sub-models ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_a_missing_sub_model_is_its_training_mean(kind, tokens):
+    aggregator, (features, _) = made(kind), answers(tokens=tokens)
+    mean = aggregator.means[1].expand(*features[1].shape)
+    expected = aggregator([features[0], mean, features[2]])
+    torch.testing.assert_close(aggregator(features, present=[True, False, True]), expected)
+    torch.testing.assert_close(aggregator([features[0], None, features[2]]), expected)
+    torch.testing.assert_close(aggregator([features[0], None, features[2]], present=[1, 0, 1]), expected)
+    features[1] = torch.full_like(features[1], float("nan"))  # what arrived of it is not looked at
+    torch.testing.assert_close(aggregator(features, present=[True, False, True]), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_is_missing_may_differ_by_sample(kind):
+    aggregator, (features, logits) = made(kind), answers()
+    present = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 1, 0]]).bool()
+    found = aggregator(features, logits, present)
+    for i in range(7):
+        alone = aggregator([x[i : i + 1] for x in features], [x[i : i + 1] for x in logits], present[i])
+        torch.testing.assert_close(found[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("kind", ["average", "majority"])
+def test_votes_leave_the_missing_out(kind):
+    aggregator, (_, logits) = made(kind), answers(50)
+    of_two = make_aggregator(kind, WIDTHS[:2], CLASSES)
+    found = aggregator(None, logits, [True, True, False]).argmax(-1)
+    assert torch.equal(found, of_two(None, logits[:2]).argmax(-1))
+    only = aggregator(None, [None, logits[1], None]).argmax(-1)
+    assert torch.equal(only, logits[1].argmax(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_answers_say_what_is_wrong(kind):
+    aggregator, (features, logits) = made(kind), answers()
+    with pytest.raises(ValueError, match="of 2 sub-models for an aggregator of 3"):
+        aggregator(features[:2], logits[:2])
+    with pytest.raises(ValueError, match="at least one must be"):
+        aggregator([None] * 3, [None] * 3)
+    with pytest.raises(ValueError, match="no sub-model is present for some samples"):
+        aggregator(features, logits, [False] * 3)
+    with pytest.raises(ValueError, match="sub-model 2 is said to be present and nothing of it is given"):
+        aggregator([features[0], None, features[2]], [logits[0], None, logits[2]], [True, True, True])
+    with pytest.raises(ValueError, match=r"present is \[2\]: give \[3\], or \[7, 3\] by sample"):
+        aggregator(features, logits, [True, True])
+    with pytest.raises(ValueError, match="of sub-model 3 are"):
+        aggregator([*features[:2], features[2][:, :-1]], [*logits[:2], logits[2][:, :-1]])
+    with pytest.raises(ValueError, match="same samples"):
+        aggregator([*features[:2], features[2][:3]], [*logits[:2], logits[2][:3]])
+    with pytest.raises(ValueError, match="of none sub-models"):
+        aggregator(None, None)
+
+
+def test_wrong_sizes_and_kinds_say_what_is_wrong():
+    with pytest.raises(ValueError, match="kind 'stacking' is unknown: choose one of coformer, attention"):
+        make_aggregator("stacking", WIDTHS, CLASSES)
+    for widths, num_labels in (((), 5), ((4, 0), 5), ((4,), 1)):
+        with pytest.raises(ValueError, match="give a width above 0"):
+            make_aggregator("coformer", widths, num_labels)
+    with pytest.raises(ValueError, match="hidden_size=0 is below 1"):
+        make_aggregator("coformer", WIDTHS, CLASSES, 0)
+
+
+def test_random_presence_leaves_one_and_is_seeded():
+    present = random_presence(2000, 3, 0.9, [0, 1])
+    assert present.any(1).all() and torch.equal(present, random_presence(2000, 3, 0.9, [0, 1]))
+    assert present.sum(0).min() > 2000 * 0.9**3 / 3  # the one that stays is any of them
+    assert random_presence(2000, 3, 0.25, [0]).double().mean() == pytest.approx(0.75, abs=0.03)
+    assert random_presence(5, 3, 0.0, [0]).all()
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_learned_aggregator_knows_more_than_each_sub_model(kind):
+    features, labels = learnable()
+    test_features, test_labels = learnable(seed=1)
+    config = AggregatorConfig(num_epochs=15, batch_size=100, learning_rate=2e-2)
+    result = train_aggregator(kind, features, labels, config, seed=0)
+    assert not result.aggregator.training and result.aggregator.num_labels == 8
+    assert len(result.history) == 60 and result.history.train_loss.iloc[-1] < result.history.train_loss.iloc[0] / 2
+    accuracy = ensemble_accuracy(result.aggregator, test_features, None, test_labels)
+    assert accuracy > 65  # a sub-model that sees two bits of three is right half the time at best
+    for mean, x in zip(result.aggregator.means, features, strict=True):
+        torch.testing.assert_close(mean, x.mean(0))
+
+
+def test_training_is_seeded():
+    features, labels = learnable(80)
+    config = AggregatorConfig(num_epochs=2, drop=0.3)
+    one, two, other = (train_aggregator("coformer", features, labels, config, seed) for seed in (0, 0, 1))
+    assert one.history.equals(two.history) and not one.history.equals(other.history)
+
+
+def test_training_with_drops_loses_less_without_a_device():
+    features, labels = learnable(400, noise=1.0)
+    unseen, unseen_labels = learnable(400, seed=1, noise=1.0)
+    test = Outputs(unseen, [None] * 3, unseen_labels)
+    config = AggregatorConfig(num_epochs=15, batch_size=100, learning_rate=2e-2)
+    plain = train_aggregator("senet", features, labels, config).aggregator
+    kept = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    tuned = train_aggregator(
+        "senet", features, labels, AggregatorConfig(15, 100, 2e-2, drop=0.3), start=plain
+    ).aggregator
+    assert all(torch.equal(kept[name], tensor) for name, tensor in plain.state_dict().items())
+    before, after = (missing_table(aggregator, test) for aggregator in (plain, tuned))
+    assert before.missing.tolist() == [0, 1, 2, 3] and set(before.kind) == {"senet"}
+    assert (before.accuracy[1:] < before.accuracy[0]).all()
+    assert after.accuracy[1:].mean() > before.accuracy[1:].mean()
+    assert after.accuracy[0] > before.accuracy[0] - 5
+
+
+def test_what_has_nothing_to_learn_comes_back_at_once():
+    features, labels = learnable(20)
+    result = train_aggregator("average", features, labels, AggregatorConfig())
+    assert result.aggregator.kind == "average" and result.history.empty
+    assert not list(result.aggregator.state_dict())
+
+
+def test_wrong_training_data_says_what_is_wrong():
+    features, labels = learnable(20)
+    with pytest.raises(ValueError, match=r"sub-model 1 are \[20, 3, 6\] for 20 labels: give pooled"):
+        train_aggregator("coformer", [features[0][:, None].expand(-1, 3, -1)], labels, AggregatorConfig())
+    with pytest.raises(ValueError, match=r"\[19, 6\] for 20 labels"):
+        train_aggregator("coformer", [features[0][:-1]], labels, AggregatorConfig())
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        train_aggregator("coformer", [features[0] * float("nan")], labels, AggregatorConfig())
+    start = make_aggregator("senet", WIDTHS, 8)
+    with pytest.raises(ValueError, match=r"to start from is senet of \[6, 10, 4\], pooling mean, not coformer"):
+        train_aggregator("coformer", features, labels, AggregatorConfig(), start=start)
+    for fields, said in (({"drop": 1.0}, "drop=1.0 is outside"), ({"num_epochs": 0}, "num_epochs=0 is not above 0")):
+        with pytest.raises(ValueError, match=said):
+            AggregatorConfig(**fields)
+
+
+def test_the_head_may_be_the_large_models():
+    head = nn.Linear(10, CLASSES)
+    aggregator = make_aggregator("coformer", WIDTHS, CLASSES, 10)
+    inherit_head(aggregator, head)
+    assert torch.equal(aggregator.head.weight, head.weight) and torch.equal(aggregator.head.bias, head.bias)
+    inherit_head(aggregator, nn.Linear(10, CLASSES, bias=False))  # GPT-2's
+    assert (aggregator.head.bias == 0).all()
+    with pytest.raises(ValueError, match="make it with hidden_size=12 and num_labels=5"):
+        inherit_head(aggregator, nn.Linear(12, CLASSES))
+    with pytest.raises(ValueError, match="'average' has no head"):
+        inherit_head(make_aggregator("average", WIDTHS, CLASSES), head)
+    features, labels = learnable(20)
+    big = nn.Linear(16, 8)
+    trained = train_aggregator(
+        "coformer", features, labels, AggregatorConfig(1, learning_rate=1e-9), hidden_size=16, head=big
+    )
+    torch.testing.assert_close(trained.aggregator.head.weight, big.weight, atol=1e-6, rtol=0)
+
+
+def test_accuracy_is_the_same_in_any_batches():
+    aggregator, (features, logits) = made("majority"), answers(50)
+    labels = aggregator(None, logits).argmax(-1)
+    labels[:10] = (labels[:10] + 1) % CLASSES
+    for batch_size in (7, 50, 1000):
+        assert ensemble_accuracy(aggregator, features, logits, labels, batch_size=batch_size) == 80
+    one = ensemble_accuracy(aggregator, None, [None, logits[1], None], labels, present=[False, True, False])
+    assert one == 100 * (logits[1].argmax(-1) == labels).double().mean()
+
+
+# --- costs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("tokens", [None, 9])
+def test_operations_are_those_of_the_matrix_products(kind, tokens):
+    aggregator, (features, _) = made(kind, hidden_size=8), answers(1, tokens)
+    with FlopCounterMode(display=False) as counter:
+        aggregator(features)
+    assert counter.get_total_flops() == aggregator_flops(kind, WIDTHS, CLASSES, 8, tokens or 1)
+
+
+def test_costs_follow_equation_6_and_the_message():
+    widths, num_labels = (384, 192, 192), 100
+    eq6 = 2 * 197 * 384 * sum(widths)
+    assert aggregator_flops("coformer", widths, num_labels, seq_len=197) == eq6 + 2 * 384 * 100
+    assert message_bytes("coformer", 384, 100, seq_len=197) == 197 * message_bytes("coformer", 384, 100) == 197 * 1536
+    assert message_bytes("average", 384, 100, seq_len=197) == 400 == message_bytes("majority", 384, 100)
+    assert message_bytes("senet", 384, 100, bytes_per_value=1) == 384
+    flops = {kind: aggregator_flops(kind, widths, num_labels) for kind in KINDS}
+    assert flops["average"] < flops["majority"] < flops["coformer"] < flops["senet"] < flops["attention"]
+    with pytest.raises(ValueError, match="kind 'mean' is unknown"):
+        message_bytes("mean", 1, 2)
+    with pytest.raises(ValueError, match="kind 'mean' is unknown"):
+        aggregator_flops("mean", (1,), 2)
+
+
+# --- models and files -----------------------------------------------------------------------------------------------
+
+
+def test_features_and_logits_are_of_one_pass():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    bert = BertForSequenceClassification(BertConfig(**sizes, vocab_size=50, num_labels=3)).eval()
+    inputs = {"input_ids": torch.arange(14).reshape(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    with torch.no_grad():
+        features, logits = features_and_logits(bert, inputs)
+        assert torch.equal(features, bert.bert(**inputs).last_hidden_state) and features.shape == (2, 7, 16)
+        assert torch.equal(logits, bert(**inputs).logits)
+    assert not bert.bert._forward_hooks
+
+
+def test_outputs_are_collected_once(tmp_path):
+    task = ImageTask(generated_images().cut(30, 20))
+    models = []
+    for seed, width in enumerate((16, 24)):
+        torch.manual_seed(seed)
+        sizes = ImageConfig(hidden_size=width, num_layers=1, num_heads=2, patch_size=8)
+        models.append(ViTForImageClassification(sizes.vit_config(20)).train())
+    found = collect_outputs(models, task, "test", tmp_path, batch_size=7)
+    assert found.widths == (16, 24) and [x.shape for x in found.logits] == [(20, 20)] * 2
+    assert all(model.training for model in models)
+    torch.testing.assert_close(found.logits[1], torch.from_numpy(predict(models[1], task, "test")))
+    batch = next(iter(task.ordered_batches("test", 20)))
+    with torch.no_grad():
+        expected = models[0].eval().vit(**batch.inputs).last_hidden_state.mean(1)
+    torch.testing.assert_close(found.features[0], expected)
+    assert torch.equal(found.labels, torch.from_numpy(task.test_labels))
+    train = collect_outputs(models, task, "train", tmp_path, pooling="first")
+    assert len(list(tmp_path.iterdir())) == 4 and len(train.labels) == 30 and train.pooling == "first"
+    batch = next(iter(task.ordered_batches("train", 30)))
+    with torch.no_grad():
+        torch.testing.assert_close(train.features[0], models[0].vit(**batch.inputs).last_hidden_state[:, 0])
+    task.ordered_batches = None  # what is kept is not computed again
+    again = collect_outputs(models, task, "test", tmp_path)
+    assert all(torch.equal(one, two) for one, two in zip(found.features, again.features, strict=True))
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"outputs-test-.*damaged.*delete it"):
+        collect_outputs(models, task, "test", tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_aggregator_comes_back_from_its_files(kind, tmp_path):
+    torch.manual_seed(0)
+    aggregator, (features, logits) = make_aggregator(kind, WIDTHS, CLASSES, 8, "last").eval(), answers()
+    features, logits = [x.float() for x in features], [x.float() for x in logits]
+    if aggregator.learned:
+        aggregator.set_means(features)
+    for _ in range(2):  # the second time over the first
+        save_aggregator(aggregator, tmp_path / "aggregator")
+    again = load_aggregator(tmp_path / "aggregator")
+    assert type(again) is type(aggregator) and (again.hidden_size, again.pooling) == (8, "last") and not again.training
+    present = [True, False, True]
+    assert torch.equal(again(features, logits, present), aggregator(features, logits, present))
+
+
+def test_damaged_files_say_what_to_do(tmp_path):
+    folder = tmp_path / "aggregator"
+    with pytest.raises(ValueError, match="aggregator.json is missing"):
+        load_aggregator(folder)
+    save_aggregator(make_aggregator("coformer", WIDTHS, CLASSES), folder)
+    described, weights = folder / "aggregator.json", folder / "aggregator.safetensors"
+    sizes = json.loads(described.read_text())
+    assert sizes == dict(kind="coformer", widths=[6, 10, 4], num_labels=5, hidden_size=10, pooling="mean")
+    for content in ("{", "{}", json.dumps(sizes | {"kind": "x"}), json.dumps(sizes | {"more": 1}), "[]"):
+        described.write_text(content)
+        with pytest.raises(ValueError, match="aggregator.json is damaged.*train the aggregator again"):
+            load_aggregator(folder)
+    described.write_text(json.dumps(sizes | {"hidden_size": 9}))
+    with pytest.raises(ValueError, match="aggregator.safetensors is damaged or of other sizes"):
+        load_aggregator(folder)
+    described.write_text(json.dumps(sizes))
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(ValueError, match="aggregator.safetensors is damaged"):
+        load_aggregator(folder)

@@ -1,0 +1,364 @@
+"""Booster: what each rule does to the weights, Eq. 14, images and text, resumption, the large model's decisions."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
+
+from detransformer.coformer import booster
+from detransformer.coformer.booster import (
+    BoostConfig,
+    BoostLoss,
+    ImageTask,
+    TextTask,
+    WeightedBatches,
+    boost,
+    boost_table,
+    load_calibrated,
+    predict,
+    sample_losses,
+    teacher_logits,
+    update_weights,
+    weights_hash,
+)
+from detransformer.training import FinetuneConfig, open_data
+from detransformer.training.data.images import generated_images
+from detransformer.training.images import ImageConfig
+
+TINY = BoostConfig(
+    **dict(num_steps=6, global_batch_size=16, micro_batch_size=8, learning_rate=3e-3, mixed_precision="no"),
+    checkpoint_every_s=0.0,
+)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(number, step):
+    def on_step(at, done, loss):
+        if (at, done) == (number, step):
+            raise Stop
+
+    return on_step
+
+
+def vit(hidden_size=16, seed=0, num_classes=20, num_layers=1):
+    torch.manual_seed(seed)
+    sizes = ImageConfig(hidden_size=hidden_size, num_layers=num_layers, num_heads=2, patch_size=8)
+    return ViTForImageClassification(sizes.vit_config(num_classes))
+
+
+def same_weights(one, two):
+    other = two.state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return ImageTask(generated_images().cut(60, 40))
+
+
+@pytest.fixture(scope="module")
+def text():
+    config = FinetuneConfig(seq_len=32, max_train_rows=50, max_eval_rows=20)
+    return TextTask(open_data("built-in", "unused"), "SST-2", config)
+
+
+@pytest.fixture
+def text_models(text):
+    def make(hidden_size, seed):
+        torch.manual_seed(seed)
+        sizes = dict(hidden_size=hidden_size, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        return BertForSequenceClassification(BertConfig(**sizes, vocab_size=2000, num_labels=2))
+
+    return make
+
+
+# --- Eq. 13 ---------------------------------------------------------------------------------------------------------
+
+
+LOSSES = np.array([0.1, 0.5, 1.0, 4.0])
+
+
+def test_published_is_equation_13_to_the_letter_and_favours_the_easy():
+    start = np.full(4, 1 / 4)
+    exact = start * np.exp((1 / 4 - 1) * LOSSES)
+    np.testing.assert_allclose(update_weights(start, LOSSES, "published", 10, normalise=False), exact, rtol=1e-12)
+    normalised = update_weights(np.ones(4), LOSSES, "published", 10)
+    np.testing.assert_allclose(normalised, exact / exact.mean(), rtol=1e-12)
+    assert (np.diff(normalised) < 0).all()  # the higher the loss, the less the weight
+
+
+def test_boosting_favours_the_hard_and_is_bounded():
+    weights = update_weights(np.ones(4), LOSSES, "boosting", 10)
+    assert (np.diff(weights) > 0).all() and weights.mean() == pytest.approx(1)
+    extreme = update_weights(np.ones(1000), np.r_[np.zeros(999), 50.0], "boosting", 10, strength=2.0)
+    assert extreme[-1] / extreme[0] == pytest.approx(math.exp(2 * 0.999))
+    at_chance = update_weights(np.ones(4), np.array([0, math.log(10) / 2, math.log(10), 99]), "boosting", 10)
+    assert at_chance[3] == at_chance[2] and at_chance[1] / at_chance[0] == pytest.approx(math.exp(0.75 / 2))
+
+
+def test_none_leaves_the_weights():
+    weights = np.array([0.5, 1.5, 1.0, 1.0])
+    np.testing.assert_array_equal(update_weights(weights, LOSSES, "none", 10), weights)
+
+
+def test_weights_multiply_over_the_rounds():
+    once = update_weights(np.ones(4), LOSSES, "published", 10)
+    twice = update_weights(once, LOSSES, "published", 10)
+    np.testing.assert_allclose(twice / twice[0], (once / once[0]) ** 2, rtol=1e-12)
+
+
+def test_large_losses_do_not_make_the_weights_vanish():
+    weights = update_weights(np.ones(3), np.array([2000.0, 2001.0, 2002.0]), "published", 10)
+    assert np.isfinite(weights).all() and weights[0] > weights[1] > weights[2] > 0
+    assert update_weights(np.ones(1), np.array([3.0]), "published", 10) == [1.0]  # M = 1: the exponent is 0
+
+
+def test_what_is_no_loss_or_no_rule_is_an_error():
+    with pytest.raises(ValueError, match="1 of 2 losses are not finite"):
+        update_weights(np.ones(2), np.array([1.0, np.nan]), "none", 10)
+    with pytest.raises(ValueError, match="rule 'adaboost' is unknown: choose one of boosting, published, none"):
+        update_weights(np.ones(2), np.ones(2), "adaboost", 10)
+    with pytest.raises(ValueError, match="rule='x' is unknown"):
+        BoostConfig(rule="x")
+    with pytest.raises(ValueError, match="target='x' is unknown"):
+        BoostConfig(target="x")
+    with pytest.raises(ValueError, match="micro_batch_size=48 does not divide"):
+        BoostConfig(micro_batch_size=48)
+    with pytest.raises(ValueError, match="strength=0 is not above 0"):
+        BoostConfig(strength=0)
+
+
+# --- Eq. 14 ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_hard_loss_is_half_of_two_cross_entropies():
+    torch.manual_seed(0)
+    logits, teacher, labels = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    found = sample_losses(logits, labels, teacher)
+    logs = logits.log_softmax(-1)
+    for i in range(5):
+        expected = -(logs[i, labels[i]] + logs[i, teacher[i].argmax()]) / 2
+        assert found[i].item() == pytest.approx(expected.item(), rel=1e-5)
+    sure = F.one_hot(labels, 4) * 9.0  # a teacher that agrees with the label: plain cross-entropy
+    torch.testing.assert_close(sample_losses(logits, labels, sure), F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_the_soft_loss_asks_for_the_teachers_probabilities():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    truth = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(sample_losses(logits, labels, logits, "soft"), truth / 2)  # no divergence
+    teacher = torch.randn(5, 4)
+    p, q = (teacher / 3).softmax(-1), (logits / 3).softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(sample_losses(logits, labels, teacher, "soft", 3.0), (truth + 9 * divergence) / 2)
+
+
+def test_weights_multiply_the_losses_of_their_own_samples(task):
+    model, weights = vit().eval(), np.random.default_rng(0).uniform(0.5, 2, 60)
+    taught = np.random.default_rng(1).normal(size=(60, 20)).astype(np.float32)
+    batch = WeightedBatches(task, taught, weights, seed=3).train_batch(1, 8)
+    rows = task.train_batch(3, 1, 8).rows
+    logits = model(pixel_values=batch["pixel_values"]).logits
+    each = sample_losses(logits, torch.from_numpy(task.train_labels[rows]), torch.from_numpy(taught[rows]))
+    expected = (torch.from_numpy(weights[rows]) * each).mean()
+    assert BoostLoss(model, TINY)(**batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_come_with_their_numbers(task):
+    batch = task.train_batch(0, 2, 16)
+    assert set(batch.inputs) == {"pixel_values"} and batch.inputs["pixel_values"].shape == (16, 3, 32, 32)
+    assert (task.train_batch(0, 2, 16).rows == batch.rows).all()
+    rows = np.concatenate([batch.rows for batch in task.ordered_batches("test", 16)])
+    assert sorted(rows) == list(range(40)) and task.score(task.test_labels) == 100
+    assert ImageTask(task.data, flip=False).fingerprint != task.fingerprint
+
+
+def test_text_comes_with_its_numbers(text):
+    seen = np.concatenate([text.train_batch(0, step, 16).rows for step in range(4)])  # 50 rows: 16 + 16 + 16 + 2
+    assert sorted(seen) == list(range(50))
+    again = np.concatenate([text.train_batch(0, step, 16).rows for step in range(4, 8)])
+    assert sorted(again) == list(range(50)) and (seen != again).any()
+    for batch in text.ordered_batches("test", 6):
+        lengths = batch.inputs["attention_mask"].sum(1)
+        assert lengths.tolist() == [len(text._features["test"][i].tokens) for i in batch.rows]
+    assert (text.num_classes, text.metric, len(text.test_labels)) == (2, "accuracy", 20)
+    assert text.score(1 - text.test_labels) == 0
+
+
+def test_questions_have_no_classes():
+    with pytest.raises(ValueError, match="SQuAD has no classes to boost on"):
+        TextTask(open_data("built-in", "unused"), "SQuAD", FinetuneConfig())
+
+
+def test_predictions_are_by_number_whatever_the_order(text, text_models):
+    model = text_models(16, 0).train()
+    one, many = predict(model, text, "test", batch_size=1), predict(model, text, "test", batch_size=7)
+    np.testing.assert_allclose(one, many, atol=1e-5)  # other padding
+    assert model.training
+    assert one.shape == (20, 2) and np.ptp(one[:, 0]) > 0
+
+
+# --- the large model ------------------------------------------------------------------------------------------------
+
+
+def test_the_large_model_is_asked_once(task, tmp_path, monkeypatch):
+    teacher = vit(24, seed=9)
+    first = teacher_logits(teacher, task, tmp_path)
+    np.testing.assert_array_equal(first, predict(teacher, task, "train"))
+    with monkeypatch.context() as patch:
+        patch.setattr(booster, "predict", lambda *args: pytest.fail("asked again"))
+        np.testing.assert_array_equal(teacher_logits(teacher, task, tmp_path), first)
+    other = teacher_logits(vit(24, seed=8), task, tmp_path)
+    assert (other != first).any() and len(list(tmp_path.iterdir())) == 2
+    next(tmp_path.iterdir()).write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"teacher-.*\.npz is damaged.*delete it"):
+        for seed in (8, 9):
+            teacher_logits(vit(24, seed=seed), task, tmp_path)
+
+
+def test_in_bfloat16_it_is_left_as_it_is(task, tmp_path):
+    teacher = vit(24, seed=9)
+    exact, low = (teacher_logits(teacher, task, tmp_path, precision) for precision in ("no", "bf16-weights"))
+    assert teacher.dtype == torch.float32 and low.dtype == np.float32
+    np.testing.assert_allclose(low, exact, atol=0.05)
+    assert (low != exact).any()
+
+
+def test_a_large_model_of_other_classes_is_an_error(task, tmp_path):
+    with pytest.raises(ValueError, match="tells 7 classes apart, built-in images has 20: fine-tune it"):
+        boost([vit()], vit(24, num_classes=7), task, TINY, tmp_path)
+    with pytest.raises(ValueError, match="no sub-models"):
+        boost([], vit(24), task, TINY, tmp_path)
+
+
+def test_hashes_know_weights_and_configuration():
+    assert weights_hash(vit(seed=1)) == weights_hash(vit(seed=1)) != weights_hash(vit(seed=2))
+    changed = vit(seed=1)
+    changed.config.hidden_dropout_prob = 0.5
+    assert weights_hash(changed) != weights_hash(vit(seed=1))
+
+
+def test_hashes_do_not_know_where_a_model_was(tmp_path):
+    model = vit(seed=1)
+    before = weights_hash(model)
+    model.save_pretrained(tmp_path)
+    assert weights_hash(model) == before == weights_hash(ViTForImageClassification.from_pretrained(tmp_path))
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+def test_sub_models_are_calibrated_and_found_again(task, tmp_path):
+    subs, teacher = [vit(16, 1), vit(24, 2)], vit(32, 9)
+    copies = [vit(16, 1), vit(24, 2)]
+    config = dataclasses.replace(TINY, num_steps=25, checkpoint_every_s=600)
+    results = boost(subs, teacher, task, config, tmp_path)
+    assert all(map(same_weights, subs, copies)) and subs[0].dtype == torch.float32
+    for result, start in zip(results, subs, strict=True):
+        loss = result.history.train_loss
+        assert len(loss) == 25 and loss.tail(8).mean() < loss.head(8).mean()
+        (model,) = load_calibrated([result], [start])
+        assert type(model) is type(start) and not same_weights(model, start) and not model.training
+        logits = predict(model, task, "train")
+        taught = teacher_logits(teacher, task, tmp_path)
+        args = [torch.from_numpy(array) for array in (logits, task.train_labels, taught)]
+        assert result.train_loss == pytest.approx(sample_losses(*args).mean().item(), rel=1e-4)
+        assert result.agreement == pytest.approx(100 * (logits.argmax(-1) == taught.argmax(-1)).mean())
+        assert result.score == task.score(predict(model, task, "test").argmax(-1))
+        assert not (result.checkpoint.parent / "checkpoint").exists()
+    assert (results[0].weight_range, results[0].effective_rows) == ((1.0, 1.0), 60)
+    low, high = results[1].weight_range
+    assert low < 1 < high and results[1].effective_rows < 60
+    again = boost(subs, teacher, task, config, tmp_path, on_step=stop_at(1, 1))
+    assert [r.identity for r in again] == [r.identity for r in results] and again[1].score == results[1].score
+    assert list(boost_table(results).number) == [1, 2] and "checkpoint" not in boost_table(results)
+
+
+def test_the_next_sub_model_sees_the_weights_of_the_last(task, tmp_path, monkeypatch):
+    seen = []
+    real = WeightedBatches.__init__
+
+    def spy(self, task, taught, weights, seed):
+        seen.append((weights.copy(), seed))
+        real(self, task, taught, weights, seed)
+
+    monkeypatch.setattr(WeightedBatches, "__init__", spy)
+    results = boost([vit(16, 1), vit(16, 2), vit(16, 3)], vit(24, 9), task, TINY, tmp_path)
+    expected = np.ones(60)
+    for (weights, seed), result in zip(seen, results, strict=True):
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
+        assert seed == result.number - 1  # its own order
+        losses = np.load(result.checkpoint.parent / "losses.npz")["losses"]
+        expected = update_weights(expected, losses, "boosting", 20)
+
+
+def test_an_interrupted_calibration_goes_on_in_the_middle_of_a_sub_model(task, tmp_path):
+    subs, teacher = [vit(16, 1), vit(16, 2)], vit(24, 9)
+    whole = boost(subs, teacher, task, TINY, tmp_path / "whole")
+    with pytest.raises(Stop):
+        boost(subs, teacher, task, TINY, tmp_path / "parts", on_step=stop_at(2, 4))
+    steps = []
+    parts = boost(subs, teacher, task, TINY, tmp_path / "parts", on_step=lambda n, step, loss: steps.append((n, step)))
+    assert steps == [(2, 5), (2, 6)]
+    for one, two in zip(whole, parts, strict=True):
+        assert one.history.train_loss.tolist() == two.history.train_loss.tolist()
+    assert all(map(same_weights, load_calibrated(whole, subs), load_calibrated(parts, subs)))
+
+
+def test_what_a_sub_model_depends_on_is_what_trains_it_again(task, tmp_path):
+    teacher = vit(24, 9)
+    trained = []
+
+    def run(first, second, **changed):
+        trained.clear()
+        note = lambda number, step, loss: trained.append(number)  # noqa: E731
+        boost([first, second], teacher, task, dataclasses.replace(TINY, num_steps=1, **changed), tmp_path, note)
+        return list(trained)
+
+    assert run(vit(16, 1), vit(16, 2)) == [1, 2]
+    assert run(vit(16, 1), vit(16, 5)) == [2]
+    assert run(vit(16, 4), vit(16, 5)) == [1, 2]  # the weights come from another sub-model 1
+    assert run(vit(16, 1), vit(16, 2), rule="none") == [1, 2]
+    assert run(vit(16, 4), vit(16, 2), rule="none") == [1]  # independent of each other
+    assert run(vit(16, 1), vit(16, 2), target="soft") == [1, 2]
+    assert run(vit(16, 1), vit(16, 2), checkpoint_every_s=9.0) == []
+
+
+def test_damaged_losses_say_what_to_delete(task, tmp_path):
+    subs, config = [vit(16, 1), vit(16, 2)], dataclasses.replace(TINY, num_steps=1)
+    folder = boost(subs[:1], vit(24, 9), task, config, tmp_path)[0].checkpoint.parent
+    for content in (b"", b"PK\3\4"):
+        (folder / "losses.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"losses.npz is damaged.*delete {folder}"):
+            boost(subs, vit(24, 9), task, config, tmp_path)
+
+
+def test_text_is_calibrated_in_bfloat16_with_soft_targets(text, text_models, tmp_path):
+    config = dataclasses.replace(
+        TINY, num_steps=8, mixed_precision="bf16-weights", target="soft", rule="published", micro_batch_size=16
+    )
+    subs = [text_models(16, 1), text_models(8, 2)]
+    results = boost(subs, text_models(32, 9), text, config, tmp_path)
+    assert [r.metric for r in results] == ["accuracy", "accuracy"] and results[1].weight_range[0] < 1
+    models = load_calibrated(results, subs)
+    assert all(model.dtype == torch.float32 for model in models)
+    assert predict(models[1], text, "test").shape == (20, 2)

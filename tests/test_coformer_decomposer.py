@@ -1,0 +1,313 @@
+"""Sub-models: a full-size one is the original, a smaller one is the original with the other parts taken out."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from detransformer.coformer.decomposer import (
+    choose_layers,
+    choose_parts,
+    deal,
+    decompose,
+    magnitude_importance,
+    slice_state,
+    taylor_importance,
+)
+from detransformer.coformer.policy import Original, Policy, SubModelConfig, parameters, sample_policy
+from detransformer.coformer.submodels import CoformerBertConfig, CoformerBertModel, features, sizes_of
+
+# Odd on purpose: 6 heads of size 8, 70 FFN columns, 5 layers.
+BERT = BertConfig(
+    hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=70, vocab_size=101, num_labels=3
+)
+GPT2 = GPT2Config(
+    n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, num_labels=3,
+    bos_token_id=0, eos_token_id=0, pad_token_id=0, scale_attn_by_inverse_layer_idx=True,
+)  # fmt: skip
+VIT = ViTConfig(
+    hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=70, image_size=12, patch_size=4,
+    num_labels=3,
+)  # fmt: skip
+CLASSES = {
+    BertModel: (BERT, AutoModel),
+    BertForSequenceClassification: (BERT, AutoModelForSequenceClassification),
+    GPT2Model: (GPT2, AutoModel),
+    GPT2ForSequenceClassification: (GPT2, AutoModelForSequenceClassification),
+    GPT2LMHeadModel: (GPT2, AutoModelForCausalLM),
+    ViTModel: (VIT, AutoModel),
+    ViTForImageClassification: (VIT, AutoModelForImageClassification),
+}
+# float64: where a weight lies in memory changes the order of a product's sums, and so the last bits.
+EXACT = dict(rtol=0, atol=1e-12)
+EACH_CLASS = pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
+UNEQUAL = Policy(
+    (
+        SubModelConfig(3, 20, (1, 3, 2), (17, 9, 30)),
+        SubModelConfig(5, 11, (2, 1, 3, 4, 6), (40, 31, 8, 70, 1)),
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def random_model(model_class, seed=0):
+    torch.manual_seed(seed)
+    model = model_class(copy.deepcopy(CLASSES[model_class][0])).double().eval()
+    for parameter in model.parameters():  # biases and LayerNorms too
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inputs_of(model, labels=False):
+    generator = torch.Generator().manual_seed(7)
+    if model.config.model_type.endswith("vit"):
+        inputs = {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64)}
+        targets = torch.tensor([0, 2])
+    else:
+        ids = torch.randint(1, 101, (2, 9), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, 6:] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        targets = ids if isinstance(model, GPT2LMHeadModel) else torch.tensor([0, 2])
+    return inputs | ({"labels": targets} if labels else {})
+
+
+def output_of(model):
+    with torch.no_grad():
+        return model(**inputs_of(model))[0]
+
+
+@EACH_CLASS
+def test_one_sub_model_of_the_full_size_is_the_original(model_class):
+    model = random_model(model_class)
+    (whole,) = decompose(model, Policy((Original.of(model.config).whole,)))
+    for name, value in model.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], value), name
+    torch.testing.assert_close(output_of(whole), output_of(model), **EXACT)
+    backbone = model.base_model(**inputs_of(model)).last_hidden_state
+    torch.testing.assert_close(features(whole, inputs_of(model) | {"labels": None}), backbone, **EXACT)
+
+
+@EACH_CLASS
+def test_sub_models_are_saved_and_loaded(model_class, tmp_path):
+    model = random_model(model_class)
+    for sizes, sub_model in zip(UNEQUAL.sub_models, decompose(model, UNEQUAL), strict=True):
+        assert sizes_of(sub_model.config) == sizes
+        sub_model.save_pretrained(tmp_path)
+        for loaded in (
+            type(sub_model).from_pretrained(tmp_path, dtype=torch.float64),
+            CLASSES[model_class][1].from_pretrained(tmp_path, dtype=torch.float64),
+        ):
+            assert type(loaded) is type(sub_model) and isinstance(loaded, model_class)
+            torch.testing.assert_close(output_of(loaded), output_of(sub_model), **EXACT)
+        hidden = features(sub_model, inputs_of(model))
+        assert hidden.shape == (2, Original.of(model.config, 9).seq_len if model.config.model_type != "vit" else 10,
+                                sizes.hidden_size)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_class", [BertModel, GPT2Model, ViTModel], ids=lambda c: c.__name__)
+def test_parameters_are_those_the_policy_counts(model_class):
+    model = random_model(model_class)
+    original = Original.of(model.config)
+    for sizes, sub_model in zip(UNEQUAL.sub_models, decompose(model, UNEQUAL), strict=True):
+        pooler = 0
+        if model_class is ViTModel:  # its pooler is not used for classification, and not counted
+            pooler = sum(p.numel() for p in sub_model.pooler.parameters())
+        assert sum(p.numel() for p in sub_model.parameters()) - pooler == parameters(sizes, original)
+
+
+@EACH_CLASS
+def test_taking_heads_ffn_and_layers_is_switching_the_others_off(model_class):
+    """At the full embedding width, for which LayerNorms are the original's."""
+    model = random_model(model_class)
+    sizes = SubModelConfig(3, 48, (1, 3, 2), (17, 9, 30))
+    importance = magnitude_importance(model)
+    (parts,) = choose_parts(importance, Policy((sizes,)))
+    (sub_model,) = decompose(model, Policy((sizes,)), importance)
+    layers, writes = {
+        "bert": (lambda m: m.base_model.encoder.layer, ("attention.output.dense", "output.dense")),
+        "gpt2": (lambda m: m.base_model.h, ("attn.c_proj", "mlp.c_proj")),
+        "vit": (lambda m: m.base_model.layers, ("attention.o_proj", "mlp.fc2")),
+    }[model.config.model_type]
+    kept = [layers(model)[i] for i in parts.layers]
+    for layer, heads, ffn in zip(kept, parts.heads, parts.ffn, strict=True):
+        columns = [c for head in heads for c in range(8 * head, 8 * head + 8)]
+        for name, inner in zip(writes, (columns, ffn), strict=True):
+            weight = layer.get_submodule(name).weight.data
+            switched_off = np.setdiff1d(np.arange(70 if name == writes[1] else 48), inner)
+            if model.config.model_type == "gpt2":
+                weight[switched_off] = 0
+            else:
+                weight[:, switched_off] = 0
+    for i, layer in enumerate(kept):
+        layers(model)[i] = layer
+    del layers(model)[len(kept) :]
+    torch.testing.assert_close(output_of(sub_model), output_of(model), **EXACT)
+
+
+def test_a_sub_model_as_wide_as_its_heads_is_a_plain_smaller_model():
+    model = random_model(BertForSequenceClassification)
+    sizes = SubModelConfig(2, 16, (2, 2), (30, 30))
+    (sub_model,) = decompose(model, Policy((sizes,)))
+    plain = BertForSequenceClassification(
+        BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=30, vocab_size=101,
+                   num_labels=3)
+    ).double().eval()  # fmt: skip
+    plain.load_state_dict(sub_model.state_dict())
+    torch.testing.assert_close(output_of(sub_model), output_of(plain), **EXACT)
+
+
+def test_outputs_attentions_and_the_choice_of_attention_are_those_of_transformers():
+    model = random_model(BertForSequenceClassification)
+    sub_model = decompose(model, UNEQUAL)[0]
+    fused = output_of(sub_model)
+    sub_model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = sub_model(**inputs_of(model), output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(output.logits, fused)
+    assert [tuple(h.shape) for h in output.hidden_states] == [(2, 9, 20)] * 4
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 1, 9, 9), (2, 3, 9, 9), (2, 2, 9, 9)]
+
+
+def test_sub_models_of_gpt2_write_text_with_a_cache():
+    sub_model = decompose(random_model(GPT2LMHeadModel), UNEQUAL)[1]
+    assert sub_model.lm_head.weight is sub_model.transformer.wte.weight
+    ids = inputs_of(sub_model)["input_ids"][:1]
+    cached, plain = (sub_model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, plain)
+
+
+@EACH_CLASS
+def test_sub_models_train(model_class):
+    sub_model = decompose(random_model(model_class), UNEQUAL)[0].train()
+    assert sub_model.training
+    labels = hasattr(sub_model.config, "num_labels") and model_class not in (BertModel, GPT2Model, ViTModel)
+    output = sub_model(**inputs_of(sub_model, labels))
+    (output.loss if labels else output[0].square().mean()).backward()
+    without = [name for name, p in sub_model.named_parameters() if p.grad is None and "pooler" not in name]
+    assert without == []
+
+
+def test_new_sub_models_have_weights_of_the_usual_size():
+    config = CoformerBertConfig(**BERT.to_dict(), layer_heads=[1, 2, 3, 4, 5], layer_ffn_sizes=[9] * 5)
+    model = CoformerBertModel(config)
+    assert model.encoder.layer[3].attention.self.query.weight.shape == (32, 48)
+    assert 0.01 < float(model.encoder.layer[3].attention.output.dense.weight.detach().std()) < 0.03
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_dealing_gives_each_important_items_and_none_twice():
+    scores = np.array([5.0, 9.0, 1.0, 7.0, 3.0, 8.0])
+    small, large = deal(scores, [2, 3])
+    assert small.tolist() == [1, 3] and large.tolist() == [0, 4, 5]  # 9 and 7; 8, 5 and 3; the 1 is left over
+    assert deal(scores, [2, 3], first=1)[1].tolist() == [1, 3, 4]
+
+
+def test_dealing_shares_only_what_is_not_enough():
+    first, second = deal(np.arange(4.0), [3, 3])
+    assert len(set(first)) == len(set(second)) == 3
+    assert set(first) | set(second) == {0, 1, 2, 3}
+    assert [hand.tolist() for hand in deal(np.arange(2.0), [2, 2])] == [[0, 1], [0, 1]]
+
+
+def test_layers_are_spread_or_the_most_important():
+    scores = np.array([1.0, 5.0, 2.0, 4.0, 3.0])
+    assert choose_layers(scores, 3).tolist() == [0, 2, 4]
+    assert choose_layers(scores, 5).tolist() == [0, 1, 2, 3, 4]
+    assert choose_layers(scores, 2, "importance").tolist() == [1, 3]
+    assert all(len(set(choose_layers(np.ones(24), n))) == n for n in range(1, 25))
+    with pytest.raises(ValueError, match="even, importance"):
+        choose_layers(scores, 2, "random")
+
+
+def test_sub_models_take_different_parts():
+    model = random_model(BertModel)
+    original = Original.of(model.config)
+    rng = np.random.default_rng(0)
+    importance = magnitude_importance(model)
+    for _ in range(10):
+        policy = sample_policy(rng, original, None, 3)
+        policy = Policy(tuple(replace(c, num_layers=1, num_heads=c.num_heads[:1], ffn_sizes=c.ffn_sizes[:1])
+                              for c in policy.sub_models))  # fmt: skip
+        parts = choose_parts(importance, policy)
+        for taken in ([p.dims for p in parts], [p.heads[0] for p in parts], [p.ffn[0] for p in parts]):
+            together = np.concatenate(taken)
+            assert len(together) == len(set(together))
+
+
+def test_importance_is_the_norm_of_what_reads_and_writes_a_part():
+    model = random_model(BertModel)
+    layer, importance = model.encoder.layer[2], magnitude_importance(model)
+    attention = layer.attention
+    rows = [m.weight[8:16] for m in (attention.self.query, attention.self.key, attention.self.value)]
+    biases = [m.bias[8:16] for m in (attention.self.query, attention.self.key, attention.self.value)]
+    numbers = [*rows, *biases, attention.output.dense.weight[:, 8:16]]
+    expected = sum(float(n.detach().square().sum()) for n in numbers) ** 0.5
+    assert importance.heads[2, 1] == pytest.approx(expected)
+    column = [layer.intermediate.dense.weight[4], layer.intermediate.dense.bias[4], layer.output.dense.weight[:, 4]]
+    assert importance.ffn[2, 4] == pytest.approx(sum(float(n.detach().square().sum()) for n in column) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "model_class", [BertForSequenceClassification, GPT2LMHeadModel, ViTForImageClassification], ids=lambda c: c.__name__
+)
+def test_taylor_importance_sees_what_the_loss_does_not_depend_on(model_class):
+    model = random_model(model_class).train()
+    layer = {"bert": "bert.encoder.layer.1", "gpt2": "transformer.h.1", "vit": "vit.layers.1"}[model.config.model_type]
+    output = {"bert": "attention.output.dense", "gpt2": "attn.c_proj", "vit": "attention.o_proj"}
+    weight = model.get_submodule(f"{layer}.{output[model.config.model_type]}").weight.data
+    (weight if model.config.model_type == "gpt2" else weight.T)[16:24] = 0  # head 2 is not read
+    importance = taylor_importance(model, [inputs_of(model, labels=True)] * 2)
+    assert importance.heads[1].argmin() == 2 and importance.heads[1, 2] == 0
+    assert np.count_nonzero(importance.heads) == 29
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_taylor_importance_needs_a_loss():
+    with pytest.raises(ValueError, match="no loss"):
+        taylor_importance(random_model(BertModel), [inputs_of(random_model(BertModel))])
+    with pytest.raises(ValueError, match="no batch"):
+        taylor_importance(random_model(BertForSequenceClassification), [])
+
+
+def test_what_cannot_be_decomposed_is_refused():
+    with pytest.raises(ValueError, match="BertForMaskedLM cannot be decomposed"):
+        decompose(BertForMaskedLM(BERT), UNEQUAL)
+    with pytest.raises(ValueError, match="sub-model 0 has 7 heads in a layer"):
+        decompose(random_model(BertModel), Policy((SubModelConfig(1, 8, (7,), (8,)),)))
+    with pytest.raises(ValueError, match="num_heads lists 2 layers"):
+        CoformerBertConfig(**BERT.to_dict(), layer_heads=[1, 2])
+    with pytest.raises(ValueError, match="encoder"):
+        CoformerBertConfig(is_decoder=True)
+
+
+def test_every_weight_of_the_original_has_its_axes():
+    for model_class in CLASSES:
+        model = random_model(model_class)
+        (parts, _) = choose_parts(magnitude_importance(model), UNEQUAL)
+        assert len(slice_state(model, parts)) > 0

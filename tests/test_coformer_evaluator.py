@@ -1,0 +1,187 @@
+"""The evaluator: each phase of the latency is its equation's, the predictor meets profiles, losses are the models'."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import threadpool_limits
+from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig
+
+from detransformer.cluster.devices import DeviceSpec, jetson_share
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.coformer.decomposer import decompose
+from detransformer.coformer.evaluator import (
+    PUBLISHED_FEATURES,
+    Evaluator,
+    Latency,
+    LatencyPredictor,
+    device_limits,
+    energy_j,
+    latency,
+    profile_pool,
+    roofline_s,
+    tdp_w,
+    validation_loss,
+)
+from detransformer.coformer.policy import Original, Policy, SubModelConfig, flops, sample_policy, uniform_policy
+from detransformer.files import repository_root
+from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+
+DEIT_B = Original.of(ViTConfig())
+JETSONS = tuple(DeviceSpec(name) for name in ("jetson-nano", "jetson-tx2", "jetson-orin-nano"))
+LINK = LinkProfile(100e6, {"*": 0.0}, {"*": 1.0}, "test", shares=(1.0, 0.5, 1.0))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+
+
+def device(rate, memory=2**30):
+    return DeviceProfile("test", memory, {"*": rate}, "test")
+
+
+CLUSTER = ClusterProfile((device(1e9), device(2e9), device(4e9)), LINK)
+
+
+def test_latency_is_eqs_3_to_6():
+    policy = Policy(
+        tuple(SubModelConfig(2, width, (heads,) * 2, (64,) * 2) for width, heads in ((128, 2), (256, 3), (320, 4)))
+    )
+    times = latency(policy, DEIT_B, CLUSTER)
+    assert times.backbone_s == pytest.approx(
+        [flops(c, DEIT_B) / rate for c, rate in zip(policy.sub_models, (1e9, 2e9, 4e9), strict=True)]
+    )
+    assert times.central == 2  # the fastest
+    # |X_n| / r_n of 197 tokens in float32; the second device has half a link, the central one sends nothing.
+    assert times.send_s == pytest.approx([8 * 4 * 197 * 128 / 100e6, 8 * 4 * 197 * 256 / 50e6, 0.0])
+    assert times.aggregate_s == pytest.approx(2 * 197 * 320 * (128 + 256 + 320) / 4e9)
+    assert times.total_s == pytest.approx(
+        max(a + b for a, b in zip(times.backbone_s, times.send_s, strict=True)) + times.aggregate_s
+    )
+    assert min(times.idle_s) == 0 and max(times.idle_s) > 0
+    pooled = latency(policy, DEIT_B, CLUSTER, sent_tokens=1)
+    assert pooled.send_s == pytest.approx([s / 197 for s in times.send_s])
+    assert pooled.aggregate_s == pytest.approx(times.aggregate_s / 197)
+    predicted = latency(policy, DEIT_B, CLUSTER, [lambda c: 1.0, lambda c: 2.0, lambda c: 0.5], central=0)
+    assert predicted.backbone_s == (1.0, 2.0, 0.5) and predicted.send_s[0] == 0 and predicted.central == 0
+    with pytest.raises(ValueError, match="2 sub-models, the cluster 3 devices"):
+        latency(uniform_policy(DEIT_B, 2), DEIT_B, CLUSTER)
+
+
+def test_the_roofline_is_bound_by_memory_where_tokens_are_few():
+    few = replace(DEIT_B, seq_len=2)
+    slow_memory = replace(device(1e12), memory_bytes_per_s=1e9)
+    config = SubModelConfig(1, 64, (1,), (64,))
+    weights = 4 * (768 * 64 + 4 * 64 * 64 + 2 * 64 * 64)
+    assert roofline_s(config, few, slow_memory) == pytest.approx(weights / 1e9, rel=0.01)
+
+
+def test_deit_b_on_a_tx2_is_the_published_latency():
+    known = JETSONS[1].on(DEIT_B.whole)
+    # Table V, one device; the preset is calibrated on it, with BERT's pooler counted.
+    assert roofline_s(DEIT_B.whole, DEIT_B, known) == pytest.approx(0.12348, rel=0.01)
+    assert 0.3 < jetson_share() < 0.6
+
+
+def test_the_clusters_file_of_coformers_testbed_is_three_jetsons():
+    spec = ClusterSpec.load(repository_root() / "examples" / "jetsons.yaml")
+    assert [s.preset for s in spec.device_specs] == [s.preset for s in JETSONS]
+    cluster = spec.profile("bert-base", BertConfig())
+    times = latency(uniform_policy(DEIT_B, 3), DEIT_B, cluster)
+    assert times.total_s < 0.12348  # faster than DeiT-B on the TX2
+    assert np.argmax(times.idle_s) in (1, 2) and times.idle_s[0] == 0  # the Jetson Nano is waited for
+
+
+def test_energy_is_power_times_busy_time():
+    times = Latency((1.0, 2.0), (0.5, 0.0), 0.25, central=1)
+    assert energy_j(times, (10.0, 4.0)) == pytest.approx(10 * 1.0 + 4 * 2.25)
+    assert energy_j(times, (10.0, 4.0), send_w=2.0) == pytest.approx(10 * 1.0 + 4 * 2.25 + 2 * 0.5)
+    assert tdp_w(JETSONS) == (10.0, 15.0, 10.0)  # Table VII
+
+
+def test_limits_of_devices_are_what_they_compute_in_time():
+    limits = device_limits([device(1e9, 100), device(2e9, 200)], max_compute_s=0.5)
+    assert limits.flops == pytest.approx((5e8, 1e9)) and limits.memory_bytes == (100.0, 200.0)
+    assert device_limits([device(1e9)]).flops == (float("inf"),)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    rng = np.random.default_rng(0)
+    configs = [c for _ in range(130) for c in sample_policy(rng, DEIT_B, None, 3).sub_models]
+    return profile_pool(JETSONS[1], configs, DEIT_B)
+
+
+def test_a_pool_is_profiled_by_roofline_or_measured(pool):
+    assert len(pool) == 390 and pool["source"].str.startswith("roofline: preset, modelled").all()
+    assert (pool["latency_s"] > 0).all() and pool["device"].unique().tolist() == ["Jetson TX2"]
+    measured = profile_pool(JETSONS[0], [DEIT_B.whole], DEIT_B, measure=lambda config: 0.25)
+    assert measured[["latency_s", "source", "hidden_size"]].iloc[0].tolist() == [0.25, "measured", 768]
+
+
+def test_the_predictor_meets_held_out_profiles_and_is_saved(pool, tmp_path):
+    fitted, held_out = pool[:300], pool[300:]
+    predictor = LatencyPredictor.fit(fitted, DEIT_B, hidden_sizes=(32, 32), max_iterations=150)
+    assert predictor.rmse_s(held_out) < 0.1 * held_out["latency_s"].std()
+    assert predictor.rmse_s(held_out) == pytest.approx(
+        np.sqrt(np.mean((predictor.predict(held_out) - held_out["latency_s"]) ** 2))
+    )
+    predictor.save(tmp_path / "tx2.npz")
+    loaded = LatencyPredictor.load(tmp_path / "tx2.npz")
+    config = uniform_policy(DEIT_B, 3).sub_models[0]
+    assert loaded(config) == predictor(config) and loaded.original == DEIT_B
+    (tmp_path / "other.npz").write_bytes(b"not one")
+    with pytest.raises(ValueError, match="is not a latency predictor"):
+        LatencyPredictor.load(tmp_path / "other.npz")
+
+
+def test_the_published_features_are_four(pool):
+    predictor = LatencyPredictor.fit(pool, DEIT_B, PUBLISHED_FEATURES, hidden_sizes=(8,), max_iterations=5)
+    assert predictor.weights[0].shape == (4, 8) and predictor(DEIT_B.whole) > 0
+
+
+@pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, vocab_size=50)
+    return BertForSequenceClassification(config)
+
+
+BATCHES = [
+    {"input_ids": torch.arange(1, 1 + 5 * size).view(size, 5), "labels": torch.arange(size) % 2} for size in (3, 1)
+]
+
+
+def test_validation_loss_is_the_mean_over_samples(bert):
+    bert.train()
+    (loss,) = validation_loss([bert], BATCHES)
+    assert bert.training
+    bert.eval()
+    with torch.no_grad():
+        samples = [
+            float(bert(input_ids=ids[None], labels=label[None]).loss)
+            for batch in BATCHES
+            for ids, label in zip(batch["input_ids"], batch["labels"], strict=True)
+        ]
+    assert loss == pytest.approx(np.mean(samples), rel=1e-5)  # float32
+    with pytest.raises(ValueError, match="no loss"):
+        validation_loss([BertModel(bert.config)], [{"input_ids": BATCHES[0]["input_ids"]}])
+    with pytest.raises(ValueError, match="no validation batch"):
+        validation_loss([bert], [])
+
+
+def test_the_objective_is_loss_and_weighted_latency(bert):
+    original = Original.of(bert.config, seq_len=5)
+    policy = uniform_policy(original, 2)
+    cluster = ClusterProfile((device(1e6), device(2e6)), replace(LINK, shares=()))
+    evaluator = Evaluator(bert, BATCHES, original, cluster, delta=3.0, sent_tokens=1).with_importance()
+    found = evaluator(policy)
+    losses = validation_loss(decompose(bert, policy), BATCHES)
+    assert found.loss == pytest.approx(sum(losses) / 2)
+    assert found.latency_s == latency(policy, original, cluster, sent_tokens=1).total_s
+    assert found.objective == pytest.approx(found.loss + 3 * found.latency_s)
+    assert evaluator.with_importance() is evaluator

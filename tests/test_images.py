@@ -1,0 +1,415 @@
+"""Images: sources and damaged files, batches as a function of the step, a ViT that learns and resumes."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from transformers import AutoModelForImageClassification, ViTForImageClassification
+
+from detransformer.training.data import images as images_module
+from detransformer.training.data.images import (
+    GENERATED_ROWS,
+    MEAN,
+    STD,
+    ImageData,
+    augmented,
+    balanced_order,
+    generated_images,
+    normalised,
+    open_images,
+)
+from detransformer.training.images import (
+    ImageBatches,
+    ImageConfig,
+    ImageLoss,
+    evaluate_images,
+    steps_of_epochs,
+    train_vit,
+)
+
+TINY = ImageConfig(
+    **dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, patch_size=8, num_steps=8),
+    **dict(global_batch_size=32, micro_batch_size=16, learning_rate=3e-3, dropout=0.1, mixed_precision="no"),
+)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(done, loss):
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+def arrays(num_train=30, num_test=12, num_classes=10, seed=0):
+    """As the mirror's file has them, the classes in no order."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for split, num in (("train", num_train), ("test", num_test)):
+        made[f"{split}_images"] = rng.integers(256, size=(num, 32, 32, 3), dtype=np.uint8)
+        made[f"{split}_labels"] = rng.permutation(np.arange(num, dtype=np.uint8) % num_classes)
+    return made
+
+
+def write(folder, **changed):
+    path = folder / "cifar100" / "cifar100_subset.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{name: array for name, array in (arrays() | changed).items() if array is not None})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    folder = tmp_path / "mirror"
+    write(folder)
+    monkeypatch.setenv("DETRANSFORMER_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture
+def no_mirror(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETRANSFORMER_DATA", str(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setattr(images_module, "hub_problem", lambda offline: "no network in this test")
+
+
+@pytest.fixture(scope="module")
+def generated() -> ImageData:
+    return generated_images()
+
+
+# --- sources --------------------------------------------------------------------------------------------------------
+
+
+def test_the_mirror_is_first_and_its_rows_are_balanced(mirror, tmp_path):
+    data = open_images("auto", tmp_path / "cache")
+    assert (data.name, data.is_real, data.num_classes) == ("mirror", True, 100)
+    assert data.note == "mirror; reduced training set, 30 of 50,000 rows; reduced test set, 12 of 10,000 rows"
+    assert "DETRANSFORMER_DATA" in data.found
+    assert data.train_labels[:10].tolist() == list(range(10)) == data.train_labels[20:].tolist()
+    given = arrays()
+    for image, label in zip(data.train_images, data.train_labels, strict=True):  # images kept their labels
+        at = np.flatnonzero((given["train_images"] == image).all((1, 2, 3)))
+        assert given["train_labels"][at].tolist() == [label]
+
+
+def test_a_whole_set_is_preferred_to_a_subset_and_not_called_reduced(mirror):
+    shutil.copy(mirror / "cifar100/cifar100_subset.npz", mirror / "cifar100/cifar100.npz")
+    assert open_images("mirror").found.startswith("cifar100.npz")
+    data = dataclasses.replace(open_images("mirror"), full_train_rows=30, full_test_rows=12)
+    assert data.note == "mirror; full training set, 30 rows; 12 test rows"
+
+
+def test_auto_without_images_generates_some_and_says_why(no_mirror, no_hub, tmp_path):
+    data = open_images("auto", tmp_path / "cache")
+    assert data.name == "built-in" and not data.is_real
+    assert "nowhere" in data.found and "no network in this test" in data.found
+    assert data.note == "built-in generated images, 2,000 training rows; 400 test rows"
+
+
+def test_a_mirror_without_images_does_not_stop_auto(tmp_path, monkeypatch, no_hub):
+    (tmp_path / "mirror" / "glue").mkdir(parents=True)
+    monkeypatch.setenv("DETRANSFORMER_DATA", str(tmp_path / "mirror"))
+    assert open_images("auto", tmp_path).name == "built-in"
+
+
+def test_an_explicit_source_that_is_not_there_is_an_error(no_mirror, no_hub, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*cifar100_subset.npz is missing: copy it there"):
+        open_images("mirror", tmp_path)
+    with pytest.raises(ValueError, match=r"'hub' is not available \(no network in this test\): connect"):
+        open_images("hub", tmp_path)
+    with pytest.raises(ValueError, match=r"source 'imagenet' is unknown: choose one of auto"):
+        open_images("imagenet", tmp_path)
+
+
+def test_an_offline_hub_is_said_to_be_offline(no_mirror, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        open_images("hub", tmp_path)
+
+
+def test_the_hub_is_decoded_once_and_kept(no_mirror, monkeypatch, tmp_path):
+    made, asked = arrays(12, 6), []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        rows = {"img": list(made[f"{split}_images"]), "fine_label": made[f"{split}_labels"].tolist()}
+        rows["coarse_label"] = [0] * len(rows["img"])
+        kinds = {"img": Image(), "fine_label": Value("int64"), "coarse_label": Value("int64")}
+        return Dataset.from_dict(rows, features=Features(kinds))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(images_module, "hub_problem", lambda offline: None)
+    data = open_images("hub", tmp_path)
+    assert asked == [("uoft-cs/cifar100", "train"), ("uoft-cs/cifar100", "test")]
+    order = balanced_order(made["train_labels"])
+    assert (data.train_images == made["train_images"][order]).all() and data.name == "hub"
+    monkeypatch.setattr(images_module, "hub_problem", lambda offline: "gone")
+    assert open_images("hub", tmp_path).fingerprint == data.fingerprint and len(asked) == 2
+    (tmp_path / "cifar100-hub.npz").write_bytes(b"PK\3\4 cut off")
+    with pytest.raises(ValueError, match=r"cifar100-hub.npz is damaged.*delete it and it is made again"):
+        open_images("hub", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"test_images": None}, "has no array"),
+        ({"train_images": arrays()["train_images"].astype(np.float32)}, r"float32 \[30, 32, 32, 3\]"),
+        ({"train_images": arrays()["train_images"][:, :28]}, r"uint8 \[30, 28, 32, 3\]"),
+        ({"test_images": arrays()["test_images"][:0], "test_labels": np.array([], int)}, r"\[0, 32, 32, 3\]"),
+        ({"train_labels": arrays()["train_labels"][:29]}, "where 30 integers are expected"),
+        ({"train_labels": np.full(30, 100)}, r"has 100, outside 0\.\.99"),
+        ({"test_labels": np.full(12, -1)}, r"has -1, outside 0\.\.99"),
+        ({"test_labels": np.full(12, 1.0)}, "test_labels is float64"),
+        ({"test_labels": np.array([{}] * 12, dtype=object)}, "is damaged"),
+    ],
+)
+def test_wrong_arrays_name_the_file_and_the_remedy(mirror, changed, said):
+    write(mirror, **changed)
+    with pytest.raises(ValueError, match=rf"cifar100_subset\.npz.*{said}.*copy it again from the original"):
+        open_images("mirror")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 2000, -30])
+def test_a_cut_off_file_is_damaged(mirror, keep):
+    path = mirror / "cifar100" / "cifar100_subset.npz"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cifar100_subset\.npz is damaged.*copy it again"):
+        open_images("mirror")
+
+
+def test_a_changed_byte_inside_is_damaged(mirror):
+    path = mirror / "cifar100" / "cifar100_subset.npz"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged"):
+        open_images("mirror")
+
+
+def test_generated_images_are_the_same_every_time_and_balanced(generated):
+    images_module._generated_arrays.cache_clear()
+    assert generated.fingerprint == generated_images().fingerprint
+    assert len(generated.train_images) == GENERATED_ROWS["train"]
+    assert set(np.bincount(generated.test_labels)) == {20} and generated.num_classes == 20
+
+
+# --- cutting and batches --------------------------------------------------------------------------------------------
+
+
+def test_any_prefix_of_the_balanced_order_is_balanced():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 9))
+    ordered = labels[balanced_order(labels)]
+    for end in range(1, len(labels) + 1):
+        counts = np.bincount(ordered[:end], minlength=7)
+        assert counts.max() - counts.min() <= 1
+    rare = np.array([2, 2, 2, 0, 1, 1])
+    assert rare[balanced_order(rare)].tolist() == [0, 1, 2, 1, 2, 2]  # no class is there twice before each is once
+    assert sorted(balanced_order(rare)) == list(range(6))
+
+
+def test_a_cut_set_is_a_prefix_and_another_identity(generated):
+    small = generated.cut(100, 40)
+    assert (small.train_images == generated.train_images[:100]).all() and len(small.test_labels) == 40
+    assert small.fingerprint not in (generated.fingerprint, generated.cut(101, 40).fingerprint)
+    assert generated.cut().fingerprint == generated.fingerprint
+    assert len(generated.cut(10**6).train_images) == 2000
+    with pytest.raises(ValueError, match="max_train_rows=0 is below 1"):
+        generated.cut(0)
+
+
+def test_batches_are_a_function_of_seed_and_step(generated):
+    data = generated.cut(100)
+    first, again = data.train_batch(3, 5, 16), data.train_batch(3, 5, 16)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["rows"], data.train_batch(4, 5, 16)["rows"])
+    assert first["pixel_values"].shape == (16, 3, 32, 32) and first["labels"].dtype == torch.int64
+    assert (data.train_labels[first["rows"].numpy()] == first["labels"].numpy()).all()
+
+
+@pytest.mark.parametrize("batch_size", [16, 100, 250])
+def test_each_epoch_has_every_row_once_in_its_own_order(generated, batch_size):
+    data, wanted = generated.cut(100), 300
+    rows = np.concatenate([data.train_rows(0, step, batch_size) for step in range(-(-wanted // batch_size))])[:wanted]
+    epochs = rows.reshape(3, 100)
+    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
+    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+
+
+def test_a_crop_is_the_image_moved_with_black_beyond_its_edge():
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 256, size=(64, 32, 32, 3), dtype=np.uint8)
+    moved = augmented(images, np.random.default_rng(1), padding=4, flip=False)
+    offsets = set()
+    for image, result in zip(images, moved, strict=True):
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        found = [(y, x) for y in range(9) for x in range(9) if (padded[y : y + 32, x : x + 32] == result).all()]
+        assert len(found) == 1
+        offsets.update(found)
+    assert len(offsets) > 30  # of 81
+    flipped = augmented(images, np.random.default_rng(1), padding=0, flip=True)
+    turned = [(result == image[:, ::-1]).all() for image, result in zip(images, flipped, strict=True)]
+    same = [(result == image).all() for image, result in zip(images, flipped, strict=True)]
+    assert 16 < sum(turned) < 48 and sum(turned) + sum(same) == 64
+    assert augmented(images, rng, padding=0, flip=False) is images
+
+
+def test_normalisation_is_by_channel():
+    images = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    images[1] = 255
+    pixels = normalised(images)
+    assert pixels.shape == (2, 3, 32, 32) and pixels.dtype == torch.float32
+    for channel in range(3):
+        assert pixels[0, channel, 0, 0] == pytest.approx(-MEAN[channel] / STD[channel], rel=1e-5)
+        assert pixels[1, channel, 7, 9] == pytest.approx((1 - MEAN[channel]) / STD[channel], rel=1e-5)
+
+
+def test_ordered_batches_have_every_row_once_as_it_is(generated):
+    data = generated.cut(50, 30)
+    batches = list(data.test_batches(16))
+    assert [len(batch["rows"]) for batch in batches] == [16, 14]
+    assert torch.equal(torch.cat([batch["rows"] for batch in batches]), torch.arange(30))
+    assert torch.equal(batches[1]["pixel_values"], normalised(data.test_images[16:]))
+    assert torch.cat([batch["labels"] for batch in data.ordered_batches("train", 16)]).tolist() == list(
+        data.train_labels
+    )
+    with pytest.raises(ValueError, match="split 'valid' is unknown"):
+        next(data.ordered_batches("valid", 4))
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"patch_size": 5}, "patch_size=5 does not divide 32"),
+        ({"num_heads": 5}, "num_heads=5 does not divide hidden_size=192"),
+        ({"micro_batch_size": 48}, "micro_batch_size=48 does not divide"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 is not above 0"),
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5 is outside"),
+        ({"mixup": -1.0}, "mixup=-1.0 is below 0"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown"),
+        ({"mixed_precision": "int8"}, "mixed_precision='int8' is unknown"),
+    ],
+)
+def test_a_wrong_config_says_what_is_wrong(fields, said):
+    with pytest.raises(ValueError, match=said):
+        ImageConfig(**fields)
+
+
+def test_sizes_of_the_model_are_the_configuration_s(generated):
+    config = ImageConfig(hidden_size=48, num_layers=3, num_heads=4, patch_size=4).vit_config(20)
+    assert (config.intermediate_size, config.image_size, config.num_labels) == (192, 32, 20)
+    assert ImageConfig(patch_size=4).num_tokens == 65 and ImageConfig(patch_size=8).num_tokens == 17
+    assert steps_of_epochs(3, generated, 100) == 60 and steps_of_epochs(0.0001, generated, 100) == 1
+
+
+def test_mixup_mixes_pixels_and_labels_by_the_same_share(generated):
+    plain = ImageBatches(generated, TINY).train_batch(2, 8)
+    assert set(plain) == {"pixel_values", "labels"}
+    batches = ImageBatches(generated, dataclasses.replace(TINY, mixup=0.4))
+    batch, again = batches.train_batch(2, 8), batches.train_batch(2, 8)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    for i, (share, other) in enumerate(zip(batch["shares"], batch["other_labels"], strict=True)):
+        partners = [j for j in range(8) if plain["labels"][j] == other]
+        mixes = [share * plain["pixel_values"][i] + (1 - share) * plain["pixel_values"][j] for j in partners]
+        assert any(torch.allclose(batch["pixel_values"][i], mix, atol=1e-6) for mix in mixes)
+    model = ViTForImageClassification(TINY.vit_config(20)).eval()
+    loss = ImageLoss(model, label_smoothing=0.2)
+    one, two = loss(batch["pixel_values"], batch["labels"]), loss(batch["pixel_values"], batch["other_labels"])
+    for share, expected in ((1.0, one), (0.0, two), (0.25, 0.25 * one + 0.75 * two)):
+        shares = torch.full((8,), share)
+        found = loss(batch["pixel_values"], batch["labels"], batch["other_labels"], shares)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16-weights"])
+def test_a_vit_learns_the_generated_images_and_is_found_again(generated, tmp_path, precision):
+    data = generated.cut(400, 100)
+    config = dataclasses.replace(TINY, num_steps=45, micro_batch_size=32, dropout=0.0, mixed_precision=precision)
+    result = train_vit(config, data, tmp_path)
+    assert result.chance_accuracy == 5 and result.accuracy > 15
+    assert result.history.train_loss.tail(10).mean() < result.history.train_loss.head(5).mean() - 0.4
+    assert result.history.images.iloc[-1] == 45 * 32 and result.num_epochs == 45 * 32 / 400
+    assert result.note.startswith("2 layers, hidden 32, 17 tokens, 3.6 epochs; built-in generated images")
+    model = AutoModelForImageClassification.from_pretrained(result.checkpoint)
+    assert model.dtype == torch.float32 and model.num_parameters() == result.num_parameters
+    assert evaluate_images(model, data) == pytest.approx(result.accuracy, abs=3)  # bfloat16 decides some otherwise
+    assert not (result.checkpoint.parent / "checkpoint").exists()
+
+    again = train_vit(config, data, tmp_path, on_step=stop_at(1))  # trains nothing
+    assert again.accuracy == result.accuracy and again.identity == result.identity
+    with pytest.raises(Stop):
+        train_vit(dataclasses.replace(config, seed=1), data, tmp_path, on_step=stop_at(1))
+    with pytest.raises(Stop):
+        train_vit(config, data.cut(399), tmp_path, on_step=stop_at(1))
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(generated, tmp_path):
+    data = generated.cut(64, 20)
+    config = dataclasses.replace(TINY, checkpoint_every_s=0.0, mixup=0.2)
+    whole = train_vit(config, data, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_vit(config, data, tmp_path / "parts", on_step=stop_at(5))
+    seen = []
+    parts = train_vit(config, data, tmp_path / "parts", on_step=lambda step, loss: seen.append(step))
+    assert seen == [6, 7, 8]
+    assert parts.history.train_loss.tolist() == whole.history.train_loss.tolist()
+    weights = [AutoModelForImageClassification.from_pretrained(r.checkpoint).state_dict() for r in (whole, parts)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_damaged_result_or_checkpoint_says_what_to_delete(generated, tmp_path):
+    data = generated.cut(64, 20)
+    config = dataclasses.replace(TINY, checkpoint_every_s=0.0)
+    with pytest.raises(Stop):
+        train_vit(config, data, tmp_path, on_step=stop_at(2))
+    folder = next(tmp_path.iterdir())
+    next((folder / "checkpoint").glob("*.bin")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint.*cannot be read.*delete that folder"):
+        train_vit(config, data, tmp_path)
+    (folder / "result.json").write_text(json.dumps({"identity": "x"})[:-3])
+    with pytest.raises(ValueError, match=r"result.json, line 1: damaged"):
+        train_vit(config, data, tmp_path)
+
+
+def test_evaluation_counts_right_answers_and_leaves_the_mode(generated):
+    class Knows(torch.nn.Module):
+        def __init__(self, labels):
+            super().__init__()
+            self.labels, self.at = torch.from_numpy(labels), 0
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, pixel_values):
+            assert not self.training
+            part = self.labels[self.at : self.at + len(pixel_values)]
+            self.at += len(pixel_values)
+            return type("Output", (), {"logits": torch.nn.functional.one_hot(part, 20).float()})
+
+    data = generated.cut(40, 30)
+    wrong = data.test_labels.copy()
+    wrong[:6] = (wrong[:6] + 1) % 20
+    model = Knows(wrong).train()
+    assert evaluate_images(model, data, batch_size=7) == 80 and model.training
+    assert evaluate_images(Knows(data.train_labels), data, split="train") == 100
