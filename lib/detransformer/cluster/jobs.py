@@ -438,4 +438,17 @@ def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices:
     return {"seconds": seconds[1:], "bytes": comm.bytes[kind]}
 
 
-JOBS = {"run_plan": run_plan, "generate": generate, "self_check": self_check, "time_collective": time_collective}
+def run_ensemble(state: WorkerState, **job) -> dict:
+    """This device's part of an ensemble's answer; what it needs is imported when first asked for."""
+    from detransformer.cluster.ensembles import answer_part
+
+    return answer_part(state, **job)
+
+
+JOBS = {
+    "run_plan": run_plan,
+    "generate": generate,
+    "run_ensemble": run_ensemble,
+    "self_check": self_check,
+    "time_collective": time_collective,
+}

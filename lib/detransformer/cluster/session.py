@@ -39,6 +39,8 @@ TRANSPORTS = ("auto", "namespaces", "loopback")
 LINKS = ("line-rate", "fitted")
 MAX_DEVICES = 64
 START_TIMEOUT_S = 120
+LATE_S = 1.0  # for the others to reply, after the one that has the result
+ENDING_S = 5.0  # for the launcher to tell how a process ended
 SILENCE_LIMIT_S = 10  # a worker sends a heartbeat every second, whatever it is doing
 _MASTER_PORT = 29500
 
@@ -109,6 +111,7 @@ class EmulatedCluster:
         self.delay_s, self.jitter_s = delay_s, jitter_s
         self._link = link
         self.folder: Path | None = None  # for files that live as long as the session
+        self.lost: dict[int, str] = {}  # who was left out of jobs that can do without, and why
         self._network: EmulatedNetwork | None = None
         self._workers: list[_Worker] = []
         self._launcher: _Launcher | None = None
@@ -195,21 +198,33 @@ class EmulatedCluster:
     def pids(self) -> list[int]:
         return [worker.pid for worker in self._workers]
 
-    def run(self, op: str, per_rank: list[dict] | None = None, timeout_s: float = 600, **job) -> list:
+    def run(
+        self, op: str, per_rank: list[dict] | None = None, timeout_s: float = 600, needed: int | None = None, **job
+    ) -> list:
         """Gives every worker one job (`per_rank` adds what differs) and returns their results in rank order.
+
+        Args:
+            needed: the one rank without which there is no result; another that is lost, or still at work a second after
+                that one's reply, is left out from then on (`lost` says why) and has None in the list.
 
         Raises:
             DeviceLost: if a worker died, or was silent for 10 s.
             DeviceError: if a worker reports an error.
         """
         for worker in self._workers:
-            extra = per_rank[worker.rank] if per_rank else {}
-            worker.send({"op": op, **job, **extra})
-        return self._collect(op, timeout_s)
+            if worker.rank not in self.lost:
+                extra = per_rank[worker.rank] if per_rank else {}
+                worker.send({"op": op, **job, **extra})
+        return self._collect(op, timeout_s, needed)
 
-    def _collect(self, doing: str, timeout_s: float) -> list:
+    def _leave_out(self, rank: int, why: str) -> None:
+        self.lost[rank] = f"device {rank} ({self.devices[rank].title}) {why}"
+        self._workers[rank].stop()
+
+    def _collect(self, doing: str, timeout_s: float, needed: int | None = None) -> list:
         """Waits for one reply of every worker; watches for deaths and silence meanwhile."""
-        waiting = {worker.rank for worker in self._workers}
+        waiting = {worker.rank for worker in self._workers} - set(self.lost)
+        answered_at = None
         results: list = [None] * len(self._workers)
         errors: dict[int, str] = {}
         error_since = None
@@ -219,7 +234,8 @@ class EmulatedCluster:
             worker.heard_at = now
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
-                selector.register(worker.replies, selectors.EVENT_READ, worker)
+                if worker.rank not in self.lost:
+                    selector.register(worker.replies, selectors.EVENT_READ, worker)
             selector.register(self._launcher.output, selectors.EVENT_READ, self._launcher)
             while waiting:
                 for key, _ in selector.select(timeout=0.2):
@@ -229,6 +245,7 @@ class EmulatedCluster:
                         continue
                     messages = worker.receive()
                     if messages is None:
+                        worker.ended = True
                         selector.unregister(key.fileobj)
                     for message in messages or ():
                         if "result" in message or "ready" in message:
@@ -238,6 +255,22 @@ class EmulatedCluster:
                             errors[worker.rank] = message["error"]
                             waiting.discard(worker.rank)
                 now = time.monotonic()
+                if needed is not None:
+                    for rank, how in self._gone(now).items():
+                        if rank != needed:
+                            waiting.discard(rank)
+                            errors.pop(rank, None)
+                            self._unregister(selector, rank)
+                            self._leave_out(rank, how)
+                    if needed not in waiting:
+                        answered_at = answered_at or now
+                        ending = any(self._workers[rank].ended for rank in waiting)  # the launcher tells how, soon
+                        if now - answered_at > (ENDING_S if ending else LATE_S):
+                            for rank in sorted(waiting):
+                                ended = self._workers[rank].ended
+                                self._unregister(selector, rank)
+                                self._leave_out(rank, "has ended" if ended else "did not answer in time")
+                            break
                 self._raise_if_lost(doing, now)
                 if errors:  # often a peer's death seen from here: the dead one, if any, is named instead
                     error_since = error_since or now
@@ -267,23 +300,35 @@ class EmulatedCluster:
         for rank, code in codes.items():
             self._workers[rank].code = code
 
-    def _raise_if_lost(self, doing: str, now: float) -> None:
+    def _gone(self, now: float) -> dict[int, str]:
+        """The workers that have died or fallen silent, and how; those left out before are not among them."""
+        gone = {}
         for worker in self._workers:
+            if worker.rank in self.lost:
+                continue
             code = worker.code
             if code is not None:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-                why = worker.last_words() if code > 0 else ""
+                gone[worker.rank] = (
+                    f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+                )
             elif now - worker.heard_at > SILENCE_LIMIT_S:
-                how, why = f"has been silent for {SILENCE_LIMIT_S} s", ""
-            else:
-                continue
-            rank, num_left = worker.rank, len(self._workers) - 1
+                gone[worker.rank] = f"has been silent for {SILENCE_LIMIT_S} s"
+        return gone
+
+    def _raise_if_lost(self, doing: str, now: float) -> None:
+        for rank, how in self._gone(now).items():
+            worker, num_left = self._workers[rank], len(self._workers) - 1
+            why = worker.last_words() if (worker.code or 0) > 0 else ""
             self.close()
             raise DeviceLost(
                 rank,
                 f"device {rank} of {num_left + 1} ({self.devices[rank].title}) {how} while {doing}{why}; "
                 f"the other {num_left} were stopped.",
             )
+
+    def _unregister(self, selector, rank: int) -> None:
+        with contextlib.suppress(KeyError, ValueError):  # its end was seen before
+            selector.unregister(self._workers[rank].replies)
 
     def close(self) -> None:
         """Ends all workers and removes the network; safe to call twice."""
@@ -367,6 +412,7 @@ class _Worker:
         self.pid: int | None = None
         self.code: int | None = None
         self.heard_at = time.monotonic()
+        self.ended = False  # its end of the pipe is closed
         self._log = log
         self._pending = b""
         stdin, jobs = os.pipe()

@@ -3,7 +3,8 @@
 Every collective is started and later waited for, so that compute can go on meanwhile; `start_...` returns a `Pending`.
 A thread runs them one after another, so that the first that was started is the first that has the link.
 Bytes are those a rank sends (P ranks): all_reduce 2 (P-1)/P of the tensor (ring), all_gather P-1 times its own
-message, all_to_all and reduce_scatter one message to each other rank. An observer is told of starts and waits; pacing
+message, all_to_all and reduce_scatter one message to each other rank, gather its own message (the one that receives:
+what it receives). An observer is told of starts and waits; pacing
 and timing live there, not here. Messages lie in buffers that are kept: what a collective returns may be a view of one,
 and holds until the next collective of the same name. `transfers` are what the thread saw of each collective: from when
 this rank could begin to its end, so with the wait for peers that came later.
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import accumulate
 from typing import Protocol
 
@@ -202,6 +204,61 @@ class Comm:
             for work in works:
                 work.wait()
 
+    def start_gather(
+        self,
+        x: torch.Tensor,
+        shapes: Sequence[Sequence[int]],
+        root: int,
+        wire: str = "float32",
+        timeout_s: float | None = None,
+        absent: Sequence[int] = (),
+        name: str = "gather to one",
+    ) -> Pending:
+        """Brings every rank's `x`, which has `shapes[rank]`, to `root` as a list in rank order; None on the others.
+
+        The `absent` are not asked and have None in the list. With `timeout_s` a rank that is lost, or whose message has
+        not come by then, has None there too; it is not to be asked again: what a late rank sends would be taken for its
+        next message.
+        """
+        if self.num_ranks == 1:
+            return Pending([x])
+        dtype = x.dtype
+        if self.rank != root:
+            message = self._buffer("out", name, message_bytes(x.shape, wire, x.itemsize))
+            encode(x, wire, message)
+            return self._start(
+                "gather",
+                len(message),
+                lambda: dist.send(message, group=self.group, group_dst=root),
+                lambda: None,
+            )
+        sizes = [0 if rank == root else message_bytes(shape, wire, x.itemsize) for rank, shape in enumerate(shapes)]
+        incoming = self._buffer("in", name, sum(sizes)).split(sizes)
+        came = [rank == root for rank in range(self.num_ranks)]
+
+        def collect() -> None:
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            works = {}
+            for rank in range(self.num_ranks):  # all at once: none waits for another's turn
+                if rank != root and rank not in absent:
+                    with _lost_allowed(timeout_s):
+                        works[rank] = dist.irecv(incoming[rank], group=self.group, group_src=rank)
+            for rank, work in works.items():
+                with _lost_allowed(timeout_s):
+                    if deadline is None:
+                        work.wait()
+                    else:
+                        work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                    came[rank] = True
+
+        def result() -> list[torch.Tensor | None]:
+            return [
+                x if rank == root else decode(message, shapes[rank], wire, dtype) if came[rank] else None
+                for rank, message in enumerate(incoming)
+            ]
+
+        return self._start("gather", sum(sizes), collect, result)
+
     def send(self, x: torch.Tensor, to_rank: int, wire: str = "float32") -> None:
         message = self._buffer("out", "send", message_bytes(x.shape, wire, x.itemsize))
         encode(x, wire, message)
@@ -226,6 +283,16 @@ class Comm:
         if kept is None or len(kept) < num_bytes:
             kept = self._buffers[direction, name] = torch.zeros(num_bytes, dtype=torch.uint8)
         return kept[:num_bytes]
+
+
+@contextmanager
+def _lost_allowed(timeout_s: float | None) -> Iterator[None]:
+    """gloo's error of a lost or late peer passes where a time limit says that it may."""
+    try:
+        yield
+    except RuntimeError:
+        if timeout_s is None:
+            raise
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,111 @@
+"""Sub-models over real processes: the single process's answer, a lost device, a late one, times and bytes."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from detransformer.cluster.devices import DeviceLost
+from detransformer.cluster.ensembles import run_ensemble
+from detransformer.cluster.session import EmulatedCluster
+from detransformer.coformer import Original, decompose, uniform_policy
+from detransformer.coformer.aggregator import make_aggregator
+from detransformer.coformer.ensemble import is_ensemble, load_ensemble, save_ensemble, whole_answer
+
+JETSONS = ["jetson-nano", "jetson-tx2", "jetson-orin-nano"]
+CENTRAL = 1
+SIZES = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=6, intermediate_size=96, vocab_size=60)
+
+
+def make_ensemble(kind, folder):
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, num_labels=4, initializer_range=0.3)
+    model = BertForSequenceClassification(config).eval()
+    original = Original.of(config, seq_len=12)
+    policy = uniform_policy(original, 3)
+    sub_models = decompose(model, policy)
+    widths = [c.hidden_size for c in policy.sub_models]
+    aggregator = make_aggregator(kind, widths, 4)
+    if aggregator.learned:
+        aggregator.set_means([torch.randn(9, width) for width in widths])
+    return save_ensemble(folder, sub_models, aggregator, policy, original, CENTRAL)
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    return make_ensemble("coformer", tmp_path_factory.mktemp("ensemble") / "coformer")
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    torch.manual_seed(1)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 8:] = 0
+    return {"input_ids": torch.randint(1, 60, (2, 12)), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", ["coformer", "average"])
+def test_devices_answer_as_one_process_does(kind, inputs, tmp_path):
+    ensemble = make_ensemble(kind, tmp_path / kind)
+    with EmulatedCluster(3, JETSONS, 100e6) as cluster:
+        run = run_ensemble(cluster, ensemble, inputs, repeats=2)
+    assert run.present == (True, True, True) and not run.lost and run.sentence == "All 3 sub-models answered."
+    torch.testing.assert_close(run.logits, whole_answer(ensemble, inputs), rtol=1e-5, atol=1e-5)
+    learned = ensemble.aggregator().learned
+    for number, record in enumerate(run.records):
+        width = ensemble.policy.sub_models[number].hidden_size if learned else 4
+        if number != CENTRAL:  # one message, pooled features or logits of two samples
+            assert record["counts"] == {"gather": 1} and record["bytes"] == {"gather": 2 * 4 * width}
+    assert len(run.samples_s) == 2 and 0 < run.latency_s < 1
+
+
+def test_a_killed_device_is_left_out_and_named(ensemble, inputs):
+    with EmulatedCluster(3, JETSONS, 100e6) as cluster:
+        run_ensemble(cluster, ensemble, inputs)
+        os.kill(cluster.pids[2], signal.SIGKILL)
+        start_s = time.monotonic()
+        run = run_ensemble(cluster, ensemble, inputs)
+        assert time.monotonic() - start_s < 20
+        assert run.present == (True, True, False)
+        assert "2 of 3 sub-models answered" in run.sentence and "device 2" in run.sentence and "SIGKILL" in run.sentence
+        expected = whole_answer(ensemble, inputs, [True, True, False])
+        torch.testing.assert_close(run.logits, expected, rtol=1e-5, atol=1e-5)
+        again = run_ensemble(cluster, ensemble, inputs)  # and from then on
+        torch.testing.assert_close(again.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_device_that_hangs_is_late_and_left_out(ensemble, inputs):
+    with EmulatedCluster(3, JETSONS, 100e6) as cluster:
+        run_ensemble(cluster, ensemble, inputs)
+        started = threading.Timer(0.0, os.kill, (cluster.pids[0], signal.SIGSTOP))
+        started.start()
+        started.join()
+        run = run_ensemble(cluster, ensemble, inputs, deadline_s=1.0, repeats=1)
+        assert run.present == (False, True, True) and "device 0" in run.sentence
+        torch.testing.assert_close(
+            run.logits, whole_answer(ensemble, inputs, [False, True, True]), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_without_the_central_device_there_is_no_answer(ensemble, inputs):
+    with EmulatedCluster(3, JETSONS, 100e6) as cluster:
+        run_ensemble(cluster, ensemble, inputs)
+        os.kill(cluster.pids[CENTRAL], signal.SIGKILL)
+        with pytest.raises(DeviceLost, match="device 1"):
+            run_ensemble(cluster, ensemble, inputs)
+
+
+def test_what_does_not_belong_together_is_refused(ensemble, inputs, tmp_path):
+    assert is_ensemble(ensemble.folder) and not is_ensemble(tmp_path)
+    with pytest.raises(ValueError, match="holds no ensemble"):
+        load_ensemble(tmp_path)
+    (tmp_path / "ensemble.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_ensemble(tmp_path)
+    with EmulatedCluster(2, JETSONS[:2], 100e6) as cluster:
+        with pytest.raises(ValueError, match="3 sub-models, the cluster 2 devices"):
+            run_ensemble(cluster, ensemble, inputs)
