@@ -1,6 +1,7 @@
 """Pre-trains a profile's rows from the command line, on one device or, by `accelerate launch`, on several.
 
     accelerate launch --num_processes 4 -m detransformer.training --profile paper --run-dir results/paper
+    torchrun --nproc_per_node 2 -m detransformer.training --profile laptop --run-dir results/laptop   # without a GPU
 
 The notebooks find the finished rows in the run folder and do not train them again.
 """

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -75,13 +74,12 @@ PEAK_TFLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker process trains: a row with an implementation, on data that it opens itself."""
+    """What a worker process trains: a row with an implementation, on data that it opens for itself."""
 
     implementation: str
     row: ModelRow
     config: PretrainConfig
-    source: str
-    cache_dir: Path
+    data: TrainingData
     folder: str  # for what an implementation has to write somewhere; the parent removes it
 
     @property
@@ -128,7 +126,7 @@ def bench_training(
         _workers(implementations, threads) as workers,
     ):
         for row in rows:
-            jobs = {name: Job(name, row, config, data.name, data.cache_dir, folder) for name in implementations}
+            jobs = {name: Job(name, row, config, data, folder) for name in implementations}
             for _ in range(repeats):
                 for name, job in jobs.items():
                     bar.set_postfix_str(f"{row.label}, {name}")
@@ -292,20 +290,13 @@ def _result(future):
 # --- In a worker -------------------------------------------------------------------------------------------------
 
 
-@cache
-def _data(source: str, cache_dir: Path) -> TrainingData:
-    return open_data(source, cache_dir)
+def _sequences(job: Job) -> np.ndarray:
+    return job.data.packed("train", job.config.seq_len, job.config.max_train_tokens).sequences
 
 
-def _sequences(job: Job) -> tuple[TrainingData, np.ndarray]:
-    data = _data(job.source, job.cache_dir)
-    return data, data.packed("train", job.config.seq_len, job.config.max_train_tokens).sequences
-
-
-def _batches(job: Job) -> tuple[TrainingData, MaskedBatches]:
-    data, sequences = _sequences(job)
-    config = job.config
-    return data, MaskedBatches(sequences, data.vocab_size, data.special, config.num_masked, config.seed)
+def _batches(job: Job) -> MaskedBatches:
+    data, config = job.data, job.config
+    return MaskedBatches(_sequences(job), data.vocab_size, data.special, config.num_masked, config.seed)
 
 
 def _timed_turn(job: Job, steps: int, warmup_steps: int) -> dict:
@@ -351,8 +342,7 @@ def _loss_turn(job: Job, steps: int) -> list[float]:
 def _train_ours(job: Job, on_step) -> BertForMaskedLM:
     """As `pretrain` does, without checkpoints."""
     keep_freed_memory()
-    config = job.config
-    data, batches = _batches(job)
+    config, data, batches = job.config, job.data, _batches(job)
     accelerator = Accelerator(mixed_precision=autocast_of(job.precision))
     model = build_model(job.row, config, data.vocab_size, data.special.pad)
     objective, optimizer = prepare(MaskedLmLoss(model), model, config, job.precision, accelerator)
@@ -386,7 +376,7 @@ class _Counting:
 
 def _train_trainer(job: Job, clock) -> tuple[BertForMaskedLM, list[int]]:
     """Trainer with its collator and its defaults: (model, tokens of each batch)."""
-    data, sequences = _sequences(job)
+    data = job.data
     data.save_tokenizer(Path(job.folder))
     tokenizer = AutoTokenizer.from_pretrained(job.folder)
     count = job.config.num_steps * job.config.global_batch_size
@@ -394,7 +384,7 @@ def _train_trainer(job: Job, clock) -> tuple[BertForMaskedLM, list[int]]:
         cut = {"truncation": True, "max_length": job.config.seq_len, "return_special_tokens_mask": True}
         dataset = Dataset.from_dict(dict(tokenizer(_lines(data, count), **cut)))
     else:
-        dataset = _packed_rows(sequences[:count].astype(np.int64), tokenizer)
+        dataset = _packed_rows(_sequences(job)[:count].astype(np.int64), tokenizer)
     collator = _Counting(DataCollatorForLanguageModeling(tokenizer, mlm_probability=job.config.mask_fraction))
     model = build_model(job.row, job.config, data.vocab_size, data.special.pad)
     # The special-token mask reaches the collator, which else computes it again for every batch.
@@ -476,8 +466,7 @@ class _SameSchedule(Trainer):
 
 def _same_batches_trainer(job: Job) -> list[float]:
     """Trainer's losses on our batches, from our first weights, with our AdamW settings and schedule."""
-    config = job.config
-    data, batches = _batches(job)
+    config, data, batches = job.config, job.data, _batches(job)
     model = build_model(job.row, config, data.vocab_size, data.special.pad)
     arguments = _arguments(
         job.folder,
@@ -567,7 +556,7 @@ def bench_training_command(
 def _note(throughput: pd.DataFrame, gaps: pd.DataFrame, warmup_steps: int) -> str:
     first = throughput.iloc[0]
     words = (
-        f"{first['hardware']}, {first['num_threads']} threads; {first['versions']}; text: {first['source']}. "
+        f"{first['hardware']}, threads: {first['num_threads']}; {first['versions']}; text: {first['source']}. "
         f"{first['repeats']} turns of {first['steps']} steps after {warmup_steps} others, batch {first['batch']} x "
         f"{first['seq_len']} tokens, hidden {first['hidden_size']}, no dropout. Medians; spread is (max - min) / "
         "median, a speed-up the median of turns side by side, cpu_share what the threads got of the processors (a CPU "

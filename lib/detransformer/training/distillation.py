@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.nn import functional as F
 from transformers import BertForMaskedLM
@@ -31,7 +30,7 @@ from detransformer.training.config import ModelRow, PretrainConfig, config_hash
 from detransformer.training.data import TrainingData
 from detransformer.training.data.packing import IGNORED, MaskedBatches
 from detransformer.training.finetuning import _checkpoint
-from detransformer.training.hardware import autocast_of, choose_attention, keep_freed_memory, resolve_precision
+from detransformer.training.hardware import choose_attention, keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.pretraining import PretrainResult, _save, _text_note, evaluate, finish, prepare, train_steps
 
@@ -191,7 +190,7 @@ def calibrate(
     original = load_teacher(checkpoint, data)
     student = _student(original, row, recipe.dropout)
     keep_freed_memory()
-    accelerator = Accelerator(mixed_precision=autocast_of(precision))
+    accelerator = make_accelerator(precision)
     with accelerator.main_process_first():  # one process packs the text, the others map it
         train = data.packed("train", recipe.seq_len, recipe.max_train_tokens)
         valid = data.packed("validation", recipe.seq_len, recipe.max_valid_tokens)

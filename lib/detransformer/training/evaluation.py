@@ -1,4 +1,4 @@
-"""Held-out loss of a saved masked-language model, exact or with messages rounded as on a wire; its small copy to share."""
+"""Held-out loss of a saved masked-language model, exact or with rounded messages; a small copy to share."""
 
 import math
 from contextlib import nullcontext

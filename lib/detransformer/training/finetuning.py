@@ -33,7 +33,7 @@ from detransformer.training.features import (
     epoch_batches,
     prepare_task,
 )
-from detransformer.training.hardware import autocast_of, keep_freed_memory, resolve_precision
+from detransformer.training.hardware import keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.jobs import advance, run_jobs
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.optim import learning_rate, set_learning_rate
@@ -74,7 +74,7 @@ def finetune(
     set_seed(seed)  # the head's weights, then dropout
     model = load_model(model_folder, chosen, config.dropout)
     keep_freed_memory()
-    accelerator = Accelerator(mixed_precision=autocast_of(precision))
+    accelerator = make_accelerator(precision)
     model, optimizer = prepare(model, model, config, precision, accelerator)
     progress = Progress()
     checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)

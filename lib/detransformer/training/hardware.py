@@ -9,7 +9,10 @@ import ctypes
 import sys
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
+
+from detransformer.settings import launched_processes
 
 AUTOCAST = ("no", "bf16", "fp16")  # what accelerate knows
 _KEPT_BYTES = 2**31 - 1
@@ -33,6 +36,15 @@ def resolve_precision(precision: str) -> str:
 def autocast_of(precision: str) -> str:
     """The setting of accelerate for a resolved `precision`; bfloat16 weights need no casts."""
     return precision if precision in AUTOCAST else "no"
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Accelerate for a resolved `precision`; on a CPU one run over all processes that torchrun or accelerate started.
+
+    Without being told, accelerate would take each of several CPU processes for a run of its own.
+    """
+    together = launched_processes() > 1 and not torch.cuda.is_available()
+    return Accelerator(mixed_precision=autocast_of(precision), cpu=together)
 
 
 def choose_attention(model: PreTrainedModel, precision: str) -> None:

@@ -1,15 +1,17 @@
-"""Scores of the five tasks, times 100: scikit-learn's Matthews correlation and accuracy, torchmetrics' SQuAD."""
+"""Scores of the five tasks, times 100: scikit-learn's Matthews correlation and accuracy, torchmetrics' SQuAD.
+
+Both libraries take seconds to import, which every process of a training run would pay: they are imported when used.
+"""
 
 from collections.abc import Sequence
-
-from sklearn.metrics import accuracy_score, matthews_corrcoef
-from torchmetrics.functional.text import squad
 
 from detransformer.training.data.tasks import Task
 
 
 def classification_scores(task: Task, predicted: Sequence[int], labels: Sequence[int]) -> dict[str, float]:
     """The task's own metric, and accuracy for all."""
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
     scores = {"accuracy": 100 * accuracy_score(labels, predicted)}
     if task.metric == "mcc":
         scores["mcc"] = 100 * matthews_corrcoef(labels, predicted)
@@ -25,6 +27,8 @@ def majority_score(task: Task, labels: Sequence[int]) -> float:
 
 def squad_scores(answers: dict[str, str], rows: Sequence[dict]) -> dict[str, float]:
     """Exact match and F1 of SQuAD v1.1 for `answers` (question id -> text) over rows with `id` and `answers`."""
+    from torchmetrics.functional.text import squad
+
     predicted = [{"id": row["id"], "prediction_text": answers[row["id"]]} for row in rows]
     target = [{"id": row["id"], "answers": row["answers"]} for row in rows]
     scores = squad(predicted, target)

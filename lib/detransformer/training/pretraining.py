@@ -25,7 +25,7 @@ from detransformer.training.checkpoints import Checkpointer, Progress, read_resu
 from detransformer.training.config import ModelRow, PretrainConfig, config_hash
 from detransformer.training.data import TrainingData
 from detransformer.training.data.packing import MaskedBatches
-from detransformer.training.hardware import autocast_of, choose_attention, keep_freed_memory, resolve_precision
+from detransformer.training.hardware import choose_attention, keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.jobs import StepCounter, run_jobs
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer, set_learning_rate
@@ -84,7 +84,7 @@ def pretrain(
     if done is not None:
         return _result(row, folder, done)
     keep_freed_memory()
-    accelerator = Accelerator(mixed_precision=autocast_of(precision))
+    accelerator = make_accelerator(precision)
     with accelerator.main_process_first():  # one process packs the text, the others map it
         train = data.packed("train", config.seq_len, config.max_train_tokens)
         valid = data.packed("validation", config.seq_len, config.max_valid_tokens)
