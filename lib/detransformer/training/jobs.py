@@ -84,9 +84,10 @@ def _side_by_side(function: Callable, jobs: Sequence[tuple], num_jobs: int, bar)
                 for future in done:
                     future.result()  # raises what the job raised
         except BaseException:
+            workers = list((pool._processes or {}).values())  # the pool forgets them when it is shut down
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):  # a run in progress goes on from its checkpoint
-                process.terminate()
+            for worker in workers:  # a run in progress goes on from its checkpoint
+                worker.terminate()
             raise
     _drain(steps, bar)
     return [future.result() for future in futures]
