@@ -22,24 +22,13 @@ from detransformer.training.causal import (
     reduced_data,
     train_row,
 )
+from stopping import Stop, stop_at
 
 TINY = CausalConfig(
     **dict(num_layers=2, hidden_size=16, num_heads=2, vocab_size=120, num_steps=4, seq_len=16, global_batch_size=4),
     **dict(micro_batch_size=2, learning_rate=1e-2, dropout=0.1, max_train_tokens=4000, max_valid_tokens=320, seed=5),
 )
 DECOUPLED = CausalRow(1, 2)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
 
 
 @pytest.fixture(scope="module")

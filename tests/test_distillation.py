@@ -27,6 +27,7 @@ from detransformer.training.data.packing import SpecialTokens, mask_tokens
 from detransformer.training.data.text import text_data
 from detransformer.training.distillation import DistillationLoss
 from detransformer.training.objective import MaskedLmLoss
+from stopping import Stop, stop_at
 from test_cli import assert_one_sentence, call
 
 TINY = PretrainConfig(
@@ -46,18 +47,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
 
 
 @pytest.fixture(scope="module")

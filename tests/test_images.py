@@ -30,23 +30,12 @@ from detransformer.training.images import (
     steps_of_epochs,
     train_vit,
 )
+from stopping import Stop, stop_at
 
 TINY = ImageConfig(
     **dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, patch_size=8, num_steps=8),
     **dict(global_batch_size=32, micro_batch_size=16, learning_rate=3e-3, dropout=0.1, mixed_precision="no"),
 )
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
 
 
 def arrays(num_train=30, num_test=12, num_classes=10, seed=0):

@@ -8,8 +8,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from detransformer import cli
-from detransformer.training import ModelRow, PretrainConfig, bench_training, loss_differences, open_data
-from detransformer.training.benchmark import FASTEST, FLOAT32, LINES, TRAINER, Job, _loss_turn, model_flops, parse_rows
+from detransformer.training import ModelRow, PretrainConfig, open_data
+from detransformer.training.benchmark import (
+    FASTEST,
+    FLOAT32,
+    LINES,
+    TRAINER,
+    Job,
+    _loss_turn,
+    bench_training,
+    loss_differences,
+    model_flops,
+    parse_rows,
+)
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.pretraining import build_model
 

@@ -37,6 +37,7 @@ from detransformer.training.features import best_spans, epoch_batches, question_
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.optim import Lamb, learning_rate, parameter_groups
+from stopping import Stop, stop_at
 
 TINY = PretrainConfig(
     **dict(hidden_size=16, num_heads=2, intermediate_size=32, num_steps=4, seq_len=16, global_batch_size=4),
@@ -44,18 +45,6 @@ TINY = PretrainConfig(
     **dict(max_valid_tokens=320, seed=5),
 )
 DECOUPLED = ModelRow("bert-base", 4, 4)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_at(step):
-    def on_step(done, loss):
-        if done == step:
-            raise Stop
-
-    return on_step
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,6 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.nn import functional as F
@@ -44,14 +43,30 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from detransformer.files import atomic_folder, atomic_write
-from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
-from detransformer.training.config import OPTIMIZERS, PRECISIONS, FinetuneConfig, config_hash
+from detransformer.training.checkpoints import (
+    Checkpointer,
+    Progress,
+    as_result,
+    read_result,
+    write_history,
+    write_result,
+)
+from detransformer.training.config import (
+    OPTIMIZERS,
+    PRECISIONS,
+    FinetuneConfig,
+    check_choice,
+    check_fraction,
+    check_micro_batches,
+    check_positive,
+    config_hash,
+)
 from detransformer.training.data import TrainingData
 from detransformer.training.data.images import ImageData
 from detransformer.training.data.tasks import get_task
 from detransformer.training.features import by_length, collate, epoch_batches
-from detransformer.training.finetuning import _prepared
-from detransformer.training.hardware import autocast_of, choose_attention, keep_freed_memory, resolve_precision
+from detransformer.training.finetuning import prepared_task
+from detransformer.training.hardware import choose_attention, keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.metrics import classification_scores
 from detransformer.training.pretraining import finish, prepare, train_steps
 
@@ -141,7 +156,7 @@ class TextTask:
         self.task = get_task(task)
         if self.task.is_question_answering:
             raise ValueError(f"{task} has no classes to boost on: choose CoLA, SST-2, MRPC or MNLI.")
-        prepared = _prepared(data, task, config)
+        prepared = prepared_task(data, task, config)
         self._features = {"train": prepared.train, "test": prepared.validation}
         self._pad, self._input_names = data.special.pad, tuple(input_names)
         self._lengths = [len(feature.tokens) for feature in prepared.train]
@@ -209,27 +224,17 @@ class BoostConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("mixed_precision", PRECISIONS),
-            ("rule", RULES),
-            ("target", TARGETS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
-        for name in (
+        check_choice(self, "optimizer", OPTIMIZERS)
+        check_choice(self, "mixed_precision", PRECISIONS)
+        check_choice(self, "rule", RULES)
+        check_choice(self, "target", TARGETS)
+        check_positive(
+            self,
             *("num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "decay_power"),
             *("strength", "temperature"),
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not above 0: give a positive number.")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup={self.warmup} is outside 0..1: give it as a fraction of the steps.")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}: "
-                "gradients accumulate over whole micro-batches, choose a divisor."
-            )
+        )
+        check_fraction(self, "warmup")
+        check_micro_batches(self)
 
     @property
     def num_micro_batches(self) -> int:
@@ -382,7 +387,7 @@ def boost(
         record = read_result(folder / "result.json", identity)
         if record is None:
             record = _calibrate(sub_model, number, taught, weights, task, resolved, identity, folder, on_step)
-        results.append(_result(folder, record))
+        results.append(as_result(BoostResult, folder, record, weight_range=tuple(record["weight_range"])))
         if config.rule != "none":
             losses = _read_array(folder / "losses.npz", "losses", weights.shape, f"delete {folder}")
             weights = update_weights(weights, losses, config.rule, task.num_classes, config.strength)
@@ -393,7 +398,7 @@ def boost(
 def _calibrate(sub_model, number, taught, weights, task, config, identity, folder, on_step) -> dict:
     precision = config.mixed_precision
     model = copy.deepcopy(sub_model)
-    accelerator = Accelerator(mixed_precision=autocast_of(precision))
+    accelerator = make_accelerator(precision)
     objective, optimizer = prepare(BoostLoss(model, config), model, config, precision, accelerator)
     progress = Progress()
     checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)
@@ -435,10 +440,7 @@ def _calibrate(sub_model, number, taught, weights, task, config, identity, folde
             trained.save_pretrained(temporary)
         with atomic_write(folder / "losses.npz", "wb") as file:
             np.savez(file, losses=losses.astype(np.float32))
-        steps = np.arange(1, len(progress.losses) + 1)
-        history = {"step": steps, "samples": steps * config.global_batch_size, "train_loss": progress.losses}
-        with atomic_write(folder / "history.csv") as file:
-            pd.DataFrame(history).to_csv(file, index=False)
+        write_history(folder, progress, "samples", config.global_batch_size)
         write_result(folder / "result.json", record)
     accelerator.wait_for_everyone()
     checkpointer.remove()
@@ -490,7 +492,7 @@ def teacher_logits(teacher: PreTrainedModel, task: BoostTask, folder: Path, prec
         low = precision == "bf16-weights"
         model = copy.deepcopy(teacher).to(torch.bfloat16) if low else copy.deepcopy(teacher)
         choose_attention(model, precision)
-        model.to(Accelerator(mixed_precision=autocast_of(precision)).device)
+        model.to(make_accelerator(precision).device)
         with atomic_write(path, "wb") as file:
             np.savez(file, logits=predict(model, task, "train"))
     return _read_array(path, "logits", (len(task.train_labels), task.num_classes), "delete it")
@@ -517,9 +519,3 @@ def _read_array(path: Path, name: str, shape: tuple[int, ...], remedy: str) -> n
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise ValueError(f"{path} is damaged ({error}): {remedy} and it is computed again.") from error
     return array
-
-
-def _result(folder: Path, record: dict) -> BoostResult:
-    wanted = [f.name for f in dataclasses.fields(BoostResult) if f.name not in ("checkpoint", "history")]
-    values = {name: record[name] for name in wanted} | {"weight_range": tuple(record["weight_range"])}
-    return BoostResult(checkpoint=folder / "model", history=pd.read_csv(folder / "history.csv"), **values)

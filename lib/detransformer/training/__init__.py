@@ -4,7 +4,6 @@
 `summary` turns their results into tables. Knows no plot and no value of the paper.
 """
 
-from detransformer.training.benchmark import bench_training, loss_differences
 from detransformer.training.config import (
     FinetuneConfig,
     ModelRow,
@@ -46,7 +45,6 @@ __all__ = [
     "PretrainResult",
     "TrainingData",
     "accuracy_table",
-    "bench_training",
     "calibrate",
     "calibration_table",
     "calibration_study",
@@ -56,7 +54,6 @@ __all__ = [
     "finetune_recipes",
     "held_out_loss",
     "load_masked_lm",
-    "loss_differences",
     "loss_table",
     "make_config",
     "mean_differences",

@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -53,7 +52,7 @@ from detransformer.training.config import PRECISIONS, ModelRow, PretrainConfig
 from detransformer.training.data import TrainingData, open_data
 from detransformer.training.data.packing import IGNORED, MaskedBatches
 from detransformer.training.data.sources import SOURCES
-from detransformer.training.hardware import autocast_of, keep_freed_memory, resolve_precision
+from detransformer.training.hardware import keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.optim import learning_rate
 from detransformer.training.pretraining import build_model, prepare, train_steps
@@ -343,7 +342,7 @@ def _train_ours(job: Job, on_step) -> BertForMaskedLM:
     """As `pretrain` does, without checkpoints."""
     keep_freed_memory()
     config, data, batches = job.config, job.data, _batches(job)
-    accelerator = Accelerator(mixed_precision=autocast_of(job.precision))
+    accelerator = make_accelerator(job.precision)
     model = build_model(job.row, config, data.vocab_size, data.special.pad)
     objective, optimizer = prepare(MaskedLmLoss(model), model, config, job.precision, accelerator)
     checkpointer = Checkpointer(Path("unused"), accelerator, Progress(), math.inf, "never saved")

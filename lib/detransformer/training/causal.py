@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.nn import functional as F
@@ -27,18 +26,19 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from detransformer.files import atomic_folder
 from detransformer.models import decouple
 from detransformer.models.configuration import decoupled_config
-from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
+from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_history, write_result
 from detransformer.training.config import (
-    PRECISIONS,
     TOKENS_PER_SPECIAL,
-    _check_choice,
-    _check_fraction,
-    _check_positive,
+    check_choice,
+    check_fraction,
+    check_micro_batches,
+    check_positive,
     config_hash,
 )
 from detransformer.training.data import TrainingData, open_data, reduced_data
 from detransformer.training.data.packing import MaskedBatches
-from detransformer.training.pretraining import evaluate, save_history, train_steps
+from detransformer.training.hardware import AUTOCAST, make_accelerator
+from detransformer.training.pretraining import evaluate, pack, train_steps
 
 COLUMNS = (
     *("model", "num_layers", "hidden_size", "num_original_layers", "num_divisions", "seed", "parameters"),
@@ -116,21 +116,17 @@ class CausalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_choice(self, "mixed_precision", PRECISIONS)
-        _check_fraction(self, "warmup")
-        _check_fraction(self, "dropout")
-        _check_positive(
+        check_choice(self, "mixed_precision", AUTOCAST)
+        check_fraction(self, "warmup")
+        check_fraction(self, "dropout")
+        check_positive(
             self,
             *("num_layers", "hidden_size", "num_heads", "vocab_size", "num_steps", "learning_rate"),
             *("global_batch_size", "micro_batch_size", "max_train_tokens", "max_valid_tokens"),
         )
         if self.seq_len < 8:
             raise ValueError(f"seq_len={self.seq_len} is below 8: [CLS] and [SEP] leave no text to learn, choose more.")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}: "
-                "gradients accumulate over whole micro-batches, choose a divisor."
-            )
+        check_micro_batches(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}: "
@@ -231,10 +227,9 @@ def train_row(
     done = read_result(folder / "result.json", identity)
     if done is not None and (not save_weights or (folder / "model").is_dir()):
         return {name: done[name] for name in COLUMNS}
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = make_accelerator(config.mixed_precision)
     with accelerator.main_process_first():  # one process packs the text, the others map it
-        train = data.packed("train", config.seq_len, config.max_train_tokens)
-        valid = data.packed("validation", config.seq_len, config.max_valid_tokens)
+        train, valid = pack(data, config)
     model = build_model(row, config, data)
     parameters = model.num_parameters()
     objective = NextTokenLoss(model)
@@ -268,7 +263,7 @@ def train_row(
             with atomic_folder(folder / "model") as temporary:
                 accelerator.unwrap_model(objective).model.to(torch.bfloat16).save_pretrained(temporary)
                 data.save_tokenizer(temporary)
-        save_history(folder, progress, config)
+        write_history(folder, progress, "tokens", config.tokens_per_step)
         about = {"identity": identity, "row": dataclasses.asdict(row), "config": dataclasses.asdict(config)}
         write_result(folder / "result.json", about | result)
     accelerator.wait_for_everyone()

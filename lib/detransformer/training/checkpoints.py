@@ -3,11 +3,13 @@
 The data position and the learning rate are functions of the step, so nothing else is needed to go on exactly.
 """
 
+import dataclasses
 import json
 import shutil
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -109,3 +111,20 @@ def read_result(path: Path, identity: str) -> dict | None:
 def write_result(path: Path, result: dict) -> None:
     with atomic_write(path) as file:
         json.dump(result, file, indent=1)
+
+
+def as_result(kind: type, folder: Path, record: dict, **known):
+    """`record` of result.json as a `kind`, a dataclass whose `checkpoint` is model/ and whose `history` is history.csv.
+
+    Fields in `known` are not read from the record.
+    """
+    read = {"checkpoint": folder / "model", "history": pd.read_csv(folder / "history.csv")} | known
+    return kind(**read, **{f.name: record[f.name] for f in dataclasses.fields(kind) if f.name not in read})
+
+
+def write_history(folder: Path, progress: Progress, amount: str, per_step: int) -> None:
+    """Writes history.csv, a row a step: step, `amount` (tokens, images, ..) so far, train_loss."""
+    steps = range(1, len(progress.losses) + 1)
+    history = {"step": steps, amount: [step * per_step for step in steps], "train_loss": progress.losses}
+    with atomic_write(folder / "history.csv") as file:
+        pd.DataFrame(history).to_csv(file, index=False)

@@ -39,8 +39,8 @@ class ModelRow:
     def __post_init__(self):
         if self.model not in PRESET_SIZES:
             raise ValueError(f"model {self.model!r} is unknown: choose one of {', '.join(PRESET_SIZES)}.")
-        _check_choice(self, "attention_width", ATTENTION_WIDTHS)
-        _check_choice(self, "original_placement", ORIGINAL_PLACEMENTS)
+        check_choice(self, "attention_width", ATTENTION_WIDTHS)
+        check_choice(self, "original_placement", ORIGINAL_PLACEMENTS)
         if (self.num_original_layers is None) != (self.num_divisions is None):
             raise ValueError(
                 f"row {self.model}, {self.num_original_layers}, {self.num_divisions} is half decoupled: "
@@ -81,23 +81,35 @@ def model_rows(rows) -> list[ModelRow]:
     return [row if isinstance(row, ModelRow) else ModelRow(*row) for row in rows]
 
 
-def _check_positive(config, *names: str) -> None:
+def check_positive(config, *names: str) -> None:
+    """Raises ValueError where a named value that is given is not above 0."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value} is not above 0: give a positive number.")
 
 
-def _check_choice(config, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(config, name: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where the value is not one of `choices`."""
     value = getattr(config, name)
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
 
 
-def _check_fraction(config, name: str) -> None:
+def check_fraction(config, name: str) -> None:
+    """Raises ValueError where the value is outside 0..1."""
     value = getattr(config, name)
     if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} is outside 0..1: give it as a fraction of the steps or tokens.")
+        raise ValueError(f"{name}={value} is outside 0..1: give it as a fraction.")
+
+
+def check_micro_batches(config) -> None:
+    """Raises ValueError where micro-batches do not divide the batch."""
+    if config.global_batch_size % config.micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size={config.micro_batch_size} does not divide global_batch_size={config.global_batch_size}: "
+            "gradients accumulate over whole micro-batches, choose a divisor."
+        )
 
 
 @dataclass(frozen=True)
@@ -145,23 +157,19 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_choice(self, "optimizer", OPTIMIZERS)
-        _check_choice(self, "mixed_precision", PRECISIONS)
-        _check_fraction(self, "warmup")
-        _check_fraction(self, "dropout")
-        _check_fraction(self, "mask_fraction")
-        _check_positive(
+        check_choice(self, "optimizer", OPTIMIZERS)
+        check_choice(self, "mixed_precision", PRECISIONS)
+        check_fraction(self, "warmup")
+        check_fraction(self, "dropout")
+        check_fraction(self, "mask_fraction")
+        check_positive(
             self,
             *("hidden_size", "num_heads", "intermediate_size", "num_steps", "global_batch_size", "micro_batch_size"),
             *("learning_rate", "max_train_tokens", "max_valid_tokens", "mask_fraction", "initializer_range"),
         )
         if not 8 <= self.seq_len <= 512:
             raise ValueError(f"seq_len={self.seq_len} is outside 8..512: BERT has 512 positions, choose in that range.")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}: "
-                "gradients accumulate over whole micro-batches, choose a divisor."
-            )
+        check_micro_batches(self)
 
     @property
     def num_micro_batches(self) -> int:
@@ -252,18 +260,18 @@ class FinetuneConfig:
     checkpoint_every_s: float = 600.0
 
     def __post_init__(self):
-        _check_choice(self, "optimizer", OPTIMIZERS)
-        _check_choice(self, "mixed_precision", PRECISIONS)
+        check_choice(self, "optimizer", OPTIMIZERS)
+        check_choice(self, "mixed_precision", PRECISIONS)
         object.__setattr__(self, "wire_formats", tuple(self.wire_formats))  # a profile gives a list
         for name in self.wire_formats:
             if name not in WIRE_FORMATS:
                 raise ValueError(
                     f"wire_formats has {name!r}, which is unknown: choose among {', '.join(WIRE_FORMATS)}."
                 )
-        _check_fraction(self, "warmup")
-        _check_fraction(self, "dropout")
-        _check_positive(self, "learning_rate", "batch_size", "eval_batch_size", "num_epochs", "max_answer_tokens")
-        _check_positive(self, "micro_batch_size", "max_train_rows", "max_eval_rows")
+        check_fraction(self, "warmup")
+        check_fraction(self, "dropout")
+        check_positive(self, "learning_rate", "batch_size", "eval_batch_size", "num_epochs", "max_answer_tokens")
+        check_positive(self, "micro_batch_size", "max_train_rows", "max_eval_rows")
         if not 16 <= self.seq_len <= 512:
             raise ValueError(f"seq_len={self.seq_len} is outside 16..512: BERT has 512 positions.")
         if not 0 <= self.stride < self.seq_len // 2:

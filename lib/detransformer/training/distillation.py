@@ -25,14 +25,23 @@ from transformers.utils import logging as transformers_logging
 
 from detransformer.checkpoints import FAMILIES, load_original, read_config
 from detransformer.models import decouple, layer_kinds
-from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
+from detransformer.training.checkpoints import Checkpointer, Progress, as_result, read_result, write_result
 from detransformer.training.config import ModelRow, PretrainConfig, config_hash
 from detransformer.training.data import TrainingData
 from detransformer.training.data.packing import IGNORED, MaskedBatches
-from detransformer.training.finetuning import _checkpoint
+from detransformer.training.finetuning import source_of
 from detransformer.training.hardware import choose_attention, keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.objective import MaskedLmLoss
-from detransformer.training.pretraining import PretrainResult, _save, _text_note, evaluate, finish, prepare, train_steps
+from detransformer.training.pretraining import (
+    PretrainResult,
+    evaluate,
+    finish,
+    pack,
+    prepare,
+    save_trained,
+    text_note,
+    train_steps,
+)
 
 METHODS = ("none", "plain", "distilled", "from scratch")  # as tables list them
 COLUMNS = ["row", "start", "method", "tokens", "tokens_share", "valid_loss", "perplexity", "teacher_valid_loss"]
@@ -174,7 +183,7 @@ def calibrate(
     Raises:
         ValueError: for an original row, a teacher of another kind or vocabulary, or sizes that do not divide.
     """
-    checkpoint, source = _checkpoint(teacher)
+    checkpoint, source = source_of(teacher)
     if row.is_original:
         raise ValueError(f"row {row.label} is not decoupled: give num_original_layers and num_divisions.")
     if isinstance(teacher, PretrainResult) and not (teacher.row.is_original and teacher.row.model == row.model):
@@ -186,14 +195,13 @@ def calibrate(
     folder = Path(output_dir) / f"{row.key}-{config.method}-{recipe.num_steps}steps-{identity[:6]}"
     done = read_result(folder / "result.json", identity)
     if done is not None:
-        return _result(row, folder, done)
+        return as_result(CalibrationResult, folder, done, row=row)
     original = load_teacher(checkpoint, data)
     student = _student(original, row, recipe.dropout)
     keep_freed_memory()
     accelerator = make_accelerator(precision)
     with accelerator.main_process_first():  # one process packs the text, the others map it
-        train = data.packed("train", recipe.seq_len, recipe.max_train_tokens)
-        valid = data.packed("validation", recipe.seq_len, recipe.max_valid_tokens)
+        train, valid = pack(data, recipe)
     batches, valid_batches = (
         MaskedBatches(text.sequences, data.vocab_size, data.special, recipe.num_masked, recipe.seed)
         for text in (train, valid)
@@ -243,15 +251,15 @@ def calibrate(
         "precision": precision,
         "source": data.name,
         "note": f"slices of a trained model of {student.config.num_hidden_layers} layers, hidden "
-        f"{student.config.hidden_size}, {config.method} for {tokens:,} tokens; {_text_note(data, train.num_tokens)}",
+        f"{student.config.hidden_size}, {config.method} for {tokens:,} tokens; {text_note(data, train.num_tokens)}",
         "row": dataclasses.asdict(row),
         "config": dataclasses.asdict(config),
     }
     if accelerator.is_main_process:
-        _save(folder, accelerator.unwrap_model(objective).model, data, progress, recipe, result)
+        save_trained(folder, accelerator.unwrap_model(objective).model, data, progress, recipe, result)
     accelerator.wait_for_everyone()
     checkpointer.remove()
-    return _result(row, folder, result)
+    return as_result(CalibrationResult, folder, result, row=row)
 
 
 def load_teacher(folder: Path, data: TrainingData) -> BertForMaskedLM:
@@ -289,16 +297,6 @@ def _student(teacher: BertForMaskedLM, row: ModelRow, dropout: float) -> BertFor
     """`teacher`'s slices, with this dropout; the teacher's own is never used."""
     teacher.config.hidden_dropout_prob = teacher.config.attention_probs_dropout_prob = dropout
     return decouple(teacher, row.num_original_layers, row.num_divisions, row.attention_width, row.original_placement)
-
-
-def _result(row: ModelRow, folder: Path, result: dict) -> CalibrationResult:
-    known = [f.name for f in dataclasses.fields(CalibrationResult) if f.name not in ("row", "checkpoint", "history")]
-    return CalibrationResult(
-        row=row,
-        checkpoint=folder / "model",
-        history=pd.read_csv(folder / "history.csv"),
-        **{name: result[name] for name in known},
-    )
 
 
 def calibration_table(

@@ -63,14 +63,14 @@ def finetune(
         ValueError: for an unknown task, a folder that is no checkpoint, damaged data.
     """
     chosen, folder = get_task(task), Path(output_dir)
-    model_folder, source_identity = _checkpoint(checkpoint)
+    model_folder, source_identity = source_of(checkpoint)
     precision = resolve_precision(config.mixed_precision)
     resolved = dataclasses.replace(config, mixed_precision=precision)
     identity = config_hash(resolved, source_identity, task, seed, data.name, data.fingerprint)
     done = read_result(folder / "result.json", identity)
     if done is not None:
         return done
-    prepared = _prepared(data, task, config)
+    prepared = prepared_task(data, task, config)
     set_seed(seed)  # the head's weights, then dropout
     model = load_model(model_folder, chosen, config.dropout)
     keep_freed_memory()
@@ -171,7 +171,7 @@ def load_model(folder: Path, task: Task, dropout: float):
     return model
 
 
-def _checkpoint(checkpoint: PretrainResult | str | Path) -> tuple[Path, str]:
+def source_of(checkpoint: PretrainResult | str | Path) -> tuple[Path, str]:
     """(model folder, what identifies its weights)."""
     if isinstance(checkpoint, PretrainResult):
         return checkpoint.checkpoint, checkpoint.identity
@@ -197,7 +197,7 @@ def _majority(prepared: PreparedTask) -> float:
     return 0.0 if task.is_question_answering else majority_score(task, list(prepared.rows.validation["label"]))
 
 
-def _prepared(data: TrainingData, task: str, config: FinetuneConfig) -> PreparedTask:
+def prepared_task(data: TrainingData, task: str, config: FinetuneConfig) -> PreparedTask:
     """The task's features, tokenised once for all rows and seeds."""
     key = (task, config.max_train_rows, config.max_eval_rows, config.seq_len, config.stride)
     if key not in data.prepared:

@@ -21,9 +21,24 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification
 
-from detransformer.files import atomic_folder, atomic_write
-from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
-from detransformer.training.config import OPTIMIZERS, PRECISIONS, config_hash
+from detransformer.files import atomic_folder
+from detransformer.training.checkpoints import (
+    Checkpointer,
+    Progress,
+    as_result,
+    read_result,
+    write_history,
+    write_result,
+)
+from detransformer.training.config import (
+    OPTIMIZERS,
+    PRECISIONS,
+    check_choice,
+    check_fraction,
+    check_micro_batches,
+    check_positive,
+    config_hash,
+)
 from detransformer.training.data.images import IMAGE_SIZE, NUM_CHANNELS, ImageData
 from detransformer.training.hardware import keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.pretraining import finish, prepare, train_steps
@@ -71,18 +86,15 @@ class ImageConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in (("optimizer", OPTIMIZERS), ("mixed_precision", PRECISIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}.")
-        for name in (
+        check_choice(self, "optimizer", OPTIMIZERS)
+        check_choice(self, "mixed_precision", PRECISIONS)
+        check_positive(
+            self,
             *("hidden_size", "num_layers", "num_heads", "intermediate_size", "patch_size", "num_steps"),
             *("global_batch_size", "micro_batch_size", "learning_rate", "decay_power"),
-        ):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not above 0: give a positive number.")
+        )
         for name in ("warmup", "dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is outside 0..1: give it as a fraction.")
+            check_fraction(self, name)
         for name in ("mixup", "padding", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is below 0: give 0 for none.")
@@ -92,11 +104,7 @@ class ImageConfig:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}: choose a divisor."
             )
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} does not divide global_batch_size={self.global_batch_size}: "
-                "gradients accumulate over whole micro-batches, choose a divisor."
-            )
+        check_micro_batches(self)
 
     @property
     def num_micro_batches(self) -> int:
@@ -210,7 +218,7 @@ def train_vit(
     folder = Path(output_dir) / f"{name}-{identity[:6]}"
     done = read_result(folder / "result.json", identity)
     if done is not None:
-        return _result(folder, done)
+        return as_result(VitResult, folder, done)
     set_seed(config.seed)
     model = ViTForImageClassification(config.vit_config(data.num_classes))
     keep_freed_memory()
@@ -252,11 +260,11 @@ def train_vit(
         (folder / "result.json").unlink(missing_ok=True)
         with atomic_folder(folder / "model") as temporary:
             trained.save_pretrained(temporary)
-        _save_history(folder, progress, config)
+        write_history(folder, progress, "images", config.global_batch_size)
         write_result(folder / "result.json", result)
     accelerator.wait_for_everyone()
     checkpointer.remove()
-    return _result(folder, result)
+    return as_result(VitResult, folder, result)
 
 
 @torch.no_grad()
@@ -275,20 +283,3 @@ def evaluate_images(model: nn.Module, data: ImageData, batch_size: int = 250, sp
             bar.update(len(predicted))
     model.train(was_training)
     return 100 * right / count
-
-
-def _save_history(folder: Path, progress: Progress, config: ImageConfig) -> None:
-    """history.csv, a row a step: step, images, train_loss."""
-    steps = np.arange(1, len(progress.losses) + 1)
-    history = {"step": steps, "images": steps * config.global_batch_size, "train_loss": progress.losses}
-    with atomic_write(folder / "history.csv") as file:
-        pd.DataFrame(history).to_csv(file, index=False)
-
-
-def _result(folder: Path, result: dict) -> VitResult:
-    wanted = [f.name for f in dataclasses.fields(VitResult) if f.name not in ("checkpoint", "history")]
-    return VitResult(
-        checkpoint=folder / "model",
-        history=pd.read_csv(folder / "history.csv"),
-        **{name: result[name] for name in wanted},
-    )

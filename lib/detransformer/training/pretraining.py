@@ -19,12 +19,19 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import BertForMaskedLM
 
-from detransformer.files import atomic_folder, atomic_write
+from detransformer.files import atomic_folder
 from detransformer.models import decouple
-from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
+from detransformer.training.checkpoints import (
+    Checkpointer,
+    Progress,
+    as_result,
+    read_result,
+    write_history,
+    write_result,
+)
 from detransformer.training.config import ModelRow, PretrainConfig, config_hash
 from detransformer.training.data import TrainingData
-from detransformer.training.data.packing import MaskedBatches
+from detransformer.training.data.packing import MaskedBatches, PackedText
 from detransformer.training.hardware import choose_attention, keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.jobs import StepCounter, run_jobs
 from detransformer.training.objective import MaskedLmLoss
@@ -82,12 +89,11 @@ def pretrain(
     identity = config_hash(row, dataclasses.replace(config, mixed_precision=precision), data.name, data.fingerprint)
     done = read_result(folder / "result.json", identity)
     if done is not None:
-        return _result(row, folder, done)
+        return as_result(PretrainResult, folder, done, row=row)
     keep_freed_memory()
     accelerator = make_accelerator(precision)
     with accelerator.main_process_first():  # one process packs the text, the others map it
-        train = data.packed("train", config.seq_len, config.max_train_tokens)
-        valid = data.packed("validation", config.seq_len, config.max_valid_tokens)
+        train, valid = pack(data, config)
     batches = MaskedBatches(train.sequences, data.vocab_size, data.special, config.num_masked, config.seed)
     model = build_model(row, config, data.vocab_size, data.special.pad)
     objective, optimizer = prepare(MaskedLmLoss(model), model, config, precision, accelerator)
@@ -111,15 +117,23 @@ def pretrain(
         "seed": config.seed,
         "precision": precision,
         "source": data.name,
-        "note": f"{config.scale_note(row)}; {_text_note(data, train.num_tokens)}",
+        "note": f"{config.scale_note(row)}; {text_note(data, train.num_tokens)}",
         "row": dataclasses.asdict(row),
         "config": dataclasses.asdict(config),
     }
     if accelerator.is_main_process:
-        _save(folder, accelerator.unwrap_model(objective).model, data, progress, config, result)
+        save_trained(folder, accelerator.unwrap_model(objective).model, data, progress, config, result)
     accelerator.wait_for_everyone()
     checkpointer.remove()
-    return _result(row, folder, result)
+    return as_result(PretrainResult, folder, result, row=row)
+
+
+def pack(data: TrainingData, config) -> tuple[PackedText, PackedText]:
+    """The (training, validation) text of a recipe, packed where it is not yet."""
+    return (
+        data.packed("train", config.seq_len, config.max_train_tokens),
+        data.packed("validation", config.seq_len, config.max_valid_tokens),
+    )
 
 
 def pretrain_all(
@@ -135,8 +149,7 @@ def pretrain_all(
         config.check_row(row)
     if num_jobs == 1:
         return [pretrain(row, config, data, output_dir) for row in rows]
-    data.packed("train", config.seq_len, config.max_train_tokens)  # once, before the workers want it
-    data.packed("validation", config.seq_len, config.max_valid_tokens)
+    pack(data, config)  # once, before the workers want it
     jobs = [(row, config, data, output_dir) for row in sorted(rows, key=_slowest_first)]
     run_jobs(_pretrain_job, jobs, num_jobs, "pre-training", len(rows) * config.num_steps, "step")
     return [pretrain(row, config, data, output_dir) for row in rows]  # read back
@@ -241,39 +254,17 @@ def evaluate(objective, batches: MaskedBatches, batch_size: int, accelerator: Ac
     return total / count
 
 
-def _text_note(data: TrainingData, num_tokens: int) -> str:
+def text_note(data: TrainingData, num_tokens: int) -> str:
     return f"{data.name} text, {num_tokens:,} different tokens" + ("" if data.source.is_real else ", generated")
 
 
-def _save(folder: Path, model, data: TrainingData, progress: Progress, config: PretrainConfig, result: dict) -> None:
+def save_trained(
+    folder: Path, model, data: TrainingData, progress: Progress, config: PretrainConfig, result: dict
+) -> None:
     """Model, then history, then the result that says all is there."""
     (folder / "result.json").unlink(missing_ok=True)
     with atomic_folder(folder / "model") as temporary:
         model.save_pretrained(temporary)
         data.save_tokenizer(temporary)
-    save_history(folder, progress, config)
+    write_history(folder, progress, "tokens", config.tokens_per_step)
     write_result(folder / "result.json", result)
-
-
-def save_history(folder: Path, progress: Progress, config) -> None:
-    """Writes history.csv, a row a step: step, tokens, train_loss."""
-    steps = range(1, len(progress.losses) + 1)
-    history = pd.DataFrame(
-        {
-            "step": steps,
-            "tokens": [step * config.tokens_per_step for step in steps],
-            "train_loss": progress.losses,
-        }
-    )
-    with atomic_write(folder / "history.csv") as file:
-        history.to_csv(file, index=False)
-
-
-def _result(row: ModelRow, folder: Path, result: dict) -> PretrainResult:
-    wanted = [f.name for f in dataclasses.fields(PretrainResult) if f.name not in ("row", "checkpoint", "history")]
-    return PretrainResult(
-        row=row,
-        checkpoint=folder / "model",
-        history=pd.read_csv(folder / "history.csv"),
-        **{name: result[name] for name in wanted},
-    )

@@ -10,7 +10,7 @@ from detransformer.training.config import ModelRow, PretrainConfig
 from detransformer.training.data import TrainingData
 from detransformer.training.distillation import CalibrationConfig, calibrate, calibration_table
 from detransformer.training.jobs import StepCounter, run_jobs
-from detransformer.training.pretraining import PretrainResult, pretrain
+from detransformer.training.pretraining import PretrainResult, pack, pretrain
 
 PLAIN = {"kl_weight": 0.0, "hidden_weight": 0.0}
 
@@ -45,8 +45,7 @@ def calibration_study(
         jobs += [(teacher, row, short, method, data, place) for method in ("distilled", "plain")]
         jobs.append((None, row, short, "from scratch", data, place))
     if num_jobs > 1:
-        data.packed("train", config.seq_len, config.max_train_tokens)  # once, before the workers want it
-        data.packed("validation", config.seq_len, config.max_valid_tokens)
+        pack(data, config)  # once, before the workers want it
     total = sum(job[2].num_steps for job in jobs)
     results = run_jobs(_job, jobs, num_jobs, "calibration", total, "step")
     scratched = [result for result, job in zip(results, jobs, strict=True) if job[0] is None]
