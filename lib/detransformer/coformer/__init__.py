@@ -1,7 +1,8 @@
 """CoFormer (2025): a large transformer decomposed into sub-models that run side by side and are aggregated.
 
 `policy` says into which, `decomposer` cuts them out of the large model's weights, `evaluator` prices a policy and
-`search` finds a good one. Importing it makes the AutoModel classes know the sub-models.
+`search` finds a good one; `booster` calibrates them, `fusion` trains the aggregator on top, and `debo` is all of it.
+Importing it makes the AutoModel classes know the sub-models.
 """
 
 from importlib import import_module
@@ -27,6 +28,13 @@ _PLACES = {
         "boost",
         "boost_table",
         "load_calibrated",
+    ),
+    "debo": (
+        "Calibrated",
+        "SearchConfig",
+        "calibrate_policy",
+        "make_evaluator",
+        "search_policy",
     ),
     "fusion": (
         "AggregatorConfig",
@@ -71,6 +79,7 @@ _PLACES = {
         "parameters",
         "sample_policy",
         "sample_uniform_policy",
+        "scale_policy",
         "uniform_policy",
         "violations",
     ),

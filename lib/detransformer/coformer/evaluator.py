@@ -23,6 +23,7 @@ from detransformer.coformer.policy import (
     flops,
     parameters,
     products,
+    scale_policy,
 )
 from detransformer.files import atomic_write
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
@@ -358,6 +359,8 @@ class Evaluator:
         delta: what a second counts in units of loss.
         importance: of `model`'s parts, found once; None: their magnitude.
         layers: as in `decompose`.
+        priced_as: sizes of a larger model of the same kind, by which latency is predicted (`scale_policy`); None: as
+            large as `model` is. Of a small model a device's share of the time is that of its messages alone.
     """
 
     model: "PreTrainedModel"
@@ -370,6 +373,7 @@ class Evaluator:
     sent_tokens: int | None = None
     importance: object | None = None
     layers: str = "even"
+    priced_as: Original | None = None
 
     def with_importance(self) -> "Evaluator":
         """The same with the importance found, so that not every policy finds it anew."""
@@ -378,7 +382,10 @@ class Evaluator:
         return self if self.importance else replace(self, importance=magnitude_importance(self.model))
 
     def latency(self, policy: Policy) -> Latency:
-        return latency(policy, self.original, self.cluster, self.predictors, self.central, self.sent_tokens)
+        priced = self.original
+        if self.priced_as is not None:
+            policy, priced = scale_policy(policy, self.original, self.priced_as), self.priced_as
+        return latency(policy, priced, self.cluster, self.predictors, self.central, self.sent_tokens)
 
     def __call__(self, policy: Policy) -> Evaluation:
         from detransformer.coformer.decomposer import decompose

@@ -291,6 +291,41 @@ def check_policy(policy: Policy, original: Original, limits: Limits | None = Non
         raise ValueError(f"{found[0]}{more}.")
 
 
+# Other sizes -----------------------------------------------------------------------------------------------------
+
+
+def scale_policy(policy: Policy, original: Original, other: Original) -> Policy:
+    """The policy for `other` that takes of it what `policy` takes of `original`: the same shares of everything.
+
+    Layers that `other` has more of repeat the heads and FFN widths of those there are. So a policy that was found on a
+    small model of the same kind can be priced at the size of a large one.
+
+    Raises:
+        ValueError: where `other` is not `original` a whole number of times, in layers, width, heads and FFN.
+    """
+    ratios = []
+    for name in ("num_layers", "hidden_size", "num_heads", "ffn_size"):
+        ratio, rest = divmod(getattr(other, name), getattr(original, name))
+        if rest or not ratio:
+            raise ValueError(
+                f"{name}={getattr(other, name)} is not a multiple of {getattr(original, name)}: "
+                "give sizes that are multiples of the model's own."
+            )
+        ratios.append(ratio)
+    layers, width, heads, ffn = ratios
+    return Policy(
+        tuple(
+            SubModelConfig(
+                layers * c.num_layers,
+                width * c.hidden_size,
+                tuple(heads * h for h in c.num_heads for _ in range(layers)),
+                tuple(ffn * f for f in c.ffn_sizes for _ in range(layers)),
+            )
+            for c in policy.sub_models
+        )
+    )
+
+
 # Encoding --------------------------------------------------------------------------------------------------------
 
 
