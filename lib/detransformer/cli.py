@@ -94,6 +94,42 @@ def decouple(
 
 
 @app.command()
+def decompose(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a trained classifier: a BERT, GPT-2 or ViT.")],
+    cluster: Annotated[str, typer.Option(help="Cluster file: a sub-model is made for each of its devices.")],
+    output: Annotated[str, typer.Option(help="Folder to write sub-models, aggregator and plan to.")],
+    task: Annotated[
+        str | None, typer.Option(help="What it was trained on: CoLA, SST-2, MRPC or MNLI; a ViT: CIFAR-100.")
+    ] = None,
+    source: Annotated[str, typer.Option(help="Data: auto, mirror, hub or built-in.")] = "auto",
+    budget: Annotated[
+        str | None, typer.Option(help="Share of the model's FLOPs that a device may spend, such as 0.4.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Of each device in MiB; its own where not given.")] = None,
+    search: Annotated[str, typer.Option(help="bayesian, random or uniform.")] = "bayesian",
+    evaluations: Annotated[str, typer.Option(help="Policies that are tried.")] = "50",
+    latency_weight: Annotated[
+        str, typer.Option(help="Loss that the whole model's time on the fastest device counts for.")
+    ] = "1",
+    seq_len: Annotated[str, typer.Option(help="Tokens of a request, where the model reads text.")] = "128",
+    train_rows: Annotated[str | None, typer.Option(help="Training samples, at most; all where not given.")] = None,
+    steps: Annotated[str, typer.Option(help="Optimizer steps by which each sub-model is calibrated.")] = "2000",
+    batch_size: Annotated[str, typer.Option(help="Samples of a step.")] = "64",
+    learning_rate: Annotated[str, typer.Option(help="Its peak, of AdamW.")] = "5e-4",
+    rule: Annotated[str, typer.Option(help="Sample weights: boosting, published (Eq. 13 as printed) or none.")] = (
+        "boosting"
+    ),
+    aggregator: Annotated[str, typer.Option(help="coformer, attention, senet, average or majority.")] = "coformer",
+    seed: Annotated[str, typer.Option(help="Of policies, order and first weights.")] = "0",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Decompose a classifier into a sub-model for each device, calibrate them, and train what joins their answers."""
+    from detransformer.coformer.commands import decompose_command
+
+    decompose_command(**locals_without(locals(), "decompose_command"))
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a BERT or decoupled BERT with its masked-LM head.")],
     text: Annotated[list[str] | None, typer.Option(help="Text file or folder of .txt files; may be repeated.")] = None,
@@ -242,6 +278,7 @@ def run(
         str | None, typer.Option(help="Which device of the file this host is; by its addresses where not given.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="What the model is asked; needs a tokenizer in its folder.")] = None,
+    image: Annotated[str | None, typer.Option(help="What an ensemble of `decompose` looks at: a picture file.")] = None,
     context: Annotated[str | None, typer.Option(help="The passage that a question is about.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Instead of a text so many random tokens; 128 by default.")] = None,
     method: Annotated[

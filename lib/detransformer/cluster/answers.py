@@ -60,7 +60,7 @@ def prepare(request: Request, folder: str, config: PretrainedConfig, profile: Cl
     Raises:
         ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit model or devices.
     """
-    inputs = tokens_of(request, folder, config)
+    inputs = tokens_of(request, folder, config, is_decoder(config))
     if is_decoder(config):
         return prepare_text(request, config, profile, inputs)
     plan, notes = plan_of(request, config, profile, *inputs["input_ids"].shape)
@@ -89,8 +89,10 @@ def prepare_text(request: Request, config: PretrainedConfig, profile: ClusterPro
     return Prepared("generate", job, inputs, chosen.prefill, chosen.total_s, notes)
 
 
-def tokens_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """input_ids and, of a text, attention_mask and token_type_ids, [1, T] each."""
+def tokens_of(
+    request: Request, folder: str, config: PretrainedConfig, generates: bool = False
+) -> dict[str, torch.Tensor]:
+    """input_ids and, of a text, attention_mask and token_type_ids, [1, T] each; `generates`: it is gone on with."""
     if request.text is None:
         generator = torch.Generator().manual_seed(SEED)
         inputs = {"input_ids": torch.randint(config.vocab_size, (1, request.num_tokens), generator=generator)}
@@ -103,7 +105,7 @@ def tokens_of(request: Request, folder: str, config: PretrainedConfig) -> dict[s
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
     seq_len, limit = inputs["input_ids"].shape[1], config.max_position_embeddings
     new, words = 0, ""
-    if is_decoder(config):
+    if generates:
         inputs.pop("token_type_ids", None)
         new, words = request.max_new_tokens - 1, f" and {request.max_new_tokens} new ones"  # the last is not run
     if seq_len + new > limit:

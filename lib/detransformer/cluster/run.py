@@ -31,6 +31,7 @@ from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESETS
 from detransformer.parse import number, one_of, whole_number, words
 
+ENSEMBLE_FILE = "ensemble.json"  # in a folder of `detransformer decompose`
 WORKER_SILENCE_S = 30  # a heartbeat may be late while torch loads a large model
 END_S = 10  # torchrun waits for the others' when its worker is done
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16  # of a weights file, for its digest
@@ -46,6 +47,7 @@ class Request:
     """
 
     text: str | None = None
+    image: str | None = None
     context: str | None = None
     num_tokens: int = 128
     method: str = "auto"
@@ -63,6 +65,7 @@ def run_command(
     model: str,
     host: str | None,
     text: str | None,
+    image: str | None,
     context: str | None,
     tokens: str | None,
     method: str,
@@ -82,10 +85,13 @@ def run_command(
     """Runs a request over the devices of the file `cluster`; prints the answer and what it took."""
     if text is not None and tokens is not None:
         raise ValueError(f"--tokens {tokens} stands beside --text; give a text or a number of random tokens.")
+    if image is not None and (text is not None or tokens is not None):
+        raise ValueError(f"--image {image} stands beside --text or --tokens; give what the model takes.")
     if context is not None and text is None:
         raise ValueError("--context needs --text, the question that it answers.")
     request = Request(
         text=text,
+        image=image,
         context=context,
         num_tokens=whole_number(tokens or "128", "--tokens", 1),
         method=method,
@@ -105,12 +111,23 @@ def run_command(
     spec = ClusterSpec.load(cluster)
     if model in PRESETS and not Path(model).is_dir():
         raise ValueError(f"--model {model} is a preset with random weights, for bench and plan; give a model's folder.")
+    ensemble = (Path(model) / ENSEMBLE_FILE).is_file()
+    if image is not None and not ensemble:
+        raise ValueError(f"--image {image} is for an ensemble, and {model} is none: make one with `decompose`.")
     if spec.emulated:
         if host:
             raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
-        from detransformer.cluster.host import run_emulated
+        if ensemble:
+            from detransformer.cluster.ensemble_requests import run_emulated
+        else:
+            from detransformer.cluster.host import run_emulated
 
         record = run_emulated(spec, model, request, transport, scale, num_threads or 1)
+    elif ensemble:
+        raise ValueError(
+            f"{model} is an ensemble, which runs on emulated devices alone, and {cluster} lists real hosts: set "
+            "emulated: true in a copy of it."
+        )
     else:
         record = run_on_hosts(spec, model, request, host, wait_s, num_threads, _say)
     if output and record:

@@ -206,14 +206,20 @@ def calibrate_policy(
     pooling: str = "first",
     limits: Limits | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    seed: int | None = None,
+    seq_len: int | None = None,
 ) -> Calibrated:
     """Decomposes `model` by `policy`, boosts its sub-models, trains an aggregator; resumable, kept in `output_dir`.
+
+    Args:
+        kind, pooling: of the aggregator.
+        seed: of the aggregator; None: that of `boosting`.
+        seq_len: tokens of a request, by which `limits` are checked, as in `Original.of`.
 
     Raises:
         ValueError: for a policy outside C1-C6, or what `boost` refuses.
     """
-    original = Original.of(model.config)
-    check_policy(policy, original, limits)
+    check_policy(policy, Original.of(model.config, seq_len), limits)
     folder = Path(output_dir)
     cut = decompose(model, policy)
     boosted = boost(cut, model, task, boosting, folder, on_step)
@@ -224,7 +230,7 @@ def calibrate_policy(
         train.features,
         train.labels,
         aggregation,
-        boosting.seed,
+        boosting.seed if seed is None else seed,
         num_labels=task.num_classes,
         pooling=pooling,
     ).aggregator

@@ -20,6 +20,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 from transformers.utils import logging as transformers_logging
 
 import detransformer.models  # noqa: F401  (AutoModel knows decoupled BERT)
+from detransformer.files import atomic_folder
 from detransformer.parallel.wire_model import wire_plan, wired
 from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
 from detransformer.training.config import FinetuneConfig, ModelRow, config_hash
@@ -52,12 +53,14 @@ def finetune(
     seed: int,
     output_dir: str | Path,
     on_step: Callable[[int, float], None] | None = None,
+    keep_model: bool = False,
 ) -> dict:
     """Fine-tunes `checkpoint` on `task` with `seed` into `output_dir/` and returns its scores (times 100).
 
     Args:
         checkpoint: what `pretrain` returned, or the folder of a saved model.
         output_dir: of this one run; holds result.json and, while it runs, a checkpoint.
+        keep_model: leave what was fine-tuned in `output_dir/model`, a Hugging Face folder, too.
 
     Raises:
         ValueError: for an unknown task, a folder that is no checkpoint, damaged data.
@@ -68,7 +71,7 @@ def finetune(
     resolved = dataclasses.replace(config, mixed_precision=precision)
     identity = config_hash(resolved, source_identity, task, seed, data.name, data.fingerprint)
     done = read_result(folder / "result.json", identity)
-    if done is not None:
+    if done is not None and (not keep_model or (folder / "model").is_dir()):
         return done
     prepared = prepared_task(data, task, config)
     set_seed(seed)  # the head's weights, then dropout
@@ -101,6 +104,10 @@ def finetune(
         "note": prepared.rows.note,
         "config": dataclasses.asdict(config),
     }
+    if keep_model:
+        with atomic_folder(folder / "model") as temporary:
+            accelerator.unwrap_model(model).save_pretrained(temporary)
+            data.save_tokenizer(temporary)
     write_result(folder / "result.json", result)
     checkpointer.remove()
     return result

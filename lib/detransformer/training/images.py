@@ -8,6 +8,7 @@ Shapes: B batch, C classes; images [B, 3, 32, 32], (32 / patch_size)^2 + 1 token
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,21 @@ from detransformer.training.config import (
     check_positive,
     config_hash,
 )
-from detransformer.training.data.images import IMAGE_SIZE, NUM_CHANNELS, ImageData
+from detransformer.training.data.images import IMAGE_SIZE, MEAN, NUM_CHANNELS, STD, ImageData
 from detransformer.training.hardware import keep_freed_memory, make_accelerator, resolve_precision
 from detransformer.training.pretraining import finish, prepare, train_steps
+
+# How a picture becomes what the model reads, in the words of Hugging Face's image processors.
+PREPROCESSOR = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(MEAN),
+    "image_std": list(STD),
+}
 
 
 @dataclass(frozen=True)
@@ -260,6 +273,7 @@ def train_vit(
         (folder / "result.json").unlink(missing_ok=True)
         with atomic_folder(folder / "model") as temporary:
             trained.save_pretrained(temporary)
+            (temporary / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1), encoding="utf-8")
         write_history(folder, progress, "images", config.global_batch_size)
         write_result(folder / "result.json", result)
     accelerator.wait_for_everyone()

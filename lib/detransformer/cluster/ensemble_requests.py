@@ -1,0 +1,172 @@
+"""`detransformer run` of an ensemble: text, picture or random input to the sub-models, and what they say together."""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from detransformer.cluster.answers import SEED, classify, tokens_of
+from detransformer.cluster.devices import DeviceError
+from detransformer.cluster.ensembles import EnsembleRun, run_ensemble
+from detransformer.cluster.run import Request
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answer
+from detransformer.coformer.evaluator import latency
+
+MAX_LATE = 0.03  # of what is modelled, by which the host may be late
+MAX_ABS_ERROR = 1e-5  # between devices and one process, which compute alike
+IMAGE_DEFAULTS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # a ViT's own, where its folder does not say
+
+
+def run_emulated(
+    spec: ClusterSpec, model: str, request: Request, transport: str, time_scale: float | None, threads: int
+) -> dict:
+    """One request to the ensemble in folder `model` on the devices of `spec`, emulated; prints, returns the record.
+
+    Raises:
+        ValueError: for input that the sub-models do not take, or another number of devices.
+        DeviceError: where the device that aggregates is lost, or the answer differs from the single process's.
+    """
+    from detransformer.cluster.bench import first_time_scale, usual_devices
+    from detransformer.report.provenance import usable_cores
+
+    _refuse(request)
+    logging.disable_progress_bar()  # of loading weights
+    ensemble = load_ensemble(model)
+    if len(spec.members) != ensemble.num_devices:
+        raise ValueError(
+            f"{model} has {ensemble.num_devices} sub-models, and {spec.path} lists {len(spec.members)} devices: "
+            "decompose the model for this cluster."
+        )
+    config = ensemble.sub_model(ensemble.central).config
+    inputs = inputs_of(request, ensemble, config)
+    profile = spec.profile(model, config)
+    predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central, sent_tokens=1).total_s
+    with spec.emulate(transport=transport, threads=threads) as cluster:
+        shaped = cluster.transport == "namespaces"
+        total_bps = spec.bandwidth_bps * sum(profile.link.share(n) for n in range(ensemble.num_devices))
+        busy = usual_devices(profile.devices, config)
+        scale = time_scale or first_time_scale(total_bps if shaped else 0.0, busy, usable_cores())
+        cluster.set_link(spec.bandwidth_bps, scale)
+        run = run_ensemble(cluster, ensemble, inputs, request.repeats)
+        name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
+    record = _record(run, ensemble, config, spec, model, request, inputs, predicted_s)
+    print("\n".join([name, *_lines(record, request, run)]))
+    late = max((r["overrun_s"] / max(r["modelled_s"], 1e-9) for r in run.records if r is not None), default=0.0)
+    if late > MAX_LATE:
+        print(f"this host was late by {late:.0%} of what is modelled: slow all down by --time-scale {2 * scale:g}")
+    if request.check:
+        error = float((run.logits - whole_answer(ensemble, inputs, run.present)).abs().max())
+        record["check"] = {"max_abs_error": error, "agrees": error <= MAX_ABS_ERROR}
+        words = "agrees with" if error <= MAX_ABS_ERROR else "DIFFERS from"
+        print(f"check: the output {words} the single process's ({error:.1e} at most)")
+        if error > MAX_ABS_ERROR:
+            raise DeviceError(ensemble.central, f"the output differs from the single process's: {record['check']}")
+    return record | {"time_scale": scale, "pacing_overrun": late}
+
+
+def _refuse(request: Request) -> None:
+    """ValueError for options that say how one model is cut over devices, which sub-models are not."""
+    given = {
+        "--method": request.method != "auto",
+        "--plan": request.plan is not None,
+        "--wire": request.wires != ("float32",),
+        "--reads": request.reads != "all",
+        "--memory": request.memory_budget_bytes is not None,
+        "--context": request.context is not None,
+    }
+    for name, there in given.items():
+        if there:
+            raise ValueError(f"{name} is for one model over all devices, and an ensemble has its own: leave it out.")
+
+
+def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """What the sub-models read: tokens [1, T] and their mask, or pixel_values [1, 3, H, W]; random ones unless given.
+
+    Raises:
+        ValueError: for a text to a model of images, or the other way round, or a file that is no picture.
+    """
+    folder = ensemble.folder
+    if ensemble.model_type == "vit":
+        if request.text is not None:
+            raise ValueError(f"{folder} looks at images: give one by --image, not --text.")
+        return {"pixel_values": _pixels(request.image, folder, config)}
+    if request.image is not None:
+        raise ValueError(f"{folder} reads text: give it by --text, not --image.")
+    inputs = tokens_of(request, str(folder), config)
+    if ensemble.model_type == "gpt2":
+        inputs.pop("token_type_ids", None)
+    return inputs
+
+
+def _pixels(image: str | None, folder: Path, config: PretrainedConfig) -> torch.Tensor:
+    size = config.image_size
+    if image is None:
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randn(1, config.num_channels, size, size, generator=generator)
+    from PIL import Image, UnidentifiedImageError
+
+    path = folder / "preprocessor_config.json"
+    known = IMAGE_DEFAULTS | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    try:
+        with Image.open(image) as picture:
+            pixels = np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    except FileNotFoundError:
+        raise ValueError(f"--image {image} is not there: give a picture file.") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"--image {image} is no picture ({error}): give a PNG or JPEG file.") from None
+    mean, std = (np.array(known[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+    return torch.from_numpy((pixels.astype(np.float32) / 255 - mean) / std).permute(2, 0, 1)[None]
+
+
+def _record(
+    run: EnsembleRun,
+    ensemble: Ensemble,
+    config: PretrainedConfig,
+    spec: ClusterSpec,
+    model: str,
+    request: Request,
+    inputs: dict,
+    predicted_s: float,
+) -> dict:
+    _, answer = classify(config, inputs, {"logits": run.logits}, model)
+    records = dict(zip(spec.names, run.records, strict=True))
+    return {
+        "cluster": spec.name,
+        "devices": list(spec.names),
+        "model": str(Path(model).resolve()),
+        "request": {"text": request.text, "image": request.image},
+        "answer": answer,
+        "present": [name for name, here in zip(spec.names, run.present, strict=True) if here],
+        "sentence": run.sentence,
+        "central": spec.names[ensemble.central],
+        "latency_s": run.latency_s,
+        "samples_s": run.samples_s,
+        "predicted_s": predicted_s,
+        "sent_bytes": {name: sum(r["bytes"].values()) for name, r in records.items() if r is not None},
+        "weights_bytes": {name: r["weights_bytes"] for name, r in records.items() if r is not None},
+        "policy": ensemble.policy.to_dict(),
+    }
+
+
+def _lines(record: dict, request: Request, run: EnsembleRun) -> list[str]:
+    samples = record["samples_s"]
+    logits = run.logits[0]
+    best = logits.softmax(-1).topk(min(3, len(logits)))
+    label = record["answer"]["label"]
+    asked = repr(request.text) if request.text else request.image or "random input"
+    weights = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in record["weights_bytes"].items())
+    shares = ", ".join(f"{int(c)}: {float(p):.0%}" for p, c in zip(*best, strict=True))
+    return [
+        f"{len(record['devices'])} sub-models, aggregated on {record['central']}",
+        f"weights: {weights}",
+        f"{asked} -> {label} (classes {shares})",
+        run.sentence,
+        f"latency: {statistics.median(samples):.4g} s, median of {len(samples)} ({min(samples):.4g} to "
+        f"{max(samples):.4g}); predicted {record['predicted_s']:.4g} s; "
+        f"a device sends {max(record['sent_bytes'].values()) / 1024:.1f} KiB at most",
+    ]
