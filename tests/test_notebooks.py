@@ -28,8 +28,8 @@ def tags(cell):
     return cell.metadata.get("tags", [])
 
 
-def test_all_eight_are_there():
-    assert [path.stem[:2] for path in PATHS] == [f"{number:02d}" for number in range(1, 9)]
+def test_all_ten_are_there():
+    assert [path.stem[:2] for path in PATHS] == [f"{number:02d}" for number in range(1, 11)]
 
 
 def test_is_valid_and_committed_without_outputs(notebook):

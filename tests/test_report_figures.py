@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from coformer_frames import coformer_frames
+from decomposition_frames import decomposition_frames
 from detransformer.report import adaptive_figures
 from detransformer.report.adaptive_tables import adaptive_verdicts, choice_cells
 from detransformer.report.expected import published
@@ -81,7 +83,7 @@ def full_run(tmp_path) -> RunFolder:
         if k.startswith("bp")
     ]
     run.save_table(pd.DataFrame(plans), "placement")
-    for name, frame in adaptive_frames().items():
+    for name, frame in (adaptive_frames() | decomposition_frames() | coformer_frames()).items():
         run.save_table(frame, name)
     return run
 
@@ -126,7 +128,7 @@ def test_a_single_link_and_few_bandwidths_are_enough(tmp_path):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_missing_table_is_named_with_its_notebook(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"{FIGURES[name][0][0]}.*run 0\d_"):
+    with pytest.raises(ValueError, match=rf"{FIGURES[name][0][0]}.*run \d\d_"):
         draw(RunFolder(tmp_path), name)
 
 

@@ -13,7 +13,13 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from detransformer.files import atomic_write
-from detransformer.report import accuracy_figures, adaptive_figures, latency_figures
+from detransformer.report import (
+    accuracy_figures,
+    adaptive_figures,
+    coformer_figures,
+    coformer_search,
+    latency_figures,
+)
 from detransformer.report.canvas import (
     COLOURS,
     STYLE,
@@ -201,4 +207,13 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "generation": (("generation",), adaptive_figures.generation),
     "perplexity": (("perplexity",), adaptive_figures.perplexity),
     "scale_out": (("scale_out",), adaptive_figures.scale_out),
+    "coformer_aggregators": (("coformer_ablation", "coformer_aggregators"), coformer_figures.aggregators),
+    "coformer_devices": (("coformer_devices",), coformer_figures.devices),
+    "coformer_tradeoff": (("coformer_latency",), coformer_figures.tradeoff),
+    "coformer_bandwidth": (("coformer_latency",), coformer_figures.bandwidth),
+    "coformer_energy": (("coformer_latency",), coformer_figures.energy),
+    "predictor": (("predictor_points",), coformer_search.predictor),
+    "proxy": (("proxy_points", "proxy"), coformer_search.proxy),
+    "search": (("search_history",), coformer_search.search),
+    "policies": (("policies",), coformer_search.policies),
 }
