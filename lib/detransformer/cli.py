@@ -59,6 +59,20 @@ def figures(run: Annotated[str, typer.Argument(help="Folder of a run, e.g. resul
         raise ValueError(f"{run} holds no table that a figure is drawn from; run `detransformer reproduce` first.")
 
 
+@app.command()
+def page(
+    run: Annotated[str, typer.Argument(help="Folder of a run, e.g. results/quick.")],
+    notebooks: Annotated[
+        bool, typer.Option("--notebooks", help="Write the executed notebooks as HTML, however large they are.")
+    ] = False,
+) -> None:
+    """Write a run's page, index.html in its folder: verdicts, figures, tables, notebooks and what made them."""
+    from detransformer.report.page import write_page
+
+    path, sentence = write_page(run, notebooks)
+    print(f"{path}\n{sentence}")
+
+
 # --- Models ------------------------------------------------------------------------------------------------------
 
 

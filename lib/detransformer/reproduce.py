@@ -35,10 +35,11 @@ USES = {
     "05_placement": ("04_profiling",),
     "06_latency": ("04_profiling",),
     "08_adaptive": ("04_profiling",),
+    "10_comparison": ("02_pretraining", "09_decomposition"),
     "07_summary": ("01_decoupling", "02_pretraining", "03_accuracy", "04_profiling", "05_placement", "06_latency"),
 }
 # Files of the package that no notebook's result depends on.
-FRAME = ("cli.py", "doctor.py", "reproduce.py")
+FRAME = ("cli.py", "doctor.py", "reproduce.py", "report/page.py")
 
 
 class NotebookFailed(Exception):
@@ -264,7 +265,10 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
             entry["figures"] = [Path(p).stem for p in made if p.endswith(".svg")]
             write_manifest(run, manifest)
         say(f"{title}: done in {_duration(entry['duration_s'])}; {_listed(entry)}")
-    say(f"Finished in {_duration(time.perf_counter() - start)}: {_shown(run.path)}")
+    from detransformer.report.page import write_page  # late: it loads what converts notebooks
+
+    page, _ = write_page(run.path)
+    say(f"Finished in {_duration(time.perf_counter() - start)}: {_shown(page)}")
 
 
 def execute(notebook: Notebook, run: RunFolder, root: Path, title: str) -> None:
