@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -175,6 +176,14 @@ def test_finished_rows_are_read_back_and_changed_ones_trained(data, tmp_path):
     assert "reduced width: 12 layers, hidden 16, 128 tokens" in summary["note"][0] and "built-in" in summary["note"][0]
     # Same first batch, and the decoupled weights are slices of the same first weights: both near log(vocabulary).
     assert losses["train_loss"][0] == pytest.approx(math.log(data.vocab_size), abs=0.7)
+
+
+def test_losses_of_a_long_run_are_means_of_as_many_steps():
+    steps = np.arange(1, 451)
+    history = pd.DataFrame({"step": steps, "tokens": 64 * steps, "train_loss": steps.astype(float)})
+    table = loss_table([SimpleNamespace(history=history, row=ModelRow("bert-base", 4, 4))])
+    assert len(table) == 150 and table["step"].tolist()[:2] == [3, 6] and table["tokens"].iloc[-1] == 64 * 450
+    assert table["train_loss"].tolist()[:2] == [2.0, 5.0]
 
 
 def test_gradient_accumulation_is_the_same_step(data, small_model, tmp_path):

@@ -33,6 +33,8 @@ from detransformer.report.canvas import (
 from detransformer.report.runs import RunFolder
 from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, NUM_DEVICES
 
+SMOOTHED = 5  # points that a difference of losses is averaged over
+
 
 def draw(run: RunFolder, name: str) -> Figure:
     """Draw figure NAME from the run's saved tables, save figures/NAME.svg and .png, and return it.
@@ -104,15 +106,22 @@ def decoupling(frame: pd.DataFrame) -> Figure:
 def pretraining_loss(frame: pd.DataFrame) -> Figure:
     """Masked-language-model loss of original and decoupled models over the same tokens (Section IV-B)."""
     rows = need(frame[frame["train_loss"].notna()], "pretraining_loss", "train_loss")
-    figure, axes = panels(1, width=5.6)
-    axis = axes[0]
     names = list(dict.fromkeys(rows["row"]))
+    wide = rows.pivot_table(index="step", columns="row", values="train_loss")[names]
+    first = names[0]
+    figure, (left, right) = panels(2, width=4.4, sharey=False)
     for colour, name in zip(sns.color_palette("colorblind", len(names)), names, strict=True):
-        line = rows[rows["row"] == name].sort_values("step")
-        axis.plot(line["step"], line["train_loss"], color=colour, lw=1.4, label=str(name))
-    axis.set(xlabel="Optimiser step", ylabel="Training loss (nats a masked token)")
-    axis.set_title("Pre-training, original and decoupled (paper Section IV-B)")
-    legend_beside(axis)
+        left.plot(wide.index, wide[name], color=colour, lw=1.2, label=str(name))
+        if name != first:
+            apart = (wide[name] - wide[first]).rolling(SMOOTHED, min_periods=1).mean()
+            right.plot(wide.index, apart, color=colour, lw=1.4)
+    left.set(xlabel="Optimiser step", ylabel="Training loss (nats a masked token)")
+    left.set_title("Loss")
+    right.axhline(0, color="0.3", lw=1, ls=":")
+    right.set(xlabel="Optimiser step", ylabel=f"Difference (nats, mean of {SMOOTHED} points)")
+    right.set_title(f"Loss less that of {first}")
+    legend_below(figure, left, columns=3)
+    figure.suptitle("Pre-training, original and decoupled (paper Section IV-B)")
     return figure
 
 

@@ -37,11 +37,19 @@ WIRE_LIMIT = 0.3  # points that a number format on the wire may cost
 SHOWN_METRIC = {"CoLA": "mcc", "SST-2": "accuracy", "MRPC": "accuracy", "MNLI": "accuracy", "SQuAD": "exact_match"}
 
 
+LOSS_POINTS = 200  # a model, of its training losses
+
+
 def loss_table(results: Iterable) -> pd.DataFrame:
-    """One row a pre-training step of each `PretrainResult`: row, Nb, Ndiv, step, tokens, train_loss."""
+    """Training losses of each `PretrainResult`: row, Nb, Ndiv, step, tokens, train_loss.
+
+    Of longer runs a row is the mean over as many steps as leave `LOSS_POINTS` rows, with the last of these steps.
+    """
     frames = []
     for result in results:
-        frame = result.history.copy()
+        window = -(-len(result.history) // LOSS_POINTS)
+        parts = result.history.groupby((result.history["step"] - 1) // window)
+        frame = parts.agg({"step": "max", "tokens": "max", "train_loss": "mean"})
         frame.insert(0, "row", result.row.label)
         frame.insert(1, "num_original_layers", result.row.num_original_layers)
         frame.insert(2, "num_divisions", result.row.num_divisions)
