@@ -33,9 +33,9 @@ $(STAMP): pyproject.toml
 reproduce: $(STAMP)
 	$(BIN)/detransformer reproduce --profile $(PROFILE)
 
-# One thread a process: parity tests start up to four processes on what may be two cores.
+# Two files at a time, and one thread a process: parity tests start up to four processes on what may be two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lab: $(STAMP)
 	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter lab --notebook-dir=notebooks
