@@ -41,10 +41,12 @@ def test_reference_run_is_complete():
     run = RunFolder(ROOT / REFERENCE)
     tables = ("table_ii", "table_iii", "table_iv", "latency", "summary", "placement", "profile")
     tables += ("plan_map", "choices", "choice_cells", "unequal", "trace", "generation", "perplexity", "scale_out")
+    tables += ("pretraining", "pretraining_loss", "placements", "widths", "calibration", "accuracy_runs")
     for name in (*tables, "methods", "wire", "reads", "scaling", "prediction", "fit", "timeline", "efficiency"):
         assert len(run.load_table(name)), name
     figures = ("fig2a", "fig2b", "fig7a", "fig7b", "fig7c", "fig7d", "fig8", "table_iii", "table_iv")
     figures += ("plan_map", "choices", "predicted", "unequal", "trace", "generation", "perplexity", "scale_out")
+    figures += ("pretraining_loss", "placements", "calibration")
     for name in (*figures, "bandwidth", "parts", "timeline", "wire"):
         assert (run.figures / f"{name}.png").stat().st_size > 10_000, name
         assert (run.figures / f"{name}.svg").is_file()
