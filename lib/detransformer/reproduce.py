@@ -311,6 +311,9 @@ def execute(notebook: Notebook, run: RunFolder, root: Path, title: str) -> None:
         last = ([line.strip() for line in log if line.strip()] or [str(error)])[-1]
         reason = f"because its kernel died, most often for want of memory: {last}"
         raise NotebookFailed(_failure(notebook, run, reason)) from error
+    except (KeyboardInterrupt, SystemExit):
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that waited for the kernel fail as it ends
+        raise
     finally:
         log.close()
     _tidy(executed, notebook, root)
