@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -38,7 +39,7 @@ from detransformer.models.configuration import (
 from detransformer.parallel.plan import METHODS, READS, Plan, is_decoder, published_plan
 from detransformer.parallel.wire import check_spec
 from detransformer.planning.cost import Prediction, predict
-from detransformer.planning.placement import auto_plan, device_speeds, paper_plan
+from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.report.provenance import usable_cores
 
@@ -185,26 +186,53 @@ class Bench:
             busy /= 2
         total_bps = cell.bandwidth_mbps * 1e6 * busy if checks_links else 0.0
         scale = self.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
+
+        def measure(number: int) -> list[dict]:
+            return self._run(cell, plans[number], checkpoint, files, held_with)
+
+        def make_row(number: int, results, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
+            plan, prediction = plans[number], predictions[number]
+            row = self._row(cell, checkpoint.config, plan, prediction, results, scale, check, steal)
+            return row, self._timeline(row, results, scale)
+
+        best = self.least_disturbed(cell, num_devices, scale, checks_links, measure, make_row, len(plans))
+        self.timelines[cell] = best[0][1]
+        return [row for row, _ in best]
+
+    def least_disturbed(
+        self,
+        cell: Cell,
+        num_devices: int,
+        scale: float,
+        checks_links: bool,
+        measure: Callable[[int], Any],
+        make_row: Callable[[int, Any, float, Check, float], tuple[dict, Any]],
+        count: int = 1,
+    ) -> list[tuple[dict, Any]]:
+        """The least disturbed of several attempts at each of `count` rows, as `measure` says.
+
+        Args:
+            scale: the time scale to begin with.
+            measure: runs what row `number` is of, links and time scale being set.
+            make_row: a row, and what belongs to it, of (number, what `measure` gave, time scale, check, host steal).
+        """
         while True:
-            attempts: list[list[tuple[dict, list[dict]]]] = [[] for _ in plans]
+            attempts: list[list[tuple[dict, Any]]] = [[] for _ in range(count)]
             for _ in range(ATTEMPTS):
                 scale, check = self.set_link(cell.bandwidth_mbps, num_devices, scale, checks_links)
                 measured = []
-                for plan in plans:
+                for number in range(count):
                     before = psutil.cpu_times()
-                    results = self._run(cell, plan, checkpoint, files, held_with)
-                    measured.append((results, _stolen_share(before, psutil.cpu_times())))
+                    found = measure(number)
+                    measured.append((found, _stolen_share(before, psutil.cpu_times())))
                 check = check.joined(self.check(cell.bandwidth_mbps, num_devices, checks_links))
-                for i, (results, steal) in enumerate(measured):
-                    row = self._row(cell, checkpoint.config, plans[i], predictions[i], results, scale, check, steal)
-                    attempts[i].append((row, self._timeline(row, results, scale)))
+                for number, (found, steal) in enumerate(measured):
+                    attempts[number].append(make_row(number, found, scale, check, steal))
                 if all(rows[-1][0]["valid"] and rows[-1][0]["host_steal"] <= DISTURBING_STEAL for rows in attempts):
                     break
             late = any(all(row["pacing_overrun"] > MAX_OVERRUN_SHARE for row, _ in rows) for rows in attempts)
             if not late or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
-                best = [min(rows, key=lambda pair: (not pair[0]["valid"], pair[0]["host_steal"])) for rows in attempts]
-                self.timelines[cell] = best[0][1]
-                return [row for row, _ in best]
+                return [min(rows, key=lambda pair: (not pair[0]["valid"], pair[0]["host_steal"])) for rows in attempts]
             scale *= 2
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
@@ -226,19 +254,16 @@ class Bench:
     def plan(self, cell: Cell, config: PretrainedConfig) -> tuple[Plan, Prediction]:
         """The plan that `cell` runs and what the cost model predicts for it."""
         profile = self.profile(cell)
-        request = dict(
+        plan = method_plan(
+            cell.method,
+            config,
+            profile,
             seq_len=cell.seq_len,
             batch_size=cell.batch_size,
             memory_budget_bytes=self.memory_budget_bytes,
             wire=cell.wire,
             reads=cell.reads,
         )
-        if cell.method in ("auto", "bp+auto"):  # of the unmodified model, of the decoupled one
-            plan = replace(auto_plan(config, profile, **request), method=cell.method)
-        elif cell.method in ("bp+paper", "bp+narrow"):  # bp+narrow: the same on the model of narrow sub-blocks
-            plan = replace(paper_plan(config, profile, **request), method=cell.method)
-        else:
-            plan = published_plan(cell.method, config, device_speeds(profile), cell.wire, cell.reads)
         return plan, predict(config, plan, profile, cell.seq_len, cell.batch_size)
 
     def predict(self, cell: Cell, config: PretrainedConfig, plan: Plan) -> Prediction:
@@ -536,7 +561,7 @@ def grid(
     num_devices: int = 4,
     wire: str = "float32",
     reads: str = "all",
-    **common,
+    **common: Any,
 ) -> list[Cell]:
     """Cells of `methods` x `bandwidths_mbps`, method by method, so that a device loads each method's weights once.
 

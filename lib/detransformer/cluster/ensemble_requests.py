@@ -12,12 +12,12 @@ from transformers.utils import logging
 from detransformer.cluster.answers import SEED, classify, tokens_of
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.ensembles import EnsembleRun, run_ensemble
+from detransformer.cluster.host import lateness, set_time_scale, warn_if_late
 from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answer
 from detransformer.coformer.evaluator import latency
 
-MAX_LATE = 0.03  # of what is modelled, by which the host may be late
 MAX_ABS_ERROR = 1e-5  # between devices and one process, which compute alike
 IMAGE_DEFAULTS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # a ViT's own, where its folder does not say
 
@@ -31,9 +31,6 @@ def run_emulated(
         ValueError: for input that the sub-models do not take, or another number of devices.
         DeviceError: where the device that aggregates is lost, or the answer differs from the single process's.
     """
-    from detransformer.cluster.bench import first_time_scale, usual_devices
-    from detransformer.report.provenance import usable_cores
-
     _refuse(request)
     logging.disable_progress_bar()  # of loading weights
     ensemble = load_ensemble(model)
@@ -47,18 +44,13 @@ def run_emulated(
     profile = spec.profile(model, config)
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central, sent_tokens=1).total_s
     with spec.emulate(transport=transport, threads=threads) as cluster:
-        shaped = cluster.transport == "namespaces"
-        total_bps = spec.bandwidth_bps * sum(profile.link.share(n) for n in range(ensemble.num_devices))
-        busy = usual_devices(profile.devices, config)
-        scale = time_scale or first_time_scale(total_bps if shaped else 0.0, busy, usable_cores())
-        cluster.set_link(spec.bandwidth_bps, scale)
+        scale = set_time_scale(cluster, spec, profile, range(ensemble.num_devices), config, time_scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
     record = _record(run, ensemble, config, spec, model, request, inputs, predicted_s)
     print("\n".join([name, *_lines(record, request, run)]))
-    late = max((r["overrun_s"] / max(r["modelled_s"], 1e-9) for r in run.records if r is not None), default=0.0)
-    if late > MAX_LATE:
-        print(f"this host was late by {late:.0%} of what is modelled: slow all down by --time-scale {2 * scale:g}")
+    late = lateness(run.records)
+    warn_if_late(late, scale)
     if request.check:
         error = float((run.logits - whole_answer(ensemble, inputs, run.present)).abs().max())
         record["check"] = {"max_abs_error": error, "agrees": error <= MAX_ABS_ERROR}

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,12 @@ from detransformer.cluster.rollcall import HEARTBEAT_S
 from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import Plan
+from detransformer.planning.profile import ClusterProfile
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from detransformer.cluster.session import EmulatedCluster
 
 COLLECTIVE_ERRORS = ("peer", "gloo", "timed out", "timeout", "broken pipe", "connection")  # words in them
 MAX_LATE = 0.03  # of what is modelled, by which the host may be late
@@ -126,18 +133,12 @@ def run_emulated(
         ValueError: as `prepare`.
         DeviceError: where a worker is lost or fails, or the output differs from the single device's.
     """
-    from detransformer.cluster.bench import first_time_scale, usual_devices
-    from detransformer.report.provenance import usable_cores
-
     config = open_folder(model).config
     profile = spec.profile(model, config)
     prepared = prepare(request, model, config, profile)
     with spec.emulate(transport=transport, threads=threads) as cluster:
         shaped = cluster.transport == "namespaces"
-        busy = usual_devices([profile.devices[i] for i in prepared.plan.device_ids], config)
-        total_bps = spec.bandwidth_bps * sum(profile.link.share(i) for i in range(len(profile.devices)))
-        scale = time_scale or first_time_scale(total_bps if shaped else 0.0, busy, usable_cores())
-        cluster.set_link(spec.bandwidth_bps, scale)
+        scale = set_time_scale(cluster, spec, profile, prepared.plan.device_ids, config, time_scale)
         inputs, output = cluster.folder / "inputs.safetensors", cluster.folder / "output.safetensors"
         save_file(prepared.inputs, inputs)
         results = cluster.run(
@@ -154,14 +155,39 @@ def run_emulated(
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
     lines, record = report(request, prepared, config, model, name, spec.names, results, outputs)
     print("\n".join([name, *lines]))
-    late = _lateness(results)
-    if late > MAX_LATE:
-        print(f"this host was late by {late:.0%} of what is modelled: slow all down by --time-scale {2 * scale:g}")
+    late = lateness(results)
+    warn_if_late(late, scale)
     _insist(record)
     return record | {"time_scale": scale, "pacing_overrun": late}
 
 
-def _lateness(results: Sequence[dict | None]) -> float:
+def set_time_scale(
+    cluster: "EmulatedCluster",
+    spec: ClusterSpec,
+    profile: ClusterProfile,
+    devices: Sequence[int],
+    config: "PretrainedConfig",
+    time_scale: float | None,
+) -> float:
+    """Sets the links of `cluster` to the rate of `spec`, as much slower as asked, or as this host needs; how much."""
+    from detransformer.cluster.bench import first_time_scale, usual_devices
+    from detransformer.report.provenance import usable_cores
+
+    busy = usual_devices([profile.devices[i] for i in devices], config)
+    total_bps = spec.bandwidth_bps * sum(profile.link.share(i) for i in range(len(profile.devices)))
+    shaped = cluster.transport == "namespaces"
+    scale = time_scale or first_time_scale(total_bps if shaped else 0.0, busy, usable_cores())
+    cluster.set_link(spec.bandwidth_bps, scale)
+    return scale
+
+
+def warn_if_late(late: float, scale: float) -> None:
+    """Says so where this host kept up with what is modelled less than 97%, and what to do about it."""
+    if late > MAX_LATE:
+        print(f"this host was late by {late:.0%} of what is modelled: slow all down by --time-scale {2 * scale:g}")
+
+
+def lateness(results: Sequence[dict | None]) -> float:
     """By how much of what was modelled the host came late, on the device where it was worst."""
     samples = [result.get("samples", [result]) for result in results if result is not None]
     return max(sum(s["overrun_s"] for s in own) / max(sum(s["modelled_s"] for s in own), 1e-9) for own in samples)
@@ -180,6 +206,7 @@ def blame(error: Exception, spec: ClusterSpec | None) -> tuple[str, bool]:
 
 
 def main() -> None:
+    """The process that torchrun starts on a host: its part of the request in the job's file, told to its parent."""
     die_with_parent()
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     parent = Parent(job["folder"])

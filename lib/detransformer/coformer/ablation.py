@@ -314,7 +314,7 @@ def calibrate_all(lab: Lab, case: Case) -> list[Calibrated]:
 
 def run_row(case: Case, seed: int, run: Calibrated) -> dict:
     """Accuracy (times 100) of all together, of the best and the mean sub-model alone, and what training took."""
-    alone = _accuracies(run.test)
+    alone = run.test.accuracies
     return {
         "group": case.group,
         "case": case.name,
@@ -342,7 +342,7 @@ def model_row(lab: Lab) -> dict[str, float]:
     """The large model itself: its accuracy, and as DeiT-B on the TX2 what `costs_of` says of policies."""
     whole = Case("model", "large model", Policy((lab.original.whole,)), device_sets(lab.devices)[1], 1)
     outputs = collect_outputs([lab.model], lab.task, "test", lab.folder / "sub-models", pooling=lab.pooling)
-    return {"case": whole.name, "accuracy": _accuracies(outputs)[0]} | costs_of(lab, whole)
+    return {"case": whole.name, "accuracy": outputs.accuracies[0]} | costs_of(lab, whole)
 
 
 def ablation_rows(lab: Lab, case: Case, runs: Sequence[Calibrated]) -> pd.DataFrame:
@@ -357,7 +357,7 @@ def ablation_rows(lab: Lab, case: Case, runs: Sequence[Calibrated]) -> pd.DataFr
     train, test = (collect_outputs(cut, lab.task, split, folder, pooling=lab.pooling) for split in ("train", "test"))
 
     def add(calibrated: bool, seed: int, outputs: Outputs, together: float) -> None:
-        for part, milliseconds, accuracy in zip(parts, latencies, [*_accuracies(outputs), together], strict=True):
+        for part, milliseconds, accuracy in zip(parts, latencies, [*outputs.accuracies, together], strict=True):
             row = {"part": part, "calibrated": calibrated, "seed": seed}
             rows.append(row | {"accuracy": accuracy, "latency_ms": milliseconds})
 
@@ -415,11 +415,6 @@ def _trained(lab: Lab, kind: str, outputs: Outputs, seed: int):
         num_labels=lab.task.num_classes,
         pooling=lab.pooling,
     ).aggregator
-
-
-def _accuracies(outputs: Outputs) -> list[float]:
-    """Of each sub-model alone, times 100."""
-    return [100 * float((logits.argmax(-1) == outputs.labels).float().mean()) for logits in outputs.logits]
 
 
 # Text -------------------------------------------------------------------------------------------------------------

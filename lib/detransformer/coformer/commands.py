@@ -122,9 +122,10 @@ def decompose_command(
         seq_len=original.seq_len,
     )
     large = learned.score(predict(model, learned, "test").argmax(-1))
-    _write(target, folder, made, original, times, spec, learned, large, family)
+    lost = missing_table(made.aggregator, made.test)
+    _write(target, folder, made, original, times, spec, learned, large, lost, family)
     shutil.rmtree(work)
-    print(_scores(made, learned, large, spec.names).to_markdown(index=False, floatfmt=".2f"))
+    print(_scores(made, learned, large, lost, spec.names).to_markdown(index=False, floatfmt=".2f"))
     print(f"\nWritten to {target}; ask it by `detransformer run --cluster {cluster} --model {target}`.")
 
 
@@ -213,11 +214,13 @@ def policy_table(policy: Policy, original: Original, times: Latency, names: tupl
     return pd.DataFrame(rows)
 
 
-def _scores(made: Calibrated, task: BoostTask, large: float, names: tuple[str, ...]) -> pd.DataFrame:
-    """Scores of the large model, of each sub-model alone, of all, and of accuracy without each."""
+def _scores(
+    made: Calibrated, task: BoostTask, large: float, lost: pd.DataFrame, names: tuple[str, ...]
+) -> pd.DataFrame:
+    """Scores of the large model and of each sub-model alone, and the accuracies of `missing_table`."""
     rows = [("the large model", task.metric, large)]
     rows += [(f"{name} alone", task.metric, r.score) for name, r in zip(names, made.boosted, strict=True)]
-    for row in missing_table(made.aggregator, made.test).itertuples():
+    for row in lost.itertuples():
         who = f"all but {names[row.missing - 1]}" if row.missing else f"all {len(names)}, aggregated"
         rows.append((who, "accuracy", row.accuracy))
     return pd.DataFrame(rows, columns=["who answers", "metric", "test score"])
@@ -232,10 +235,9 @@ def _write(
     spec: ClusterSpec,
     task: BoostTask,
     large: float,
+    lost: pd.DataFrame,
     family: str,
 ) -> None:
-    if target.exists():
-        shutil.rmtree(target)
     tokenizer_of = None if family == "vit" else checkpoint
     policy, central = made.policy, times.central
     save_ensemble(target, made.sub_models, made.aggregator, policy, original, central, tokenizer_of)
@@ -258,7 +260,7 @@ def _write(
             "large_model": large,
             "sub_models": [result.score for result in made.boosted],
             "ensemble_accuracy": made.accuracy,
-            "without_each": missing_table(made.aggregator, made.test)["accuracy"].tolist()[1:],
+            "without_each": lost["accuracy"].tolist()[1:],
         },
     }
     with atomic_write(target / PLAN_FILE) as file:

@@ -13,17 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import BertForSequenceClassification, PretrainedConfig
 
 from detransformer.cluster.bench import (
-    ATTEMPTS,
-    MAX_OVERRUN_SHARE,
-    MAX_TIME_SCALE,
     Bench,
     Cell,
+    Check,
     RowFile,
     first_time_scale,
     usual_devices,
@@ -31,6 +28,7 @@ from detransformer.cluster.bench import (
 )
 from detransformer.cluster.devices import DeviceSpec, cluster_profile
 from detransformer.cluster.ensembles import EnsembleRun, run_ensemble
+from detransformer.cluster.host import lateness
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
@@ -53,9 +51,9 @@ from detransformer.coformer.policy import (
     scale_policy,
 )
 from detransformer.models.configuration import decoupled_config, preset_config
-from detransformer.parallel.plan import Plan, published_plan
+from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import Compute, Prediction, device_steps, predict
-from detransformer.planning.placement import auto_plan, device_speeds, paper_plan
+from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile
 from detransformer.report.provenance import usable_cores
 
@@ -89,15 +87,6 @@ def peer_configs(priced: Original, num_original_layers: int = 4, num_divisions: 
     return {"original": config, "decoupled": decoupled_config(config, num_original_layers, num_divisions)}
 
 
-def peer_plan(method: str, config: PretrainedConfig, profile: ClusterProfile, seq_len: int) -> Plan:
-    """The plan that a method's name stands for on all devices; planned ones may leave devices out."""
-    if method in ("auto", "bp+auto"):
-        return replace(auto_plan(config, profile, seq_len=seq_len), method=method)
-    if method == "bp+paper":
-        return replace(paper_plan(config, profile, seq_len=seq_len), method=method)
-    return published_plan(method, config, device_speeds(profile))
-
-
 def busy_s(config: PretrainedConfig, plan: Plan, profile: ClusterProfile, seq_len: int) -> list[float]:
     """Seconds in which each device of `plan` computes, in rank order."""
     return [
@@ -118,7 +107,7 @@ def peer_row(
     BERT looks tokens up where a ViT multiplies patches: every device of a plan does that for itself, of a pipeline the
     first alone.
     """
-    plan = peer_plan(method, config, profile, priced.seq_len)
+    plan = method_plan(method, config, profile, seq_len=priced.seq_len)
     prediction: Prediction = predict(config, plan, profile, priced.seq_len)
     work = 2 * (priced.seq_len - 1) * priced.patch_values * priced.hidden_size
     patches = [profile.devices[device].compute_s(work, STRATEGY) for device in plan.device_ids]
@@ -247,7 +236,7 @@ def latency_ensemble(
 def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) -> dict:
     """A row as `Bench.measure` makes them, for an ensemble under the conditions of `cell`.
 
-    Links and pacing are checked before and after; a row that was late is measured again at twice the time scale.
+    Links and pacing are checked before and after; a disturbed row is measured again.
     """
     cluster, config = bench.cluster, bench.config(cell)
     profile = bench.profile(cell)
@@ -261,27 +250,21 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
     total_bps = cell.bandwidth_mbps * 1e6 * cell.num_devices if checks_links else 0.0
     scale = bench.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
     predicted = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central, sent_tokens=1)
-    while True:
-        rows = []
-        for _ in range(ATTEMPTS):
-            scale, check = bench.set_link(cell.bandwidth_mbps, cell.num_devices, scale, checks_links)
-            before = psutil.cpu_times()
-            run = run_ensemble(cluster, ensemble, inputs, cell.repeats)
-            after = psutil.cpu_times()
-            check = check.joined(bench.check(cell.bandwidth_mbps, cell.num_devices, checks_links))
-            conditions = {"bandwidth_mbps": cell.bandwidth_mbps, "seq_len": cell.seq_len, "repeats": cell.repeats}
-            conditions |= {"num_devices": cell.num_devices, "model": cell.model, "method": method}
-            conditions |= {"time_scale": scale, "device": cluster.profile_name, "link": cluster.link}
-            conditions |= {"wire": "float32", "predicted_s": predicted.total_s, "host_steal": _stolen(before, after)}
-            row = conditions | asdict(check) | _run_fields(run, ensemble.central, expected)
-            why = why_invalid(row) or ("" if all(run.present) else run.sentence)
-            rows.append(row | {"valid": not why, "why_invalid": why})
-            if not why:
-                return rows[-1]
-        late = all(row["pacing_overrun"] > MAX_OVERRUN_SHARE for row in rows)
-        if not late or bench.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
-            return min(rows, key=lambda row: row["pacing_overrun"])
-        scale *= 2
+
+    def measure(number: int) -> EnsembleRun:
+        return run_ensemble(cluster, ensemble, inputs, cell.repeats)
+
+    def make_row(number: int, run: EnsembleRun, scale: float, check: Check, steal: float) -> tuple[dict, None]:
+        conditions = {"bandwidth_mbps": cell.bandwidth_mbps, "seq_len": cell.seq_len, "repeats": cell.repeats}
+        conditions |= {"num_devices": cell.num_devices, "model": cell.model, "method": method}
+        conditions |= {"time_scale": scale, "device": cluster.profile_name, "link": cluster.link}
+        conditions |= {"wire": "float32", "predicted_s": predicted.total_s, "host_steal": steal}
+        row = conditions | asdict(check) | _run_fields(run, ensemble.central, expected)
+        why = why_invalid(row) or ("" if all(run.present) else run.sentence)
+        return row | {"valid": not why, "why_invalid": why}, None
+
+    ((row, _),) = bench.least_disturbed(cell, cell.num_devices, scale, checks_links, measure, make_row)
+    return row
 
 
 def _run_fields(run: EnsembleRun, central: int, expected: torch.Tensor) -> dict:
@@ -293,7 +276,7 @@ def _run_fields(run: EnsembleRun, central: int, expected: torch.Tensor) -> dict:
         "latency_s": run.latency_s,
         "spread_s": max(run.samples_s) - min(run.samples_s),
         "compute_s": max(record["compute_s"] for record in records),
-        "pacing_overrun": max(r["overrun_s"] / max(r["modelled_s"], 1e-9) for r in records),
+        "pacing_overrun": lateness(records),
         "weights_bytes": max(record["weights_bytes"] for record in records),
         "sent_bytes": max(
             (sum(r["bytes"].values()) for n, r in enumerate(run.records) if r and n != central), default=0
@@ -301,12 +284,6 @@ def _run_fields(run: EnsembleRun, central: int, expected: torch.Tensor) -> dict:
         "max_abs_error": float(error.max()),
         "relative_error": float(error.square().mean().sqrt() / expected.square().mean().sqrt()),
     }
-
-
-def _stolen(before, after) -> float:
-    """Share of processor time that other guests of the machine took."""
-    total = sum(after) - sum(before)
-    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
 
 
 def measured_rows(

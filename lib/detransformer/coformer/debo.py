@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
@@ -126,6 +125,7 @@ def search_policy(
     seq_len: int | None = None,
     priced_as: Original | None = None,
     evaluator: Evaluator | None = None,
+    fit_length_scale: bool = False,
     progress: bool = False,
 ) -> SearchResult:
     """The policy of the least Psi among `num_initial + num_iterations` that are evaluated.
@@ -138,6 +138,7 @@ def search_policy(
         priced_as: as in `Evaluator`.
         history: file by which an interrupted search goes on.
         evaluator: that of an earlier search with the same arguments, whose importance is found already.
+        fit_length_scale: as in `bayesian_search`.
 
     Raises:
         ValueError: for an unknown method, or where no policy is within the limits.
@@ -164,6 +165,7 @@ def search_policy(
         config.seed,
         mutate=lambda rng, policy: mutate_policy(rng, policy, original, limits),
         history=history,
+        fit_length_scale=fit_length_scale,
         progress=progress,
     )
 
@@ -187,13 +189,6 @@ class Calibrated:
     aggregator: Aggregator
     accuracy: float
 
-    @property
-    def table(self) -> pd.DataFrame:
-        """Accuracy of each sub-model alone (times 100) and of all: columns `sub_model`, `accuracy`."""
-        alone = [100 * float((x.argmax(-1) == self.test.labels).float().mean()) for x in self.test.logits]
-        names = [*map(str, range(1, len(alone) + 1)), "all"]
-        return pd.DataFrame({"sub_model": names, "accuracy": [*alone, self.accuracy]})
-
 
 def calibrate_policy(
     model: PreTrainedModel,
@@ -206,14 +201,12 @@ def calibrate_policy(
     pooling: str = "first",
     limits: Limits | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
-    seed: int | None = None,
     seq_len: int | None = None,
 ) -> Calibrated:
     """Decomposes `model` by `policy`, boosts its sub-models, trains an aggregator; resumable, kept in `output_dir`.
 
     Args:
         kind, pooling: of the aggregator.
-        seed: of the aggregator; None: that of `boosting`.
         seq_len: tokens of a request, by which `limits` are checked, as in `Original.of`.
 
     Raises:
@@ -230,7 +223,7 @@ def calibrate_policy(
         train.features,
         train.labels,
         aggregation,
-        boosting.seed if seed is None else seed,
+        boosting.seed,
         num_labels=task.num_classes,
         pooling=pooling,
     ).aggregator

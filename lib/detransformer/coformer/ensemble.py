@@ -95,6 +95,7 @@ def save_ensemble(
 
 
 def is_ensemble(folder: str | Path) -> bool:
+    """Whether `folder` is one that `detransformer decompose` wrote."""
     return (Path(folder) / DESCRIPTION).is_file()
 
 

@@ -49,6 +49,11 @@ class Outputs:
     def widths(self) -> tuple[int, ...]:
         return tuple(x.shape[1] for x in self.features)
 
+    @property
+    def accuracies(self) -> list[float]:
+        """Of each sub-model alone, times 100."""
+        return [100 * float((logits.argmax(-1) == self.labels).float().mean()) for logits in self.logits]
+
 
 @torch.no_grad()
 def collect_outputs(

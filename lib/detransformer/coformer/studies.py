@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.coformer.aggregator import features_and_logits, make_aggregator
+from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.booster import BoostConfig, BoostTask, boost, load_calibrated, weights_hash
 from detransformer.coformer.debo import SearchConfig, search_batches, search_policy
 from detransformer.coformer.decomposer import decompose
@@ -45,16 +45,13 @@ from detransformer.coformer.policy import (
     Original,
     Policy,
     SubModelConfig,
-    encode,
     flops,
     memory_bytes,
-    mutate_policy,
     sample_policy,
     scale_policy,
     violations,
 )
-from detransformer.coformer.search import SearchResult, bayesian_search
-from detransformer.coformer.submodels import CoformerViTModel, sub_model_config
+from detransformer.coformer.submodels import CoformerViTModel, features, sub_model_config
 from detransformer.training.config import config_hash
 
 HOST = "this machine"
@@ -180,8 +177,8 @@ def predictor_study(
             raise ValueError(f"train_share={train_share} leaves {cut} of {len(rows)} rows to fit: give 0.5 to 0.9.")
         train, test = rows.iloc[np.sort(order[:cut])], rows.iloc[np.sort(order[cut:])]
         predicted = {}
-        for name, features in FEATURES.items():
-            fitted = LatencyPredictor.fit(train, original, features, max_iterations=max_iterations, seed=seed)
+        for name, chosen in FEATURES.items():
+            fitted = LatencyPredictor.fit(train, original, chosen, max_iterations=max_iterations, seed=seed)
             predicted[name], predictors[str(device)] = fitted.predict(test), fitted
         predicted[LINE] = np.polyval(np.polyfit(train["flops"], train["latency_s"], 1), test["flops"])
         whole = rows.loc[rows["flops"].idxmax(), "latency_s"]  # `model_pool` has it first, and it is the largest
@@ -225,16 +222,12 @@ def probe_error(sub_model: PreTrainedModel, batches: Sequence[Mapping[str, torch
     from sklearn.linear_model import RidgeClassifier
 
     with torch.inference_mode():
-        features = [features_and_logits(sub_model.eval(), _inputs(batch))[0][:, 0] for batch in batches]
-    x, y = torch.cat(features).numpy(), torch.cat([batch["labels"] for batch in batches]).numpy()
+        first = [features(sub_model.eval(), batch)[:, 0] for batch in batches]
+    x, y = torch.cat(first).numpy(), torch.cat([batch["labels"] for batch in batches]).numpy()
     half = len(x) // 2
     scale = x[:half].std(0) + 1e-6
     fitted = RidgeClassifier(alpha=10.0).fit(x[:half] / scale, y[:half])
     return 100 * float((fitted.predict(x[half:] / scale) != y[half:]).mean())
-
-
-def _inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def proxy_points(
@@ -375,31 +368,14 @@ def search_study(
         for seed, method in tqdm(jobs, desc="searches", unit="search"):
             seeded = replace(config, seed=seed)
             history = folder / f"{method.split(',')[0]}{'-fitted' if method == FITTED else ''}-{seed}.json"
-            if method == FITTED:
-                found = _fitted_search(evaluator, seeded, limits, history)
-            else:
-                cluster = evaluator.cluster
-                found = search_policy(
-                    evaluator.model, task, cluster, seeded, limits, method, history=history, evaluator=evaluator
-                )
+            found = search_policy(
+                *(evaluator.model, task, evaluator.cluster, seeded, limits, method.split(",")[0]),
+                history=history,
+                evaluator=evaluator,
+                fit_length_scale=method == FITTED,
+            )
             frames.append(found.history.assign(method=method, seed=seed))
     return pd.concat(frames, ignore_index=True)
-
-
-def _fitted_search(evaluator: Evaluator, config: SearchConfig, limits: Limits | None, history: Path) -> SearchResult:
-    original, count = evaluator.original, len(evaluator.cluster.devices)
-    return bayesian_search(
-        evaluator,
-        lambda rng: sample_policy(rng, original, limits, count),
-        lambda policy: encode(policy, original),
-        config.num_initial,
-        config.num_iterations,
-        config.seed,
-        mutate=lambda rng, policy: mutate_policy(rng, policy, original, limits),
-        history=history,
-        fit_length_scale=True,
-        method=FITTED,
-    )
 
 
 def _search_key(evaluator: Evaluator, config: SearchConfig, limits: Limits | None) -> str:

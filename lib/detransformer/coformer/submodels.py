@@ -201,6 +201,8 @@ class CoformerBertModel(BertModel):
 
 
 class CoformerBertForSequenceClassification(BertForSequenceClassification):
+    """A sub-model of a BERT with its classification head: input_ids [B, T] to logits [B, C] (CoFormer, Fig. 14)."""
+
     config_class = CoformerBertConfig
     _no_split_modules = CoformerBertModel._no_split_modules
 
@@ -262,6 +264,8 @@ class CoformerGPT2Model(_CoformerGPT2Mixin, GPT2Model):
 
 
 class CoformerGPT2ForSequenceClassification(_CoformerGPT2Mixin, GPT2ForSequenceClassification):
+    """A sub-model of a GPT-2 with its classification head: input_ids [B, T] to logits [B, C] (CoFormer, Fig. 14)."""
+
     def __init__(self, config: CoformerGPT2Config):
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -307,6 +311,8 @@ class CoformerViTModel(ViTModel):
 
 
 class CoformerViTForImageClassification(ViTForImageClassification):
+    """A sub-model of a ViT with its head: pixel_values [B, 3, H, W] to logits [B, C] (CoFormer, Fig. 14)."""
+
     config_class = CoformerViTConfig
     _no_split_modules = CoformerViTModel._no_split_modules
 

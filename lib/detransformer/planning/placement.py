@@ -206,7 +206,7 @@ def place(
     return _choose(problem, problem.published(methods or search_space(config), wire))
 
 
-def paper_plan(config: PretrainedConfig, profile: ClusterProfile, **request) -> Plan:
+def paper_plan(config: PretrainedConfig, profile: ClusterProfile, **request: object) -> Plan:
     """BP+Auto as published: the fastest of the paper's three plans that fit."""
     return place(config, profile, **request).plan
 
@@ -251,9 +251,29 @@ def place_freely(
     return Placement(placement.chosen, alternatives, left_out, all(candidates.exact for candidates in fitting))
 
 
-def auto_plan(config: PretrainedConfig, profile: ClusterProfile, **request) -> Plan:
+def auto_plan(config: PretrainedConfig, profile: ClusterProfile, **request: object) -> Plan:
     """BP+Auto: the plan that `place_freely` chooses, under its table name."""
     return replace(place_freely(config, profile, **request).plan, method="bp+auto")
+
+
+def method_plan(
+    method: str,
+    config: PretrainedConfig,
+    profile: ClusterProfile,
+    wire: str = "float32",
+    reads: str = "all",
+    **request: int | None,
+) -> Plan:
+    """The plan that a method's name stands for on all devices; one that is planned may leave devices out.
+
+    Args:
+        request: seq_len, batch_size and memory_budget_bytes, of which planned methods take account.
+    """
+    if method in ("auto", "bp+auto"):  # of the unmodified model, of the decoupled one
+        return replace(auto_plan(config, profile, wire=wire, reads=reads, **request), method=method)
+    if method in ("bp+paper", "bp+narrow"):  # bp+narrow: the same on the model of narrow sub-blocks
+        return replace(paper_plan(config, profile, wire=wire, reads=reads, **request), method=method)
+    return published_plan(method, config, device_speeds(profile), wire, reads)
 
 
 def first_counts(num_devices: int) -> list[int]:
