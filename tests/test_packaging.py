@@ -40,7 +40,7 @@ def test_installed_versions_satisfy_the_pins():
 
 
 def test_make_knows_its_targets():
-    for target in ("reproduce", "test", "lab", "figures", "lint", "clean"):
+    for target in ("reproduce", "test", "lab", "figures", "lint", "docs", "coverage", "clean"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -118,6 +118,13 @@ def test_failing_cell_is_named_and_the_rest_is_kept(clone):
     assert "01_first: unchanged" in said[0] and manifest["notebooks"]["02_second"]["status"] == "done"
 
 
+def test_a_bar_of_tqdm_is_text_and_no_widget(clone):
+    write_notebook(clone, "01_first", "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), desc='steps'):\n    pass")
+    run, _, _ = run_all(clone, only=["01"])
+    outputs = nbformat.read(run.notebooks / "01_first.ipynb", as_version=4).cells[-1].outputs
+    assert [output.output_type for output in outputs] == ["stream"] and "3/3" in outputs[0].text
+
+
 def test_executed_notebook_keeps_the_last_state_of_a_progress_bar(clone):
     bar = "import sys, time\nfor i in range(4):\n    print(f'\\r{i}/3', end='', flush=True); time.sleep(0.1)\nprint()"
     write_notebook(clone, "01_first", bar)

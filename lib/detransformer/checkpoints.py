@@ -5,8 +5,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detransformer.files import atomic_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEADS = ("auto", "base", "masked-lm", "classification", "question-answering", "causal-lm")
 TOKENIZER_FILES = (
@@ -171,7 +175,7 @@ def read_config(source: str) -> dict:
     return config
 
 
-def load_original(source: str, family: Family, head: str):
+def load_original(source: str, family: Family, head: str) -> "tuple[PreTrainedModel, list[str]]":
     """(model, names of modules the checkpoint had no weights for); ValueError for damaged or foreign weights."""
     import transformers
     from safetensors import SafetensorError

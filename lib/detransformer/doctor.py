@@ -60,6 +60,7 @@ def report(findings: list[Finding]) -> str:
 
 
 def python() -> Finding:
+    """Which Python runs this."""
     return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
@@ -82,6 +83,7 @@ def packages(root: Path | None = None) -> Finding:
 
 
 def clone() -> Finding:
+    """Whether the notebooks are here, and of which commit."""
     try:
         root = repository_root()
     except FileNotFoundError as error:
@@ -93,6 +95,7 @@ def clone() -> Finding:
 
 
 def processor() -> Finding:
+    """How many cores may be used, and whether four devices can be emulated in time."""
     cores = provenance.usable_cores()
     text = f"{cores} {'core' if cores == 1 else 'cores'}, {provenance.cpu_model()}"
     if cores < 2:
@@ -103,6 +106,7 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
+    """How much is free, against what the largest model needs."""
     total, free = (value / 1e9 for value in (psutil.virtual_memory().total, psutil.virtual_memory().available))
     text = f"{total:.0f} GB, {free:.0f} GB available"
     if free < NEEDED_MEMORY_GB:
@@ -112,6 +116,7 @@ def memory() -> Finding:
 
 
 def disk() -> Finding:
+    """How much is free where results go."""
     try:
         place = repository_root()
     except FileNotFoundError:
@@ -126,6 +131,7 @@ def disk() -> Finding:
 
 
 def gpu() -> Finding:
+    """Whether torch can use one, without which it trains on the processor."""
     names = provenance.gpu_names()
     if importlib.util.find_spec("torch") is None:
         return Finding("GPU", "limited", "torch is not installed, so it cannot use one", "run `make install`.")
@@ -165,6 +171,7 @@ def _possible(name: str, tried: tuple[bool, str], remedy: str) -> Finding:
 
 
 def data_mirror() -> Finding:
+    """Whether text and tasks lie in a mirror folder, and which."""
     try:
         folder = provenance.mirror_folder(repository_root())
     except FileNotFoundError:

@@ -180,6 +180,7 @@ def read_manifest(run: RunFolder) -> dict:
 
 
 def write_manifest(run: RunFolder, manifest: dict) -> None:
+    """Saves the manifest whole, with what the tables now say of their data."""
     manifest["data"]["sources"] = provenance.data_sources(run)
     with atomic_write(run.manifest_path) as file:
         json.dump(manifest, file, indent=2, default=str)
@@ -327,13 +328,14 @@ def _this_python_kernels(log: IO) -> type:
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
-    # An executed notebook shows progress as text, so tqdm need not ask for widgets.
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    env = {"TOKENIZERS_PARALLELISM": "false"}
     env["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads of a kernel must not spin beside the workers
     environment = data_environment()
     if environment.mirror_named_by == "DETRANSFORMER_DATA":  # relative to the user's folder, not to notebooks/
         env["DETRANSFORMER_DATA"] = str(environment.mirror)
-    spec = KernelSpec(**get_kernel_dict() | {"env": env})
+    # Nobody watches an executed notebook: tqdm writes its bars as text, where a saved widget could not be shown.
+    text_bars = "--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None"
+    spec = KernelSpec(**get_kernel_dict(extra_arguments=[text_bars]) | {"env": env})
 
     class ThisPythonKernelManager(AsyncKernelManager):
         kernel_spec = property(lambda self: spec)

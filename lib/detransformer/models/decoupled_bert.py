@@ -199,6 +199,8 @@ class DecoupledBertModel(_DecoupledBertMixin, BertModel):
 
 
 class DecoupledBertForMaskedLM(_DecoupledBertMixin, BertForMaskedLM):
+    """Decoupled BERT with BERT's own masked-language-model head: logits [B, T, vocabulary]."""
+
     def __init__(self, config: DecoupledBertConfig):
         super().__init__(config)
         self.bert = DecoupledBertModel(config, add_pooling_layer=False)
@@ -206,6 +208,8 @@ class DecoupledBertForMaskedLM(_DecoupledBertMixin, BertForMaskedLM):
 
 
 class DecoupledBertForSequenceClassification(_DecoupledBertMixin, BertForSequenceClassification):
+    """Decoupled BERT with BERT's own classifier of the pooled [CLS]: logits [B, labels]."""
+
     def __init__(self, config: DecoupledBertConfig):
         super().__init__(config)
         self.bert = DecoupledBertModel(config)
@@ -213,6 +217,8 @@ class DecoupledBertForSequenceClassification(_DecoupledBertMixin, BertForSequenc
 
 
 class DecoupledBertForQuestionAnswering(_DecoupledBertMixin, BertForQuestionAnswering):
+    """Decoupled BERT with BERT's own span head: logits [B, T] of an answer's start and of its end."""
+
     def __init__(self, config: DecoupledBertConfig):
         super().__init__(config)
         self.bert = DecoupledBertModel(config, add_pooling_layer=False)

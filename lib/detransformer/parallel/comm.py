@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Observer(Protocol):
 class Pending:
     """Something that may still be under way: `wait` returns it. `Pending(x)` is there already."""
 
-    def __init__(self, value=None, finish: Callable | None = None):
+    def __init__(self, value: Any = None, finish: Callable | None = None):
         self._value, self._finish = value, finish
 
     def wait(self):

@@ -66,6 +66,7 @@ NAMING = {
 
 
 def naming_of(config: PretrainedConfig) -> Naming:
+    """Where a checkpoint of this architecture keeps each parameter; ValueError for neither BERT nor GPT-2."""
     return NAMING[architecture(config)]
 
 

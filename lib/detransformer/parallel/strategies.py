@@ -234,10 +234,13 @@ def together(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
 
 
 def arrived(chunks: Iterable[Pending]) -> Iterator[torch.Tensor]:
+    """The chunks of X, each waited for when it is asked for."""
     return (chunk.wait() for chunk in chunks)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_size: int, mask: torch.Tensor | None):
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_size: int, mask: torch.Tensor | None
+) -> torch.Tensor:
     """Scaled dot-product attention: q [B, t, A], k and v [B, T, A] -> [B, t, A]."""
 
     def heads(x: torch.Tensor) -> torch.Tensor:

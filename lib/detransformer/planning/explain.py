@@ -167,7 +167,7 @@ def helps(
     config: PretrainedConfig,
     profile: ClusterProfile,
     memory_budget_bytes: int | None = None,
-    **request,
+    **request: int,
 ) -> list[dict]:
     """What the best plan would take with more of one thing each: `change`, `latency_s`, `speedup`; the best first."""
     link, reads, wire = profile.link, placement.plan.reads, placement.plan.wire
@@ -207,7 +207,7 @@ def sweep(
     num_devices: Sequence[int],
     seq_lens: Sequence[int],
     bandwidths_bps: Sequence[float],
-    **request,
+    **request: int,
 ) -> list[dict]:
     """What is predicted on clusters that are not here: a row for each number of devices, length and bandwidth.
 

@@ -5,7 +5,7 @@ is what the cost model multiplies and divides by. Stored as versioned JSON with 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -104,6 +104,11 @@ class ClusterProfile:
 
     devices: tuple[DeviceProfile, ...]
     link: LinkProfile
+
+    def of(self, devices: Sequence[int]) -> "ClusterProfile":
+        """The profile of some of the devices, in this order."""
+        shares = tuple(self.link.shares[i] for i in devices) if self.link.shares else ()
+        return ClusterProfile(tuple(self.devices[i] for i in devices), replace(self.link, shares=shares))
 
     def save(self, path: str | Path, provenance: Mapping | None = None) -> None:
         record = {"version": VERSION, **asdict(self), "provenance": dict(provenance or {})}

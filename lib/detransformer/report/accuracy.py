@@ -86,6 +86,7 @@ def published_structure(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def lower_is_better(task: str) -> bool:
+    """Whether less is better in a task: in pre-training's masked-LM loss, in no task with a score."""
     return task == MLM
 
 
@@ -96,6 +97,7 @@ def std_errors(rows: pd.DataFrame) -> pd.Series:
 
 
 def is_original(table: pd.DataFrame) -> pd.Series:
+    """Which rows are of the unmodified model: they name no number of original layers."""
     return table["num_original_layers"].isna()
 
 

@@ -58,35 +58,42 @@ class NotebookFigure(Figure):
 
 
 def need(rows: pd.DataFrame, table: str, what: str) -> pd.DataFrame:
+    """`rows`, or a ValueError that names the table where there are none of `what`."""
     if not len(rows):
         raise ValueError(f"Table {table!r} has no valid rows of {what}; run the notebook that measures them first.")
     return rows
 
 
 def panel_grid(num_rows: int, num_columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure of rows and columns of panels, each `width` by `height` inches, and its axes [rows, columns]."""
     figure = NotebookFigure(figsize=(max(width * num_columns, 4.2), height * num_rows + 0.7), layout="constrained")
     return figure, figure.subplots(num_rows, num_columns, squeeze=False)
 
 
 def panels(count: int, width: float, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure of panels side by side, each `width` inches wide, and its axes."""
     figure = NotebookFigure(figsize=(max(width * count, 4.6), 3.6), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False, sharey=sharey)[0])
 
 
 def legend_below(figure: Figure, axis: Axes, columns: int = 4) -> None:
+    """One legend for all panels, under them."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def legend_beside(axis: Axes) -> None:
+    """A legend to the right of its panel."""
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def whole_ticks(axis: Axes, values: list[float]) -> None:
+    """Ticks at these values alone, written out rather than as powers."""
     axis.set_xticks(values, [f"{value:g}" for value in values])
     axis.minorticks_off()
 
 
 def bandwidth_axis(axis: Axes, bandwidths: pd.Series) -> None:
+    """A logarithmic x axis with a tick at each bandwidth that was measured."""
     axis.set_xscale("log", base=2)
     whole_ticks(axis, sorted(bandwidths.dropna().unique()))
     axis.tick_params(axis="x", labelrotation=45)  # 750 and 1000 are close on a logarithmic axis

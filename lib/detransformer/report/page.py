@@ -654,6 +654,7 @@ def without_paths(text: str) -> str:
 
 
 def size_words(num_bytes: float) -> str:
+    """Such as `1.2 MB` or `34 kB`."""
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{max(1, round(num_bytes / 1e3))} kB"
 
 

@@ -84,7 +84,9 @@ def methods_table(latency: pd.DataFrame) -> pd.DataFrame:
     return table.astype({"link": str})
 
 
-def methods_at(methods: pd.DataFrame, bandwidth_mbps: float, model: str = "bert-base", link: str | None = None):
+def methods_at(
+    methods: pd.DataFrame, bandwidth_mbps: float, model: str = "bert-base", link: str | None = None
+) -> pd.DataFrame:
     """`methods` at one place, in the form that a reader wants: no column that is the same in all rows.
 
     `link` None takes the table's first. The bandwidth is the measured one nearest to the wanted.

@@ -23,6 +23,7 @@ from detransformer.settings import data_environment
 
 
 def now() -> str:
+    """The time in UTC to the second, as manifests have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -87,10 +88,12 @@ def gpu_names() -> list[str]:
 
 
 def usable_cores() -> int:
+    """Processors that this process may use, which a container or `taskset` can make fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hardware() -> dict:
+    """Processor, cores, memory in bytes, system and GPUs, without the host's name."""
     return {
         "cpu": cpu_model(),
         "machine": platform.machine(),
@@ -149,4 +152,5 @@ def seeds(parameters: dict, prefix: str = "") -> dict[str, object]:
 
 
 def command_line() -> str:
+    """What was typed, the program without its folder."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

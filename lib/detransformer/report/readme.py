@@ -57,6 +57,7 @@ def claims(run: RunFolder) -> str:
 
 
 def table_iv(run: RunFolder) -> str:
+    """Table IV as notebook 06 saved it."""
     return (run.tables / "table_iv.md").read_text(encoding="utf-8").strip()
 
 

@@ -138,7 +138,7 @@ def normalised(latency: pd.DataFrame) -> pd.DataFrame:
     return rows[base.notna()]
 
 
-def select_variant(latency: pd.DataFrame, model: str, variant: str, **place) -> pd.DataFrame:
+def select_variant(latency: pd.DataFrame, model: str, variant: str, **place: object) -> pd.DataFrame:
     """Rows of DeTransformer as `VARIANTS` names it; `place` is passed on to `select`.
 
     `paper` is the best of the paper's three plans: `bp+paper`, or where that was not measured the fastest of the three.

@@ -6,12 +6,16 @@ All three are frozen and checked when made. A result is found again by the hash 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers import BertConfig
 
 from detransformer.models.configuration import ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS, PRESET_SIZES, decoupled_config
 from detransformer.parallel.wire import WIRE_FORMATS
+
+T = TypeVar("T")  # a configuration
 
 OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("no", "bf16", "fp16", "bf16-weights", "auto")
@@ -76,7 +80,7 @@ class ModelRow:
         return width + ([] if self.original_placement == "last" else [self.original_placement])
 
 
-def model_rows(rows) -> list[ModelRow]:
+def model_rows(rows: Iterable[ModelRow | Sequence]) -> list[ModelRow]:
     """Rows from the profile's lists, e.g. `[["bert-base"], ["bert-base", 4, 4]]`."""
     return [row if isinstance(row, ModelRow) else ModelRow(*row) for row in rows]
 
@@ -298,7 +302,7 @@ def finetune_recipes(recipes: dict[str, dict]) -> tuple[dict[str, FinetuneConfig
     return configs, num_seeds
 
 
-def make_config(kind, fields: dict):
+def make_config(kind: type[T], fields: dict) -> T:
     """A configuration from a profile's values; an unknown name is a ValueError."""
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = [name for name in fields if name not in known]

@@ -230,7 +230,7 @@ def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
     return _nullable(frame).astype({"change_std_error": float})
 
 
-def of_row(frame: pd.DataFrame, row) -> pd.DataFrame:
+def of_row(frame: pd.DataFrame, row: ModelRow) -> pd.DataFrame:
     """The rows of a table of models or runs that are of `row`, a `ModelRow`."""
     frame = with_structure(frame)
     same = frame["model"] == row.model
