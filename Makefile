@@ -1,9 +1,10 @@
-# make reproduce | test | lab | figures | lint | clean. Each sets up .venv first, once.
+# make reproduce | test | lab | figures | lint | docs | coverage | clean. Each sets up .venv first, once.
 PYTHON ?= python3
 PROFILE ?= quick
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTS ?= tests
 
 # A mirror of the data beside the clone is used where there is one and nothing else was named.
 ifndef DETRANSFORMER_DATA
@@ -12,14 +13,18 @@ export DETRANSFORMER_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: help install reproduce test lab figures lint clean
+.PHONY: chaos soak help install reproduce test lab figures lint docs coverage clean
 help:
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
 	@echo "make test        the tests"
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make figures     redraw the figures of results/PROFILE from its tables"
-	@echo "make lint        ruff"
-	@echo "make clean       remove .venv and caches (results stay)"
+	@echo "make lint        ruff, and notebooks without outputs"
+	@echo "make docs        API pages from the docstrings, into build/docs"
+	@echo "make coverage    the tests (or TESTS=...) with their line coverage, into build/coverage"
+	@echo "make chaos       break a serving cluster in every way, five times each, and count what is lost (needs root)"
+	@echo "make soak        half an hour of load, a fault a minute (needs root)"
+	@echo "make clean       remove .venv, caches and build (results stay)"
 
 install: $(STAMP)
 
@@ -38,15 +43,34 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lab: $(STAMP)
-	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 figures: $(STAMP)
 	$(BIN)/detransformer figures results/$(PROFILE)
 
 lint: $(STAMP)
-	$(BIN)/ruff check lib tests
-	$(BIN)/ruff format --check lib tests
+	$(BIN)/ruff check lib tests docs
+	$(BIN)/ruff format --check lib tests docs
+	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb || \
+	{ echo "a notebook has outputs or execution counts: $(BIN)/nbstripout --keep-id notebooks/*.ipynb" >&2; exit 1; }
+
+docs: $(STAMP)
+	rm -rf build/docs
+	$(BIN)/python docs/build_api.py build/docs
+
+# Processes that tests start are counted too, but for emulated devices: they are killed, and write nothing down.
+coverage: $(STAMP)
+	rm -rf build/coverage && mkdir -p build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-report=html:build/coverage $(TESTS)
+	@$(BIN)/coverage report --format=total > build/coverage/total.txt
+	@echo "$$(cat build/coverage/total.txt)% of lines; build/coverage/index.html has them by file"
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache build
 	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+chaos: $(STAMP)
+	$(BIN)/python -m detransformer.service.chaos
+
+soak: $(STAMP)
+	$(BIN)/python -m detransformer.service.chaos --soak 30 --output results/soak

@@ -328,6 +328,42 @@ def run(
 
 
 @app.command()
+def serve(
+    cluster: Annotated[str, typer.Option(help="Cluster file; examples/ has some to begin with.")],
+    model: Annotated[str, typer.Option(help="Folder of the checkpoint, on every host a copy of its own.")],
+    host: Annotated[
+        str | None, typer.Option(help="Which device of the file this host is; by its addresses where not given.")
+    ] = None,
+    listen: Annotated[str, typer.Option(help="Address of the HTTP server, on the file's first device.")] = "127.0.0.1",
+    port: Annotated[str, typer.Option(help="Its port.")] = "8000",
+    token_file: Annotated[
+        str | None,
+        typer.Option(help="File with the token that requests show; DETRANSFORMER_TOKEN, or a new one, by default."),
+    ] = None,
+    secret_file: Annotated[
+        str | None, typer.Option(help="Real hosts: file with the secret of the cluster, the same on all.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="auto (the fastest plan of all), or one by name, as of run.")] = "auto",
+    plan: Annotated[str | None, typer.Option(help="JSON file with the plan, of `plan --output`.")] = None,
+    seq_len: Annotated[str, typer.Option(help="Tokens of a usual request, which is planned for.")] = "128",
+    queue: Annotated[str, typer.Option(help="Requests that wait at most; further ones are refused with 503.")] = "64",
+    batch: Annotated[str, typer.Option(help="Requests answered together, at most.")] = "8",
+    threads: Annotated[
+        str | None, typer.Option(help="Of each device's compute; all cores of a host, 1 where emulated, by default.")
+    ] = None,
+    time_scale: Annotated[str, typer.Option(help="Emulated only: how many times slower all runs.")] = "1",
+) -> None:
+    """Serve a model over HTTP on a cluster's devices; what comes and goes among them is planned around.
+
+    On real hosts the same command is started on every one. The first device of the file has the HTTP server; while it
+    is there, every request that was accepted is answered, by the devices that are left.
+    """
+    from detransformer.service.commands import serve_command
+
+    serve_command(**locals_without(locals(), "serve_command"))
+
+
+@app.command()
 def plan(
     model: Model = "bert-base",
     cluster: Cluster = None,

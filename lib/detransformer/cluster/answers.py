@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from detransformer.cluster.jobs import output_errors
@@ -54,13 +55,19 @@ class Prepared:
         return batch_size, seq_len
 
 
-def prepare(request: Request, folder: str, config: PretrainedConfig, profile: ClusterProfile) -> Prepared:
-    """Tokens and plan of `request` for the model in `folder` on the devices of `profile`.
+def prepare(
+    request: Request,
+    folder: str,
+    config: PretrainedConfig,
+    profile: ClusterProfile,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> Prepared:
+    """Tokens (`inputs`, where they are there already) and plan of `request` for the model in `folder` on `profile`.
 
     Raises:
         ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit model or devices.
     """
-    inputs = tokens_of(request, folder, config, is_decoder(config))
+    inputs = tokens_of(request, folder, config, is_decoder(config)) if inputs is None else inputs
     if is_decoder(config):
         return prepare_text(request, config, profile, inputs)
     plan, notes = plan_of(request, config, profile, *inputs["input_ids"].shape)
@@ -101,7 +108,7 @@ def tokens_of(
             raise ValueError(
                 "the model answers questions about a passage: give the question by --text, it by --context."
             )
-        encoded = _tokenizer(folder)(request.text, request.context, return_tensors="pt")
+        encoded = tokenizer_of(folder)(request.text, request.context, return_tensors="pt")
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
     seq_len, limit = inputs["input_ids"].shape[1], config.max_position_embeddings
     new, words = 0, ""
@@ -113,8 +120,19 @@ def tokens_of(
     return inputs
 
 
-def _tokenizer(folder: str):
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ValueError: where there is none (transformers would make one of a model's type that knows no word), or a damaged
+            one.
+    """
     try:
+        if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(f"no {TOKENIZER_FILES[0]}")
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -187,7 +205,7 @@ def find_answer(config: PretrainedConfig, inputs: dict, outputs: dict, folder: s
     fields = {"start": first, "end": last}
     if "token_type_ids" not in inputs:
         return f"tokens {first} to {last} (random tokens have no text)", fields
-    text = _tokenizer(folder).decode(inputs["input_ids"][0, first : last + 1])
+    text = tokenizer_of(folder).decode(inputs["input_ids"][0, first : last + 1])
     return text, fields | {"answer": text}
 
 
@@ -242,7 +260,7 @@ def report_text(
     tokens = outputs["tokens"][0].tolist()
     ends = [i for i, token in enumerate(tokens) if token == config.eos_token_id]
     kept = tokens[: ends[0]] if ends else tokens
-    written = _tokenizer(folder).decode(kept) if request.text is not None else f"tokens {kept}"
+    written = tokenizer_of(folder).decode(kept) if request.text is not None else f"tokens {kept}"
     held = {name: r["weights_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
     cached = {name: r["cache_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
     further_s = statistics.median(token_s[1:]) if len(token_s) > 1 else float("nan")

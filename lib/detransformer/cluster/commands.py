@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -24,6 +24,7 @@ from detransformer.planning.profile import ClusterProfile, LinkProfile
 if TYPE_CHECKING:
     from detransformer.cluster.bench import Cell
     from detransformer.cluster.devices import DeviceSpec
+    from detransformer.planning.placement import Placement
 
 MAX_BENCH_DEVICES = 8
 # where neither the command nor a cluster file says otherwise
@@ -146,7 +147,13 @@ def bench_command(
 
 
 def bench_cells(
-    model: str, methods: Sequence[str], bandwidths: Sequence[float], num_devices: int, wire: str, reads, **common
+    model: str,
+    methods: Sequence[str],
+    bandwidths: Sequence[float],
+    num_devices: int,
+    wire: str,
+    reads: Sequence[str],
+    **common: Any,
 ) -> list["Cell"]:
     """The rows of one `detransformer bench`; on another wire than float32, with `REFERENCES` in float32 before them."""
     from detransformer.cluster.bench import grid
@@ -288,7 +295,7 @@ def _listed(devices: Sequence[int]) -> str:
     return "+".join(map(str, devices)) if len(devices) <= MAX_BENCH_DEVICES else f"{len(devices)} devices"
 
 
-def placement_rows(placement) -> pd.DataFrame:
+def placement_rows(placement: "Placement") -> pd.DataFrame:
     """A row an alternative of a `Placement`, fastest first."""
     return pd.DataFrame(
         [

@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,7 +111,7 @@ def run_plan(
     state: WorkerState,
     checkpoint: str,
     plan: dict,
-    inputs: str,
+    inputs: str | Mapping[str, torch.Tensor],
     repeats: int,
     warmup: int = 1,
     device: dict | None = None,
@@ -119,20 +120,20 @@ def run_plan(
     stream: int = 0,
     dtype: str = "float32",
     reference: str | None = None,
-    output: str | None = None,
+    output: str | dict[str, torch.Tensor] | None = None,
     held_with: Sequence[dict] = (),
 ) -> dict | None:
     """Runs `plan` on this rank's device `repeats` times and reports every sample; None if the plan leaves it out.
 
     Args:
         checkpoint: folder with config.json and model.safetensors.
-        inputs: safetensors file of input_ids and, where given, attention_mask and token_type_ids [B, T].
+        inputs: input_ids and, where given, attention_mask and token_type_ids [B, T], or their safetensors file.
         device: this rank's `DeviceProfile` as a dict, to pace by; None runs at the host's own speed.
         link: `LinkProfile` as a dict, where the link is modelled; None where it is real.
         time_scale: everything modelled lasts this many times longer; times are reported in the device's seconds.
         stream: so many requests back to back are timed as well, for throughput (pipeline, data parallel).
         reference: safetensors file of the single-device output to compare with, on the rank that has the result.
-        output: file to write that result to.
+        output: file to write that result to, or a dict to put it into.
         held_with: all plans that are held at once, this one among them: their weights stay when another is run.
 
     A sample's `events` are the pacer's, on the host's clock, which all workers share. `peak_rss_bytes` is the largest
@@ -142,7 +143,7 @@ def run_plan(
     loaded = _load(state, checkpoint, held_with or [plan], dtype)
     if not state.takes_part(plan_.device_ids):
         return None
-    tensors = load_file(inputs)
+    tensors = load_file(inputs) if isinstance(inputs, str) else inputs
     batch_size, seq_len = tensors["input_ids"].shape
     is_new = _key(plan_) not in loaded.runners
     executor = _executor(state, loaded, checkpoint, plan_)
@@ -199,8 +200,8 @@ def run_plan(
         outputs = {name: tensor for name in named if (tensor := getattr(result, name, None)) is not None}
         if reference:
             record |= output_errors(outputs, load_file(reference), plan_.reads)
-        if output and comm.rank == plan_.num_devices - 1:
-            save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, output)
+        if output is not None and comm.rank == plan_.num_devices - 1:
+            _hand_over(outputs, output)
     return record
 
 
@@ -209,14 +210,14 @@ def generate(
     checkpoint: str,
     prefill: dict,
     decode: dict,
-    inputs: str,
+    inputs: str | Mapping[str, torch.Tensor],
     max_new_tokens: int,
     device: dict | None = None,
     link: dict | None = None,
     time_scale: float = 1.0,
     dtype: str = "float32",
     warmup: int = 1,
-    output: str | None = None,
+    output: str | dict[str, torch.Tensor] | None = None,
 ) -> dict | None:
     """Generates text greedily, the prompt by plan `prefill`, each further token by `decode`; None if left out.
 
@@ -236,7 +237,7 @@ def generate(
         loaded.peak_bytes = memory.peak_bytes()
     generator = loaded.runners[key]
     comm = generator.prefill.comm
-    tensors = load_file(inputs)
+    tensors = load_file(inputs) if isinstance(inputs, str) else inputs
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     batch_size, seq_len = ids.shape
 
@@ -268,8 +269,8 @@ def generate(
         made.append(generator.step(made[-1]) if made else generator.start(ids, mask, max_new_tokens))
         pacer.end()
         token_s.append((time.perf_counter() - start) / time_scale)
-    if output and comm.rank == plans[0].num_devices - 1:
-        save_file({"tokens": torch.stack(made, dim=1)}, output)
+    if output is not None and comm.rank == plans[0].num_devices - 1:
+        _hand_over({"tokens": torch.stack(made, dim=1)}, output)
     return {
         "tokens": torch.stack(made, dim=1).tolist(),
         "token_s": token_s,
@@ -281,6 +282,14 @@ def generate(
         "cache_bytes": generator.cache.num_bytes,
         "peak_rss_bytes": _peak_above(loaded),
     }
+
+
+def _hand_over(outputs: Mapping[str, torch.Tensor], where: str | dict[str, torch.Tensor]) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in outputs.items()}
+    if isinstance(where, dict):
+        where.update(tensors)
+    else:
+        save_file(tensors, where)
 
 
 def _key(plan: Plan) -> str:
@@ -438,7 +447,7 @@ def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices:
     return {"seconds": seconds[1:], "bytes": comm.bytes[kind]}
 
 
-def run_ensemble(state: WorkerState, **job) -> dict:
+def run_ensemble(state: WorkerState, **job: Any) -> dict:
     """This device's part of an ensemble's answer; what it needs is imported when first asked for."""
     from detransformer.cluster.ensembles import answer_part
 

@@ -17,6 +17,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """Forks the workers that the command line lists, and waits for their ends."""
     workers = json.loads(sys.argv[1])  # each: arguments (of `serve`), stdin, stdout, log
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the session, which ends the workers

@@ -17,6 +17,7 @@ def free_unused() -> None:
 
 
 def resident_bytes() -> int | None:
+    """This process's resident memory; None where the system does not tell."""
     return _status_bytes("VmRSS")
 
 

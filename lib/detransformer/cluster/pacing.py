@@ -19,6 +19,7 @@ POINT_TO_POINT = ("send", "receive")
 
 
 def sleep_until(deadline: float) -> None:
+    """Returns at `deadline`, of `time.perf_counter`, to some microseconds; the last moments are spent awake."""
     remaining = deadline - time.perf_counter()
     if remaining > _SPIN_S:
         time.sleep(remaining - _SPIN_S)

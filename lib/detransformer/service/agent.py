@@ -1,0 +1,133 @@
+"""The elastic agent of one device: torchrun's, which keeps one worker and starts it anew with those that are there.
+
+Four things differ from torchrun's command line. Workers are forked from a server that has imported torch already,
+which takes seconds off every recovery. One that hangs gets a second to end, not thirty, while all others wait. The
+rendezvous listens at the cluster's address alone. And its state, which torch pickles, is signed with the cluster's
+secret and read only where the signature is right.
+"""
+
+import hmac
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
+
+from detransformer.cluster.launcher import die_with_parent
+
+NAME = "detransformer"
+DEVICE = "DETRANSFORMER_DEVICE"  # environment variable: which device of the cluster file this is
+KEEP_ALIVE_S, MAX_MISSED = 1, 3  # of an agent: then its host counts as gone
+STORE_S = 10  # of the store that all meet at, to answer
+LAST_CALL_S = 0.7  # for further devices, once the first has come
+JOIN_S, SHUTDOWN_S = 3600, 1
+MONITOR_S = 0.1
+
+
+class SignedBackend(C10dRendezvousBackend):
+    """The state of the rendezvous, signed: what was not written with `secret` counts as none, and is written over."""
+
+    def __init__(self, store: dist.Store, run_id: str, secret: str):
+        super().__init__(store, run_id)
+        self._secret = secret.encode()
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    def _sign(self, state: bytes) -> bytes:
+        return hmac.digest(self._secret, state, sha256)
+
+    def _decode_state(self, base64_state: bytes) -> tuple[bytes, Token] | None:
+        try:
+            found = super()._decode_state(base64_state)
+        except Exception:  # not base64
+            found = (b"", base64_state)
+        if found is None:
+            return None
+        signature, state = found[0][:32], found[0][32:]
+        return (state, found[1]) if hmac.compare_digest(signature, self._sign(state)) else None
+
+    def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
+        stored = self._call_store("get", self._key)
+        if self._decode_state(stored) is None:  # none yet, or a stranger's: what stands there is replaced
+            token = stored
+        result = super().set_state(self._sign(state) + state, token)
+        return result and (result[0], result[1], result[0] == state)
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A socket that listens at `address` alone."""
+    return socket.create_server((address, port), backlog=128)
+
+
+def rendezvous(job: dict, device: int) -> DynamicRendezvousHandler:
+    """torch's dynamic rendezvous over a store at the first device's address, which the first device's agent keeps.
+
+    Raises:
+        OSError: where the address or port cannot be had.
+        RuntimeError: where nothing answers there.
+    """
+    addresses, port = job["addresses"], job["port"]
+    listener = listen(addresses[0], port).detach() if device == 0 else None
+    wait = timedelta(seconds=STORE_S)
+    store = dist.TCPStore(addresses[0], port, None, device == 0, wait, False, master_listen_fd=listener)
+    seconds = {"join": JOIN_S, "last_call": LAST_CALL_S, "close": 5, "heartbeat": 5}
+    return DynamicRendezvousHandler.from_backend(
+        NAME, store, SignedBackend(store, NAME, job["secret"]), 1, len(addresses), addresses[device],
+        RendezvousTimeout(**{name: timedelta(seconds=value) for name, value in seconds.items()}),
+        KEEP_ALIVE_S, MAX_MISSED,
+    )  # fmt: skip
+
+
+class Agent(LocalElasticAgent):
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = SHUTDOWN_S) -> None:
+        """As the base class, which for a new start always grants the half minute of its own default."""
+        super()._shutdown(death_sig, timeout)
+
+
+def run_agent(path: str, device: int) -> None:
+    """Keeps a worker on `device` of the job in the file `path`, until it is killed or the first device's agent is gone.
+
+    The job: `addresses` of all devices, `port` of the rendezvous at the first, `secret`, and what `worker` wants.
+    """
+    from detransformer.service.worker import work
+
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    os.environ |= {
+        DEVICE: str(device),
+        "OMP_NUM_THREADS": str(job["threads"]),
+        "TOKENIZERS_PARALLELISM": "false",
+        # each round its own store: agents count their restarts apart, and would read each other's old addresses
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    multiprocessing.set_forkserver_preload(["detransformer.service.worker"])
+    spec = WorkerSpec(
+        role=NAME,
+        local_world_size=1,
+        entrypoint=work,
+        args=(path,),
+        rdzv_handler=rendezvous(job, device),
+        max_restarts=10**9,
+        monitor_interval=MONITOR_S,
+        local_addr=job["addresses"][device],
+    )
+    with tempfile.TemporaryDirectory(prefix="detransformer-") as logs:
+        Agent(spec, DefaultLogsSpecs(log_dir=logs), start_method="forkserver").run()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    run_agent(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,562 @@
+"""A session broken on purpose, under load: `python -m detransformer.service.chaos`, or `make chaos`.
+
+Real processes on emulated devices. Clients ask all the time, each request's answer is known, and what is counted is
+what a user would see: requests lost, answered wrongly or twice, how long until the culprit is named, and until the next
+answer.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
+
+from detransformer.cluster.network import INTERFACE, can_delay, enter_namespace
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.files import atomic_write
+from detransformer.report.provenance import cpu_model, usable_cores
+from detransformer.service.session import Event, QueueFull, Session
+
+TOLERANCE = 1e-4
+NAMED_S, SERVED_S = 5.0, 20.0  # what is promised
+CALM_S = 3.0  # answered without a break, before the next fault
+GIVE_UP_S = 90.0
+DEADLINE_S = 120.0
+HOLD_S = 6.0  # a device is away
+NUM_INPUTS, MAX_TOKENS = 40, 24
+
+
+# --- Load --------------------------------------------------------------------------------------------------------
+
+
+class Clients:
+    """Threads that ask one request after another, each of which has one right answer."""
+
+    def __init__(self, session: Session, model: torch.nn.Module, num_clients: int = 2, pause_s: float = 0.05):
+        generator = torch.Generator().manual_seed(0)
+        self.session, self.pause_s = session, pause_s
+        lengths = torch.randint(1, MAX_TOKENS + 1, (NUM_INPUTS,), generator=generator).tolist()
+        size = model.config.vocab_size
+        self.inputs = [torch.randint(size, (1, length), generator=generator) for length in lengths]
+        with torch.inference_mode():
+            self.expected = [model(input_ids=ids).logits for ids in self.inputs]
+        self.asked = self.answered = self.wrong = self.twice = self.lost = self.full = 0
+        self.last_at = 0.0
+        self.seconds: list[tuple[float, float]] = []  # (when, how long)
+        self.errors: list[str] = []
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(num_clients)]
+
+    def __enter__(self) -> "Clients":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(DEADLINE_S + 10)
+
+    def _run(self, number: int) -> None:
+        count = number
+        while not self._stop.wait(self.pause_s):
+            count += 7
+            which = count % NUM_INPUTS
+            started, calls = time.monotonic(), []
+            try:
+                future = self.session.submit({"input_ids": self.inputs[which]}, DEADLINE_S)
+                future.add_done_callback(lambda _, calls=calls: calls.append(1))
+                with self._lock:
+                    self.asked += 1
+                logits = future.result(DEADLINE_S + 5)["logits"]
+            except QueueFull as error:
+                self.full += 1
+                self._stop.wait(error.retry_after_s)
+                continue
+            except Exception as error:
+                with self._lock:
+                    self.lost += 1
+                    self.errors.append(f"{type(error).__name__}: {error}")
+                continue
+            now = time.monotonic()
+            with self._lock:
+                self.answered += 1
+                self.wrong += float((logits - self.expected[which]).abs().max()) > TOLERANCE
+                self.twice += len(calls) > 1
+                self.last_at = now
+                self.seconds.append((now, now - started))
+
+
+# --- Faults ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fault:
+    """A way to break device `device` of a session: `begin`, then `end` after `hold_s`.
+
+    `names`: whether somebody is to blame that the session has to name (by `kind` of its events); a link that is away
+    for an instant need not be noticed.
+    """
+
+    name: str
+    begin: Callable[["Field"], None]
+    end: Callable[["Field"], None] = lambda field: None
+    hold_s: float = 0.0
+    names: bool = True
+    kind: str = "lost"
+
+
+@dataclass
+class Field:
+    """Where faults happen: a session, the device that is hit, and its own copy of the model."""
+
+    session: Session
+    device: int
+    copy: Path
+    held: list = field(default_factory=list)
+
+    def processes(self) -> list[psutil.Process]:
+        """The agent of the device, its fork server and tracker, and last the worker."""
+        agent = psutil.Process(self.session.post.agents[self.device].pid)
+        return [agent, *sorted(agent.children(recursive=True), key=lambda process: process.create_time())]
+
+    @property
+    def worker(self) -> psutil.Process:
+        return self.processes()[-1]
+
+
+def set_link(namespace: str, up: bool) -> None:
+    """Takes the device's interface down, or up, as pulling its cable would."""
+
+    def work() -> None:
+        enter_namespace(namespace)  # of this thread alone
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            request = struct.pack("16sh14x", INTERFACE.encode(), 0)
+            (flags,) = struct.unpack_from("16xh", fcntl.ioctl(control, 0x8913, request))  # SIOCGIFFLAGS
+            flags = flags | 1 if up else flags & ~1  # IFF_UP
+            fcntl.ioctl(control, 0x8914, struct.pack("16sh14x", INTERFACE.encode(), flags))  # SIOCSIFFLAGS
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def _flap(place: Field) -> None:
+    for _ in range(3):
+        _link(place, False)
+        time.sleep(0.4)
+        _link(place, True)
+        time.sleep(0.4)
+
+
+def _link(place: Field, up: bool) -> None:
+    set_link(place.session.post.network.namespaces[place.device], up)
+
+
+def _freeze(place: Field) -> None:
+    """Agent, fork server and worker stand still."""
+    place.held = place.processes()
+    for process in place.held:
+        process.suspend()
+
+
+def _thaw(place: Field) -> None:
+    for process in place.held:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
+def _switch_off(place: Field) -> None:
+    place.session.post.kept.discard(place.device)
+    os.killpg(place.session.post.agents[place.device].pid, signal.SIGKILL)
+
+
+def _other_weights(place: Field) -> None:
+    """The copy of the model on the device is damaged, and the device starts anew."""
+    path = place.copy / "model.safetensors"
+    place.held = [path.read_bytes()]
+    tensors = load_file(path)
+    save_file({name: tensor + 0.05 for name, tensor in tensors.items()}, path, {"format": "pt"})
+    place.worker.kill()
+
+
+def _own_weights(place: Field) -> None:
+    (place.copy / "model.safetensors").write_bytes(place.held[0])
+    place.worker.kill()
+
+
+def _no_memory(place: Field) -> None:
+    """The worker may have no more memory than it has: what it asks for next fails."""
+    worker = place.worker
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (worker.memory_info().vms // 2,) * 2)
+
+
+def _fill_disk(place: Field) -> None:
+    """Not a byte is free where the session keeps its files; then a worker dies, and has to start anew there."""
+    with contextlib.suppress(OSError), open(place.session.post.folder / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 65536)
+    place.worker.kill()
+
+
+def _free_disk(place: Field) -> None:
+    (place.session.post.folder / "filler").unlink()
+
+
+def _slow(place: Field) -> None:
+    """The worker gets a tenth of its time."""
+    stop = threading.Event()
+
+    def hinder() -> None:
+        worker = place.worker
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while not stop.is_set():
+                worker.suspend()
+                time.sleep(0.09)
+                worker.resume()
+                time.sleep(0.01)
+            worker.resume()
+
+    thread = threading.Thread(target=hinder, daemon=True)
+    thread.start()
+    place.held = [stop, thread]
+
+
+def _unhinder(place: Field) -> None:
+    place.held[0].set()
+    place.held[1].join()
+
+
+def _stranger(place: Field) -> None:
+    """From the device's namespace, bytes to every port that listens there and at the first device."""
+
+    def work() -> None:
+        enter_namespace(place.session.post.network.namespaces[place.device])
+        addresses = place.session.post.network.addresses
+        listening = {
+            (c.laddr.ip, c.laddr.port)
+            for number in (0, place.device)
+            for process in psutil.Process(place.session.post.agents[number].pid).children(recursive=True)
+            for c in process.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN
+        } | {(addresses[0], place.session.post.spec.port)}
+        for address, port in listening:
+            for words in (b"GET / HTTP/1.0\r\n\r\n", b"\0" * 4096, os.urandom(4096)):
+                with contextlib.suppress(OSError), socket.create_connection((address, port), 1) as connection:
+                    connection.settimeout(0.3)
+                    connection.sendall(words)
+                    place.held.append(connection.recv(4096))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def _step_clock(place: Field) -> None:
+    place.held = [time.clock_gettime(time.CLOCK_REALTIME) - time.monotonic()]
+    time.clock_settime(time.CLOCK_REALTIME, time.time() + 3600)
+
+
+def _set_clock_back(place: Field) -> None:
+    time.clock_settime(time.CLOCK_REALTIME, place.held[0] + time.monotonic())
+
+
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault("killed", lambda place: place.worker.kill()),
+        Fault("frozen", lambda place: place.worker.suspend()),
+        Fault("host frozen", _freeze, _thaw, HOLD_S),
+        Fault("switched off", _switch_off, lambda place: place.session.post.kept.add(place.device), HOLD_S),
+        Fault("link down", lambda place: _link(place, False), lambda place: _link(place, True), HOLD_S),
+        Fault("link flaps", _flap, names=False),
+        Fault("slow", _slow, _unhinder, HOLD_S, names=False),
+        Fault("other weights", _other_weights, _own_weights, HOLD_S, kind="differing"),
+        Fault("out of memory", _no_memory),
+        Fault("disk full", _fill_disk, _free_disk, HOLD_S),
+        Fault("stranger", _stranger, names=False),
+        Fault("clock step", _step_clock, _set_clock_back, HOLD_S, names=False),
+    )
+}
+ASKED_FOR = ("clock step",)  # it is this machine's clock: only where it is named
+
+
+# --- Rounds ------------------------------------------------------------------------------------------------------
+
+
+def play(fault: Fault, place: Field, clients: Clients) -> dict:
+    """One round: the fault, and what became of it, as a row."""
+    session, name = place.session, place.session.spec.names[place.device]
+    calm(clients)
+    before = (clients.asked, clients.lost, clients.wrong, clients.twice)
+    began = time.monotonic()
+    fault.begin(place)
+    ended = False
+    named_s = served_s = None
+    while time.monotonic() - began < GIVE_UP_S:
+        if not ended and time.monotonic() - began >= fault.hold_s:
+            fault.end(place)
+            ended = True
+        named = next((e for e in list(session.events) if is_named(e, fault, name, began)), None)
+        if named and named_s is None:
+            named_s = named.at - began
+        if served_s is None and (named or not fault.names) and clients.last_at > (named.at if named else began):
+            served_s = clients.last_at - began
+        if ended and served_s is not None and clients.last_at > began + fault.hold_s:
+            break
+        time.sleep(0.05)
+    if not ended:
+        fault.end(place)
+    calm(clients)
+    slowest = max((seconds for at, seconds in clients.seconds if at >= began), default=float("nan"))
+    return {
+        "fault": fault.name,
+        "named_s": named_s,
+        "served_s": served_s,
+        "slowest_s": slowest,
+        "requests": clients.asked - before[0],
+        "lost": clients.lost - before[1],
+        "wrong": clients.wrong - before[2],
+        "twice": clients.twice - before[3],
+        "held": (named_s is not None and named_s <= NAMED_S or not fault.names)
+        and served_s is not None
+        and served_s <= SERVED_S
+        and (clients.lost, clients.wrong, clients.twice) == before[1:],
+    }
+
+
+def is_named(event: Event, fault: Fault, name: str, began: float) -> bool:
+    return event.at >= began and event.kind == fault.kind and name in event.devices
+
+
+def calm(clients: Clients) -> None:
+    """Waits until all devices serve and requests have been answered for a while."""
+    session, since, deadline = clients.session, time.monotonic(), time.monotonic() + GIVE_UP_S
+    while time.monotonic() < deadline:
+        if not session.wait_for_all(0) or time.monotonic() - clients.last_at > CALM_S:
+            since = time.monotonic()
+        if time.monotonic() - since > CALM_S:
+            return
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def field_of(spec: ClusterSpec, device: int, small_disk: bool = True) -> Iterator[tuple[Field, torch.nn.Module]]:
+    """A session of a small classifier on `spec`, its files on a disk of 16 MiB where this machine permits one."""
+    with tempfile.TemporaryDirectory(prefix="detransformer-chaos-") as folder:
+        model = small_model()
+        first, copy, disk = (Path(folder) / name for name in ("model", "copy", "disk"))
+        model.save_pretrained(first)
+        shutil.copytree(first, copy)
+        disk.mkdir()
+        mounted = (
+            small_disk
+            and not subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True
+            ).returncode
+        )
+        kept, tempfile.tempdir = tempfile.tempdir, str(disk)
+        try:
+            with Session(spec, str(first), method="tp", paced=False, models={device: str(copy)}) as session:
+                session.wait_for_all()
+                yield Field(session, device, copy), model
+        finally:
+            tempfile.tempdir = kept
+            if mounted:
+                subprocess.run(["umount", "-l", disk], check=False)
+
+
+def small_model() -> torch.nn.Module:
+    """A classifier of random weights, the same each time."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=96, vocab_size=101,
+        max_position_embeddings=64, initializer_range=0.3, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def run_chaos(spec: ClusterSpec, names: list[str], rounds: int, say: Callable[[str], None] = print) -> pd.DataFrame:
+    """Every fault `rounds` times, in turn; one row a round. Faults that this machine cannot make are rows, too."""
+    rows = []
+    device = len(spec.members) - 1
+    with field_of(spec, device) as (place, model), Clients(place.session, model) as clients:
+        for number in range(rounds):
+            for name in names:
+                place.held = []
+                row = play(FAULTS[name], place, clients) | {"round": number + 1}
+                rows.append(row)
+                say(f"{number + 1}/{rounds} {name}: {shown(row)}")
+        if clients.errors:
+            say("; ".join(dict.fromkeys(clients.errors)))
+    return pd.DataFrame(rows)
+
+
+def shown(row: dict) -> str:
+    times = [
+        f"{what} after {row[key]:.1f} s" for what, key in (("named", "named_s"), ("served", "served_s")) if row[key]
+    ]
+    counts = ", ".join(f"{row[key]} {key}" for key in ("requests", "lost", "wrong", "twice"))
+    return f"{', '.join(times) or 'neither named nor served'}; {counts}{'' if row['held'] else '  <- not as promised'}"
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a fault: rounds, the longest times, and what was lost."""
+    grouped = rows.groupby("fault", sort=False)
+    return grouped.agg(
+        rounds=("round", "size"),
+        named_s=("named_s", "max"),
+        served_s=("served_s", "max"),
+        slowest_s=("slowest_s", "max"),
+        requests=("requests", "sum"),
+        lost=("lost", "sum"),
+        wrong=("wrong", "sum"),
+        twice=("twice", "sum"),
+        held=("held", "all"),
+    ).reset_index()
+
+
+# --- Soak --------------------------------------------------------------------------------------------------------
+
+SAMPLE_S = 10.0
+LOAD = 0.8  # of what the session can answer
+WARM = 0.2  # of the time, after which memory is to stay as it is
+
+
+def run_soak(
+    spec: ClusterSpec, names: list[str], minutes: float, every_s: float = 60.0, say: Callable[[str], None] = print
+) -> tuple[pd.DataFrame, dict]:
+    """Load for `minutes`, a fault at random every `every_s`.
+
+    Returns:
+        Samples (seconds, resident MiB of the front and of all devices, requests answered so far), and what came of it:
+        `p50_s`, `p99_s`, `front_growth` and `device_growth` as shares, `asked`, `lost`, `wrong`, `twice`, `faults`.
+    """
+    chosen = random.Random(0)
+    with field_of(spec, len(spec.members) - 1) as (place, model):
+        with Clients(place.session, model, pause_s=0.0) as clients:
+            time.sleep(SAMPLE_S)
+        rate = clients.answered / SAMPLE_S
+        latency_s = statistics.median(seconds for _, seconds in clients.seconds)
+        pause_s = max(0.0, 2 / (LOAD * rate) - latency_s)
+        say(f"it answers {rate:.1f} requests a second; {LOAD:.0%} of that from now on")
+        rows, faults, ends = [], 0, None
+        with Clients(place.session, model, pause_s=pause_s) as clients:
+            began, next_fault = time.monotonic(), time.monotonic() + every_s / 2
+            while time.monotonic() - began < 60 * minutes:
+                now = time.monotonic()
+                if ends and now >= ends[0]:
+                    ends[1].end(place)
+                    ends = None
+                if ends is None and now >= next_fault and place.session.serving:
+                    fault = FAULTS[chosen.choice(names)]
+                    faults, next_fault, place.held = faults + 1, now + every_s, []
+                    say(f"{now - began:.0f} s: {fault.name}")
+                    fault.begin(place)
+                    ends = (now + fault.hold_s, fault)
+                if not rows or now - began >= rows[-1]["seconds"] + SAMPLE_S:
+                    rows.append({"seconds": now - began, **resident(place.session), "answered": clients.answered})
+                time.sleep(0.2)
+            if ends:
+                ends[1].end(place)
+            calm(clients)
+    return pd.DataFrame(rows), soak_result(pd.DataFrame(rows), clients, faults)
+
+
+def resident(session: Session) -> dict[str, float]:
+    """MiB of memory that is the processes' own: the front's, and that of all agents, fork servers and workers."""
+    front = psutil.Process()
+    devices = 0.0
+    for agent in session.post.agents.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+            for process in tree:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    devices += process.memory_full_info().uss
+    return {"front_mib": front.memory_full_info().uss / 2**20, "devices_mib": devices / 2**20}
+
+
+def soak_result(rows: pd.DataFrame, clients: Clients, faults: int) -> dict:
+    seconds = sorted(seconds for _, seconds in clients.seconds)
+    warm = rows[rows["seconds"] >= WARM * rows["seconds"].max()]
+    part = max(1, len(warm) // 5)
+    growth = {
+        f"{what}_growth": float(warm[f"{what}_mib"].tail(part).median() / warm[f"{what}_mib"].head(part).median() - 1)
+        for what in ("front", "devices")
+    }
+    return {
+        "p50_s": seconds[len(seconds) // 2],
+        "p99_s": seconds[int(0.99 * (len(seconds) - 1))],
+        **growth,
+        "asked": clients.asked,
+        "answered": clients.answered,
+        "lost": clients.lost,
+        "wrong": clients.wrong,
+        "twice": clients.twice,
+        "faults": faults,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cluster", default="examples/jetsons.yaml")
+    parser.add_argument("--faults", default=",".join(name for name in FAULTS if name not in ASKED_FOR))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: load so long, a fault a minute")
+    parser.add_argument("--output", default="results/chaos")
+    given = parser.parse_args()
+    names = given.faults.split(",")
+    unknown = [name for name in names if name not in FAULTS]
+    if unknown or given.rounds < 1:
+        parser.error(f"faults are {', '.join(FAULTS)}, rounds 1 or more; not {', '.join(unknown) or given.rounds}")
+    torch.set_num_threads(1)
+    say = functools.partial(print, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
+    spec = ClusterSpec.load(given.cluster)
+    if given.soak:
+        rows, result = run_soak(spec, names, given.soak, say=say)
+        save(given.output, {"soak_samples": rows, "soak": pd.DataFrame([result])})
+        print(pd.DataFrame([result]).T.to_markdown(headers=["", "soak"], floatfmt=".3f"))
+        held = not (result["lost"] or result["wrong"] or result["twice"])
+    else:
+        rows = run_chaos(spec, names, given.rounds, say)
+        table = summary(rows)
+        save(given.output, {"chaos_rounds": rows, "chaos": table})
+        print(table.to_markdown(index=False, floatfmt=".1f"))
+        netem, why = can_delay()
+        if not netem:
+            print(f"not run: packets damaged on the link, {why}")
+        held = bool(table["held"].all())
+    print(f"on {cpu_model()}, {usable_cores()} cores")
+    sys.exit(0 if held else 1)
+
+
+def save(folder: str, tables: dict[str, pd.DataFrame]) -> None:
+    for name, frame in tables.items():
+        with atomic_write(Path(folder) / "tables" / f"{name}.csv") as file:
+            frame.to_csv(file, index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""A session behind HTTP: one path for the model's task, and /health and /metrics.
+
+Every answer but a metric is JSON; every refusal is `{"error": sentence}`. Who asks shows a token (`Authorization:
+Bearer`), bodies are limited in size, each field is checked, and a full queue refuses with 503 and Retry-After.
+"""
+
+import asyncio
+import math
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+
+from detransformer import __version__
+from detransformer.cluster.answers import TOKENIZER_FILES, find_answer, task_of, tokenizer_of
+from detransformer.parallel.plan import is_decoder
+from detransformer.service.session import Expired, QueueFull, Session, Unanswered
+
+MAX_BODY_BYTES = 2**17
+MAX_TEXT = 20_000  # characters
+MAX_DEADLINE_S = 600.0
+MAX_NEW_TOKENS = 1024
+UNANSWERED_RETRY_S = 5
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=8192)]
+
+
+class Body(BaseModel):
+    """What all requests have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S, description="seconds to answer in")] = 60.0
+
+
+class Classify(Body):
+    """A text, or a pair of texts, or the tokens of one."""
+
+    text: Text | None = None
+    text_pair: Text | None = None
+    input_ids: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Classify":
+        return _either(self, "text", self.text)
+
+
+class Answer(Body):
+    """A question and the passage that has the answer, or the tokens of both."""
+
+    question: Text | None = None
+    passage: Text | None = None
+    input_ids: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Answer":
+        if (self.question is None) != (self.passage is None):
+            raise ValueError("question and passage go together")
+        return _either(self, "question and passage", self.question)
+
+
+class Generate(Body):
+    """A text to go on with, or its tokens."""
+
+    text: Text | None = None
+    input_ids: Tokens | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 32
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Generate":
+        return _either(self, "text", self.text)
+
+
+def _either(body: Body, name: str, value: str | None) -> Body:
+    if (value is None) == (body.input_ids is None):
+        raise ValueError(f"give either {name} or input_ids")
+    if body.input_ids is not None and getattr(body, "text_pair", None) is not None:
+        raise ValueError("text_pair goes with text, not with input_ids")
+    return body
+
+
+class Label(BaseModel):
+    label: str
+    probabilities: list[float]
+    logits: list[float]
+
+
+class Span(BaseModel):
+    answer: str | None
+    start: int
+    end: int
+
+
+class Continuation(BaseModel):
+    text: str | None
+    tokens: list[int]
+
+
+class Health(BaseModel):
+    status: str
+    devices: list[str]
+    waiting: int
+    model: str
+    last_event: str
+
+
+class Problem(BaseModel):
+    error: str
+
+
+class SizeLimit:
+    """Refuses bodies of more than `limit` bytes, by what is announced and by what comes."""
+
+    def __init__(self, app: Callable, limit: int):
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > self.limit:
+            return await self._refuse(scope, receive, send)
+        parts, size, more = [], 0, True
+        while more:  # whole, before anything reads it: it is small
+            message: Message = await receive()
+            if message["type"] != "http.request":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            more = message.get("more_body", False)
+            if size > self.limit:
+                return await self._refuse(scope, receive, send)
+        whole = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
+
+        async def replay() -> Message:
+            return next(whole, None) or await receive()
+
+        return await self.app(scope, replay, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sentence = f"a body has {self.limit} bytes at most; send less at once."
+        await problem(413, sentence)(scope, receive, send)
+
+
+def problem(status: int, sentence: str, **headers: str) -> JSONResponse:
+    return JSONResponse({"error": sentence}, status, {name.replace("_", "-"): text for name, text in headers.items()})
+
+
+REFUSALS = {
+    400: "the body is no JSON",
+    401: "no token, or another one",
+    405: "another method",
+    413: "the body is too large",
+    422: "a field is missing, unknown or out of range, or the model does not take the input",
+    503: "the queue is full, or all attempts broke off: ask again after Retry-After seconds",
+    504: "no answer by the deadline",
+}
+
+
+def build_app(session: Session, token: str) -> FastAPI:
+    """The application over a session that has been entered. `token` is what who asks must show."""
+    responses = {status: {"model": Problem, "description": words} for status, words in REFUSALS.items()}
+    app = FastAPI(title="DeTransformer", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(SizeLimit, limit=MAX_BODY_BYTES)
+    bearer = HTTPBearer(auto_error=False)
+
+    def check_token(shown: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        given = shown.credentials if shown else ""
+        if not secrets.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(401, "show the token: Authorization: Bearer TOKEN.", {"WWW-Authenticate": "Bearer"})
+
+    guarded = {"dependencies": [Depends(check_token)], "responses": responses}
+    _add_task(app, session, guarded)
+
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}, 405: responses[405]})
+    def health(response: Response) -> Health:
+        """Whether the devices serve, and which."""
+        response.status_code = 200 if session.serving else 503
+        names = [session.spec.names[device] for device in session.present]
+        event = session.events[-1].sentence if session.events else ""
+        status = "serving" if session.serving else "recovering"
+        model = session.model.rstrip("/").rpartition("/")[2]
+        return Health(status=status, devices=names, waiting=session.num_waiting, model=model, last_event=event)
+
+    registry = CollectorRegistry()
+    registry.register(Collected(session))
+
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(check_token)])
+    def metrics() -> PlainTextResponse:
+        """Counts and seconds, as Prometheus reads them."""
+        return PlainTextResponse(generate_latest(registry).decode(), media_type="text/plain; version=0.0.4")
+
+    metrics_route = app.routes[-1]
+    metrics_route.responses = {status: responses[status] for status in (401, 405)}
+    _add_handlers(app)
+    return app
+
+
+def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
+    """The one path of what the model does."""
+    has_one = any((Path(session.model) / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = tokenizer_of(session.model) if has_one else None
+    config = session.config
+    if is_decoder(config):
+
+        @app.post("/generate", response_model=Continuation, **guarded)
+        async def generate(body: Generate) -> Continuation:
+            """Goes on with a text, greedily."""
+            inputs = encode(tokenizer, body.text, None, body.input_ids, generates=True)
+            outputs = await ask(session, inputs, body.deadline_s, max_new_tokens=body.max_new_tokens)
+            tokens = outputs["tokens"][0].tolist()
+            if config.eos_token_id in tokens:
+                tokens = tokens[: tokens.index(config.eos_token_id)]
+            return Continuation(text=tokenizer.decode(tokens) if tokenizer else None, tokens=tokens)
+
+    elif task_of(config) == "classification":
+
+        @app.post("/classify", response_model=Label, **guarded)
+        async def classify(body: Classify) -> Label:
+            """The label of a text."""
+            inputs = encode(tokenizer, body.text, body.text_pair, body.input_ids)
+            (logits,) = (await ask(session, inputs, body.deadline_s))["logits"]
+            best = int(logits.argmax())
+            label = str(config.id2label.get(best, best))
+            return Label(label=label, probabilities=logits.softmax(-1).tolist(), logits=logits.tolist())
+
+    elif task_of(config) == "question-answering":
+
+        @app.post("/answer", response_model=Span, **guarded)
+        async def answer(body: Answer) -> Span:
+            """Where a passage answers a question."""
+            inputs = encode(tokenizer, body.question, body.passage, body.input_ids)
+            outputs = await ask(session, inputs, body.deadline_s)
+            _, fields = find_answer(config, inputs, outputs, session.model)
+            return Span(answer=fields.get("answer"), start=fields["start"], end=fields["end"])
+
+    else:
+        raise ValueError(
+            f"{session.model} has no head ({', '.join(config.architectures or ['none named'])}): serve a classifier, a "
+            "model that answers questions, or a GPT-2."
+        )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str | None,
+    pair: str | None,
+    input_ids: list[int] | None,
+    generates: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Tensors [1, T] by name.
+
+    Raises:
+        HTTPException: 422 for a text where the model's folder has no tokenizer, or one that has no tokens.
+    """
+    if input_ids is not None:
+        return {"input_ids": torch.tensor([input_ids])}
+    if tokenizer is None:
+        raise HTTPException(422, "the model's folder has no tokenizer: give input_ids.")
+    encoded = tokenizer(text, pair, return_tensors="pt")
+    names = ("input_ids", "attention_mask") if generates else ("input_ids", "attention_mask", "token_type_ids")
+    inputs = {name: encoded[name] for name in names if name in encoded}
+    if not inputs["input_ids"].numel():
+        raise HTTPException(422, "the text has no tokens.")
+    return {name: tensor.to(torch.int64) for name, tensor in inputs.items()}
+
+
+async def ask(session: Session, inputs: dict[str, torch.Tensor], deadline_s: float, **options) -> dict:
+    """The session's outputs. Raises what `_add_handlers` turns into an answer."""
+    future = asyncio.wrap_future(session.submit(inputs, deadline_s, **options))
+    try:
+        return await asyncio.wait_for(future, deadline_s + 1)
+    except TimeoutError:
+        raise Expired("no answer by the deadline.") from None
+
+
+def _add_handlers(app: FastAPI) -> None:
+    paths = sorted({route.path for route in app.routes if route.path not in ("/openapi.json",)})
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = error.errors()[0]
+        where = ".".join(str(part) for part in found["loc"] if part != "body") or "body"
+        if found["type"] == "json_invalid":
+            return problem(422, f"the body is no JSON ({found['ctx']['error']}).")
+        return problem(422, f"{where}: {found['msg'].removeprefix('Value error, ')}.")
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        sentence = error.detail
+        if error.status_code == 404:
+            sentence = f"there is no such path; this server has {', '.join(paths)}."
+        headers = {name: text for name, text in (error.headers or {}).items()}
+        return JSONResponse({"error": sentence}, error.status_code, headers)
+
+    @app.exception_handler(QueueFull)
+    async def full(request: Request, error: QueueFull) -> JSONResponse:
+        return problem(503, str(error), Retry_After=str(math.ceil(error.retry_after_s)))
+
+    @app.exception_handler(Unanswered)
+    async def unanswered(request: Request, error: Unanswered) -> JSONResponse:
+        return problem(503, str(error), Retry_After=str(UNANSWERED_RETRY_S))
+
+    @app.exception_handler(Expired)
+    async def expired(request: Request, error: Expired) -> JSONResponse:
+        return problem(504, str(error))
+
+    @app.exception_handler(ValueError)
+    async def not_taken(request: Request, error: ValueError) -> JSONResponse:
+        return problem(422, str(error))
+
+
+class Collected:
+    """A session's counts, for Prometheus."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def collect(self):
+        session, kept = self.session, list(self.session.seconds)
+        for name in ("accepted", "answered", "refused", "expired", "unanswered", "retried", "losses", "batches"):
+            yield CounterMetricFamily(f"detransformer_{name}", f"{name} so far", value=session.counts[name])
+        yield GaugeMetricFamily("detransformer_waiting", "requests that wait", value=session.num_waiting)
+        yield GaugeMetricFamily("detransformer_serving", "1 while devices serve", value=int(session.serving))
+        devices = GaugeMetricFamily("detransformer_device", "1 where the device serves", labels=["name"])
+        for number, name in enumerate(session.spec.names):
+            devices.add_metric([name], int(session.serving and number in session.present))
+        yield devices
+        yield SummaryMetricFamily(
+            "detransformer_seconds",
+            "of the last requests, asked to answered",
+            count_value=len(kept),
+            sum_value=sum(kept),
+        )

@@ -1,0 +1,350 @@
+"""The worker of one device, which the elastic agent there starts again and again.
+
+The workers that are there form a group, ordered by device. The first device's leads: it plans for the devices that are
+fit to serve, tells the front (`session`) who they are, and passes each batch on. Each worker leaves a sign of life in
+the group's store a few times a second, so a device that was killed, hangs or is cut off is found by its silence,
+whatever a collective says when it breaks; one that leaves because its agent starts the group anew says so first.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+
+from detransformer.cluster.answers import prepare
+from detransformer.cluster.checkpoints import open_folder
+from detransformer.cluster.host import blame, broadcast
+from detransformer.cluster.jobs import JOBS, WorkerState
+from detransformer.cluster.launcher import die_with_parent
+from detransformer.cluster.run import Request, model_facts
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.planning.profile import ClusterProfile, DeviceProfile
+from detransformer.service.line import Line, tensors_of
+from detransformer.service.speeds import Speeds
+
+FORM_S = 20.0  # for all to come to a group that the rendezvous has made
+COLLECTIVE_S = 60.0  # of a message: longer than any device computes between two
+MEET_S = 20.0  # between two messages while there is nothing to do
+BEAT_S = 0.2
+SILENCE_S = 2.5  # without a sign of life: the device is lost
+EVIDENCE_S = 1.5  # at most, to see who is gone when a collective broke
+FRESH_S = 0.7  # a sign of life no older
+AGENT_S = 4.0  # for the agent to start this worker anew, before it ends by itself
+TRY_AGAIN_S = 60.0  # a slow device
+LEADER = 0
+CODES = {"lost": 3, "asked": 4}
+
+
+class Group:
+    """The devices that are there, in order; signs of life and farewells go through a store of the round's own."""
+
+    def __init__(self, job: dict, device: int):
+        """
+        Raises:
+            RuntimeError: where one that the rendezvous promised does not come.
+        """
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        host, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=FORM_S)
+        listener = socket.create_server((host, port), backlog=128).detach() if rank == 0 else None
+        self.store = dist.TCPStore(
+            host, port, count, is_master=rank == 0, timeout=wait, wait_for_workers=False, master_listen_fd=listener
+        )
+        self.store.set(f"device/{rank}", json.dumps([device, model_facts(job["model"])]))
+        told = [json.loads(self.store.get(f"device/{other}")) for other in range(count)]
+        facts = dict(map(tuple, told))
+        self.devices = tuple(sorted(facts))
+        self.rank = self.devices.index(device)
+        leading = facts[self.devices[0]]
+        self.differing = {  # device -> what its checkpoint has otherwise than the first device's
+            other: next(what for what in leading if leading[what] != facts[other][what])
+            for other in self.devices
+            if facts[other] != leading
+        }
+        os.environ["GLOO_SOCKET_IFNAME"] = job["interface"]
+        torch.set_num_threads(job["threads"])
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("group", self.store), rank=self.rank, world_size=count,
+            timeout=timedelta(seconds=COLLECTIVE_S),
+        )  # fmt: skip
+        self._own = self.store.clone()  # of the thread that beats
+        self._told = self.store.clone()  # of the thread that says farewell
+        self._heard = {other: time.monotonic() for other in self.devices}
+        self._beats: dict[int, bytes] = {}
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def beat(self, count: int) -> None:
+        self._own.set(f"beat/{self.rank}", str(count))
+        if self.leads:
+            self._listen(self._own)
+
+    def say(self, what: str) -> None:
+        """Leaves the last words of this worker: why it ends."""
+        self._told.set(f"end/{self.rank}", what)
+
+    def last_words(self) -> dict[int, str]:
+        """device -> its last words."""
+        found = {}
+        for rank, device in enumerate(self.devices):
+            if rank != self.rank and self._told.check([f"end/{rank}"]):
+                found[device] = self._told.get(f"end/{rank}").decode()
+        return found
+
+    def _listen(self, store: dist.Store) -> None:
+        now = time.monotonic()
+        for rank, device in enumerate(self.devices):
+            if rank == self.rank or not store.check([f"beat/{rank}"]):
+                continue
+            beat = store.get(f"beat/{rank}")
+            if self._beats.get(device) != beat:
+                self._beats[device], self._heard[device] = beat, now
+
+    def silent(self, limit_s: float) -> list[int]:
+        """On the leader: devices of which nothing was heard for longer."""
+        now = time.monotonic()
+        return [device for device in self.devices[1:] if now - self._heard[device] > limit_s]
+
+
+class Lifeline(threading.Thread):
+    """Beats, watches the others (on the leader), and ends this worker when its agent asks for it."""
+
+    def __init__(self, group: Group, line: Line | None, names: Sequence[str]):
+        super().__init__(daemon=True)
+        self.group, self.line, self.names = group, line, names
+        self._ending = threading.Lock()
+        threading.Thread(target=self._obey, daemon=True).start()
+
+    def run(self) -> None:
+        count = 0
+        try:
+            while True:
+                self.group.beat(count)
+                count += 1
+                silent = self.group.silent(SILENCE_S) if self.group.leads else []
+                if silent:
+                    self._end({d: f"has been silent for {SILENCE_S:g} s" for d in silent}, CODES["lost"])
+                time.sleep(BEAT_S)
+        except Exception:  # the store has gone, and with it the worker that kept it
+            time.sleep(AGENT_S)
+            os._exit(CODES["lost"])
+
+    def _obey(self) -> None:
+        """SIGTERM, which all other threads block: the agent starts the group anew, or ends it."""
+        signal.sigwait({signal.SIGTERM})
+        if self.group.leads:
+            self._end(self.gone(), CODES["asked"])
+        self.farewell("")
+        os._exit(CODES["asked"])
+
+    def farewell(self, why: str) -> None:
+        try:
+            self.group.say(why)
+        except Exception:  # the store has gone
+            pass
+
+    def gone(self) -> dict[int, str]:
+        """On the leader: device -> what happened to it, of those that neither live nor have said farewell."""
+        deadline = time.monotonic() + EVIDENCE_S
+        while True:
+            try:
+                words = self.group.last_words()
+            except Exception:
+                words = {}
+            failed = {device: f"failed: {why}" for device, why in words.items() if why}
+            silent = [device for device in self.group.silent(FRESH_S) if device not in words]
+            pending = [d for d in self.group.devices[1:] if d not in words and d not in silent]
+            if failed or (silent and (not pending or time.monotonic() > deadline - EVIDENCE_S / 3)):
+                return failed or {device: "is gone: its process ended" for device in silent}
+            if time.monotonic() > deadline:
+                return {}
+            if not pending:
+                return {}
+            time.sleep(BEAT_S / 2)
+
+    def _end(self, gone: dict[int, str], code: int) -> None:
+        """Tells the front who is gone, once, and ends this worker."""
+        with self._ending:
+            try:
+                if self.line:
+                    self.line.send({"gone": {str(device): why for device, why in gone.items()}})
+            except OSError:
+                pass
+            os._exit(code)
+
+    def broke(self, error: Exception, spec: ClusterSpec) -> None:
+        """This worker's main thread cannot go on. Does not return."""
+        sentence, own = blame(error, spec)
+        if own:
+            traceback.print_exc()
+            sys.stderr.flush()
+            self.farewell(sentence)
+            if self.group.leads:
+                self._end({self.group.devices[0]: f"failed: {sentence}"}, 1)
+            os._exit(1)
+        if self.group.leads:
+            self._end(self.gone(), CODES["lost"])
+        time.sleep(AGENT_S)  # it beats on: the leader sees that it was not this one
+        os._exit(CODES["lost"])
+
+
+class Server:
+    """What a worker serves with: the group, and on the leader the line to the front and the plans."""
+
+    def __init__(self, job: dict, group: Group, line: Line | None):
+        self.job, self.group, self.line = job, group, line
+        self.state = WorkerState(group.rank, len(group.devices), job["interface"], {})
+        self.config = open_folder(job["model"]).config
+        self.plans: dict[str, dict] = {}
+        spec = ClusterSpec.load(job["cluster"])
+        self.spec = spec
+        self.fit = tuple(rank for rank, device in enumerate(group.devices) if device not in group.differing)
+        profile = spec.profile(job["model"], self.config)
+        self.profile: ClusterProfile = profile.of([group.devices[rank] for rank in self.fit])
+        self.own = profile.devices[group.devices[group.rank]]
+        self.pace = asdict(self.own) if job["paced"] else None
+        self.speeds = Speeds(len(group.devices))
+        self.slow_since = 0.0
+
+    def serve(self) -> None:
+        """Answers batches, until something breaks."""
+        while True:
+            header, payload = self._next() if self.line else (None, None)
+            told = json.loads(broadcast(json.dumps(header).encode() if self.line else None, 0, self.group.rank))
+            if told:
+                self._answer(told, payload)
+
+    def _next(self) -> tuple[dict, bytes]:
+        """The front's next batch with its plan; ({}, b"") when there was none for a while."""
+        if not self.line.waits(MEET_S):
+            return {}, b""
+        header, payload = self.line.receive()
+        try:
+            job = self.planned(Request(**header["request"]), tensors_of(payload))
+        except ValueError as error:
+            self.line.send({"id": header["id"], "refused": str(error)})
+            return {}, b""
+        return {"id": header["id"], **job}, payload
+
+    def planned(self, request: Request, inputs: dict[str, torch.Tensor]) -> dict:
+        """The job of a batch: its plan is that of the first of its kind, which the weights are held for."""
+        key = json.dumps([request.method, request.plan, request.reads, request.max_new_tokens], sort_keys=True)
+        if key not in self.plans:
+            prepared = prepare(request, self.job["model"], self.config, self._profile_now(), self._usual(request))
+            job = prepared.job | ({"repeats": 1, "warmup": 0} if prepared.op == "run_plan" else {"warmup": 0})
+            for name in ("plan", "prefill", "decode"):
+                if name in job:
+                    plan = Plan.from_dict(job[name])
+                    plan = replace(plan, devices=tuple(self.fit[i] for i in plan.device_ids))
+                    job[name], last = plan.to_dict(), plan.device_ids[-1]
+            self.plans[key] = {"op": prepared.op, "job": job, "last": last, "method": prepared.plan.method}
+        return self.plans[key]
+
+    def _profile_now(self) -> ClusterProfile:
+        """The fit devices, those that are slow at the moment being so."""
+        factors = [self.speeds.factors[rank] for rank in self.fit]
+        return replace(self.profile, devices=tuple(map(slowed, self.profile.devices, factors)))
+
+    def _usual(self, request: Request) -> dict[str, torch.Tensor]:
+        """A request of the length that is planned for."""
+        new = request.max_new_tokens if is_decoder(self.config) else 0
+        length = min(self.job["seq_len"], self.config.max_position_embeddings - new)
+        return {"input_ids": torch.zeros(1, max(1, length), dtype=torch.int64)}
+
+    def _answer(self, told: dict, payload: bytes | None) -> None:
+        inputs = tensors_of(broadcast(payload, 0, self.group.rank))
+        outputs: dict[str, torch.Tensor] = {}
+        started = time.perf_counter()
+        record = JOBS[told["op"]](
+            self.state, checkpoint=self.job["model"], inputs=inputs, output=outputs, device=self.pace,
+            time_scale=self.job["time_scale"], **told["job"],
+        )  # fmt: skip
+        last = told["last"]
+        data = broadcast(save(outputs) if self.group.rank == last else None, last, self.group.rank)
+        if self.line:
+            seconds = time.perf_counter() - started
+            self.line.send({"id": told["id"], "seconds": seconds, "method": told["method"]}, data)
+        if told["op"] == "run_plan" and len(self.group.devices) > 1:
+            self._compare_speeds(self._ratio(told["job"]["plan"], record, *inputs["input_ids"].shape))
+
+    def _ratio(self, plan: dict, record: dict | None, batch_size: int, seq_len: int) -> float:
+        """This device's seconds of compute over what its profile says; NaN without a part."""
+        if record is None:
+            return math.nan
+        plan_ = Plan.from_dict(plan)
+        (loaded,) = self.state.loaded.values()
+        parts = loaded.compute(plan_, plan_.device_ids.index(self.group.rank), seq_len, batch_size)
+        expected_s = sum(self.own.compute_s(c.flops, c.strategy, c.weight_bytes) for part in parts for c in part)
+        (sample,) = record["samples"]
+        spent_s = sum(stop - start for what, start, stop, _ in sample["events"] if what == "compute")
+        return (spent_s / self.job["time_scale"] + sample["overrun_s"]) / expected_s if expected_s else math.nan
+
+    def _compare_speeds(self, ratio: float) -> None:
+        """On the leader: plans anew where a device has become slow, and after a while tries it again."""
+        ratios = [torch.zeros(1, dtype=torch.float64) for _ in self.group.devices]
+        dist.all_gather(ratios, torch.tensor([ratio], dtype=torch.float64))
+        if not self.line:
+            return
+        changed = self.speeds.observe([float(ratio) for ratio in ratios])
+        if any(factor > 1 for factor in changed.values()):
+            self.slow_since = time.monotonic()
+        elif max(self.speeds.factors) > 1 and time.monotonic() - self.slow_since > TRY_AGAIN_S:
+            changed = dict.fromkeys(self.speeds.forget(), 1.0)
+        if changed:
+            self.plans.clear()
+            self.line.send({"slow": {str(self.group.devices[rank]): factor for rank, factor in changed.items()}})
+
+
+def slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
+    """The profile of a device that takes `factor` times as long."""
+    rates = {name: rate / factor for name, rate in device.flops_per_s.items()}
+    memory = device.memory_bytes_per_s and device.memory_bytes_per_s / factor
+    return replace(device, flops_per_s=rates, memory_bytes_per_s=memory)
+
+
+def work(path: str) -> None:
+    """The elastic agent's entry point: `path` is the job's file. Returns never."""
+    from detransformer.service.agent import DEVICE
+
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    job["model"] = job["models"].get(os.environ[DEVICE], job["model"])
+    try:
+        group = Group(job, int(os.environ[DEVICE]))
+    except Exception as error:  # not all came: the agents begin anew
+        print(f"no group: {error}", file=sys.stderr, flush=True)
+        os._exit(CODES["lost"])
+    line = None
+    if group.devices[group.rank] == LEADER:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(job["front"])
+        line = Line(connection)
+    spec = ClusterSpec.load(job["cluster"])
+    lifeline = Lifeline(group, line, spec.names)
+    lifeline.start()
+    try:
+        server = Server(job, group, line)
+        if line:
+            line.send({"here": group.devices, "differing": group.differing})
+        elif group.leads:
+            raise RuntimeError("the first device is not there; timed out")
+        server.serve()
+    except Exception as error:
+        lifeline.broke(error, spec)

@@ -1,0 +1,282 @@
+"""A session: its parts, and one over real processes in namespaces that loses a device and gets it back."""
+
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from fastapi.testclient import TestClient
+
+from detransformer.cluster.network import can_emulate
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.service import Expired, QueueFull, Session
+from detransformer.service.agent import NAME, SignedBackend, listen
+from detransformer.service.chaos import small_model
+from detransformer.service.http import MAX_BODY_BYTES, build_app
+from detransformer.service.line import Line, tensors_of
+from detransformer.service.session import join_rows
+from detransformer.service.speeds import KEPT, Speeds
+
+emulated = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
+
+
+def test_a_line_carries_words_and_tensors_and_says_when_the_other_end_has_gone():
+    near, far = map(Line, socket.socketpair())
+    tensors = {"input_ids": torch.arange(6).reshape(2, 3)}
+    near.send({"id": 3}, tensors)
+    header, payload = far.receive()
+    assert header == {"id": 3}
+    assert torch.equal(tensors_of(payload)["input_ids"], tensors["input_ids"])
+    assert not far.waits(0)
+    near.close()
+    assert far.waits(0)
+    with pytest.raises(ConnectionError, match="closed"):
+        far.receive()
+
+
+def test_a_line_refuses_what_is_no_message():
+    near, far = socket.socketpair()
+    near.sendall(b"\xff" * 64)
+    with pytest.raises(ConnectionError, match="too long"):
+        Line(far).receive()
+
+
+@pytest.fixture
+def store():
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def test_the_rendezvous_reads_only_what_was_signed_with_its_secret(store):
+    ours, stranger = SignedBackend(store, NAME, "secret of ours"), SignedBackend(store, NAME, "another one")
+    assert ours.get_state() is None
+    state, token, was_set = ours.set_state(b"first", None)
+    assert (state, was_set) == (b"first", True)
+    assert ours.get_state()[0] == b"first"
+    assert stranger.get_state() is None
+    assert ours.set_state(b"second", b"an old token")[2] is False
+    assert ours.set_state(b"second", token)[2] is True
+    for forged in ("gASVAAAA", "not base64!", "AAAA" * 30):  # written by who knows the store, but not the secret
+        store.set(f"torch.rendezvous.{NAME}", forged)
+        assert ours.get_state() is None
+        assert ours.set_state(b"third", token)[::2] == (b"third", True)
+        assert ours.get_state()[0] == b"third"
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_requests_are_joined_with_padding_that_is_masked(left):
+    parts = [{"input_ids": torch.ones(2, n, dtype=torch.int64)} for n in (3, 5)]
+    parts = [part | {"attention_mask": torch.ones_like(part["input_ids"])} for part in parts]
+    joined = join_rows(parts, left)
+    assert joined["input_ids"].shape == (4, 5)
+    assert joined["attention_mask"].tolist() == [[0, 0, 1, 1, 1] if left else [1, 1, 1, 0, 0]] * 2 + [[1] * 5] * 2
+
+
+def test_a_device_is_slow_against_its_own_usual_and_not_when_all_are():
+    speeds = Speeds(3)
+    for _ in range(KEPT):
+        assert speeds.observe([1.0, 2.0, 1.5]) == {}
+    for _ in range(2 * KEPT):
+        assert speeds.observe([5.0, 10.0, 7.5]) == {}  # the host is busy
+    found = {}
+    for _ in range(2 * KEPT):
+        found |= speeds.observe([5.0, 60.0, 7.5])
+    assert list(found) == [1] and found[1] > 3
+    assert speeds.factors == [1.0, found[1], 1.0]
+    for _ in range(KEPT):
+        speeds.observe([5.0, 10.0, float("nan")])
+    assert speeds.factors == [1.0] * 3
+
+
+# --- Real processes ----------------------------------------------------------------------------------------------
+
+CLUSTER = """
+name: three for tests
+emulated: true
+link: {bandwidth_mbps: 1000}
+devices:
+  - {name: first, device: jetson-nano}
+  - {name: second, device: jetson-nano}
+  - {name: third, device: jetson-nano}
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("service")
+    (folder / "cluster.yaml").write_text(CLUSTER)
+    model.save_pretrained(folder / "model")
+    spec = ClusterSpec.load(folder / "cluster.yaml")
+    with spec.session(folder / "model", method="tp", paced=False, max_waiting=4, max_batch=3) as session:
+        assert session.wait_for_all(120)
+        yield session
+
+
+def answers(session: Session, model, count: int, first: int = 0) -> list[float]:
+    """The error of each of `count` different requests, asked by two threads at once."""
+    generator = torch.Generator().manual_seed(first)
+    lengths = [1 + (first + i) % 17 for i in range(count)]
+    asked = [torch.randint(model.config.vocab_size, (1, n), generator=generator) for n in lengths]
+    with torch.inference_mode():
+        expected = [model(input_ids=ids).logits for ids in asked]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda ids: session({"input_ids": ids}, deadline_s=90)["logits"], asked))
+    return [float((own - other).abs().max()) for own, other in zip(found, expected, strict=True)]
+
+
+@emulated
+@pytest.mark.timeout(240)
+def test_a_session_answers_as_one_device_does_also_in_batches(session, model):
+    assert session.present == (0, 1, 2)
+    assert max(answers(session, model, 20)) < 1e-4
+    assert session.counts["answered"] == 20
+    ids = torch.randint(101, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+    found = session({"input_ids": ids, "attention_mask": mask})["logits"]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@emulated
+@pytest.mark.timeout(240)
+def test_a_session_names_a_killed_device_and_answers_all_the_same(session, model):
+    import psutil
+
+    worker = psutil.Process(session.post.agents[2].pid).children(recursive=True)[-1]
+    before, retried = len(session.events), session.counts["retried"]
+    errors: list[float] = []
+    asking = threading.Thread(target=lambda: errors.extend(answers(session, model, 60, first=100)))
+    asking.start()
+    time.sleep(0.2)
+    worker.kill()
+    asking.join(200)
+    assert len(errors) == 60 and max(errors) < 1e-4
+    deadline = time.monotonic() + 60
+    while session.present != (0, 1, 2) or not session.serving or len(session.events) < before + 2:
+        assert time.monotonic() < deadline, list(session.events)
+        time.sleep(0.1)
+    told = [event.sentence for event in list(session.events)[before:]]
+    assert told[0] == "third is gone: its process ended"
+    assert told[-1].endswith("serving on first, second and third")
+    assert session.counts["retried"] >= retried
+    assert session.counts["unanswered"] == session.counts["expired"] == 0
+
+
+@emulated
+def test_a_session_refuses_what_it_cannot_take(session):
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    for inputs, words in (
+        ({"input_ids": ids[0]}, "shape"),
+        ({"input_ids": ids + 200}, "vocabulary"),
+        ({"input_ids": ids.repeat(1, 40)}, "shorten"),
+        ({"input_ids": ids.repeat(9, 1)}, "at most"),
+        ({"input_ids": ids, "attention_mask": ids[:, 1:]}, "shape"),
+        ({"input_ids": ids, "position_ids": ids}, "not known"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            session.submit(inputs)
+    with pytest.raises(Expired):
+        session({"input_ids": ids}, deadline_s=0.0)
+
+
+@emulated
+def test_a_full_queue_refuses_and_says_when_to_come_again(session):
+    ids = torch.ones(1, 50, dtype=torch.int64)
+    futures = []
+    with pytest.raises(QueueFull, match="ask again in") as refused:
+        for _ in range(200):
+            futures.append(session.submit({"input_ids": ids}))
+    assert refused.value.retry_after_s >= 1
+    assert all("logits" in future.result(60) for future in futures)
+
+
+@pytest.fixture
+def client(session):
+    return TestClient(build_app(session, "the token of this test"), raise_server_exceptions=False)
+
+
+TOKEN = {"Authorization": "Bearer the token of this test", "Content-Type": "application/json"}
+
+
+@emulated
+def test_http_answers_as_the_model_does(client, model):
+    reply = client.post("/classify", json={"input_ids": [1, 2, 3]}, headers=TOKEN)
+    assert reply.status_code == 200
+    with torch.inference_mode():
+        (logits,) = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    assert reply.json()["logits"] == pytest.approx(logits.tolist(), abs=1e-4)
+    assert sum(reply.json()["probabilities"]) == pytest.approx(1)
+    assert reply.json()["label"] == model.config.id2label[int(logits.argmax())]
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("sent", "status", "words"),
+    [
+        ({"json": {}}, 422, "either text or input_ids"),
+        ({"json": {"input_ids": [1], "text": "both"}}, 422, "either"),
+        ({"json": {"text": "there is no tokenizer"}}, 422, "tokenizer"),
+        ({"json": {"input_ids": [1, -1]}}, 422, "input_ids.1"),
+        ({"json": {"input_ids": [1, 100_000]}}, 422, "vocabulary"),
+        ({"json": {"input_ids": [1] * 65}}, 422, "shorten"),
+        ({"json": {"input_ids": [1], "deadline_s": 1e9}}, 422, "deadline_s"),
+        ({"json": {"input_ids": [1], "colour": 1}}, 422, "colour"),
+        ({"json": {"input_ids": [1], "deadline_s": 1e-9}}, 504, "deadline"),
+        ({"content": b"{"}, 422, "no JSON"),
+        ({"content": b"x" * (MAX_BODY_BYTES + 1)}, 413, "bytes at most"),
+    ],
+)
+def test_http_says_what_is_wrong(client, sent, status, words):
+    reply = client.post("/classify", headers=TOKEN, **sent)
+    assert reply.status_code == status, reply.text
+    assert words in reply.json()["error"]
+
+
+@emulated
+def test_http_wants_its_token_and_tells_nothing_without(client):
+    for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "Basic dXNlcjpwdw=="}):
+        for reply in (client.post("/classify", json={"input_ids": [1]}, headers=headers), client.get("/metrics")):
+            assert reply.status_code == 401
+            assert list(reply.json()) == ["error"]
+    assert client.get("/nothing").status_code == 404
+    assert "/classify" in client.get("/nothing").json()["error"]
+
+
+@emulated
+def test_http_tells_health_and_metrics(client, session):
+    health = client.get("/health")
+    assert health.status_code == 200
+    assert health.json()["devices"] == ["first", "second", "third"]
+    text = client.get("/metrics", headers=TOKEN).text
+    assert f"detransformer_answered_total {session.counts['answered']:.1f}" in text
+    assert 'detransformer_device{name="third"} 1.0' in text
+
+
+@emulated
+def test_no_process_and_no_namespace_outlive_a_session(tmp_path, model):
+    import psutil
+
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    model.save_pretrained(tmp_path / "model")
+    with Session(ClusterSpec.load(tmp_path / "cluster.yaml"), tmp_path / "model", paced=False) as session:
+        trees = [psutil.Process(agent.pid) for agent in session.post.agents.values()]
+        trees += [child for tree in trees for child in tree.children(recursive=True)]
+        namespaces = list(session.post.network.namespaces)
+        ids = torch.ones(1, 1, dtype=torch.int64)
+        assert session({"input_ids": ids})["logits"].shape == (1, 3)  # planned: one token, and whatever is fastest
+    time.sleep(0.5)
+    assert not [process for process in trees if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not [name for name in namespaces if os.path.exists(f"/var/run/netns/{name}")]
+    assert not session.post.folder.exists()
