@@ -13,7 +13,7 @@ export DETRANSFORMER_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: chaos soak help install reproduce test lab figures lint docs coverage clean
+.PHONY: chaos soak fuzz help install reproduce test lab figures lint docs coverage clean
 help:
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
 	@echo "make test        the tests"
@@ -23,6 +23,7 @@ help:
 	@echo "make docs        API pages from the docstrings, into build/docs"
 	@echo "make coverage    the tests (or TESTS=...) with their line coverage, into build/coverage"
 	@echo "make chaos       break a serving cluster in every way, five times each, and count what is lost (needs root)"
+	@echo "make fuzz        ten thousand malformed cluster files, plans, checkpoints and requests"
 	@echo "make soak        half an hour of load, a fault a minute (needs root)"
 	@echo "make clean       remove .venv, caches and build (results stay)"
 
@@ -71,6 +72,9 @@ clean:
 
 chaos: $(STAMP)
 	$(BIN)/python -m detransformer.service.chaos
+
+fuzz: $(STAMP)
+	DETRANSFORMER_FUZZ=1700 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 tests/test_malformed.py
 
 soak: $(STAMP)
 	$(BIN)/python -m detransformer.service.chaos --soak 30 --output results/soak

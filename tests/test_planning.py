@@ -2,7 +2,7 @@
 
 import pytest
 
-from detransformer.cluster.devices import preset_profile
+from detransformer.cluster.devices import cluster_profile, device_specs, preset_profile
 from detransformer.models import preset_config
 from detransformer.models.configuration import layer_kinds
 from detransformer.models.sizes import model_flops, model_parameters
@@ -341,3 +341,14 @@ def test_a_sweep_predicts_clusters_that_are_not_here():
         memory_budget_bytes=2**20,
     )
     assert refused["predicted_s"] is None and refused["plan"] is None
+
+
+@pytest.mark.parametrize("method", ["tp", "sp", "single"])
+def test_one_device_is_planned_for_too(method):
+    """What is left of a cluster may be one device: every method then runs layers whole."""
+    config = preset_config("bert-base")
+    profile = cluster_profile(device_specs(1, "rpi4b"), "bert-base", config, 125e6, "line-rate", 0.0)
+    freely, named = place_freely(config, profile).plan, place(config, profile, methods=[method]).plan
+    assert freely.num_devices == named.num_devices == 1
+    assert set(freely.strategies) == set(named.strategies) == {"replicate"}
+    assert named.method == method

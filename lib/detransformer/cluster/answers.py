@@ -149,10 +149,8 @@ def plan_of(
     if request.plan is not None:
         try:
             plan = Plan.from_dict(request.plan)
-        except TypeError as error:
-            raise ValueError(
-                f"--plan has other fields than a plan ({error}): make it with `detransformer plan`."
-            ) from None
+        except ValueError as error:
+            raise ValueError(f"--plan is no plan ({error}): make it with `detransformer plan`.") from None
         plan.check(config)
         if max(plan.device_ids) >= len(profile.devices):
             raise ValueError(

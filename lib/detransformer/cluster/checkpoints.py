@@ -97,20 +97,33 @@ def open_folder(folder: str | Path) -> Checkpoint:
         raise ValueError(f"model {str(folder)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder that exists.")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no readable config.json ({str(error).splitlines()[0]}): save the model there."
-        ) from None
+    except Exception as error:  # transformers raises anything for what is not a configuration
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"{path} holds no readable config.json ({lines[0]}): save the model there.") from None
     if not isinstance(config, BertConfig | GPT2Config):
         raise ValueError(
             f"{path} is a {config.model_type} checkpoint, not BERT or GPT-2: only these two can be run, original or "
             f"decoupled."
         )
+    check_sizes(path, config)
     if not (path / "model.safetensors").is_file():
         raise ValueError(
             f"{path} has no model.safetensors: save the model with `save_pretrained` (safetensors, one file)."
         )
     return Checkpoint(path, config)
+
+
+def check_sizes(path: Path, config: PretrainedConfig) -> None:
+    """Raises ValueError where a model of `config` cannot be: a size is none, or heads do not divide the width."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
+        size = getattr(config, name, None)
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
+            raise ValueError(f"{path}/config.json: {name} is {size!r}, and must be a whole number from 1.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{path}/config.json: {config.num_attention_heads} heads do not divide the hidden size "
+            f"{config.hidden_size}."
+        )
 
 
 def _cached(name: str, build) -> Checkpoint:

@@ -4,6 +4,7 @@ A plan is what the executor runs, what the cost model prices and what a row of a
 points in this space (`published_plan`); layouts and strategies are those of the README's section on the formalism.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -149,6 +150,23 @@ class Plan:
     def check(self, config: PretrainedConfig) -> None:
         """Raises ValueError unless this plan fits a model of `config`."""
         kinds = layer_kinds(config)
+        whole = {  # what the devices' parts must add up to
+            "heads": config.num_attention_heads,
+            "ffn_columns": ffn_size(config),
+            "sub_blocks": getattr(config, "num_divisions", 1),
+            "stages": len(kinds),
+        }
+        for name, size in whole.items():
+            parts = getattr(self, name)
+            if (parts or name != "stages") and (len(parts) != self.num_devices or sum(parts) != size):
+                raise ValueError(
+                    f"the plan's {name} are {list(parts)}: it must be {self.num_devices} numbers, and {size} together."
+                )
+        if len(self.tokens_share) != self.num_devices or not sum(self.tokens_share):
+            raise ValueError(
+                f"the plan's tokens_share is {list(self.tokens_share)}: it must be {self.num_devices} numbers, not all "
+                "0."
+            )
         if len(self.strategies) != len(kinds):
             raise ValueError(
                 f"the plan has {len(self.strategies)} layers, the model {len(kinds)}: make it for this model."
@@ -174,7 +192,52 @@ class Plan:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Plan":
+        """The plan of `to_dict`, or of a user's file.
+
+        Raises:
+            ValueError: for a field that is missing, not known, or of another kind than a plan's.
+        """
+        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        for name in (*fields, *required):
+            if name not in FIELD_KINDS:
+                raise ValueError(f"a plan has no field {name!r}: it has {', '.join(FIELD_KINDS)}.")
+            if name not in fields:
+                raise ValueError(f"the plan has no field {name!r}.")
+            of_many, is_valid, words = FIELD_KINDS[name]
+            value = fields[name]
+            items = value if of_many and isinstance(value, (list, tuple)) else None if of_many else [value]
+            if items is None or not all(map(is_valid, items)):
+                raise ValueError(f"the plan's {name} is {value!r}: it must be {words}.")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e18
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_COUNTS = (True, _is_count, "a list of whole numbers, one a device")
+FIELD_KINDS = {  # of a plan as JSON: whether a list, what each item is, in words
+    "method": (False, _is_text, "a text"),
+    "strategies": (True, _is_text, "a list of texts, one a layer"),
+    "heads": _COUNTS,
+    "tokens_share": (True, _is_share, "a list of numbers from 0, one a device"),
+    "ffn_columns": _COUNTS,
+    "sub_blocks": _COUNTS,
+    "stages": _COUNTS,
+    "wire": (False, _is_text, "a text"),
+    "reads": (False, _is_text, "a text"),
+    "direct": (False, lambda value: isinstance(value, bool), "true or false"),
+    "num_chunks": (False, _is_count, "a whole number"),
+    "devices": _COUNTS,
+}
 
 
 def is_decoder(config: PretrainedConfig) -> bool:

@@ -163,13 +163,15 @@ class Problem:
         found = []
         for method in methods:
             for devices in _shrinking(order[:1] if method == "single" else order):
+                alone = len(devices) == 1  # then every method computes layers whole
+                name = "single" if alone else method
                 try:
-                    plan = published_plan(method, self.config, [speeds[i] for i in devices], wire, self.reads)
+                    plan = published_plan(name, self.config, [speeds[i] for i in devices], wire, self.reads)
                 except ValueError:  # more devices than heads or sub-blocks
-                    if len(devices) == 1:
+                    if alone:
                         raise
                     continue
-                found.append(self.alternative(_on(plan, devices)))
+                found.append(self.alternative(_on(replace(plan, method=method), devices)))
                 break
         return found
 
