@@ -14,12 +14,15 @@ import signal
 import socket
 import sys
 import tempfile
+import time
+from collections import deque
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
@@ -34,6 +37,8 @@ STORE_S = 10  # of the store that all meet at, to answer
 LAST_CALL_S = 0.7  # for further devices, once the first has come
 JOIN_S, SHUTDOWN_S = 3600, 1
 MONITOR_S = 0.1
+MAX_FAILURES, FAILURES_S = 2, 20.0
+ENDINGS = {"lost": 3, "asked": 4}  # exit codes of a worker whose group broke, and of one that its agent ended
 
 
 class SignedBackend(C10dRendezvousBackend):
@@ -93,6 +98,25 @@ def rendezvous(job: dict, device: int) -> DynamicRendezvousHandler:
 
 
 class Agent(LocalElasticAgent):
+    """torchrun's agent, which ends where its worker fails by itself again and again.
+
+    Each new start of one worker is one for all, so a device without the memory for it would keep the others from
+    serving. Without its agent it is left out, until `post` starts that again, after a while that doubles.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._failed_at: deque[float] = deque(maxlen=MAX_FAILURES)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if any(failure.exitcode not in ENDINGS.values() for failure in result.failures.values()):
+            self._failed_at.append(time.monotonic())
+            if len(self._failed_at) == MAX_FAILURES and self._failed_at[-1] - self._failed_at[0] < FAILURES_S:
+                print(f"{MAX_FAILURES} workers failed within {FAILURES_S:g} s", file=sys.stderr, flush=True)
+                os._exit(1)  # the fork server and the worker end with it
+        return result
+
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = SHUTDOWN_S) -> None:
         """As the base class, which for a new start always grants the half minute of its own default."""
         super()._shutdown(death_sig, timeout)
@@ -128,6 +152,7 @@ def run_agent(path: str, device: int) -> None:
         Agent(spec, DefaultLogsSpecs(log_dir=logs), start_method="forkserver").run()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The process that `post` starts: the job's file and the device are on the command line."""
     die_with_parent()
     run_agent(sys.argv[1], int(sys.argv[2]))

@@ -207,9 +207,10 @@ def _own_weights(place: Field) -> None:
 
 
 def _no_memory(place: Field) -> None:
-    """The worker may have no more memory than it has: what it asks for next fails."""
-    worker = place.worker
-    resource.prlimit(worker.pid, resource.RLIMIT_AS, (worker.memory_info().vms // 2,) * 2)
+    """The worker dies, and no new one gets the memory to start, until its agent gives up and is started anew."""
+    server = place.worker.parent()
+    resource.prlimit(server.pid, resource.RLIMIT_AS, (server.memory_info().vms + 2**22,) * 2)
+    place.worker.kill()
 
 
 def _fill_disk(place: Field) -> None:

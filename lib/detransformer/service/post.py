@@ -9,13 +9,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from detransformer.cluster.checkpoints import open_folder
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_namespace
 from detransformer.cluster.spec import ClusterSpec
 
-RETURN_S = 1.0  # an agent that has ended is started again after this long
+RETURN_S, MAX_RETURN_S = 1.0, 60.0  # an agent that has ended is started again after this long, doubled each time
+LASTING_S = 120.0  # an agent that ran longer counts as new
 
 
 class Post:
@@ -112,7 +114,8 @@ class Post:
 
     def start_agent(self, device: int) -> None:
         """The agent of one device, in its namespace where it is emulated."""
-        command = [sys.executable, "-m", "detransformer.service.agent", str(self.job_path), str(device)]
+        start = "from detransformer.service.agent import main; main()"
+        command = [sys.executable, "-c", start, str(self.job_path), str(device)]
         namespace = self.network.namespaces[device] if self.network else None
         with open(self.folder / f"agent{device}.log", "ab") as log:
             self.agents[device] = subprocess.Popen(
@@ -122,11 +125,23 @@ class Post:
 
     def _keep(self) -> None:
         """Starts agents that have ended again, as a host's service manager would."""
-        while not self._stop.wait(RETURN_S):
+        started = dict.fromkeys(self.kept, time.monotonic())
+        due: dict[int, float] = {}
+        wait_s: dict[int, float] = {}
+        while not self._stop.wait(0.2):
+            now = time.monotonic()
             for device in sorted(self.kept):
-                if self.agents[device].poll() is not None:
+                if self.agents[device].poll() is None:
+                    continue
+                if device not in due:
+                    lasted = now - started.get(device, now) > LASTING_S
+                    wait_s[device] = RETURN_S if lasted else min(2 * wait_s.get(device, RETURN_S / 2), MAX_RETURN_S)
+                    due[device] = now + wait_s[device]
+                elif now >= due[device]:
+                    del due[device]
                     end(self.agents[device])
                     self.start_agent(device)
+                    started[device] = now
 
     def last_words(self) -> str:
         """The last line of each agent's log."""

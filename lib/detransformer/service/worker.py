@@ -33,6 +33,7 @@ from detransformer.cluster.run import Request, model_facts
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
+from detransformer.service.agent import DEVICE, ENDINGS
 from detransformer.service.line import Line, tensors_of
 from detransformer.service.speeds import Speeds
 
@@ -46,7 +47,6 @@ FRESH_S = 0.7  # a sign of life no older
 AGENT_S = 4.0  # for the agent to start this worker anew, before it ends by itself
 TRY_AGAIN_S = 60.0  # a slow device
 LEADER = 0
-CODES = {"lost": 3, "asked": 4}
 
 
 class Group:
@@ -128,7 +128,6 @@ class Lifeline(threading.Thread):
         super().__init__(daemon=True)
         self.group, self.line, self.names = group, line, names
         self._ending = threading.Lock()
-        threading.Thread(target=self._obey, daemon=True).start()
 
     def run(self) -> None:
         count = 0
@@ -138,19 +137,18 @@ class Lifeline(threading.Thread):
                 count += 1
                 silent = self.group.silent(SILENCE_S) if self.group.leads else []
                 if silent:
-                    self._end({d: f"has been silent for {SILENCE_S:g} s" for d in silent}, CODES["lost"])
+                    self._end({d: f"has been silent for {SILENCE_S:g} s" for d in silent}, ENDINGS["lost"])
                 time.sleep(BEAT_S)
         except Exception:  # the store has gone, and with it the worker that kept it
             time.sleep(AGENT_S)
-            os._exit(CODES["lost"])
+            os._exit(ENDINGS["lost"])
 
-    def _obey(self) -> None:
-        """SIGTERM, which all other threads block: the agent starts the group anew, or ends it."""
-        signal.sigwait({signal.SIGTERM})
+    def obey(self) -> None:
+        """The agent starts the group anew, or ends it."""
         if self.group.leads:
-            self._end(self.gone(), CODES["asked"])
+            self._end(self.gone(), ENDINGS["asked"])
         self.farewell("")
-        os._exit(CODES["asked"])
+        os._exit(ENDINGS["asked"])
 
     def farewell(self, why: str) -> None:
         try:
@@ -198,9 +196,9 @@ class Lifeline(threading.Thread):
                 self._end({self.group.devices[0]: f"failed: {sentence}"}, 1)
             os._exit(1)
         if self.group.leads:
-            self._end(self.gone(), CODES["lost"])
+            self._end(self.gone(), ENDINGS["lost"])
         time.sleep(AGENT_S)  # it beats on: the leader sees that it was not this one
-        os._exit(CODES["lost"])
+        os._exit(ENDINGS["lost"])
 
 
 class Server:
@@ -319,25 +317,27 @@ def slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
 
 def work(path: str) -> None:
     """The elastic agent's entry point: `path` is the job's file. Returns never."""
-    from detransformer.service.agent import DEVICE
-
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifelines: list[Lifeline] = []
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     job["model"] = job["models"].get(os.environ[DEVICE], job["model"])
+    spec = ClusterSpec.load(job["cluster"])
     try:
+        threading.Thread(target=_wait_for_the_end, args=(lifelines,), daemon=True).start()
         group = Group(job, int(os.environ[DEVICE]))
-    except Exception as error:  # not all came: the agents begin anew
-        print(f"no group: {error}", file=sys.stderr, flush=True)
-        os._exit(CODES["lost"])
+    except Exception as error:  # not all came, and the agents begin anew; or this device cannot
+        sentence, own = blame(error, spec)
+        print(f"no group: {sentence}", file=sys.stderr, flush=True)
+        os._exit(1 if own else ENDINGS["lost"])
     line = None
     if group.devices[group.rank] == LEADER:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(job["front"])
         line = Line(connection)
-    spec = ClusterSpec.load(job["cluster"])
     lifeline = Lifeline(group, line, spec.names)
+    lifelines.append(lifeline)
     lifeline.start()
     try:
         server = Server(job, group, line)
@@ -348,3 +348,11 @@ def work(path: str) -> None:
         server.serve()
     except Exception as error:
         lifeline.broke(error, spec)
+
+
+def _wait_for_the_end(lifelines: list[Lifeline]) -> None:
+    """SIGTERM, which all other threads block, is the agent's word to end."""
+    signal.sigwait({signal.SIGTERM})
+    if lifelines:
+        lifelines[0].obey()
+    os._exit(ENDINGS["asked"])
