@@ -41,12 +41,21 @@ def test_reference_run_is_complete():
     run = RunFolder(ROOT / REFERENCE)
     tables = ("table_ii", "table_iii", "table_iv", "latency", "summary", "placement", "profile")
     tables += ("plan_map", "choices", "choice_cells", "unequal", "trace", "generation", "perplexity", "scale_out")
-    tables += ("pretraining", "pretraining_loss", "placements", "widths", "calibration", "accuracy_runs")
+    tables += (
+        "pretraining",
+        "pretraining_loss",
+        "placements",
+        "widths",
+        "calibration",
+        "accuracy_runs",
+        "wire_accuracy",
+    )
+    tables += ("wire_accuracy", "training_throughput", "training_throughput_loss")
     for name in (*tables, "methods", "wire", "reads", "scaling", "prediction", "fit", "timeline", "efficiency"):
         assert len(run.load_table(name)), name
     figures = ("fig2a", "fig2b", "fig7a", "fig7b", "fig7c", "fig7d", "fig8", "table_iii", "table_iv")
     figures += ("plan_map", "choices", "predicted", "unequal", "trace", "generation", "perplexity", "scale_out")
-    figures += ("pretraining_loss", "placements", "calibration")
+    figures += ("pretraining_loss", "placements", "calibration", "table_iii_noise", "wire_accuracy", "throughput")
     for name in (*figures, "bandwidth", "parts", "timeline", "wire"):
         assert (run.figures / f"{name}.png").stat().st_size > 10_000, name
         assert (run.figures / f"{name}.svg").is_file()

@@ -338,9 +338,12 @@ def test_calibration_of_one_method_is_drawn(tmp_path):
 
 def test_throughput_has_bars_and_losses_at_equal_steps(full_run):
     left, right = draw(full_run, "throughput").axes
-    assert [label.get_text() for label in left.get_yticklabels()][:2] == ["ours, bf16-weights", "ours, float32"]
-    assert left.patches[0].get_width() == 9000 and left.texts[0].get_text() == "9,000 (3.00x), bert-base original"
-    assert [line.get_label() for line in right.lines] == ["ours", "Trainer"]
+    named = [label.get_text() for label in left.get_yticklabels()]
+    assert named == ["Trainer, default, float32", "ours, float32", "ours, fastest, bf16-weights"]
+    assert left.patches[2].get_width() == 9000 and left.texts[2].get_text() == "9,000 (3.00x), bert-base original"
+    rows = ("bert-base original", "bert-base Nb=4, Ndiv=4")
+    expected = [f"{name}, {row}" for row in rows for name in ("ours, fastest", "Trainer, default")]
+    assert [line.get_label() for line in right.lines] == expected
 
 
 def test_placements_write_the_difference_to_the_published_place(full_run):

@@ -280,3 +280,45 @@ def test_no_process_and_no_namespace_outlive_a_session(tmp_path, model):
     assert not [process for process in trees if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not [name for name in namespaces if os.path.exists(f"/var/run/netns/{name}")]
     assert not session.post.folder.exists()
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+REAL = """
+name: two hosts
+devices:
+  - {name: first, device: rpi4b, address: 127.0.0.1}
+  - {name: second, device: rpi4b, address: 10.99.0.2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "0"], "--port"),
+        (["--queue", "none"], "--queue"),
+        (["--host", "first"], "real hosts"),
+        (["--token-file", "{folder}/nothing"], "is no file"),
+        (["--token-file", "{folder}/open"], "can be read by others"),
+        (["--token-file", "{folder}/short"], "characters"),
+        (["--model", "{folder}/headless"], "no head"),
+        (["--cluster", "{folder}/real.yaml"], "--secret-file"),
+    ],
+)
+def test_serve_says_what_is_wrong_before_anything_starts(tmp_path, model, capsys, arguments, words):
+    from detransformer.cli import main
+
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    (tmp_path / "real.yaml").write_text(REAL)
+    model.save_pretrained(tmp_path / "model")
+    model.bert.save_pretrained(tmp_path / "headless")
+    for name, text, mode in (("open", "x" * 32, 0o644), ("short", "x", 0o600)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(mode)
+    given = {"--cluster": str(tmp_path / "cluster.yaml"), "--model": str(tmp_path / "model")}
+    given |= {arguments[0]: arguments[1].format(folder=tmp_path)}
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *(word for pair in given.items() for word in pair)])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and words in said[0]

@@ -166,16 +166,17 @@ def throughput(bars: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     bars = need(bars[bars["tokens_per_s"].notna()], "training_throughput", "tokens_per_s")
     curves = need(curves[curves["loss"].notna()], "training_throughput_loss", "loss")
     figure, (left, right) = panels(2, width=5.2, sharey=False)
-    models = list(dict.fromkeys(bars["model"]))
+    models = list(dict.fromkeys(bars["row"]))
     ways = [
-        f"{row.implementation}, {'float32' if row.precision == 'no' else row.precision}" for row in bars.itertuples()
+        bar.implementation if bar.precision in bar.implementation else f"{bar.implementation}, {bar.precision}"
+        for bar in bars.itertuples()
     ]
     names = list(dict.fromkeys(ways))
     implementations = list(dict.fromkeys([*bars["implementation"], *curves["implementation"]]))
     colours = dict(zip(implementations, sns.color_palette("colorblind", len(implementations)), strict=True))
     height = 0.8 / len(models)
     for index, model in enumerate(models):
-        part = bars.assign(way=ways)[bars["model"] == model]
+        part = bars.assign(way=ways)[bars["row"] == model]
         places = [names.index(way) - 0.4 + height * (index + 0.5) for way in part["way"]]
         fill = [colours[name] for name in part["implementation"]]
         drawn = left.barh(places, part["tokens_per_s"], 0.9 * height, color=fill, alpha=1 - 0.5 * index / len(models))
@@ -184,16 +185,18 @@ def throughput(bars: pd.DataFrame, curves: pd.DataFrame) -> Figure:
         left.bar_label(drawn, words, fontsize=7.5, padding=3)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
-    left.set_xlim(0, bars["tokens_per_s"].max() * (1.75 if len(models) > 1 else 1.35))
+    left.set_xlim(0, bars["tokens_per_s"].max() * (1.9 if len(models) > 1 else 1.35))
     left.set_xlabel("Tokens a second")
     hardware = ", ".join(dict.fromkeys(bars["hardware"].dropna().astype(str))) if "hardware" in bars else ""
     left.set_title("Speed" + (f", {models[0]}" if len(models) == 1 else "") + (f"\n{hardware}" if hardware else ""))
-    for name, line in curves.groupby("implementation", sort=False):
+    for (model, name), line in curves.groupby(["row", "implementation"], sort=False):
         line = line.sort_values("step")
-        style = "-" if name == implementations[0] else (0, (4, 2))
-        right.plot(line["step"], line["loss"], ls=style, lw=1.5, color=colours[name], label=str(name))
+        style = "-" if name == implementations[0] else (implementations.index(name), (2, len(implementations)))
+        marker = "osD^"[models.index(model) % 4] if model in models else None
+        words = f"{name}, {model}" if len(models) > 1 else name
+        right.plot(line["step"], line["loss"], ls=style, lw=1.5, marker=marker, ms=3, color=colours[name], label=words)
     right.set(xlabel="Optimiser step", ylabel="Training loss (nats a masked token)", title="Loss at equal steps")
-    right.legend(loc="upper right")
+    right.legend(loc="upper right", fontsize=7)
     return figure
 
 

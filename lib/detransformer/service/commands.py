@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import sys
 import time
 from pathlib import Path
@@ -57,9 +58,12 @@ def serve_command(
     elif host:
         raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
 
+    from detransformer.cluster.checkpoints import open_folder
+    from detransformer.service.http import build_app, path_of
     from detransformer.service.post import Post
     from detransformer.service.session import Session
 
+    path = path_of(model, open_folder(model).config)
     if options.get("own"):
         with Post(spec, model, **options):
             _say(f"{spec.names[own]} takes part; {spec.names[0]} answers")
@@ -67,19 +71,27 @@ def serve_command(
                 time.sleep(3600)
     import uvicorn
 
-    from detransformer.service.http import build_app
-
     token = _token(token_file)
-    with Session(spec, model, **asked, **options) as session:
-        app = build_app(session, token)
+    with _listener(listen, http_port) as listener, Session(spec, model, **asked, **options) as session:
         shown = f"[{listen}]" if ":" in listen else listen
-        path = next(route.path for route in app.routes if "POST" in (getattr(route, "methods", None) or ()))
         _say(f"listening on http://{shown}:{http_port}{path}")
-        config = uvicorn.Config(app, host=listen, port=http_port, log_level="warning", timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
-        server.run()
-        if not server.started:
-            raise ValueError(f"cannot listen at {listen} port {http_port}: choose another --listen or --port.")
+        config = uvicorn.Config(build_app(session, token), log_level="warning", timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    """
+    Raises:
+        ValueError: where this host has no such address, or something listens there already.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family)
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(
+            f"cannot listen at {address} port {port} ({why}): choose another --listen or --port."
+        ) from None
 
 
 def _token(path: str | None) -> str:

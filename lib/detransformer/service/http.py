@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from detransformer import __version__
 from detransformer.cluster.answers import TOKENIZER_FILES, find_answer, task_of, tokenizer_of
@@ -33,6 +33,7 @@ MAX_TEXT = 20_000  # characters
 MAX_DEADLINE_S = 600.0
 MAX_NEW_TOKENS = 1024
 UNANSWERED_RETRY_S = 5
+PATHS = {"classification": "/classify", "question-answering": "/answer"}  # of `answers.TASKS`; a GPT-2 has /generate
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -209,14 +210,33 @@ def build_app(session: Session, token: str) -> FastAPI:
     return app
 
 
+def path_of(model: str, config: PretrainedConfig) -> str:
+    """The path at which the model in this folder is asked.
+
+    Raises:
+        ValueError: for one without a head that this server knows.
+    """
+    if is_decoder(config):
+        return "/generate"
+    task = task_of(config)
+    if task not in PATHS:
+        named = ", ".join(config.architectures or ["no class is named"])
+        raise ValueError(
+            f"{model} has no head to answer with ({named}): serve a classifier, a model that answers questions, or a "
+            "GPT-2."
+        )
+    return PATHS[task]
+
+
 def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
     """The one path of what the model does."""
     has_one = any((Path(session.model) / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = tokenizer_of(session.model) if has_one else None
     config = session.config
-    if is_decoder(config):
+    path = path_of(session.model, config)
+    if path == "/generate":
 
-        @app.post("/generate", response_model=Continuation, **guarded)
+        @app.post(path, response_model=Continuation, **guarded)
         async def generate(body: Generate) -> Continuation:
             """Goes on with a text, greedily."""
             inputs = encode(tokenizer, body.text, None, body.input_ids, generates=True)
@@ -226,9 +246,9 @@ def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
                 tokens = tokens[: tokens.index(config.eos_token_id)]
             return Continuation(text=tokenizer.decode(tokens) if tokenizer else None, tokens=tokens)
 
-    elif task_of(config) == "classification":
+    elif path == "/classify":
 
-        @app.post("/classify", response_model=Label, **guarded)
+        @app.post(path, response_model=Label, **guarded)
         async def classify(body: Classify) -> Label:
             """The label of a text."""
             inputs = encode(tokenizer, body.text, body.text_pair, body.input_ids)
@@ -237,21 +257,15 @@ def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
             label = str(config.id2label.get(best, best))
             return Label(label=label, probabilities=logits.softmax(-1).tolist(), logits=logits.tolist())
 
-    elif task_of(config) == "question-answering":
+    else:
 
-        @app.post("/answer", response_model=Span, **guarded)
+        @app.post(path, response_model=Span, **guarded)
         async def answer(body: Answer) -> Span:
             """Where a passage answers a question."""
             inputs = encode(tokenizer, body.question, body.passage, body.input_ids)
             outputs = await ask(session, inputs, body.deadline_s)
             _, fields = find_answer(config, inputs, outputs, session.model)
             return Span(answer=fields.get("answer"), start=fields["start"], end=fields["end"])
-
-    else:
-        raise ValueError(
-            f"{session.model} has no head ({', '.join(config.architectures or ['none named'])}): serve a classifier, a "
-            "model that answers questions, or a GPT-2."
-        )
 
 
 def encode(

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from detransformer.cluster.memory import free_unused
+
 REPORT_S = 0.5  # how often the parent looks
 
 _report: Callable[[int], None] | None = None
@@ -76,7 +78,7 @@ def _side_by_side(function: Callable, jobs: Sequence[tuple], num_jobs: int, bar)
     steps = context.Queue()
     threads = max(1, torch.get_num_threads() // num_jobs)
     with ProcessPoolExecutor(num_jobs, context, initializer=_start_worker, initargs=(steps, threads)) as pool:
-        waiting = futures = [pool.submit(function, *job) for job in jobs]
+        waiting = futures = [pool.submit(_work, function, job) for job in jobs]
         try:
             while waiting:
                 done, waiting = wait(waiting, REPORT_S, FIRST_COMPLETED)
@@ -99,6 +101,14 @@ def _drain(steps, bar) -> None:
             bar.update(steps.get_nowait())
     except Empty:
         pass
+
+
+def _work(function: Callable, job: tuple) -> Any:
+    """A job, after which the process is as small as before: what training keeps for its next step adds up otherwise."""
+    try:
+        return function(*job)
+    finally:
+        free_unused()
 
 
 def _start_worker(steps, num_threads: int) -> None:
