@@ -150,6 +150,15 @@ class Plan:
     def check(self, config: PretrainedConfig) -> None:
         """Raises ValueError unless this plan fits a model of `config`."""
         kinds = layer_kinds(config)
+        if len(self.strategies) != len(kinds):
+            raise ValueError(
+                f"the plan has {len(self.strategies)} layers, the model {len(kinds)}: make it for this model."
+            )
+        for i, (name, kind) in enumerate(zip(self.strategies, kinds, strict=True)):
+            if STRATEGIES[name].layer_kind != kind:
+                raise ValueError(
+                    f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
+                )
         whole = {  # what the devices' parts must add up to
             "heads": config.num_attention_heads,
             "ffn_columns": ffn_size(config),
@@ -167,15 +176,6 @@ class Plan:
                 f"the plan's tokens_share is {list(self.tokens_share)}: it must be {self.num_devices} numbers, not all "
                 "0."
             )
-        if len(self.strategies) != len(kinds):
-            raise ValueError(
-                f"the plan has {len(self.strategies)} layers, the model {len(kinds)}: make it for this model."
-            )
-        for i, (name, kind) in enumerate(zip(self.strategies, kinds, strict=True)):
-            if STRATEGIES[name].layer_kind != kind:
-                raise ValueError(
-                    f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
-                )
 
     def keeps(self, layer: int, device: int) -> tuple[str, str] | None:
         """What the cluster's `device` keeps of `layer`: of Q, K, V and of the rest, `own` or `all`; None: nothing."""

@@ -163,15 +163,17 @@ class Problem:
         found = []
         for method in methods:
             for devices in _shrinking(order[:1] if method == "single" else order):
-                alone = len(devices) == 1  # then every method computes layers whole
-                name = "single" if alone else method
+                alone = len(devices) == 1
                 try:
-                    plan = published_plan(name, self.config, [speeds[i] for i in devices], wire, self.reads)
+                    plan = published_plan(method, self.config, [speeds[i] for i in devices], wire, self.reads)
                 except ValueError:  # more devices than heads or sub-blocks
                     if alone:
                         raise
                     continue
-                found.append(self.alternative(_on(replace(plan, method=method), devices)))
+                if alone:  # every method computes layers whole
+                    whole = published_plan("single", self.config, [1.0], wire, self.reads)
+                    plan = replace(whole, method=method, tokens_share=plan.tokens_share)
+                found.append(self.alternative(_on(plan, devices)))
                 break
         return found
 
