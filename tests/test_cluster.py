@@ -150,7 +150,8 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     timeline = pd.read_csv(tmp_path / "timeline.csv")
     events = timeline[(timeline["method"] == "tp") & (timeline["rank"] == 2)]
     assert (events["what"] == "all_reduce").sum() == 10 and (events["stop_s"] >= events["start_s"]).all()
-    assert events["stop_s"].max() == pytest.approx(row["latency_s"], rel=0.3)
+    # the timeline is of one request and the latency the mean of two, of which a busy host may hold one up
+    assert 0.4 * row["latency_s"] < events["stop_s"].max() < 2.5 * row["latency_s"]
     pipeline = timeline[(timeline["method"] == "pp")].groupby("rank")["what"].agg(list)
     assert "send" in pipeline[0] and "receive" in pipeline[1] and "send" in pipeline[1]
 
