@@ -16,6 +16,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.service import Expired, QueueFull, Session
 from detransformer.service.agent import NAME, SignedBackend, listen
 from detransformer.service.chaos import small_model
+from detransformer.service.faults import DAMAGE, FAULTS, Field, can_damage, num_damaged
 from detransformer.service.http import MAX_BODY_BYTES, build_app
 from detransformer.service.line import Line, tensors_of
 from detransformer.service.session import join_rows
@@ -174,6 +175,19 @@ def test_a_session_names_a_killed_device_and_answers_all_the_same(session, model
     assert session.counts["unanswered"] == session.counts["expired"] == 0
 
 
+@pytest.mark.skipif(not can_damage()[0], reason=can_damage()[1])
+@pytest.mark.timeout(120)
+def test_frames_damaged_on_the_way_change_no_answer(session, model, tmp_path):
+    fault, place = FAULTS[DAMAGE], Field(session, 2, tmp_path)
+    seen = [num_damaged(session.post.network.namespaces[number]) for number in (0, 2)]
+    fault.begin(place)
+    try:
+        assert max(answers(session, model, 20, first=500)) < 1e-4
+    finally:
+        fault.end(place)
+    assert all(num_damaged(session.post.network.namespaces[n]) > before for n, before in zip((0, 2), seen, strict=True))
+
+
 @emulated
 def test_a_session_refuses_what_it_cannot_take(session):
     ids = torch.ones(1, 4, dtype=torch.int64)
@@ -317,6 +331,7 @@ def test_serve_says_what_is_wrong_before_anything_starts(tmp_path, model, capsys
         (tmp_path / name).chmod(mode)
     given = {"--cluster": str(tmp_path / "cluster.yaml"), "--model": str(tmp_path / "model")}
     given |= {arguments[0]: arguments[1].format(folder=tmp_path)}
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(["serve", *(word for pair in given.items() for word in pair)])
     assert ended.value.code == 2

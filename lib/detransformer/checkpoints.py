@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")  # one is enough
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -207,6 +208,11 @@ def load_original(source: str, family: Family, head: str) -> "tuple[PreTrainedMo
             f"fetch the checkpoint again."
         )
     return model, sorted({key.rsplit(".", 1)[0] for key in missing})
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a model's folder has a tokenizer; without, transformers would make one that knows no word."""
+    return any((Path(folder) / name).is_file() for name in VOCABULARY_FILES)
 
 
 def copy_tokenizer(source: str, folder: Path) -> list[str]:

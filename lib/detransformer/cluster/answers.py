@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from detransformer.checkpoints import VOCABULARY_FILES, has_tokenizer
 from detransformer.cluster.jobs import output_errors
 from detransformer.cluster.run import Request
 from detransformer.models.configuration import layer_kinds
@@ -108,31 +109,39 @@ def tokens_of(
             raise ValueError(
                 "the model answers questions about a passage: give the question by --text, it by --context."
             )
-        encoded = tokenizer_of(folder)(request.text, request.context, return_tensors="pt")
-        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
-    seq_len, limit = inputs["input_ids"].shape[1], config.max_position_embeddings
-    new, words = 0, ""
-    if generates:
-        inputs.pop("token_type_ids", None)
-        new, words = request.max_new_tokens - 1, f" and {request.max_new_tokens} new ones"  # the last is not run
-    if seq_len + new > limit:
-        raise ValueError(f"the request has {seq_len} tokens{words}, and the model takes {limit}: shorten it.")
+        inputs = encode(tokenizer_of(folder), request.text, request.context, generates)
+    check_length(config, inputs["input_ids"].shape[1], request.max_new_tokens if generates else 0)
     return inputs
 
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None, generates: bool = False
+) -> dict[str, torch.Tensor]:
+    """Tensors [1, T] that a model takes of a text, or of two; `generates`: it is gone on with."""
+    encoded = tokenizer(text, pair, return_tensors="pt")
+    names = ("input_ids", "attention_mask") if generates else ("input_ids", "attention_mask", "token_type_ids")
+    return {name: encoded[name].to(torch.int64) for name in names if name in encoded}
+
+
+def check_length(config: PretrainedConfig, seq_len: int, max_new_tokens: int = 0) -> None:
+    """
+    Raises:
+        ValueError: where the model has no positions for so many tokens. The last new one is not run.
+    """
+    limit, words = config.max_position_embeddings, f" and {max_new_tokens} new ones" if max_new_tokens else ""
+    if seq_len + max(0, max_new_tokens - 1) > limit:
+        raise ValueError(f"the request has {seq_len} tokens{words}, and the model takes {limit}: shorten it.")
 
 
 def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder.
 
     Raises:
-        ValueError: where there is none (transformers would make one of a model's type that knows no word), or a damaged
-            one.
+        ValueError: where there is none, or a damaged one.
     """
     try:
-        if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-            raise ValueError(f"no {TOKENIZER_FILES[0]}")
+        if not has_tokenizer(folder):
+            raise ValueError(f"no {VOCABULARY_FILES[0]}")
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -242,6 +251,11 @@ def compare(outputs: dict, expected: dict, wire: str) -> tuple[bool, dict]:
     return agrees, errors | {"agrees": agrees}
 
 
+def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
+    """The tokens before the first that ends a text."""
+    return tokens[: tokens.index(config.eos_token_id)] if config.eos_token_id in tokens else tokens
+
+
 def report_text(
     request: Request,
     prepared: Prepared,
@@ -256,8 +270,7 @@ def report_text(
     taking_part = [result for result in results if result is not None]
     token_s = [max(r["token_s"][i] for r in taking_part) for i in range(request.max_new_tokens)]
     tokens = outputs["tokens"][0].tolist()
-    ends = [i for i, token in enumerate(tokens) if token == config.eos_token_id]
-    kept = tokens[: ends[0]] if ends else tokens
+    kept = until_end(tokens, config)
     written = tokenizer_of(folder).decode(kept) if request.text is not None else f"tokens {kept}"
     held = {name: r["weights_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
     cached = {name: r["cache_bytes"] for name, r in zip(names, results, strict=True) if r is not None}

@@ -143,7 +143,7 @@ def run_plan(
     loaded = _load(state, checkpoint, held_with or [plan], dtype)
     if not state.takes_part(plan_.device_ids):
         return None
-    tensors = load_file(inputs) if isinstance(inputs, str) else inputs
+    tensors = _read(inputs)
     batch_size, seq_len = tensors["input_ids"].shape
     is_new = _key(plan_) not in loaded.runners
     executor = _executor(state, loaded, checkpoint, plan_)
@@ -237,7 +237,7 @@ def generate(
         loaded.peak_bytes = memory.peak_bytes()
     generator = loaded.runners[key]
     comm = generator.prefill.comm
-    tensors = load_file(inputs) if isinstance(inputs, str) else inputs
+    tensors = _read(inputs)
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     batch_size, seq_len = ids.shape
 
@@ -282,6 +282,11 @@ def generate(
         "cache_bytes": generator.cache.num_bytes,
         "peak_rss_bytes": _peak_above(loaded),
     }
+
+
+def _read(inputs: str | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A job's inputs: a safetensors file's, or given as they are."""
+    return load_file(inputs) if isinstance(inputs, str) else inputs
 
 
 def _hand_over(outputs: Mapping[str, torch.Tensor], where: str | dict[str, torch.Tensor]) -> None:

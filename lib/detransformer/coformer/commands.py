@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from detransformer.checkpoints import TOKENIZER_FILES
+from detransformer.checkpoints import has_tokenizer
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.aggregator import KINDS
 from detransformer.coformer.booster import RULES, BoostConfig, BoostTask, ImageTask, TextTask, predict, weights_hash
@@ -173,7 +173,7 @@ def _task(
         return ImageTask(open_images(source, cache).cut(rows))
     if task is None:
         raise ValueError("--task is missing: say what the model was fine-tuned on, CoLA, SST-2, MRPC or MNLI.")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer: copy its files there.")
     data = open_data(source, cache)
     data = retokenized(data, AutoTokenizer.from_pretrained(folder).backend_tokenizer, cache)

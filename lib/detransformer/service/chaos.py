@@ -7,35 +7,28 @@ answer.
 
 import argparse
 import contextlib
-import fcntl
 import functools
-import os
 import random
-import resource
 import shutil
 import signal
-import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from detransformer.cluster.network import INTERFACE, can_delay, enter_namespace
 from detransformer.cluster.spec import ClusterSpec
-from detransformer.files import atomic_write
 from detransformer.report.provenance import cpu_model, usable_cores
+from detransformer.report.runs import RunFolder
+from detransformer.service.faults import ASKED_FOR, DAMAGE, FAULTS, Fault, Field, can_damage
 from detransformer.service.session import Event, QueueFull, Session
 
 TOLERANCE = 1e-4
@@ -43,7 +36,6 @@ NAMED_S, SERVED_S = 5.0, 20.0  # what is promised
 CALM_S = 3.0  # answered without a break, before the next fault
 GIVE_UP_S = 90.0
 DEADLINE_S = 120.0
-HOLD_S = 6.0  # a device is away
 NUM_INPUTS, MAX_TOKENS = 40, 24
 
 
@@ -108,201 +100,6 @@ class Clients:
                 self.seconds.append((now, now - started))
 
 
-# --- Faults ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Fault:
-    """A way to break device `device` of a session: `begin`, then `end` after `hold_s`.
-
-    `names`: whether somebody is to blame that the session has to name (by `kind` of its events); a link that is away
-    for an instant need not be noticed.
-    """
-
-    name: str
-    begin: Callable[["Field"], None]
-    end: Callable[["Field"], None] = lambda field: None
-    hold_s: float = 0.0
-    names: bool = True
-    kind: str = "lost"
-
-
-@dataclass
-class Field:
-    """Where faults happen: a session, the device that is hit, and its own copy of the model."""
-
-    session: Session
-    device: int
-    copy: Path
-    held: list = field(default_factory=list)
-
-    def processes(self) -> list[psutil.Process]:
-        """The agent of the device, its fork server and tracker, and last the worker."""
-        agent = psutil.Process(self.session.post.agents[self.device].pid)
-        return [agent, *sorted(agent.children(recursive=True), key=lambda process: process.create_time())]
-
-    @property
-    def worker(self) -> psutil.Process:
-        return self.processes()[-1]
-
-
-def set_link(namespace: str, up: bool) -> None:
-    """Takes the device's interface down, or up, as pulling its cable would."""
-
-    def work() -> None:
-        enter_namespace(namespace)  # of this thread alone
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            request = struct.pack("16sh14x", INTERFACE.encode(), 0)
-            (flags,) = struct.unpack_from("16xh", fcntl.ioctl(control, 0x8913, request))  # SIOCGIFFLAGS
-            flags = flags | 1 if up else flags & ~1  # IFF_UP
-            fcntl.ioctl(control, 0x8914, struct.pack("16sh14x", INTERFACE.encode(), flags))  # SIOCSIFFLAGS
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-
-
-def _flap(place: Field) -> None:
-    for _ in range(3):
-        _link(place, False)
-        time.sleep(0.4)
-        _link(place, True)
-        time.sleep(0.4)
-
-
-def _link(place: Field, up: bool) -> None:
-    set_link(place.session.post.network.namespaces[place.device], up)
-
-
-def _freeze(place: Field) -> None:
-    """Agent, fork server and worker stand still."""
-    place.held = place.processes()
-    for process in place.held:
-        process.suspend()
-
-
-def _thaw(place: Field) -> None:
-    for process in place.held:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.resume()
-
-
-def _switch_off(place: Field) -> None:
-    place.session.post.kept.discard(place.device)
-    os.killpg(place.session.post.agents[place.device].pid, signal.SIGKILL)
-
-
-def _other_weights(place: Field) -> None:
-    """The copy of the model on the device is damaged, and the device starts anew."""
-    path = place.copy / "model.safetensors"
-    place.held = [path.read_bytes()]
-    tensors = load_file(path)
-    save_file({name: tensor + 0.05 for name, tensor in tensors.items()}, path, {"format": "pt"})
-    place.worker.kill()
-
-
-def _own_weights(place: Field) -> None:
-    (place.copy / "model.safetensors").write_bytes(place.held[0])
-    place.worker.kill()
-
-
-def _no_memory(place: Field) -> None:
-    """The worker dies, and no new one gets the memory to start, until its agent gives up and is started anew."""
-    server = place.worker.parent()
-    resource.prlimit(server.pid, resource.RLIMIT_AS, (server.memory_info().vms + 2**22,) * 2)
-    place.worker.kill()
-
-
-def _fill_disk(place: Field) -> None:
-    """Not a byte is free where the session keeps its files; then a worker dies, and has to start anew there."""
-    with contextlib.suppress(OSError), open(place.session.post.folder / "filler", "wb", buffering=0) as file:
-        while True:
-            file.write(b"\0" * 65536)
-    place.worker.kill()
-
-
-def _free_disk(place: Field) -> None:
-    (place.session.post.folder / "filler").unlink()
-
-
-def _slow(place: Field) -> None:
-    """The worker gets a tenth of its time."""
-    stop = threading.Event()
-
-    def hinder() -> None:
-        worker = place.worker
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while not stop.is_set():
-                worker.suspend()
-                time.sleep(0.09)
-                worker.resume()
-                time.sleep(0.01)
-            worker.resume()
-
-    thread = threading.Thread(target=hinder, daemon=True)
-    thread.start()
-    place.held = [stop, thread]
-
-
-def _unhinder(place: Field) -> None:
-    place.held[0].set()
-    place.held[1].join()
-
-
-def _stranger(place: Field) -> None:
-    """From the device's namespace, bytes to every port that listens there and at the first device."""
-
-    def work() -> None:
-        enter_namespace(place.session.post.network.namespaces[place.device])
-        addresses = place.session.post.network.addresses
-        listening = {
-            (c.laddr.ip, c.laddr.port)
-            for number in (0, place.device)
-            for process in psutil.Process(place.session.post.agents[number].pid).children(recursive=True)
-            for c in process.net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN
-        } | {(addresses[0], place.session.post.spec.port)}
-        for address, port in listening:
-            for words in (b"GET / HTTP/1.0\r\n\r\n", b"\0" * 4096, os.urandom(4096)):
-                with contextlib.suppress(OSError), socket.create_connection((address, port), 1) as connection:
-                    connection.settimeout(0.3)
-                    connection.sendall(words)
-                    place.held.append(connection.recv(4096))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-
-
-def _step_clock(place: Field) -> None:
-    place.held = [time.clock_gettime(time.CLOCK_REALTIME) - time.monotonic()]
-    time.clock_settime(time.CLOCK_REALTIME, time.time() + 3600)
-
-
-def _set_clock_back(place: Field) -> None:
-    time.clock_settime(time.CLOCK_REALTIME, place.held[0] + time.monotonic())
-
-
-FAULTS = {
-    fault.name: fault
-    for fault in (
-        Fault("killed", lambda place: place.worker.kill()),
-        Fault("frozen", lambda place: place.worker.suspend()),
-        Fault("host frozen", _freeze, _thaw, HOLD_S),
-        Fault("switched off", _switch_off, lambda place: place.session.post.kept.add(place.device), HOLD_S),
-        Fault("link down", lambda place: _link(place, False), lambda place: _link(place, True), HOLD_S),
-        Fault("link flaps", _flap, names=False),
-        Fault("slow", _slow, _unhinder, HOLD_S, names=False),
-        Fault("other weights", _other_weights, _own_weights, HOLD_S, kind="differing"),
-        Fault("out of memory", _no_memory),
-        Fault("disk full", _fill_disk, _free_disk, HOLD_S),
-        Fault("stranger", _stranger, names=False),
-        Fault("clock step", _step_clock, _set_clock_back, HOLD_S, names=False),
-    )
-}
-ASKED_FOR = ("clock step",)  # it is this machine's clock: only where it is named
-
-
 # --- Rounds ------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +160,7 @@ def calm(clients: Clients) -> None:
 
 
 @contextlib.contextmanager
-def field_of(spec: ClusterSpec, device: int, small_disk: bool = True) -> Iterator[tuple[Field, torch.nn.Module]]:
+def field_of(spec: ClusterSpec, device: int) -> Iterator[tuple[Field, torch.nn.Module]]:
     """A session of a small classifier on `spec`, its files on a disk of 16 MiB where this machine permits one."""
     with tempfile.TemporaryDirectory(prefix="detransformer-chaos-") as folder:
         model = small_model()
@@ -371,12 +168,8 @@ def field_of(spec: ClusterSpec, device: int, small_disk: bool = True) -> Iterato
         model.save_pretrained(first)
         shutil.copytree(first, copy)
         disk.mkdir()
-        mounted = (
-            small_disk
-            and not subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True
-            ).returncode
-        )
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk]
+        mounted = not subprocess.run(mount, capture_output=True).returncode
         kept, tempfile.tempdir = tempfile.tempdir, str(disk)
         try:
             with Session(spec, str(first), method="tp", paced=False, models={device: str(copy)}) as session:
@@ -535,28 +328,38 @@ def main() -> None:
     say = functools.partial(print, flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
     spec = ClusterSpec.load(given.cluster)
-    if given.soak:
-        rows, result = run_soak(spec, names, given.soak, say=say)
-        save(given.output, {"soak_samples": rows, "soak": pd.DataFrame([result])})
-        print(pd.DataFrame([result]).T.to_markdown(headers=["", "soak"], floatfmt=".3f"))
-        held = not (result["lost"] or result["wrong"] or result["twice"])
-    else:
-        rows = run_chaos(spec, names, given.rounds, say)
-        table = summary(rows)
-        save(given.output, {"chaos_rounds": rows, "chaos": table})
-        print(table.to_markdown(index=False, floatfmt=".1f"))
-        netem, why = can_delay()
-        if not netem:
-            print(f"not run: packets damaged on the link, {why}")
-        held = bool(table["held"].all())
-    print(f"on {cpu_model()}, {usable_cores()} cores")
+    run = RunFolder(given.output)
+    held = (soak if given.soak else chaos)(spec, names, given, run, say)
+    print((run.tables / f"{'soak' if given.soak else 'chaos'}.md").read_text(encoding="utf-8"))
     sys.exit(0 if held else 1)
 
 
-def save(folder: str, tables: dict[str, pd.DataFrame]) -> None:
-    for name, frame in tables.items():
-        with atomic_write(Path(folder) / "tables" / f"{name}.csv") as file:
-            frame.to_csv(file, index=False)
+def chaos(spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable) -> bool:
+    """All rounds, saved; whether everything was as promised."""
+    note = f"Seconds: the longest of all rounds. Promised: named in {NAMED_S:g} s, served in {SERVED_S:g} s. {on()}"
+    if DAMAGE in names and not can_damage()[0]:
+        names = [name for name in names if name != DAMAGE]
+        note += f" Not run: {DAMAGE}, {can_damage()[1]}."
+    rows = run_chaos(spec, names, given.rounds, say)
+    run.save_table(rows, "chaos_rounds", note=note)
+    return bool(run.save_table(summary(rows), "chaos", note=note)["held"].all())
+
+
+def soak(spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable) -> bool:
+    """The soak, saved; whether nothing was lost, wrong or answered twice."""
+    rows, result = run_soak(spec, names, given.soak, say=say)
+    note = (
+        f"{given.soak:g} minutes at {LOAD:.0%} of what it can answer, a fault a minute. Growth: of memory, after the "
+    )
+    note += f"first {WARM:.0%} of them. {on()}"
+    run.save_table(rows, "soak_samples", note=note)
+    shown = pd.DataFrame(result.items(), columns=["what", "obtained"])
+    run.save_table(pd.DataFrame([result]), "soak", note=note, markdown=shown)
+    return not (result["lost"] or result["wrong"] or result["twice"])
+
+
+def on() -> str:
+    return f"On {cpu_model()}, {usable_cores()} cores."
 
 
 if __name__ == "__main__":

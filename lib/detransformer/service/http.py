@@ -8,7 +8,6 @@ import asyncio
 import math
 import secrets
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -24,7 +23,8 @@ from starlette.types import Message, Receive, Scope, Send
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from detransformer import __version__
-from detransformer.cluster.answers import TOKENIZER_FILES, find_answer, task_of, tokenizer_of
+from detransformer.checkpoints import has_tokenizer
+from detransformer.cluster import answers
 from detransformer.parallel.plan import is_decoder
 from detransformer.service.session import Expired, QueueFull, Session, Unanswered
 
@@ -218,7 +218,7 @@ def path_of(model: str, config: PretrainedConfig) -> str:
     """
     if is_decoder(config):
         return "/generate"
-    task = task_of(config)
+    task = answers.task_of(config)
     if task not in PATHS:
         named = ", ".join(config.architectures or ["no class is named"])
         raise ValueError(
@@ -230,8 +230,7 @@ def path_of(model: str, config: PretrainedConfig) -> str:
 
 def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
     """The one path of what the model does."""
-    has_one = any((Path(session.model) / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = tokenizer_of(session.model) if has_one else None
+    tokenizer = answers.tokenizer_of(session.model) if has_tokenizer(session.model) else None
     config = session.config
     path = path_of(session.model, config)
     if path == "/generate":
@@ -241,9 +240,7 @@ def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
             """Goes on with a text, greedily."""
             inputs = encode(tokenizer, body.text, None, body.input_ids, generates=True)
             outputs = await ask(session, inputs, body.deadline_s, max_new_tokens=body.max_new_tokens)
-            tokens = outputs["tokens"][0].tolist()
-            if config.eos_token_id in tokens:
-                tokens = tokens[: tokens.index(config.eos_token_id)]
+            tokens = answers.until_end(outputs["tokens"][0].tolist(), config)
             return Continuation(text=tokenizer.decode(tokens) if tokenizer else None, tokens=tokens)
 
     elif path == "/classify":
@@ -252,10 +249,9 @@ def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
         async def classify(body: Classify) -> Label:
             """The label of a text."""
             inputs = encode(tokenizer, body.text, body.text_pair, body.input_ids)
-            (logits,) = (await ask(session, inputs, body.deadline_s))["logits"]
-            best = int(logits.argmax())
-            label = str(config.id2label.get(best, best))
-            return Label(label=label, probabilities=logits.softmax(-1).tolist(), logits=logits.tolist())
+            outputs = await ask(session, inputs, body.deadline_s)
+            _, fields = answers.classify(config, inputs, outputs, session.model)
+            return Label(**fields, probabilities=outputs["logits"][0].softmax(-1).tolist())
 
     else:
 
@@ -264,7 +260,7 @@ def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
             """Where a passage answers a question."""
             inputs = encode(tokenizer, body.question, body.passage, body.input_ids)
             outputs = await ask(session, inputs, body.deadline_s)
-            _, fields = find_answer(config, inputs, outputs, session.model)
+            _, fields = answers.find_answer(config, inputs, outputs, session.model)
             return Span(answer=fields.get("answer"), start=fields["start"], end=fields["end"])
 
 
@@ -284,12 +280,10 @@ def encode(
         return {"input_ids": torch.tensor([input_ids])}
     if tokenizer is None:
         raise HTTPException(422, "the model's folder has no tokenizer: give input_ids.")
-    encoded = tokenizer(text, pair, return_tensors="pt")
-    names = ("input_ids", "attention_mask") if generates else ("input_ids", "attention_mask", "token_type_ids")
-    inputs = {name: encoded[name] for name in names if name in encoded}
+    inputs = answers.encode(tokenizer, text, pair, generates)
     if not inputs["input_ids"].numel():
         raise HTTPException(422, "the text has no tokens.")
-    return {name: tensor.to(torch.int64) for name, tensor in inputs.items()}
+    return inputs
 
 
 async def ask(session: Session, inputs: dict[str, torch.Tensor], deadline_s: float, **options) -> dict:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from detransformer.cluster.answers import check_length
 from detransformer.cluster.checkpoints import open_folder
 from detransformer.cluster.rollcall import join_words
 from detransformer.cluster.run import Request
@@ -238,10 +239,7 @@ class Session:
         low, high, size = int(ids.min()), int(ids.max()), self.config.vocab_size
         if low < 0 or high >= size:
             raise ValueError(f"input_ids go from {low} to {high}; the model's vocabulary from 0 to {size - 1}.")
-        limit, longer = self.config.max_position_embeddings, new - 1 if is_decoder(self.config) else 0
-        if ids.shape[1] + longer > limit:
-            words = f" and {new} new ones" if longer else ""
-            raise ValueError(f"{ids.shape[1]} tokens{words} are asked for, and the model takes {limit}: shorten it.")
+        check_length(self.config, ids.shape[1], new if is_decoder(self.config) else 0)
         if len(ids) > self.max_batch:
             raise ValueError(f"{len(ids)} rows are asked for at once; give {self.max_batch} at most.")
         mask = inputs.get("attention_mask")
@@ -277,7 +275,7 @@ class Session:
             if self._stop.is_set():
                 return
         hello, _ = line.receive()
-        if self._ended(hello):
+        if self._heard(hello):
             return
         self._tell_serving(tuple(hello["here"]), {int(d): what for d, what in hello["differing"].items()})
         self._ready.set()
@@ -285,7 +283,7 @@ class Session:
         while not self._stop.is_set():
             batch = self._next_batch()
             if not batch:
-                if line.waits(0) and self._ended(line.receive()[0]):
+                if line.waits(0) and self._heard(line.receive()[0]):
                     return
                 continue
             number += 1
@@ -306,7 +304,7 @@ class Session:
         line.send({"id": number, "request": asdict(batch[0].request)}, join_rows([a.inputs for a in batch], left))
         while True:
             header, payload = line.receive()
-            if self._ended(header):
+            if self._heard(header):
                 return False
             if header.get("id") == number:
                 break
@@ -369,8 +367,8 @@ class Session:
 
     # --- What became of devices ---
 
-    def _ended(self, header: dict) -> bool:
-        """Whether the leader says that it ends; then the front says who is gone. Also who is slow, if it says that."""
+    def _heard(self, header: dict) -> bool:
+        """Passes on what the leader says of devices; whether it ends with that."""
         for device, factor in header.get("slow", {}).items():
             name = self.spec.names[int(device)]
             words = f"takes {factor:.1f} times as long as usual" if factor > 1 else "is planned for as usual again"

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -124,9 +123,9 @@ class Group:
 class Lifeline(threading.Thread):
     """Beats, watches the others (on the leader), and ends this worker when its agent asks for it."""
 
-    def __init__(self, group: Group, line: Line | None, names: Sequence[str]):
+    def __init__(self, group: Group, line: Line | None):
         super().__init__(daemon=True)
-        self.group, self.line, self.names = group, line, names
+        self.group, self.line = group, line
         self._ending = threading.Lock()
 
     def run(self) -> None:
@@ -245,11 +244,10 @@ class Server:
         if key not in self.plans:
             prepared = prepare(request, self.job["model"], self.config, self._profile_now(), self._usual(request))
             job = prepared.job | ({"repeats": 1, "warmup": 0} if prepared.op == "run_plan" else {"warmup": 0})
-            for name in ("plan", "prefill", "decode"):
-                if name in job:
-                    plan = Plan.from_dict(job[name])
-                    plan = replace(plan, devices=tuple(self.fit[i] for i in plan.device_ids))
-                    job[name], last = plan.to_dict(), plan.device_ids[-1]
+            for name in job.keys() & {"plan", "prefill", "decode"}:
+                plan = Plan.from_dict(job[name])
+                job[name] = replace(plan, devices=tuple(self.fit[i] for i in plan.device_ids)).to_dict()
+            last = self.fit[prepared.plan.device_ids[-1]]  # of prefill and decode alike
             self.plans[key] = {"op": prepared.op, "job": job, "last": last, "method": prepared.plan.method}
         return self.plans[key]
 
@@ -336,7 +334,7 @@ def work(path: str) -> None:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(job["front"])
         line = Line(connection)
-    lifeline = Lifeline(group, line, spec.names)
+    lifeline = Lifeline(group, line)
     lifelines.append(lifeline)
     lifeline.start()
     try:

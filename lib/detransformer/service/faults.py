@@ -1,0 +1,305 @@
+"""Ways to break one device of a running session: its processes, its link, its disk, its copy of the model.
+
+A new fault is a `Fault` in `FAULTS`: how it begins, how it ends, and whether somebody is to blame. `chaos` plays them.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file, save_file
+
+from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_namespace
+from detransformer.service.session import Session
+
+HOLD_S = 6.0  # a device is away
+DAMAGE = "damaged frames"
+DAMAGED = 0.05  # of the frames that reach a device with damaged links
+
+
+@dataclass
+class Fault:
+    """A way to break device `device` of a session: `begin`, then `end` after `hold_s`.
+
+    `names`: whether somebody is to blame that the session has to name (by `kind` of its events); a link that is away
+    for an instant need not be noticed.
+    """
+
+    name: str
+    begin: Callable[["Field"], None]
+    end: Callable[["Field"], None] = lambda field: None
+    hold_s: float = 0.0
+    names: bool = True
+    kind: str = "lost"
+
+
+@dataclass
+class Field:
+    """Where faults happen: a session, the device that is hit, and its own copy of the model."""
+
+    session: Session
+    device: int
+    copy: Path
+    held: list = field(default_factory=list)
+
+    def processes(self) -> list[psutil.Process]:
+        """The agent of the device, its fork server and tracker, and last the worker."""
+        agent = psutil.Process(self.session.post.agents[self.device].pid)
+        return [agent, *sorted(agent.children(recursive=True), key=lambda process: process.create_time())]
+
+    @property
+    def worker(self) -> psutil.Process:
+        return self.processes()[-1]
+
+
+def inside(namespace: str, work: Callable[[], None]) -> None:
+    """Runs `work` in a network namespace, in a thread of its own, and raises what it raises."""
+    failed: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            enter_namespace(namespace)  # of this thread alone
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def control(request: int, interface: str, argument: bytes) -> bytes:
+    """An ioctl of the calling thread's interface; what the kernel made of `argument`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as kernel:
+        return fcntl.ioctl(kernel, request, struct.pack("16s", interface.encode()) + argument)
+
+
+def set_link(namespace: str, up: bool) -> None:
+    """Takes the device's interface down, or up, as pulling its cable would."""
+
+    def work() -> None:
+        (flags,) = struct.unpack_from("16xh", control(0x8913, INTERFACE, bytes(16)))  # SIOCGIFFLAGS
+        flags = flags | 1 if up else flags & ~1  # IFF_UP
+        control(0x8914, INTERFACE, struct.pack("h14x", flags))  # SIOCSIFFLAGS
+
+    inside(namespace, work)
+
+
+def set_checksums(namespace: str, interface: str, on: bool) -> None:
+    """Whether frames get their checksum before they leave this end of a cable; between namespaces they have none."""
+
+    def work() -> None:
+        value = ctypes.create_string_buffer(struct.pack("II", 0x17, int(not on)))  # ETHTOOL_STXCSUM: offloaded
+        control(0x8946, interface, struct.pack("P8x", ctypes.addressof(value)))  # SIOCETHTOOL
+
+    inside(namespace, work)
+
+
+def damage(namespace: str, interface: str, share: float) -> None:
+    """Changes a byte in `share` of the frames that come in; 0: no longer. Wants `nft`.
+
+    Raises:
+        OSError: where it is not installed or the kernel refuses.
+    """
+    rules = "table netdev damage\ndelete table netdev damage\n"  # also where there was none
+    if share:
+        rules += (
+            f"table netdev damage {{ chain in {{ type filter hook ingress device {interface} priority 0; "
+            f"numgen random mod 1000 < {round(1000 * share)} @th,320,8 set 0xa5; }}; }}\n"
+        )
+
+    def work() -> None:
+        done = subprocess.run(["nft", "-f", "-"], input=rules, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"nft: {done.stderr.strip().splitlines()[0]}")
+
+    inside(namespace, work)
+
+
+def num_damaged(namespace: str) -> int:
+    """TCP segments whose checksum was wrong, so far."""
+    found: list[int] = []
+
+    def work() -> None:
+        lines = Path("/proc/thread-self/net/snmp").read_text(encoding="ascii").splitlines()
+        names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+        found.append(int(values[names.index("InCsumErrors")]))
+
+    inside(namespace, work)
+    return found[0]
+
+
+@functools.cache
+def can_damage() -> tuple[bool, str]:
+    """Whether frames can be damaged on this machine, by trying, and why not."""
+    try:
+        with EmulatedNetwork(1, 100e6) as network:
+            set_checksums(network.switch, "port0", on=True)
+            damage(network.namespaces[0], INTERFACE, DAMAGED)
+    except OSError as error:
+        return False, f"needs network namespaces and nftables ({error})"
+    return True, "nftables changes bytes"
+
+
+def _damage(place: Field, share: float = DAMAGED) -> None:
+    """In both directions: what comes to the device, and at the switch what comes from it."""
+    network, port = place.session.post.network, f"port{place.device}"
+    here = network.namespaces[place.device]
+    set_checksums(network.switch, port, on=share > 0)
+    set_checksums(here, INTERFACE, on=share > 0)
+    damage(here, INTERFACE, share)
+    damage(network.switch, port, share)
+
+
+def _flap(place: Field) -> None:
+    for _ in range(3):
+        _link(place, False)
+        time.sleep(0.4)
+        _link(place, True)
+        time.sleep(0.4)
+
+
+def _link(place: Field, up: bool) -> None:
+    set_link(place.session.post.network.namespaces[place.device], up)
+
+
+def _freeze(place: Field) -> None:
+    """Agent, fork server and worker stand still."""
+    place.held = place.processes()
+    for process in place.held:
+        process.suspend()
+
+
+def _thaw(place: Field) -> None:
+    for process in place.held:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
+def _switch_off(place: Field) -> None:
+    place.session.post.kept.discard(place.device)
+    os.killpg(place.session.post.agents[place.device].pid, signal.SIGKILL)
+
+
+def _other_weights(place: Field) -> None:
+    """The copy of the model on the device is damaged, and the device starts anew."""
+    path = place.copy / "model.safetensors"
+    place.held = [path.read_bytes()]
+    tensors = load_file(path)
+    save_file({name: tensor + 0.05 for name, tensor in tensors.items()}, path, {"format": "pt"})
+    place.worker.kill()
+
+
+def _own_weights(place: Field) -> None:
+    (place.copy / "model.safetensors").write_bytes(place.held[0])
+    place.worker.kill()
+
+
+def _no_memory(place: Field) -> None:
+    """The worker dies, and no new one gets the memory to start, until its agent gives up and is started anew."""
+    server = place.worker.parent()
+    resource.prlimit(server.pid, resource.RLIMIT_AS, (server.memory_info().vms + 2**22,) * 2)
+    place.worker.kill()
+
+
+def _fill_disk(place: Field) -> None:
+    """Not a byte is free where the session keeps its files; then a worker dies, and has to start anew there."""
+    with contextlib.suppress(OSError), open(place.session.post.folder / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 65536)
+    place.worker.kill()
+
+
+def _free_disk(place: Field) -> None:
+    (place.session.post.folder / "filler").unlink()
+
+
+def _slow(place: Field) -> None:
+    """The worker gets a tenth of its time."""
+    stop = threading.Event()
+
+    def hinder() -> None:
+        worker = place.worker
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while not stop.is_set():
+                worker.suspend()
+                time.sleep(0.09)
+                worker.resume()
+                time.sleep(0.01)
+            worker.resume()
+
+    thread = threading.Thread(target=hinder, daemon=True)
+    thread.start()
+    place.held = [stop, thread]
+
+
+def _unhinder(place: Field) -> None:
+    place.held[0].set()
+    place.held[1].join()
+
+
+def _stranger(place: Field) -> None:
+    """From the device's namespace, bytes to every port that listens there and at the first device."""
+    network, agents = place.session.post.network, place.session.post.agents
+    listening = {
+        (c.laddr.ip, c.laddr.port)
+        for number in (0, place.device)
+        for process in psutil.Process(agents[number].pid).children(recursive=True)
+        for c in process.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN
+    } | {(network.addresses[0], place.session.post.spec.port)}
+
+    def work() -> None:
+        for address, port in listening:
+            for words in (b"GET / HTTP/1.0\r\n\r\n", b"\0" * 4096, os.urandom(4096)):
+                with contextlib.suppress(OSError), socket.create_connection((address, port), 1) as connection:
+                    connection.settimeout(0.3)
+                    connection.sendall(words)
+                    place.held.append(connection.recv(4096))
+
+    inside(network.namespaces[place.device], work)
+
+
+def _step_clock(place: Field) -> None:
+    place.held = [time.clock_gettime(time.CLOCK_REALTIME) - time.monotonic()]
+    time.clock_settime(time.CLOCK_REALTIME, time.time() + 3600)
+
+
+def _set_clock_back(place: Field) -> None:
+    time.clock_settime(time.CLOCK_REALTIME, place.held[0] + time.monotonic())
+
+
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault("killed", lambda place: place.worker.kill()),
+        Fault("frozen", lambda place: place.worker.suspend()),
+        Fault("host frozen", _freeze, _thaw, HOLD_S),
+        Fault("switched off", _switch_off, lambda place: place.session.post.kept.add(place.device), HOLD_S),
+        Fault("link down", lambda place: _link(place, False), lambda place: _link(place, True), HOLD_S),
+        Fault("link flaps", _flap, names=False),
+        Fault(DAMAGE, _damage, lambda place: _damage(place, 0.0), HOLD_S, names=False),
+        Fault("slow", _slow, _unhinder, HOLD_S, names=False),
+        Fault("other weights", _other_weights, _own_weights, HOLD_S, kind="differing"),
+        Fault("out of memory", _no_memory),
+        Fault("disk full", _fill_disk, _free_disk, HOLD_S),
+        Fault("stranger", _stranger, names=False),
+        Fault("clock step", _step_clock, _set_clock_back, HOLD_S, names=False),
+    )
+}
+ASKED_FOR = ("clock step",)  # it is this machine's clock: only where it is named
