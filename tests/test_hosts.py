@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -31,6 +34,7 @@ from detransformer.cluster.rollcall import Channel, Coordinator, Member
 from detransformer.cluster.run import model_facts, own_rank, read_plan
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models import decouple
+from detransformer.service.faults import inside
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a film of great charm who made it the studio in rome".split()
 SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=70, vocab_size=len(WORDS))
@@ -73,10 +77,10 @@ class Hosts:
         self.file.write_text("\n".join(["name: shelf", link, f"rendezvous: {{port: {port}}}", "devices:", *devices]))
         self.running: list[subprocess.Popen] = []
 
-    def start(self, number: int, model: Path, *options) -> subprocess.Popen:
+    def start(self, number: int, model: Path, *options, command: str = "run") -> subprocess.Popen:
         """The command on host `number`, 0 being pi1."""
         enter = ""
-        words = ["run", "--cluster", self.file, "--model", model, *options]
+        words = [command, "--cluster", self.file, "--model", model, *options]
         if self.namespaces is None:
             words += ["--host", self.names[number]]
         else:
@@ -573,3 +577,66 @@ def test_wrong_requests_are_one_sentence(capsys, classifier, tmp_path, options, 
     path.write_text("emulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b}]")
     code, _, stderr = run(capsys, "--cluster", path, "--model", classifier, "--transport", "loopback", *options)
     assert code == 2 and words in last_sentence(stderr)
+
+
+# --- Serving -----------------------------------------------------------------------------------------------------
+
+
+def asked(namespace: str, path: str, body: dict | None = None) -> tuple[int, dict]:
+    """Status and answer of a request from inside a host."""
+    found = []
+
+    def ask() -> None:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        try:
+            request = urllib.request.Request(f"http://127.0.0.1:8000{path}", data, headers)
+            with urllib.request.urlopen(request, timeout=90) as answer:
+                found.append((answer.status, json.load(answer)))
+        except urllib.error.HTTPError as error:
+            found.append((error.code, json.load(error)))
+        except OSError as error:
+            found.append((0, {"error": str(error)}))
+
+    inside(namespace, ask)
+    return found[0]
+
+
+TOKEN = "a token that nobody guesses"
+
+
+@pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
+@pytest.mark.timeout(240)
+def test_two_hosts_serve_over_http_and_one_goes_and_returns(classifier, tmp_path):
+    for name, text in (("token", TOKEN), ("secret", "the same on all hosts")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    request = {"text": "a film of great charm"}
+    tokens = BertTokenizer.from_pretrained(classifier)(request["text"], return_tensors="pt")
+    with torch.inference_mode():
+        expected = AutoModelForSequenceClassification.from_pretrained(classifier)(**tokens).logits[0].tolist()
+    with hosts(tmp_path, 2) as shelf:
+        options = ["--token-file", tmp_path / "token", "--secret-file", tmp_path / "secret", "--threads", "1"]
+
+        def serve(number: int) -> subprocess.Popen:
+            return shelf.start(number, classifier, "--host", shelf.names[number], *options, command="serve")
+
+        def wait_for(names: list[str]) -> None:
+            deadline = time.monotonic() + 90
+            while (found := asked(shelf.namespaces[0], "/health"))[1].get("devices") != names or found[0] != 200:
+                assert time.monotonic() < deadline and shelf.running[0].poll() is None, found
+                time.sleep(0.2)
+
+        serve(0)
+        other = serve(1)
+        wait_for(["pi1", "pi2"])
+        status, answer = asked(shelf.namespaces[0], "/classify", request)
+        assert status == 200 and answer["logits"] == pytest.approx(expected, abs=1e-4)
+        other.kill()
+        wait_for(["pi1"])
+        assert asked(shelf.namespaces[0], "/classify", request)[1]["logits"] == pytest.approx(expected, abs=1e-4)
+        serve(1)
+        wait_for(["pi1", "pi2"])
+        assert asked(shelf.namespaces[0], "/classify", request)[1]["logits"] == pytest.approx(expected, abs=1e-4)
+        shelf.running[0].send_signal(signal.SIGINT)
+        assert shelf.running[0].wait(30) in (0, 130)

@@ -32,6 +32,7 @@ from detransformer.cluster.launcher import die_with_parent
 
 NAME = "detransformer"
 DEVICE = "DETRANSFORMER_DEVICE"  # environment variable: which device of the cluster file this is
+AGENT = "DETRANSFORMER_AGENT"  # environment variable: the agent's process
 KEEP_ALIVE_S, MAX_MISSED = 1, 3  # of an agent: then its host counts as gone
 STORE_S = 10  # of the store that all meet at, to answer
 LAST_CALL_S = 0.7  # for further devices, once the first has come
@@ -132,6 +133,7 @@ def run_agent(path: str, device: int) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     os.environ |= {
         DEVICE: str(device),
+        AGENT: str(os.getpid()),
         "OMP_NUM_THREADS": str(job["threads"]),
         "TOKENIZERS_PARALLELISM": "false",
         # each round its own store: agents count their restarts apart, and would read each other's old addresses

@@ -9,6 +9,7 @@ whatever a collective says when it breaks; one that leaves because its agent sta
 import json
 import math
 import os
+import select
 import signal
 import socket
 import sys
@@ -32,7 +33,7 @@ from detransformer.cluster.run import Request, model_facts
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
-from detransformer.service.agent import DEVICE, ENDINGS
+from detransformer.service.agent import AGENT, DEVICE, ENDINGS
 from detransformer.service.line import Line, tensors_of
 from detransformer.service.speeds import Speeds
 
@@ -324,6 +325,7 @@ def work(path: str) -> None:
     spec = ClusterSpec.load(job["cluster"])
     try:
         threading.Thread(target=_wait_for_the_end, args=(lifelines,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(int(os.environ[AGENT]),), daemon=True).start()
         group = Group(job, int(os.environ[DEVICE]))
     except Exception as error:  # not all came, and the agents begin anew; or this device cannot
         sentence, own = blame(error, spec)
@@ -346,6 +348,17 @@ def work(path: str) -> None:
         server.serve()
     except Exception as error:
         lifeline.broke(error, spec)
+
+
+def _end_with(agent: int) -> None:
+    """Ends this worker when the process `agent` has: its parent, the fork server, does not, while there are workers."""
+    try:
+        poller = select.poll()
+        poller.register(os.pidfd_open(agent), select.POLLIN)
+        poller.poll()
+    except ProcessLookupError:
+        pass
+    os._exit(ENDINGS["lost"])
 
 
 def _wait_for_the_end(lifelines: list[Lifeline]) -> None:
