@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import subprocess
+import sys
 import tomllib
+import zipfile
 
 import pytest
 import yaml
@@ -90,3 +92,19 @@ def test_atomic_folder_replaces_only_when_complete(tmp_path):
     with atomic_folder(target) as folder:
         (folder / "b").write_text("2")
     assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_wheel_works_without_the_repository(tmp_path):
+    """The commands that need no notebooks: published device figures and profiles are in the package."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "dist", ROOT]
+    subprocess.run(build, check=True, timeout=240, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); import detransformer; "
+    code += "print(detransformer.__file__); from detransformer.cli import main; main()"
+    for words in (["--version"], ["plan", "--model", "bert-base", "--bandwidth", "125", "--devices", "2"]):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert done.returncode == 0, done.stderr
+        first, *lines = done.stdout.splitlines()
+        assert first.startswith(str(tmp_path)) and lines

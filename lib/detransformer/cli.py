@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, TyperException
 
+import detransformer
 from detransformer.settings import debugging
 
 app = typer.Typer(
@@ -21,6 +22,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def frame(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
+) -> None:
+    if version:
+        print(f"detransformer {detransformer.__version__}")
+        raise typer.Exit
 
 
 # --- Reproduction ------------------------------------------------------------------------------------------------

@@ -22,12 +22,11 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from detransformer.files import atomic_write, repository_root
+from detransformer.files import PACKAGE, atomic_write, repository_root
 from detransformer.report import provenance
 from detransformer.report.runs import RunFolder
 from detransformer.settings import data_environment
 
-PACKAGE = Path(__file__).resolve().parent
 PROFILES = PACKAGE / "profiles"
 # A notebook is run again when one whose results it reads has been: the pre-trained models, the profile, every table.
 USES = {
@@ -149,12 +148,11 @@ def select_notebooks(notebooks: list[Notebook], only: Iterable[str]) -> list[Not
     return [n for n in notebooks if n.name in wanted] if wanted else list(notebooks)
 
 
-def library_digest(package: Path = PACKAGE, expected: Path | None = None) -> str:
+def library_digest(package: Path = PACKAGE) -> str:
     """Digest of the package's sources and the papers' values: what notebooks compute with."""
     digest = hashlib.sha256()
-    files = [p for p in sorted(package.rglob("*.py")) if p.relative_to(package).as_posix() not in FRAME]
-    files += sorted(expected.glob("*.csv")) if expected is not None else []
-    for path in files:
+    files = [*sorted(package.rglob("*.py")), *sorted((package / "published").glob("*.csv"))]
+    for path in (p for p in files if p.relative_to(package).as_posix() not in FRAME):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -238,7 +236,7 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
         "notebooks": finished,
     }
     write_manifest(run, manifest)
-    library = library_digest(expected=root / "data" / "expected")
+    library = library_digest()
     start = time.perf_counter()
     for index, notebook in enumerate(chosen, 1):
         title = f"[{index}/{len(chosen)}] {notebook.name}"

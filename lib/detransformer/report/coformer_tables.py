@@ -329,7 +329,7 @@ def _sided(by_seed: pd.Series, below: bool) -> str:
 
 
 def _published(table: str, row: str) -> tuple:
-    """(accuracy, latency in ms) of a row of data/expected/coformer_tables.csv; lists where it has one a sub-model."""
+    """(accuracy, latency in ms) of a row of published/coformer_tables.csv; lists where it has one a sub-model."""
     frame = published("coformer_tables").set_index(["table", "row"])
     cells = (frame.loc[(table, row), name] for name in ("accuracy_pct", "latency_ms"))
     return tuple(_numbers(cell) for cell in cells)

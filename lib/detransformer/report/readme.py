@@ -4,7 +4,9 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; its text is made fr
 holds the two together.
 """
 
+import json
 import re
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -33,6 +35,7 @@ GROUPS = {
     "Table III": "Table III, scores",
     "Table III (difference)": "Table III, differences to the original",
 }
+MEASURED_ON = {"06": "emulated Pi 4B", "08": "emulated Pi 4B"}  # notebook -> before the cores
 PEERS_AT = {"model": "bert-base", "bandwidth_mbps": 125}
 
 
@@ -41,19 +44,46 @@ def claims(run: RunFolder) -> str:
     summary = run.load_table("summary").astype(object)
     summary["link"] = summary["link"].fillna("")
     links = set(summary["link"]) - {""}
-    lines = ["| claim | published | obtained | verdict | notebook |", "|---|---|---|---|---|"]
+    made = _made(run)
+    lines = [
+        "| claim | published | obtained | verdict | notebook | minutes | hardware |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in summary.itertuples():
         if row.where not in GROUPS:
             values = " | ".join(_number(value) for value in (row.expected, row.obtained))
             plain = row.claim.removesuffix(OURS)
             words = WORDING.get(plain, plain) + (OURS if plain != row.claim else "") + _over(row.link, links)
-            lines.append(f"| {words} | {values} | {row.verdict} | {row.notebook[:2]} |")
+            lines.append(f"| {words} | {values} | {row.verdict} | {row.notebook[:2]} | {made(row.notebook)} |")
     for where, words in GROUPS.items():
         for link, rows in summary[summary["where"] == where].groupby("link", sort=False):
             counts = ", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts().items())
-            notebook = rows["notebook"].iloc[0][:2]
-            lines.append(f"| {words}{_over(link, links)} | {len(rows)} values | {counts} | see below | {notebook} |")
+            notebook = rows["notebook"].iloc[0]
+            cells = (
+                f"{words}{_over(link, links)}",
+                f"{len(rows)} values",
+                counts,
+                "see below",
+                notebook[:2],
+                made(notebook),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _made(run: RunFolder) -> Callable[[str], str]:
+    """Of a notebook: its compute minutes and what it ran on, as the manifest says."""
+    manifest = json.loads(run.manifest_path.read_text(encoding="utf-8")) if run.manifest_path.is_file() else {}
+    hardware, notebooks = manifest.get("hardware", {}), manifest.get("notebooks", {})
+    cores = f"{hardware['cores']} cores ({hardware['cpu']})" if hardware else "-"
+
+    def cells(notebook: str) -> str:
+        seconds = notebooks.get(notebook, {}).get("duration_s")
+        emulated = MEASURED_ON.get(notebook[:2])
+        minutes = "-" if seconds is None else f"{seconds / 60:.0f}" if seconds >= 60 else "1"
+        return f"{minutes} | {f'{emulated}, ' if emulated else ''}{cores}"
+
+    return cells
 
 
 def table_iv(run: RunFolder) -> str:
@@ -95,6 +125,36 @@ def table_iii(run: RunFolder) -> str | None:
     return "\n".join([*mean_lines(table), "", *(f"- {sentence}" for sentence in findings(run))])
 
 
+def which_one(run: RunFolder) -> str:
+    """CoFormer or block parallelism: a sentence a bandwidth, and notebook 10's claims."""
+    sentences = [f"- {sentence}" for sentence in run.load_table("which_one")["sentence"]]
+    lines = ["| claim | expected | obtained | verdict |", "|---|---|---|---|"]
+    for row in run.load_table("coformer").astype(object).itertuples():
+        lines.append(f"| {row.claim} | {_words(row.expected)} | {_words(row.obtained)} | {row.verdict} |")
+    return "\n".join([*sentences, "", *lines])
+
+
+def faults(run: RunFolder) -> str:
+    """What became of a serving cluster that was broken in every way, and of one under load for half an hour."""
+    lines = [
+        "| fault | rounds | named after, s | served after, s | requests | lost, wrong, twice |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in run.load_table("chaos").itertuples():
+        seconds = ["-" if pd.isna(value) else f"{value:.1f}" for value in (row.named_s, row.served_s)]
+        counts = f"{row.lost}, {row.wrong}, {row.twice}"
+        lines.append(f"| {row.fault} | {row.rounds} | {' | '.join(seconds)} | {row.requests} | {counts} |")
+    if run.has_table("soak"):
+        (soak,) = run.load_table("soak").itertuples()
+        lines += [
+            "",
+            f"{soak.minutes:g} minutes of load with {soak.faults} faults: {soak.asked} requests, {soak.lost} lost, "
+            f"{soak.wrong} wrong, {soak.twice} answered twice; p50 {1000 * soak.p50_s:.0f} ms, "
+            f"p99 {soak.p99_s:.1f} s; memory {soak.front_growth:+.1%} (front), {soak.devices_growth:+.1%} (devices).",
+        ]
+    return "\n".join(lines)
+
+
 # What each section needs of the run: one whose tables the run lacks keeps its text in the README, if it is there.
 SECTIONS = {
     "claims": (claims, "summary"),
@@ -102,6 +162,8 @@ SECTIONS = {
     "peers": (peers, "methods"),
     "table_iii": (table_iii, "table_iii"),
     "adaptive": (adaptive, "adaptive"),
+    "which_one": (which_one, "which_one"),
+    "faults": (faults, "chaos"),
 }
 
 
@@ -121,6 +183,11 @@ def render(readme: str, run: RunFolder) -> str:
 
 def _over(link: str, links: set[str]) -> str:
     return f", {link} link" if link and len(links) > 1 else ""
+
+
+def _words(value) -> str:
+    """A number, or words as they are."""
+    return str(value) if isinstance(value, str) and pd.isna(pd.to_numeric(value, errors="coerce")) else _number(value)
 
 
 def _number(value) -> str:

@@ -352,6 +352,7 @@ def soak(spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: Ru
         f"{given.soak:g} minutes at {LOAD:.0%} of what it can answer, a fault a minute. Growth: of memory, after the "
     )
     note += f"first {WARM:.0%} of them. {on()}"
+    result = {"minutes": given.soak, **result}
     run.save_table(rows, "soak_samples", note=note)
     shown = pd.DataFrame(result.items(), columns=["what", "obtained"])
     run.save_table(pd.DataFrame([result]), "soak", note=note, markdown=shown)
