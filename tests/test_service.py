@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
-from detransformer.service import Expired, QueueFull, Session
+from detransformer.service import Expired, QueueFull, Session, Unanswered
 from detransformer.service.agent import NAME, SignedBackend, listen
 from detransformer.service.chaos import small_model
 from detransformer.service.faults import DAMAGE, FAULTS, Field, can_damage, num_damaged
@@ -279,21 +279,21 @@ def test_http_tells_health_and_metrics(client, session):
 
 
 @emulated
-def test_no_process_and_no_namespace_outlive_a_session(tmp_path, model):
+def test_no_process_and_no_namespace_outlive_a_session(session):
+    """The last to use it: it ends here."""
     import psutil
 
-    (tmp_path / "cluster.yaml").write_text(CLUSTER)
-    model.save_pretrained(tmp_path / "model")
-    with Session(ClusterSpec.load(tmp_path / "cluster.yaml"), tmp_path / "model", paced=False) as session:
-        trees = [psutil.Process(agent.pid) for agent in session.post.agents.values()]
-        trees += [child for tree in trees for child in tree.children(recursive=True)]
-        namespaces = list(session.post.network.namespaces)
-        ids = torch.ones(1, 1, dtype=torch.int64)
-        assert session({"input_ids": ids})["logits"].shape == (1, 3)  # planned: one token, and whatever is fastest
+    trees = [psutil.Process(agent.pid) for agent in session.post.agents.values()]
+    trees += [child for tree in trees for child in tree.children(recursive=True)]
+    assert len(trees) >= 9  # an agent, its fork server and a worker each
+    namespaces = list(session.post.network.namespaces)
+    session.close()
     time.sleep(0.5)
     assert not [process for process in trees if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not [name for name in namespaces if os.path.exists(f"/var/run/netns/{name}")]
     assert not session.post.folder.exists()
+    with pytest.raises(Unanswered, match="ended"):
+        session.submit({"input_ids": torch.ones(1, 1, dtype=torch.int64)})
 
 
 # --- The command -------------------------------------------------------------------------------------------------
