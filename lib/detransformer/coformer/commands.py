@@ -108,7 +108,7 @@ def decompose_command(
     policy = found.best_policy
     times = latency(policy, original, profile, sent_tokens=1)
     print(f"\n{method} search, {len(found.policies)} policies:\n")
-    print(policy_table(policy, original, times, spec.names).to_markdown(index=False, floatfmt=".4g"))
+    print(sub_model_table(policy, original, times, spec.names).to_markdown(index=False, floatfmt=".4g"))
     whole_s = [roofline_s(original.whole, original, device) for device in profile.devices]
     fastest = fastest_device(profile.devices)
     slower = "" if times.total_s < whole_s[fastest] else ": to decompose this model does not make it faster here"
@@ -193,7 +193,7 @@ def _history(work: Path, *depends_on) -> Path:
     return work / f"search-{config_hash('search', *depends_on)[:8]}.json"
 
 
-def policy_table(policy: Policy, original: Original, times: Latency, names: tuple[str, ...]) -> pd.DataFrame:
+def sub_model_table(policy: Policy, original: Original, times: Latency, names: tuple[str, ...]) -> pd.DataFrame:
     """C_n by device, what it costs, and the predicted milliseconds of each phase."""
     whole = flops(original.whole, original)
     rows = [

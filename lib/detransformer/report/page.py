@@ -43,7 +43,7 @@ VERDICT_CLASSES = {
     **dict.fromkeys(("matches", "holds"), "good"),
     **dict.fromkeys(("holds, larger", "holds, smaller", "differs, larger", "differs, smaller", "differs"), "partly"),
     "does not hold": "bad",
-    **dict.fromkeys(("not run", "one seed", "within noise"), "none"),
+    **dict.fromkeys(("not run", "one seed", "too few seeds", "within noise", "published values disagree"), "none"),
 }
 VERDICT_COLUMNS = ["claim", "expected", "obtained", "verdict"]
 STATUS_CLASSES = {"done": "good", "running": "partly", "interrupted": "partly", "failed": "bad", "not run": "none"}
@@ -116,6 +116,10 @@ TABLE_CAPTIONS = {
     "coformer": "What the paper says of CoFormer",
     "which_one": "Which method to take, by bandwidth",
     "not_run": "What the paper shows and this run does not",
+    "chaos": "A serving cluster that is broken on purpose",
+    "chaos_rounds": "A serving cluster that is broken on purpose, round by round",
+    "soak": "A serving cluster under load, a fault a minute",
+    "soak_samples": "A serving cluster under load: memory and answers",
 }
 
 # An absolute path, but not the rest of a URL or of a relative path.
