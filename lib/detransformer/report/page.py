@@ -207,7 +207,7 @@ def write_page(path: str | Path, notebooks: bool = False) -> tuple[Path, str]:
             f"results/quick, or make one with `detransformer reproduce`."
         )
     run = RunFolder(path)
-    manifest, problem = _read_manifest(run)
+    manifest, problem = run.known_manifest()
     executed = {file.stem: _read_notebook(file) for file in sorted(run.notebooks.glob("*.ipynb"))}
     views = _notebook_views(run, manifest, executed)
     rendered = {name: _notebook_html(run, name, cells) for name, cells in executed.items() if cells is not None}
@@ -237,24 +237,6 @@ def write_page(path: str | Path, notebooks: bool = False) -> tuple[Path, str]:
 
 
 # --- What the run has --------------------------------------------------------------------------------------------
-
-
-def _read_manifest(run: RunFolder) -> tuple[dict, str]:
-    """The manifest with every part there, and what is wrong with it."""
-    parts = ("notebooks", "versions", "hardware", "data", "seeds", "parameters")
-    try:
-        manifest = json.loads(run.manifest_path.read_text(encoding="utf-8"))
-        problem = ""
-        if not isinstance(manifest, dict):
-            raise ValueError
-    except FileNotFoundError:
-        manifest, problem = {}, "This run has no manifest.json: what made it is not known."
-    except ValueError:
-        manifest, problem = {}, "manifest.json is damaged: what made this run is not known."
-    for part in parts:
-        manifest[part] = manifest[part] if isinstance(manifest.get(part), dict) else {}
-    manifest["notebooks"] = {name: e for name, e in manifest["notebooks"].items() if isinstance(e, dict)}
-    return manifest, problem
 
 
 def _read_notebook(file: Path) -> nbformat.NotebookNode | None:

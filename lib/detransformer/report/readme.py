@@ -4,7 +4,6 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; its text is made fr
 holds the two together.
 """
 
-import json
 import re
 from collections.abc import Callable
 
@@ -73,8 +72,8 @@ def claims(run: RunFolder) -> str:
 
 def _made(run: RunFolder) -> Callable[[str], str]:
     """Of a notebook: its compute minutes and what it ran on, as the manifest says."""
-    manifest = json.loads(run.manifest_path.read_text(encoding="utf-8")) if run.manifest_path.is_file() else {}
-    hardware, notebooks = manifest.get("hardware", {}), manifest.get("notebooks", {})
+    manifest, _ = run.known_manifest()
+    hardware, notebooks = manifest["hardware"], manifest["notebooks"]
     cores = f"{hardware['cores']} cores ({hardware['cpu']})" if hardware else "-"
 
     def cells(notebook: str) -> str:

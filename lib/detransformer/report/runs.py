@@ -4,6 +4,7 @@ The tables are the only thing that passes from one notebook to the next and from
 record; the Markdown beside it is for reading, with a note that says what the rows were made from.
 """
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -48,6 +49,23 @@ class RunFolder:
     @property
     def manifest_path(self) -> Path:
         return self.path / "manifest.json"
+
+    def known_manifest(self) -> tuple[dict, str]:
+        """The manifest with every part there, empty where it is not, and what is wrong with it, in a sentence."""
+        parts = ("notebooks", "versions", "hardware", "data", "seeds", "parameters")
+        try:
+            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            problem = ""
+            if not isinstance(manifest, dict):
+                raise ValueError
+        except FileNotFoundError:
+            manifest, problem = {}, "This run has no manifest.json: what made it is not known."
+        except ValueError:
+            manifest, problem = {}, "manifest.json is damaged: what made this run is not known."
+        for part in parts:
+            manifest[part] = manifest[part] if isinstance(manifest.get(part), dict) else {}
+        manifest["notebooks"] = {name: e for name, e in manifest["notebooks"].items() if isinstance(e, dict)}
+        return manifest, problem
 
     def save_table(
         self, frame: pd.DataFrame, name: str, note: str = "", markdown: pd.DataFrame | str | None = None
