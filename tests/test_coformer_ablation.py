@@ -122,6 +122,23 @@ def test_every_case_has_a_row_a_seed_with_its_costs(lab, cases, main):
     assert {"flops_share", "latency_ms", "energy_mj", "memory_mib"} <= set(rows)
 
 
+def test_other_recipes_are_runs_of_their_own(lab, cases, main):
+    recipes = [dict(num_steps=4, target="soft", cases=["coformer", "1 device"]), dict(num_steps=2, num_seeds=1)]
+    rows = ablation.recipe_rows(lab, cases, recipes, num_seeds=2)
+    assert rows.groupby(["recipe", "case"], sort=False).size().to_dict() == {
+        ("4 steps, soft targets", "coformer"): 2,
+        ("4 steps, soft targets", "1 device"): 1,
+        ("2 steps, hard targets", "coformer"): 1,
+    }
+    assert rows["num_steps"].tolist() == [4] * 3 + [2]
+    assert rows["accuracy"].tolist()[3:] == [main[0].accuracy]  # the lab's own recipe: found again
+    assert recipes[0]["cases"] == ["coformer", "1 device"]
+    with pytest.raises(ValueError, match="no cases.*choose of 1 device"):
+        ablation.recipe_rows(lab, cases, [dict(cases=["5 devices"])], 1)
+    with pytest.raises(ValueError, match="steps"):
+        ablation.recipe_rows(lab, cases, [dict(steps=3)], 1)
+
+
 def test_ablation_has_sub_models_as_cut_and_calibrated(lab, cases, main):
     rows = ablation.ablation_rows(lab, cases["coformer"], main)
     assert len(rows) == 2 * 2 * 4 and set(rows["part"]) == {"sub-model 1", "sub-model 2", "sub-model 3", "all"}

@@ -126,3 +126,32 @@ def test_without_measured_rows_there_is_one_panel(tmp_path):
     assert len(draw(run, "coformer_bandwidth").axes) == 1
     with pytest.raises(ValueError, match="coformer_devices"):
         draw(run, "coformer_devices")
+
+
+def recipe_rows(name: str, **accuracies: float) -> pd.DataFrame:
+    rows = run_rows().set_index("case").loc[list(accuracies)].reset_index()
+    rows["accuracy"] += rows["case"].map(accuracies)
+    return rows.assign(recipe=name, seconds=60.0)
+
+
+def test_recipes_are_listed_beside_the_runs_own():
+    longer = recipe_rows("3200 steps, soft targets", coformer=2.5)
+    table = tables.recipe_table(run_rows().assign(seconds=9.0), longer, MODEL, "400 steps, hard targets")
+    assert table["recipe"].tolist() == ["400 steps, hard targets"] * 3 + ["3200 steps, soft targets"]
+    assert table["method"].tolist()[-1] == "CoFormer" and table["num_seeds"].eq(3).all()
+    assert table["given_up"].iloc[-1] == pytest.approx(0.5) and table["speedup"].iloc[-1] == pytest.approx(123.48 / 14)
+
+
+def test_methods_are_compared_by_the_best_recipe_that_all_have():
+    alone = recipe_rows("alone", coformer=9.0)
+    some = {"coformer": 2.0, "uniform": 1.0, "1 device": 3.0}
+    recipes = pd.concat([alone, recipe_rows("worse", **dict.fromkeys(some, -1.0)), recipe_rows("better", **some)])
+    best = tables.best_recipe(run_rows(), recipes)
+    assert tables.accuracies_of(best, MODEL)["coformer"] == pytest.approx(59.0)
+    assert len(best) == len(run_rows()) and set(best["recipe"].dropna()) == {"better"}
+    said = verdicts(best=best)
+    assert said["points given up by CoFormer, better"] == "holds"
+    assert said["points of CoFormer over one small model of equal FLOPs, better"] == "holds"
+    runs = run_rows()
+    assert tables.best_recipe(runs, alone) is runs and tables.best_recipe(runs, pd.DataFrame()) is runs
+    assert not any("better" in claim for claim in verdicts(best=runs).index)

@@ -9,7 +9,7 @@ a total that 1 to 4 devices can all spend is at most a quarter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -336,6 +336,37 @@ def run_rows(lab: Lab, cases: Mapping[str, Case], main: Sequence[Calibrated]) ->
         costs = costs_of(lab, case)
         rows += [run_row(case, seed, run) | costs for seed, run in enumerate(runs)]
     return pd.DataFrame(rows)
+
+
+def recipe_rows(lab: Lab, cases: Mapping[str, Case], recipes: Sequence[Mapping], num_seeds: int) -> pd.DataFrame:
+    """Cases that are there already, calibrated by other recipes: the columns of `run_rows`, and `recipe`.
+
+    Args:
+        recipes: fields of `BoostConfig` that differ from the lab's, and `cases`, names of those to calibrate so
+            (`coformer` alone where none are given), and `num_seeds` where they are others.
+        num_seeds: at most; no more than the case has.
+
+    Raises:
+        ValueError: for a case or a field that there is not.
+    """
+    rows = []
+    for recipe in map(dict, recipes):
+        names, most = recipe.pop("cases", [MAIN]), recipe.pop("num_seeds", num_seeds)
+        unknown = set(names) - set(cases)
+        if unknown:
+            raise ValueError(f"a recipe is for {sorted(unknown)}, which are no cases: choose of {', '.join(cases)}.")
+        boosting = make_config(BoostConfig, asdict(lab.boosting) | recipe)
+        changed = replace(lab, boosting=boosting)
+        words = {"recipe": recipe_name(boosting)}
+        for case in (cases[name] for name in names):
+            costs = costs_of(changed, case)
+            seeds = range(min(most, case.num_seeds))
+            rows += [run_row(case, seed, calibrate(changed, case, seed)) | words | costs for seed in seeds]
+    return pd.DataFrame(rows)
+
+
+def recipe_name(boosting: BoostConfig) -> str:
+    return f"{boosting.num_steps} steps, {boosting.target} targets"
 
 
 def model_row(lab: Lab) -> dict[str, float]:

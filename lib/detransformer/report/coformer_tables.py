@@ -26,6 +26,7 @@ METHOD_TITLES = {  # as tables and figures call them
 }
 REFERENCE_DEVICE = "tx2"  # the paper's single device (Table V, Fig. 12)
 POOLED = "pooled features"
+EQUAL_FLOPS = {"1 device": "one small model", "coformer": "CoFormer", "uniform": "DeViT (uniform)"}  # by case
 DEVICE_COUNTS = {"1 device": 1, "2 devices": 2, "coformer": 3, "4 devices": 4}
 NOT_RUN = (
     ("ImageNet-1K (Tables II, IV, Figs. 9, 10, 11, 13)", "no copy of the data here; CIFAR-100 instead"),
@@ -114,9 +115,27 @@ def budget_table(runs: pd.DataFrame, model: Mapping) -> pd.DataFrame:
 
 def equal_flops_table(runs: pd.DataFrame, model: Mapping) -> pd.DataFrame:
     """The fair part of Table II: one small model, like sub-models and unlike ones, at about the same FLOPs together."""
-    made = case_table(runs, model, ["1 device", "coformer", "uniform"])
-    titles = {"1 device": "one small model", "coformer": "CoFormer", "uniform": "DeViT (uniform)"}
-    return made.assign(method=made["case"].map(titles))
+    made = case_table(runs, model, list(EQUAL_FLOPS))
+    return made.assign(method=made["case"].map(EQUAL_FLOPS))
+
+
+def recipe_table(runs: pd.DataFrame, recipes: pd.DataFrame, model: Mapping, own: str) -> pd.DataFrame:
+    """The cases of `EQUAL_FLOPS` by how their sub-models were calibrated; `own` names the recipe of `runs`."""
+    rows = pd.concat([runs[runs["case"].isin(EQUAL_FLOPS)].assign(recipe=own), recipes], ignore_index=True)
+    made = spread(rows, ["recipe", "case"])
+    firsts = rows.groupby(["recipe", "case"], sort=False)[["flops_share", "latency_ms", "seconds"]].first()
+    made = made.join(firsts, on=["recipe", "case"])
+    made.insert(2, "method", made["case"].map(EQUAL_FLOPS))
+    return made.assign(given_up=model["accuracy"] - made["accuracy"], speedup=model["latency_ms"] / made["latency_ms"])
+
+
+def best_recipe(runs: pd.DataFrame, recipes: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with those in place of the recipe by which CoFormer is most accurate, of all that `EQUAL_FLOPS` were
+    calibrated by: methods are compared by one recipe."""
+    parts = [part for _, part in recipes.groupby("recipe")] if len(recipes) else []
+    whole = [part for part in parts if set(EQUAL_FLOPS) <= set(part["case"])]
+    best = max([runs, *whole], key=lambda part: part.loc[part["case"] == "coformer", "accuracy"].mean())
+    return runs if best is runs else pd.concat([best, runs[~runs["case"].isin(EQUAL_FLOPS)]], ignore_index=True)
 
 
 def missing_summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -217,14 +236,19 @@ def comparison_verdicts(
     runs: pd.DataFrame,
     missing: pd.DataFrame,
     latency: pd.DataFrame,
+    best: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """One row a claim: claim, expected, obtained, verdict.
 
     Args:
         ablation, aggregators, runs, missing: rows by seed, as `coformer.ablation` makes them.
         latency: what `latency_table` made.
+        best: what `best_recipe` made, where sub-models were calibrated by other recipes, too.
     """
-    rows = [*_accuracy_claims(model, ablation, aggregators, runs, missing), *_speed_claims(model, runs, latency)]
+    rows = _accuracy_claims(model, ablation, aggregators, runs, missing)
+    if best is not None and "recipe" in best:
+        rows += _recipe_claims(model, best)
+    rows += _speed_claims(model, runs, latency)
     return pd.DataFrame(rows, columns=["claim", "expected", "obtained", "verdict"])
 
 
@@ -258,6 +282,18 @@ def _accuracy_claims(model, ablation, aggregators, runs, missing) -> list[tuple]
     claim = "points of training with lost devices, where one is lost"
     rows.append(_above(claim, None, gone[dropped] - gone["coformer"]))
     return rows
+
+
+def _recipe_claims(model, best) -> list[tuple]:
+    (name,) = best["recipe"].dropna().unique()
+    by_case = {case: part.set_index("seed")["accuracy"] for case, part in best.groupby("case")}
+    own, known = by_case["coformer"], _published("III", "original DeiT-B")[0]
+    known -= _published("III", "decomposed and aggregated")[0]
+    return [
+        _at_most(f"points given up by CoFormer, {name}", 2, known, model["accuracy"] - own),
+        _above(f"points of CoFormer over DeViT's like sub-models, {name}", None, own - by_case["uniform"]),
+        _above(f"points of CoFormer over one small model of equal FLOPs, {name}", None, own - by_case["1 device"]),
+    ]
 
 
 def _speed_claims(model, runs, latency) -> list[tuple]:

@@ -108,6 +108,7 @@ TABLE_CAPTIONS = {
     "coformer_aggregators": "CoFormer, Table IV: aggregators on the same sub-models",
     "coformer_devices": "CoFormer, Table V: one to four devices",
     "coformer_budgets": "CoFormer, Fig. 13: the most operations of a device",
+    "coformer_recipes": "CoFormer, like sub-models and one small model, calibrated for longer",
     "coformer_rules": "CoFormer: rules of the booster",
     "coformer_equal_flops": "CoFormer: one model, like and unlike sub-models at the same operations",
     "coformer_missing": "CoFormer: accuracy without one device",

@@ -31,7 +31,7 @@ TABLE_NOTEBOOKS = {
     **dict.fromkeys(("coformer_runs", "coformer_ablation", "coformer_aggregators"), "10_comparison"),
     **dict.fromkeys(("coformer_devices", "coformer_budgets", "coformer_rules"), "10_comparison"),
     **dict.fromkeys(("coformer_equal_flops", "coformer_missing", "coformer_latency"), "10_comparison"),
-    **dict.fromkeys(("which_one", "not_run", "coformer_text", "coformer"), "10_comparison"),
+    **dict.fromkeys(("which_one", "not_run", "coformer_text", "coformer_recipes", "coformer"), "10_comparison"),
     **dict.fromkeys(("predictor_points", "predictor", "proxy_points", "proxy", "search_history"), "09_decomposition"),
     **dict.fromkeys(("search", "policies", "constraints", "decomposition"), "09_decomposition"),
 }
