@@ -13,7 +13,7 @@ export DETRANSFORMER_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: chaos soak fuzz help install reproduce test lab figures lint docs coverage clean
+.PHONY: chaos soak fuzz screenshots help install reproduce test lab figures lint docs coverage clean
 help:
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
 	@echo "make test        the tests"
@@ -21,6 +21,7 @@ help:
 	@echo "make figures     redraw the figures of results/PROFILE from its tables"
 	@echo "make lint        ruff, and notebooks without outputs"
 	@echo "make docs        API pages from the docstrings, into build/docs"
+	@echo "make screenshots the page of results/PROFILE as a desktop and a phone show it (needs chromium)"
 	@echo "make coverage    the tests (or TESTS=...) with their line coverage, into build/coverage"
 	@echo "make chaos       break a serving cluster in every way, five times each, and count what is lost (needs root)"
 	@echo "make fuzz        ten thousand malformed cluster files, plans, checkpoints and requests"
@@ -54,6 +55,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check lib tests docs
 	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb || \
 	{ echo "a notebook has outputs or execution counts: $(BIN)/nbstripout --keep-id notebooks/*.ipynb" >&2; exit 1; }
+
+screenshots: $(STAMP)
+	$(BIN)/python docs/screenshots.py results/$(PROFILE)
 
 docs: $(STAMP)
 	rm -rf build/docs
