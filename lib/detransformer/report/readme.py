@@ -136,6 +136,8 @@ def which_one(run: RunFolder) -> str:
 def faults(run: RunFolder) -> str:
     """What became of a serving cluster that was broken in every way, and of one under load for half an hour."""
     lines = [
+        "Three emulated devices under load; seconds are the longest of all rounds.",
+        "",
         "| fault | rounds | named after, s | served after, s | requests | lost, wrong, twice |",
         "|---|---|---|---|---|---|",
     ]
