@@ -6,12 +6,13 @@ from transformers import ViTForImageClassification
 
 from detransformer.cluster.devices import DeviceSpec
 from detransformer.coformer import ablation
-from detransformer.coformer.ablation import Case, Lab, deit_b, filled, shared_limits
+from detransformer.coformer.ablation import Case, Lab, deit_b, shared_limits
 from detransformer.coformer.aggregator import KINDS
 from detransformer.coformer.booster import BoostConfig, ImageTask
 from detransformer.coformer.debo import SearchConfig
 from detransformer.coformer.fusion import AggregatorConfig
 from detransformer.coformer.policy import Limits, Original, Policy, SubModelConfig, flops, uniform_policy, violations
+from detransformer.coformer.search import filled
 from detransformer.training.data.images import generated_images
 from detransformer.training.images import ImageConfig
 

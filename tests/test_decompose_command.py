@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig
 
 from detransformer.cli import main
 from detransformer.coformer import load_ensemble, whole_answer
 from detransformer.coformer.commands import PLAN_FILE
+from detransformer.coformer.policy import Limits, Original, violations
+from detransformer.coformer.search import filled
 from detransformer.files import repository_root
 from detransformer.training.data import open_data
 from detransformer.training.data.images import open_images
@@ -65,6 +67,9 @@ def test_writes_sub_models_aggregator_and_plan(ensemble, vit):
     assert plan["central"] == plan["devices"][made.central] == "tx2"  # the fastest
     assert plan["predicted"]["total_s"] > 0 and len(plan["scores"]["without_each"]) == 3
     assert made.aggregator().kind == "coformer"
+    original = Original.of(ViTConfig.from_pretrained(vit))
+    limits = Limits.share(original, 0.5, 3)
+    assert filled(made.policy, original, limits) == made.policy and not violations(made.policy, original, limits)
     assert (ensemble / "preprocessor_config.json").read_text() == (vit / "preprocessor_config.json").read_text()
     assert not ensemble.with_name("ensemble.work").exists()
 

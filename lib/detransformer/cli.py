@@ -131,6 +131,9 @@ def decompose(
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Of each device in MiB; its own where not given.")] = None,
     search: Annotated[str, typer.Option(help="bayesian, random or uniform.")] = "bayesian",
+    fill: Annotated[
+        bool, typer.Option("--fill/--no-fill", help="Grow what the search found to --budget or --memory, if given.")
+    ] = True,
     evaluations: Annotated[str, typer.Option(help="Policies that are tried.")] = "50",
     latency_weight: Annotated[
         str, typer.Option(help="Loss that the whole model's time on the fastest device counts for.")
@@ -143,6 +146,9 @@ def decompose(
     rule: Annotated[str, typer.Option(help="Sample weights: boosting, published (Eq. 13 as printed) or none.")] = (
         "boosting"
     ),
+    targets: Annotated[
+        str, typer.Option(help="The model's decisions: hard (Eq. 14), or soft, probabilities.")
+    ] = "hard",
     aggregator: Annotated[str, typer.Option(help="coformer, attention, senet, average or majority.")] = "coformer",
     seed: Annotated[str, typer.Option(help="Of policies, order and first weights.")] = "0",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,

@@ -37,17 +37,15 @@ from detransformer.coformer.fusion import (
 )
 from detransformer.coformer.policy import (
     INFINITE,
-    Grid,
     Limits,
     Original,
     Policy,
-    SubModelConfig,
     flops,
     memory_bytes,
     scale_policy,
     uniform_policy,
-    violations,
 )
+from detransformer.coformer.search import filled
 from detransformer.models.configuration import preset_config
 from detransformer.planning.profile import ClusterProfile
 from detransformer.training.config import FinetuneConfig, ModelRow, PretrainConfig, config_hash, make_config
@@ -144,44 +142,6 @@ def shared_limits(original: Original, cluster: ClusterProfile, share: float) -> 
     rates = [1 / device.compute_s(1.0, STRATEGY) for device in cluster.devices]
     total = share * flops(original.whole, original)
     return Limits(tuple(total * rate / sum(rates) for rate in rates), (INFINITE,) * len(rates))
-
-
-def filled(policy: Policy, original: Original, limits: Limits, grid: Grid | None = None) -> Policy:
-    """`policy` grown step by step on `grid` until it is at its limits or nothing is left to give (C1-C6).
-
-    A search is free to stay below its limits; rows that are compared at equal FLOPs should not.
-    """
-    grid, grows = grid or Grid.of(original), True
-    while grows:
-        grows = False
-        for number in range(policy.num_devices):
-            for kind in ("width", "ffn", "heads", "layers"):
-                for layer in range(policy.sub_models[number].num_layers if kind in ("ffn", "heads") else 1):
-                    larger = _larger(policy, number, kind, layer, original, grid)
-                    listed = (*policy.sub_models[:number], larger, *policy.sub_models[number + 1 :])
-                    if not violations(Policy(listed), original, limits):
-                        policy, grows = Policy(listed), policy.sub_models[number] != larger or grows
-    return policy
-
-
-def _larger(policy: Policy, number: int, kind: str, layer: int, original: Original, grid: Grid) -> SubModelConfig:
-    """One step more of `kind`; a layer more is like the last one, as far as the others leave room for it."""
-    config = policy.sub_models[number]
-    if kind == "width":
-        return replace(config, hidden_size=config.hidden_size + grid.hidden_step)
-    if kind == "layers":
-        beside = [c for c in policy.sub_models if c.num_layers > config.num_layers]
-        heads = original.num_heads - sum(c.num_heads[config.num_layers] for c in beside)
-        ffn = original.ffn_size - sum(c.ffn_sizes[config.num_layers] for c in beside)
-        if heads < 1 or ffn < grid.ffn_step:
-            return config
-        heads, ffn = min(heads, config.num_heads[-1]), min(ffn // grid.ffn_step * grid.ffn_step, config.ffn_sizes[-1])
-        added = (*config.num_heads, heads), (*config.ffn_sizes, ffn)
-        return SubModelConfig(config.num_layers + 1, config.hidden_size, *added)
-    name, step = ("num_heads", 1) if kind == "heads" else ("ffn_sizes", grid.ffn_step)
-    sizes = list(getattr(config, name))
-    sizes[layer] += step
-    return replace(config, **{name: tuple(sizes)})
 
 
 def find_policy(lab: Lab, devices: Sequence[DeviceSpec], limits: Limits) -> Policy:

@@ -11,12 +11,22 @@ from transformers import AutoTokenizer, PreTrainedModel
 from detransformer.checkpoints import has_tokenizer
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.aggregator import KINDS
-from detransformer.coformer.booster import RULES, BoostConfig, BoostTask, ImageTask, TextTask, predict, weights_hash
+from detransformer.coformer.booster import (
+    RULES,
+    TARGETS,
+    BoostConfig,
+    BoostTask,
+    ImageTask,
+    TextTask,
+    predict,
+    weights_hash,
+)
 from detransformer.coformer.debo import METHODS, Calibrated, SearchConfig, calibrate_policy, search_policy
 from detransformer.coformer.ensemble import save_ensemble
 from detransformer.coformer.evaluator import Latency, device_limits, fastest_device, latency, roofline_s
 from detransformer.coformer.fusion import AggregatorConfig, missing_table
 from detransformer.coformer.policy import Limits, Original, Policy, flops, memory_bytes
+from detransformer.coformer.search import filled
 from detransformer.files import atomic_write
 from detransformer.parse import number, one_of, whole_number
 from detransformer.planning.profile import ClusterProfile
@@ -44,6 +54,7 @@ def decompose_command(
     budget: str | None,
     memory: str | None,
     search: str,
+    fill: bool,
     evaluations: str,
     latency_weight: str,
     seq_len: str,
@@ -52,6 +63,7 @@ def decompose_command(
     batch_size: str,
     learning_rate: str,
     rule: str,
+    targets: str,
     aggregator: str,
     seed: str,
     force: bool,
@@ -75,6 +87,7 @@ def decompose_command(
         micro_batch_size=batch,
         learning_rate=number(learning_rate, "--learning-rate"),
         rule=one_of(rule, "--rule", RULES),
+        target=one_of(targets, "--targets", TARGETS),
         checkpoint_every_s=120.0,
         seed=start,
     )
@@ -105,9 +118,11 @@ def decompose_command(
         seq_len=original.seq_len,
         progress=True,
     )
-    policy = found.best_policy
+    policy, grown = found.best_policy, fill and bool(share or most_bytes)
+    if grown:  # the loss that is searched by says little of what calibration makes of a size (notebook 09)
+        policy = filled(policy, original, limits)
     times = latency(policy, original, profile, sent_tokens=1)
-    print(f"\n{method} search, {len(found.policies)} policies:\n")
+    print(f"\n{method} search, {len(found.policies)} policies{', the best filled up' if grown else ''}:\n")
     print(sub_model_table(policy, original, times, spec.names).to_markdown(index=False, floatfmt=".4g"))
     whole_s = [roofline_s(original.whole, original, device) for device in profile.devices]
     fastest = fastest_device(profile.devices)

@@ -13,14 +13,14 @@ Where the printed equations cannot be meant as they stand, the standard form is 
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from detransformer.coformer.evaluator import Evaluation
-from detransformer.coformer.policy import Policy
+from detransformer.coformer.policy import Grid, Limits, Original, Policy, SubModelConfig, violations
 from detransformer.files import atomic_write
 
 VERSION = 1
@@ -206,3 +206,41 @@ def _save(path: str | Path | None, settings: dict, policies: list[Policy], evalu
     rows = [{"policy": p.to_dict(), **asdict(e)} for p, e in zip(policies, evaluations, strict=True)]
     with atomic_write(path) as file:
         json.dump({"version": VERSION, "settings": settings, "evaluations": rows}, file)
+
+
+def filled(policy: Policy, original: Original, limits: Limits, grid: Grid | None = None) -> Policy:
+    """`policy` grown step by step on `grid` until it is at its limits or nothing is left to give (C1-C6).
+
+    A search is free to stay below its limits; rows that are compared at equal FLOPs should not.
+    """
+    grid, grows = grid or Grid.of(original), True
+    while grows:
+        grows = False
+        for number in range(policy.num_devices):
+            for kind in ("width", "ffn", "heads", "layers"):
+                for layer in range(policy.sub_models[number].num_layers if kind in ("ffn", "heads") else 1):
+                    larger = _larger(policy, number, kind, layer, original, grid)
+                    listed = (*policy.sub_models[:number], larger, *policy.sub_models[number + 1 :])
+                    if not violations(Policy(listed), original, limits):
+                        policy, grows = Policy(listed), policy.sub_models[number] != larger or grows
+    return policy
+
+
+def _larger(policy: Policy, number: int, kind: str, layer: int, original: Original, grid: Grid) -> SubModelConfig:
+    """One step more of `kind`; a layer more is like the last one, as far as the others leave room for it."""
+    config = policy.sub_models[number]
+    if kind == "width":
+        return replace(config, hidden_size=config.hidden_size + grid.hidden_step)
+    if kind == "layers":
+        beside = [c for c in policy.sub_models if c.num_layers > config.num_layers]
+        heads = original.num_heads - sum(c.num_heads[config.num_layers] for c in beside)
+        ffn = original.ffn_size - sum(c.ffn_sizes[config.num_layers] for c in beside)
+        if heads < 1 or ffn < grid.ffn_step:
+            return config
+        heads, ffn = min(heads, config.num_heads[-1]), min(ffn // grid.ffn_step * grid.ffn_step, config.ffn_sizes[-1])
+        added = (*config.num_heads, heads), (*config.ffn_sizes, ffn)
+        return SubModelConfig(config.num_layers + 1, config.hidden_size, *added)
+    name, step = ("num_heads", 1) if kind == "heads" else ("ffn_sizes", grid.ffn_step)
+    sizes = list(getattr(config, name))
+    sizes[layer] += step
+    return replace(config, **{name: tuple(sizes)})
