@@ -1,10 +1,15 @@
 """The README's tables are those of the committed run, and what it points to is there."""
 
+import math
 import re
 
+import pandas as pd
 import pytest
 
+from coformer_frames import MODEL, coformer_frames, missing_rows
+from coformer_frames import run_rows as coformer_runs
 from detransformer.files import repository_root
+from detransformer.report import coformer_tables
 from detransformer.report.claims import summarise
 from detransformer.report.expected import published
 from detransformer.report.peers import methods_table
@@ -51,15 +56,22 @@ def test_reference_run_is_complete():
         "wire_accuracy",
     )
     tables += ("wire_accuracy", "training_throughput", "training_throughput_loss")
+    tables += ("predictor", "proxy", "search", "policies", "constraints", "decomposition", "coformer", "which_one")
+    tables += tuple(f"coformer_{name}" for name in ("runs", "ablation", "aggregators", "devices", "budgets", "rules"))
+    tables += tuple(f"coformer_{name}" for name in ("recipes", "equal_flops", "missing", "latency", "text"))
     for name in (*tables, "methods", "wire", "reads", "scaling", "prediction", "fit", "timeline", "efficiency"):
         assert len(run.load_table(name)), name
     figures = ("fig2a", "fig2b", "fig7a", "fig7b", "fig7c", "fig7d", "fig8", "table_iii", "table_iv")
     figures += ("plan_map", "choices", "predicted", "unequal", "trace", "generation", "perplexity", "scale_out")
     figures += ("pretraining_loss", "placements", "calibration", "table_iii_noise", "wire_accuracy", "throughput")
+    figures += ("predictor", "proxy", "search", "policies", "coformer_aggregators", "coformer_devices")
+    figures += ("coformer_bandwidth", "coformer_tradeoff", "coformer_energy")
     for name in (*figures, "bandwidth", "parts", "timeline", "wire"):
         assert (run.figures / f"{name}.png").stat().st_size > 10_000, name
         assert (run.figures / f"{name}.svg").is_file()
-    assert len(list(run.notebooks.glob("*.ipynb"))) == 8
+    for name in ("coformer_ablation", "coformer_aggregators", "coformer_devices"):  # Tables III, IV and V
+        assert run.load_table(name).query("num_seeds > 1")["num_seeds"].min() >= 3, name
+    assert len(list(run.notebooks.glob("*.ipynb"))) == 10
     assert run.manifest_path.is_file()
 
 
@@ -139,3 +151,30 @@ def test_accuracy_of_an_older_run_leaves_the_text_as_it_is(tmp_path):
     readme = "<!-- table_iii -->\nas it was\n<!-- /table_iii -->\n"
     assert render(readme, run) == readme
     assert "as it was" not in render(readme, run_with_accuracy(tmp_path / "new"))
+
+
+def test_which_one_names_the_fastest_and_what_it_costs(tmp_path):
+    run, runs = RunFolder(tmp_path), coformer_runs().assign(seconds=60.0)
+    accuracies = coformer_tables.accuracies_of(runs, MODEL)
+    run.save_table(coformer_tables.which_one(coformer_frames()["coformer_latency"], accuracies), "which_one")
+    run.save_table(coformer_tables.missing_summary(missing_rows()), "coformer_missing")
+    recipes = coformer_tables.recipe_table(runs, pd.DataFrame(), MODEL, "400 steps, hard targets")
+    run.save_table(recipes, "coformer_recipes")
+    text = SECTIONS["which_one"][0](run)
+    assert "fastest of all is CoFormer" in text
+    assert "- One of three devices lost, aggregator coformer: 30.0% instead of 57.0%." in text
+    assert "| CoFormer | 400 steps, hard targets | 57.0 ± 0.1 | 3.0 | 14.0 | 8.8x |" in text
+
+
+def test_faults_are_counted(tmp_path):
+    run = RunFolder(tmp_path)
+    row = dict(rounds=5, served_s=8.04, requests=400, lost=0, wrong=0, twice=0, held=True)
+    rows = [row | dict(fault="killed", named_s=0.9), row | dict(fault="stranger", named_s=math.nan, lost=2)]
+    run.save_table(pd.DataFrame(rows), "chaos")
+    text = SECTIONS["faults"][0](run)
+    assert "| killed | 5 | 0.9 | 8.0 | 400 | 0, 0, 0 |" in text and "| stranger | 5 | - | 8.0 | 400 | 2, 0, 0 |" in text
+    soak = dict(minutes=30, p50_s=0.04, p99_s=6.24, front_growth=0.01, devices_growth=-0.002, asked=900, answered=900)
+    run.save_table(pd.DataFrame([soak | dict(lost=0, wrong=0, twice=0, faults=29)]), "soak")
+    text = SECTIONS["faults"][0](run)
+    assert "30 minutes of load with 29 faults: 900 requests, 0 lost" in text
+    assert "p50 40 ms, p99 6.2 s; memory +1.0% (front), -0.2% (devices)." in text

@@ -125,12 +125,22 @@ def table_iii(run: RunFolder) -> str | None:
 
 
 def which_one(run: RunFolder) -> str:
-    """CoFormer or block parallelism: a sentence a bandwidth, and notebook 10's claims."""
-    sentences = [f"- {sentence}" for sentence in run.load_table("which_one")["sentence"]]
-    lines = ["| claim | expected | obtained | verdict |", "|---|---|---|---|"]
-    for row in run.load_table("coformer").astype(object).itertuples():
-        lines.append(f"| {row.claim} | {_words(row.expected)} | {_words(row.obtained)} | {row.verdict} |")
-    return "\n".join([*sentences, "", *lines])
+    """CoFormer or block parallelism: a sentence a bandwidth, what accuracy costs in training, and a lost device."""
+    lines = [f"- {sentence}" for sentence in run.load_table("which_one")["sentence"]]
+    missing = run.load_table("coformer_missing").set_index("aggregator")
+    for name, rows in missing.groupby(level=0, sort=False):
+        whole, without = rows.loc[rows["missing"] == 0, "accuracy"].item(), rows.loc[rows["missing"] > 0, "accuracy"]
+        lines += [f"- One of three devices lost, aggregator {name}: {without.mean():.1f}% instead of {whole:.1f}%."]
+    lines += [
+        "",
+        "| sub-models | calibrated by | accuracy, % | points given up | predicted, ms | over the large model |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in run.load_table("coformer_recipes").sort_values("accuracy").itertuples():
+        spread = "" if pd.isna(row.accuracy_std) else f" ± {row.accuracy_std:.1f}"
+        cells = (row.method, row.recipe, f"{row.accuracy:.1f}{spread}", f"{row.given_up:.1f}", f"{row.latency_ms:.1f}")
+        lines.append(f"| {' | '.join(cells)} | {row.speedup:.1f}x |")
+    return "\n".join(lines)
 
 
 def faults(run: RunFolder) -> str:
@@ -184,11 +194,6 @@ def render(readme: str, run: RunFolder) -> str:
 
 def _over(link: str, links: set[str]) -> str:
     return f", {link} link" if link and len(links) > 1 else ""
-
-
-def _words(value) -> str:
-    """A number, or words as they are."""
-    return str(value) if isinstance(value, str) and pd.isna(pd.to_numeric(value, errors="coerce")) else _number(value)
 
 
 def _number(value) -> str:
