@@ -28,6 +28,7 @@ app = typer.Typer(
 def frame(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
 ) -> None:
+    """DeTransformer, reproduced: decouple Transformers and run them over the devices you have."""
     if version:
         print(f"detransformer {detransformer.__version__}")
         raise typer.Exit

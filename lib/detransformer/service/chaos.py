@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -191,20 +191,28 @@ def small_model() -> torch.nn.Module:
     return BertForSequenceClassification(config).eval()
 
 
-def run_chaos(spec: ClusterSpec, names: list[str], rounds: int, say: Callable[[str], None] = print) -> pd.DataFrame:
-    """Every fault `rounds` times, in turn; one row a round. Faults that this machine cannot make are rows, too."""
-    rows = []
+def run_chaos(
+    spec: ClusterSpec,
+    names: list[str],
+    rounds: int,
+    say: Callable[[str], None] = print,
+    kept: Sequence[dict] = (),
+    keep: Callable[[list[dict]], object] = lambda rows: None,
+) -> list[dict]:
+    """Every fault `rounds` times, in turn, as rows; `kept` are rows of an earlier call, `keep` is given all so far."""
+    rows, done = list(kept), {(row["fault"], row["round"]) for row in kept}
     device = len(spec.members) - 1
     with field_of(spec, device) as (place, model), Clients(place.session, model) as clients:
         for number in range(rounds):
-            for name in names:
+            for name in (name for name in names if (name, number + 1) not in done):
                 place.held = []
                 row = play(FAULTS[name], place, clients) | {"round": number + 1}
                 rows.append(row)
+                keep(rows)
                 say(f"{number + 1}/{rounds} {name}: {shown(row)}")
         if clients.errors:
             say("; ".join(dict.fromkeys(clients.errors)))
-    return pd.DataFrame(rows)
+    return rows
 
 
 def shown(row: dict) -> str:
@@ -340,8 +348,14 @@ def chaos(spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: R
     if DAMAGE in names and not can_damage()[0]:
         names = [name for name in names if name != DAMAGE]
         note += f" Not run: {DAMAGE}, {can_damage()[1]}."
-    rows = run_chaos(spec, names, given.rounds, say)
-    run.save_table(rows, "chaos_rounds", note=note)
+    kept = run.load_table("chaos_rounds").to_dict("records") if run.has_table("chaos_rounds") else []
+    if kept:
+        say(f"{len(kept)} rounds of an earlier call are kept; delete {run.tables}/chaos_rounds.csv to begin anew")
+
+    def keep(rows: list[dict]) -> pd.DataFrame:
+        return run.save_table(pd.DataFrame(rows), "chaos_rounds", note=note)
+
+    rows = keep(run_chaos(spec, names, given.rounds, say, kept, keep))
     return bool(run.save_table(summary(rows), "chaos", note=note)["held"].all())
 
 
