@@ -28,6 +28,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.report.provenance import cpu_model, usable_cores
 from detransformer.report.runs import RunFolder
+from detransformer.service.agent import FAILURES_S
 from detransformer.service.faults import ASKED_FOR, DAMAGE, FAULTS, Fault, Field, can_damage
 from detransformer.service.session import Event, QueueFull, Session
 
@@ -209,6 +210,7 @@ def run_chaos(
                 row = play(FAULTS[name], place, clients) | {"round": number + 1}
                 rows.append(row)
                 keep(rows)
+                time.sleep(FAILURES_S)  # a device that fails again sooner is left out for a while: another fault
                 say(f"{number + 1}/{rounds} {name}: {shown(row)}")
         if clients.errors:
             say("; ".join(dict.fromkeys(clients.errors)))

@@ -207,7 +207,8 @@ def _other_weights(place: Field) -> None:
 
 def _own_weights(place: Field) -> None:
     (place.copy / "model.safetensors").write_bytes(place.held[0])
-    place.worker.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):  # its agent starts anew in any case
+        place.worker.kill()
 
 
 def _no_memory(place: Field) -> None:
@@ -295,7 +296,7 @@ FAULTS = {
         Fault("link flaps", _flap, names=False),
         Fault(DAMAGE, _damage, lambda place: _damage(place, 0.0), HOLD_S, names=False),
         Fault("slow", _slow, _unhinder, HOLD_S, names=False),
-        Fault("other weights", _other_weights, _own_weights, HOLD_S, kind="differing"),
+        Fault("other weights", _other_weights, _own_weights, 2 * HOLD_S, kind="differing"),
         Fault("out of memory", _no_memory),
         Fault("disk full", _fill_disk, _free_disk, HOLD_S),
         Fault("stranger", _stranger, names=False),
