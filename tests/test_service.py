@@ -287,13 +287,15 @@ def test_no_process_and_no_namespace_outlive_a_session(session):
     trees += [child for tree in trees for child in tree.children(recursive=True)]
     assert len(trees) >= 9  # an agent, its fork server and a worker each
     namespaces = list(session.post.network.namespaces)
+    ids = torch.ones(1, 1, dtype=torch.int64)
+    assert session({"input_ids": ids})["logits"].shape == (1, 3)
     session.close()
     time.sleep(0.5)
     assert not [process for process in trees if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not [name for name in namespaces if os.path.exists(f"/var/run/netns/{name}")]
     assert not session.post.folder.exists()
     with pytest.raises(Unanswered, match="ended"):
-        session.submit({"input_ids": torch.ones(1, 1, dtype=torch.int64)})
+        session.submit({"input_ids": ids})
 
 
 # --- The command -------------------------------------------------------------------------------------------------
