@@ -4,8 +4,13 @@ import os
 import socket
 import threading
 import time
+from array import array
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,12 +20,22 @@ from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.service import Expired, QueueFull, Session, Unanswered
 from detransformer.service.agent import NAME, SignedBackend, listen
-from detransformer.service.chaos import small_model
-from detransformer.service.faults import DAMAGE, FAULTS, Field, can_damage, num_damaged
+from detransformer.service.chaos import Clients, play, small_model, soak_result
+from detransformer.service.clock import KEY, SharedClock
+from detransformer.service.faults import (
+    DAMAGE,
+    FAULTS,
+    STEP,
+    Field,
+    can_damage,
+    can_step_clock,
+    clock_variables,
+    num_damaged,
+)
 from detransformer.service.http import MAX_BODY_BYTES, build_app
 from detransformer.service.line import Line, tensors_of
 from detransformer.service.session import join_rows
-from detransformer.service.speeds import KEPT, Speeds
+from detransformer.service.speeds import BATCHES, IGNORED, WINDOW_S, Speeds
 
 emulated = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 
@@ -78,20 +93,77 @@ def test_requests_are_joined_with_padding_that_is_masked(left):
     assert joined["attention_mask"].tolist() == [[0, 0, 1, 1, 1] if left else [1, 1, 1, 0, 0]] * 2 + [[1] * 5] * 2
 
 
+def test_the_rendezvous_goes_by_the_first_devices_clock(store):
+    first = SharedClock(store, "secret", keeps=True)
+    other = SharedClock(store, "secret", keeps=False)
+    apart_s = abs((other.now(UTC) - first.now(UTC)).total_seconds())
+    assert apart_s < 0.5 and first.now(UTC) < other.now(UTC) + timedelta(seconds=1)
+    other._ahead_s += 5  # a host whose monotonic clock began earlier
+    assert (other.now(UTC) - first.now(UTC)).total_seconds() == pytest.approx(5, abs=0.5)
+
+
+def test_a_clock_that_is_not_signed_is_not_gone_by(store):
+    def forge():
+        for second in range(20):
+            store.set(KEY, f"{second} {'0' * 64}")
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=forge)
+    thread.start()
+    with pytest.raises(RuntimeError, match="not signed"):
+        SharedClock(store, "secret", keeps=False)
+    thread.join()
+
+
+def steady(speeds: Speeds, spent_s: list[float], batch_s: float = 0.1, seconds: float = 2 * WINDOW_S) -> dict:
+    """What was found slow while each batch took `spent_s`; the profile says 0.01 s of each device."""
+    found = {}
+    for _ in range(round(seconds / batch_s)):
+        found |= speeds.observe(batch_s, spent_s, [0.01] * len(spent_s))
+    return found
+
+
 def test_a_device_is_slow_against_its_own_usual_and_not_when_all_are():
     speeds = Speeds(3)
-    for _ in range(KEPT):
-        assert speeds.observe([1.0, 2.0, 1.5]) == {}
-    for _ in range(2 * KEPT):
-        assert speeds.observe([5.0, 10.0, 7.5]) == {}  # the host is busy
-    found = {}
-    for _ in range(2 * KEPT):
-        found |= speeds.observe([5.0, 60.0, 7.5])
+    assert steady(speeds, [0.01, 0.02, 0.015]) == {}
+    assert steady(speeds, [0.05, 0.10, 0.075]) == {}  # the host is busy
+    found = steady(speeds, [0.05, 0.60, 0.075])
     assert list(found) == [1] and found[1] > 3
     assert speeds.factors == [1.0, found[1], 1.0]
-    for _ in range(KEPT):
-        speeds.observe([5.0, 10.0, float("nan")])
+    assert steady(speeds, [0.05, 0.10, float("nan")]) == {1: 1.0}
     assert speeds.factors == [1.0] * 3
+
+
+def test_a_device_that_stands_still_now_and_then_is_slow_and_one_that_was_held_up_once_is_not():
+    speeds = Speeds(3)
+    assert steady(speeds, [0.01, 0.01, 0.01]) == {}
+    speeds.observe(0.3, [0.01, 0.21, 0.01], [0.01] * 3)
+    assert steady(speeds, [0.01, 0.01, 0.01]) == {}
+    found = {}
+    for number in range(30):  # in every third batch, which a median would not see
+        found |= speeds.observe(0.1, [0.01, 0.1 if number % 3 == 0 else 0.01, 0.01], [0.01] * 3)
+    assert list(found) == [1]
+
+
+def test_slow_devices_are_found_within_a_window_of_long_batches_too_and_forgotten():
+    speeds = Speeds(2)
+    assert steady(speeds, [0.5, 0.5], batch_s=1.5, seconds=1.5 * (IGNORED + BATCHES)) == {}
+    found = steady(speeds, [0.5, 5.0], batch_s=6.0, seconds=6.0 * BATCHES)
+    assert list(found) == [1]
+    assert speeds.forget() == [1]
+    assert speeds.factors == [1.0, 1.0]
+
+
+def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():
+    samples = pd.DataFrame({"seconds": [10.0 * n for n in range(101)]})
+    samples["front_mib"] = [100.0] * 21 + [200.0] * 60 + [203.0] * 20  # the warm-up does not count
+    samples["devices_mib"] = 900.0
+    clients = SimpleNamespace(
+        seconds=array("d", [0.1] * 99 + [7.0]), asked=100, answered=100, full=0, lost=0, wrong=0, twice=0
+    )
+    result = soak_result(samples, clients)
+    assert result["front_growth"] == pytest.approx(0.015) and result["devices_growth"] == 0
+    assert (result["p50_s"], result["p99_s"], result["slowest_s"]) == (0.1, 0.1, 7.0)
 
 
 # --- Real processes ----------------------------------------------------------------------------------------------
@@ -118,7 +190,9 @@ def session(tmp_path_factory, model):
     (folder / "cluster.yaml").write_text(CLUSTER)
     model.save_pretrained(folder / "model")
     spec = ClusterSpec.load(folder / "cluster.yaml")
-    with spec.session(folder / "model", method="tp", paced=False, max_waiting=4, max_batch=3) as session:
+    variables = {2: clock_variables(folder / "clock")} if can_step_clock()[0] else {}
+    options = dict(method="tp", paced=False, max_waiting=4, max_batch=3, variables=variables)
+    with spec.session(folder / "model", **options) as session:
         assert session.wait_for_all(120)
         yield session
 
@@ -186,6 +260,37 @@ def test_frames_damaged_on_the_way_change_no_answer(session, model, tmp_path):
     finally:
         fault.end(place)
     assert all(num_damaged(session.post.network.namespaces[n]) > before for n, before in zip((0, 2), seen, strict=True))
+
+
+@emulated
+@pytest.mark.skipif(not can_step_clock()[0], reason=can_step_clock()[1])
+@pytest.mark.timeout(180)
+def test_a_device_whose_clock_is_an_hour_late_is_taken_back(session, model):
+    clock = Path(session.post.variables[2]["CLOCK_STEP_FILE"])
+    place = Field(session, 2, clock.parent, clock)
+    before = len(session.events)
+    FAULTS[STEP].begin(place)
+    try:
+        deadline = time.monotonic() + 60
+        while session.present != (0, 1, 2) or not session.serving or len(session.events) < before + 2:
+            assert time.monotonic() < deadline, list(session.events)[before:]
+            time.sleep(0.1)
+        assert clock.read_text() == "-3600"
+        time.sleep(5)  # longer than its signs of life may be missing
+        assert session.present == (0, 1, 2)
+        assert max(answers(session, model, 10, first=700)) < 1e-4
+    finally:
+        FAULTS[STEP].end(place)
+
+
+@emulated
+@pytest.mark.timeout(240)
+def test_a_slow_device_is_named_and_nothing_is_lost(session, model):
+    with Clients(session, model) as clients:
+        row = play(FAULTS["slow"], Field(session, 2, Path()), clients)
+    assert row["named_s"] is not None and row["served_s"] is not None
+    assert (row["lost"], row["wrong"], row["twice"]) == (0, 0, 0) and row["requests"] > 10
+    assert any("times as long as usual" in event.sentence for event in session.events)
 
 
 @emulated

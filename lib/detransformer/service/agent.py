@@ -1,14 +1,12 @@
 """The elastic agent of one device: torchrun's, which keeps one worker and starts it anew with those that are there.
 
-Four things differ from torchrun's command line. Workers are forked from a server that has imported torch already,
-which takes seconds off every recovery. One that hangs gets a second to end, not thirty, while all others wait. The
-rendezvous listens at the cluster's address alone. And its state, which torch pickles, is signed with the cluster's
-secret and read only where the signature is right.
+Five things differ from torchrun's command line. Workers are forked from a server that has imported torch already
+(`entry`), which takes seconds off every recovery. One that hangs gets a second to end, not thirty, while all others
+wait. The rendezvous listens at the cluster's address alone. Its state, which torch pickles, is signed with the
+cluster's secret and read only where the signature is right. And times in it are of one clock (`clock`).
 """
 
 import hmac
-import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,22 +15,20 @@ import tempfile
 import time
 from collections import deque
 from datetime import timedelta
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
 
-from detransformer.cluster.launcher import die_with_parent
+from detransformer.service.clock import SharedClock, sign
+from detransformer.service.entry import work
 
 NAME = "detransformer"
-DEVICE = "DETRANSFORMER_DEVICE"  # environment variable: which device of the cluster file this is
-AGENT = "DETRANSFORMER_AGENT"  # environment variable: the agent's process
 KEEP_ALIVE_S, MAX_MISSED = 1, 3  # of an agent: then its host counts as gone
 STORE_S = 10  # of the store that all meet at, to answer
 LAST_CALL_S = 1.5  # for further devices, once the first has come: shorter, and a round forms without one that lives
@@ -53,9 +49,6 @@ class SignedBackend(C10dRendezvousBackend):
     def name(self) -> str:
         return NAME
 
-    def _sign(self, state: bytes) -> bytes:
-        return hmac.digest(self._secret, state, sha256)
-
     def _decode_state(self, base64_state: bytes) -> tuple[bytes, Token] | None:
         try:
             found = super()._decode_state(base64_state)
@@ -64,13 +57,13 @@ class SignedBackend(C10dRendezvousBackend):
         if found is None:
             return None
         signature, state = found[0][:32], found[0][32:]
-        return (state, found[1]) if hmac.compare_digest(signature, self._sign(state)) else None
+        return (state, found[1]) if hmac.compare_digest(signature, sign(self._secret, state)) else None
 
     def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
         stored = self._call_store("get", self._key)
         if self._decode_state(stored) is None:  # none yet, or a stranger's: what stands there is replaced
             token = stored
-        result = super().set_state(self._sign(state) + state, token)
+        result = super().set_state(sign(self._secret, state) + state, token)
         return result and (result[0], result[1], result[0] == state)
 
 
@@ -84,12 +77,13 @@ def rendezvous(job: dict, device: int) -> DynamicRendezvousHandler:
 
     Raises:
         OSError: where the address or port cannot be had.
-        RuntimeError: where nothing answers there.
+        RuntimeError: where nothing answers there, or with another secret.
     """
     addresses, port = job["addresses"], job["port"]
     listener = listen(addresses[0], port).detach() if device == 0 else None
     wait = timedelta(seconds=STORE_S)
     store = dist.TCPStore(addresses[0], port, None, device == 0, wait, False, master_listen_fd=listener)
+    dynamic_rendezvous.datetime = SharedClock(store, job["secret"], keeps=device == 0)
     seconds = {"join": JOIN_S, "last_call": LAST_CALL_S, "close": 5, "heartbeat": 5}
     return DynamicRendezvousHandler.from_backend(
         NAME, store, SignedBackend(store, NAME, job["secret"]), 1, len(addresses), addresses[device],
@@ -123,23 +117,12 @@ class Agent(LocalElasticAgent):
         super()._shutdown(death_sig, timeout)
 
 
-def run_agent(path: str, device: int) -> None:
-    """Keeps a worker on `device` of the job in the file `path`, until it is killed or the first device's agent is gone.
+def run_agent(job: dict, path: str, device: int) -> None:
+    """Keeps a worker on `device` of `job`, until it is killed or the first device's agent is gone.
 
-    The job: `addresses` of all devices, `port` of the rendezvous at the first, `secret`, and what `worker` wants.
+    The job, which the file `path` holds: `addresses` of all devices, `port` of the rendezvous at the first, `secret`,
+    and what `worker` wants.
     """
-    from detransformer.service.worker import work
-
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    os.environ |= {
-        DEVICE: str(device),
-        AGENT: str(os.getpid()),
-        "OMP_NUM_THREADS": str(job["threads"]),
-        "TOKENIZERS_PARALLELISM": "false",
-        # each round its own store: agents count their restarts apart, and would read each other's old addresses
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    multiprocessing.set_forkserver_preload(["detransformer.service.worker"])
     spec = WorkerSpec(
         role=NAME,
         local_world_size=1,
@@ -152,9 +135,3 @@ def run_agent(path: str, device: int) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="detransformer-") as logs:
         Agent(spec, DefaultLogsSpecs(log_dir=logs), start_method="forkserver").run()
-
-
-def main() -> None:
-    """The process that `post` starts: the job's file and the device are on the command line."""
-    die_with_parent()
-    run_agent(sys.argv[1], int(sys.argv[2]))

@@ -6,17 +6,18 @@ answer.
 """
 
 import argparse
+import bisect
 import contextlib
 import functools
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.report.provenance import cpu_model, usable_cores
 from detransformer.report.runs import RunFolder
 from detransformer.service.agent import FAILURES_S
-from detransformer.service.faults import ASKED_FOR, DAMAGE, FAULTS, Fault, Field, can_damage
+from detransformer.service.faults import FAULTS, STEP, Fault, Field, clock_variables
 from detransformer.service.session import Event, QueueFull, Session
 
 TOLERANCE = 1e-4
@@ -44,11 +45,14 @@ NUM_INPUTS, MAX_TOKENS = 40, 24
 
 
 class Clients:
-    """Threads that ask one request after another, each of which has one right answer."""
+    """Threads that ask one request after another, each of which has one right answer.
 
-    def __init__(self, session: Session, model: torch.nn.Module, num_clients: int = 2, pause_s: float = 0.05):
+    Each asks again `period_s` after it asked last, or as soon as it has its answer, if that took longer.
+    """
+
+    def __init__(self, session: Session, model: torch.nn.Module, num_clients: int = 2, period_s: float = 0.08):
         generator = torch.Generator().manual_seed(0)
-        self.session, self.pause_s = session, pause_s
+        self.session, self.period_s = session, period_s
         lengths = torch.randint(1, MAX_TOKENS + 1, (NUM_INPUTS,), generator=generator).tolist()
         size = model.config.vocab_size
         self.inputs = [torch.randint(size, (1, length), generator=generator) for length in lengths]
@@ -56,7 +60,7 @@ class Clients:
             self.expected = [model(input_ids=ids).logits for ids in self.inputs]
         self.asked = self.answered = self.wrong = self.twice = self.lost = self.full = 0
         self.last_at = 0.0
-        self.seconds: list[tuple[float, float]] = []  # (when, how long)
+        self.answered_at, self.seconds = array("d"), array("d")  # small: they grow for as long as a soak lasts
         self.errors: list[str] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(num_clients)]
@@ -71,9 +75,15 @@ class Clients:
         for thread in self._threads:
             thread.join(DEADLINE_S + 10)
 
+    def next_answer(self, since: float) -> float | None:
+        """When the first answer after `since` came, if one has."""
+        with self._lock:
+            first = bisect.bisect(self.answered_at, since)
+            return self.answered_at[first] if first < len(self.answered_at) else None
+
     def _run(self, number: int) -> None:
-        count = number
-        while not self._stop.wait(self.pause_s):
+        count, started = number, time.monotonic()
+        while not self._stop.wait(max(0.0, started + self.period_s - time.monotonic())):
             count += 7
             which = count % NUM_INPUTS
             started, calls = time.monotonic(), []
@@ -92,13 +102,14 @@ class Clients:
                     self.lost += 1
                     self.errors.append(f"{type(error).__name__}: {error}")
                 continue
-            now = time.monotonic()
             with self._lock:
+                now = time.monotonic()
                 self.answered += 1
                 self.wrong += float((logits - self.expected[which]).abs().max()) > TOLERANCE
                 self.twice += len(calls) > 1
                 self.last_at = now
-                self.seconds.append((now, now - started))
+                self.answered_at.append(now)
+                self.seconds.append(now - started)
 
 
 # --- Rounds ------------------------------------------------------------------------------------------------------
@@ -120,15 +131,16 @@ def play(fault: Fault, place: Field, clients: Clients) -> dict:
         named = next((e for e in list(session.events) if is_named(e, fault, name, began)), None)
         if named and named_s is None:
             named_s = named.at - began
-        if served_s is None and (named or not fault.names) and clients.last_at > (named.at if named else began):
-            served_s = clients.last_at - began
+        if served_s is None and (named or not fault.names):
+            answered_at = clients.next_answer(named.at if named else began)
+            served_s = answered_at and answered_at - began
         if ended and served_s is not None and clients.last_at > began + fault.hold_s:
             break
         time.sleep(0.05)
     if not ended:
         fault.end(place)
     calm(clients)
-    slowest = max((seconds for at, seconds in clients.seconds if at >= began), default=float("nan"))
+    slowest = max(clients.seconds[bisect.bisect(clients.answered_at, began) :], default=float("nan"))
     return {
         "fault": fault.name,
         "named_s": named_s,
@@ -161,8 +173,18 @@ def calm(clients: Clients) -> None:
 
 
 @contextlib.contextmanager
-def field_of(spec: ClusterSpec, device: int) -> Iterator[tuple[Field, torch.nn.Module]]:
-    """A session of a small classifier on `spec`, its files on a disk of 16 MiB where this machine permits one."""
+def field_of(
+    spec: ClusterSpec, device: int, names: Sequence[str], say: Callable[[str], None]
+) -> Iterator[tuple[Field, torch.nn.Module]]:
+    """A session of a small classifier on `spec`, its files on a disk of 16 MiB where this machine permits one.
+
+    `names`: the faults that are to come to `device`. `say` is told what the session says, and when.
+    """
+    began = time.monotonic()
+
+    def tell(sentence: str) -> None:
+        say(f"{time.monotonic() - began:7.1f} s  {sentence}")
+
     with tempfile.TemporaryDirectory(prefix="detransformer-chaos-") as folder:
         model = small_model()
         first, copy, disk = (Path(folder) / name for name in ("model", "copy", "disk"))
@@ -172,10 +194,15 @@ def field_of(spec: ClusterSpec, device: int) -> Iterator[tuple[Field, torch.nn.M
         mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk]
         mounted = not subprocess.run(mount, capture_output=True).returncode
         kept, tempfile.tempdir = tempfile.tempdir, str(disk)
+        clock = Path(folder) / "clock"
+        options = {
+            "models": {device: str(copy)},
+            "variables": {device: clock_variables(clock)} if STEP in names else {},
+        }
         try:
-            with Session(spec, str(first), method="tp", paced=False, models={device: str(copy)}) as session:
+            with Session(spec, str(first), method="tp", paced=False, on_event=tell, **options) as session:
                 session.wait_for_all()
-                yield Field(session, device, copy), model
+                yield Field(session, device, copy, clock), model
         finally:
             tempfile.tempdir = kept
             if mounted:
@@ -203,7 +230,7 @@ def run_chaos(
     """Every fault `rounds` times, in turn, as rows; `kept` are rows of an earlier call, `keep` is given all so far."""
     rows, done = list(kept), {(row["fault"], row["round"]) for row in kept}
     device = len(spec.members) - 1
-    with field_of(spec, device) as (place, model), Clients(place.session, model) as clients:
+    with field_of(spec, device, names, say) as (place, model), Clients(place.session, model) as clients:
         for number in range(rounds):
             for name in (name for name in names if (name, number + 1) not in done):
                 place.held = []
@@ -245,7 +272,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 SAMPLE_S = 10.0
 LOAD = 0.8  # of what the session can answer
+NUM_CLIENTS = 8
 WARM = 0.2  # of the time, after which memory is to stay as it is
+MAX_GROWTH = 0.02  # of memory, promised
 
 
 def run_soak(
@@ -254,19 +283,18 @@ def run_soak(
     """Load for `minutes`, a fault at random every `every_s`.
 
     Returns:
-        Samples (seconds, resident MiB of the front and of all devices, requests answered so far), and what came of it:
-        `p50_s`, `p99_s`, `front_growth` and `device_growth` as shares, `asked`, `lost`, `wrong`, `twice`, `faults`.
+        Samples, taken while all devices serve (`resident`, and seconds and requests answered so far), and what came
+        of it: requests a second that it can answer and that were, `p50_s`, `p99_s`, growth of memory as shares, and
+        counts of requests and faults.
     """
     chosen = random.Random(0)
-    with field_of(spec, len(spec.members) - 1) as (place, model):
-        with Clients(place.session, model, pause_s=0.0) as clients:
+    with field_of(spec, len(spec.members) - 1, names, say) as (place, model):
+        with Clients(place.session, model, NUM_CLIENTS, period_s=0.0) as clients:
             time.sleep(SAMPLE_S)
-        rate = clients.answered / SAMPLE_S
-        latency_s = statistics.median(seconds for _, seconds in clients.seconds)
-        pause_s = max(0.0, 2 / (LOAD * rate) - latency_s)
-        say(f"it answers {rate:.1f} requests a second; {LOAD:.0%} of that from now on")
+        capacity = clients.answered / SAMPLE_S
+        say(f"it answers {capacity:.1f} requests a second; {LOAD:.0%} of that from now on")
         rows, faults, ends = [], 0, None
-        with Clients(place.session, model, pause_s=pause_s) as clients:
+        with Clients(place.session, model, NUM_CLIENTS, period_s=NUM_CLIENTS / (LOAD * capacity)) as clients:
             began, next_fault = time.monotonic(), time.monotonic() + every_s / 2
             while time.monotonic() - began < 60 * minutes:
                 now = time.monotonic()
@@ -279,17 +307,22 @@ def run_soak(
                     say(f"{now - began:.0f} s: {fault.name}")
                     fault.begin(place)
                     ends = (now + fault.hold_s, fault)
-                if not rows or now - began >= rows[-1]["seconds"] + SAMPLE_S:
+                due = not rows or now - began >= rows[-1]["seconds"] + SAMPLE_S
+                if due and place.session.wait_for_all(0):
                     rows.append({"seconds": now - began, **resident(place.session), "answered": clients.answered})
                 time.sleep(0.2)
+            lasted_s = time.monotonic() - began
             if ends:
                 ends[1].end(place)
             calm(clients)
-    return pd.DataFrame(rows), soak_result(pd.DataFrame(rows), clients, faults)
+    samples = pd.DataFrame(rows)
+    rates = {"capacity_per_s": capacity, "answered_per_s": clients.answered / lasted_s}
+    return samples, rates | soak_result(samples, clients) | {"faults": faults}
 
 
 def resident(session: Session) -> dict[str, float]:
-    """MiB of memory that is the processes' own: the front's, and that of all agents, fork servers and workers."""
+    """MiB of memory that is the processes' own: the front's, and that of all agents, fork servers and workers; and how
+    many threads and open files the front has."""
     front = psutil.Process()
     devices = 0.0
     for agent in session.post.agents.values():
@@ -298,12 +331,18 @@ def resident(session: Session) -> dict[str, float]:
             for process in tree:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     devices += process.memory_full_info().uss
-    return {"front_mib": front.memory_full_info().uss / 2**20, "devices_mib": devices / 2**20}
+    return {
+        "front_mib": front.memory_full_info().uss / 2**20,
+        "devices_mib": devices / 2**20,
+        "front_threads": front.num_threads(),
+        "front_files": front.num_fds(),
+    }
 
 
-def soak_result(rows: pd.DataFrame, clients: Clients, faults: int) -> dict:
-    seconds = sorted(seconds for _, seconds in clients.seconds)
-    warm = rows[rows["seconds"] >= WARM * rows["seconds"].max()]
+def soak_result(samples: pd.DataFrame, clients: Clients) -> dict:
+    """Latencies, growth between the first and the last fifth of the samples after the warm-up, and counts."""
+    seconds = sorted(clients.seconds)
+    warm = samples[samples["seconds"] >= WARM * samples["seconds"].max()]
     part = max(1, len(warm) // 5)
     growth = {
         f"{what}_growth": float(warm[f"{what}_mib"].tail(part).median() / warm[f"{what}_mib"].head(part).median() - 1)
@@ -312,20 +351,21 @@ def soak_result(rows: pd.DataFrame, clients: Clients, faults: int) -> dict:
     return {
         "p50_s": seconds[len(seconds) // 2],
         "p99_s": seconds[int(0.99 * (len(seconds) - 1))],
+        "slowest_s": seconds[-1],
         **growth,
         "asked": clients.asked,
         "answered": clients.answered,
+        "full": clients.full,
         "lost": clients.lost,
         "wrong": clients.wrong,
         "twice": clients.twice,
-        "faults": faults,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cluster", default="examples/jetsons.yaml")
-    parser.add_argument("--faults", default=",".join(name for name in FAULTS if name not in ASKED_FOR))
+    parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: load so long, a fault a minute")
     parser.add_argument("--output", default="results/chaos")
@@ -339,17 +379,21 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
     spec = ClusterSpec.load(given.cluster)
     run = RunFolder(given.output)
-    held = (soak if given.soak else chaos)(spec, names, given, run, say)
+    reasons = {name: why for name in names for can, why in [FAULTS[name].possible()] if not can}
+    note = on() + "".join(f" Not run: {name}, {why}." for name, why in reasons.items())
+    names = [name for name in names if name not in reasons]
+    if not names:
+        parser.error(f"none of these faults is possible on this machine.{note.removeprefix(on())}")
+    held = (soak if given.soak else chaos)(spec, names, given, run, say, note)
     print((run.tables / f"{'soak' if given.soak else 'chaos'}.md").read_text(encoding="utf-8"))
     sys.exit(0 if held else 1)
 
 
-def chaos(spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable) -> bool:
+def chaos(
+    spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable, note: str
+) -> bool:
     """All rounds, saved; whether everything was as promised."""
-    note = f"Seconds: the longest of all rounds. Promised: named in {NAMED_S:g} s, served in {SERVED_S:g} s. {on()}"
-    if DAMAGE in names and not can_damage()[0]:
-        names = [name for name in names if name != DAMAGE]
-        note += f" Not run: {DAMAGE}, {can_damage()[1]}."
+    note = f"Seconds: the longest of all rounds. Promised: named in {NAMED_S:g} s, served in {SERVED_S:g} s. {note}"
     kept = run.load_table("chaos_rounds").to_dict("records") if run.has_table("chaos_rounds") else []
     if kept:
         say(f"{len(kept)} rounds of an earlier call are kept; delete {run.tables}/chaos_rounds.csv to begin anew")
@@ -361,18 +405,25 @@ def chaos(spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: R
     return bool(run.save_table(summary(rows), "chaos", note=note)["held"].all())
 
 
-def soak(spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable) -> bool:
-    """The soak, saved; whether nothing was lost, wrong or answered twice."""
-    rows, result = run_soak(spec, names, given.soak, say=say)
+def soak(
+    spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable, note: str
+) -> bool:
+    """The soak, saved; whether nothing was lost, wrong or answered twice, and memory stayed as it was."""
+    samples, result = run_soak(spec, names, given.soak, say=say)
     note = (
         f"{given.soak:g} minutes at {LOAD:.0%} of what it can answer, a fault a minute. Growth: of memory, after the "
+        f"first {WARM:.0%} of them; promised: {MAX_GROWTH:.0%} at most. {note}"
     )
-    note += f"first {WARM:.0%} of them. {on()}"
-    result = {"minutes": given.soak, **result}
-    run.save_table(rows, "soak_samples", note=note)
+    grown = max(result["front_growth"], result["devices_growth"]) > MAX_GROWTH
+    result = {
+        "minutes": given.soak,
+        **result,
+        "held": not (result["lost"] or result["wrong"] or result["twice"] or grown),
+    }
+    run.save_table(samples, "soak_samples", note=note)
     shown = pd.DataFrame(result.items(), columns=["what", "obtained"])
     run.save_table(pd.DataFrame([result]), "soak", note=note, markdown=shown)
-    return not (result["lost"] or result["wrong"] or result["twice"])
+    return result["held"]
 
 
 def on() -> str:

@@ -32,6 +32,7 @@ class Post:
         interface: of this host, where it is one of the cluster's.
         secret: what signs the rendezvous, the same on all hosts; one of its own where all are here.
         models: device -> a folder of its own, where a device has another copy of the model.
+        variables: device -> environment variables of its processes, beside this one's.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class Post:
         interface: str = "",
         secret: str = "",
         models: dict[int, str] | None = None,
+        variables: dict[int, dict[str, str]] | None = None,
     ):
-        self.spec, self.own = spec, own
+        self.spec, self.own, self.variables = spec, own, variables or {}
         self.agents: dict[int, subprocess.Popen] = {}
         self.kept = set(range(len(spec.members))) if own is None else {own}  # whose agents are to run
         self.network: EmulatedNetwork | None = None
@@ -114,12 +116,13 @@ class Post:
 
     def start_agent(self, device: int) -> None:
         """The agent of one device, in its namespace where it is emulated."""
-        start = "from detransformer.service.agent import main; main()"
+        start = "from detransformer.service.entry import main; main()"
         command = [sys.executable, "-c", start, str(self.job_path), str(device)]
         namespace = self.network.namespaces[device] if self.network else None
         with open(self.folder / f"agent{device}.log", "ab") as log:
             self.agents[device] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=os.environ | self.variables.get(device, {}),
                 preexec_fn=namespace and (lambda: enter_namespace(namespace)),
             )  # fmt: skip
 

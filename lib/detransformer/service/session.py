@@ -52,8 +52,8 @@ class Unanswered(Exception):
 
 @dataclass(frozen=True)
 class Event:
-    """What became of devices, in a sentence; `at` is of `time.monotonic`. `kind`: lost, meeting, differing, slow or
-    serving."""
+    """What became of devices, in a sentence; `at` is of `time.monotonic`. `kind`: lost, meeting, differing, slow,
+    usual or serving."""
 
     at: float
     kind: str
@@ -372,7 +372,7 @@ class Session:
         for device, factor in header.get("slow", {}).items():
             name = self.spec.names[int(device)]
             words = f"takes {factor:.1f} times as long as usual" if factor > 1 else "is planned for as usual again"
-            self._say("slow", f"{name} {words}", [name])
+            self._say("slow" if factor > 1 else "usual", f"{name} {words}", [name])
         if "gone" not in header:
             return False
         gone = {int(device): why for device, why in header["gone"].items()}

@@ -33,11 +33,12 @@ from detransformer.cluster.run import Request, model_facts
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
-from detransformer.service.agent import AGENT, DEVICE, ENDINGS
+from detransformer.service.agent import ENDINGS
+from detransformer.service.entry import AGENT, DEVICE
 from detransformer.service.line import Line, tensors_of
 from detransformer.service.speeds import Speeds
 
-FORM_S = 20.0  # for all to come to a group that the rendezvous has made
+FORM_S = 6.0  # for all to come to a group that the rendezvous has made: their fork servers stand ready
 COLLECTIVE_S = 60.0  # of a message: longer than any device computes between two
 MEET_S = 20.0  # between two messages while there is nothing to do
 BEAT_S = 0.2
@@ -277,27 +278,28 @@ class Server:
             seconds = time.perf_counter() - started
             self.line.send({"id": told["id"], "seconds": seconds, "method": told["method"]}, data)
         if told["op"] == "run_plan" and len(self.group.devices) > 1:
-            self._compare_speeds(self._ratio(told["job"]["plan"], record, *inputs["input_ids"].shape))
+            spent_s, expected_s = self._compute(told["job"]["plan"], record, *inputs["input_ids"].shape)
+            self._compare_speeds(time.perf_counter() - started, spent_s, expected_s)
 
-    def _ratio(self, plan: dict, record: dict | None, batch_size: int, seq_len: int) -> float:
-        """This device's seconds of compute over what its profile says; NaN without a part."""
+    def _compute(self, plan: dict, record: dict | None, batch_size: int, seq_len: int) -> tuple[float, float]:
+        """This device's seconds of compute, and what its profile says of them; NaN without a part."""
         if record is None:
-            return math.nan
+            return math.nan, math.nan
         plan_ = Plan.from_dict(plan)
         (loaded,) = self.state.loaded.values()
         parts = loaded.compute(plan_, plan_.device_ids.index(self.group.rank), seq_len, batch_size)
         expected_s = sum(self.own.compute_s(c.flops, c.strategy, c.weight_bytes) for part in parts for c in part)
         (sample,) = record["samples"]
         spent_s = sum(stop - start for what, start, stop, _ in sample["events"] if what == "compute")
-        return (spent_s / self.job["time_scale"] + sample["overrun_s"]) / expected_s if expected_s else math.nan
+        return spent_s / self.job["time_scale"] + sample["overrun_s"], expected_s
 
-    def _compare_speeds(self, ratio: float) -> None:
+    def _compare_speeds(self, batch_s: float, spent_s: float, expected_s: float) -> None:
         """On the leader: plans anew where a device has become slow, and after a while tries it again."""
-        ratios = [torch.zeros(1, dtype=torch.float64) for _ in self.group.devices]
-        dist.all_gather(ratios, torch.tensor([ratio], dtype=torch.float64))
+        told = [torch.zeros(2, dtype=torch.float64) for _ in self.group.devices]
+        dist.all_gather(told, torch.tensor([spent_s, expected_s], dtype=torch.float64))
         if not self.line:
             return
-        changed = self.speeds.observe([float(ratio) for ratio in ratios])
+        changed = self.speeds.observe(batch_s, *torch.stack(told).T.tolist())
         if any(factor > 1 for factor in changed.values()):
             self.slow_since = time.monotonic()
         elif max(self.speeds.factors) > 1 and time.monotonic() - self.slow_since > TRY_AGAIN_S:
@@ -315,7 +317,7 @@ def slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
 
 
 def work(path: str) -> None:
-    """The elastic agent's entry point: `path` is the job's file. Returns never."""
+    """What a worker does: `path` is the job's file. Returns never."""
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
