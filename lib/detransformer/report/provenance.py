@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
+from detransformer.files import repository_root
 from detransformer.report.runs import RunFolder
 from detransformer.settings import data_environment
 
@@ -42,6 +43,14 @@ def commit(root: Path) -> dict:
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unknown", "dirty": None}
     return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def own_commit() -> dict:
+    """`commit` of the clone that this package runs from; "unknown" outside one."""
+    try:
+        return commit(repository_root())
+    except FileNotFoundError:
+        return {"commit": "unknown", "dirty": None}
 
 
 def pins(root: Path) -> dict[str, str]:

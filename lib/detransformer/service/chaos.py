@@ -27,7 +27,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from detransformer.cluster.spec import ClusterSpec
-from detransformer.report.provenance import cpu_model, usable_cores
+from detransformer.report.provenance import cpu_model, now, own_commit, usable_cores
 from detransformer.report.runs import RunFolder
 from detransformer.service.agent import FAILURES_S
 from detransformer.service.faults import FAULTS, STEP, Fault, Field, clock_variables
@@ -234,7 +234,7 @@ def run_chaos(
         for number in range(rounds):
             for name in (name for name in names if (name, number + 1) not in done):
                 place.held = []
-                row = play(FAULTS[name], place, clients) | {"round": number + 1}
+                row = play(FAULTS[name], place, clients) | {"round": number + 1, **made_by()}
                 rows.append(row)
                 keep(rows)
                 time.sleep(FAILURES_S)  # a device that fails again sooner is left out for a while: another fault
@@ -427,7 +427,12 @@ def soak(
 
 
 def on() -> str:
-    return f"On {cpu_model()}, {usable_cores()} cores."
+    return f"On {cpu_model()}, {usable_cores()} cores; emulated devices, computing as fast as that does."
+
+
+def made_by() -> dict[str, str]:
+    """When a row was measured, and with which commit."""
+    return {"date": now(), "commit": own_commit()["commit"]}
 
 
 if __name__ == "__main__":

@@ -42,10 +42,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from detransformer.files import repository_root
 from detransformer.models.decoupled_bert import BatchedLinear, DecoupledSelfAttention
 from detransformer.parse import number, one_of, whole_number
-from detransformer.report.provenance import commit, cpu_model, now, usable_cores
+from detransformer.report.provenance import cpu_model, now, own_commit, usable_cores
 from detransformer.report.runs import RunFolder, to_markdown
 from detransformer.training.checkpoints import Checkpointer, Progress
 from detransformer.training.config import PRECISIONS, ModelRow, PretrainConfig
@@ -221,10 +220,7 @@ def _check(rows, config: PretrainConfig, implementations, **counts: int) -> None
 
 def _made_of(data: TrainingData, config: PretrainConfig) -> dict:
     """What a result row carries of its making."""
-    try:
-        made_by = commit(repository_root())
-    except FileNotFoundError:
-        made_by = {"commit": "unknown", "dirty": None}
+    made_by = own_commit()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = (torch, transformers, accelerate)
     return {
