@@ -107,9 +107,30 @@ def test_claims_name_the_link_where_there_are_several_and_whose_plans(tmp_path):
     assert any(line.startswith("| Largest speedup of BP+Auto over TP (our plans), fitted link |") for line in lines)
 
 
+def test_the_first_table_has_a_row_a_claim_and_only_of_what_was_run(tmp_path):
+    run = run_of_all_methods(tmp_path)
+    text = SECTIONS["headline"][0](run)
+    (speedup,) = [line for line in text.splitlines() if "largest speedup" in line]
+    assert "| 2.81 |" in speedup and "(line-rate link);" in speedup and "(fitted link, our plans)" in speedup
+    assert "| 20 values | 20 values | 11 matches, 9 holds, smaller | 06 |" in text
+    assert not any(words in text for words in ("after decoupling", "CoFormer", "statements", "`make chaos`"))
+
+    run.save_table(table_iii(accuracy_rows(3), published("table_iii"), "", pretraining_rows()), "table_iii")
+    claims = [dict(claim=f"claim {n}", expected="at least 1", obtained=n, verdict=v) for n, v in enumerate("aab")]
+    run.save_table(pd.DataFrame(claims), "adaptive")
+    recipes = coformer_tables.recipe_table(coformer_runs().assign(seconds=60.0), pd.DataFrame(), MODEL, "400 steps")
+    run.save_table(recipes, "coformer_recipes")
+    save_chaos(run)
+    text = SECTIONS["headline"][0](run)
+    assert "(BERT-Base; Table III) | 100.9 | 100.9 ± 0.0 | kept, on small models | 03 |" in text
+    assert "| - | 3 statements | 2 a, 1 b | 08 |" in text
+    assert "| 2.98x | 8.8x (predicted) for 3.0 points (of a small ViT) | does not hold | 10 |" in text
+    assert "fail in 2 ways | - | 2, 0, 0 of 800 | does not hold | `make chaos` | 5 | 2 cores (a processor) |" in text
+
+
 def test_a_section_needs_its_place_only_where_the_run_has_its_table(tmp_path):
     run = run_of_all_methods(tmp_path)
-    readme = "<!-- claims -->\n<!-- /claims -->\n"
+    readme = "<!-- headline -->\n<!-- /headline -->\n<!-- claims -->\n<!-- /claims -->\n"
     with pytest.raises(ValueError, match="'peers'.*<!-- peers -->"):
         render(readme, run)
     (run.tables / "methods.csv").unlink()
@@ -162,15 +183,23 @@ def test_which_one_names_the_fastest_and_what_it_costs(tmp_path):
     run.save_table(recipes, "coformer_recipes")
     text = SECTIONS["which_one"][0](run)
     assert "fastest of all is CoFormer" in text
+    assert text.startswith("In short: for the large model's own answers take one device")
+    assert "its sub-models give up 3.0 points (400 steps, hard targets)" in text
     assert "- One of three devices lost, aggregator coformer: 30.0% instead of 57.0%." in text
     assert "| CoFormer | 400 steps, hard targets | 57.0 ± 0.1 | 3.0 | 14.0 | 8.8x |" in text
 
 
+def save_chaos(run: RunFolder) -> None:
+    row = dict(rounds=5, served_s=8.04, requests=400, lost=0, wrong=0, twice=0, held=True)
+    rows = [row | dict(fault="killed", named_s=0.9), row | dict(fault="stranger", named_s=math.nan, lost=2, held=False)]
+    run.save_table(pd.DataFrame(rows), "chaos")
+    dates = ("2026-01-01T00:00:00+00:00", "2026-01-01T00:05:10+00:00")
+    run.save_table(pd.DataFrame({"date": dates, "hardware": "2 cores (a processor)"}), "chaos_rounds")
+
+
 def test_faults_are_counted(tmp_path):
     run = RunFolder(tmp_path)
-    row = dict(rounds=5, served_s=8.04, requests=400, lost=0, wrong=0, twice=0, held=True)
-    rows = [row | dict(fault="killed", named_s=0.9), row | dict(fault="stranger", named_s=math.nan, lost=2)]
-    run.save_table(pd.DataFrame(rows), "chaos")
+    save_chaos(run)
     text = SECTIONS["faults"][0](run)
     assert "| killed | 5 | 0.9 | 8.0 | 400 | 0, 0, 0 |" in text and "| stranger | 5 | - | 8.0 | 400 | 2, 0, 0 |" in text
     soak = dict(minutes=30, p50_s=0.04, p99_s=6.24, front_growth=0.01, devices_growth=-0.002, asked=900, answered=900)

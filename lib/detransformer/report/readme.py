@@ -10,10 +10,13 @@ from collections.abc import Callable
 import pandas as pd
 
 from detransformer.files import atomic_write, repository_root
+from detransformer.report.accuracy import mean_score
 from detransformer.report.claims import OURS
+from detransformer.report.expected import published
 from detransformer.report.findings import findings, mean_lines
 from detransformer.report.peers import methods_at
 from detransformer.report.runs import RunFolder
+from detransformer.report.tables import MODEL_NAMES
 
 REFERENCE = "results/reference"
 ROUNDING = 1e-5  # float32 sums in another order differ by some 1e-7
@@ -35,7 +38,80 @@ GROUPS = {
     "Table III (difference)": "Table III, differences to the original",
 }
 MEASURED_ON = {"06": "emulated Pi 4B", "08": "emulated Pi 4B"}  # notebook -> before the cores
+POINTS = 2.0  # of accuracy that sub-models may give up: CoFormer's own are below it (Section I)
 PEERS_AT = {"model": "bert-base", "bandwidth_mbps": 125}
+
+
+COLUMNS = "| claim | published | obtained | verdict | notebook | minutes | hardware |\n|---|---|---|---|---|---|---|"
+SPEEDUP, LARGE = "max speedup over tp", "bert large bp auto speedup over single 500mbps 4dev"
+
+
+def headline(run: RunFolder) -> str:
+    """What is claimed and what came of it, a row a claim: the paper's first, then this repository's own.
+
+    A row whose table the run lacks is left out.
+    """
+    made = _made(run)
+    summary = run.load_table("summary").astype(object)
+    lines = [COLUMNS]
+
+    def add(words: str, expected: str, obtained: str, verdict: str, notebook: str) -> None:
+        lines.append(f"| {words} | {expected} | {obtained} | {verdict} | {notebook[:2]} | {made(notebook)} |")
+
+    for words, claim in (
+        ("Block over tensor parallelism, largest speedup (125 Mbps)", SPEEDUP),
+        ("Block parallelism over one device (BERT-Large, 500 Mbps)", LARGE),
+    ):
+        rows = summary[summary["claim"].isin((claim, claim + OURS))]
+        if len(rows):
+            values = [
+                f"{float(row.obtained):.2f} ({row.link} link{', our plans' if row.claim != claim else ''})"
+                for row in rows.itertuples()
+            ]
+            verdicts = "; ".join(rows["verdict"])
+            add(words, _number(rows["expected"].iloc[0]), "; ".join(values), verdicts, rows["notebook"].iloc[0])
+    for where, words in (("Table IV", "Speedups over TP and SP at five bandwidths (Table IV)"), ("Table II", "What each parallelism is good for (Table II)")):
+        for link, rows in summary[summary["where"] == where].groupby("link", sort=False):
+            values = f"{len(rows)} values"
+            add(f"{words}, {link} link", values, values, _counts(rows), rows["notebook"].iloc[0])
+    if run.has_table("table_iii"):
+        rows = mean_score(run.load_table("table_iii"))
+        rows = rows[(rows["num_original_layers"] == 4) & (rows["num_divisions"] == 4) & (rows["over"] == "all")]
+        for row in rows[rows["obtained"].notna()].itertuples():
+            error = "" if pd.isna(row.share_std_error) else f" ± {row.share_std_error:.1f}"
+            words = f"Mean score after decoupling, % of the original's ({MODEL_NAMES[row.model]}; Table III)"
+            verdict = {"yes": "kept", "no": "not kept"}.get(row.kept, row.kept) + ", on small models"
+            add(words, f"{row.published_share:.1f}", f"{row.obtained_share:.1f}{error}", verdict, "03_accuracy")
+    if run.has_table("adaptive"):
+        rows = run.load_table("adaptive")
+        words = "The chosen plan is the best, on equal, unequal and changing devices and links"
+        add(words, "-", f"{len(rows)} statements", _counts(rows), "08_adaptive")
+    if run.has_table("coformer_recipes"):
+        rows = run.load_table("coformer_recipes")
+        row = rows[rows["method"] == "CoFormer"].sort_values("given_up").iloc[0]
+        coformer = published("coformer_tables").set_index("row")["latency_ms"]
+        obtained = f"{row.speedup:.1f}x (predicted) for {row.given_up:.1f} points (of a small ViT)"
+        words = "CoFormer's sub-models over the large model, for under 2 points of accuracy (100 Mbps)"
+        verdict = "holds, larger" if row.given_up < POINTS else "does not hold"
+        add(words, coformer["speedup over DeiT-B at 100 Mbps"], obtained, verdict, "10_comparison")
+    if run.has_table("chaos"):
+        rows = run.load_table("chaos")
+        bad = f"{rows['lost'].sum()}, {rows['wrong'].sum()}, {rows['twice'].sum()}"
+        words = f"Requests lost, wrong, answered twice while devices fail in {len(rows)} ways"
+        obtained, verdict = f"{bad} of {rows['requests'].sum()}", "holds" if rows["held"].all() else "does not hold"
+        lines.append(f"| {words} | - | {obtained} | {verdict} | `make chaos` | {_minutes_of_chaos(run)} |")
+    return "\n".join(lines)
+
+
+def _minutes_of_chaos(run: RunFolder) -> str:
+    """Between its first row and its last, and what it ran on."""
+    rounds = run.load_table("chaos_rounds")
+    dates = pd.to_datetime(rounds["date"])
+    return f"{(dates.max() - dates.min()).total_seconds() / 60:.0f} | {rounds['hardware'].iloc[-1]}"
+
+
+def _counts(rows: pd.DataFrame) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts().items())
 
 
 def claims(run: RunFolder) -> str:
@@ -44,10 +120,7 @@ def claims(run: RunFolder) -> str:
     summary["link"] = summary["link"].fillna("")
     links = set(summary["link"]) - {""}
     made = _made(run)
-    lines = [
-        "| claim | published | obtained | verdict | notebook | minutes | hardware |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [COLUMNS]
     for row in summary.itertuples():
         if row.where not in GROUPS:
             values = " | ".join(_number(value) for value in (row.expected, row.obtained))
@@ -56,12 +129,11 @@ def claims(run: RunFolder) -> str:
             lines.append(f"| {words} | {values} | {row.verdict} | {row.notebook[:2]} | {made(row.notebook)} |")
     for where, words in GROUPS.items():
         for link, rows in summary[summary["where"] == where].groupby("link", sort=False):
-            counts = ", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts().items())
             notebook = rows["notebook"].iloc[0]
             cells = (
                 f"{words}{_over(link, links)}",
                 f"{len(rows)} values",
-                counts,
+                _counts(rows),
                 "see below",
                 notebook[:2],
                 made(notebook),
@@ -126,7 +198,7 @@ def table_iii(run: RunFolder) -> str | None:
 
 def which_one(run: RunFolder) -> str:
     """CoFormer or block parallelism: a sentence a bandwidth, what accuracy costs in training, and a lost device."""
-    lines = [f"- {sentence}" for sentence in run.load_table("which_one")["sentence"]]
+    lines = [_in_short(run), "", *(f"- {sentence}" for sentence in run.load_table("which_one")["sentence"])]
     missing = run.load_table("coformer_missing").set_index("aggregator")
     for name, rows in missing.groupby(level=0, sort=False):
         whole, without = rows.loc[rows["missing"] == 0, "accuracy"].item(), rows.loc[rows["missing"] > 0, "accuracy"]
@@ -141,6 +213,29 @@ def which_one(run: RunFolder) -> str:
         cells = (row.method, row.recipe, f"{row.accuracy:.1f}{spread}", f"{row.given_up:.1f}", f"{row.latency_ms:.1f}")
         lines.append(f"| {' | '.join(cells)} | {row.speedup:.1f}x |")
     return "\n".join(lines)
+
+
+def _in_short(run: RunFolder) -> str:
+    """The advice that the tables below it come to."""
+    cells = run.load_table("which_one").sort_values("bandwidth_mbps")
+    parts = []
+    for name, rows in cells.groupby("fastest_exact", sort=False):
+        low, high = rows["bandwidth_mbps"].min(), rows["bandwidth_mbps"].max()
+        parts.append(f"{name} at {low:g} Mbps" if low == high else f"{name} from {low:g} to {high:g} Mbps")
+    fastest = " or ".join(cells["fastest"].unique())
+    recipes = run.load_table("coformer_recipes")
+    own = recipes[recipes["method"] == "CoFormer"].sort_values("given_up")
+    best, worst = own.iloc[0], own.iloc[-1]
+    text = f"In short: for the large model's own answers take {', '.join(parts)}. Fastest at every bandwidth is {fastest}"
+    text += f"; its sub-models give up {best.given_up:.1f} points ({best.recipe}) to {worst.given_up:.1f} ({worst.recipe})."
+    rivals = recipes[(recipes["recipe"] == best.recipe) & (recipes["method"] != "CoFormer")]
+    if len(rivals):
+        times, ahead = rivals["latency_ms"] / best.latency_ms, rivals["accuracy"] - best.accuracy
+        names = " and ".join(rivals["method"])
+        text += f" Trained as long, {names} take {times.min():.1f} to {times.max():.1f} times as long to answer, at "
+        text += f"{ahead.min():+.1f} to {ahead.max():+.1f} points: unlike sizes buy latency"
+        text += ", not accuracy." if ahead.max() > 0 else " and accuracy."
+    return text
 
 
 def faults(run: RunFolder) -> str:
@@ -168,6 +263,7 @@ def faults(run: RunFolder) -> str:
 
 # What each section needs of the run: one whose tables the run lacks keeps its text in the README, if it is there.
 SECTIONS = {
+    "headline": (headline, "summary"),
     "claims": (claims, "summary"),
     "table_iv": (table_iv, "table_iv"),
     "peers": (peers, "methods"),
