@@ -70,7 +70,10 @@ def headline(run: RunFolder) -> str:
             ]
             verdicts = "; ".join(rows["verdict"])
             add(words, _number(rows["expected"].iloc[0]), "; ".join(values), verdicts, rows["notebook"].iloc[0])
-    for where, words in (("Table IV", "Speedups over TP and SP at five bandwidths (Table IV)"), ("Table II", "What each parallelism is good for (Table II)")):
+    for where, words in (
+        ("Table IV", "Speedups over TP and SP at five bandwidths (Table IV)"),
+        ("Table II", "What each parallelism is good for (Table II)"),
+    ):
         for link, rows in summary[summary["where"] == where].groupby("link", sort=False):
             values = f"{len(rows)} values"
             add(f"{words}, {link} link", values, values, _counts(rows), rows["notebook"].iloc[0])
@@ -226,8 +229,12 @@ def _in_short(run: RunFolder) -> str:
     recipes = run.load_table("coformer_recipes")
     own = recipes[recipes["method"] == "CoFormer"].sort_values("given_up")
     best, worst = own.iloc[0], own.iloc[-1]
-    text = f"In short: for the large model's own answers take {', '.join(parts)}. Fastest at every bandwidth is {fastest}"
-    text += f"; its sub-models give up {best.given_up:.1f} points ({best.recipe}) to {worst.given_up:.1f} ({worst.recipe})."
+    text = (
+        f"In short: for the large model's own answers take {', '.join(parts)}. Fastest at every bandwidth is {fastest}"
+    )
+    text += (
+        f"; its sub-models give up {best.given_up:.1f} points ({best.recipe}) to {worst.given_up:.1f} ({worst.recipe})."
+    )
     rivals = recipes[(recipes["recipe"] == best.recipe) & (recipes["method"] != "CoFormer")]
     if len(rivals):
         times, ahead = rivals["latency_ms"] / best.latency_ms, rivals["accuracy"] - best.accuracy

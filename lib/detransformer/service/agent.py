@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
 
@@ -34,6 +34,7 @@ STORE_S = 10  # of the store that all meet at, to answer
 LAST_CALL_S = 1.5  # for further devices, once the first has come: shorter, and a round forms without one that lives
 JOIN_S, SHUTDOWN_S = 3600, 1
 MONITOR_S = 0.1
+RETRY_S = 0.5  # of an agent that waits for the first device
 MAX_FAILURES, FAILURES_S = 2, 20.0
 ENDINGS = {"lost": 3, "asked": 4}  # exit codes of a worker whose group broke, and of one that its agent ended
 
@@ -118,20 +119,28 @@ class Agent(LocalElasticAgent):
 
 
 def run_agent(job: dict, path: str, device: int) -> None:
-    """Keeps a worker on `device` of `job`, until it is killed or the first device's agent is gone.
+    """Keeps a worker on `device` of `job`, until it is killed.
 
+    Where the first device's agent is gone, it waits for another: its fork server, which took long to start, stays.
     The job, which the file `path` holds: `addresses` of all devices, `port` of the rendezvous at the first, `secret`,
     and what `worker` wants.
     """
-    spec = WorkerSpec(
-        role=NAME,
-        local_world_size=1,
-        entrypoint=work,
-        args=(path,),
-        rdzv_handler=rendezvous(job, device),
-        max_restarts=10**9,
-        monitor_interval=MONITOR_S,
-        local_addr=job["addresses"][device],
-    )
     with tempfile.TemporaryDirectory(prefix="detransformer-") as logs:
-        Agent(spec, DefaultLogsSpecs(log_dir=logs), start_method="forkserver").run()
+        while True:
+            try:
+                spec = WorkerSpec(
+                    role=NAME,
+                    local_world_size=1,
+                    entrypoint=work,
+                    args=(path,),
+                    rdzv_handler=rendezvous(job, device),
+                    max_restarts=10**9,
+                    monitor_interval=MONITOR_S,
+                    local_addr=job["addresses"][device],
+                )
+                Agent(spec, DefaultLogsSpecs(log_dir=logs), start_method="forkserver").run()
+            except (RendezvousError, RuntimeError) as error:
+                if device == 0:
+                    raise
+                print(f"the first device is not to be had: {error}", file=sys.stderr, flush=True)
+                time.sleep(RETRY_S)

@@ -117,6 +117,7 @@ class Clients:
 
 def play(fault: Fault, place: Field, clients: Clients) -> dict:
     """One round: the fault, and what became of it, as a row."""
+    place = place.of(fault)
     session, name = place.session, place.session.spec.names[place.device]
     calm(clients)
     before = (clients.asked, clients.lost, clients.wrong, clients.twice)
@@ -233,7 +234,6 @@ def run_chaos(
     with field_of(spec, device, names, say) as (place, model), Clients(place.session, model) as clients:
         for number in range(rounds):
             for name in (name for name in names if (name, number + 1) not in done):
-                place.held = []
                 row = play(FAULTS[name], place, clients) | {"round": number + 1, **made_by()}
                 rows.append(row)
                 keep(rows)
@@ -299,21 +299,21 @@ def run_soak(
             while time.monotonic() - began < 60 * minutes:
                 now = time.monotonic()
                 if ends and now >= ends[0]:
-                    ends[1].end(place)
+                    ends[1](ends[2])
                     ends = None
                 if ends is None and now >= next_fault and place.session.serving:
                     fault = FAULTS[chosen.choice(names)]
-                    faults, next_fault, place.held = faults + 1, now + every_s, []
+                    faults, next_fault, hit = faults + 1, now + every_s, place.of(fault)
                     say(f"{now - began:.0f} s: {fault.name}")
-                    fault.begin(place)
-                    ends = (now + fault.hold_s, fault)
+                    fault.begin(hit)
+                    ends = (now + fault.hold_s, fault.end, hit)
                 due = not rows or now - began >= rows[-1]["seconds"] + SAMPLE_S
                 if due and place.session.wait_for_all(0):
                     rows.append({"seconds": now - began, **resident(place.session), "answered": clients.answered})
                 time.sleep(0.2)
             lasted_s = time.monotonic() - began
             if ends:
-                ends[1].end(place)
+                ends[1](ends[2])
             calm(clients)
     samples = pd.DataFrame(rows)
     rates = {"capacity_per_s": capacity, "answered_per_s": clients.answered / lasted_s}
@@ -431,8 +431,8 @@ def on() -> str:
 
 
 def made_by() -> dict[str, str]:
-    """When a row was measured, and with which commit."""
-    return {"date": now(), "commit": own_commit()["commit"]}
+    """When a row was measured, on what, and with which commit."""
+    return {"date": now(), "hardware": f"{usable_cores()} cores ({cpu_model()})", "commit": own_commit()["commit"]}
 
 
 if __name__ == "__main__":

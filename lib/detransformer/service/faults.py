@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -38,7 +38,8 @@ class Fault:
     """A way to break device `device` of a session: `begin`, then `end` after `hold_s`.
 
     `names`: whether somebody is to blame that the session has to name (by `kind` of its events); a link that is away
-    for an instant need not be noticed. `possible`: whether this machine permits it, and why not.
+    for an instant need not be noticed. `possible`: whether this machine permits it, and why not. `device`: the one
+    that is hit where it is not the field's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Fault:
     names: bool = True
     kind: str = "lost"
     possible: Callable[[], tuple[bool, str]] = lambda: (True, "")
+    device: int | None = None
 
 
 @dataclass
@@ -59,6 +61,10 @@ class Field:
     copy: Path
     clock: Path | None = None
     held: list = field(default_factory=list)
+
+    def of(self, fault: Fault) -> "Field":
+        """A new one for one round of `fault`."""
+        return replace(self, device=self.device if fault.device is None else fault.device, held=[])
 
     def processes(self) -> list[psutil.Process]:
         """The agent of the device, its fork server and tracker, and last the worker."""
@@ -198,6 +204,11 @@ def _thaw(place: Field) -> None:
 
 def _switch_off(place: Field) -> None:
     place.session.post.kept.discard(place.device)
+    _restart(place)
+
+
+def _restart(place: Field) -> None:
+    """The device's processes are gone at once; `post` starts its agent again."""
     os.killpg(place.session.post.agents[place.device].pid, signal.SIGKILL)
 
 
@@ -327,6 +338,8 @@ FAULTS = {
         Fault("out of memory", _no_memory),
         Fault("disk full", _fill_disk, _free_disk, HOLD_S),
         Fault("stranger", _stranger, names=False),
+        Fault("first killed", lambda place: place.worker.kill(), device=0),
+        Fault("first restarts", _restart, device=0),
         Fault(STEP, _step_clock, _set_clock_back, 2 * HOLD_S, possible=can_step_clock),
     )
 }
