@@ -67,8 +67,9 @@ docs: $(STAMP)
 coverage: $(STAMP)
 	rm -rf build/coverage && mkdir -p build/coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-report=html:build/coverage $(TESTS)
-	@$(BIN)/coverage report --format=total > build/coverage/total.txt
-	@echo "$$(cat build/coverage/total.txt)% of lines; build/coverage/index.html has them by file"
+	@$(BIN)/coverage json -q -o build/coverage/coverage.json
+	@$(BIN)/python docs/coverage_table.py build/coverage/coverage.json build/coverage
+	@echo "build/coverage/index.html has them by file"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build

@@ -202,8 +202,26 @@ def test_faults_are_counted(tmp_path):
     save_chaos(run)
     text = SECTIONS["faults"][0](run)
     assert "| killed | 5 | 0.9 | 8.0 | 400 | 0, 0, 0 |" in text and "| stranger | 5 | - | 8.0 | 400 | 2, 0, 0 |" in text
-    soak = dict(minutes=30, p50_s=0.04, p99_s=6.24, front_growth=0.01, devices_growth=-0.002, asked=900, answered=900)
+    soak = dict(
+        minutes=30,
+        capacity_per_s=52.1,
+        answered_per_s=40.2,
+        p50_s=0.04,
+        p99_s=6.24,
+        slowest_s=9.0,
+        front_growth=0.01,
+        devices_growth=-0.002,
+        asked=900,
+        answered=900,
+    )
     run.save_table(pd.DataFrame([soak | dict(lost=0, wrong=0, twice=0, faults=29)]), "soak")
     text = SECTIONS["faults"][0](run)
-    assert "30 minutes of load with 29 faults: 900 requests, 0 lost" in text
-    assert "p50 40 ms, p99 6.2 s; memory +1.0% (front), -0.2% (devices)." in text
+    assert "30 minutes of load at 40 of 52 requests a second, with 29 faults: 900 requests, 0 lost" in text
+    assert "p50 40 ms, p99 6.2 s, slowest 9.0 s; memory +1.0% (front), -0.2% (devices)." in text
+
+
+def test_coverage_is_told_with_the_room_that_has_least(tmp_path):
+    run = RunFolder(tmp_path)
+    rows = pd.DataFrame({"room": ["models", "cluster"], "lines": [100, 300], "run": [99, 240], "share": [0.99, 0.8]})
+    run.save_table(rows, "coverage")
+    assert "run 85% of the package's lines, least of `cluster` (80%;" in SECTIONS["coverage"][0](run)

@@ -17,6 +17,7 @@ from detransformer.report.figures import FIGURES, draw, draw_all
 from detransformer.report.latency_figures import EVENTS
 from detransformer.report.runs import RunFolder
 from detransformer.report.tables import METHOD_NAMES, table_iv
+from detransformer.service.promises import NAMED_S, SERVED_S
 from detransformer.training.summary import table_iii
 from report_frames import (
     BANDWIDTHS,
@@ -36,6 +37,7 @@ from report_frames import (
     plan_map_rows,
     pretraining_rows,
     scale_out_rows,
+    service_frames,
     table_iii_rows,
     throughput_loss_rows,
     throughput_rows,
@@ -83,7 +85,7 @@ def full_run(tmp_path) -> RunFolder:
         if k.startswith("bp")
     ]
     run.save_table(pd.DataFrame(plans), "placement")
-    for name, frame in (adaptive_frames() | decomposition_frames() | coformer_frames()).items():
+    for name, frame in (adaptive_frames() | decomposition_frames() | coformer_frames() | service_frames()).items():
         run.save_table(frame, name)
     return run
 
@@ -128,7 +130,7 @@ def test_a_single_link_and_few_bandwidths_are_enough(tmp_path):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_missing_table_is_named_with_its_notebook(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"{FIGURES[name][0][0]}.*run \d\d_"):
+    with pytest.raises(ValueError, match=rf"{FIGURES[name][0][0]}.*run (\d\d_|`make \w+`)"):
         draw(RunFolder(tmp_path), name)
 
 
@@ -138,6 +140,14 @@ def test_rows_that_failed_their_self_check_are_not_drawn(tmp_path, name):
     run.save_table(latency_rows().assign(valid=False), "latency")
     with pytest.raises(ValueError, match="latency"):
         draw(run, name)
+
+
+def test_each_round_of_a_fault_is_a_mark_and_the_promises_are_lines(full_run):
+    (axis,) = draw(full_run, "faults").axes
+    marks = {line.get_label(): len(line.get_xdata()) for line in axis.lines if line.get_marker() in ("o", "s")}
+    assert marks == {"named": 5, "served again": 10}
+    promised = [line.get_xdata()[0] for line in axis.lines if "promised" in line.get_label()]
+    assert promised == [NAMED_S, SERVED_S]
 
 
 def test_unknown_figure_lists_the_known_ones(tmp_path):

@@ -1,8 +1,7 @@
 """The papers' figures, drawn from a run's saved tables only: table in, Figure out.
 
-`FIGURES` names each figure with the tables it needs and the function that draws it; those of accuracy are in
-`report.accuracy_figures`, of latency in `report.latency_figures`, of adaptive execution in `report.adaptive_figures`. A
-published value is hollow or hatched beside the obtained one. Drawing computes nothing but what the axes name.
+`FIGURES` names each figure with the tables it needs and the function that draws it, most of them in modules beside this
+one. A published value is hollow or hatched beside the obtained one. Drawing computes nothing but what the axes name.
 """
 
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from detransformer.report import (
     coformer_figures,
     coformer_search,
     latency_figures,
+    service_figures,
 )
 from detransformer.report.canvas import (
     COLOURS,
@@ -225,4 +225,7 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "proxy": (("proxy_points", "proxy"), coformer_search.proxy),
     "search": (("search_history",), coformer_search.search),
     "policies": (("policies",), coformer_search.policies),
+    "faults": (("chaos_rounds",), service_figures.faults),
+    "soak": (("soak_samples",), service_figures.soak),
+    "coverage": (("coverage",), service_figures.coverage),
 }

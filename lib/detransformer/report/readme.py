@@ -261,11 +261,22 @@ def faults(run: RunFolder) -> str:
         (soak,) = run.load_table("soak").itertuples()
         lines += [
             "",
-            f"{soak.minutes:g} minutes of load with {soak.faults} faults: {soak.asked} requests, {soak.lost} lost, "
-            f"{soak.wrong} wrong, {soak.twice} answered twice; p50 {1000 * soak.p50_s:.0f} ms, "
-            f"p99 {soak.p99_s:.1f} s; memory {soak.front_growth:+.1%} (front), {soak.devices_growth:+.1%} (devices).",
+            f"{soak.minutes:g} minutes of load at {soak.answered_per_s:.0f} of {soak.capacity_per_s:.0f} requests a "
+            f"second, with {soak.faults} faults: {soak.asked} requests, {soak.lost} lost, {soak.wrong} wrong, "
+            f"{soak.twice} answered twice; p50 {1000 * soak.p50_s:.0f} ms, p99 {soak.p99_s:.1f} s, slowest "
+            f"{soak.slowest_s:.1f} s; memory {soak.front_growth:+.1%} (front), {soak.devices_growth:+.1%} (devices).",
         ]
     return "\n".join(lines)
+
+
+def coverage(run: RunFolder) -> str:
+    """The share of lines that tests run."""
+    rows = run.load_table("coverage")
+    low = rows.loc[rows["share"].idxmin()]
+    return (
+        f"They run {rows['run'].sum() / rows['lines'].sum():.0%} of the package's lines, least of `{low['room']}` "
+        f"({low['share']:.0%}; [by room]({REFERENCE}/figures/coverage.png))."
+    )
 
 
 # What each section needs of the run: one whose tables the run lacks keeps its text in the README, if it is there.
@@ -278,6 +289,7 @@ SECTIONS = {
     "adaptive": (adaptive, "adaptive"),
     "which_one": (which_one, "which_one"),
     "faults": (faults, "chaos"),
+    "coverage": (coverage, "coverage"),
 }
 
 

@@ -36,6 +36,12 @@ TABLE_NOTEBOOKS = {
     **dict.fromkeys(("search", "policies", "constraints", "decomposition"), "09_decomposition"),
 }
 
+TABLE_COMMANDS = {  # which command makes a table that no notebook does
+    **dict.fromkeys(("chaos", "chaos_rounds"), "`make chaos`"),
+    **dict.fromkeys(("soak", "soak_samples"), "`make soak`"),
+    "coverage": "`make coverage`",
+}
+
 
 class RunFolder:
     """The folder of one run; makes `tables/`, `figures/` and `notebooks/` in it."""
@@ -90,15 +96,15 @@ class RunFolder:
         return (self.tables / f"{name}.csv").is_file()
 
     def load_table(self, name: str) -> pd.DataFrame:
-        """The saved table NAME; ValueError naming the notebook that makes it when it is missing or damaged."""
+        """The saved table NAME; ValueError with what makes it, a notebook or command, if missing or damaged."""
         path = self.tables / f"{name}.csv"
-        notebook = TABLE_NOTEBOOKS.get(name, "the notebook that makes it")
+        maker = (TABLE_NOTEBOOKS | TABLE_COMMANDS).get(name, "the notebook that makes it")
         if not path.is_file():
-            raise ValueError(f"Table {name!r} is not in {self.tables}; run {notebook} first.")
+            raise ValueError(f"Table {name!r} is not in {self.tables}; run {maker} first.")
         try:
             frame = pd.read_csv(path)
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise ValueError(f"Table {path} cannot be read ({error}); delete it and run {notebook} again.") from error
+            raise ValueError(f"Table {path} cannot be read ({error}); delete it and run {maker} again.") from error
         return frame
 
 

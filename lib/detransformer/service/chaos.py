@@ -31,10 +31,10 @@ from detransformer.report.provenance import cpu_model, now, own_commit, usable_c
 from detransformer.report.runs import RunFolder
 from detransformer.service.agent import FAILURES_S
 from detransformer.service.faults import FAULTS, STEP, Fault, Field, clock_variables
+from detransformer.service.promises import MAX_GROWTH, NAMED_S, SERVED_S
 from detransformer.service.session import Event, QueueFull, Session
 
 TOLERANCE = 1e-4
-NAMED_S, SERVED_S = 5.0, 20.0  # what is promised
 CALM_S = 3.0  # answered without a break, before the next fault
 GIVE_UP_S = 90.0
 DEADLINE_S = 120.0
@@ -274,7 +274,6 @@ SAMPLE_S = 10.0
 LOAD = 0.8  # of what the session can answer
 NUM_CLIENTS = 8
 WARM = 0.2  # of the time, after which memory is to stay as it is
-MAX_GROWTH = 0.02  # of memory, promised
 
 
 def run_soak(
