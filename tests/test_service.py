@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-import torch.distributed as dist
 from fastapi.testclient import TestClient
 
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.cluster.stores import bound_store
 from detransformer.service import Expired, QueueFull, Session, Unanswered
-from detransformer.service.agent import NAME, SignedBackend, listen
+from detransformer.service.agent import NAME, SignedBackend
 from detransformer.service.chaos import Clients, play, small_model, soak_result
 from detransformer.service.clock import KEY, SharedClock
 from detransformer.service.faults import (
@@ -63,9 +63,9 @@ def test_a_line_refuses_what_is_no_message():
 
 @pytest.fixture
 def store():
-    listener = listen("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    return bound_store("127.0.0.1", port, None, True, timedelta(seconds=10), wait_for_workers=False)
 
 
 def test_the_rendezvous_reads_only_what_was_signed_with_its_secret(store):

@@ -82,7 +82,7 @@ def work(job: dict, parent: Parent) -> dict | None:
     os.environ["GLOO_SOCKET_IFNAME"] = job["interface"]
     master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     threads = job["threads"] or torch.get_num_threads()
-    state = WorkerState.join(rank, num_ranks, master, job["interface"], threads)
+    state = WorkerState.join(rank, num_ranks, master, False, job["interface"], threads)  # torchrun keeps the store
     spec, model, folder = ClusterSpec.load(job["cluster"]), job["model"], Path(job["folder"])
     request, prepared, told = Request(**job["request"]), None, None
     if rank == 0:

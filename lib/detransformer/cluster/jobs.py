@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 import detransformer.models  # noqa: F401  registers decoupled BERT with AutoConfig
 from detransformer.cluster import memory
 from detransformer.cluster.pacing import Arrivals, Pacer, sleep_until
+from detransformer.cluster.stores import bound_store
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.generation import Generator
@@ -62,16 +63,23 @@ class WorkerState:
 
     @classmethod
     def join(
-        cls, rank: int, num_ranks: int, master: str, interface: str, threads: int, arrivals: str = ""
+        cls,
+        rank: int,
+        num_ranks: int,
+        master: str,
+        keeps: bool,
+        interface: str,
+        threads: int,
+        arrivals: str = "",
     ) -> "WorkerState":
+        """Makes this process one of a group; `master`: ADDRESS:PORT of the store where all meet.
+
+        `keeps`: whether this process has that store, rather than another one at that address.
+        """
         torch.set_num_threads(threads)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"tcp://{master}",
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-        )
+        (address, _, port), wait = master.rpartition(":"), timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        store = dist.PrefixStore("workers", bound_store(address, int(port), num_ranks, keeps, wait))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=wait)
         groups = {tuple(range(n)): dist.new_group(list(range(n))) for n in range(2, num_ranks + 1)}
         _touch_libraries()
         return cls(rank, num_ranks, interface, groups, arrivals=Arrivals(arrivals, num_ranks) if arrivals else None)

@@ -49,8 +49,12 @@ def die_with_parent() -> None:
 def torchrun() -> None:
     """torchrun, in this process, which ends with its parent; its arguments are those of the command line."""
     die_with_parent()
+    from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
     from torch.distributed.run import main
 
+    from detransformer.cluster.stores import BoundRendezvous
+
+    static_tcp_rendezvous.StaticTCPRendezvous = BoundRendezvous
     main(sys.argv[1:])
 
 

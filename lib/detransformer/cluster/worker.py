@@ -49,7 +49,7 @@ def serve(rank: int, num_ranks: int, master: str, interface: str, namespace: str
 
     threading.Thread(target=beat, daemon=True).start()
 
-    state = WorkerState.join(rank, num_ranks, master, interface, threads, arrivals)
+    state = WorkerState.join(rank, num_ranks, master, rank == 0, interface, threads, arrivals)
     reply({"ready": True})
     for line in sys.stdin:
         job = json.loads(line)

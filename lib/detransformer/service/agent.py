@@ -9,7 +9,6 @@ cluster's secret and read only where the signature is right. And times in it are
 import hmac
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendez
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout, Token
 
+from detransformer.cluster.stores import bound_store
 from detransformer.service.clock import SharedClock, sign
 from detransformer.service.entry import work
 
@@ -68,11 +68,6 @@ class SignedBackend(C10dRendezvousBackend):
         return result and (result[0], result[1], result[0] == state)
 
 
-def listen(address: str, port: int) -> socket.socket:
-    """A socket that listens at `address` alone."""
-    return socket.create_server((address, port), backlog=128)
-
-
 def rendezvous(job: dict, device: int) -> DynamicRendezvousHandler:
     """torch's dynamic rendezvous over a store at the first device's address, which the first device's agent keeps.
 
@@ -81,9 +76,8 @@ def rendezvous(job: dict, device: int) -> DynamicRendezvousHandler:
         RuntimeError: where nothing answers there, or with another secret.
     """
     addresses, port = job["addresses"], job["port"]
-    listener = listen(addresses[0], port).detach() if device == 0 else None
     wait = timedelta(seconds=STORE_S)
-    store = dist.TCPStore(addresses[0], port, None, device == 0, wait, False, master_listen_fd=listener)
+    store = bound_store(addresses[0], port, None, device == 0, wait, wait_for_workers=False)
     dynamic_rendezvous.datetime = SharedClock(store, job["secret"], keeps=device == 0)
     seconds = {"join": JOIN_S, "last_call": LAST_CALL_S, "close": 5, "heartbeat": 5}
     return DynamicRendezvousHandler.from_backend(

@@ -31,6 +31,7 @@ from detransformer.cluster.jobs import JOBS, WorkerState
 from detransformer.cluster.launcher import die_with_parent
 from detransformer.cluster.run import Request, model_facts
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.cluster.stores import bound_store
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 from detransformer.service.agent import ENDINGS
@@ -60,10 +61,7 @@ class Group:
         """
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=FORM_S)
-        listener = socket.create_server((host, port), backlog=128).detach() if rank == 0 else None
-        self.store = dist.TCPStore(
-            host, port, count, is_master=rank == 0, timeout=wait, wait_for_workers=False, master_listen_fd=listener
-        )
+        self.store = bound_store(host, port, count, rank == 0, wait, wait_for_workers=False)
         self.store.set(f"device/{rank}", json.dumps([device, model_facts(job["model"])]))
         told = [json.loads(self.store.get(f"device/{other}")) for other in range(count)]
         facts = dict(map(tuple, told))
