@@ -18,9 +18,11 @@ from fastapi.testclient import TestClient
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.stores import bound_store
+from detransformer.files import repository_root
 from detransformer.service import Expired, QueueFull, Session, Unanswered
 from detransformer.service.agent import NAME, SignedBackend
 from detransformer.service.chaos import Clients, play, small_model, soak_result
+from detransformer.service.chaos import main as chaos_main
 from detransformer.service.clock import KEY, SharedClock
 from detransformer.service.faults import (
     DAMAGE,
@@ -152,6 +154,23 @@ def test_slow_devices_are_found_within_a_window_of_long_batches_too_and_forgotte
     assert list(found) == [1]
     assert speeds.forget() == [1]
     assert speeds.factors == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cluster", "nothing.yaml"], "does not exist"),
+        (["--cluster", str(repository_root() / "examples/four-pis.yaml")], "emulated: true"),
+        (["--faults", "killed,nobody"], "not nobody"),
+        (["--rounds", "0"], "1 or more"),
+    ],
+)
+def test_chaos_says_what_is_wrong_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr("sys.argv", ["chaos", *arguments, "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        chaos_main()
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():

@@ -25,7 +25,9 @@ import pandas as pd
 import psutil
 import torch
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.utils import logging
 
+from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.report.provenance import cpu_model, now, own_commit, usable_cores
 from detransformer.report.runs import RunFolder
@@ -373,17 +375,28 @@ def main() -> None:
     unknown = [name for name in names if name not in FAULTS]
     if unknown or given.rounds < 1:
         parser.error(f"faults are {', '.join(FAULTS)}, rounds 1 or more; not {', '.join(unknown) or given.rounds}")
-    torch.set_num_threads(1)
-    say = functools.partial(print, flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
-    spec = ClusterSpec.load(given.cluster)
-    run = RunFolder(given.output)
-    reasons = {name: why for name in names for can, why in [FAULTS[name].possible()] if not can}
-    note = on() + "".join(f" Not run: {name}, {why}." for name, why in reasons.items())
+    possible = {name: FAULTS[name].possible() for name in names}
+    reasons = {name: why for name, (can, why) in possible.items() if not can}
     names = [name for name in names if name not in reasons]
-    if not names:
-        parser.error(f"none of these faults is possible on this machine.{note.removeprefix(on())}")
-    held = (soak if given.soak else chaos)(spec, names, given, run, say, note)
+    try:
+        spec = ClusterSpec.load(given.cluster)
+        if not spec.emulated:
+            raise ValueError(f"{given.cluster} is of real hosts: give a file with `emulated: true`.")
+        if not can_emulate()[0]:
+            raise ValueError(f"{can_emulate()[1]}: run it as root.")
+        if not names:
+            raise ValueError(f"none of these faults can be made here: {reasons}.")
+    except ValueError as error:
+        parser.error(str(error))
+    note = on() + "".join(f" Not run: {name}, {why}." for name, why in reasons.items())
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
+    run = RunFolder(given.output)
+    try:
+        held = (soak if given.soak else chaos)(spec, names, given, run, functools.partial(print, flush=True), note)
+    except KeyboardInterrupt:
+        sys.exit("interrupted" + ("" if given.soak else ": rounds that were played are kept, the same command goes on"))
     print((run.tables / f"{'soak' if given.soak else 'chaos'}.md").read_text(encoding="utf-8"))
     sys.exit(0 if held else 1)
 
