@@ -100,6 +100,7 @@ def test_a_wheel_works_without_the_repository(tmp_path):
     subprocess.run(build, check=True, timeout=240, env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    assert (tmp_path / "installed/detransformer/service/clock_step.c").is_file(), "`make chaos` compiles it"
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); import detransformer; "
     code += "print(detransformer.__file__); from detransformer.cli import main; main()"
     for words in (["--version"], ["plan", "--model", "bert-base", "--bandwidth", "125", "--devices", "2"]):
