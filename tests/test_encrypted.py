@@ -29,6 +29,7 @@ from detransformer.cluster.encrypted import (
     socket_in,
 )
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_emulate
+from detransformer.report.runs import RunFolder
 
 needs_wireguard = pytest.mark.skipif(not can_encrypt()[0], reason=can_encrypt()[1])
 MARK = b"a film of great charm, and nobody else's business. "
@@ -190,8 +191,8 @@ def test_cost_is_measured_beside_the_same_link_without(tmp_path, capsys):
     assert math.isnan(plain["processor_s_per_gb"])
     if "go" in can_encrypt()[1]:
         assert tunnelled["processor_s_per_gb"] > 0
-    assert main(["--bandwidth", "20", "--seconds", "0.2", "--output", str(tmp_path / "cost.csv")]) == 0
-    assert len((tmp_path / "cost.csv").read_text().splitlines()) == 3
+    assert main(["--bandwidth", "20", "--seconds", "0.2", "--output", str(tmp_path)]) == 0
+    assert len(RunFolder(tmp_path).load_table("encrypted")) == 2
     assert "| none " in capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ from detransformer.report import coformer_tables
 from detransformer.report.claims import summarise
 from detransformer.report.expected import published
 from detransformer.report.peers import methods_table
-from detransformer.report.readme import REFERENCE, SECTIONS, render
+from detransformer.report.readme import FILES, REFERENCE, SECTIONS, render
 from detransformer.report.runs import RunFolder
 from detransformer.training.summary import table_iii
 from report_frames import (
@@ -31,9 +31,10 @@ from report_frames import (
 ROOT = repository_root()
 
 
-def test_tables_are_those_of_the_reference_run():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert render(text, RunFolder(ROOT / REFERENCE)) == text, "run `python -m detransformer.report.readme`"
+@pytest.mark.parametrize("name", FILES)
+def test_tables_are_those_of_the_reference_run(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert render(text, RunFolder(ROOT / REFERENCE), FILES[name]) == text, "run `python -m detransformer.report.readme`"
 
 
 def test_links_and_pictures_exist():

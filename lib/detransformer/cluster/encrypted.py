@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import os
+import platform
 import re
 import shutil
 import socket
@@ -30,9 +31,9 @@ from detransformer.cluster.launcher import die_with_parent
 from detransformer.cluster.network import PREFIX as NAMESPACES
 from detransformer.cluster.network import EmulatedNetwork, can_emulate, enter_namespace
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS
-from detransformer.files import atomic_write
 from detransformer.parse import number, words
-from detransformer.report.provenance import cpu_model, usable_cores
+from detransformer.report.provenance import cpu_model, now, usable_cores
+from detransformer.report.runs import RunFolder
 
 PREFIX = "dtw"  # of interfaces, then as their namespaces
 SUBNET = "10.78.0"  # inside the tunnels; 10.77.0 is outside
@@ -315,26 +316,28 @@ def cost(bandwidths_mbps: Sequence[float], seconds: float = 3.0, repeats: int = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: a table on stdout, and in a CSV where one is named; 2 and a sentence where it cannot be."""
+    """The command: a table on stdout, and in a run's folder where one is named; 2 and a sentence where it cannot be."""
     parser = argparse.ArgumentParser(
         prog="python -m detransformer.cluster.encrypted", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--bandwidth", default="125,1000", help="link rates in Mbps, separated by commas")
     parser.add_argument("--seconds", default="3", help="of each transfer")
-    parser.add_argument("--output", help="CSV file to save the table to")
+    parser.add_argument("--output", help="folder of a run to save the table in")
     asked = parser.parse_args(arguments)
     try:
         rates = [number(word, "--bandwidth", *BANDWIDTH_LIMITS_MBPS) for word in words(asked.bandwidth, "--bandwidth")]
+        load = os.getloadavg()[0]
         table = cost(rates, number(asked.seconds, "--seconds", 0.1, 600))
-        if asked.output:
-            with atomic_write(asked.output) as file:
-                table.to_csv(file, index=False)
     except (ValueError, OSError) as error:
         print(f"encrypted: {error}", file=sys.stderr)
         return 2
-    load = os.getloadavg()[0]
-    print(f"{cpu_model()}, {usable_cores()} cores, load {load:.1f}; one TCP connection, {asked.seconds} s each\n")
-    print(table.to_markdown(index=False, floatfmt=("g", "", ".1f", ".3f", ".2f", ".1f")))
+    note = (
+        f"One TCP connection between two network namespaces, {asked.seconds} s each. {cpu_model()}, {usable_cores()} "
+    )
+    note += f"cores, load {load:.1f} before; Linux {platform.release().partition('-')[0]}; {now()}."
+    print(f"{table.to_markdown(index=False, floatfmt=('g', '', '.1f', '.3f', '.2f', '.1f'))}\n\n{note}")
+    if asked.output:
+        RunFolder(asked.output).save_table(table, "encrypted", note=note)
     return 0
 
 

@@ -121,6 +121,7 @@ TABLE_CAPTIONS = {
     "chaos_rounds": "A serving cluster that is broken on purpose, round by round",
     "soak": "A serving cluster under load, a fault a minute",
     "soak_samples": "A serving cluster under load: memory and answers",
+    "encrypted": "What WireGuard costs between two devices",
     "coverage": "Lines that the tests run, by room",
 }
 

@@ -1,4 +1,4 @@
-"""Keeps the README's tables in step with the committed run: `python -m detransformer.report.readme`.
+"""Keeps tables of README.md and SECURITY.md in step with the committed run: `python -m detransformer.report.readme`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; its text is made from results/reference alone, and a test
 holds the two together.
@@ -279,7 +279,25 @@ def coverage(run: RunFolder) -> str:
     )
 
 
+def encrypted(run: RunFolder) -> str:
+    """What a tunnel costs, as it was saved."""
+    rows = run.load_table("encrypted")
+    note = (run.tables / "encrypted.md").read_text(encoding="utf-8").strip().splitlines()[-1]
+    lines = [
+        note,
+        "",
+        "| bandwidth, Mbps | encryption | throughput, Mbps | of the rate | round trip, ms | processor, s per GB |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows.itertuples():
+        spent = "" if pd.isna(row.processor_s_per_gb) else f"{row.processor_s_per_gb:.0f}"
+        cells = (f"{row.throughput_mbps:.1f}", f"{row.share_of_rate:.0%}", f"{row.round_trip_ms:.2f}", spent)
+        lines.append(f"| {row.bandwidth_mbps:g} | {row.encryption} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # What each section needs of the run: one whose tables the run lacks keeps its text in the README, if it is there.
+SECURITY_SECTIONS = {"encrypted": (encrypted, "encrypted")}
 SECTIONS = {
     "headline": (headline, "summary"),
     "claims": (claims, "summary"),
@@ -293,14 +311,14 @@ SECTIONS = {
 }
 
 
-def render(readme: str, run: RunFolder) -> str:
+def render(readme: str, run: RunFolder, sections: dict = SECTIONS) -> str:
     """`readme` with every marked table made anew; ValueError where a marker is missing."""
-    for name, (make, table) in SECTIONS.items():
+    for name, (make, table) in sections.items():
         if not run.has_table(table):
             continue
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not pattern.search(readme):
-            raise ValueError(f"README.md has no place for {name!r}: put <!-- {name} --> and <!-- /{name} --> in it.")
+            raise ValueError(f"There is no place for {name!r}: put <!-- {name} --> and <!-- /{name} --> in it.")
         found, body = pattern.search(readme), make(run)
         if body is not None:
             readme = readme[: found.end(1)] + body + "\n" + readme[found.start(2) :]
@@ -316,8 +334,11 @@ def _number(value) -> str:
     return "-" if pd.isna(number) else f"{number:.3g}"
 
 
+FILES = {"README.md": SECTIONS, "SECURITY.md": SECURITY_SECTIONS}
+
 if __name__ == "__main__":
-    path = repository_root() / "README.md"
-    text = render(path.read_text(encoding="utf-8"), RunFolder(repository_root() / REFERENCE))
-    with atomic_write(path) as file:
-        file.write(text)
+    for name, sections in FILES.items():
+        path = repository_root() / name
+        text = render(path.read_text(encoding="utf-8"), RunFolder(repository_root() / REFERENCE), sections)
+        with atomic_write(path) as file:
+            file.write(text)

@@ -40,6 +40,7 @@ TABLE_COMMANDS = {  # which command makes a table that no notebook does
     **dict.fromkeys(("chaos", "chaos_rounds"), "`make chaos`"),
     **dict.fromkeys(("soak", "soak_samples"), "`make soak`"),
     "coverage": "`make coverage`",
+    "encrypted": "`python -m detransformer.cluster.encrypted`",
 }
 
 
