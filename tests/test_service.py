@@ -16,6 +16,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from detransformer.cluster.network import can_emulate
+from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.stores import bound_store
 from detransformer.files import repository_root
@@ -36,7 +37,7 @@ from detransformer.service.faults import (
 )
 from detransformer.service.http import MAX_BODY_BYTES, build_app
 from detransformer.service.line import Line, tensors_of
-from detransformer.service.session import join_rows
+from detransformer.service.session import _Asked, join_rows
 from detransformer.service.speeds import BATCHES, IGNORED, WINDOW_S, Speeds
 
 emulated = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
@@ -171,6 +172,15 @@ def test_chaos_says_what_is_wrong_before_anything_starts(tmp_path, monkeypatch, 
         chaos_main()
     assert ended.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_answer_is_counted_and_one_to_who_has_given_up_is_not():
+    asked = _Asked(Request(), {"input_ids": torch.ones(1, 1)}, deadline=0.0)
+    assert asked.settle({"logits": 1}) and not asked.settle({"logits": 2})
+    assert asked.future.result() == {"logits": 1}
+    given_up = _Asked(Request(), {"input_ids": torch.ones(1, 1)}, deadline=0.0)
+    given_up.future.cancel()
+    assert given_up.settle({"logits": 1})
 
 
 def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():

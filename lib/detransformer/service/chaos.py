@@ -60,7 +60,8 @@ class Clients:
         self.inputs = [torch.randint(size, (1, length), generator=generator) for length in lengths]
         with torch.inference_mode():
             self.expected = [model(input_ids=ids).logits for ids in self.inputs]
-        self.asked = self.answered = self.wrong = self.twice = self.lost = self.full = 0
+        self.asked = self.answered = self.wrong = self.lost = self.full = 0
+        self._answered_twice = session.counts["twice"]
         self.last_at = 0.0
         self.answered_at, self.seconds = array("d"), array("d")  # small: they grow for as long as a soak lasts
         self.errors: list[str] = []
@@ -77,6 +78,11 @@ class Clients:
         for thread in self._threads:
             thread.join(DEADLINE_S + 10)
 
+    @property
+    def twice(self) -> int:
+        """Requests that the session answered, and later once more."""
+        return self.session.counts["twice"] - self._answered_twice
+
     def next_answer(self, since: float) -> float | None:
         """When the first answer after `since` came, if one has."""
         with self._lock:
@@ -88,10 +94,9 @@ class Clients:
         while not self._stop.wait(max(0.0, started + self.period_s - time.monotonic())):
             count += 7
             which = count % NUM_INPUTS
-            started, calls = time.monotonic(), []
+            started = time.monotonic()
             try:
                 future = self.session.submit({"input_ids": self.inputs[which]}, DEADLINE_S)
-                future.add_done_callback(lambda _, calls=calls: calls.append(1))
                 with self._lock:
                     self.asked += 1
                 logits = future.result(DEADLINE_S + 5)["logits"]
@@ -108,7 +113,6 @@ class Clients:
                 now = time.monotonic()
                 self.answered += 1
                 self.wrong += float((logits - self.expected[which]).abs().max()) > TOLERANCE
-                self.twice += len(calls) > 1
                 self.last_at = now
                 self.answered_at.append(now)
                 self.seconds.append(now - started)
@@ -143,6 +147,8 @@ def play(fault: Fault, place: Field, clients: Clients) -> dict:
     if not ended:
         fault.end(place)
     calm(clients)
+    # a device that fails again sooner is left out for a while, which would be another fault
+    time.sleep(max(0.0, began + fault.hold_s + FAILURES_S - time.monotonic()) if fault.names else 0.0)
     slowest = max(clients.seconds[bisect.bisect(clients.answered_at, began) :], default=float("nan"))
     return {
         "fault": fault.name,
@@ -239,7 +245,6 @@ def run_chaos(
                 row = play(FAULTS[name], place, clients) | {"round": number + 1, **made_by()}
                 rows.append(row)
                 keep(rows)
-                time.sleep(FAILURES_S)  # a device that fails again sooner is left out for a while: another fault
                 say(f"{number + 1}/{rounds} {name}: {shown(row)}")
         if clients.errors:
             say("; ".join(dict.fromkeys(clients.errors)))

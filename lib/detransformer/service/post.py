@@ -17,7 +17,7 @@ from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_name
 from detransformer.cluster.spec import ClusterSpec
 
 RETURN_S, MAX_RETURN_S = 1.0, 60.0  # an agent that has ended is started again after this long, doubled each time
-LASTING_S = 120.0  # an agent that ran longer counts as new
+LASTING_S = 60.0  # an agent that ran longer counts as new
 
 
 class Post:

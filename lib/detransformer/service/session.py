@@ -77,9 +77,13 @@ class _Asked:
     def goes_with(self, other: "_Asked") -> bool:
         return self.request == other.request and not self.attempts and not other.attempts
 
-    def settle(self, answer=None, error: Exception | None = None) -> None:
-        with contextlib.suppress(InvalidStateError):  # the caller has given it up
+    def settle(self, answer=None, error: Exception | None = None) -> bool:
+        """Whether this is the first answer; a second one reaches nobody."""
+        try:
             self.future.set_exception(error) if error else self.future.set_result(answer)
+        except InvalidStateError:
+            return self.future.cancelled()  # the caller has given it up
+        return True
 
 
 class Session:
@@ -321,7 +325,7 @@ class Session:
             length = asked.inputs["input_ids"].shape[1]
             rows = {name: tensor[first : first + asked.size] for name, tensor in outputs.items()}
             first += asked.size
-            asked.settle(rows if left else cut(rows, length))
+            self.counts["twice"] += not asked.settle(rows if left else cut(rows, length))
             self.counts["answered"] += 1
             self.counts["retried"] += asked.attempts > 1
             self.seconds.append(now - asked.since)
