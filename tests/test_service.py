@@ -183,6 +183,20 @@ def test_a_second_answer_is_counted_and_one_to_who_has_given_up_is_not():
     assert given_up.settle({"logits": 1})
 
 
+def test_who_is_gone_is_heard_also_when_a_batch_was_on_its_way_to_the_leader(tmp_path, model):
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    model.save_pretrained(tmp_path / "model")
+    session = ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model")  # not started
+    near, far = map(Line, socket.socketpair())
+    far.send({"gone": {"2": "has been silent for 2.5 s"}})
+    far.close()
+    with pytest.raises(OSError):
+        near.send({"id": 1})
+    assert session._had_last_words(near)
+    assert [event.sentence for event in session.events] == ["third has been silent for 2.5 s"]
+    assert not session._had_last_words(near), "and then nothing more"
+
+
 def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():
     samples = pd.DataFrame({"seconds": [10.0 * n for n in range(101)]})
     samples["front_mib"] = [100.0] * 21 + [200.0] * 60 + [203.0] * 20  # the warm-up does not count

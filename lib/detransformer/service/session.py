@@ -265,8 +265,8 @@ class Session:
             line = Line(connection)
             try:
                 self._lead(line)
-            except (OSError, ValueError, KeyError):  # the leader's process has ended without a word
-                if not self._stop.is_set():
+            except (OSError, ValueError, KeyError):  # the leader's process has ended
+                if not self._stop.is_set() and not self._had_last_words(line):
                     self._tell_lost({0: "is gone: its process ended"})
             finally:
                 self._ready.clear()
@@ -386,6 +386,14 @@ class Session:
             self._say("meeting", "the devices meet anew", [])
         return True
 
+    def _had_last_words(self, line: Line) -> bool:
+        """Whether the leader said why it ended, unread because a batch was on its way to it; passes that on."""
+        with contextlib.suppress(OSError, ValueError):
+            while line.waits(0):
+                if self._heard(line.receive()[0]):
+                    return True
+        return False
+
     def _tell_lost(self, gone: Mapping[int, str]) -> None:
         names = self.spec.names
         self._known_lost |= set(gone)
@@ -396,7 +404,7 @@ class Session:
         names, parts = self.spec.names, []
         unnamed = [d for d in self.present if d not in here and d not in self._known_lost]
         if unnamed:
-            self._tell_lost({d: "is gone" for d in unnamed})
+            self._tell_lost({d: "is not there" for d in unnamed})
         back = [d for d in here if d in self._known_lost]
         if back:
             parts.append(f"{join_words([names[d] for d in back])} back")
