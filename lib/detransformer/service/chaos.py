@@ -147,8 +147,6 @@ def play(fault: Fault, place: Field, clients: Clients) -> dict:
     if not ended:
         fault.end(place)
     calm(clients)
-    # a device that fails again sooner is left out for a while, which would be another fault
-    time.sleep(max(0.0, began + fault.hold_s + FAILURES_S - time.monotonic()) if fault.names else 0.0)
     slowest = max(clients.seconds[bisect.bisect(clients.answered_at, began) :], default=float("nan"))
     return {
         "fault": fault.name,
@@ -179,6 +177,12 @@ def calm(clients: Clients) -> None:
         if time.monotonic() - since > CALM_S:
             return
         time.sleep(0.1)
+
+
+def rest(session: Session) -> None:
+    """Until a device may be lost again: one that fails sooner is left out for a while, which would be another fault."""
+    lost_at = [event.at for event in list(session.events) if event.kind == "lost"]
+    time.sleep(max(0.0, max(lost_at, default=0.0) + FAILURES_S - time.monotonic()))
 
 
 @contextlib.contextmanager
@@ -245,6 +249,7 @@ def run_chaos(
                 row = play(FAULTS[name], place, clients) | {"round": number + 1, **made_by()}
                 rows.append(row)
                 keep(rows)
+                rest(place.session)
                 say(f"{number + 1}/{rounds} {name}: {shown(row)}")
         if clients.errors:
             say("; ".join(dict.fromkeys(clients.errors)))
