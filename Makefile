@@ -26,6 +26,7 @@ help:
 	@echo "make chaos       break a serving cluster in every way, five times each, and count what is lost (needs root)"
 	@echo "make fuzz        ten thousand malformed cluster files, plans, checkpoints and requests"
 	@echo "make soak        half an hour of load, a fault a minute (needs root)"
+	@echo "                 RUN=results/reference with chaos, soak or coverage: where their tables and figures go"
 	@echo "make clean       remove .venv, caches and build (results stay)"
 
 install: $(STAMP)
@@ -68,7 +69,7 @@ coverage: $(STAMP)
 	rm -rf build/coverage && mkdir -p build/coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-report=html:build/coverage $(TESTS)
 	@$(BIN)/coverage json -q -o build/coverage/coverage.json
-	@$(BIN)/python docs/coverage_table.py build/coverage/coverage.json build/coverage
+	@$(BIN)/python docs/coverage_table.py build/coverage/coverage.json $(or $(RUN),build/coverage)
 	@echo "build/coverage/index.html has them by file"
 
 clean:
@@ -76,10 +77,10 @@ clean:
 	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 chaos: $(STAMP)
-	$(BIN)/python -m detransformer.service.chaos
+	$(BIN)/python -m detransformer.service.chaos --output $(or $(RUN),results/chaos)
 
 fuzz: $(STAMP)
 	DETRANSFORMER_FUZZ=1700 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 tests/test_malformed.py
 
 soak: $(STAMP)
-	$(BIN)/python -m detransformer.service.chaos --soak 30 --output results/soak
+	$(BIN)/python -m detransformer.service.chaos --soak 30 --output $(or $(RUN),results/soak)

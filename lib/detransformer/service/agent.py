@@ -136,5 +136,5 @@ def run_agent(job: dict, path: str, device: int) -> None:
             except (RendezvousError, RuntimeError) as error:
                 if device == 0:
                     raise
-                print(f"the first device is not to be had: {error}", file=sys.stderr, flush=True)
+                print(f"meets the others anew: {error}", file=sys.stderr, flush=True)
                 time.sleep(RETRY_S)

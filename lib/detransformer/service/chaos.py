@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.report.figures import draw
 from detransformer.report.provenance import cpu_model, now, own_commit, usable_cores
 from detransformer.report.runs import RunFolder
 from detransformer.service.agent import FAILURES_S
@@ -407,6 +408,7 @@ def main() -> None:
         held = (soak if given.soak else chaos)(spec, names, given, run, functools.partial(print, flush=True), note)
     except KeyboardInterrupt:
         sys.exit("interrupted" + ("" if given.soak else ": rounds that were played are kept, the same command goes on"))
+    draw(run, "soak" if given.soak else "faults")
     print((run.tables / f"{'soak' if given.soak else 'chaos'}.md").read_text(encoding="utf-8"))
     sys.exit(0 if held else 1)
 
