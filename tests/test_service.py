@@ -6,6 +6,7 @@ import threading
 import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ import pandas as pd
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from transformers import BertForSequenceClassification
 
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.stores import bound_store
 from detransformer.files import repository_root
+from detransformer.parallel.plan import Plan, published_plan
 from detransformer.service import Expired, QueueFull, Session, Unanswered
 from detransformer.service.agent import NAME, SignedBackend
 from detransformer.service.chaos import Clients, play, small_model, soak_result
@@ -37,10 +40,20 @@ from detransformer.service.faults import (
 )
 from detransformer.service.http import MAX_BODY_BYTES, build_app
 from detransformer.service.line import Line, tensors_of
-from detransformer.service.session import _Asked, join_rows
+from detransformer.service.session import MAX_ATTEMPTS, _Asked, join_rows
 from detransformer.service.speeds import BATCHES, IGNORED, WINDOW_S, Speeds
+from detransformer.service.worker import Server
 
 emulated = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
+CLUSTER = """
+name: three for tests
+emulated: true
+link: {bandwidth_mbps: 1000}
+devices:
+  - {name: first, device: jetson-nano}
+  - {name: second, device: jetson-nano}
+  - {name: third, device: jetson-nano}
+"""
 
 
 def test_a_line_carries_words_and_tensors_and_says_when_the_other_end_has_gone():
@@ -183,18 +196,99 @@ def test_a_second_answer_is_counted_and_one_to_who_has_given_up_is_not():
     assert given_up.settle({"logits": 1})
 
 
-def test_who_is_gone_is_heard_also_when_a_batch_was_on_its_way_to_the_leader(tmp_path, model):
+@pytest.fixture
+def idle(tmp_path, model):
+    """A session that is not started; the test is its leader."""
     (tmp_path / "cluster.yaml").write_text(CLUSTER)
     model.save_pretrained(tmp_path / "model")
-    session = ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model")  # not started
+    return ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model")
+
+
+def test_who_is_gone_is_heard_also_when_a_batch_was_on_its_way_to_the_leader(idle):
     near, far = map(Line, socket.socketpair())
     far.send({"gone": {"2": "has been silent for 2.5 s"}})
     far.close()
     with pytest.raises(OSError):
         near.send({"id": 1})
-    assert session._had_last_words(near)
-    assert [event.sentence for event in session.events] == ["third has been silent for 2.5 s"]
-    assert not session._had_last_words(near), "and then nothing more"
+    assert idle._had_last_words(near)
+    assert [event.sentence for event in idle.events] == ["third has been silent for 2.5 s"]
+    assert not idle._had_last_words(near), "and then nothing more"
+
+
+def test_requests_wait_for_devices_that_are_needed_and_do_not_run_out_of_attempts(idle):
+    future = idle.submit({"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    late = idle.submit({"input_ids": torch.ones(1, 5, dtype=torch.int64)}, deadline_s=0.5)
+    for _ in range(2 * MAX_ATTEMPTS):  # so often two of three devices meet
+        near, far = map(Line, socket.socketpair())
+        leading = threading.Thread(target=idle._lead, args=(near,), daemon=True)
+        leading.start()
+        far.send({"here": [0, 1], "differing": {}})
+        header, _ = far.receive()
+        far.send({"id": header["id"], "postponed": "nothing fits"})
+        deadline = time.monotonic() + 5
+        while idle.serving and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not idle.serving and not future.done()
+        time.sleep(0.1)
+        far.send({"gone": {}})
+        leading.join(5)
+        assert not leading.is_alive()
+    assert "requests wait for the devices that are away: nothing fits" in [event.sentence for event in idle.events]
+    with pytest.raises(Expired):
+        late.result(0)
+    near, far = map(Line, socket.socketpair())
+    leading = threading.Thread(target=idle._lead, args=(near,), daemon=True)
+    leading.start()
+    far.send({"here": [0, 1, 2], "differing": {}})
+    header, _ = far.receive()
+    far.send({"id": header["id"], "method": "tp"}, {"logits": torch.zeros(1, 3)})
+    assert torch.equal(future.result(5)["logits"], torch.zeros(1, 3))
+    far.send({"gone": {}})
+    leading.join(5)
+
+
+TIGHT = CLUSTER.replace("jetson-nano", "jetson-nano, memory_mib: 2")
+
+
+@pytest.mark.parametrize(
+    ("devices", "request_", "word"),
+    [
+        ((0, 1, 2), Request(repeats=1), "job"),
+        ((0, 1), Request(repeats=1), "postponed"),  # together they have 4 MiB, and the model wants more
+        ((0, 1), Request(repeats=1, method="single"), "refused"),  # on all three it would not fit either
+    ],
+)
+def test_a_leader_postpones_what_only_all_devices_can_hold(tmp_path, devices, request_, word):
+    (tmp_path / "cluster.yaml").write_text(TIGHT)
+    config = small_model().config
+    config.update({"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 10})
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    job = {"cluster": str(tmp_path / "cluster.yaml"), "model": str(tmp_path / "model"), "interface": "lo"}
+    near, far = map(Line, socket.socketpair())
+    group = SimpleNamespace(rank=0, devices=devices, differing={})
+    server = Server(job | {"paced": False, "seq_len": 16}, group, near)
+    far.send({"id": 1, "request": asdict(request_)}, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    header, _ = server._next()
+    if word == "job":
+        assert header["id"] == 1 and header["job"]["plan"]
+    else:
+        assert header == {}
+        told, _ = far.receive()
+        assert told["id"] == 1 and word in told
+
+
+def test_a_plan_that_was_given_is_for_all_devices(tmp_path, model):
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    model.save_pretrained(tmp_path / "model")
+    job = {"cluster": str(tmp_path / "cluster.yaml"), "model": str(tmp_path / "model"), "interface": "lo"}
+    job |= {"paced": False, "seq_len": 16}
+    plan = published_plan("tp", model.config, (1.0, 1.0, 1.0)).to_dict()
+    request, inputs = Request(plan=plan, repeats=1), {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
+    for devices, num_devices in (((0, 1, 2), {3}), ((0, 2), {1, 2})):
+        server = Server(job, SimpleNamespace(rank=0, devices=devices, differing={}), None)
+        made = Plan.from_dict(server.planned(request, inputs)["job"]["plan"])
+        assert made.num_devices in num_devices and max(made.device_ids) < len(devices)
+        assert (made.method == "tp") == (len(devices) == 3)
 
 
 def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():
@@ -210,16 +304,6 @@ def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():
 
 
 # --- Real processes ----------------------------------------------------------------------------------------------
-
-CLUSTER = """
-name: three for tests
-emulated: true
-link: {bandwidth_mbps: 1000}
-devices:
-  - {name: first, device: jetson-nano}
-  - {name: second, device: jetson-nano}
-  - {name: third, device: jetson-nano}
-"""
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import socket
 import statistics
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
@@ -31,6 +32,7 @@ from detransformer.service.post import Post
 START_S = 180.0
 MAX_ATTEMPTS = 6
 KEPT_EVENTS, KEPT_SECONDS = 1000, 2000
+ANSWERED, POSTPONED, ENDED = "answered", "postponed", "ended"
 EXAMPLES = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -53,7 +55,7 @@ class Unanswered(Exception):
 @dataclass(frozen=True)
 class Event:
     """What became of devices, in a sentence; `at` is of `time.monotonic`. `kind`: lost, meeting, differing, slow,
-    usual or serving."""
+    usual, short or serving."""
 
     at: float
     kind: str
@@ -61,7 +63,7 @@ class Event:
     devices: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)  # tensors do not compare to one truth
 class _Asked:
     request: Request
     inputs: dict[str, torch.Tensor]
@@ -92,7 +94,8 @@ class Session:
     Args:
         spec: the cluster file's; its devices are emulated on this machine unless `own` says which one this host is.
         model: folder of the checkpoint.
-        plan: fields of a `Plan` for all devices; None: planned for those that are there, again whenever that changes.
+        plan: fields of a `Plan` for all devices, taken while all are there; None, or while one is away: planned for
+            those that are there. Requests that these cannot hold wait for the others.
         method: as `detransformer run --method`.
         reads: `all` or `cls`, as `Plan.reads`.
         seq_len: length in tokens that is planned for.
@@ -265,7 +268,9 @@ class Session:
             line = Line(connection)
             try:
                 self._lead(line)
-            except (OSError, ValueError, KeyError):  # the leader's process has ended
+            except Exception as error:  # the leader's process has ended, in general; in any case, on with another
+                if not isinstance(error, (OSError, ValueError, KeyError)):
+                    traceback.print_exc()
                 if not self._stop.is_set() and not self._had_last_words(line):
                     self._tell_lost({0: "is gone: its process ended"})
             finally:
@@ -292,15 +297,26 @@ class Session:
                 continue
             number += 1
             try:
-                if not self._ask(line, batch, number):
-                    self._retry(batch)
-                    return
+                outcome = self._ask(line, batch, number)
             except Exception:
                 self._retry(batch)
                 raise
+            if outcome != ANSWERED:
+                self._retry(batch)
+            if outcome == ENDED or (outcome == POSTPONED and self._wait_for_others(line)):
+                return
 
-    def _ask(self, line: Line, batch: list[_Asked], number: int) -> bool:
-        """Whether `batch` was answered; False when the leader ends instead."""
+    def _wait_for_others(self, line: Line) -> bool:
+        """Until the leader has something to say; whether it ends with that. Nothing is served meanwhile."""
+        self._ready.clear()
+        while not line.waits(0.2):
+            self._drop_expired()
+            if self._stop.is_set():
+                return True
+        return self._heard(line.receive()[0])
+
+    def _ask(self, line: Line, batch: list[_Asked], number: int) -> str:
+        """What became of `batch`: ANSWERED; POSTPONED, where too few devices are left for it; ENDED, the leader."""
         started = time.monotonic()
         left = is_decoder(self.config)
         for asked in batch:
@@ -309,15 +325,20 @@ class Session:
         while True:
             header, payload = line.receive()
             if self._heard(header):
-                return False
+                return ENDED
             if header.get("id") == number:
                 break
+        if "postponed" in header:
+            for asked in batch:
+                asked.attempts -= 1  # it was not one
+            self._say("short", f"requests wait for the devices that are away: {header['postponed']}", [])
+            return POSTPONED
         self.counts["batches"] += 1
         self.methods[header.get("method", "refused")] += 1
         if "refused" in header:
             for asked in batch:
                 asked.settle(error=ValueError(header["refused"]))
-            return True
+            return ANSWERED
         outputs = tensors_of(payload)
         now = time.monotonic()
         first = 0
@@ -330,7 +351,7 @@ class Session:
             self.counts["retried"] += asked.attempts > 1
             self.seconds.append(now - asked.since)
         self._answered_s.append((now - started) / first)
-        return True
+        return ANSWERED
 
     def _next_batch(self) -> list[_Asked]:
         """Requests to ask together; none where none came for a moment."""

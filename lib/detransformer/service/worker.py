@@ -234,12 +234,36 @@ class Server:
         try:
             job = self.planned(Request(**header["request"]), tensors_of(payload))
         except ValueError as error:
-            self.line.send({"id": header["id"], "refused": str(error)})
+            word = "postponed" if self._needs_all(Request(**header["request"])) else "refused"
+            self.line.send({"id": header["id"], word: str(error)})
             return {}, b""
         return {"id": header["id"], **job}, payload
 
+    def _needs_all(self, request: Request) -> bool:
+        """Whether a request that cannot be planned for the devices that are here could be, if all were."""
+        if self._complete:
+            return False
+        try:
+            profile = self.spec.profile(self.job["model"], self.config)
+            prepare(request, self.job["model"], self.config, profile, self._usual(request))
+        except ValueError:
+            return False
+        return True
+
+    @property
+    def _complete(self) -> bool:
+        return len(self.fit) == len(self.spec.members)
+
     def planned(self, request: Request, inputs: dict[str, torch.Tensor]) -> dict:
-        """The job of a batch: its plan is that of the first of its kind, which the weights are held for."""
+        """The job of a batch: its plan is that of the first of its kind, which the weights are held for.
+
+        A plan that was given is for all devices: while one is away, another is made for the rest.
+
+        Raises:
+            ValueError: where none fits, or the request is at fault.
+        """
+        if not self._complete:
+            request = replace(request, plan=None)
         key = json.dumps([request.method, request.plan, request.reads, request.max_new_tokens], sort_keys=True)
         if key not in self.plans:
             prepared = prepare(request, self.job["model"], self.config, self._profile_now(), self._usual(request))
