@@ -79,9 +79,7 @@ def test_a_line_refuses_what_is_no_message():
 
 @pytest.fixture
 def store():
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
-    return bound_store("127.0.0.1", port, None, True, timedelta(seconds=10), wait_for_workers=False)
+    return bound_store("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
 
 
 def test_the_rendezvous_reads_only_what_was_signed_with_its_secret(store):

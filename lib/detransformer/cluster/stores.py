@@ -18,11 +18,16 @@ def bound_store(
 ) -> TCPStore:
     """A TCPStore whose server, in the process that `keeps` it, listens at `address`; `options` are TCPStore's.
 
+    Port 0: one that is free, which the store then names.
+
     Raises:
         OSError: where the address or port cannot be had.
         torch.distributed.DistError: where nothing answers there, or not all processes come within `timeout`.
     """
-    listener = listen(address, port).detach() if keeps else None
+    listener = None
+    if keeps:
+        found = listen(address, port)
+        port, listener = found.getsockname()[1], found.detach()
     return TCPStore(address, port, num_processes, keeps, timeout, master_listen_fd=listener, **options)
 
 

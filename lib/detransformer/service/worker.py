@@ -52,7 +52,7 @@ LEADER = 0
 
 
 class Group:
-    """The devices that are there, in order; signs of life and farewells go through a store of the round's own."""
+    """The devices that are there, in order; signs of life and farewells go through a store that the leader keeps."""
 
     def __init__(self, job: dict, device: int):
         """
@@ -61,12 +61,17 @@ class Group:
         """
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=FORM_S)
-        self.store = bound_store(host, port, count, rank == 0, wait, wait_for_workers=False)
-        self.store.set(f"device/{rank}", json.dumps([device, model_facts(job["model"])]))
-        told = [json.loads(self.store.get(f"device/{other}")) for other in range(count)]
+        self._meeting = bound_store(host, port, count, rank == 0, wait, wait_for_workers=False)
+        self._meeting.set(f"device/{rank}", json.dumps([device, model_facts(job["model"])]))
+        told = [json.loads(self._meeting.get(f"device/{other}")) for other in range(count)]
         facts = dict(map(tuple, told))
         self.devices = tuple(sorted(facts))
         self.rank = self.devices.index(device)
+        # Who keeps the store of the meeting is decided by addresses. With that device all evidence would be lost.
+        where = job["addresses"][self.devices[0]], 0 if self.leads else int(self._meeting.get("store"))
+        self.store = bound_store(*where, count, self.leads, wait, wait_for_workers=False)
+        if self.leads:
+            self._meeting.set("store", str(self.store.port))
         leading = facts[self.devices[0]]
         self.differing = {  # device -> what its checkpoint has otherwise than the first device's
             other: next(what for what in leading if leading[what] != facts[other][what])
