@@ -1,5 +1,6 @@
 """A session: its parts, and one over real processes in namespaces that loses a device and gets it back."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from transformers import BertForSequenceClassification
 
@@ -23,7 +25,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.stores import bound_store
 from detransformer.files import repository_root
 from detransformer.parallel.plan import Plan, published_plan
-from detransformer.service import Expired, QueueFull, Session, Unanswered
+from detransformer.service import Expired, QueueFull, Session, Unanswered, http
 from detransformer.service.agent import NAME, SignedBackend
 from detransformer.service.chaos import Clients, play, small_model, soak_result
 from detransformer.service.chaos import main as chaos_main
@@ -496,6 +498,32 @@ def test_http_wants_its_token_and_tells_nothing_without(client):
             assert list(reply.json()) == ["error"]
     assert client.get("/nothing").status_code == 404
     assert "/classify" in client.get("/nothing").json()["error"]
+
+
+@emulated
+def test_http_does_not_wait_for_who_says_nothing_or_only_begins(session, monkeypatch):
+    monkeypatch.setattr(http, "HEAD_S", 0.5)
+    monkeypatch.setattr(http, "BODY_S", 0.5)
+    server = uvicorn.Server(http.server_config(build_app(session, "the token of this test")))
+    request = b"POST /classify HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    request += f"Authorization: {TOKEN['Authorization']}\r\nContent-Length: 17\r\n".encode()
+    body = b'{"input_ids":[1]}'
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
+        silent, begun, bodiless, whole = (
+            stack.enter_context(socket.create_connection(listener.getsockname(), 10)) for _ in range(4)
+        )
+        begun.sendall(request)
+        bodiless.sendall(request + b"\r\n" + body[:4])
+        whole.sendall(request + b"\r\n" + body)
+        assert whole.recv(4096).startswith(b"HTTP/1.1 200"), "answered although others hold connections"
+        whole.sendall(request)  # another one, begun on the same connection
+        assert bodiless.recv(4096).startswith(b"HTTP/1.1 408")
+        for connection in (silent, begun, whole):
+            while left := connection.recv(4096):  # of the answer
+                assert connection is whole and b"HTTP/1.1" not in left
+        server.should_exit = True
 
 
 @emulated

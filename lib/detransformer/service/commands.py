@@ -59,7 +59,7 @@ def serve_command(
         raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
 
     from detransformer.cluster.checkpoints import open_folder
-    from detransformer.service.http import build_app, path_of
+    from detransformer.service.http import build_app, path_of, server_config
     from detransformer.service.post import Post
     from detransformer.service.session import Session
 
@@ -75,8 +75,7 @@ def serve_command(
     with _listener(listen, http_port) as listener, Session(spec, model, **asked, **options) as session:
         shown = f"[{listen}]" if ":" in listen else listen
         _say(f"listening on http://{shown}:{http_port}{path}")
-        config = uvicorn.Config(build_app(session, token), log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(server_config(build_app(session, token))).run(sockets=[listener])
 
 
 def _listener(address: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import torch
+import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from detransformer import __version__
 from detransformer.checkpoints import has_tokenizer
@@ -29,6 +31,7 @@ from detransformer.parallel.plan import is_decoder
 from detransformer.service.session import Expired, QueueFull, Session, Unanswered
 
 MAX_BODY_BYTES = 2**17
+HEAD_S, BODY_S = 10.0, 10.0  # for each to come
 MAX_TEXT = 20_000  # characters
 MAX_DEADLINE_S = 600.0
 MAX_NEW_TOKENS = 1024
@@ -122,8 +125,37 @@ class Problem(BaseModel):
     error: str
 
 
+class Impatient(H11Protocol):
+    """Closes connections over which the head of a request does not come: who held many would keep others out."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forgive()
+
+    def _wait(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forgive()  # it has come, and is being answered
+        elif self._patience is None:
+            self._patience = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _forgive(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+
 class SizeLimit:
-    """Refuses bodies of more than `limit` bytes, by what is announced and by what comes."""
+    """Refuses bodies of more than `limit` bytes, by what is announced and by what comes, and those that come slowly."""
 
     def __init__(self, app: Callable, limit: int):
         self.app, self.limit = app, limit
@@ -135,15 +167,19 @@ class SizeLimit:
         if not announced.isdigit() or int(announced) > self.limit:
             return await self._refuse(scope, receive, send)
         parts, size, more = [], 0, True
-        while more:  # whole, before anything reads it: it is small
-            message: Message = await receive()
-            if message["type"] != "http.request":
-                return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            more = message.get("more_body", False)
-            if size > self.limit:
-                return await self._refuse(scope, receive, send)
+        try:
+            async with asyncio.timeout(BODY_S):
+                while more:  # whole, before anything reads it: it is small
+                    message: Message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
+                    if size > self.limit:
+                        return await self._refuse(scope, receive, send)
+        except TimeoutError:
+            return await problem(408, f"the body did not come within {BODY_S:g} s.")(scope, receive, send)
         whole = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
 
         async def replay() -> Message:
@@ -164,6 +200,7 @@ REFUSALS = {
     400: "the body is no JSON",
     401: "no token, or another one",
     405: "another method",
+    408: "the body came too slowly",
     413: "the body is too large",
     422: "a field is missing, unknown or out of range, or the model does not take the input",
     503: "the queue is full, or all attempts broke off: ask again after Retry-After seconds",
@@ -208,6 +245,11 @@ def build_app(session: Session, token: str) -> FastAPI:
     metrics_route.responses = {status: responses[status] for status in (401, 405)}
     _add_handlers(app)
     return app
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn is to serve `app`."""
+    return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, http=Impatient)
 
 
 def path_of(model: str, config: PretrainedConfig) -> str:
