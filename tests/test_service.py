@@ -296,7 +296,7 @@ def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():
     samples["front_mib"] = [100.0] * 21 + [200.0] * 60 + [203.0] * 20  # the warm-up does not count
     samples["devices_mib"] = 900.0
     clients = SimpleNamespace(
-        seconds=array("d", [0.1] * 99 + [7.0]), asked=100, answered=100, full=0, lost=0, wrong=0, twice=0
+        seconds=array("d", [0.1] * 99 + [7.0]), asked=100, answered=100, full=0, expired=0, lost=0, wrong=0, twice=0
     )
     result = soak_result(samples, clients)
     assert result["front_growth"] == pytest.approx(0.015) and result["devices_growth"] == 0
