@@ -528,9 +528,10 @@ def test_http_does_not_wait_for_who_says_nothing_or_only_begins(session, monkeyp
 
 @emulated
 def test_http_tells_health_and_metrics(client, session):
-    health = client.get("/health")
+    health = client.get("/health", headers=TOKEN)
     assert health.status_code == 200
     assert health.json()["devices"] == ["first", "second", "third"]
+    assert client.get("/health").json() == {"status": "serving"}, "who has no token learns no names"
     text = client.get("/metrics", headers=TOKEN).text
     assert f"detransformer_answered_total {session.counts['answered']:.1f}" in text
     assert 'detransformer_device{name="third"} 1.0' in text

@@ -114,11 +114,13 @@ class Continuation(BaseModel):
 
 
 class Health(BaseModel):
+    """Whether the devices serve; the rest for who shows the token."""
+
     status: str
-    devices: list[str]
-    waiting: int
-    model: str
-    last_event: str
+    devices: list[str] | None = None
+    waiting: int | None = None
+    model: str | None = None
+    last_event: str | None = None
 
 
 class Problem(BaseModel):
@@ -215,21 +217,29 @@ def build_app(session: Session, token: str) -> FastAPI:
     app.add_middleware(SizeLimit, limit=MAX_BODY_BYTES)
     bearer = HTTPBearer(auto_error=False)
 
-    def check_token(shown: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        given = shown.credentials if shown else ""
-        if not secrets.compare_digest(given.encode(), token.encode()):
+    Shown = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+
+    def has_token(shown: Shown) -> bool:
+        return secrets.compare_digest((shown.credentials if shown else "").encode(), token.encode())
+
+    def check_token(may: Annotated[bool, Depends(has_token)]) -> None:
+        if not may:
             raise HTTPException(401, "show the token: Authorization: Bearer TOKEN.", {"WWW-Authenticate": "Bearer"})
 
     guarded = {"dependencies": [Depends(check_token)], "responses": responses}
     _add_task(app, session, guarded)
 
-    @app.get("/health", response_model=Health, responses={503: {"model": Health}, 405: responses[405]})
-    def health(response: Response) -> Health:
-        """Whether the devices serve, and which."""
+    unready = {503: {"model": Health}, 405: responses[405]}
+
+    @app.get("/health", response_model=Health, response_model_exclude_none=True, responses=unready)
+    def health(response: Response, may: Annotated[bool, Depends(has_token)]) -> Health:
+        """Whether the devices serve, and, with the token, which."""
         response.status_code = 200 if session.serving else 503
+        status = "serving" if session.serving else "recovering"
+        if not may:
+            return Health(status=status)
         names = [session.spec.names[device] for device in session.present]
         event = session.events[-1].sentence if session.events else ""
-        status = "serving" if session.serving else "recovering"
         model = session.model.rstrip("/").rpartition("/")[2]
         return Health(status=status, devices=names, waiting=session.num_waiting, model=model, last_event=event)
 
