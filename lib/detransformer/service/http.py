@@ -217,13 +217,11 @@ def build_app(session: Session, token: str) -> FastAPI:
     app.add_middleware(SizeLimit, limit=MAX_BODY_BYTES)
     bearer = HTTPBearer(auto_error=False)
 
-    Shown = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+    def is_token(given: str) -> bool:
+        return secrets.compare_digest(given.encode(), token.encode())
 
-    def has_token(shown: Shown) -> bool:
-        return secrets.compare_digest((shown.credentials if shown else "").encode(), token.encode())
-
-    def check_token(may: Annotated[bool, Depends(has_token)]) -> None:
-        if not may:
+    def check_token(shown: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if not is_token(shown.credentials if shown else ""):
             raise HTTPException(401, "show the token: Authorization: Bearer TOKEN.", {"WWW-Authenticate": "Bearer"})
 
     guarded = {"dependencies": [Depends(check_token)], "responses": responses}
@@ -232,12 +230,12 @@ def build_app(session: Session, token: str) -> FastAPI:
     unready = {503: {"model": Health}, 405: responses[405]}
 
     @app.get("/health", response_model=Health, response_model_exclude_none=True, responses=unready)
-    def health(response: Response, may: Annotated[bool, Depends(has_token)]) -> Health:
+    def health(request: Request, response: Response) -> Health:
         """Whether the devices serve, and, with the token, which."""
         response.status_code = 200 if session.serving else 503
         status = "serving" if session.serving else "recovering"
-        if not may:
-            return Health(status=status)
+        if not is_token(request.headers.get("Authorization", "").removeprefix("Bearer ")):
+            return Health(status=status)  # what watches a service has no token
         names = [session.spec.names[device] for device in session.present]
         event = session.events[-1].sentence if session.events else ""
         model = session.model.rstrip("/").rpartition("/")[2]
