@@ -510,7 +510,8 @@ def test_http_does_not_wait_for_who_says_nothing_or_only_begins(session, monkeyp
     body = b'{"input_ids":[1]}'
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
+        running = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        running.start()
         silent, begun, bodiless, whole = (
             stack.enter_context(socket.create_connection(listener.getsockname(), 10)) for _ in range(4)
         )
@@ -524,6 +525,7 @@ def test_http_does_not_wait_for_who_says_nothing_or_only_begins(session, monkeyp
             while left := connection.recv(4096):  # of the answer
                 assert connection is whole and b"HTTP/1.1" not in left
         server.should_exit = True
+        running.join(10)
 
 
 @emulated
