@@ -85,6 +85,19 @@ def test_chunks_that_overlap_change_nothing(cluster, cases, model, strategy, rea
     check(case, plan, run(cluster, case, plan))
 
 
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("reads", ["all", "cls"])
+@pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("model", ["original", "decoupled"])
+def test_a_device_may_be_too_slow_for_any_part(cluster, cases, model, strategy, reads, num_chunks):
+    """Not a head, not a token, not a column or sub-block."""
+    case, speeds = cases[model], [1.0, 1.0, 0.01]
+    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
+    plan = layer_plan("bp+auto", case.config, strategies, speeds, reads=reads, num_chunks=num_chunks)
+    assert plan.heads[2] == plan.ffn_columns[2] == 0
+    check(case, plan, run(cluster, case, plan))
+
+
 @pytest.mark.parametrize("last", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
 @pytest.mark.parametrize("first", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
 @pytest.mark.parametrize("direct", [False, True])

@@ -47,7 +47,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """The outputs start..stop, or all."""
-        weight, rows = self.weight[:, start:stop], x.reshape(-1, x.shape[-1])
+        weight, rows = self.weight[:, start:stop], x.flatten(0, -2)  # also of no inputs: a device without a head
         y = rows @ weight if self.bias is None else torch.addmm(self.bias[start:stop], rows, weight)
         return y.view(*x.shape[:-1], y.shape[-1])
 
