@@ -1,11 +1,16 @@
 """Shared fixtures: small models on disk and a cluster of real processes over loopback."""
 
+import signal
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from detransformer.models import decouple
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background jobs; processes that tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # would inherit it
 
 # Odd on purpose: 6 heads and 4 sub-blocks over 3 devices, 11 tokens over 2 to 4, 70 FFN columns.
 SIZES = dict(hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=70, vocab_size=101)
