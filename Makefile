@@ -43,7 +43,7 @@ reproduce: $(STAMP)
 
 # Two files at a time, and one thread a process: parity tests start up to four processes on what may be two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -67,7 +67,7 @@ docs: $(STAMP)
 # Processes that tests start are counted too, but for emulated devices: they are killed, and write nothing down.
 coverage: $(STAMP)
 	rm -rf build/coverage && mkdir -p build/coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-report=html:build/coverage $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=html:build/coverage $(TESTS)
 	@$(BIN)/coverage json -q -o build/coverage/coverage.json
 	@$(BIN)/python docs/coverage_table.py build/coverage/coverage.json $(or $(RUN),build/coverage)
 	@echo "build/coverage/index.html has them by file"

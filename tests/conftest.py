@@ -12,6 +12,15 @@ from detransformer.models import decouple
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background jobs; processes that tests interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)  # would inherit it
 
+LONGEST = ("test_hosts", "test_training_robust", "test_cli", "test_service", "test_training_jobs", "test_cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that at the end no process is left alone with one of them."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 # Odd on purpose: 6 heads and 4 sub-blocks over 3 devices, 11 tokens over 2 to 4, 70 FFN columns.
 SIZES = dict(hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=70, vocab_size=101)
 
