@@ -27,8 +27,9 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from detransformer.cluster import rollcall
+from detransformer.cluster import digests, rollcall
 from detransformer.cluster.devices import DeviceError, DeviceLost
+from detransformer.cluster.digests import REMEMBERED_BYTES
 from detransformer.cluster.network import EmulatedNetwork, can_emulate
 from detransformer.cluster.rollcall import Channel, Coordinator, Member
 from detransformer.cluster.run import model_facts, own_rank, read_plan
@@ -489,6 +490,30 @@ def test_model_facts_tell_copies_from_other_models(classifier, tmp_path):
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged"):
         model_facts(str(copy))
+
+
+def test_every_byte_of_large_weights_counts(classifier, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETRANSFORMER_CACHE", str(tmp_path / "cache"))
+    copy, said = shutil.copytree(classifier, tmp_path / "copy"), []
+    weights = copy / "model.safetensors"
+    os.truncate(weights, 2 * REMEMBERED_BYTES)
+
+    monkeypatch.setattr(digests, "SETTLED_S", -1)  # at once
+    whole = model_facts(str(copy), said.append)
+    assert len(said) == 1 and "128 MiB are read" in said[0]
+    assert model_facts(str(copy), said.append) == whole and len(said) == 1  # remembered
+
+    monkeypatch.setattr(digests, "SETTLED_S", 60)
+    with open(weights, "r+b") as file:
+        file.seek(REMEMBERED_BYTES + 12345)
+        file.write(b"!")
+    changed = model_facts(str(copy), said.append)
+    assert changed == whole | {"weights": changed["weights"]} != whole
+    assert model_facts(str(copy), said.append) == changed and len(said) == 3  # too fresh to be remembered
+
+    monkeypatch.setenv("DETRANSFORMER_CACHE", "/proc/none")  # nothing can be written there
+    monkeypatch.setattr(digests, "SETTLED_S", -1)
+    assert model_facts(str(copy)) == changed
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"method": "tp"}'])

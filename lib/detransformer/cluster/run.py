@@ -25,6 +25,7 @@ import psutil
 
 from detransformer import __version__
 from detransformer.cluster.devices import DeviceError
+from detransformer.cluster.digests import REMEMBERED_BYTES, file_digest, known_digest
 from detransformer.cluster.rollcall import Channel, Coordinator, Member, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import atomic_write
@@ -34,7 +35,6 @@ from detransformer.parse import number, one_of, whole_number, words
 ENSEMBLE_FILE = "ensemble.json"  # in a folder of `detransformer decompose`
 WORKER_SILENCE_S = 30  # a heartbeat may be late while torch loads a large model
 END_S = 10  # torchrun waits for the others' when its worker is done
-SAMPLED_BLOCKS, BLOCK_BYTES = 64, 2**16  # of a weights file, for its digest
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,10 @@ def _resolve(address: str) -> str:
         return address
 
 
-def model_facts(folder: str) -> dict:
-    """What all hosts must have alike of the model: digests of config.json and of samples of the weights, and its size.
+def model_facts(folder: str, say: Callable[[str], None] = lambda sentence: None) -> dict:
+    """What all hosts must have alike of the model: digests of config.json and of the weights, and their size.
+
+    `say` is told where large weights are read for the first time.
 
     Raises:
         ValueError: if config.json or model.safetensors is missing or unreadable.
@@ -220,22 +222,18 @@ def model_facts(folder: str) -> dict:
     if not files:
         raise ValueError(f"{folder} has no model.safetensors: copy the whole checkpoint there.")
     kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    try:
+        size = sum(file.stat().st_size for file in files)
+        if size >= REMEMBERED_BYTES and not all(map(known_digest, files)):
+            say(f"{folder}: {size / 2**20:.0f} MiB are read to the end once, to compare the hosts' copies")
+        digests = "".join(map(file_digest, files))
+    except OSError as error:
+        raise ValueError(f"the weights in {folder} cannot be read ({error.strerror}): copy them there again.") from None
     return {
         "config": _digest(json.dumps(kept, sort_keys=True).encode()),
-        "weights_bytes": sum(file.stat().st_size for file in files),
-        "weights": _digest(b"".join(map(_samples, files))),
+        "weights_bytes": size,
+        "weights": _digest(digests.encode()),
     }
-
-
-def _samples(path: Path) -> bytes:
-    """The beginning of a file (a safetensors' header) and blocks spread evenly over it."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        parts = []
-        for i in range(SAMPLED_BLOCKS):
-            file.seek(max(0, size - BLOCK_BYTES) * i // (SAMPLED_BLOCKS - 1))
-            parts.append(file.read(BLOCK_BYTES))
-    return b"".join(parts)
 
 
 def _digest(data: bytes) -> str:
@@ -273,7 +271,7 @@ def run_on_hosts(
     hello["devices"] = ", ".join(f"{member.name} {member.address}" for member in spec.members)
     problem = ""
     try:
-        hello |= model_facts(model)
+        hello |= model_facts(model, lambda sentence: say(f"{own.name}: {sentence}"))
     except ValueError as error:
         problem = hello["problem"] = str(error)
     coordinator = None

@@ -5,6 +5,7 @@ torch and transformers, seconds of a fast processor and half a minute of a slow 
 joins the others only then, so that a round they form with it is one in which its worker starts within an instant.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -31,10 +32,13 @@ def main() -> None:
         # each round its own store: agents count their restarts apart, and would read each other's old addresses
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    multiprocessing.set_forkserver_preload(["detransformer.service.worker"])
+    multiprocessing.set_forkserver_preload(["detransformer.service.preload"])
     forkserver.ensure_running()  # and imports; meanwhile
+    from detransformer.cluster.run import model_facts
     from detransformer.service.agent import run_agent
 
+    with contextlib.suppress(ValueError):  # the worker says what is wrong with it
+        model_facts(job["models"].get(str(device), job["model"]))  # large weights: the others need not wait for it
     ready = multiprocessing.get_context("forkserver").Process(target=os.getpid)
     ready.start()
     ready.join()  # the first to be forked: all is imported
