@@ -67,9 +67,10 @@ docs: $(STAMP)
 # Processes that tests start are counted too, but for emulated devices: they are killed, and write nothing down.
 coverage: $(STAMP)
 	rm -rf build/coverage && mkdir -p build/coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=html:build/coverage $(TESTS)
-	@$(BIN)/coverage json -q -o build/coverage/coverage.json
-	@$(BIN)/python docs/coverage_table.py build/coverage/coverage.json $(or $(RUN),build/coverage)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=html:build/coverage $(TESTS); \
+	failed=$$?; \
+	$(BIN)/coverage json -q -o build/coverage/coverage.json && \
+	$(BIN)/python docs/coverage_table.py build/coverage/coverage.json $(or $(RUN),build/coverage) && exit $$failed
 	@echo "build/coverage/index.html has them by file"
 
 clean:

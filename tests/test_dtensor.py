@@ -72,7 +72,7 @@ def run(case, num_ranks, folder) -> list[list[dict]]:
         for rank in range(num_ranks)
     ]
     try:
-        results = [process.communicate(timeout=120) for process in processes]
+        results = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

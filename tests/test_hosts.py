@@ -37,6 +37,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.models import decouple
 from detransformer.service.faults import inside
 
+HANG_S = 150.0  # no process of a test lives so long, also where three import everything on a slow machine
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a film of great charm who made it the studio in rome".split()
 SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=70, vocab_size=len(WORDS))
 
@@ -139,7 +140,7 @@ def hosts(folder: Path, count: int, backwards: bool = False):
             made.stop()
 
 
-def ended(process: subprocess.Popen, timeout_s: float = 60) -> tuple[int, str, str]:
+def ended(process: subprocess.Popen, timeout_s: float = HANG_S) -> tuple[int, str, str]:
     stdout, stderr = process.communicate(timeout=timeout_s)
     return process.returncode, stdout, stderr
 
@@ -179,7 +180,7 @@ def test_three_hosts_answer_as_one_does(classifier, tmp_path):
     assert not (tmp_path / "1.json").exists()
 
 
-def wait_for(stream, words: str, timeout_s: float = 60) -> list[str]:
+def wait_for(stream, words: str, timeout_s: float = HANG_S) -> list[str]:
     """Reads lines until one has `words`; ends the wait by failing."""
     lines: list[str] = []
     timer = threading.Timer(timeout_s, stream.close)
@@ -635,7 +636,6 @@ TOKEN = "a token that nobody guesses"
 
 
 @pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
-@pytest.mark.timeout(240)
 def test_two_hosts_serve_over_http_and_one_goes_and_returns(classifier, tmp_path):
     for name, text in (("token", TOKEN), ("secret", "the same on all hosts")):
         (tmp_path / name).write_text(text)
@@ -651,7 +651,7 @@ def test_two_hosts_serve_over_http_and_one_goes_and_returns(classifier, tmp_path
             return shelf.start(number, classifier, "--host", shelf.names[number], *options, command="serve")
 
         def wait_for(names: list[str]) -> None:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + HANG_S
             while (found := asked(shelf.namespaces[0], "/health"))[1].get("devices") != names or found[0] != 200:
                 assert time.monotonic() < deadline and shelf.running[0].poll() is None, found
                 time.sleep(0.2)
