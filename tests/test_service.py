@@ -1,8 +1,10 @@
 """A session: its parts, and one over real processes in namespaces that loses a device and gets it back."""
 
 import contextlib
+import math
 import os
 import socket
+import subprocess
 import threading
 import time
 from array import array
@@ -33,15 +35,18 @@ from detransformer.service.clock import KEY, SharedClock
 from detransformer.service.faults import (
     DAMAGE,
     FAULTS,
+    INTERFACE,
     STEP,
     Field,
     can_damage,
     can_step_clock,
     clock_variables,
+    inside,
     num_damaged,
 )
 from detransformer.service.http import MAX_BODY_BYTES, build_app
 from detransformer.service.line import Line, tensors_of
+from detransformer.service.patience import FIRST, RECENT, STALL_S, TIMES, Patience
 from detransformer.service.session import MAX_ATTEMPTS, _Asked, join_rows
 from detransformer.service.speeds import BATCHES, IGNORED, WINDOW_S, Speeds
 from detransformer.service.worker import Server
@@ -170,6 +175,32 @@ def test_slow_devices_are_found_within_a_window_of_long_batches_too_and_forgotte
     assert speeds.factors == [1.0, 1.0]
 
 
+def test_patience_grows_with_what_batches_of_a_kind_took_and_with_their_tokens(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("detransformer.service.patience.time.monotonic", lambda: now[0])
+    patience = Patience()
+    assert not patience.is_over
+
+    def batch(kind: str, num_tokens: int, seconds: float) -> None:
+        patience.begin(kind, num_tokens)
+        now[0] += seconds
+        assert not patience.is_over
+        patience.end(kind, num_tokens)
+
+    for seconds in [50.0] * FIRST + [0.5, 0.25, 7.0]:  # the first load weights
+        batch("a", 10, seconds)
+    assert patience.limit_s("a", 10) == patience.limit_s("a", 1) == STALL_S + TIMES * 0.5
+    assert patience.limit_s("a", 30) == STALL_S + TIMES * 1.5
+    assert patience.limit_s("b", 1) == math.inf
+    patience.begin("a", 10)
+    now[0] += STALL_S + TIMES * 0.5 + 0.1
+    assert patience.is_over
+    patience.end("a", 10)
+    assert not patience.is_over
+    patience.forget()
+    assert patience.limit_s("a", 10) == math.inf
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -266,7 +297,7 @@ def test_a_leader_postpones_what_only_all_devices_can_hold(tmp_path, devices, re
     job = {"cluster": str(tmp_path / "cluster.yaml"), "model": str(tmp_path / "model"), "interface": "lo"}
     near, far = map(Line, socket.socketpair())
     group = SimpleNamespace(rank=0, devices=devices, differing={})
-    server = Server(job | {"paced": False, "seq_len": 16}, group, near)
+    server = Server(job | {"paced": False, "seq_len": 16}, group, near, Patience())
     far.send({"id": 1, "request": asdict(request_)}, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
     header, _ = server._next()
     if word == "job":
@@ -285,7 +316,7 @@ def test_a_plan_that_was_given_is_for_all_devices(tmp_path, model):
     plan = published_plan("tp", model.config, (1.0, 1.0, 1.0)).to_dict()
     request, inputs = Request(plan=plan, repeats=1), {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
     for devices, num_devices in (((0, 1, 2), {3}), ((0, 2), {1, 2})):
-        server = Server(job, SimpleNamespace(rank=0, devices=devices, differing={}), None)
+        server = Server(job, SimpleNamespace(rank=0, devices=devices, differing={}), None, Patience())
         made = Plan.from_dict(server.planned(request, inputs)["job"]["plan"])
         assert made.num_devices in num_devices and max(made.device_ids) < len(devices)
         assert (made.method == "tp") == (len(devices) == 3)
@@ -387,6 +418,41 @@ def test_frames_damaged_on_the_way_change_no_answer(session, model, tmp_path):
     finally:
         fault.end(place)
     assert all(num_damaged(session.post.network.namespaces[n]) > before for n, before in zip((0, 2), seen, strict=True))
+
+
+def drop_large(namespace: str, on: bool) -> None:
+    """Whether frames of nearly full size that come to the device are lost, as where a path takes only smaller ones."""
+    rules = "table netdev large\ndelete table netdev large\n"
+    if on:
+        chain = f"type filter hook ingress device {INTERFACE} priority 0; meta length > 1300 drop"
+        rules += f"table netdev large {{ chain in {{ {chain}; }}; }}\n"
+    inside(namespace, lambda: subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True))
+
+
+@pytest.mark.skipif(not can_damage()[0], reason=can_damage()[1])
+@pytest.mark.timeout(240)
+def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_request_answered(session, model):
+    assert session.wait_for_all(60)
+    namespace = session.post.network.namespaces[2]
+    ids = torch.randint(model.config.vocab_size, (1, model.config.max_position_embeddings))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+    for _ in range(RECENT):
+        session({"input_ids": ids}, deadline_s=60)
+    before, retried = len(session.events), session.counts["retried"]
+    drop_large(namespace, True)
+    began = time.monotonic()
+    try:
+        future = session.submit({"input_ids": ids}, deadline_s=90)
+        while not any("has not come" in event.sentence for event in list(session.events)[before:]):
+            assert time.monotonic() < began + 30 and not future.done(), list(session.events)[before:]
+            time.sleep(0.1)
+        assert time.monotonic() - began > STALL_S
+    finally:
+        drop_large(namespace, False)
+    assert (future.result(90)["logits"] - expected).abs().max() < 1e-4
+    assert session.counts["retried"] == retried + 1
+    assert not any(event.kind == "lost" for event in list(session.events)[before:])
 
 
 @emulated

@@ -58,6 +58,7 @@ class WorkerState:
     num_ranks: int
     interface: str
     groups: dict[tuple[int, ...], dist.ProcessGroup]
+    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT_S)  # of a message in these groups
     loaded: dict[str, Loaded] = field(default_factory=dict)
     arrivals: Arrivals | None = None  # of this session, where all workers share one host
 
@@ -77,17 +78,17 @@ class WorkerState:
         `keeps`: whether this process has that store, rather than another one at that address.
         """
         torch.set_num_threads(threads)
-        (address, _, port), wait = master.rpartition(":"), timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        (address, _, port), wait = master.rpartition(":"), cls.timeout
         store = dist.PrefixStore("workers", bound_store(address, int(port), num_ranks, keeps, wait))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=wait)
-        groups = {tuple(range(n)): dist.new_group(list(range(n))) for n in range(2, num_ranks + 1)}
+        groups = {tuple(range(n)): dist.new_group(list(range(n)), timeout=wait) for n in range(2, num_ranks + 1)}
         _touch_libraries()
         return cls(rank, num_ranks, interface, groups, arrivals=Arrivals(arrivals, num_ranks) if arrivals else None)
 
     def takes_part(self, devices: tuple[int, ...]) -> bool:
         """Whether this device is one of `devices`. All workers ask alike, since new groups are made by all of them."""
         if len(devices) > 1 and devices not in self.groups:
-            self.groups[devices] = dist.new_group(list(devices), sort_ranks=False)
+            self.groups[devices] = dist.new_group(list(devices), timeout=self.timeout, sort_ranks=False)
         return self.rank in devices
 
     def comm(self, devices: tuple[int, ...]) -> Comm:

@@ -171,10 +171,15 @@ def _damage(place: Field, share: float = DAMAGED) -> None:
     """In both directions: what comes to the device, and at the switch what comes from it."""
     network, port = place.session.post.network, f"port{place.device}"
     here = network.namespaces[place.device]
-    set_checksums(network.switch, port, on=share > 0)
-    set_checksums(here, INTERFACE, on=share > 0)
-    damage(here, INTERFACE, share)
-    damage(network.switch, port, share)
+    places = [(here, INTERFACE), (network.switch, port)]
+    if share:
+        for where in places:
+            set_checksums(*where, on=True)
+    for where in places:
+        damage(*where, share)
+    if not share:  # not before: what is damaged without a checksum reaches the program
+        for where in places:
+            set_checksums(*where, on=False)
 
 
 def _flap(place: Field) -> None:

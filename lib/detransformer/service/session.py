@@ -323,6 +323,8 @@ class Session:
             asked.attempts += 1
         line.send({"id": number, "request": asdict(batch[0].request)}, join_rows([a.inputs for a in batch], left))
         while True:
+            while not line.waits(0.2):
+                self._drop_expired()
             header, payload = line.receive()
             if self._heard(header):
                 return ENDED
@@ -404,7 +406,7 @@ class Session:
         if gone:
             self._tell_lost(gone)
         else:
-            self._say("meeting", "the devices meet anew", [])
+            self._say("meeting", header.get("why", "the devices meet anew"), [])
         return True
 
     def _had_last_words(self, line: Line) -> bool:

@@ -37,6 +37,7 @@ from detransformer.planning.profile import ClusterProfile, DeviceProfile
 from detransformer.service.agent import ENDINGS
 from detransformer.service.entry import AGENT, DEVICE
 from detransformer.service.line import Line, tensors_of
+from detransformer.service.patience import Patience
 from detransformer.service.speeds import Speeds
 
 FORM_S = 6.0  # for all to come to a group that the rendezvous has made: their fork servers stand ready
@@ -126,11 +127,11 @@ class Group:
 
 
 class Lifeline(threading.Thread):
-    """Beats, watches the others (on the leader), and ends this worker when its agent asks for it."""
+    """Beats, watches the others and the batch (on the leader), and ends this worker when its agent asks for it."""
 
-    def __init__(self, group: Group, line: Line | None):
+    def __init__(self, group: Group, line: Line | None, patience: Patience):
         super().__init__(daemon=True)
-        self.group, self.line = group, line
+        self.group, self.line, self.patience = group, line, patience
         self._ending = threading.Lock()
 
     def run(self) -> None:
@@ -142,6 +143,8 @@ class Lifeline(threading.Thread):
                 silent = self.group.silent(SILENCE_S) if self.group.leads else []
                 if silent:
                     self._end({d: f"has been silent for {SILENCE_S:g} s" for d in silent}, ENDINGS["lost"])
+                if self.patience.is_over:
+                    self._end({}, ENDINGS["lost"], "a message has not come, although all devices live: they meet anew")
                 time.sleep(BEAT_S)
         except Exception:  # the store has gone, and with it the worker that kept it
             time.sleep(AGENT_S)
@@ -179,12 +182,12 @@ class Lifeline(threading.Thread):
                 return {}
             time.sleep(BEAT_S / 2)
 
-    def _end(self, gone: dict[int, str], code: int) -> None:
-        """Tells the front who is gone, once, and ends this worker."""
+    def _end(self, gone: dict[int, str], code: int, why: str = "the devices meet anew") -> None:
+        """Tells the front who is gone, or if nobody is, `why` this worker ends; once, and ends it."""
         with self._ending:
             try:
                 if self.line:
-                    self.line.send({"gone": {str(device): why for device, why in gone.items()}})
+                    self.line.send({"gone": {str(device): what for device, what in gone.items()}, "why": why})
             except OSError:
                 pass
             os._exit(code)
@@ -208,9 +211,10 @@ class Lifeline(threading.Thread):
 class Server:
     """What a worker serves with: the group, and on the leader the line to the front and the plans."""
 
-    def __init__(self, job: dict, group: Group, line: Line | None):
-        self.job, self.group, self.line = job, group, line
-        self.state = WorkerState(group.rank, len(group.devices), job["interface"], {})
+    def __init__(self, job: dict, group: Group, line: Line | None, patience: Patience):
+        self.job, self.group, self.line, self.patience = job, group, line, patience
+        timeout = timedelta(seconds=COLLECTIVE_S)
+        self.state = WorkerState(group.rank, len(group.devices), job["interface"], {}, timeout)
         self.config = open_folder(job["model"]).config
         self.plans: dict[str, dict] = {}
         spec = ClusterSpec.load(job["cluster"])
@@ -230,19 +234,24 @@ class Server:
             told = json.loads(broadcast(json.dumps(header).encode() if self.line else None, 0, self.group.rank))
             if told:
                 self._answer(told, payload)
+                if self.line:
+                    self.patience.end(told["kind"], told["tokens"])
 
     def _next(self) -> tuple[dict, bytes]:
         """The front's next batch with its plan; ({}, b"") when there was none for a while."""
         if not self.line.waits(MEET_S):
             return {}, b""
         header, payload = self.line.receive()
+        inputs = tensors_of(payload)
         try:
-            job = self.planned(Request(**header["request"]), tensors_of(payload))
+            job = self.planned(Request(**header["request"]), inputs)
         except ValueError as error:
             word = "postponed" if self._needs_all(Request(**header["request"])) else "refused"
             self.line.send({"id": header["id"], word: str(error)})
             return {}, b""
-        return {"id": header["id"], **job}, payload
+        tokens = inputs["input_ids"].numel()
+        self.patience.begin(job["kind"], tokens)
+        return {"id": header["id"], "tokens": tokens, **job}, payload
 
     def _needs_all(self, request: Request) -> bool:
         """Whether a request that cannot be planned for the devices that are here could be, if all were."""
@@ -277,7 +286,8 @@ class Server:
                 plan = Plan.from_dict(job[name])
                 job[name] = replace(plan, devices=tuple(self.fit[i] for i in plan.device_ids)).to_dict()
             last = self.fit[prepared.plan.device_ids[-1]]  # of prefill and decode alike
-            self.plans[key] = {"op": prepared.op, "job": job, "last": last, "method": prepared.plan.method}
+            told = {"kind": str(len(self.plans)), "op": prepared.op, "job": job, "last": last}
+            self.plans[key] = told | {"method": prepared.plan.method}
         return self.plans[key]
 
     def _profile_now(self) -> ClusterProfile:
@@ -333,6 +343,7 @@ class Server:
             changed = dict.fromkeys(self.speeds.forget(), 1.0)
         if changed:
             self.plans.clear()
+            self.patience.forget()
             self.line.send({"slow": {str(self.group.devices[rank]): factor for rank, factor in changed.items()}})
 
 
@@ -365,11 +376,12 @@ def work(path: str) -> None:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(job["front"])
         line = Line(connection)
-    lifeline = Lifeline(group, line)
+    patience = Patience()
+    lifeline = Lifeline(group, line, patience)
     lifelines.append(lifeline)
     lifeline.start()
     try:
-        server = Server(job, group, line)
+        server = Server(job, group, line, patience)
         if line:
             line.send({"here": group.devices, "differing": group.differing})
         elif group.leads:
