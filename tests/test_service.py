@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import socket
-import subprocess
 import threading
 import time
 from array import array
@@ -41,8 +40,8 @@ from detransformer.service.faults import (
     can_damage,
     can_step_clock,
     clock_variables,
-    inside,
     num_damaged,
+    set_ingress,
 )
 from detransformer.service.http import MAX_BODY_BYTES, build_app
 from detransformer.service.line import Line, tensors_of
@@ -185,7 +184,7 @@ def test_patience_grows_with_what_batches_of_a_kind_took_and_with_their_tokens(m
         patience.begin(kind, num_tokens)
         now[0] += seconds
         assert not patience.is_over
-        patience.end(kind, num_tokens)
+        patience.end()
 
     for seconds in [50.0] * FIRST + [0.5, 0.25, 7.0]:  # the first load weights
         batch("a", 10, seconds)
@@ -195,7 +194,7 @@ def test_patience_grows_with_what_batches_of_a_kind_took_and_with_their_tokens(m
     patience.begin("a", 10)
     now[0] += STALL_S + TIMES * 0.5 + 0.1
     assert patience.is_over
-    patience.end("a", 10)
+    patience.end()
     assert not patience.is_over
     patience.forget()
     assert patience.limit_s("a", 10) == math.inf
@@ -420,13 +419,7 @@ def test_frames_damaged_on_the_way_change_no_answer(session, model, tmp_path):
     assert all(num_damaged(session.post.network.namespaces[n]) > before for n, before in zip((0, 2), seen, strict=True))
 
 
-def drop_large(namespace: str, on: bool) -> None:
-    """Whether frames of nearly full size that come to the device are lost, as where a path takes only smaller ones."""
-    rules = "table netdev large\ndelete table netdev large\n"
-    if on:
-        chain = f"type filter hook ingress device {INTERFACE} priority 0; meta length > 1300 drop"
-        rules += f"table netdev large {{ chain in {{ {chain}; }}; }}\n"
-    inside(namespace, lambda: subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True))
+LARGE = "meta length > 1300 drop"  # frames of nearly full size are lost, as where a path takes only smaller ones
 
 
 @pytest.mark.skipif(not can_damage()[0], reason=can_damage()[1])
@@ -440,7 +433,7 @@ def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_reques
     for _ in range(RECENT):
         session({"input_ids": ids}, deadline_s=60)
     before, retried = len(session.events), session.counts["retried"]
-    drop_large(namespace, True)
+    set_ingress(namespace, INTERFACE, LARGE)
     began = time.monotonic()
     try:
         future = session.submit({"input_ids": ids}, deadline_s=90)
@@ -449,7 +442,7 @@ def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_reques
             time.sleep(0.1)
         assert time.monotonic() - began > STALL_S
     finally:
-        drop_large(namespace, False)
+        set_ingress(namespace, INTERFACE, "")
     assert (future.result(90)["logits"] - expected).abs().max() < 1e-4
     assert session.counts["retried"] == retried + 1
     assert not any(event.kind == "lost" for event in list(session.events)[before:])

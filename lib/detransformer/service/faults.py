@@ -127,12 +127,20 @@ def damage(namespace: str, interface: str, share: float) -> None:
     Raises:
         OSError: where it is not installed or the kernel refuses.
     """
-    rules = "table netdev damage\ndelete table netdev damage\n"  # also where there was none
-    if share:
-        rules += (
-            f"table netdev damage {{ chain in {{ type filter hook ingress device {interface} priority 0; "
-            f"numgen random mod 1000 < {round(1000 * share)} @th,320,8 set 0xa5; }}; }}\n"
-        )
+    rule = f"numgen random mod 1000 < {round(1000 * share)} @th,320,8 set 0xa5" if share else ""
+    set_ingress(namespace, interface, rule)
+
+
+def set_ingress(namespace: str, interface: str, rule: str) -> None:
+    """Has `nft` apply `rule` to the frames that come in, in place of an earlier one; "": none any longer.
+
+    Raises:
+        OSError: where it is not installed or the kernel refuses.
+    """
+    rules = "table netdev faults\ndelete table netdev faults\n"  # also where there was none
+    if rule:
+        hook = f"type filter hook ingress device {interface} priority 0"
+        rules += f"table netdev faults {{ chain in {{ {hook}; {rule}; }}; }}\n"
 
     def work() -> None:
         done = subprocess.run(["nft", "-f", "-"], input=rules, capture_output=True, text=True)

@@ -22,16 +22,19 @@ class Patience:
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}
         self._recent: dict[str, deque[tuple[float, int]]] = {}  # kind -> seconds, tokens
-        self._began = 0.0
+        self._batch = ("", 0, 0.0)  # kind, tokens and beginning of the one that is under way
         self.due = math.inf  # on the monotonic clock
 
     def begin(self, kind: str, num_tokens: int) -> None:
         """A batch of `kind`, such as share a plan and the number of tokens to make, has begun."""
-        self._began = time.monotonic()
-        self.due = self._began + self.limit_s(kind, num_tokens)
+        began = time.monotonic()
+        self._batch = (kind, num_tokens, began)
+        self.due = began + self.limit_s(kind, num_tokens)
 
-    def end(self, kind: str, num_tokens: int) -> None:
-        seconds, self.due = time.monotonic() - self._began, math.inf
+    def end(self) -> None:
+        """The batch that had begun is answered."""
+        kind, num_tokens, began = self._batch
+        seconds, self.due = time.monotonic() - began, math.inf
         self._seen[kind] = self._seen.get(kind, 0) + 1
         if self._seen[kind] > FIRST:
             self._recent.setdefault(kind, deque(maxlen=RECENT)).append((seconds, num_tokens))

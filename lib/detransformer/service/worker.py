@@ -235,7 +235,7 @@ class Server:
             if told:
                 self._answer(told, payload)
                 if self.line:
-                    self.patience.end(told["kind"], told["tokens"])
+                    self.patience.end()
 
     def _next(self) -> tuple[dict, bytes]:
         """The front's next batch with its plan; ({}, b"") when there was none for a while."""
@@ -249,9 +249,8 @@ class Server:
             word = "postponed" if self._needs_all(Request(**header["request"])) else "refused"
             self.line.send({"id": header["id"], word: str(error)})
             return {}, b""
-        tokens = inputs["input_ids"].numel()
-        self.patience.begin(job["kind"], tokens)
-        return {"id": header["id"], "tokens": tokens, **job}, payload
+        self.patience.begin(job["kind"], inputs["input_ids"].numel())
+        return {"id": header["id"], **job}, payload
 
     def _needs_all(self, request: Request) -> bool:
         """Whether a request that cannot be planned for the devices that are here could be, if all were."""
