@@ -180,6 +180,14 @@ class Strategy:
         """[B, T, D] -> [B, T, 3, A]."""
         return self.to_qkv(self.before(x, self.attention_norm)).unflatten(-1, (3, -1))
 
+    def projected(self, chunks: Iterable[Pending]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """X's chunks, and Q, K, V of each, which is computed as soon as that chunk has arrived."""
+        xs, qkv = [], []
+        for x in arrived(chunks):
+            xs.append(x)
+            qkv.append(self.qkv(x))
+        return xs, qkv
+
     def cls_qkv(self, chunks: Iterable[torch.Tensor], x_cls: torch.Tensor | None = None):
         """(x_cls, q, k, v): of [CLS], the first token of the first chunk unless given [B, 1, D]; k and v of all."""
         width, keys = self.to_qkv.weight.shape[1] // 3, []
@@ -257,8 +265,8 @@ class Replicate(Strategy):
         self.load_rest(parameters)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        xs = list(arrived(chunks))
-        for context, x in zip(self.attended([self.qkv(x) for x in xs], request), xs, strict=True):
+        xs, qkv = self.projected(chunks)
+        for context, x in zip(self.attended(qkv, request), xs, strict=True):
             yield self.after_attention(context, x)
 
     def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
@@ -374,9 +382,8 @@ class TensorParallel(Strategy):
         self.load_rest(parameters, own_columns=True)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        xs = list(arrived(chunks))
-        contexts = self.attended([self.qkv(x) for x in xs], request)  # [B, T, h*s]
-        yield from self.rest(contexts, xs, self.wire("sum"))
+        xs, qkv = self.projected(chunks)
+        yield from self.rest(self.attended(qkv, request), xs, self.wire("sum"))  # of contexts [B, T, h*s]
 
     def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
         x_cls, q, k, v = self.cls_qkv(arrived(chunks))
