@@ -1,7 +1,7 @@
 """The executor on a tape: its own products, starts and waits are what the cost model prices and the pacer paces.
 
-A `Comm` that sends nothing writes down each start and each wait with its bytes; products are written down where they are
-computed. Cut at starts and waits, both descriptions of a request must be the same list.
+A `Comm` that sends nothing writes down each start and each wait with its bytes; products are written down where they
+are computed. Cut at starts and waits, both descriptions of a request must be the same list.
 """
 
 from collections import Counter

@@ -255,6 +255,13 @@ Width = Annotated[str, typer.Option(help="full (published) or narrow.")]
 Tokens = Annotated[str, typer.Option(help="Tokens of a request.")]
 Batch = Annotated[str, typer.Option(help="Sequences of a request.")]
 Wires = Annotated[str, typer.Option(help="Number formats that messages may have: some of float32,bfloat16,int8.")]
+Pace = Annotated[
+    str,
+    typer.Option(
+        help="How long a share of a layer takes an emulated or preset device: measured (as efficient as such shares are on "
+        "a core where they were measured), or roofline (as its operations and bytes say)."
+    ),
+]
 Memory = Annotated[str | None, typer.Option(help="Budget of each device in MiB; its own memory where not given.")]
 
 
@@ -294,6 +301,7 @@ def bench(
     memory: Memory = None,
     transport: Annotated[str, typer.Option(help="auto, namespaces or loopback.")] = "auto",
     time_scale: Annotated[str, typer.Option(help="auto, or how many times slower all runs.")] = "auto",
+    pace: Pace = "measured",
 ) -> None:
     """Measure methods on emulated devices: one row a method and bandwidth."""
     from detransformer.cluster.commands import bench_command
@@ -397,6 +405,7 @@ def plan(
     wire: Wires = "float32",
     explain: Annotated[bool, typer.Option("--explain", help="Say why this plan, and what limits it.")] = False,
     output: Annotated[str | None, typer.Option(help="JSON file to save the chosen plan to.")] = None,
+    pace: Pace = "measured",
 ) -> None:
     """Predict every plan for a model on a cluster and say which is chosen."""
     from detransformer.cluster.commands import plan_command

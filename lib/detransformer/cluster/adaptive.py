@@ -26,7 +26,7 @@ from detransformer.cluster.bench import (
     usual_devices,
 )
 from detransformer.cluster.checkpoints import Checkpoint, request
-from detransformer.cluster.devices import DeviceSpec, preset_profile
+from detransformer.cluster.devices import DeviceSpec
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.plan import Plan, layer_plan, published_plan
@@ -420,7 +420,7 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
         scale, check = bench.set_link(cell.bandwidth_mbps, planned.prefill.num_devices, scale, sends)
         results = cluster.run(
             "generate",
-            per_rank=[{"device": asdict(device)} for device in cluster.profile(cell.model, checkpoint.config).devices],
+            per_rank=[{"device": asdict(device)} for device in profile.devices],
             checkpoint=str(checkpoint.path),
             prefill=planned.prefill.to_dict(),
             decode=planned.decode.to_dict(),
@@ -505,7 +505,7 @@ def plan_map_rows(
         for count in device_counts:
             link = _measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0])
             for mbps in bandwidths_mbps:
-                profile = ClusterProfile((preset_profile(device, config),) * count, link.at(1e6 * mbps))
+                profile = ClusterProfile((DeviceSpec(device).on(config),) * count, link.at(1e6 * mbps))
                 for length in seq_lens:
                     best = place_freely(config, profile, seq_len=length).chosen
                     rows.append(
@@ -536,7 +536,7 @@ def scale_out_rows(
                 continue
             layers = max(1, original.num_hidden_layers // layers_a_group)
             config = preset_config(model, layers, max(4, count))
-            one = preset_profile(device, config)
+            one = DeviceSpec(device).on(config)
             roomy = replace(one, memory_bytes=2**50)
             profile = ClusterProfile((roomy,) * count, LinkProfile(1e6 * mbps))
             single = predict(original, published_plan("single", original), profile, length).latency_s

@@ -1,15 +1,16 @@
 """Latency bench: one row for every (model, method, devices, bandwidth, wire), measured on an emulated cluster.
 
-Rows carry their conditions and their self-check: links and pacing are checked before and after each one, and a row that
-fails is marked invalid, with the reason. A grid writes each row when it is measured and picks up where it was
-interrupted.
+Rows that are compared are measured together: at one time scale, and a request of each in turn, again and again, so that
+what disturbs the host disturbs all of them. Rows carry their conditions and their self-check: links and pacing are
+checked before each round and after the last, and a row that fails is marked invalid, with the reason. A grid writes
+rows when they are measured and picks up where it was interrupted.
 """
 
 import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from detransformer.cluster.checkpoints import (
     original_checkpoint,
     request,
 )
-from detransformer.cluster.devices import preset_profile
+from detransformer.cluster.devices import PACES, preset_profile
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.files import atomic_write
@@ -62,7 +63,7 @@ MAX_TOTAL_BPS = 1e9
 # speed, and plans in chunks are late at half of it. All methods start alike, so that none gains by being slowed more.
 DEVICES_A_CORE = 0.5
 USUAL_DEVICE = "rpi4b"  # of which a core carries so many; a device twice as fast counts as two
-ATTEMPTS = 2  # at one time scale, of a row that was disturbed
+ATTEMPTS = 2  # at one time scale, of a request that was disturbed
 CHECK_ATTEMPTS = 4  # of a self-check that fails: a shared host is disturbed now and then
 DISTURBING_STEAL = 0.1  # of the processors, taken by other guests of the same machine: worth another attempt
 MAX_STEAL = 0.3  # above it a row says more about the neighbours than about the plan
@@ -92,8 +93,11 @@ class Cell:
     repeats: int = 5
     wire: str = "float32"
     reads: str = "all"
+    pace: str = "measured"
 
     def __post_init__(self):
+        if self.pace not in PACES:
+            raise ValueError(f"pace={self.pace!r} is unknown: choose one of {', '.join(PACES)}.")
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown: choose from {', '.join(METHODS)}.")
         if self.repeats < 1:
@@ -111,6 +115,11 @@ class Cell:
     @property
     def needs_decoupled(self) -> bool:
         return self.method.startswith("bp+")
+
+    @property
+    def comparison(self) -> tuple:
+        """What is alike in cells that stand side by side, and so are measured in turn."""
+        return self.model, self.num_devices, self.bandwidth_mbps, self.seq_len, self.batch_size, self.reads, self.pace
 
 
 @dataclass(frozen=True)
@@ -150,89 +159,127 @@ class Bench:
         link: LinkProfile | None = None,
         time_scale: float | None = None,
         memory_budget_bytes: int | None = None,
+        efficiency: Mapping[str, Sequence] | None = None,
+        burns: bool = False,
     ):
-        """`link` is a measured profile for predictions; `time_scale` None lets the bench choose."""
+        """`link` is a measured profile for predictions; `time_scale` None lets the bench choose.
+
+        `efficiency` has rows by model, as measured on this host (`profiler.efficiency_rows`); without, those that come
+        with the package are taken. `burns`: paced devices compute where they would sleep (`Pacer`).
+        """
         self.cluster = cluster
         self.link = link
+        self.efficiency = efficiency or {}
+        self.burns = burns
         self.fixed_time_scale = time_scale
         self.memory_budget_bytes = memory_budget_bytes
         self.timelines: dict[Cell, list[dict]] = {}
+        self.on_round: Callable[[int], Any] | None = None
 
-    def measure(self, cell: Cell) -> dict:
-        """One row.
-
-        A host that shares its processors is disturbed now and then: a row that failed a check, was late, or during
-        which other guests took much of the processors, is measured again; one that was late each time, at twice the
-        time scale. The least disturbed attempt is the row.
-        """
-        plan, _ = self.plan(cell, self.config(cell))
-        return self.measure_plans(cell, [plan])[0]
+    def measure(self, cells: Sequence[Cell]) -> list[dict]:
+        """A row for each of `cells`, which are measured in turn."""
+        return self._compare([(cell, self.plan(cell, self.config(cell))[0]) for cell in cells])
 
     def measure_plans(self, cell: Cell, plans: Sequence[Plan], held_with: Sequence[Plan] = ()) -> list[dict]:
-        """A row for each of `plans` under the conditions of `cell`, with one check of the links around all.
+        """A row for each of `plans` under the conditions of `cell`, measured in turn.
 
         With `held_with` (all plans that will be run of this model on these devices) weights are loaded once for all.
         """
-        checkpoint = self.checkpoint(cell)
-        predictions = [self.predict(cell, checkpoint.config, plan) for plan in plans]
-        files = request(checkpoint, cell.seq_len, cell.batch_size, self.cluster.folder)
+        return self._compare([(cell, plan) for plan in plans], held_with)
+
+    def _compare(self, trials: Sequence[tuple[Cell, Plan]], held_with: Sequence[Plan] = ()) -> list[dict]:
+        checkpoints = [self.checkpoint(cell) for cell, _ in trials]
+        predictions = [
+            self.predict(cell, checkpoint.config, plan)
+            for (cell, plan), checkpoint in zip(trials, checkpoints, strict=True)
+        ]
         sends = any(sum(prediction.bytes.values()) for prediction in predictions)
         checks_links = sends and self.cluster.transport == "namespaces"
-        num_devices = max(max(plan.device_ids) + 1 for plan in plans)
+        num_devices = max(max(plan.device_ids) + 1 for _, plan in trials)
+        scale = self.fixed_time_scale or max(
+            self._first_scale(cell, plan, checkpoint.config, checks_links)
+            for (cell, plan), checkpoint in zip(trials, checkpoints, strict=True)
+        )
+
+        def measure(number: int, is_last: bool) -> list[dict]:
+            cell, plan = trials[number]
+            files = request(checkpoints[number], cell.seq_len, cell.batch_size, self.cluster.folder)
+            return self._run(cell, plan, checkpoints[number], files, held_with, is_last)
+
+        def make_row(number: int, results: list, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
+            cell, plan = trials[number]
+            joined = _joined(results)
+            row = self._row(cell, checkpoints[number].config, plan, predictions[number], joined, scale, check, steal)
+            return row, self._timeline(row, joined, scale)
+
+        repeats = [cell.repeats for cell, _ in trials]
+        best = self.in_turn(trials[0][0].bandwidth_mbps, num_devices, scale, checks_links, measure, make_row, repeats)
+        self.timelines |= {cell: timeline for (cell, _), (_, timeline) in zip(trials, best, strict=True)}
+        return [row for row, _ in best]
+
+    def _first_scale(self, cell: Cell, plan: Plan, config: PretrainedConfig, checks_links: bool) -> float:
+        """The time scale to begin with, so that this host carries the links and the devices of `plan`."""
         # Layers that run whole are large products, and what travels between them is one message at a time.
-        worth = [usual_devices([device], checkpoint.config) for device in self.profile(cell).devices]
-        busy = max((sum if plan.splits_layers else max)(worth[device] for device in plan.device_ids) for plan in plans)
+        worth = [usual_devices([device], config) for device in self.profile(cell).devices]
+        busy = (sum if plan.splits_layers else max)(worth[device] for device in plan.device_ids)
         if self.cluster.transport == "loopback":  # the host need not carry modelled links in time
             busy /= 2
         total_bps = cell.bandwidth_mbps * 1e6 * busy if checks_links else 0.0
-        scale = self.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
+        return first_time_scale(total_bps, busy, usable_cores())
 
-        def measure(number: int) -> list[dict]:
-            return self._run(cell, plans[number], checkpoint, files, held_with)
-
-        def make_row(number: int, results, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
-            plan, prediction = plans[number], predictions[number]
-            row = self._row(cell, checkpoint.config, plan, prediction, results, scale, check, steal)
-            return row, self._timeline(row, results, scale)
-
-        best = self.least_disturbed(cell, num_devices, scale, checks_links, measure, make_row, len(plans))
-        self.timelines[cell] = best[0][1]
-        return [row for row, _ in best]
-
-    def least_disturbed(
+    def in_turn(
         self,
-        cell: Cell,
+        bandwidth_mbps: float,
         num_devices: int,
         scale: float,
         checks_links: bool,
-        measure: Callable[[int], Any],
-        make_row: Callable[[int, Any, float, Check, float], tuple[dict, Any]],
-        count: int = 1,
+        measure: Callable[[int, bool], Any],
+        make_row: Callable[[int, list, float, Check, float], tuple[dict, Any]],
+        repeats: Sequence[int],
     ) -> list[tuple[dict, Any]]:
-        """The least disturbed of several attempts at each of `count` rows, as `measure` says.
+        """Rows of several trials, in rounds of one request of each, links and pacing being checked before each round.
+
+        A host that shares its processors is disturbed now and then: a request that was late, or during which other
+        guests took much of the processors, is run again, and the less disturbed one counts. Where one is late each time
+        in the first round, all trials start anew at twice the time scale.
 
         Args:
             scale: the time scale to begin with.
-            measure: runs what row `number` is of, links and time scale being set.
+            measure: runs a request of trial `number`, links and time scale being set; told whether it is its last.
             make_row: a row, and what belongs to it, of (number, what `measure` gave, time scale, check, host steal).
+            repeats: requests of each trial.
         """
         while True:
-            attempts: list[list[tuple[dict, Any]]] = [[] for _ in range(count)]
-            for _ in range(ATTEMPTS):
-                scale, check = self.set_link(cell.bandwidth_mbps, num_devices, scale, checks_links)
-                measured = []
-                for number in range(count):
-                    before = psutil.cpu_times()
-                    found = measure(number)
-                    measured.append((found, _stolen_share(before, psutil.cpu_times())))
-                check = check.joined(self.check(cell.bandwidth_mbps, num_devices, checks_links))
-                for number, (found, steal) in enumerate(measured):
-                    attempts[number].append(make_row(number, found, scale, check, steal))
-                if all(rows[-1][0]["valid"] and rows[-1][0]["host_steal"] <= DISTURBING_STEAL for rows in attempts):
+            found: list[list] = [[] for _ in repeats]
+            steals = [0.0] * len(repeats)
+            scale, check = self.set_link(bandwidth_mbps, num_devices, scale, checks_links)
+            for turn in range(max(repeats)):
+                if turn:
+                    check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
+                late = False
+                for number, count in enumerate(repeats):
+                    if turn >= count:
+                        continue
+                    attempts = []
+                    for _ in range(ATTEMPTS):
+                        before = psutil.cpu_times()
+                        one = measure(number, turn == count - 1)
+                        steal = _stolen_share(before, psutil.cpu_times())
+                        overrun = make_row(number, [one], scale, check, steal)[0]["pacing_overrun"]
+                        attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, one))
+                        if not attempts[-1][0] and steal <= DISTURBING_STEAL:
+                            break
+                    is_late, steal, _, one = min(attempts, key=lambda attempt: attempt[:3])
+                    found[number].append(one)
+                    steals[number] = max(steals[number], steal)
+                    late |= is_late
+                if late and not turn and not self.fixed_time_scale and 2 * scale <= MAX_TIME_SCALE:
                     break
-            late = any(all(row["pacing_overrun"] > MAX_OVERRUN_SHARE for row, _ in rows) for rows in attempts)
-            if not late or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
-                return [min(rows, key=lambda pair: (not pair[0]["valid"], pair[0]["host_steal"])) for rows in attempts]
+                if self.on_round:
+                    self.on_round(turn)
+            else:
+                check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
+                return [make_row(n, found[n], scale, check, steals[n]) for n in range(len(repeats))]
             scale *= 2
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
@@ -273,10 +320,13 @@ class Bench:
     def profile(self, cell: Cell) -> ClusterProfile:
         """The devices and links that `cell` takes."""
         self.cluster.bandwidth_bps = cell.bandwidth_mbps * 1e6
-        profile = self.cluster.profile(cell.model, self.config(cell), self.link)
+        profile = self._cluster_profile(cell, self.config(cell))
         if cell.num_devices > len(profile.devices):
             raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
         return ClusterProfile(profile.devices[: cell.num_devices], profile.link)
+
+    def _cluster_profile(self, cell: Cell, config: PretrainedConfig) -> ClusterProfile:
+        return self.cluster.profile(cell.model, config, self.link, cell.pace, self.efficiency.get(cell.model))
 
     def limit_s(self, cell: Cell, config: PretrainedConfig, devices: Sequence[int]) -> float:
         """The physical limit: the original model's work over the summed speed of `devices`, nothing ever sent."""
@@ -314,9 +364,10 @@ class Bench:
                 break
         return check
 
-    def _run(self, cell: Cell, plan: Plan, checkpoint, files, held_with: Sequence[Plan] = ()) -> list[dict]:
+    def _run(self, cell: Cell, plan: Plan, checkpoint, files, held_with: Sequence[Plan], is_last: bool) -> list[dict]:
+        """One request, and after the last one the stream that throughput is taken from."""
         cluster = self.cluster
-        profile = cluster.profile(cell.model, checkpoint.config, self.link)
+        profile = self._cluster_profile(cell, checkpoint.config)
         modelled = cluster.transport == "loopback"
         results = cluster.run(
             "run_plan",
@@ -325,11 +376,12 @@ class Bench:
             plan=plan.to_dict(),
             inputs=str(files.inputs),
             reference=str(files.reference),
-            repeats=cell.repeats,
+            repeats=1,
             link=asdict(profile.link) if modelled else None,
             time_scale=cluster.time_scale,
-            stream=STREAM_REQUESTS.get(plan.method, 0),
+            stream=STREAM_REQUESTS.get(plan.method, 0) if is_last else 0,
             held_with=[held.to_dict() for held in held_with],
+            burns=self.burns,
         )
         return [result for result in results if result is not None]
 
@@ -337,8 +389,9 @@ class Bench:
         self, cell: Cell, config: PretrainedConfig, plan: Plan, prediction: Prediction, results, scale, check, steal
     ) -> dict:
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
-        latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(cell.repeats)]
-        sums = [_slowest_sums(results, i, scale) for i in range(cell.repeats)]
+        repeats = len(results[0]["samples"])
+        latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(repeats)]
+        sums = [_slowest_sums(results, i, scale) for i in range(repeats)]
         compute_s, wait_s = (statistics.median(s[name] for s in sums) for name in ("compute_s", "wait_s"))
         overrun = max(
             sum(s["overrun_s"] for s in r["samples"]) / max(sum(s["modelled_s"] for s in r["samples"]), 1e-9)
@@ -367,6 +420,7 @@ class Bench:
             "link": self.cluster.link,
             "wire": plan.wire,
             "reads": plan.reads,
+            "pace": cell.pace,
             "latency_s": latency,
             "spread_s": max(latencies) - min(latencies),
             "compute_s": compute_s,
@@ -393,7 +447,7 @@ class Bench:
             "host_steal": steal,
             "max_abs_error": max(r["max_abs_error"] for r in results if "max_abs_error" in r),
             "relative_error": max(r["relative_error"] for r in results if "relative_error" in r),
-            "repeats": cell.repeats,
+            "repeats": repeats,
             "device": self.cluster.profile_name,
             "samples_s": json.dumps([round(s, 6) for s in latencies]),
         }
@@ -407,6 +461,19 @@ class Bench:
         conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
         parts = split_waits([r["samples"][median]["events"] for r in results])
         return [conditions | part for part in timeline_rows(parts, scale)]
+
+
+def _joined(results: Sequence[Sequence[dict]]) -> list[dict]:
+    """What several runs of one plan gave, as if it had been one: a rank's samples one after another."""
+    joined = []
+    for same in zip(*results, strict=True):
+        samples = [sample for result in same for sample in result["samples"]]
+        peaks = [result["peak_rss_bytes"] for result in same]
+        joined.append(same[-1] | {"samples": samples, "peak_rss_bytes": None if None in peaks else max(peaks)})
+        for error in ("max_abs_error", "relative_error"):
+            if error in same[-1]:
+                joined[-1][error] = max(result[error] for result in same)
+    return joined
 
 
 def _original(config: PretrainedConfig) -> PretrainedConfig:
@@ -448,7 +515,7 @@ def why_invalid(row: dict) -> str:
 
 def usual_devices(devices: Iterable[DeviceProfile], config: PretrainedConfig) -> float:
     """As many of `USUAL_DEVICE` as compute what these do, on a model of `config`."""
-    return sum(device.flops_per_s["*"] for device in devices) / preset_profile(USUAL_DEVICE, config).flops_per_s["*"]
+    return sum(device.flops_per_s for device in devices) / preset_profile(USUAL_DEVICE, config).flops_per_s
 
 
 def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> float:
@@ -478,31 +545,41 @@ def measure_grid(
     in_timeline: Callable[[Cell], bool] = lambda cell: True,
     keep: bool = False,
 ) -> pd.DataFrame:
-    """Measures `cells` in order, one row each.
+    """Measures `cells`, one row each, and returns them in this order; those that are compared in turn.
 
-    With `path`, each row is written there when it is measured, and a call after an interruption goes on from there, as
+    With `path`, rows are written there when they are measured, and a call after an interruption goes on from there, as
     long as code and conditions are the same. The file goes when all are measured, unless `keep`: the frame is the
     record. With `timeline`, the events of the cells that `in_timeline` picks are saved to that file as CSV.
     """
     cells = list(dict.fromkeys(cells))
     kept = RowFile(path, bench.cluster)
-    rows, events = [], []
-    progress = tqdm(cells, disable=quiet, unit="row", desc="bench")
-    for cell in progress:
-        progress.set_postfix_str(f"{cell.model} {cell.method} {cell.num_devices} devices {cell.bandwidth_mbps:g} Mbps")
-        wanted = timeline is not None and in_timeline(cell)
-        known = kept.get(asdict(cell))
-        if known is None or (wanted and not known["timeline"]):
-            row = bench.measure(cell)
-            known = kept.put(asdict(cell), {"row": row, "timeline": bench.timelines[cell] if wanted else []})
-        rows.append(known["row"])
-        events += known["timeline"] if wanted else []
+    known: dict[Cell, dict] = {cell: row for cell in cells if (row := kept.get(asdict(cell))) is not None}
+    missing = [cell for cell in cells if cell not in known]
+    missing += [
+        cell for cell in cells if timeline and in_timeline(cell) and cell in known and not known[cell]["timeline"]
+    ]
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in missing:
+        groups.setdefault(cell.comparison, []).append(cell)
+    with tqdm(total=sum(max(c.repeats for c in g) for g in groups.values()), disable=quiet, unit="round") as progress:
+        progress.set_description("bench")
+        for group in groups.values():
+            first, methods = group[0], " ".join(dict.fromkeys(cell.method for cell in group))
+            progress.set_postfix_str(
+                f"{first.model} {first.num_devices} devices {first.bandwidth_mbps:g} Mbps: {methods}"
+            )
+            bench.on_round = lambda _: progress.update()
+            for cell, row in zip(group, bench.measure(group), strict=True):
+                wanted = timeline is not None and in_timeline(cell)
+                record = {"row": row, "timeline": bench.timelines[cell] if wanted else []}
+                known[cell] = kept.put(asdict(cell), record)
+    events = [event for cell in cells if timeline and in_timeline(cell) for event in known[cell]["timeline"]]
     if timeline is not None:
         with atomic_write(timeline) as file:
             pd.DataFrame(events, columns=TIMELINE_COLUMNS).to_csv(file, index=False)
     if not keep:
         kept.remove()
-    return pd.DataFrame(rows)
+    return pd.DataFrame([known[cell]["row"] for cell in cells])
 
 
 class RowFile:

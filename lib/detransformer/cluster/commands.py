@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from detransformer import __version__
+from detransformer.cluster.devices import PACES
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS, ClusterSpec
 from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESETS
@@ -56,6 +57,10 @@ SHORT_KINDS = {
     "reduce_scatter": "rs",
     "send": "send",
 }
+PACE_SENTENCES = {
+    "measured": "Paced by the efficiency that shares of a layer were measured to have on a core (--pace measured).",
+    "roofline": "Paced as if every share of a layer computed at the whole layer's rate (--pace roofline).",
+}
 REFERENCES = ("single", "tp", "sp")  # measured in float32 beside methods on another wire
 
 
@@ -82,6 +87,7 @@ def bench_command(
     memory: str | None,
     transport: str,
     time_scale: str,
+    pace: str,
 ) -> None:
     """Measures the methods at each bandwidth on emulated devices; prints and saves one row a method."""
     beside = {"--devices": devices, "--device": device, "--link": link, "--delay": delay, "--jitter": jitter}
@@ -104,6 +110,7 @@ def bench_command(
         seq_len=whole_number(seq_len, "--seq-len", 1),
         batch_size=whole_number(batch_size, "--batch-size", 1),
         repeats=count,
+        pace=one_of(pace, "--pace", PACES),
     )
     check_spec(wire)
     all_reads = READS if one_of(reads, "--reads", (*READS, "both")) == "both" else (reads,)
@@ -136,6 +143,7 @@ def bench_command(
         f"batch {batch_size}, median of {repeats}\n"
     )
     print(_markdown(shown_rows(rows)))
+    print(PACE_SENTENCES[pace])
     print("ar all_reduce, ag all_gather, a2a all_to_all, rs reduce_scatter; x limit: over single device / devices.\n")
     for row in rows[~rows["valid"].astype(bool)].itertuples():
         print(f"not valid: {row.method} at {row.bandwidth_mbps:g} Mbps, {row.wire}: {row.why_invalid}.")
@@ -224,6 +232,7 @@ def plan_command(
     wire: str,
     explain: bool,
     output: str | None,
+    pace: str,
 ) -> None:
     """Prints the plans of a model on a cluster, what each is predicted to take, and which is chosen and why."""
     spec = _cluster_file(cluster, {"--devices": devices, "--device": device, "--profile": profile})
@@ -235,6 +244,7 @@ def plan_command(
     tokens, batch = whole_number(seq_len, "--seq-len", 1), whole_number(batch_size, "--batch-size", 1)
     wires = words(wire, "--wire", WIRE_FORMATS)
     budget = _budget(memory)
+    one_of(pace, "--pace", PACES)
     if output:
         _check_writable(output)
         if len(bandwidths) > 1:
@@ -257,11 +267,11 @@ def plan_command(
             link = replace(known.link, bandwidth_bps=mbps * 1e6, shares=shares)
             planned, name = ClusterProfile(known.devices[:num_devices], link), f"{num_devices} profiled devices"
         elif spec:
-            planned = replace(spec, bandwidth_bps=mbps * 1e6).profile(model, config)
+            planned = replace(spec, bandwidth_bps=mbps * 1e6).profile(model, config, pace)
             name = f"{spec.name}: {_on_devices(spec.device_specs)}"
         else:
             specs = device_specs(num_devices, device or DEFAULT_DEVICE)
-            planned, name = cluster_profile(specs, model, config, mbps * 1e6), _on_devices(specs)
+            planned, name = cluster_profile(specs, model, config, mbps * 1e6, pace=pace), _on_devices(specs)
         started = time.perf_counter()
         placement = place_freely(config, planned, tokens, batch, budget, wires=wires)
         planning_s = time.perf_counter() - started
@@ -357,7 +367,7 @@ def profile_command(
         computes = (host_profile(platform.node() or "host", operations),) * num_devices
     else:
         computes = (preset_profile(device, config),) * num_devices
-    for name, rate, source in dict.fromkeys((c.name, c.flops_per_s["*"], c.source) for c in computes):
+    for name, rate, source in dict.fromkeys((c.name, c.flops_per_s, c.source) for c in computes):
         print(f"{name}: {rate / 1e9:.1f} GFLOP/s ({source})")
     link = LinkProfile(mbps * 1e6)
     emulated = EmulatedCluster(num_devices, bandwidth_bps=mbps * 1e6)  # with equal links, whatever their shares

@@ -5,20 +5,23 @@ them: all three are given the share of their peak that this one achieves, which 
 What needs torch loads in the functions that do: `detransformer run` reads a cluster's file without it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+from detransformer.files import PACKAGE
+from detransformer.planning.profile import CALIBRATION_TOKENS, ClusterProfile, DeviceProfile, LinkProfile
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PretrainedConfig
 
-CALIBRATION_SEQ_LEN = 128  # the published single-device latencies are at seq 128, batch 1 (Section IV-A)
+PACES = ("measured", "roofline")  # a share of a layer takes as long as measured, or as its operations and bytes say
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
+EFFICIENCY = PACKAGE / "measured" / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
 MEASURED_JETSON = "Jetson TX2"  # of CoFormer 2025, Table V, where one device runs the whole DeiT-B
 
 
@@ -124,15 +127,21 @@ class DeviceSpec:
     def title(self) -> str:
         return self.name or self.hardware
 
-    def on(self, config: "PretrainedConfig") -> DeviceProfile:
-        """Its profile on a model of `config`."""
+    def on(
+        self, config: "PretrainedConfig", pace: str = "measured", efficiency: Sequence | None = None
+    ) -> DeviceProfile:
+        """Its profile on a model of `config`; arguments as in `cluster_profile`."""
         known = self.profile or preset_profile(self.preset, config)
+        if pace == "roofline":
+            known = replace(known, efficiency=())
+        elif not known.efficiency:
+            known = replace(known, efficiency=host_efficiency(config) if efficiency is None else efficiency)
         reads = known.memory_bytes_per_s
         return replace(
             known,
             name=self.title,
             memory_bytes=self.memory_bytes or known.memory_bytes,
-            flops_per_s={strategy: self.speed * rate for strategy, rate in known.flops_per_s.items()},
+            flops_per_s=self.speed * known.flops_per_s,
             source=known.source + (f", {self.speed:g} times as fast" if self.speed != 1 else ""),
             memory_bytes_per_s=reads and self.speed * reads,
         )
@@ -172,12 +181,21 @@ def cluster_profile(
     kind: str = "line-rate",
     delay_s: float = 0.0,
     link: LinkProfile | None = None,
+    pace: str = "measured",
+    efficiency: Sequence | None = None,
 ) -> ClusterProfile:
     """Devices and links on `model` (a preset's name or a folder) of `config`.
 
-    `link` gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
+    Args:
+        link: gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
+        pace: `measured`: a share of a layer is as much slower than the whole layer as it was where that was measured,
+            on the device itself, where it has a profile, or else on a core as in `efficiency`; `roofline`: all shares
+            compute at the whole layer's rate, but no product is faster than its weights are read.
+        efficiency: rows of `DeviceProfile.efficiency`; None: those that come with the package.
     """
-    devices = tuple(spec.on(config) for spec in specs)
+    if pace not in PACES:
+        raise ValueError(f"pace={pace!r} is unknown: choose one of {', '.join(PACES)}.")
+    devices = tuple(spec.on(config, pace, efficiency) for spec in specs)
     shares = link_shares(specs)
     if kind == "fitted":
         from detransformer.planning.fitting import fitted_link
@@ -193,8 +211,8 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
 
     Raspberry Pi: FLOPs over published latency of the model of the same hidden size, 14.2 GFLOP/s on BERT-Base, 17.6 on
     BERT-Large. One rate cannot fit both, so other sizes are interpolated between them by the logarithm of the hidden
-    size, and held constant outside. Jetsons: `jetson_share` of their peak, for all models. Shares of a layer compute at
-    the rate of the whole, as published TP curves imply, but no product is faster than its weights are read from memory.
+    size, and held constant outside. Jetsons: `jetson_share` of their peak, for all models. The rate is a whole layer's;
+    how fast shares of it are is `host_efficiency`'s.
 
     Raises:
         ValueError: for an unknown name.
@@ -212,7 +230,7 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
         points = []
         for model, claim in device.latency_claims.items():
             known = preset_config(model)
-            points.append((known.hidden_size, model_flops(known, CALIBRATION_SEQ_LEN) / published_claim(claim)))
+            points.append((known.hidden_size, model_flops(known, CALIBRATION_TOKENS) / published_claim(claim)))
         widths, rates = zip(*sorted(points), strict=True)
         rate = float(np.interp(np.log(config.hidden_size), np.log(widths), rates))
         source = f"preset, calibrated on published single-device latency ({', '.join(device.latency_claims)})"
@@ -222,7 +240,23 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
             f"preset, modelled, not measured: {jetson_share():.0%} of its published peak, the share that the "
             f"{MEASURED_JETSON} achieves on DeiT-B (CoFormer 2025, Tables V and VII)"
         )
-    return DeviceProfile(device.name, device.memory_bytes, {"*": rate}, source, device.memory_bytes_per_s)
+    return DeviceProfile(device.name, device.memory_bytes, rate, source, device.memory_bytes_per_s)
+
+
+def host_efficiency(config: "PretrainedConfig") -> tuple[tuple[str, float, int, int, float], ...]:
+    """How fast shares of a layer were on the core where that was measured, at the hidden size nearest to `config`'s."""
+    return _measured_efficiency(config.hidden_size)
+
+
+@cache
+def _measured_efficiency(hidden_size: int) -> tuple[tuple[str, float, int, int, float], ...]:
+    import pandas as pd
+
+    table = pd.read_csv(EFFICIENCY, comment="#")
+    nearest = min(table["hidden_size"].unique(), key=lambda size: abs(math.log(size / hidden_size)))
+    table = table[table["hidden_size"] == nearest]
+    columns = ["strategy", "share", "tokens", "num_chunks", "efficiency"]
+    return tuple(table[columns].itertuples(index=False, name=None))
 
 
 @cache

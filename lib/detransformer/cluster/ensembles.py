@@ -20,6 +20,7 @@ from detransformer.cluster.pacing import Pacer, sleep_until
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import Aggregator, aggregator_flops
 from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
+from detransformer.parallel.wire import message_bytes
 from detransformer.planning.profile import DeviceProfile, LinkProfile
 
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
@@ -142,8 +143,10 @@ def answer_part(
     batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))
     comm = state.comm(devices)
     is_central = state.rank == ensemble.central
+    shapes = [(batch_size, width) for width in _widths(aggregator)]
     paced_s = segment_s and [time_scale * seconds for seconds in segment_s]
-    pacer = Pacer(paced_s, _link_seconds(link, time_scale), state.arrivals, comm.rank, devices)
+    link_s = link and [time_scale * _gather_seconds(LinkProfile(**link), shapes, state.rank, ensemble.central)]
+    pacer = Pacer(paced_s, link_s, state.arrivals, comm.rank, devices)
     if start_at is None:
         if is_new:  # one that has run is warm
             answer(sub_model, tensors, aggregator)
@@ -154,7 +157,6 @@ def answer_part(
     sleep_until(start_at)
     pacer.begin()
     own = answer(sub_model, tensors, aggregator)
-    shapes = [(batch_size, width) for width in _widths(aggregator)]
     arrived = comm.start_gather(own, shapes, ensemble.central, timeout_s=deadline_s * time_scale, absent=lost).wait()
     result = aggregate(aggregator, arrived) if is_central else None
     pacer.end()
@@ -208,9 +210,7 @@ def segments(
     return [backbone, 0.0, fused]
 
 
-def _link_seconds(link: dict | None, time_scale: float):
-    """Modelled seconds of messages that share the central device's link; None where the link is real."""
-    if link is None:
-        return None
-    profile = LinkProfile(**link)
-    return lambda kind, num_bytes: time_scale * profile.collective_s("send", num_bytes, 2)
+def _gather_seconds(link: LinkProfile, shapes: Sequence[Sequence[int]], rank: int, central: int) -> float:
+    """Modelled seconds until this rank's message is sent, or all others' have come over the central device's link."""
+    sent = [message_bytes(shape, "float32") for shape in shapes]
+    return link.collective_s("send", sum(sent) - sent[rank] if rank == central else sent[rank], 2)

@@ -13,7 +13,7 @@ import pandas as pd
 from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
 from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.commands import placement_rows
-from detransformer.cluster.devices import DEVICES, preset_profile
+from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
 from detransformer.cluster.profiler import profile_link, single_device_latency
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
@@ -80,7 +80,7 @@ def placement_table(
     frames = []
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        devices = (preset_profile(device, config),) * num_devices
+        devices = (DeviceSpec(device).on(config),) * num_devices
         link = load_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
         for mbps in bandwidths_mbps:
             profile = ClusterProfile(devices, link.at(mbps * 1e6))

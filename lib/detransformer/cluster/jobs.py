@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from detransformer.parallel.executor import Executor
 from detransformer.parallel.generation import Generator
 from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
-from detransformer.planning.cost import Compute, device_steps, segments
+from detransformer.planning.cost import Compute, compute_seconds, device_steps, launched_seconds, segments
 from detransformer.planning.profile import DeviceProfile, LinkProfile
 
 COLLECTIVE_TIMEOUT_S = 120
@@ -40,13 +40,20 @@ class Loaded:
     own_bytes: int | None  # resident before loading: the interpreter and its libraries
     peak_bytes: int | None = None  # while loading and warming up
     runners: dict[str, Executor | Generator] = field(default_factory=dict)
-    segments: dict[tuple, list[list[Compute]]] = field(default_factory=dict)
+    segments: dict[tuple, list] = field(default_factory=dict)
 
     def compute(self, plan: Plan, rank: int, seq_len: int, batch_size: int, past: int = 0) -> list[list[Compute]]:
         """What `rank` computes of a request between its starts and waits, as the cost model lists it."""
         key = (_key(plan), seq_len, batch_size, past)
         if key not in self.segments:
             self.segments[key], _ = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past=past))
+        return self.segments[key]
+
+    def links(self, plan: Plan, rank: int, link: LinkProfile, seq_len: int, batch_size: int, past: int = 0):
+        """Seconds of each collective that `rank` launches in a request, as the cost model has them."""
+        key = (_key(plan), "links", link.bandwidth_bps, seq_len, batch_size, past)
+        if key not in self.segments:
+            self.segments[key] = launched_seconds(self.config, plan, rank, link, seq_len, batch_size, past)
         return self.segments[key]
 
 
@@ -131,6 +138,7 @@ def run_plan(
     reference: str | None = None,
     output: str | dict[str, torch.Tensor] | None = None,
     held_with: Sequence[dict] = (),
+    burns: bool = False,
 ) -> dict | None:
     """Runs `plan` on this rank's device `repeats` times and reports every sample; None if the plan leaves it out.
 
@@ -144,6 +152,7 @@ def run_plan(
         reference: safetensors file of the single-device output to compare with, on the rank that has the result.
         output: file to write that result to, or a dict to put it into.
         held_with: all plans that are held at once, this one among them: their weights stay when another is run.
+        burns: a paced segment is spent in products, not asleep.
 
     A sample's `events` are the pacer's, on the host's clock, which all workers share. `peak_rss_bytes` is the largest
     resident size while loading and running, above what was resident before; None where it is not told.
@@ -162,12 +171,13 @@ def run_plan(
     if device is not None:
         segment_s = _seconds(loaded.compute(plan_, comm.rank, seq_len, batch_size), device, time_scale)
     if link is not None:
-        link_s = _link_seconds(link, plan_, time_scale)
+        modelled = LinkProfile(**link)
+        link_s = [time_scale * s for s in loaded.links(plan_, comm.rank, modelled, seq_len, batch_size)]
 
     comm.observer = None
     for _ in range(warmup if is_new else 0):  # one that has run is warm
         executor(**tensors)
-    pacer = comm.observer = Pacer(segment_s, link_s, state.arrivals, comm.rank, plan_.device_ids)
+    pacer = comm.observer = Pacer(segment_s, link_s, state.arrivals, comm.rank, plan_.device_ids, burns)
     samples = []
     for sample in range(repeats):
         comm.reset()
@@ -253,27 +263,28 @@ def generate(
     comm.observer = None
     if is_new and warmup:
         generator(ids, mask, min(2, max_new_tokens))
-    pacer = comm.observer = Pacer(
-        None,
-        _link_seconds(link, plans[0], time_scale) if link else None,
-        state.arrivals,
-        comm.rank,
-        plans[0].device_ids,
-    )
+    sizes = [(plans[0], seq_len, 0)] + [(plans[1], 1, seq_len + i) for i in range(max_new_tokens - 1)]
     steps: list[list[float] | None] = [None] * max_new_tokens  # modelled before, not between, the tokens
     if device is not None:
-        sizes = [(plans[0], seq_len, 0)] + [(plans[1], 1, seq_len + i) for i in range(max_new_tokens - 1)]
         steps = [
             _seconds(loaded.compute(plan, comm.rank, length, batch_size, past), device, time_scale)
             for plan, length, past in sizes
         ]
+    links: list[list[float] | None] = [None] * max_new_tokens
+    if link is not None:
+        modelled = LinkProfile(**link)
+        links = [
+            [time_scale * s for s in loaded.links(plan, comm.rank, modelled, length, batch_size, past)]
+            for plan, length, past in sizes
+        ]
+    pacer = comm.observer = Pacer(None, links[0], state.arrivals, comm.rank, plans[0].device_ids)
     pacer.reset()
     state.start_together(comm, plans[0].device_ids, 0)
     made, token_s = [], []
-    for segment_s in steps:
+    for segment_s, link_s in zip(steps, links, strict=True):
         comm.reset()
         start = time.perf_counter()
-        pacer.segment_s = segment_s
+        pacer.segment_s, pacer.link_s = segment_s, link_s
         pacer.begin()
         made.append(generator.step(made[-1]) if made else generator.start(ids, mask, max_new_tokens))
         pacer.end()
@@ -345,18 +356,7 @@ def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -
 def _seconds(computes: Sequence[Sequence[Compute]], device: dict, time_scale: float) -> list[float]:
     """Modelled seconds of each segment on `device`."""
     profile = DeviceProfile(**device)
-    return [time_scale * sum(profile.compute_s(c.flops, c.strategy, c.weight_bytes) for c in part) for part in computes]
-
-
-def _link_seconds(link: dict, plan: Plan, time_scale: float) -> Callable[[str, int], float]:
-    """Modelled seconds of a collective of the plan's devices; where links differ, as the narrowest carries it."""
-    profile = LinkProfile(**link)
-    narrowest = min(profile.share(device) for device in plan.device_ids)
-
-    def seconds(kind: str, num_bytes: int) -> float:
-        return time_scale * profile.collective_s(kind, num_bytes / narrowest, plan.num_devices)
-
-    return seconds
+    return [time_scale * sum(compute_seconds(c, profile) for c in part) for part in computes]
 
 
 def _peak_above(loaded: Loaded) -> int | None:

@@ -11,7 +11,7 @@ All workers of an emulated session share one host and so one clock: `time.perf_c
 
 import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 _SPIN_S = 0.0002  # time.sleep wakes this much late; the last part is waited for awake
@@ -23,6 +23,17 @@ def sleep_until(deadline: float) -> None:
     remaining = deadline - time.perf_counter()
     if remaining > _SPIN_S:
         time.sleep(remaining - _SPIN_S)
+    while time.perf_counter() < deadline:
+        pass
+
+
+def burn_until(deadline: float) -> None:
+    """Returns at `deadline` as `sleep_until`, having computed products all the while, each some 50 microseconds."""
+    import torch  # late: what only sleeps need not load it
+
+    x, y = torch.ones(32, 256), torch.ones(256, 256)
+    while time.perf_counter() < deadline - 1e-4:
+        x @ y
     while time.perf_counter() < deadline:
         pass
 
@@ -70,10 +81,12 @@ class Pacer:
     Args:
         segment_s: modelled seconds of each compute segment, between launches and waits; None paces nothing
             (real hosts, and warm-up).
-        link_s: modelled seconds of a collective `(kind, num_bytes) -> s`; None where the network is real.
+        link_s: modelled seconds of each collective, in the order of their launches; None where the network is real.
         arrivals: with `link_s`: the session's, from which the transfer's start is read.
         rank, devices: this device's place among `devices`, which `arrivals` numbers. Sends go to the next one, receives
             come from the one before.
+        burns: the rest of a segment is spent in products, not asleep: what else runs on this core then competes with
+            compute, as it does on a device, which is busy for the whole segment.
 
     `events` are (what, start, stop, launched) of this request on the host's clock; a collective's are its wait and when
     it was launched. `overrun_s` is by how much what was modelled (`modelled_s`) came late.
@@ -82,16 +95,18 @@ class Pacer:
     def __init__(
         self,
         segment_s: Sequence[float] | None = None,
-        link_s: Callable[[str, int], float] | None = None,
+        link_s: Sequence[float] | None = None,
         arrivals: Arrivals | None = None,
         rank: int = 0,
         devices: Sequence[int] = (0,),
+        burns: bool = False,
     ):
         assert link_s is None or arrivals is not None, "a modelled transfer starts when the last rank has arrived"
         self.segment_s = segment_s
         self.link_s = link_s
         self.arrivals = arrivals
         self.rank, self.devices = rank, devices
+        self._pass = burn_until if burns else sleep_until
         self._counts = {"group": 0, "send": 0, "receive": 0}  # over all requests, alike on all ranks
         self.reset()
 
@@ -119,7 +134,7 @@ class Pacer:
             late_s = max(0.0, now - start - seconds)
             self.overrun_s += max(0.0, late_s - self._late_s)  # what it was late already is not counted again
             self._late_s = late_s
-            sleep_until(start + seconds)
+            self._pass(start + seconds)
             now = start + seconds
         self.compute_s += now - start
         self.events.append(("compute", start, now, start))
@@ -156,14 +171,14 @@ class Pacer:
 
         A message from one device to the next travels also while its receiver is still busy.
         """
-        kind, num_bytes, launched, count = self.launched[number]
+        kind, _, launched, count = self.launched[number]
         if kind == "send":
-            return launched + self.link_s(kind, num_bytes)
+            return launched + self.link_s[number]
         if kind == "receive":
-            return self.arrivals.read("send", self.devices[self.rank - 1], count) + self.link_s(kind, num_bytes)
-        for kind, num_bytes, _, count in self.launched[len(self._link_free_at) : number + 1]:
-            begins = max([self.arrivals.last("group", self.devices, count), *self._link_free_at[-1:]])
-            self._link_free_at.append(begins + self.link_s(kind, num_bytes))
+            return self.arrivals.read("send", self.devices[self.rank - 1], count) + self.link_s[number]
+        for n in range(len(self._link_free_at), number + 1):
+            begins = max([self.arrivals.last("group", self.devices, self.launched[n][3]), *self._link_free_at[-1:]])
+            self._link_free_at.append(begins + self.link_s[n])
         return self._link_free_at[number]
 
     def end(self) -> None:

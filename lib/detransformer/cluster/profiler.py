@@ -13,17 +13,21 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModel, BertConfig, BertModel
 
+from detransformer.cluster.devices import EFFICIENCY
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.files import atomic_write
 from detransformer.models import DecoupledBertModel
-from detransformer.models.configuration import DecoupledBertConfig, config_fields, layer_kinds
+from detransformer.models.configuration import DecoupledBertConfig, config_fields, layer_kinds, preset_config
 from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, layer_plan
 from detransformer.parallel.strategies import STRATEGY_CLASSES, Request
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import LAYER_COSTS, Arrival, Compute, Sizes, Tape
-from detransformer.planning.profile import DeviceProfile, LinkProfile, latency_steps
+from detransformer.planning.profile import CALIBRATION_TOKENS, DeviceProfile, LinkProfile, latency_steps
+from detransformer.report import provenance
 
 # What one device reduces, contributes, deals out or sends of X [128, 768] on four devices
 COLLECTIVE_FLOATS = {
@@ -33,6 +37,8 @@ COLLECTIVE_FLOATS = {
     "reduce_scatter": 98_304,
     "send": 98_304,
 }
+WARM_ROUNDS = 2
+_OTHER = torch.ones(2**24)  # 64 MiB, more than the caches of a core hold
 FIT_SHARES = (0.001, 0.25, 1.0, 3.0)  # of the sizes above
 
 
@@ -55,91 +61,103 @@ class LocalComm(Comm):
 def profile_operations(
     config: BertConfig,
     num_devices: Sequence[int] = (1, 2, 4),
-    seq_len: int = 128,
-    batch_size: int = 1,
+    seq_lens: Sequence[int] = (CALIBRATION_TOKENS,),
     repeats: int = 10,
-    num_chunks: Sequence[int] = (1, 4),
+    num_chunks: Sequence[int] = (1, 2, 4),
+    quiet: bool = True,
 ) -> pd.DataFrame:
-    """Times each strategy's share of one layer on this host, on one core.
+    """Times each strategy's share of one layer on this host, on one core, batch 1.
 
-    Returns rows of strategy, num_devices, num_chunks (of its tokens), gflops (of the share), latency_s (first
-    quartile), gflops_per_s, and efficiency: the rate relative to the whole original layer's on one device. For an
-    original model `block` is left out.
+    All shares are timed in turn, in as many rounds as `repeats` and two to warm up, each with its weights fresh from
+    memory, as they are in a model of many layers. The fastest round counts: what else runs on the machine only ever
+    makes a round longer. For an original model `block` is left out.
+
+    Returns rows of strategy, num_devices, share (of the layer), tokens, num_chunks (that they are cut in), gflops (of
+    the share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
+    `CALIBRATION_TOKENS` tokens on one device.
     """
     decoupled = isinstance(config, DecoupledBertConfig)
     one_layer = dict(num_hidden_layers=2 if decoupled else 1)
     one_layer |= dict(num_original_layers=1) if decoupled else {}
     small = type(config)(**{**config_fields(config), **one_layer, "vocab_size": 32})
-    if decoupled:
-        model = DecoupledBertModel(small)
-    else:
-        model = BertModel(small)
-    state = model.state_dict()
+    state = (DecoupledBertModel if decoupled else BertModel)(small).state_dict()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [
-            _time_share(small, state, strategy, count, chunks, seq_len, batch_size, repeats)
+        source = WeightSource(state)
+        shares = [
+            _Share(small, source, strategy, count, chunks, tokens)
             for strategy in STRATEGIES
             for count in num_devices
             for chunks in num_chunks
+            for tokens in dict.fromkeys((CALIBRATION_TOKENS, *seq_lens))
             if (decoupled or strategy != "block") and (strategy != "replicate" or count == min(num_devices))
         ]
+        for _ in tqdm(range(repeats + WARM_ROUNDS), desc="profile", unit="round", disable=quiet):
+            for share in shares:
+                share.time()
     finally:
         torch.set_num_threads(threads)
-    frame = pd.DataFrame(rows)
-    whole = frame[(frame["strategy"] == "replicate") & (frame["num_chunks"] == min(num_chunks))]["gflops_per_s"].iloc[0]
+    frame = pd.DataFrame([share.row() for share in shares])
+    is_whole = (frame["strategy"] == "replicate") & (frame["num_chunks"] == min(num_chunks))
+    whole = frame[is_whole & (frame["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
     return frame.assign(efficiency=frame["gflops_per_s"] / whole)
 
 
-@torch.inference_mode()
-def _time_share(
-    config, state, strategy: str, num_devices: int, num_chunks: int, seq_len: int, batch_size: int, repeats: int
-) -> dict:
-    original = strategy if strategy != "block" else "replicate"
-    strategies = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
-    plan = layer_plan("bp+auto", config, strategies, [1.0] * num_devices, num_chunks=num_chunks)
-    layer = strategies.index(strategy)
-    runner = STRATEGY_CLASSES[strategy](config, plan, LocalComm(None, 0, num_devices), WeightSource(state), layer)
-    request, chunks = Request.of(plan, batch_size, seq_len), []
-    for chunk in request.chunks:
-        total = chunk.stop - chunk.start
-        shape = {
-            REPLICATE: (batch_size, total, config.hidden_size),
-            SEQ: (batch_size, chunk.tokens[0], config.hidden_size),
-            HIDDEN: (plan.sub_blocks[0], batch_size * total, config.hidden_size // sum(plan.sub_blocks)),
-        }[STRATEGIES[strategy].in_layout]
-        chunks.append(Pending(torch.randn(shape)))
-    seconds = []
-    for _ in range(repeats + 2):
+class _Share:
+    """One device's share of a layer under a strategy, and how long it took in each round."""
+
+    def __init__(self, config, source: WeightSource, strategy: str, num_devices: int, num_chunks: int, tokens: int):
+        original = strategy if strategy != "block" else "replicate"
+        strategies = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
+        plan = layer_plan("bp+auto", config, strategies, [1.0] * num_devices, num_chunks=num_chunks)
+        layer = strategies.index(strategy)
+        self.runner = STRATEGY_CLASSES[strategy](config, plan, LocalComm(None, 0, num_devices), source, layer)
+        self.request, self.chunks = Request.of(plan, 1, tokens), []
+        for chunk in self.request.chunks:
+            total = chunk.stop - chunk.start
+            shape = {
+                REPLICATE: (1, total, config.hidden_size),
+                SEQ: (1, chunk.tokens[0], config.hidden_size),
+                HIDDEN: (plan.sub_blocks[0], total, config.hidden_size // sum(plan.sub_blocks)),
+            }[STRATEGIES[strategy].in_layout]
+            self.chunks.append(Pending(torch.randn(shape)))
+        tape = Tape(num_devices)
+        sizes = Sizes(config, plan, 0, 1, tokens, tape)
+        list(LAYER_COSTS[strategy].steps(sizes, [Arrival(tape)] * len(self.chunks)))
+        self.gflops = sum(step.flops for step in tape.steps if isinstance(step, Compute)) / 1e9
+        self.known = {"strategy": strategy, "num_devices": num_devices, "share": sizes.share(strategy)}
+        self.known |= {"tokens": tokens, "num_chunks": num_chunks}
+        self.seconds: list[float] = []
+
+    @torch.inference_mode()
+    def time(self) -> None:
+        _OTHER.sum()  # what the caches held is gone
         start = time.perf_counter()
-        list(runner(chunks, request))
-        seconds.append(time.perf_counter() - start)
-    tape = Tape(num_devices)
-    sizes = Sizes(config, plan, 0, batch_size, seq_len, tape)
-    list(LAYER_COSTS[strategy].steps(sizes, [Arrival(tape)] * len(chunks)))
-    flops = sum(step.flops for step in tape.steps if isinstance(step, Compute))
-    latency = sorted(seconds[2:])[repeats // 4]  # neighbours on the same processors only ever make it longer
-    return {
-        "strategy": strategy,
-        "num_devices": num_devices,
-        "num_chunks": num_chunks,
-        "gflops": flops / 1e9,
-        "latency_s": latency,
-        "gflops_per_s": flops / latency / 1e9,
-    }
+        list(self.runner(self.chunks, self.request))
+        self.seconds.append(time.perf_counter() - start)
+
+    def row(self) -> dict:
+        latency = min(self.seconds[WARM_ROUNDS:])
+        return self.known | {
+            "gflops": self.gflops,
+            "latency_s": latency,
+            "gflops_per_s": self.gflops / latency,
+        }
+
+
+def efficiency_rows(operations: pd.DataFrame) -> tuple[tuple[str, float, int, int, float], ...]:
+    """`profile_operations` as `DeviceProfile.efficiency` has it."""
+    columns = ["strategy", "share", "tokens", "num_chunks", "efficiency"]
+    return tuple(operations[columns].itertuples(index=False, name=None))
 
 
 def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
-    """This host's rates from `profile_operations`, at the largest device count measured, whole and in chunks."""
-    largest = operations.sort_values("num_devices").groupby(["strategy", "num_chunks"]).last()
-    rates = {
-        strategy if num_chunks == 1 else f"{strategy}/{num_chunks}": float(row["gflops_per_s"]) * 1e9
-        for (strategy, num_chunks), row in largest.iterrows()
-    }
-    rates["*"] = rates["replicate"]
-    memory = psutil.virtual_memory().total
-    return DeviceProfile(name, memory, rates, "measured: one layer a strategy, one core, first quartile")
+    """This host's rate on a whole layer and the efficiency of shares, from `profile_operations`."""
+    is_whole = (operations["strategy"] == "replicate") & (operations["num_chunks"] == 1)
+    rate = 1e9 * operations[is_whole & (operations["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
+    memory, source = psutil.virtual_memory().total, "measured: one layer a strategy, one core, fastest round"
+    return DeviceProfile(name, memory, float(rate), source, efficiency=efficiency_rows(operations))
 
 
 def single_device_latency(checkpoint: str | Path, seq_len: int = 128, repeats: int = 3, threads: int = 1) -> float:
@@ -200,3 +218,28 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
     link = LinkProfile(cluster.bandwidth_bps, latency, efficiency, source)
     fitted = [link.collective_s(r.kind, r.num_bytes, n) for r in frame.itertuples()]
     return link, frame.assign(fitted_s=fitted)
+
+
+def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "bert-large")) -> None:
+    """Measures the efficiency of shares that planner and pacer take where nobody has measured it on the device itself.
+
+    A row a hidden size, strategy, share of the layer, tokens of the request and chunks.
+    """
+    frames = []
+    for model in models:
+        config = preset_config(model, 4, 4)
+        operations = profile_operations(config, seq_lens=(32, 128, 512), quiet=False)
+        frames.append(operations.assign(hidden_size=config.hidden_size))
+    columns = ["hidden_size", "strategy", "share", "tokens", "num_chunks", "efficiency"]
+    made = f"one core of {provenance.cpu_model()}, torch {torch.__version__}, {provenance.now()[:10]}"
+    with atomic_write(path) as file:
+        file.write(
+            "# Rate of a share of a layer over that of the whole original layer of 128 tokens; float32, batch 1, weights\n"
+            f"# fresh from memory. Measured on {made},\n"
+            f"# by `python -m detransformer.cluster.profiler` at commit {provenance.own_commit()['commit'][:12]}.\n"
+        )
+        pd.concat(frames)[columns].round(4).to_csv(file, index=False)
+
+
+if __name__ == "__main__":
+    save_efficiency(EFFICIENCY)

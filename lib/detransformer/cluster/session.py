@@ -138,12 +138,20 @@ class EmulatedCluster:
             return "fitted"
         return "line-rate" if self.transport == "namespaces" else "modelled"
 
-    def profile(self, model: str, config: PretrainedConfig, link: LinkProfile | None = None) -> ClusterProfile:
+    def profile(
+        self,
+        model: str,
+        config: PretrainedConfig,
+        link: LinkProfile | None = None,
+        pace: str = "measured",
+        efficiency: Sequence | None = None,
+    ) -> ClusterProfile:
         """The devices of this cluster on `model` (a preset's name or a folder) of `config`, and its link at its rate.
 
-        `link` gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
+        Arguments as in `cluster_profile`.
         """
-        return cluster_profile(self.devices, model, config, self.bandwidth_bps, self._link, self.delay_s, link)
+        where = self.bandwidth_bps, self._link, self.delay_s, link
+        return cluster_profile(self.devices, model, config, *where, pace, efficiency)
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))

@@ -101,9 +101,10 @@ class ClusterSpec:
             raise ValueError(f"{self.path}: device {member.name}: {error}") from None
         return replace(member.spec, profile=measured)
 
-    def profile(self, model: str, config: "PretrainedConfig") -> ClusterProfile:
+    def profile(self, model: str, config: "PretrainedConfig", pace: str = "measured") -> ClusterProfile:
         """Devices and links on `model` (a preset's name or a folder) of `config`, for the planner."""
-        return cluster_profile(self.device_specs, model, config, self.bandwidth_bps, self.kind, self.delay_s)
+        where = self.bandwidth_bps, self.kind, self.delay_s
+        return cluster_profile(self.device_specs, model, config, *where, pace=pace)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
         """This cluster emulated on one machine, whether the file is of real hosts or not; as in `EmulatedCluster`."""

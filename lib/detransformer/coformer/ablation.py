@@ -89,7 +89,7 @@ class Lab:
         return Original.of(self.model.config)
 
     def cluster(self, devices: Sequence[DeviceSpec]) -> ClusterProfile:
-        return cluster_profile(devices, "", self.priced, self.bandwidth_bps)
+        return cluster_profile(devices, "", self.priced, self.bandwidth_bps, pace="roofline")
 
 
 @dataclass(frozen=True)

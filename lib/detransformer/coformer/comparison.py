@@ -52,7 +52,7 @@ from detransformer.coformer.policy import (
 )
 from detransformer.models.configuration import decoupled_config, preset_config
 from detransformer.parallel.plan import Plan
-from detransformer.planning.cost import Compute, Prediction, device_steps, predict
+from detransformer.planning.cost import Compute, Prediction, compute_seconds, device_steps, predict
 from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile
 from detransformer.report.provenance import usable_cores
@@ -91,7 +91,7 @@ def busy_s(config: PretrainedConfig, plan: Plan, profile: ClusterProfile, seq_le
     """Seconds in which each device of `plan` computes, in rank order."""
     return [
         sum(
-            profile.devices[device].compute_s(step.flops, step.strategy, step.weight_bytes)
+            compute_seconds(step, profile.devices[device])
             for step in device_steps(config, plan, rank, seq_len)
             if isinstance(step, Compute)
         )
@@ -202,7 +202,7 @@ def predicted_rows(
     scaled = {method: scale_policy(policy, original, priced) for method, policy in policies.items()}
     size = f"{priced.num_layers} layers of {priced.hidden_size}, {priced.seq_len} tokens"
     for mbps in bandwidths_mbps:
-        profile = cluster_profile(specs, "bert-base", configs["original"], mbps * 1e6)
+        profile = cluster_profile(specs, "bert-base", configs["original"], mbps * 1e6, pace="roofline")
         found = [single_row(priced, profile, specs, number) for number in range(len(specs))]
         for method in methods:
             config = configs["decoupled" if method in DECOUPLED else "original"]
@@ -251,10 +251,11 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
     scale = bench.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
     predicted = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central, sent_tokens=1)
 
-    def measure(number: int) -> EnsembleRun:
+    def measure(number: int, is_last: bool) -> EnsembleRun:
         return run_ensemble(cluster, ensemble, inputs, cell.repeats)
 
-    def make_row(number: int, run: EnsembleRun, scale: float, check: Check, steal: float) -> tuple[dict, None]:
+    def make_row(number: int, runs: list[EnsembleRun], scale: float, check: Check, steal: float) -> tuple[dict, None]:
+        (run,) = runs
         conditions = {"bandwidth_mbps": cell.bandwidth_mbps, "seq_len": cell.seq_len, "repeats": cell.repeats}
         conditions |= {"num_devices": cell.num_devices, "model": cell.model, "method": method}
         conditions |= {"time_scale": scale, "device": cluster.profile_name, "link": cluster.link}
@@ -263,7 +264,9 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
         why = why_invalid(row) or ("" if all(run.present) else run.sentence)
         return row | {"valid": not why, "why_invalid": why}, None
 
-    ((row, _),) = bench.least_disturbed(cell, cell.num_devices, scale, checks_links, measure, make_row)
+    ((row, _),) = bench.in_turn(
+        cell.bandwidth_mbps, cell.num_devices, scale, checks_links, measure, make_row, repeats=[1]
+    )
     return row
 
 
@@ -316,7 +319,8 @@ def measured_rows(
     kept_path, rows = Path(run_path) / "comparison_rows.json", []
     with EmulatedCluster(len(specs), specs, bandwidths_mbps[0] * 1e6, transport) as cluster:
         bench, kept = Bench(cluster, time_scale=time_scale), RowFile(kept_path, cluster)
-        common = dict(num_devices=len(specs), seq_len=seq_len, repeats=repeats)
+        # Nobody has measured how efficient sub-models are: all methods are paced by operations and bytes alone.
+        common = dict(num_devices=len(specs), seq_len=seq_len, repeats=repeats, pace="roofline")
         common |= dict(num_original_layers=num_original_layers, num_divisions=num_divisions)
         single = Cell(model, "single", bandwidth_mbps=bandwidths_mbps[0], **common)
         config, profile = bench.config(single), bench.profile(single)

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from detransformer.models.configuration import architecture
-from detransformer.parallel.linear import Linear, StackedLinear, input_major, padded
+from detransformer.parallel.linear import Linear, StackedLinear
 from detransformer.parallel.weights import WeightSource
 
 Range = tuple[int, int]
@@ -71,13 +71,25 @@ def naming_of(config: PretrainedConfig) -> Naming:
 
 
 class LayerParameters:
-    """The parameters of one layer as its strategy takes them; `keeps_whole` where another plan needs all of them."""
+    """The parameters of one layer as its strategy takes them.
 
-    def __init__(self, config: PretrainedConfig, source: WeightSource, layer: int, keeps_whole: bool = False):
+    `keeps_whole`: another plan needs all of them, and this one takes views. `packs`: products take all of a map's
+    outputs, so that weights may be laid out for that (`linear`); views cannot be packed.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        source: WeightSource,
+        layer: int,
+        keeps_whole: bool = False,
+        packs: bool = True,
+    ):
         self.naming = naming_of(config)
         self._source = source
         self._prefix = self.naming.prefix.format(layer)
         self._keeps_whole = keeps_whole
+        self._packs = packs and not keeps_whole
         self._width = config.hidden_size
 
     def _once(self, key: tuple, read: Callable):
@@ -109,8 +121,8 @@ class LayerParameters:
         def read() -> Linear:
             dim = int((inputs is None) == self.naming.input_major)  # the axis of the outputs, or inputs, in the file
             weight = self._take(role, "weight", dim, inputs or outputs)
-            weight = padded(weight) if self.naming.input_major else input_major(weight)
-            return Linear(weight, None if inputs else self._take(role, "bias", 0, outputs))
+            bias = None if inputs else self._take(role, "bias", 0, outputs)
+            return Linear.of(weight, bias, self.naming.input_major, self._packs)
 
         return self._once((role, outputs, inputs), read)
 
@@ -127,7 +139,7 @@ class LayerParameters:
                 self._source.take_stacked([f"{name}.{kind}" for name in names], 0, *(columns or (None, None)))
                 for kind in ("weight", "bias")
             )
-            return Linear(input_major(weight), bias)
+            return Linear.of(weight, bias, False, self._packs)
         width = self._width
         start, stop = columns or (0, width)
         weight, bias = (
@@ -137,7 +149,7 @@ class LayerParameters:
             )
             for kind, dim in (("weight", 1), ("bias", 0))
         )
-        return Linear(padded(weight), bias)
+        return Linear.of(weight, bias, True, self._packs)
 
     def blocks(self, role: str, part: Range) -> StackedLinear:
         """Map `role` of sub-blocks start..stop, d -> I, I -> d or A -> d each; `qkv`: d -> 3A."""
@@ -152,4 +164,4 @@ class LayerParameters:
             self._source.take_stacked([f"{self._prefix}{n}.{kind}" for n in names], 0, *(part or (None, None)), axis=1)
             for kind in ("weight", "bias")
         )
-        return StackedLinear(padded(weight) if self.naming.input_major else input_major(weight), bias)
+        return StackedLinear.of(weight, bias, self.naming.input_major, self._packs)

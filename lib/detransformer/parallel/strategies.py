@@ -117,7 +117,8 @@ class Strategy:
         self.comm = comm
         self.layer = layer
         self.head_size = config.hidden_size // config.num_attention_heads
-        parameters = LayerParameters(config, weights, layer, keeps_whole)
+        reads_part = plan.reads == "cls" and layer == len(plan.strategies) - 1  # K and V of all tokens, Q of one
+        parameters = LayerParameters(config, weights, layer, keeps_whole, packs=not reads_part)
         naming = parameters.naming
         self.pre_norm, self.eps = naming.pre_norm, getattr(config, naming.eps)
         self.activation = ACT2FN[getattr(config, naming.activation)]

@@ -49,12 +49,16 @@ class AllRanks(Sizes):
         return [np.array(chunk) for chunk in self.plan.tokens(self.seq_len)]
 
     @property
+    def tokens_share(self) -> np.ndarray:
+        return np.array(self.plan.tokens_share)
+
+    @property
     def words(self) -> np.ndarray:
         return np.array(self.plan.vocabulary(self.config.vocab_size))
 
     def product(self, num_tokens, num_in, num_out, copies=1) -> Compute:
         numbers, tokens = copies * num_in * num_out, self.batch_size * num_tokens
-        return Compute(2 * tokens * numbers, "", FLOAT_BYTES * numbers * (tokens > 0))
+        return Compute(2 * tokens * numbers, weight_bytes=FLOAT_BYTES * numbers * (tokens > 0))
 
     def all_reduce(self, num_tokens, role) -> Arrival:
         if not role or self.plan.wire_of(self.layer, role) == "float32":
@@ -206,7 +210,8 @@ def _together(of_ranks: Sequence[Sequence[Step]]) -> list[Step]:
     steps = []
     for same in zip(*of_ranks, strict=True):
         if isinstance(same[0], Compute | Start):
-            numbers = [name for name, value in vars(same[0]).items() if not isinstance(value, str)]
+            differing = ("flops", "weight_bytes", "share", "num_bytes", "received_bytes")
+            numbers = [name for name in differing if hasattr(same[0], name)]
             steps.append(replace(same[0], **{name: np.array([getattr(s, name) for s in same]) for name in numbers}))
         else:
             steps.append(same[0])
@@ -235,10 +240,10 @@ class Compiled:
         self.devices = [profile.devices[i] for i in plan.device_ids]
         self.shares = np.array([profile.link.share(i) for i in plan.device_ids])
         self.local = local = plan if plan.splits_layers else plan.on_one_device()
-        ranks, tape = np.arange(local.num_devices), Tape(local.num_devices, local.num_chunks)
+        ranks, tape = np.arange(local.num_devices), Tape(local.num_devices)
         self.z = AllRanks(config, as_arrays(local), ranks, batch_size, seq_len, tape, past=past)
         self.num_chunks = len(self.z.chunks)
-        self._rates: dict[str, np.ndarray] = {}
+        self._rates: dict[tuple, np.ndarray] = {}
         self._reshards: dict[tuple, tuple[list, list] | None] = {}
         self._pieces: dict[tuple[Row, Row], Piece] = {}
         self._set_memory(budgets)
@@ -299,7 +304,7 @@ class Compiled:
         cost, signature = LAYER_COSTS[name], STRATEGIES[name]
         if reads_cls:  # here one rank does what others do not
             numbers = self.config, self.local
-            sizes = z.batch_size, z.seq_len, Tape(z.ranks, self.local.num_chunks), layer
+            sizes = z.batch_size, z.seq_len, Tape(z.ranks), layer
             alone = [Sizes(*numbers, rank, *sizes, past=z.past) for rank in range(z.ranks)]
             recorded = [_record(one, _then_outputs(cost.cls_steps)) for one in alone]
             segments = [_together(same) for same in zip(*recorded, strict=True)]
@@ -327,12 +332,17 @@ class Compiled:
         return cut
 
     def _compute_s(self, step: Compute) -> np.ndarray:
-        """`DeviceProfile.compute_s` of each rank [P]."""
-        name = step.strategy
-        if name not in self._rates:
-            one = [(device.compute_s(1.0, name), device.compute_s(0.0, name, 1.0)) for device in self.devices]
-            self._rates[name] = np.array(one).T
-        per_flop, per_byte = self._rates[name]
+        """`cost.compute_seconds` of each rank [P]."""
+        key = step.strategy, step.num_chunks
+        if key not in self._rates:
+            shares = np.broadcast_to(step.share, len(self.devices))
+            how = [(step.strategy, float(share), step.tokens, step.num_chunks) for share in shares]
+            one = [
+                (device.compute_s(1.0, name, 0.0, *rest), device.compute_s(0.0, name, 1.0, *rest))
+                for device, (name, *rest) in zip(self.devices, how, strict=True)
+            ]
+            self._rates[key] = np.array(one).T
+        per_flop, per_byte = self._rates[key]
         return np.maximum(step.flops * per_flop, step.weight_bytes * per_byte)
 
     def _message(self, number: int, start: Start) -> Message:

@@ -19,7 +19,7 @@ from detransformer.models.sizes import embedding_parameters, layer_parameters, p
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, Plan, is_decoder
 from detransformer.parallel.wire import message_bytes
-from detransformer.planning.profile import ClusterProfile
+from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
 FLOAT_BYTES = 4
 
@@ -28,12 +28,16 @@ FLOAT_BYTES = 4
 class Compute:
     """Local work between two starts or waits; `weight_bytes` are those that it reads from memory.
 
-    `strategy` is its name, and in chunks `NAME/NUM_CHUNKS`: small products run at another rate.
+    Small products run at another rate: which one depends on the strategy, on the device's share of the layer under it
+    (0 to 1), and on the request's tokens and how many chunks they are cut in.
     """
 
     flops: float
-    strategy: str
+    strategy: str = ""
     weight_bytes: float = 0.0
+    share: float = 1.0
+    tokens: int = 1
+    num_chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,10 @@ Step = Compute | Start | Wait
 class Tape:
     """One device's steps, in the order in which the executor takes them."""
 
-    def __init__(self, num_ranks: int, num_chunks: int = 1):
-        self.num_ranks, self.num_chunks = num_ranks, num_chunks
+    def __init__(self, num_ranks: int):
+        self.num_ranks = num_ranks
         self.steps: list[Step] = []
         self.num_started = 0
-
-    def compute(self, strategy: str, *products: Compute) -> None:
-        name = strategy if self.num_chunks == 1 else f"{strategy}/{self.num_chunks}"
-        self.steps += [replace(product, strategy=name) for product in products]
 
     def start(self, kind: str, num_bytes: int, received_bytes: int | None = None) -> "Arrival":
         """With one rank there is nothing to send, but for a pipeline's messages. As much is received unless given."""
@@ -139,13 +139,33 @@ class Sizes:
     def head_width(self, rank: int) -> int:
         return self.plan.heads[rank] * (self.config.hidden_size // self.config.num_attention_heads)
 
+    def share(self, strategy: str) -> float:
+        """This device's part of a layer under `strategy`: of its sub-blocks, heads or tokens."""
+        if strategy == "replicate":
+            return 1.0
+        if strategy == "block":
+            return self.plan.sub_blocks[self.rank] / self.config.num_divisions
+        if strategy in ("tensor", "galaxy"):
+            return self.plan.heads[self.rank] / self.config.num_attention_heads
+        return self.tokens_share / sum(self.plan.tokens_share)
+
+    @property
+    def tokens_share(self) -> float:
+        return self.plan.tokens_share[self.rank]
+
     # Operations, of all sequences of the request -------------------------------------------------------------------
+
+    def compute(self, strategy: str, *products: Compute, num_chunks: int | None = None) -> None:
+        """Writes down products of a layer under `strategy`, whose tokens come in `num_chunks` (default: the plan's)."""
+        how = dict(share=self.share(strategy), tokens=self.batch_size * self.seq_len)
+        how["num_chunks"] = len(self.chunks) if num_chunks is None else num_chunks
+        self.tape.steps += [replace(product, strategy=strategy, **how) for product in products]
 
     def product(self, num_tokens: int, num_in: int, num_out: int, copies: int = 1) -> Compute:
         """So many tokens of each sequence through a matrix, whose weights are read once; `copies` of both."""
         numbers = copies * num_in * num_out
         tokens = self.batch_size * num_tokens
-        return Compute(2 * tokens * numbers, "", FLOAT_BYTES * numbers if tokens else 0)
+        return Compute(2 * tokens * numbers, weight_bytes=FLOAT_BYTES * numbers if tokens else 0)
 
     def projections(self, num_queries: int, num_keys: int, width: int) -> tuple[Compute, Compute]:
         """Q of so many tokens, K and V of so many, `width` columns each."""
@@ -155,7 +175,7 @@ class Sizes:
     def scores(self, num_queries: int, width: int, num_keys: int | None = None) -> Compute:
         """Attention of so many queries over `num_keys` tokens (default: all, masked ones too)."""
         keys = self.past + self.seq_len if num_keys is None else num_keys
-        return Compute(self.batch_size * 4 * num_queries * keys * width, "")
+        return Compute(self.batch_size * 4 * num_queries * keys * width)
 
     def out(self, num_tokens: int, width: int) -> Compute:
         """The attention's output projection, from `width` columns."""
@@ -229,43 +249,43 @@ def _replicate(z: Sizes, arriving: Chunks) -> Iterator[None]:
     width = z.config.hidden_size
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("replicate", *z.projections(sum(chunk), sum(chunk), width))
+        z.compute("replicate", *z.projections(sum(chunk), sum(chunk), width))
     for chunk in z.chunks:
         total = sum(chunk)
-        z.tape.compute("replicate", z.scores(total, width), z.out(total, width), z.ffn(total))
+        z.compute("replicate", z.scores(total, width), z.out(total, width), z.ffn(total))
         yield
 
 
 def _replicate_cls(z: Sizes, arriving: Chunks) -> None:
     width = z.config.hidden_size
     _cls_keys(z, arriving, width, "replicate")
-    z.tape.compute("replicate", z.scores(1, width), z.out(1, width), z.ffn(1))
+    z.compute("replicate", z.scores(1, width), z.out(1, width), z.ffn(1))
 
 
 def _cls_keys(z: Sizes, arriving: Chunks, width: int, strategy: str, own: bool = False) -> None:
     """K and V of each chunk (of all its tokens, or this device's own) as it comes, then q of [CLS]."""
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute(strategy, *z.projections(0, z.own(chunk) if own else sum(chunk), width))
-    z.tape.compute(strategy, *z.projections(1, 0, width))
+        z.compute(strategy, *z.projections(0, z.own(chunk) if own else sum(chunk), width))
+    z.compute(strategy, *z.projections(1, 0, width))
 
 
 def _tensor(z: Sizes, arriving: Chunks) -> Iterator[None]:
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("tensor", *z.projections(sum(chunk), sum(chunk), z.own_width))
+        z.compute("tensor", *z.projections(sum(chunk), sum(chunk), z.own_width))
     yield from _tensor_rest(z, [sum(chunk) for chunk in z.chunks], "sum", "tensor")
 
 
 def _tensor_rest(z: Sizes, tokens: Sequence[int], role: str | None, strategy: str) -> Iterator[None]:
     sums = []
     for total in tokens:
-        z.tape.compute(strategy, z.scores(total, z.own_width), z.out(total, z.own_width))
+        z.compute(strategy, z.scores(total, z.own_width), z.out(total, z.own_width))
         sums.append(z.all_reduce(total, role))
     ffns = []
     for summed, total in zip(sums, tokens, strict=True):
         summed.wait()
-        z.tape.compute(strategy, z.ffn(total, z.plan.ffn_columns[z.rank]))
+        z.compute(strategy, z.ffn(total, z.plan.ffn_columns[z.rank]))
         ffns.append(z.all_reduce(total, role))
     for summed in ffns:
         summed.wait()
@@ -282,17 +302,17 @@ def _galaxy(z: Sizes, arriving: Chunks) -> Iterator[None]:
         arrival.wait()
     for arrival, chunk in zip([z.gather_tokens(chunk) for chunk in z.chunks], z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("galaxy", *z.projections(sum(chunk), sum(chunk), z.own_width))
+        z.compute("galaxy", *z.projections(sum(chunk), sum(chunk), z.own_width))
     sums = []
     for chunk in z.chunks:
-        z.tape.compute("galaxy", z.scores(sum(chunk), z.own_width), z.out(sum(chunk), z.own_width))
+        z.compute("galaxy", z.scores(sum(chunk), z.own_width), z.out(sum(chunk), z.own_width))
         sums.append(z.scatter_sum(chunk))
     for summed in sums:
         summed.wait()
     sums = []
     for arrival, chunk in zip([z.gather_tokens(chunk) for chunk in z.chunks], z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("galaxy", z.ffn(sum(chunk), z.plan.ffn_columns[z.rank]))
+        z.compute("galaxy", z.ffn(sum(chunk), z.plan.ffn_columns[z.rank]))
         sums.append(z.scatter_sum(chunk))
     for summed in sums:
         summed.wait()
@@ -309,13 +329,13 @@ def _sequence(z: Sizes, arriving: Chunks) -> Iterator[None]:
     width, gathers = z.config.hidden_size, []
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("sequence", *z.projections(z.own(chunk), z.own(chunk), width))
+        z.compute("sequence", *z.projections(z.own(chunk), z.own(chunk), width))
         gathers.append(z.all_gather([(2, t, z.batch_size, width) for t in chunk], "kv"))
     for gather in gathers:
         gather.wait()
     for chunk in z.chunks:
         own = z.own(chunk)
-        z.tape.compute("sequence", z.scores(own, width), z.out(own, width), z.ffn(own))
+        z.compute("sequence", z.scores(own, width), z.out(own, width), z.ffn(own))
         yield
 
 
@@ -323,7 +343,7 @@ def _ulysses(z: Sizes, arriving: Chunks) -> Iterator[None]:
     exchanges = []
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("ulysses", *z.projections(z.own(chunk), z.own(chunk), z.config.hidden_size))
+        z.compute("ulysses", *z.projections(z.own(chunk), z.own(chunk), z.config.hidden_size))
         exchanges.append(z.tokens_to_heads(chunk))
     for exchange in exchanges:
         exchange.wait()
@@ -334,11 +354,11 @@ def _by_heads(z: Sizes, strategy: str) -> Iterator[None]:
     """Attention on own heads, an all_to_all, and the rest of the layer on own tokens."""
     exchanges = []
     for chunk in z.chunks:
-        z.tape.compute(strategy, z.scores(sum(chunk), z.own_width))
+        z.compute(strategy, z.scores(sum(chunk), z.own_width))
         exchanges.append(z.heads_to_tokens(chunk))
     for exchange, chunk in zip(exchanges, z.chunks, strict=True):
         exchange.wait()
-        z.tape.compute(strategy, z.out(z.own(chunk), z.config.hidden_size), z.ffn(z.own(chunk)))
+        z.compute(strategy, z.out(z.own(chunk), z.config.hidden_size), z.ffn(z.own(chunk)))
         yield
 
 
@@ -353,9 +373,9 @@ def _by_tokens_cls(strategy: str) -> Callable[[Sizes, Chunks], None]:
         sends = z.rank == holder
         z.tape.start("all_to_all", (z.ranks - 1) * x_cls if sends else 0, 0 if sends else x_cls).wait()
         _cls_keys(z, chain([Arrival(z.tape)], arriving), width, strategy, own=True)
-        z.tape.compute(strategy, z.scores(1, width, sum(z.own(chunk) for chunk in z.chunks)))
+        z.compute(strategy, z.scores(1, width, sum(z.own(chunk) for chunk in z.chunks)))
         z.all_gather([(z.batch_size, heads, width // heads + 2)] * z.ranks, None).wait()
-        z.tape.compute(strategy, z.out(1, width), z.ffn(1))
+        z.compute(strategy, z.out(1, width), z.ffn(1))
 
     return row
 
@@ -363,24 +383,24 @@ def _by_tokens_cls(strategy: str) -> Callable[[Sizes, Chunks], None]:
 def _heads(z: Sizes, arriving: Chunks) -> Iterator[None]:
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("heads", *z.projections(sum(chunk), sum(chunk), z.own_width))
+        z.compute("heads", *z.projections(sum(chunk), sum(chunk), z.own_width))
     yield from _by_heads(z, "heads")
 
 
 def _heads_cls(z: Sizes, arriving: Chunks) -> None:
     _cls_keys(z, arriving, z.own_width, "heads")
-    z.tape.compute("heads", z.scores(1, z.own_width))
+    z.compute("heads", z.scores(1, z.own_width))
     z.all_gather([(z.batch_size, 1, z.head_width(rank)) for rank in range(z.ranks)], None).wait()
-    z.tape.compute("heads", z.out(1, z.config.hidden_size), z.ffn(1))
+    z.compute("heads", z.out(1, z.config.hidden_size), z.ffn(1))
 
 
 def _block(z: Sizes, arriving: Chunks) -> Iterator[None]:
     (width, attention), blocks = _slice_widths(z.config), z.plan.sub_blocks[z.rank]
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("block", z.product(sum(chunk), width, 3 * attention, blocks))
+        z.compute("block", z.product(sum(chunk), width, 3 * attention, blocks))
     for chunk in z.chunks:
-        z.tape.compute(
+        z.compute(
             "block",
             z.scores(sum(chunk), blocks * attention),
             z.product(sum(chunk), attention, width, blocks),
@@ -393,8 +413,8 @@ def _block_cls(z: Sizes, arriving: Chunks) -> None:
     (width, attention), blocks = _slice_widths(z.config), z.plan.sub_blocks[z.rank]
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
-        z.tape.compute("block", z.product(sum(chunk), width, 2 * attention, blocks))
-    z.tape.compute(
+        z.compute("block", z.product(sum(chunk), width, 2 * attention, blocks))
+    z.compute(
         "block",
         z.product(1, width, attention, blocks),
         z.scores(1, blocks * attention),
@@ -500,7 +520,7 @@ def device_steps(
     """
     layers = range(len(plan.strategies))
     local = plan if plan.splits_layers else plan.on_one_device()
-    tape = Tape(local.num_devices, local.num_chunks)
+    tape = Tape(local.num_devices)
     z = Sizes(config, local, rank if plan.splits_layers else 0, batch_size, seq_len, tape, 0, itemsize, past)
 
     def stage_message(layer: int) -> int:
@@ -534,11 +554,11 @@ def end_steps(z: Sizes) -> None:
     """What a model ends in: the next token, by parts of the vocabulary, or the pooler."""
     width = z.config.hidden_size
     if is_decoder(z.config):
-        z.tape.compute("replicate", z.product(1, width, z.words))
+        z.compute("replicate", z.product(1, width, z.words), num_chunks=1)
         z.all_gather([(z.batch_size, 2)] * z.ranks, None).wait()
     else:
         # That it reads its weights for one token is part of the latency that presets are calibrated on.
-        z.tape.compute("replicate", Compute(z.batch_size * 2 * width**2, ""))
+        z.compute("replicate", Compute(z.batch_size * 2 * width**2), num_chunks=1)
 
 
 def segments(steps: list[Step]) -> tuple[list[list[Compute]], list[Start]]:
@@ -651,21 +671,17 @@ def predict(
     devices = [profile.devices[i] for i in plan.device_ids]
     steps = [device_steps(config, plan, rank, seq_len, batch_size, past=past) for rank in range(plan.num_devices)]
     rates = [
-        [device.compute_s(s.flops, s.strategy, s.weight_bytes) if isinstance(s, Compute) else 0.0 for s in own]
+        [compute_seconds(s, device) if isinstance(s, Compute) else 0.0 for s in own]
         for device, own in zip(devices, steps, strict=True)
     ]
     if plan.stages:
         starts = [s for own in steps for s in own if isinstance(s, Start) and s.kind == "send"]
         compute_s = sum(sum(own) for own in rates)
-        shares = [profile.link.share(i) for i in plan.device_ids]
-        slowest = min(map(min, zip(shares, shares[1:], strict=False)), default=1.0)
-        latency_s = compute_s + sum(
-            profile.link.collective_s(s.kind, s.num_bytes / slowest, plan.num_devices) for s in starts
-        )
+        latency_s = compute_s + sum(stage_seconds(starts, plan, profile.link))
     else:
         starts = _busiest(steps)
         compute_s = max(sum(own) for own in rates)
-        latency_s = makespan(steps, rates, collective_seconds(steps, plan, profile))
+        latency_s = makespan(steps, rates, collective_seconds(steps, plan, profile.link))
     sent: Counter[str] = Counter()
     for start in starts:
         sent[start.kind] += start.num_bytes
@@ -686,13 +702,17 @@ def predict(
     )
 
 
-def collective_seconds(steps: Sequence[Sequence[Step]], plan: Plan, profile: ClusterProfile) -> list[float]:
+def compute_seconds(step: Compute, device: DeviceProfile) -> float:
+    """How long `device` computes."""
+    return device.compute_s(step.flops, step.strategy, step.weight_bytes, step.share, step.tokens, step.num_chunks)
+
+
+def collective_seconds(steps: Sequence[Sequence[Step]], plan: Plan, link: LinkProfile) -> list[float]:
     """How long each collective of all ranks' `steps` has the links: until the one that is busiest for its rate is done.
 
     A device is busy with what it sends, or with what it receives where its link is slower than others'.
     """
     started = [[step for step in own if isinstance(step, Start)] for own in steps]
-    link = profile.link
     if not link.shares:
         return [link.collective_s(s.kind, s.num_bytes, plan.num_devices) for s in _busiest(steps)]
     shares = [link.share(i) for i in plan.device_ids]
@@ -703,6 +723,32 @@ def collective_seconds(steps: Sequence[Sequence[Step]], plan: Plan, profile: Clu
         )
         seconds.append(link.collective_s(same[0].kind, num_bytes, plan.num_devices))
     return seconds
+
+
+def stage_seconds(messages: Sequence[Start], plan: Plan, link: LinkProfile) -> list[float]:
+    """How long each message between a pipeline's stages is under way, on its narrowest link."""
+    narrowest = min(link.share(device) for device in plan.device_ids)
+    return [link.collective_s(m.kind, m.num_bytes / narrowest, plan.num_devices) for m in messages]
+
+
+def launched_seconds(
+    config: PretrainedConfig,
+    plan: Plan,
+    rank: int,
+    link: LinkProfile,
+    seq_len: int,
+    batch_size: int = 1,
+    past: int = 0,
+) -> list[float]:
+    """How long each collective has the links that `rank` launches in one request, in its order.
+
+    What `predict` prices, for those who pace a modelled link: every rank has the same seconds for the same collective.
+    """
+    ranks = [rank] if plan.stages else range(plan.num_devices)
+    steps = [device_steps(config, plan, rank, seq_len, batch_size, past=past) for rank in ranks]
+    if plan.stages:
+        return stage_seconds([step for step in steps[0] if isinstance(step, Start)], plan, link)
+    return collective_seconds(steps, plan, link)
 
 
 def _busiest(steps: Sequence[Sequence[Step]]) -> list[Start]:

@@ -5,14 +5,19 @@ is what the cost model multiplies and divides by. Stored as versioned JSON with 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from detransformer.files import atomic_write
 
-VERSION = 1
+VERSION = 2
 
+CALIBRATION_TOKENS = 128  # the published single-device latencies are at seq 128, batch 1 (Section IV-A)
 SENT_KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "send")
 COLLECTIVE_KINDS = (*SENT_KINDS, "receive")
 
@@ -39,24 +44,61 @@ class DeviceProfile:
     Args:
         name: preset or host name.
         memory_bytes: what model and activations may take.
-        flops_per_s: by strategy name, or `NAME/NUM_CHUNKS` where X comes in chunks; a name stands for its chunks too
-            where these are not listed, and `"*"` for all that are not.
+        flops_per_s: of a whole original layer with `CALIBRATION_TOKENS` tokens.
         source: where the rates come from, in words.
         memory_bytes_per_s: at which weights are read: a product of few tokens takes no less than that. None: not known,
             and left out.
+        efficiency: how fast shares of a layer are, relative to the whole one: rows of (strategy, share of the layer,
+            tokens of the request, chunks, efficiency), as `cluster.profiler` measures them. Empty: as fast as it.
     """
 
     name: str
     memory_bytes: int
-    flops_per_s: Mapping[str, float]
+    flops_per_s: float
     source: str
     memory_bytes_per_s: float | None = None
+    efficiency: tuple[tuple[str, float, int, int, float], ...] = ()
 
-    def compute_s(self, flops: float, strategy: str, weight_bytes: float = 0.0) -> float:
+    def __post_init__(self):
+        object.__setattr__(self, "efficiency", tuple(map(tuple, self.efficiency)))  # lists, where they were JSON
+
+    def compute_s(
+        self,
+        flops: float,
+        strategy: str = "replicate",
+        weight_bytes: float = 0.0,
+        share: float = 1.0,
+        tokens: int = CALIBRATION_TOKENS,
+        num_chunks: int = 1,
+    ) -> float:
         """Seconds of one product: what its operations take, or reading its weights (a roofline)."""
-        rates = self.flops_per_s
-        seconds = flops / (rates.get(strategy) or rates.get(strategy.partition("/")[0]) or rates["*"])
+        seconds = flops / (self.flops_per_s * self.efficiency_of(strategy, share, tokens, num_chunks))
         return max(seconds, weight_bytes / self.memory_bytes_per_s) if self.memory_bytes_per_s else seconds
+
+    def efficiency_of(self, strategy: str, share: float, tokens: int, num_chunks: int) -> float:
+        """Between what was measured, by the logarithms of tokens and share; outside, the nearest that was.
+
+        Of chunks the next larger number that was measured counts, or the largest.
+        """
+        table = self._tables.get(strategy)
+        if not table or not share > 0:
+            return 1.0
+        chunks = min((n for n in table if n >= num_chunks), default=max(table))
+        by_tokens = [
+            (math.log(n), float(np.interp(math.log(share), *shares))) for n, shares in sorted(table[chunks].items())
+        ]
+        return float(np.interp(math.log(tokens), *zip(*by_tokens, strict=True)))
+
+    @cached_property
+    def _tables(self) -> dict[str, dict[int, dict[int, tuple[list[float], list[float]]]]]:
+        """Strategy -> chunks -> tokens -> (logarithms of shares, rising, and their efficiencies)."""
+        tables: dict = {}
+        for strategy, share, tokens, num_chunks, efficiency in sorted(self.efficiency):
+            by_tokens = tables.setdefault(strategy, {}).setdefault(num_chunks, {})
+            shares, found = by_tokens.setdefault(tokens, ([], []))
+            shares.append(math.log(share))
+            found.append(min(1.0, efficiency))
+        return tables
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from detransformer.cluster.run import Request, model_facts
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.stores import bound_store
 from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.planning.cost import compute_seconds
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 from detransformer.service.agent import ENDINGS
 from detransformer.service.entry import AGENT, DEVICE
@@ -324,7 +325,7 @@ class Server:
         plan_ = Plan.from_dict(plan)
         (loaded,) = self.state.loaded.values()
         parts = loaded.compute(plan_, plan_.device_ids.index(self.group.rank), seq_len, batch_size)
-        expected_s = sum(self.own.compute_s(c.flops, c.strategy, c.weight_bytes) for part in parts for c in part)
+        expected_s = sum(compute_seconds(c, self.own) for part in parts for c in part)
         (sample,) = record["samples"]
         spent_s = sum(stop - start for what, start, stop, _ in sample["events"] if what == "compute")
         return spent_s / self.job["time_scale"] + sample["overrun_s"], expected_s
@@ -348,9 +349,8 @@ class Server:
 
 def slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
     """The profile of a device that takes `factor` times as long."""
-    rates = {name: rate / factor for name, rate in device.flops_per_s.items()}
     memory = device.memory_bytes_per_s and device.memory_bytes_per_s / factor
-    return replace(device, flops_per_s=rates, memory_bytes_per_s=memory)
+    return replace(device, flops_per_s=device.flops_per_s / factor, memory_bytes_per_s=memory)
 
 
 def work(path: str) -> None:
