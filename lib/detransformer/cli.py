@@ -258,8 +258,8 @@ Wires = Annotated[str, typer.Option(help="Number formats that messages may have:
 Pace = Annotated[
     str,
     typer.Option(
-        help="How long a share of a layer takes an emulated or preset device: measured (as efficient as such shares are on "
-        "a core where they were measured), or roofline (as its operations and bytes say)."
+        help="How long a share of a layer takes: measured (as efficient as such shares were on a core), or "
+        "roofline (as its operations and bytes say)."
     ),
 ]
 Memory = Annotated[str | None, typer.Option(help="Budget of each device in MiB; its own memory where not given.")]

@@ -234,8 +234,8 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
     made = f"one core of {provenance.cpu_model()}, torch {torch.__version__}, {provenance.now()[:10]}"
     with atomic_write(path) as file:
         file.write(
-            "# Rate of a share of a layer over that of the whole original layer of 128 tokens; float32, batch 1, weights\n"
-            f"# fresh from memory. Measured on {made},\n"
+            "# Rate of a share of a layer over that of the whole original layer of 128 tokens; float32, batch 1,\n"
+            f"# weights fresh from memory. Measured on {made},\n"
             f"# by `python -m detransformer.cluster.profiler` at commit {provenance.own_commit()['commit'][:12]}.\n"
         )
         pd.concat(frames)[columns].round(4).to_csv(file, index=False)
