@@ -13,7 +13,7 @@ from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.report.adaptive_tables import choice_cells
 
-PI = DeviceProfile("pi", 4 * 2**30, {"*": 14e9}, "assumed", 4.8e9)
+PI = DeviceProfile("pi", 4 * 2**30, 14e9, "assumed", 4.8e9)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_contenders_differ_in_more_than_chunks():
 
 def test_sizes_in_words():
     config = preset_config("bert-base", 4, 8)
-    devices = tuple(replace(PI, flops_per_s={"*": 14e9 * speed}) for speed in (1, 1, 2, 4))
+    devices = tuple(replace(PI, flops_per_s=14e9 * speed) for speed in (1, 1, 2, 4))
     plan = place_freely(config, ClusterProfile(devices, LinkProfile(1e9))).plan
     assert adaptive.sizes_in_words(plan) == "tokens 1:1:2:4, heads 1+1+3+7, sub-blocks 1+1+2+4"
 

@@ -297,13 +297,13 @@ def test_bad_clusters_are_refused(fields, words):
 def test_presets_are_the_papers_devices():
     """CoFormer 2025, Table VII; the Jetsons' rate is a share of their peak, and says so."""
     config = preset_config("bert-base")
-    assert preset_profile("rpi4b", config).flops_per_s["*"] == pytest.approx(14.2e9, rel=0.01)
+    assert preset_profile("rpi4b", config).flops_per_s == pytest.approx(14.2e9, rel=0.01)
     assert jetson_share() == pytest.approx(35.1 / 0.12348 / 665.6, rel=0.001)
     for name, gib, peak, power_w in [("nano", 4, 235.8, 10), ("tx2", 8, 665.6, 15), ("orin-nano", 4, 640.0, 10)]:
         device = DEVICES[f"jetson-{name}"]
         assert (device.memory_bytes, device.peak_flops_per_s, device.power_w) == (gib * 2**30, peak * 1e9, power_w)
         profile = preset_profile(f"jetson-{name}", config)
-        assert profile.flops_per_s["*"] == pytest.approx(0.4274 * peak * 1e9, rel=0.001)
+        assert profile.flops_per_s == pytest.approx(0.4274 * peak * 1e9, rel=0.001)
         assert "modelled, not measured" in profile.source
         assert profile.memory_bytes_per_s == device.memory_bytes_per_s
 
@@ -317,7 +317,7 @@ def test_unequal_devices_have_their_own_profiles():
     pi, desk, jetson = cluster.profile("bert-base", config).devices
     assert pi == preset_profile("rpi4b", config) and jetson.name == "Jetson TX2 on a 0.5x link"
     assert (desk.name, desk.memory_bytes) == ("desk", 2**29)
-    assert desk.flops_per_s["*"] == 2 * pi.flops_per_s["*"]
+    assert desk.flops_per_s == 2 * pi.flops_per_s
     assert desk.compute_s(1.0, "*", 48e6) == pi.compute_s(1.0, "*", 24e6) == 0.005  # reading weights, too
     assert cluster.profile("bert-base", config).link.shares == (1.0, 1.0, 0.5)
     assert EmulatedCluster(2, transport="loopback").profile("bert-base", config).link.shares == ()
@@ -360,7 +360,7 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
                 limit = half if 2 in (source, target) else bandwidth_bps
                 assert 0.6 * limit < 8e6 / (at - starts[source, target]) <= limit, (source, target)
         profile = session.profile("", case.config)
-        slowed = [dict(asdict(device), flops_per_s={"*": device.flops_per_s["*"] / 1000}) for device in profile.devices]
+        slowed = [dict(asdict(device), flops_per_s=device.flops_per_s / 1000) for device in profile.devices]
         results = session.run(
             "run_plan",
             per_rank=[{"device": device} for device in slowed],
@@ -398,7 +398,7 @@ def test_a_lost_device_ends_the_run_and_is_named(cases, how, words):
         timer = threading.Timer(2.0, os.kill, (pids[1], how))
         timer.start()
         start = time.monotonic()
-        slow = {"name": "slow", "memory_bytes": 1, "flops_per_s": {"*": 1e6}, "source": "test"}
+        slow = {"name": "slow", "memory_bytes": 1, "flops_per_s": 1e6, "source": "test"}
         with pytest.raises(DeviceLost, match=f"device 1 of 3 .*{words} while run_plan") as lost:
             session.run(
                 "run_plan",

@@ -41,7 +41,7 @@ def one_thread():
 
 
 def device(rate, memory=2**30):
-    return DeviceProfile("test", memory, {"*": rate}, "test")
+    return DeviceProfile("test", memory, rate, "test")
 
 
 CLUSTER = ClusterProfile((device(1e9), device(2e9), device(4e9)), LINK)

@@ -26,7 +26,7 @@ CONFIG = ViTConfig(
 )  # fmt: skip
 ORIGINAL = Original.of(CONFIG)
 LARGE = replace(ORIGINAL, num_layers=8, hidden_size=96, num_heads=12, ffn_size=192)
-DEVICES = tuple(DeviceProfile(name, 2**30, {"*": rate}, "test") for name, rate in (("a", 1e9), ("b", 3e9), ("c", 2e9)))
+DEVICES = tuple(DeviceProfile(name, 2**30, rate, "test") for name, rate in (("a", 1e9), ("b", 3e9), ("c", 2e9)))
 CLUSTER = ClusterProfile(DEVICES, LinkProfile(100e6))
 LIMITS = Limits.share(ORIGINAL, 0.5, 3)
 CONFIGURED = SearchConfig(num_initial=3, num_iterations=3, num_rows=64)

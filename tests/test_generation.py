@@ -163,7 +163,7 @@ def test_too_long_a_text_is_refused_before_it_starts(cluster, texts):
         )
 
 
-PI = DeviceProfile("pi", 4 * 2**30, {"*": 14e9}, "assumed", 4.8e9)
+PI = DeviceProfile("pi", 4 * 2**30, 14e9, "assumed", 4.8e9)
 
 
 def test_prompt_and_tokens_are_planned_apart():
@@ -190,6 +190,6 @@ def test_generation_under_a_budget():
 
 def test_a_slow_device_is_left_out():
     config = GPT2Config()
-    slow = replace(PI, name="slow", flops_per_s={"*": 14e7}, memory_bytes_per_s=4.8e7)
+    slow = replace(PI, name="slow", flops_per_s=14e7, memory_bytes_per_s=4.8e7)
     best = place_generation(config, ClusterProfile((slow, PI, PI), LinkProfile(1e9)), 64, 16)[0]
     assert best.prefill.device_ids == best.decode.device_ids == (1, 2)

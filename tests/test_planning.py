@@ -2,7 +2,7 @@
 
 import pytest
 
-from detransformer.cluster.devices import cluster_profile, device_specs, preset_profile
+from detransformer.cluster.devices import PACES, cluster_profile, device_specs, preset_profile
 from detransformer.models import preset_config
 from detransformer.models.configuration import layer_kinds
 from detransformer.models.sizes import model_flops, model_parameters
@@ -123,10 +123,47 @@ def test_few_tokens_take_as_long_as_reading_the_weights():
     assert device.compute_s(64 * weight_bytes / 4, "heads", weight_bytes) == pytest.approx(
         16 * weight_bytes / 14.2e9, rel=1e-2
     )
-    chunks = DeviceProfile("host", 2**30, {"heads": 2e9, "heads/4": 1e9, "*": 4e9}, "test")  # small products are slower
-    assert [chunks.compute_s(4e9, name) for name in ("heads", "heads/2", "heads/4", "block/4")] == [2, 2, 4, 1]
-    host = DeviceProfile("host", 2**30, {"*": 1e9}, "test")  # not known: operations alone
+    host = DeviceProfile("host", 2**30, 1e9, "test")  # not known: operations alone
     assert host.compute_s(1e9, "heads", 1e12) == 1
+
+
+def test_small_shares_are_as_much_slower_as_was_measured():
+    """Between what was measured by the logarithms of share and tokens; of chunks the next larger number counts."""
+    measured = [("heads", 0.25, 128, 1, 0.8), ("heads", 1.0, 128, 1, 1.0), ("heads", 0.25, 128, 4, 0.4)]
+    measured += [("heads", 0.25, 32, 1, 0.6), ("heads", 1.0, 32, 1, 0.9), ("block", 1.0, 128, 1, 1.3)]
+    device = DeviceProfile("host", 2**30, 1e9, "test", efficiency=measured)
+    cases = {  # (share, tokens, chunks) -> efficiency
+        (0.25, 128, 1): 0.8,
+        (0.5, 128, 1): 0.9,
+        (0.01, 128, 1): 0.8,
+        (0.25, 64, 1): 0.7,
+        (0.25, 128, 2): 0.4,
+        (0.25, 128, 9): 0.4,
+        (0.0, 128, 1): 1.0,
+    }
+    for how, expected in cases.items():
+        assert device.efficiency_of("heads", *how) == pytest.approx(expected), how
+        assert device.compute_s(1e9, "heads", 0, *how) == pytest.approx(1 / expected)
+    assert device.efficiency_of("block", 1.0, 128, 1) == 1  # no share is faster than the whole layer
+    assert device.efficiency_of("tensor", 0.25, 128, 1) == 1  # not measured: by operations
+
+
+def test_the_measured_pace_is_slower_for_small_shares_alone():
+    """One device takes the published time under both paces; shares in chunks take longer than operations say."""
+    config, specs = preset_config("bert-base"), device_specs(4, "rpi4b")
+    paced = {pace: cluster_profile(specs, "bert-base", config, 125e6, pace=pace) for pace in PACES}
+    seconds = {}
+    for name, plan in {
+        "single": published_plan("single", config),
+        "heads": layer_plan("auto", config, ["heads"] * 12, FOUR),
+        "heads, 4 chunks": layer_plan("auto", config, ["heads"] * 12, FOUR, num_chunks=4),
+    }.items():
+        seconds[name] = [predict(config, plan, paced[pace]).compute_s for pace in ("measured", "roofline")]
+    assert seconds["single"][0] == pytest.approx(seconds["single"][1]) == pytest.approx(1.57, rel=0.01)
+    whole, chunked = (seconds[name][0] / seconds[name][1] for name in ("heads", "heads, 4 chunks"))
+    assert 1.05 < whole < 1.2 * whole < chunked
+    with pytest.raises(ValueError, match="pace='fast' is unknown: choose one of measured, roofline"):
+        cluster_profile(specs, "bert-base", config, 125e6, pace="fast")
 
 
 def test_chunks_hide_communication_behind_compute():
@@ -217,7 +254,7 @@ def test_an_impossible_budget_says_how_much_is_missing():
 def test_slower_device_sets_the_pace():
     config = preset_config("bert-base", 4)
     fast = preset_profile("rpi4b", config)
-    slow = DeviceProfile("slow", fast.memory_bytes, {"*": fast.flops_per_s["*"] / 2}, "test")
+    slow = DeviceProfile("slow", fast.memory_bytes, fast.flops_per_s / 2, "test")
     plan = published_plan("bp+tp", config, FOUR)
     mixed = predict(config, plan, ClusterProfile((fast, fast, slow, fast), LinkProfile(125e6)))
     even = predict(config, plan, cluster(config))
@@ -276,7 +313,7 @@ def test_what_limits_adds_up_and_follows_link_and_devices():
         assert sum(share[name] for name in ("compute", "reading", "rate", "steps")) == pytest.approx(1)
         assert min(share[name] for name in ("compute", "reading", "rate", "steps")) > -1e-9
     assert shares[0]["rate"] > 0.8 > 0.3 > shares[1]["rate"]
-    slow = DeviceProfile("slow", 2**32, {"*": 1e9}, "test")
+    slow = DeviceProfile("slow", 2**32, 1e9, "test")
     mixed = ClusterProfile((*cluster(config).devices[:2], slow, cluster(config).devices[3]), LinkProfile(1e9))
     assert limits(plan, config, mixed)["device"] == 2
     assert limits(plan, config, mixed)["compute"] > 0.9

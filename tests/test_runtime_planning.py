@@ -28,7 +28,7 @@ REQUESTS = [(1, length) for length in LENGTHS]
 
 def cluster(gflops=(284.0,) * 4, memory=4096 * MIB):
     """By default as fast as Jetson TX2: there the best plan depends on rate and length."""
-    devices = tuple(DeviceProfile(f"d{i}", memory, {"*": 1e9 * rate}, "test") for i, rate in enumerate(gflops))
+    devices = tuple(DeviceProfile(f"d{i}", memory, 1e9 * rate, "test") for i, rate in enumerate(gflops))
     return ClusterProfile(devices, LinkProfile(1e9))
 
 

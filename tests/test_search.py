@@ -31,10 +31,11 @@ def small(num_layers, num_original_layers=None, num_divisions=4, decoder=False):
 
 
 def unequal(speeds, mbps=50.0, shares=(), memory_bytes_per_s=4e9, memories=None):
-    """Devices of these speeds; some strategies run at another rate than the rest."""
-    rates = {"*": 2e9, "block": 2.5e9, "heads/4": 1e9}
+    """Devices of these speeds; shares under some strategies run at another rate than the rest."""
+    efficiency = [("block", 0.1, 20, 1, 0.7), ("block", 1.0, 20, 1, 0.9), ("block", 0.1, 50, 1, 0.8)]
+    efficiency += [("heads", 0.5, 20, 1, 0.9), ("heads", 0.5, 20, 4, 0.5), ("replicate", 1.0, 20, 4, 0.8)]
     devices = tuple(
-        DeviceProfile(f"d{i}", m, {name: s * rate for name, rate in rates.items()}, "test", memory_bytes_per_s)
+        DeviceProfile(f"d{i}", m, 2e9 * s, "test", memory_bytes_per_s, efficiency)
         for i, (s, m) in enumerate(zip(speeds, memories or [2**30] * len(speeds), strict=True))
     )
     return ClusterProfile(devices, LinkProfile(mbps * 1e6, shares=shares))

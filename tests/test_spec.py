@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from detransformer.cluster.devices import DeviceSpec, preset_profile
+from detransformer.cluster.devices import DeviceSpec
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import repository_root
 from detransformer.models import preset_config
@@ -73,7 +73,7 @@ def test_defaults(tmp_path):
         125e6,
         "line-rate",
     )
-    assert spec.profile("bert-base", CONFIG).devices == (preset_profile("rpi4b", CONFIG),) * 2
+    assert spec.profile("bert-base", CONFIG).devices == (DeviceSpec("rpi4b").on(CONFIG),) * 2
     fitted = load(tmp_path, "emulated: true\nlink: {kind: fitted}\ndevices: [{device: rpi4b}]")
     assert "fitted" in fitted.profile("bert-base", CONFIG).link.source and fitted.emulate().link == "fitted"
 
@@ -84,10 +84,11 @@ def test_a_device_may_have_been_profiled(tmp_path):
     spec = load(tmp_path, text)
     with pytest.raises(ValueError, match=r"cluster.yaml: device a: profile .*a.json does not exist"):
         spec.profile("bert-base", CONFIG)
-    measured = DeviceProfile("board", 2**30, {"*": 3e9, "block": 4e9}, "measured")
+    measured = DeviceProfile("board", 2**30, 3e9, "measured", efficiency=[("block", 0.25, 128, 1, 0.9)])
     ClusterProfile((measured,) * 2, LinkProfile(1e6)).save(tmp_path / "a.json")
     (device,) = load(tmp_path, text).profile("bert-base", CONFIG).devices
     assert (device.name, device.memory_bytes, device.flops_per_s) == ("a", 100 * 2**20, measured.flops_per_s)
+    assert device.efficiency == measured.efficiency
 
 
 ONE = "devices: [{name: a, address: 10.0.0.1, device: rpi4b}]\n"

@@ -99,6 +99,7 @@ from transformers import AutoConfig
 import detransformer.models
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
+from detransformer.parallel.linear import can_pack
 from detransformer.parallel.plan import published_plan
 from detransformer.parallel.weights import WeightSource
 
@@ -108,6 +109,7 @@ def resident_bytes(field):
 folder, method = sys.argv[1:]
 config = AutoConfig.from_pretrained(folder)
 plan = published_plan(method, config, [1.0] * 4)
+can_pack()  # the code that packs is the interpreter's own
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before = resident_bytes("VmRSS")
 executor = Executor(config, plan, WeightSource(folder), Comm(None, 1, 4))

@@ -21,6 +21,7 @@ from detransformer.cluster.stores import bound_store
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.generation import Generator
+from detransformer.parallel.linear import can_pack
 from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import Compute, compute_seconds, device_steps, launched_seconds, segments
@@ -367,6 +368,7 @@ def _peak_above(loaded: Loaded) -> int | None:
 
 def _touch_libraries() -> None:
     """Runs each kernel once: code and pools that the libraries bring in are the interpreter's own."""
+    can_pack()
     x, weight = torch.zeros(1, 8, 128, 64), torch.zeros(512, 512)
     with torch.inference_mode():
         F.embedding(torch.zeros(1, 128, dtype=torch.long), weight)
