@@ -41,7 +41,7 @@ class DTensorExecutor:
     on every device.
 
     Args:
-        plan: made by the method `dtensor`; only its number of devices is used.
+        plan: one whose `runs` is `dtensor`; only its number of devices is used.
         dtype: to compute in; default: the checkpoint's.
 
     Raises:

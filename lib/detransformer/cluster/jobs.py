@@ -319,7 +319,7 @@ def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str
         memory.free_unused()
         memory.restart_peak()
         weights = None
-        if held[0].method != "dtensor":
+        if held[0].runs != "dtensor":
             weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
         config = AutoConfig.from_pretrained(checkpoint)
         state.loaded[key] = Loaded(config, weights, held, memory.resident_bytes())
@@ -331,7 +331,7 @@ def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -
     if _key(plan) not in loaded.runners:
         comm = state.comm(plan.device_ids)
         with memory.large_blocks_apart():
-            if plan.method == "dtensor":
+            if plan.runs == "dtensor":
                 from detransformer.cluster.dtensor import DTensorExecutor
 
                 executor = DTensorExecutor(checkpoint, plan, comm)
