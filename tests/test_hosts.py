@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForQuestionAnswering,
@@ -49,6 +50,19 @@ def save_model(folder: Path, cls, **fields) -> Path:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     decouple(model, num_original_layers=2, num_divisions=4).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def save_decoder(folder: Path, decoupled: bool = True) -> Path:
+    """A small GPT-2, decoupled or original, and a tokenizer; its weights are large enough for texts to vary."""
+    torch.manual_seed(3)
+    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=len(WORDS), n_positions=64)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=3)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    (decouple(model, num_original_layers=2, num_divisions=4) if decoupled else model).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
@@ -178,6 +192,25 @@ def test_three_hosts_answer_as_one_does(classifier, tmp_path):
     assert record["check"]["max_abs_error"] < 1e-4 and len(record["samples_s"]) == 2
     assert record["answer"]["label"] in ("bad", "good") and set(record["weights_bytes"]) == {"pi1", "pi2", "pi3"}
     assert not (tmp_path / "1.json").exists()
+
+
+@pytest.mark.parametrize("method", ["tp", "bp+tp"])
+def test_a_text_goes_on_over_two_hosts_as_on_one(tmp_path, method):
+    """The tokens that transformers generates; the request crosses JSON on its way to the workers."""
+    folder = save_decoder(tmp_path / "gpt2", decoupled=method == "bp+tp")
+    prompt = BertTokenizer.from_pretrained(folder)("a film of", return_tensors="pt")
+    prompt.pop("token_type_ids")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    text = model.generate(**prompt, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options = ["--text", "a film of", "--new-tokens", "9", "--method", method]
+    with hosts(tmp_path, 2) as shelf:
+        running = [shelf.start(i, folder, *options, "--output", tmp_path / f"{i}.json") for i in range(2)]
+        for process in running:
+            code, _, stderr = ended(process)
+            assert code == 0, stderr
+    record = json.loads((tmp_path / "0.json").read_text())
+    assert record["answer"]["tokens"] == text[0, prompt["input_ids"].shape[1] :].tolist()
+    assert record["plan"]["decode"]["method"] == method and set(record["weights_bytes"]) == {"pi1", "pi2"}
 
 
 def wait_for(stream, words: str, timeout_s: float = HANG_S) -> list[str]:
@@ -560,16 +593,7 @@ def test_the_same_command_over_emulated_devices(capsys, tmp_path):
 
 def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
     """A GPT-2 over two unequal devices: the single device's tokens, and the text that they are."""
-    torch.manual_seed(3)
-    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=len(WORDS), n_positions=64)
-    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=3)
-    model = GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path / "gpt2"
-    decouple(model, num_original_layers=2, num_divisions=4).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    folder = save_decoder(tmp_path / "gpt2")
     path = tmp_path / "c.yaml"
     path.write_text(
         "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 2}]"

@@ -21,6 +21,7 @@ from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import Aggregator, aggregator_flops
 from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
 from detransformer.planning.profile import DeviceProfile, LinkProfile
+from detransformer.records import from_json
 
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
 START_AFTER_S = 0.05  # longer than a job takes to reach its worker
@@ -212,5 +213,5 @@ def _link_seconds(link: dict | None, time_scale: float):
     """Modelled seconds of messages that share the central device's link; None where the link is real."""
     if link is None:
         return None
-    profile = LinkProfile(**link)
+    profile = from_json(LinkProfile, link)
     return lambda kind, num_bytes: time_scale * profile.collective_s("send", num_bytes, 2)

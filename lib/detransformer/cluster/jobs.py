@@ -25,6 +25,7 @@ from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import Compute, device_steps, segments
 from detransformer.planning.profile import DeviceProfile, LinkProfile
+from detransformer.records import from_json
 
 COLLECTIVE_TIMEOUT_S = 120
 START_AFTER_S = 0.01  # longer than ranks take to leave a barrier
@@ -350,7 +351,7 @@ def _seconds(computes: Sequence[Sequence[Compute]], device: dict, time_scale: fl
 
 def _link_seconds(link: dict, plan: Plan, time_scale: float) -> Callable[[str, int], float]:
     """Modelled seconds of a collective of the plan's devices; where links differ, as the narrowest carries it."""
-    profile = LinkProfile(**link)
+    profile = from_json(LinkProfile, link)
     narrowest = min(profile.share(device) for device in plan.device_ids)
 
     def seconds(kind: str, num_bytes: int) -> float:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import architecture, ffn_size, layer_kinds
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_spec, format_of
+from detransformer.records import from_json
 
 # Layouts of a hidden state X [B, T, D] over devices
 REPLICATE = "replicate"  # every device holds all of X
@@ -226,7 +227,7 @@ class Plan:
             items = value if of_many and isinstance(value, (list, tuple)) else None if of_many else [value]
             if items is None or not all(map(is_valid, items)):
                 raise ValueError(f"the plan's {name} is {value!r}: it must be {words}.")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        return from_json(cls, fields)
 
 
 def _is_count(value: object) -> bool:
