@@ -239,6 +239,9 @@ def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
         time.sleep(1)
         below = [pid for process in running for pid in children_of(process.pid)]
         assert len(below) >= 6  # torchrun and its worker on each
+        for process in running:  # a board's memory is not for torch a third time
+            loaded = Path(f"/proc/{process.pid}/maps").read_text()
+            assert "python" in loaded and "libtorch" not in loaded and "tokenizers" not in loaded
         running[2].send_signal(signal.SIGKILL)
         start = time.monotonic()
         for process in running[:2]:
@@ -487,6 +490,24 @@ def test_a_channel_takes_lines_in_any_pieces():
     one.close()
     assert channel.receive() is None and not channel.send({"x": 1})
     channel.close()
+
+
+def test_the_command_on_a_host_loads_no_torch():
+    """Nor do the roll call and the cluster's file, all that it does before its worker is started."""
+    code = (
+        "import sys\nimport detransformer.cli, detransformer.cluster.run, detransformer.cluster.rollcall\n"
+        "assert not {'torch', 'pandas', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+
+
+def test_the_models_are_known_to_transformers_once_they_are_imported(classifier):
+    code = (
+        "import detransformer.models\nfrom transformers import AutoModel\n"
+        f"print(type(AutoModel.from_pretrained({str(classifier)!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=200, capture_output=True, text=True)
+    assert done.stdout.strip() == "DecoupledBertModel"
 
 
 # --- This host ---------------------------------------------------------------------------------------------------
