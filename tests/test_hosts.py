@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -36,6 +37,7 @@ from detransformer.cluster.rollcall import Channel, Coordinator, Member
 from detransformer.cluster.run import model_facts, own_rank, read_plan
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models import decouple
+from detransformer.parallel.plan import published_plan
 from detransformer.service.faults import inside
 
 HANG_S = 150.0  # no process of a test lives so long, also where three import everything on a slow machine
@@ -176,9 +178,11 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_three_hosts_answer_as_one_does(classifier, tmp_path):
-    """One torchrun a host over shaped links; each has its own copy of the model, and all end well."""
+    """One torchrun a host over shaped links, by a plan of a file; each has its own copy of the model; all end well."""
     copies = [shutil.copytree(classifier, tmp_path / f"copy{i}") for i in range(3)]
-    options = ["--text", "a film of great charm", "--method", "bp+tp", "--repeats", "2", "--check"]
+    plan = published_plan("bp+tp", AutoConfig.from_pretrained(classifier), [1.0] * 3)
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": plan.to_dict()}))
+    options = ["--text", "a film of great charm", "--plan", tmp_path / "plan.json", "--repeats", "2", "--check"]
     with hosts(tmp_path, 3) as shelf:
         running = [shelf.start(i, copies[i], *options, "--output", tmp_path / f"{i}.json") for i in (2, 1, 0)]
         results = [ended(process) for process in reversed(running)]
@@ -194,15 +198,14 @@ def test_three_hosts_answer_as_one_does(classifier, tmp_path):
     assert not (tmp_path / "1.json").exists()
 
 
-@pytest.mark.parametrize("method", ["tp", "bp+tp"])
-def test_a_text_goes_on_over_two_hosts_as_on_one(tmp_path, method):
+def test_a_text_goes_on_over_two_hosts_as_on_one(tmp_path):
     """The tokens that transformers generates; the request crosses JSON on its way to the workers."""
-    folder = save_decoder(tmp_path / "gpt2", decoupled=method == "bp+tp")
+    folder = save_decoder(tmp_path / "gpt2")
     prompt = BertTokenizer.from_pretrained(folder)("a film of", return_tensors="pt")
     prompt.pop("token_type_ids")
     model = AutoModelForCausalLM.from_pretrained(folder)
     text = model.generate(**prompt, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
-    options = ["--text", "a film of", "--new-tokens", "9", "--method", method]
+    options = ["--text", "a film of", "--new-tokens", "9", "--method", "bp+tp"]
     with hosts(tmp_path, 2) as shelf:
         running = [shelf.start(i, folder, *options, "--output", tmp_path / f"{i}.json") for i in range(2)]
         for process in running:
@@ -210,7 +213,7 @@ def test_a_text_goes_on_over_two_hosts_as_on_one(tmp_path, method):
             assert code == 0, stderr
     record = json.loads((tmp_path / "0.json").read_text())
     assert record["answer"]["tokens"] == text[0, prompt["input_ids"].shape[1] :].tolist()
-    assert record["plan"]["decode"]["method"] == method and set(record["weights_bytes"]) == {"pi1", "pi2"}
+    assert record["plan"]["decode"]["method"] == "bp+tp" and set(record["weights_bytes"]) == {"pi1", "pi2"}
 
 
 def wait_for(stream, words: str, timeout_s: float = HANG_S) -> list[str]:

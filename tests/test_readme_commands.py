@@ -21,6 +21,7 @@ import nbformat
 import pytest
 import torch
 import typer
+import yaml
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
 
 from detransformer import cli
@@ -34,11 +35,12 @@ ROOT = repository_root()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(cli.app).commands
 SIZES = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=6, intermediate_size=72, vocab_size=len(WORDS))
+PROFILES = [path.stem for path in (PACKAGE / "profiles").glob("*.yaml")]
 # By command: what is added, unless it is given, to be done in seconds.
 SHORTER = {
     "bench": "--model my-decoupled-bert/ --repeats 1 --seq-len 16 --time-scale 1",
-    "bench-training": "--hidden-size 32 --seq-len 16 --batch 4 --steps 1 --repeats 1 --rows original --source built-in"
-    " --precision no --output out",
+    "bench-training": "--rows original --hidden-size 32 --seq-len 16 --batch 4 --steps 1 --repeats 1 --precision no"
+    " --source built-in --output out",
     "calibrate": "--steps 2 --batch-size 4 --seq-len 16 --precision no",
     "decompose": "--source built-in --evaluations 4 --steps 4 --batch-size 16 --train-rows 32 --seq-len 16",
     "decouple": "",
@@ -75,7 +77,7 @@ def code_of(text: str) -> Iterator[tuple[str, bool]]:
 def words_of(code: str, in_block: bool) -> list[str]:
     """The words of the `detransformer` command in a piece of code, [] where there is none.
 
-    In a sentence a name without arguments is a command only where it needs none.
+    In a sentence a name without arguments is a command's name, and no command to be run.
     """
     if "`" in code or code.startswith(("from ", "import ")):
         return []
@@ -85,8 +87,7 @@ def words_of(code: str, in_block: bool) -> list[str]:
     text = re.sub(r"'\s*&?$", "", found[1])  # the end of what ssh is told
     words = shlex.split(text, comments=True)
     words = words[: next((i for i, word in enumerate(words) if word in ("&&", "||", "|", ";", "&")), None)]
-    needs = [p.name for p in COMMANDS[words[0]].params if p.required] if words[0] in COMMANDS else []
-    return words if in_block or len(words) > 1 or not needs else []
+    return words if in_block or len(words) > 1 else []
 
 
 CODE = [piece for page in PAGES for piece in code_of(page.read_text(encoding="utf-8"))]
@@ -124,7 +125,7 @@ class Sandbox:
             "my-text": self._text,
             "my-ensemble": self._ensemble,
             "cluster.yaml": lambda path: shutil.copy(ROOT / "examples/four-pis.yaml", path),
-            "my.yaml": lambda path: shutil.copy(PACKAGE / "profiles/quick.yaml", path),
+            "my.yaml": self._profile,
             "plan.json": lambda path: self.run(["plan", "--model", "my-decoupled-bert", "--output", str(path)]),
         }
         self.outputs = 0
@@ -178,6 +179,12 @@ class Sandbox:
         path.mkdir()
         (path / "a.txt").write_text("\n".join(" ".join(WORDS[5:] * 3) for _ in range(60)))
 
+    @staticmethod
+    def _profile(path: Path) -> None:
+        """Of one notebook, the first of profile `quick`."""
+        sections = yaml.safe_load((PACKAGE / "profiles/quick.yaml").read_text(encoding="utf-8"))
+        path.write_text(yaml.safe_dump(dict([next(iter(sections.items()))])))
+
     def _ensemble(self, path: Path) -> None:
         words = ["decompose", "my-classifier", "--task", "SST-2", "--cluster", "examples/jetsons.yaml"]
         assert self.run([*words, *SHORTER["decompose"].split(), "--output", str(path)]) == 0
@@ -218,7 +225,8 @@ def test_a_command_that_is_shown_works(words, sandbox, monkeypatch, tmp_path):
     words = prepared(words)
     cluster = option(words, "--cluster")
     if words[0] == "reproduce":
-        monkeypatch.setattr("detransformer.reproduce.repository_root", lambda: small_clone(tmp_path))
+        small_clone(tmp_path, [] if option(words, "--profile") in (None, *PROFILES) else ["01"])
+        monkeypatch.setattr("detransformer.reproduce.repository_root", lambda: tmp_path)
     if words[0] == "serve":
         serve(words, sandbox)
     elif words[0] == "run" and not ClusterSpec.load(sandbox.folder(words) / cluster).emulated:
@@ -227,15 +235,16 @@ def test_a_command_that_is_shown_works(words, sandbox, monkeypatch, tmp_path):
         assert sandbox.run(words) == 0
 
 
-def small_clone(root: Path) -> Path:
-    """A repository with the notebooks of this one, of whose cells only the parameters are left."""
+def small_clone(root: Path, numbers: list[str]) -> None:
+    """A repository with the notebooks of this one, or some of them; of their cells only the parameters are left."""
     shutil.copy(ROOT / "pyproject.toml", root)
-    (root / "notebooks").mkdir(exist_ok=True)
+    (root / "notebooks").mkdir()
     for path in (ROOT / "notebooks").glob("*.ipynb"):
+        if numbers and path.name[:2] not in numbers:
+            continue
         notebook = nbformat.read(path, as_version=4)
         notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
         nbformat.write(notebook, root / "notebooks" / path.name)
-    return root
 
 
 def run_on_hosts(words: list[str], sandbox: Sandbox, folder: Path) -> None:
@@ -325,11 +334,13 @@ def test_python_that_is_shown_runs(sandbox):
         os.chdir(before)
 
 
-def test_options_that_are_shown_exist():
+def test_options_and_names_of_commands_in_sentences_exist():
     known = {name for command in COMMANDS.values() for p in command.params for name in p.opts}
     for code, in_block in CODE:
         if not in_block and code.startswith("--"):
             assert code.split()[0] in known, code
+        if not in_block and (name := re.fullmatch(r"detransformer ([a-z-]+)", code)):
+            assert name[1] in COMMANDS, code
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,6 @@ class DTensorExecutor:
         self._collective.__exit__(None, None, None)
         return output
 
-    def set_comm(self, comm: Comm) -> None:
-        """Replaces the observer and counters; the group stays."""
-        assert (comm.rank, comm.num_ranks) == (self.comm.rank, self.comm.num_ranks)
-        self.comm = comm
-
     @torch.no_grad()  # in inference mode DTensor misses its caches and dispatches several times slower
     def __call__(
         self,
