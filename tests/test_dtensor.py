@@ -49,7 +49,7 @@ masked = load_file(inputs)
 for request in (masked, {"input_ids": masked["input_ids"]}):
     log = Log()
     comm = Comm(group, rank, num_ranks, log)
-    executor.set_comm(comm)
+    executor.comm = comm
     output = executor(**request)
     print(json.dumps({
         "outputs": [output.last_hidden_state.tolist(), output.pooler_output.tolist()], "counts": comm.counts,

@@ -1,5 +1,6 @@
 """A cluster's links inside WireGuard: data pass, none can be read on the way, a stranger gets nothing; and its cost."""
 
+import functools
 import hashlib
 import math
 import select
@@ -20,7 +21,6 @@ from detransformer.cluster.encrypted import (
     SOCKETS,
     SUBNET,
     Interface,
-    can_encrypt,
     connected,
     cost,
     encrypted,
@@ -30,6 +30,20 @@ from detransformer.cluster.encrypted import (
 )
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_emulate
 from detransformer.report.runs import RunFolder
+
+
+@functools.cache
+def can_encrypt() -> tuple[bool, str]:
+    """Whether this machine lets us put WireGuard over emulated links, by trying, and why not."""
+    permitted, why = can_emulate()
+    if not permitted:
+        return False, why
+    try:
+        with EmulatedNetwork(2, 100e6) as network, encrypted(network) as interfaces:
+            return True, interfaces[0].kind
+    except OSError as error:
+        return False, str(error)
+
 
 needs_wireguard = pytest.mark.skipif(not can_encrypt()[0], reason=can_encrypt()[1])
 MARK = b"a film of great charm, and nobody else's business. "

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForQuestionAnswering,
@@ -35,6 +37,7 @@ from detransformer.cluster.rollcall import Channel, Coordinator, Member
 from detransformer.cluster.run import model_facts, own_rank, read_plan
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models import decouple
+from detransformer.parallel.plan import published_plan
 from detransformer.service.faults import inside
 
 HANG_S = 150.0  # no process of a test lives so long, also where three import everything on a slow machine
@@ -49,6 +52,19 @@ def save_model(folder: Path, cls, **fields) -> Path:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     decouple(model, num_original_layers=2, num_divisions=4).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def save_decoder(folder: Path, decoupled: bool = True) -> Path:
+    """A small GPT-2, decoupled or original, and a tokenizer; its weights are large enough for texts to vary."""
+    torch.manual_seed(3)
+    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=len(WORDS), n_positions=64)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=3)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    (decouple(model, num_original_layers=2, num_divisions=4) if decoupled else model).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
@@ -162,9 +178,11 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_three_hosts_answer_as_one_does(classifier, tmp_path):
-    """One torchrun a host over shaped links; each has its own copy of the model, and all end well."""
+    """One torchrun a host over shaped links, by a plan of a file; each has its own copy of the model; all end well."""
     copies = [shutil.copytree(classifier, tmp_path / f"copy{i}") for i in range(3)]
-    options = ["--text", "a film of great charm", "--method", "bp+tp", "--repeats", "2", "--check"]
+    plan = published_plan("bp+tp", AutoConfig.from_pretrained(classifier), [1.0] * 3)
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": plan.to_dict()}))
+    options = ["--text", "a film of great charm", "--plan", tmp_path / "plan.json", "--repeats", "2", "--check"]
     with hosts(tmp_path, 3) as shelf:
         running = [shelf.start(i, copies[i], *options, "--output", tmp_path / f"{i}.json") for i in (2, 1, 0)]
         results = [ended(process) for process in reversed(running)]
@@ -178,6 +196,24 @@ def test_three_hosts_answer_as_one_does(classifier, tmp_path):
     assert record["check"]["max_abs_error"] < 1e-4 and len(record["samples_s"]) == 2
     assert record["answer"]["label"] in ("bad", "good") and set(record["weights_bytes"]) == {"pi1", "pi2", "pi3"}
     assert not (tmp_path / "1.json").exists()
+
+
+def test_a_text_goes_on_over_two_hosts_as_on_one(tmp_path):
+    """The tokens that transformers generates; the request crosses JSON on its way to the workers."""
+    folder = save_decoder(tmp_path / "gpt2")
+    prompt = BertTokenizer.from_pretrained(folder)("a film of", return_tensors="pt")
+    prompt.pop("token_type_ids")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    text = model.generate(**prompt, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options = ["--text", "a film of", "--new-tokens", "9", "--method", "bp+tp"]
+    with hosts(tmp_path, 2) as shelf:
+        running = [shelf.start(i, folder, *options, "--output", tmp_path / f"{i}.json") for i in range(2)]
+        for process in running:
+            code, _, stderr = ended(process)
+            assert code == 0, stderr
+    record = json.loads((tmp_path / "0.json").read_text())
+    assert record["answer"]["tokens"] == text[0, prompt["input_ids"].shape[1] :].tolist()
+    assert record["plan"]["decode"]["method"] == "bp+tp" and set(record["weights_bytes"]) == {"pi1", "pi2"}
 
 
 def wait_for(stream, words: str, timeout_s: float = HANG_S) -> list[str]:
@@ -206,6 +242,9 @@ def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
         time.sleep(1)
         below = [pid for process in running for pid in children_of(process.pid)]
         assert len(below) >= 6  # torchrun and its worker on each
+        for process in running:  # a board's memory is not for torch a third time
+            loaded = Path(f"/proc/{process.pid}/maps").read_text()
+            assert "python" in loaded and "libtorch" not in loaded and "tokenizers" not in loaded
         running[2].send_signal(signal.SIGKILL)
         start = time.monotonic()
         for process in running[:2]:
@@ -456,6 +495,24 @@ def test_a_channel_takes_lines_in_any_pieces():
     channel.close()
 
 
+def test_the_command_on_a_host_loads_no_torch():
+    """Nor do the roll call and the cluster's file, all that it does before its worker is started."""
+    code = (
+        "import sys\nimport detransformer.cli, detransformer.cluster.run, detransformer.cluster.rollcall\n"
+        "assert not {'torch', 'pandas', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+
+
+def test_the_models_are_known_to_transformers_once_they_are_imported(classifier):
+    code = (
+        "import detransformer.models\nfrom transformers import AutoModel\n"
+        f"print(type(AutoModel.from_pretrained({str(classifier)!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=200, capture_output=True, text=True)
+    assert done.stdout.strip() == "DecoupledBertModel"
+
+
 # --- This host ---------------------------------------------------------------------------------------------------
 
 
@@ -560,16 +617,7 @@ def test_the_same_command_over_emulated_devices(capsys, tmp_path):
 
 def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
     """A GPT-2 over two unequal devices: the single device's tokens, and the text that they are."""
-    torch.manual_seed(3)
-    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=len(WORDS), n_positions=64)
-    config = GPT2Config(**sizes, bos_token_id=None, eos_token_id=3)
-    model = GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path / "gpt2"
-    decouple(model, num_original_layers=2, num_divisions=4).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    folder = save_decoder(tmp_path / "gpt2")
     path = tmp_path / "c.yaml"
     path.write_text(
         "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 2}]"

@@ -69,6 +69,39 @@ def test_round_trip_through_json():
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+@pytest.mark.parametrize("method, runs", [("pp", "stages"), ("dp", "copies"), ("dtensor", "dtensor"), ("tp", "layers")])
+def test_what_a_plan_runs_is_in_a_field_of_its_own(method, runs):
+    plan = published_plan(method, preset_config("bert-base"), [1.0] * 4)
+    assert plan.runs == runs and plan.splits_layers == (runs in ("layers", "dtensor"))
+    assert not plan.on_one_device().splits_layers and plan.on_one_device().runs == "layers"
+
+
+def test_the_name_of_a_plan_decides_nothing():
+    """A plan of one's own may be called dp: its layers are split all the same."""
+    config = preset_config("bert-base", 4)
+    fields = published_plan("bp+tp", config, [1.0] * 4).to_dict() | {"method": "dp"}
+    del fields["runs"]  # as in files from before there was this field
+    plan = Plan.from_dict(fields)
+    plan.check(config)
+    assert plan.runs == "layers" and plan.splits_layers and plan.keeps(0, 1) == ("own", "own")
+
+
+@pytest.mark.parametrize(
+    "method, changes, words",
+    [
+        ("tp", {"runs": "whole"}, "runs='whole' is unknown: choose one of layers, stages, copies, dtensor"),
+        ("tp", {"runs": 1}, "runs is 1: it must be a text"),
+        ("tp", {"runs": "stages"}, r"stages=\[\] and runs='stages' disagree"),
+        ("pp", {"runs": "layers"}, r"stages=\[6, 6\] and runs='layers' disagree"),
+        ("sp", {"runs": "dtensor"}, "an unmodified BERT by 'tensor'"),
+    ],
+)
+def test_a_plan_that_says_two_things_is_refused(method, changes, words):
+    config = preset_config("bert-base")
+    with pytest.raises(ValueError, match=words):
+        Plan.from_dict(published_plan(method, config, [1.0] * 2).to_dict() | changes).check(config)
+
+
 @pytest.mark.parametrize(
     "method, nb, devices, words",
     [

@@ -17,7 +17,7 @@ from detransformer.planning.cost import (
     predict,
     segments,
 )
-from detransformer.planning.explain import explain, explanation, limits, sweep
+from detransformer.planning.explain import explain, explanation, limits
 from detransformer.planning.placement import auto_plan, paper_plan, place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
@@ -350,34 +350,6 @@ def test_it_says_why_more_devices_are_slower():
     assert own["num_devices"] == 1 and all(row["latency_s"] > own["latency_s"] for row in more)
     _, _, text = explained(config, cluster(config, 1000))
     assert "Why are" not in text
-
-
-def test_a_sweep_predicts_clusters_that_are_not_here():
-    small = preset_profile("rpi4b", preset_config("bert-base"))
-    rows = sweep(
-        lambda count: preset_config("bert-base", 4, max(4, count)),
-        lambda count: ClusterProfile((small,) * count, LinkProfile(1e9)),
-        num_devices=[2, 8, 16],
-        seq_lens=[128],
-        bandwidths_bps=[1.25e8, 1e9],
-    )
-    assert [(row["num_devices"], row["bandwidth_mbps"]) for row in rows] == [
-        (count, mbps) for count in (2, 8, 16) for mbps in (125, 1000)
-    ]
-    fast = [row["predicted_s"] for row in rows if row["bandwidth_mbps"] == 1000]
-    assert fast == sorted(fast, reverse=True)
-    for row in rows:
-        assert row["kind"] == "predicted" and row["speedup"] == row["single_s"] / row["predicted_s"] > 1
-        assert row["devices_used"] <= row["num_devices"]
-    (refused,) = sweep(
-        lambda count: preset_config("bert-base"),
-        lambda count: ClusterProfile((small,) * count, LinkProfile(1e9)),
-        num_devices=[2],
-        seq_lens=[128],
-        bandwidths_bps=[1e9],
-        memory_budget_bytes=2**20,
-    )
-    assert refused["predicted_s"] is None and refused["plan"] is None
 
 
 @pytest.mark.parametrize("method", ["tp", "sp", "single"])

@@ -1,12 +1,16 @@
 """Planning in two phases: plans that are held together, the rate that links show, and what each request takes."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
+from transformers import PretrainedConfig
 
 from detransformer.models import preset_config
+from detransformer.parallel.plan import Plan
 from detransformer.planning.compiled import Compiled
 from detransformer.planning.cost import activation_bytes, held_bytes, predict
 from detransformer.planning.placement import place_freely
@@ -16,7 +20,6 @@ from detransformer.planning.runtime import (
     PROBE_BYTES,
     BandwidthEstimator,
     RuntimePlanner,
-    replay,
     static_plans,
 )
 
@@ -203,6 +206,61 @@ def test_a_probe_is_due_when_silence_may_cost_more_and_is_believed(planner, plan
     planner.observe_probe(PROBE_BYTES, cluster().link.at(1e9).collective_s("all_gather", PROBE_BYTES, 4))
     assert not planner.needs_probe()
     assert plans[planner.choose(1, 512).index].num_devices == 4
+
+
+def replay(
+    planner: RuntimePlanner,
+    config: PretrainedConfig,
+    profile: ClusterProfile,
+    requests: Sequence[tuple[int, int]],
+    bandwidths_bps: Sequence[float],
+    noise: float = 0.0,
+    seed: int = 0,
+) -> list[dict]:
+    """What `planner` chooses for `requests` (batch_size, seq_len), each at its own bandwidth; a simulation.
+
+    Every collective lasts as the cost model says at the true rate, up to `noise` (relative) more or less. A row a
+    request: what was chosen and took how long (`latency_s`, with `probe_s` where the link was probed first), and the
+    plan that would have been fastest (`best`, `best_s`).
+    """
+    chance = np.random.default_rng(seed)
+
+    @cache
+    def compiled(plan: Plan, batch_size: int, seq_len: int, bandwidth_bps: float) -> Compiled:
+        return Compiled(config, plan, replace(profile, link=profile.link.at(bandwidth_bps)), seq_len, batch_size)
+
+    def lasts(seconds: float) -> float:
+        return seconds * (1 + noise * chance.uniform(-1, 1))
+
+    rows = []
+    for number, ((batch_size, seq_len), bandwidth_bps) in enumerate(zip(requests, bandwidths_bps, strict=True)):
+        probe_s = 0.0
+        if planner.needs_probe():
+            link, count = profile.link.at(bandwidth_bps), len(profile.devices)
+            probe_s = lasts(link.collective_s("all_gather", PROBE_BYTES, count))
+            planner.observe_probe(PROBE_BYTES, probe_s)
+        choice = planner.choose(batch_size, seq_len)
+        runs = [compiled(plan, batch_size, seq_len, bandwidth_bps) for plan in planner.plans]
+        latencies = [run.price(run.plan.strategies).latency_s for run in runs]
+        for message in runs[choice.index].messages(planner.plans[choice.index].strategies):
+            planner.observe(message.kind, message.num_bytes, lasts(message.seconds))
+        best = int(np.argmin(latencies))
+        rows.append(
+            {
+                "request": number,
+                "batch_size": batch_size,
+                "seq_len": seq_len,
+                "bandwidth_bps": bandwidth_bps,
+                "estimate_bps": planner.bandwidth_bps,
+                "chosen": choice.index,
+                "switched": choice.switched,
+                "latency_s": latencies[choice.index] + probe_s,
+                "probe_s": probe_s,
+                "best": best,
+                "best_s": latencies[best],
+            }
+        )
+    return rows
 
 
 @pytest.mark.parametrize(

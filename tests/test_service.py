@@ -18,13 +18,14 @@ import pytest
 import torch
 import uvicorn
 from fastapi.testclient import TestClient
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.stores import bound_store
 from detransformer.files import repository_root
+from detransformer.models import decouple
 from detransformer.parallel.plan import Plan, published_plan
 from detransformer.service import Expired, QueueFull, Session, Unanswered, http
 from detransformer.service.agent import NAME, SignedBackend
@@ -635,6 +636,39 @@ def test_no_process_and_no_namespace_outlive_a_session(session):
     assert not session.post.folder.exists()
     with pytest.raises(Unanswered, match="ended"):
         session.submit({"input_ids": ids})
+
+
+@emulated
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("method", ["tp", "bp+tp"])
+def test_http_goes_on_with_a_text_as_transformers_does(tmp_path, method):
+    """A GPT-2 as it is, and decoupled, on two devices; prompts of unlike lengths that are answered in one batch."""
+    torch.manual_seed(3)
+    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=101, n_positions=64)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=3)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = decouple(model, num_original_layers=2, num_divisions=4).eval() if method == "bp+tp" else model
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "cluster.yaml").write_text(CLUSTER[: CLUSTER.index("  - {name: third")])
+    prompts = [torch.randint(4, 101, (n,)).tolist() for n in (1, 3, 8, 8, 20)]
+    with ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model", method=method, paced=False) as session:
+        assert session.wait_for_all(120)
+        client = TestClient(build_app(session, "the token of this test"), raise_server_exceptions=False)
+
+        def ask(prompt: list[int]) -> list[int]:
+            reply = client.post("/generate", json={"input_ids": prompt, "max_new_tokens": 12}, headers=TOKEN)
+            assert reply.status_code == 200, reply.text
+            return reply.json()["tokens"]
+
+        alone = [ask(prompt) for prompt in prompts]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            assert list(pool.map(ask, prompts)) == alone
+        assert set(session.methods) == {method} and session.counts["batches"] < 2 * len(prompts)
+    for prompt, found in zip(prompts, alone, strict=True):
+        text = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        expected = text[0, len(prompt) :].tolist()
+        assert found == (expected[:-1] if expected[-1] == 3 else expected)
 
 
 # --- The command -------------------------------------------------------------------------------------------------

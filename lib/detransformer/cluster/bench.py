@@ -67,7 +67,7 @@ ATTEMPTS = 2  # at one time scale, of a request that was disturbed
 CHECK_ATTEMPTS = 4  # of a self-check that fails: a shared host is disturbed now and then
 DISTURBING_STEAL = 0.1  # of the processors, taken by other guests of the same machine: worth another attempt
 MAX_STEAL = 0.3  # above it a row says more about the neighbours than about the plan
-STREAM_REQUESTS = {"pp": 8, "dp": 2}  # back to back, for throughput: a pipeline has to fill and drain
+STREAM_REQUESTS = {"stages": 8, "copies": 2}  # back to back, for throughput: a pipeline has to fill and drain
 LINK_CHECK_S = 0.15
 MIN_CHECK_BYTES = 500_000  # on a slow link a shorter transfer shows latency, not rate
 TIMELINE_COLUMNS = (
@@ -379,7 +379,7 @@ class Bench:
             repeats=1,
             link=asdict(profile.link) if modelled else None,
             time_scale=cluster.time_scale,
-            stream=STREAM_REQUESTS.get(plan.method, 0) if is_last else 0,
+            stream=STREAM_REQUESTS.get(plan.runs, 0) if is_last else 0,
             held_with=[held.to_dict() for held in held_with],
             burns=self.burns,
         )
@@ -402,8 +402,8 @@ class Bench:
         limit_s = self.limit_s(cell, config, plan.device_ids)
         throughput = 1 / latency
         if "stream_s" in results[0]:
-            copies = plan.num_devices if plan.method == "dp" else 1
-            throughput = copies * STREAM_REQUESTS[plan.method] / max(r["stream_s"] for r in results)
+            copies = plan.num_devices if plan.runs == "copies" else 1
+            throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in results)
         row = {
             "model": cell.model,
             "method": cell.method,

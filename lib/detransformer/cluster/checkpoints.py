@@ -24,7 +24,8 @@ from transformers import (
 
 from detransformer.files import atomic_folder, atomic_write
 from detransformer.models import architecture, decouple
-from detransformer.models.configuration import PLANNING_ONLY, PRESETS, decoupled_config, preset_config
+from detransformer.models.configuration import decoupled_config, preset_config
+from detransformer.presets import PLANNING_ONLY, PRESETS
 from detransformer.settings import cache_folder
 
 SEED = 0

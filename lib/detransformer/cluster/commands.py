@@ -163,13 +163,19 @@ def bench_cells(
     reads: Sequence[str],
     **common: Any,
 ) -> list["Cell"]:
-    """The rows of one `detransformer bench`; on another wire than float32, with `REFERENCES` in float32 before them."""
-    from detransformer.cluster.bench import grid
+    """The rows of one `detransformer bench`; on another wire than float32, with `REFERENCES` in float32 before them.
 
+    Of these a decoupled checkpoint runs on one device alone: TP and SP are for unmodified models.
+    """
+    from detransformer.cluster.bench import grid
+    from detransformer.cluster.checkpoints import open_folder
+
+    decoupled = model not in PRESETS and open_folder(model).decoupled
+    references = REFERENCES[:1] if decoupled else REFERENCES
     cells = []
     for part in reads:
         if wire != "float32":
-            cells += grid(model, REFERENCES, bandwidths, num_devices, reads=part, **common)
+            cells += grid(model, references, bandwidths, num_devices, reads=part, **common)
         cells += grid(model, methods, bandwidths, num_devices, wire, part, **common)
     return list(dict.fromkeys(cells))
 

@@ -41,7 +41,7 @@ class DTensorExecutor:
     on every device.
 
     Args:
-        plan: made by the method `dtensor`; only its number of devices is used.
+        plan: one whose `runs` is `dtensor`; only its number of devices is used.
         dtype: to compute in; default: the checkpoint's.
 
     Raises:
@@ -84,11 +84,6 @@ class DTensorExecutor:
             output = output.wait()
         self._collective.__exit__(None, None, None)
         return output
-
-    def set_comm(self, comm: Comm) -> None:
-        """Replaces the observer and counters; the group stays."""
-        assert (comm.rank, comm.num_ranks) == (self.comm.rank, self.comm.num_ranks)
-        self.comm = comm
 
     @torch.no_grad()  # in inference mode DTensor misses its caches and dispatches several times slower
     def __call__(

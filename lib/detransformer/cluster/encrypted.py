@@ -29,7 +29,7 @@ import psutil
 
 from detransformer.cluster.launcher import die_with_parent
 from detransformer.cluster.network import PREFIX as NAMESPACES
-from detransformer.cluster.network import EmulatedNetwork, can_emulate, enter_namespace
+from detransformer.cluster.network import EmulatedNetwork, enter_namespace
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS
 from detransformer.parse import number, words
 from detransformer.report.provenance import cpu_model, now, usable_cores
@@ -192,19 +192,6 @@ def encrypted(network: EmulatedNetwork) -> Iterator[list[Interface]]:
                 if other is not own:
                     own.add_peer(other.public_key, other.address, endpoint)
         yield interfaces
-
-
-@functools.cache
-def can_encrypt() -> tuple[bool, str]:
-    """Whether this machine lets us put WireGuard over emulated links, by trying, and why not."""
-    permitted, why = can_emulate()
-    if not permitted:
-        return False, why
-    try:
-        with EmulatedNetwork(2, 100e6) as network, encrypted(network) as interfaces:
-            return True, interfaces[0].kind
-    except OSError as error:
-        return False, str(error)
 
 
 def connected(server: str, client: str, address: str, timeout_s: float = 20.0) -> tuple[socket.socket, socket.socket]:

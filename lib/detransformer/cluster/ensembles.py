@@ -22,6 +22,7 @@ from detransformer.coformer.aggregator import Aggregator, aggregator_flops
 from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
 from detransformer.parallel.wire import message_bytes
 from detransformer.planning.profile import DeviceProfile, LinkProfile
+from detransformer.records import from_json
 
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
 START_AFTER_S = 0.05  # longer than a job takes to reach its worker
@@ -145,7 +146,7 @@ def answer_part(
     is_central = state.rank == ensemble.central
     shapes = [(batch_size, width) for width in _widths(aggregator)]
     paced_s = segment_s and [time_scale * seconds for seconds in segment_s]
-    link_s = link and [time_scale * _gather_seconds(LinkProfile(**link), shapes, state.rank, ensemble.central)]
+    link_s = link and [time_scale * _gather_seconds(from_json(LinkProfile, link), shapes, state.rank, ensemble.central)]
     pacer = Pacer(paced_s, link_s, state.arrivals, comm.rank, devices)
     if start_at is None:
         if is_new:  # one that has run is warm

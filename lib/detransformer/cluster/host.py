@@ -32,6 +32,7 @@ from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import Plan
 from detransformer.planning.profile import ClusterProfile
+from detransformer.records import from_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -84,7 +85,7 @@ def work(job: dict, parent: Parent) -> dict | None:
     threads = job["threads"] or torch.get_num_threads()
     state = WorkerState.join(rank, num_ranks, master, False, job["interface"], threads)  # torchrun keeps the store
     spec, model, folder = ClusterSpec.load(job["cluster"]), job["model"], Path(job["folder"])
-    request, prepared, told = Request(**job["request"]), None, None
+    request, prepared, told = from_json(Request, job["request"]), None, None
     if rank == 0:
         config = open_folder(model).config
         prepared = prepare(request, model, config, spec.profile(model, config))

@@ -26,6 +26,7 @@ from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import Compute, compute_seconds, device_steps, launched_seconds, segments
 from detransformer.planning.profile import DeviceProfile, LinkProfile
+from detransformer.records import from_json
 
 COLLECTIVE_TIMEOUT_S = 120
 START_AFTER_S = 0.01  # longer than ranks take to leave a barrier
@@ -172,7 +173,7 @@ def run_plan(
     if device is not None:
         segment_s = _seconds(loaded.compute(plan_, comm.rank, seq_len, batch_size), device, time_scale)
     if link is not None:
-        modelled = LinkProfile(**link)
+        modelled = from_json(LinkProfile, link)
         link_s = [time_scale * s for s in loaded.links(plan_, comm.rank, modelled, seq_len, batch_size)]
 
     comm.observer = None
@@ -273,7 +274,7 @@ def generate(
         ]
     links: list[list[float] | None] = [None] * max_new_tokens
     if link is not None:
-        modelled = LinkProfile(**link)
+        modelled = from_json(LinkProfile, link)
         links = [
             [time_scale * s for s in loaded.links(plan, comm.rank, modelled, length, batch_size, past)]
             for plan, length, past in sizes
@@ -331,7 +332,7 @@ def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str
         memory.free_unused()
         memory.restart_peak()
         weights = None
-        if held[0].method != "dtensor":
+        if held[0].runs != "dtensor":
             weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
         config = AutoConfig.from_pretrained(checkpoint)
         state.loaded[key] = Loaded(config, weights, held, memory.resident_bytes())
@@ -343,7 +344,7 @@ def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -
     if _key(plan) not in loaded.runners:
         comm = state.comm(plan.device_ids)
         with memory.large_blocks_apart():
-            if plan.method == "dtensor":
+            if plan.runs == "dtensor":
                 from detransformer.cluster.dtensor import DTensorExecutor
 
                 executor = DTensorExecutor(checkpoint, plan, comm)
@@ -356,7 +357,7 @@ def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -
 
 def _seconds(computes: Sequence[Sequence[Compute]], device: dict, time_scale: float) -> list[float]:
     """Modelled seconds of each segment on `device`."""
-    profile = DeviceProfile(**device)
+    profile = from_json(DeviceProfile, device)
     return [time_scale * sum(compute_seconds(c, profile) for c in part) for part in computes]
 
 

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from detransformer.records import from_json
+
 PREFIX = "dtf"
 INTERFACE = "eth0"
 SUBNET = "10.77.0"
@@ -155,8 +157,7 @@ class Shape:
 
     @classmethod
     def from_line(cls, line: str) -> "Shape":
-        fields = json.loads(line)
-        return cls(**fields | {"shares": tuple(fields["shares"])})
+        return from_json(cls, json.loads(line))
 
 
 class _Namespaces:

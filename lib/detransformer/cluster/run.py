@@ -1,8 +1,9 @@
 """`detransformer run`: a request over a cluster's devices, real hosts or emulated ones.
 
 On real hosts the same command runs on every one: it finds which device of the file this host is, waits until all are
-there (`rollcall`), and starts torchrun with one worker (`host`). Loads no torch itself, so that a board's memory is the
-worker's. On an emulated cluster the same request goes to the workers of a session.
+there (`rollcall`), and starts torchrun with one worker (`host`). This process loads neither torch nor transformers
+(torchrun and its worker do), and plans nothing: the first device's worker does. On an emulated cluster it loads both
+and plans, and the same request goes to the workers of a session.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ from detransformer.cluster.digests import REMEMBERED_BYTES, file_digest, known_d
 from detransformer.cluster.rollcall import Channel, Coordinator, Member, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import atomic_write
-from detransformer.models.configuration import PRESETS
 from detransformer.parse import number, one_of, whole_number, words
+from detransformer.presets import PRESETS
 
 ENSEMBLE_FILE = "ensemble.json"  # in a folder of `detransformer decompose`
 WORKER_SILENCE_S = 30  # a heartbeat may be late while torch loads a large model

@@ -25,6 +25,7 @@ from detransformer.coformer.aggregator import (
 )
 from detransformer.coformer.policy import Original, Policy
 from detransformer.files import atomic_folder
+from detransformer.records import from_json
 
 DESCRIPTION = "ensemble.json"
 VERSION = 1
@@ -109,7 +110,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
         return Ensemble(
             Path(folder),
             Policy.from_dict(known["policy"]),
-            Original(**known["original"]),
+            from_json(Original, known["original"]),
             known["central"],
             known["model_type"],
         )

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from transformers import PretrainedConfig
 
+from detransformer.records import from_json
+
 FLOAT_BYTES = 4
 INFINITE = float("inf")
 
@@ -69,7 +71,7 @@ class Policy:
 
     @classmethod
     def from_dict(cls, fields: Mapping) -> "Policy":
-        return cls(tuple(SubModelConfig(**config) for config in fields["sub_models"]))
+        return from_json(cls, {"sub_models": fields["sub_models"]})
 
 
 @dataclass(frozen=True)

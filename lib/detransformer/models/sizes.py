@@ -57,8 +57,3 @@ def model_flops(config: PretrainedConfig, seq_len: int, batch_size: int = 1) -> 
     layers = sum(layer_flops(config, kind, seq_len, batch_size) for kind in layer_kinds(config))
     pooler = 2 * config.hidden_size**2 if architecture(config) == "bert" else 0
     return layers + batch_size * pooler
-
-
-def head_flops(config: PretrainedConfig, num_tokens: int = 1) -> int:
-    """Operations of the LM head for `num_tokens` tokens, 2 D V each; decoding needs the last token's alone."""
-    return 2 * num_tokens * config.hidden_size * config.vocab_size

@@ -162,17 +162,6 @@ class Executor:
             self.head = NextToken(config, weights, self.plan, local) if decoder else Head(weights)
         self.weights_bytes = weights.num_bytes
 
-    def set_comm(self, comm: Comm) -> None:
-        """Replaces the group (and its observer) by another of the same rank and size; weights stay."""
-        assert (comm.rank, comm.num_ranks) == (self.comm.rank, self.comm.num_ranks)
-        self.comm = comm
-        if self.plan.splits_layers:
-            self.local_comm = comm
-            for _, layer in self.layers:
-                layer.comm = comm
-            if self.decoder:
-                self.head.comm = comm
-
     @torch.inference_mode()
     def __call__(
         self,

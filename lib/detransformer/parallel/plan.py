@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import architecture, ffn_size, layer_kinds
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_spec, format_of
+from detransformer.records import from_json
 
 # Layouts of a hidden state X [B, T, D] over devices
 REPLICATE = "replicate"  # every device holds all of X
@@ -47,6 +48,9 @@ STRATEGIES = {
     "replicate": Signature("original", REPLICATE, REPLICATE, "all", "all", "all"),
 }
 READS = ("all", "cls")  # what is read of the last layer: all tokens, or [CLS] alone (a classification model)
+# How the devices share a model: each layer together; each some layers (a pipeline); each a whole copy, for requests of
+# its own (data parallelism); or each layer together, by PyTorch's DTensor instead of the strategies.
+RUNS = ("layers", "stages", "copies", "dtensor")
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,11 @@ class Plan:
     """One way to run one model over `num_devices` devices.
 
     Args:
-        method: the name it goes by in tables (`bp+tp`, ...).
+        method: the name it goes by in tables (`bp+tp`, ...); a label, which nothing is decided by.
         strategies: one of `STRATEGIES` a layer, first to last.
         heads, tokens_share, ffn_columns, sub_blocks: what each device takes; tokens are split per request, in
             proportion to `tokens_share`, since the sequence length belongs to the request.
-        stages: pipeline only: layers a device, in order; empty for every other plan.
+        stages: layers a device, in order, where `runs` is `stages`; empty for every other plan.
         wire: number format of messages, by `parallel.wire.format_of`.
         reads: `all`, or `cls`: only [CLS] of the last layer is read, so that its queries, projection and FFN are
             computed for that token alone.
@@ -67,6 +71,7 @@ class Plan:
         num_chunks: how many parts a request's tokens are cut in, so that one part travels while another is computed;
             1 as published.
         devices: which of the cluster's devices take part, in rank order; empty: the first ones, in theirs.
+        runs: how the devices share the model, one of `RUNS`.
     """
 
     method: str
@@ -81,6 +86,7 @@ class Plan:
     direct: bool = False
     num_chunks: int = 1
     devices: tuple[int, ...] = ()
+    runs: str = "layers"
 
     def __post_init__(self):
         check_spec(self.wire)
@@ -90,6 +96,13 @@ class Plan:
             raise ValueError(f"num_chunks={self.num_chunks} is below 1: 1 runs a request's tokens all at once.")
         if self.reads not in READS:
             raise ValueError(f"reads={self.reads!r} is unknown: choose one of {', '.join(READS)}.")
+        if self.runs not in RUNS:
+            raise ValueError(f"runs={self.runs!r} is unknown: choose one of {', '.join(RUNS)}.")
+        if bool(self.stages) != (self.runs == "stages"):
+            raise ValueError(
+                f"stages={list(self.stages)} and runs={self.runs!r} disagree: a pipeline has both runs='stages' and "
+                "the layers of each device in stages, every other plan neither."
+            )
         unknown = set(self.strategies) - set(STRATEGIES)
         if unknown:
             raise ValueError(f"strategy {sorted(unknown)[0]!r} is unknown: choose from {', '.join(STRATEGIES)}.")
@@ -106,7 +119,7 @@ class Plan:
     @property
     def splits_layers(self) -> bool:
         """Whether the devices share each layer (model parallelism); otherwise each runs layers whole."""
-        return self.num_devices > 1 and self.method not in ("dp", "pp")
+        return self.num_devices > 1 and self.runs in ("layers", "dtensor")
 
     def on_one_device(self) -> "Plan":
         """The same layers, each run whole: what one device of a pipeline or of data parallelism does."""
@@ -119,6 +132,7 @@ class Plan:
             stages=(),
             num_chunks=1,
             devices=(),
+            runs="layers",
         )
 
     def wire_of(self, layer: int, role: str) -> str:
@@ -159,6 +173,11 @@ class Plan:
                 raise ValueError(
                     f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
                 )
+        if self.runs == "dtensor" and (architecture(config) != "bert" or set(self.strategies) != {"tensor"}):
+            raise ValueError(
+                "runs='dtensor' runs every layer of an unmodified BERT by 'tensor': take another model or strategies, "
+                "or runs='layers'."
+            )
         whole = {  # what the devices' parts must add up to
             "heads": config.num_attention_heads,
             "ffn_columns": ffn_size(config),
@@ -208,7 +227,7 @@ class Plan:
             items = value if of_many and isinstance(value, (list, tuple)) else None if of_many else [value]
             if items is None or not all(map(is_valid, items)):
                 raise ValueError(f"the plan's {name} is {value!r}: it must be {words}.")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        return from_json(cls, fields)
 
 
 def _is_count(value: object) -> bool:
@@ -237,6 +256,7 @@ FIELD_KINDS = {  # of a plan as JSON: whether a list, what each item is, in word
     "direct": (False, lambda value: isinstance(value, bool), "true or false"),
     "num_chunks": (False, _is_count, "a whole number"),
     "devices": _COUNTS,
+    "runs": (False, _is_text, "a text"),
 }
 
 
@@ -299,7 +319,9 @@ def published_plan(
         speeds = speeds[:1]
     strategies = tuple("block" if kind == "decoupled" else ORIGINAL_LAYER_STRATEGY[method] for kind in kinds)
     plan = layer_plan(method, config, strategies, speeds, wire, reads, direct=method in DIRECT_METHODS)
-    return replace(plan, stages=tuple(split(len(kinds), speeds))) if method == "pp" else plan
+    if method == "pp":
+        return replace(plan, runs="stages", stages=tuple(split(len(kinds), speeds)))
+    return replace(plan, runs={"dp": "copies", "dtensor": "dtensor"}.get(method, "layers"))
 
 
 def layer_plan(

@@ -1,9 +1,9 @@
 """Why this plan: what else there was, what limits it and what would help, from a `Placement`, in one screen of text."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby, product
+from itertools import groupby
 from textwrap import fill
 
 from transformers import PretrainedConfig
@@ -16,7 +16,6 @@ from detransformer.planning.profile import ClusterProfile
 
 WIDTH, MIB = 80, 2**20
 NUM_RIVALS, NUM_COUNTS, NUM_DEVICES = 3, 3, 8  # rows at most: other strategies, numbers of devices, devices
-SWEPT = ("plan", "devices_used", "predicted_s", "single_s", "speedup", "memory_bytes")
 HELPS = 0.01  # what saves a smaller share of the latency does not help
 
 
@@ -199,46 +198,6 @@ def helps(
         speedup = placement.chosen.latency_s / best.latency_s
         rows.append({"change": change, "latency_s": best.latency_s, "speedup": speedup, "plan": best.plan.describe()})
     return sorted(rows, key=lambda row: row["latency_s"])
-
-
-def sweep(
-    config_of: Callable[[int], PretrainedConfig],
-    profile_of: Callable[[int], ClusterProfile],
-    num_devices: Sequence[int],
-    seq_lens: Sequence[int],
-    bandwidths_bps: Sequence[float],
-    **request: int,
-) -> list[dict]:
-    """What is predicted on clusters that are not here: a row for each number of devices, length and bandwidth.
-
-    `plan` is the fastest of all, `single_s` one device's latency; both are `None` where nothing fits the memory.
-
-    Args:
-        config_of, profile_of: the model and the cluster for so many devices.
-        request: as `place_freely` takes it.
-    """
-    rows = []
-    for count, seq_len, bandwidth_bps in product(num_devices, seq_lens, bandwidths_bps):
-        profile = profile_of(count)
-        profile = replace(profile, link=profile.link.at(bandwidth_bps))
-        row = {"num_devices": count, "seq_len": seq_len, "bandwidth_mbps": bandwidth_bps / 1e6, "kind": "predicted"}
-        try:
-            placement = place_freely(config_of(count), profile, seq_len=seq_len, **request)
-        except ValueError:
-            rows.append(row | dict.fromkeys(SWEPT))
-            continue
-        best, alone = placement.chosen, (a for a in placement.alternatives if a.plan.num_devices == 1 and a.fits)
-        single_s = min((a.latency_s for a in alone), default=None)
-        values = (
-            best.plan.describe(),
-            best.plan.num_devices,
-            best.latency_s,
-            single_s,
-            single_s and single_s / best.latency_s,
-            max(best.prediction.memory_bytes),
-        )
-        rows.append(row | dict(zip(SWEPT, values, strict=True)))
-    return rows
 
 
 # In words ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from detransformer.files import atomic_write
+from detransformer.records import from_json
 
 VERSION = 2
 
@@ -163,9 +164,7 @@ class ClusterProfile:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if record.get("version") != VERSION:
                 raise ValueError(f"version {record.get('version')!r} is not {VERSION}")
-            devices = tuple(DeviceProfile(**fields) for fields in record["devices"])
-            link = record["link"] | {"shares": tuple(record["link"].get("shares", ()))}
-            return cls(devices, LinkProfile(**link))
+            return from_json(cls, {name: record[name] for name in ("devices", "link")})
         except FileNotFoundError:
             raise ValueError(
                 f"profile {path} does not exist: make it with `detransformer profile --output {path}`."

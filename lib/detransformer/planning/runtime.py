@@ -6,7 +6,6 @@ request, `RuntimePlanner` takes the plan that is fastest at the rate that the li
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -282,58 +281,3 @@ def _between(axis: np.ndarray, value: float, table: np.ndarray) -> np.ndarray:
     right = int(np.clip(np.searchsorted(axis, value), 1, len(axis) - 1))
     share = (value - axis[right - 1]) / (axis[right] - axis[right - 1])
     return (1 - share) * table[:, right - 1] + share * table[:, right]
-
-
-def replay(
-    planner: RuntimePlanner,
-    config: PretrainedConfig,
-    profile: ClusterProfile,
-    requests: Sequence[tuple[int, int]],
-    bandwidths_bps: Sequence[float],
-    noise: float = 0.0,
-    seed: int = 0,
-) -> list[dict]:
-    """What `planner` chooses for `requests` (batch_size, seq_len), each at its own bandwidth; a simulation.
-
-    Every collective lasts as the cost model says at the true rate, up to `noise` (relative) more or less. A row a
-    request: what was chosen and took how long (`latency_s`, with `probe_s` where the link was probed first), and the
-    plan that would have been fastest (`best`, `best_s`).
-    """
-    chance = np.random.default_rng(seed)
-
-    @cache
-    def compiled(plan: Plan, batch_size: int, seq_len: int, bandwidth_bps: float) -> Compiled:
-        return Compiled(config, plan, _at(profile, bandwidth_bps), seq_len, batch_size)
-
-    def lasts(seconds: float) -> float:
-        return seconds * (1 + noise * chance.uniform(-1, 1))
-
-    rows = []
-    for number, ((batch_size, seq_len), bandwidth_bps) in enumerate(zip(requests, bandwidths_bps, strict=True)):
-        probe_s = 0.0
-        if planner.needs_probe():
-            link, count = profile.link.at(bandwidth_bps), len(profile.devices)
-            probe_s = lasts(link.collective_s("all_gather", PROBE_BYTES, count))
-            planner.observe_probe(PROBE_BYTES, probe_s)
-        choice = planner.choose(batch_size, seq_len)
-        runs = [compiled(plan, batch_size, seq_len, bandwidth_bps) for plan in planner.plans]
-        latencies = [run.price(run.plan.strategies).latency_s for run in runs]
-        for message in runs[choice.index].messages(planner.plans[choice.index].strategies):
-            planner.observe(message.kind, message.num_bytes, lasts(message.seconds))
-        best = int(np.argmin(latencies))
-        rows.append(
-            {
-                "request": number,
-                "batch_size": batch_size,
-                "seq_len": seq_len,
-                "bandwidth_bps": bandwidth_bps,
-                "estimate_bps": planner.bandwidth_bps,
-                "chosen": choice.index,
-                "switched": choice.switched,
-                "latency_s": latencies[choice.index] + probe_s,
-                "probe_s": probe_s,
-                "best": best,
-                "best_s": latencies[best],
-            }
-        )
-    return rows

@@ -14,7 +14,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ class Session:
             ValueError: for input_ids of another shape or out of the vocabulary.
         """
         new = max_new_tokens if max_new_tokens is not None else self.defaults.max_new_tokens
-        request = Request(**asdict(self.defaults) | {"max_new_tokens": new, "wires": self.defaults.wires})
+        request = replace(self.defaults, max_new_tokens=new)
         asked = _Asked(request, self._checked(inputs, new), time.monotonic() + deadline_s)
         with self._changed:
             if self._stop.is_set():

@@ -35,6 +35,7 @@ from detransformer.cluster.stores import bound_store
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.cost import compute_seconds
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
+from detransformer.records import from_json
 from detransformer.service.agent import ENDINGS
 from detransformer.service.entry import AGENT, DEVICE
 from detransformer.service.line import Line, tensors_of
@@ -243,11 +244,11 @@ class Server:
         if not self.line.waits(MEET_S):
             return {}, b""
         header, payload = self.line.receive()
-        inputs = tensors_of(payload)
+        inputs, request = tensors_of(payload), from_json(Request, header["request"])
         try:
-            job = self.planned(Request(**header["request"]), inputs)
+            job = self.planned(request, inputs)
         except ValueError as error:
-            word = "postponed" if self._needs_all(Request(**header["request"])) else "refused"
+            word = "postponed" if self._needs_all(request) else "refused"
             self.line.send({"id": header["id"], word: str(error)})
             return {}, b""
         self.patience.begin(job["kind"], inputs["input_ids"].numel())
