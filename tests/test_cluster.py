@@ -38,7 +38,7 @@ from detransformer.cluster.network import (
     remove_stale_namespaces,
 )
 from detransformer.cluster.pacing import Arrivals, Pacer
-from detransformer.cluster.profiler import profile_link, profile_operations
+from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
 from detransformer.cluster.session import DeviceError, DeviceLost, EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.models import preset_config
@@ -50,7 +50,7 @@ needs_namespaces = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()
 def test_pacer_waits_until_the_device_would_have_finished(tmp_path):
     Arrivals.create(tmp_path / "arrivals", 1)
     arrivals = Arrivals(tmp_path / "arrivals", 1)
-    pacer = Pacer([0.05, 0.0, 0.03], link_s=lambda kind, num_bytes: 0.02, arrivals=arrivals)
+    pacer = Pacer([0.05, 0.0, 0.03], link_s=[0.02], arrivals=arrivals)
     start = time.perf_counter()
     pacer.begin()
     number = pacer.launch("all_reduce", 10)
@@ -83,7 +83,7 @@ def through(pacer, kind, when_s):
 def test_a_modelled_transfer_begins_when_the_last_device_has_arrived(tmp_path):
     Arrivals.create(tmp_path / "arrivals", 2)
     first, second = (
-        Pacer(link_s=lambda kind, n: 0.1, arrivals=Arrivals(tmp_path / "arrivals", 2), rank=rank, devices=(0, 1))
+        Pacer(link_s=[0.1, 0.1], arrivals=Arrivals(tmp_path / "arrivals", 2), rank=rank, devices=(0, 1))
         for rank in range(2)
     )
     first.begin()
@@ -171,27 +171,28 @@ def test_bench_on_other_wires_and_reading_cls_alone(cluster, cases, tmp_path):
 
 
 def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
-    """Rows measured before an interruption are kept; only the rest is measured by the next call."""
+    """Rows that were measured together before an interruption are kept; the next call measures the rest."""
     folder = tmp_path / "model"
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
-    cells = grid(str(folder), ["single", "tp", "sp"], [100.0], 2, seq_len=16, repeats=1)
+    cells = grid(str(folder), ["tp", "sp"], [100.0, 50.0], 2, seq_len=16, repeats=2)
     bench, path, measured = Bench(cluster, time_scale=1.0), tmp_path / "rows.json", []
     real = bench.measure
 
-    def measure(cell):
-        if cell.method == "sp" and len(measured) == 2:
+    def measure(group):
+        if group[0].bandwidth_mbps == 50 and len(measured) == 1:
             measured.append("interrupted")
             raise KeyboardInterrupt
-        measured.append(cell.method)
-        return real(cell)
+        measured.append([cell.method for cell in group])
+        return real(group)
 
     monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         measure_grid(bench, cells, path, quiet=True)
     assert len(json.loads(path.read_text())) == 2
     frame = measure_grid(bench, cells, path, quiet=True)
-    assert measured == ["single", "tp", "interrupted", "sp"]
-    assert frame["method"].tolist() == ["single", "tp", "sp"]
+    assert measured == [["tp", "sp"], "interrupted", ["tp", "sp"]]
+    assert frame[["method", "bandwidth_mbps"]].values.tolist() == [[c.method, c.bandwidth_mbps] for c in cells]
+    assert all(len(json.loads(samples)) == 2 for samples in frame["samples_s"])
     path.write_text("{")
     with pytest.raises(ValueError, match="not a bench's row file"):
         measure_grid(bench, cells, path, quiet=True)
@@ -415,7 +416,13 @@ def test_a_lost_device_ends_the_run_and_is_named(cases, how, words):
 
 
 def test_operations_profile():
-    frame = profile_operations(preset_config("bert-base", 4), num_devices=(1, 4), repeats=2)
+    """Whole layers and shares of them, all of which a device's profile then knows."""
+    frame = profile_operations(preset_config("bert-base", 4), num_devices=(1, 4), num_chunks=(1, 4), repeats=2)
+    profile = host_profile("here", frame)
+    assert profile.flops_per_s == pytest.approx(1e9 * frame["gflops_per_s"][frame["efficiency"] == 1].iloc[0])
+    for row in frame.itertuples():
+        known = profile.efficiency_of(row.strategy, row.share, row.tokens, row.num_chunks)
+        assert known == pytest.approx(min(1.0, row.efficiency))
     assert set(frame["strategy"]) == set(STRATEGIES)
     assert (frame["latency_s"] > 0).all()
     assert set(frame["num_chunks"]) == {1, 4}
