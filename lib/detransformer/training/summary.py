@@ -117,7 +117,7 @@ def table_iii(
 
     Args:
         runs: `accuracy_table`'s rows; those of older runs have the published structure.
-        published: the paper's table (lib/detransformer/published/table_iii.csv).
+        published: the paper's table (data/published/table_iii.csv).
         profile: named in the status of cells that were not run.
         pretraining: `pretraining_table`'s rows.
     """
