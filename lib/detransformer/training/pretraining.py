@@ -36,16 +36,21 @@ from detransformer.training.hardware import choose_attention, keep_freed_memory,
 from detransformer.training.jobs import StepCounter, run_jobs
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer, set_learning_rate
+from detransformer.training.unigram import unigram_loss
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """A pre-trained row: `checkpoint` is a Hugging Face model folder, `history` has a row a step."""
+    """A pre-trained row: `checkpoint` is a Hugging Face model folder, `history` has a row a step.
+
+    `unigram_loss` is what word frequencies alone reach on the same held-out tokens as `valid_loss`.
+    """
 
     row: ModelRow
     checkpoint: Path
     history: pd.DataFrame
     valid_loss: float
+    unigram_loss: float
     valid_tokens: int
     num_steps: int
     tokens: int
@@ -108,6 +113,7 @@ def pretrain(
     result = {
         "identity": identity,
         "valid_loss": valid_loss,
+        "unigram_loss": unigram_loss(batches, valid_batches, config.micro_batch_size),
         "valid_tokens": valid.num_tokens,
         "num_steps": config.num_steps,
         "tokens": config.num_steps * config.tokens_per_step,
