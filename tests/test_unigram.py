@@ -1,5 +1,6 @@
 """The loss of word frequencies alone, against a count by hand, beside every held-out loss."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -61,6 +62,23 @@ def test_training_saves_it_for_the_very_tokens_that_the_model_is_scored_on(data,
     targets = labels[labels != IGNORED].tolist()
     assert result.unigram_loss == pytest.approx(by_hand(counts, targets, data.vocab_size))
     assert pretrain(ModelRow(), config, data, tmp_path).unigram_loss == result.unigram_loss  # read back
+
+
+@pytest.mark.parametrize("row", [ModelRow(), ModelRow("bert-base", 4, 4)], ids=lambda row: row.key)
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16-weights"])
+def test_training_can_start_at_word_frequencies(data, tmp_path, row, mixed_precision):
+    config = PretrainConfig(
+        **dict(hidden_size=16, num_heads=4, intermediate_size=32, num_steps=1, seq_len=16, global_batch_size=4),
+        **dict(micro_batch_size=4, max_train_tokens=4000, max_valid_tokens=3200, optimizer="adamw"),
+        **dict(learning_rate=1e-9, mixed_precision=mixed_precision),
+    )
+    plain, started = (
+        pretrain(row, dataclasses.replace(config, frequency_bias=bias), data, tmp_path / str(bias))
+        for bias in (False, True)
+    )
+    assert plain.valid_loss == pytest.approx(math.log(data.vocab_size), rel=0.02)
+    assert started.valid_loss == pytest.approx(started.unigram_loss, rel=0.01)
+    assert started.unigram_loss < 0.85 * plain.valid_loss and started.identity != plain.identity
 
 
 def test_the_perplexity_of_a_decoder_has_it(data, tmp_path):

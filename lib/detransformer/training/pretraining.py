@@ -36,7 +36,7 @@ from detransformer.training.hardware import choose_attention, keep_freed_memory,
 from detransformer.training.jobs import StepCounter, run_jobs
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer, set_learning_rate
-from detransformer.training.unigram import unigram_loss
+from detransformer.training.unigram import start_at_frequencies, unigram_loss
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def pretrain(
         train, valid = pack(data, config)
     batches = MaskedBatches(train.sequences, data.vocab_size, data.special, config.num_masked, config.seed)
     model = build_model(row, config, data.vocab_size, data.special.pad)
+    if config.frequency_bias:
+        start_at_frequencies(model, batches)
     objective, optimizer = prepare(MaskedLmLoss(model), model, config, precision, accelerator)
     progress = Progress()
     checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)

@@ -6,8 +6,24 @@ vocabulary. A loss is in nats a predicted token, as a model's.
 """
 
 import torch
+from transformers import BertForMaskedLM
 
 from detransformer.training.data.packing import IGNORED, MaskedBatches
+
+
+def log_frequencies(train: MaskedBatches) -> torch.Tensor:
+    """log p of each piece of the vocabulary [V], by how often it is to be predicted in `train`."""
+    counts = torch.from_numpy(train.target_counts()).double() + 1  # [V]
+    return (counts / counts.sum()).log()
+
+
+@torch.no_grad()
+def start_at_frequencies(model: BertForMaskedLM, train: MaskedBatches) -> None:
+    """Sets the bias of the vocabulary's projection to `log_frequencies`: what is learned goes on from there.
+
+    From BERT's zero bias a short training spends itself on learning how frequent each piece is.
+    """
+    model.cls.predictions.bias.copy_(log_frequencies(train))
 
 
 def unigram_loss(train: MaskedBatches, valid: MaskedBatches, batch_size: int) -> float:
@@ -18,8 +34,7 @@ def unigram_loss(train: MaskedBatches, valid: MaskedBatches, batch_size: int) ->
         valid: of the same kind and vocabulary.
         batch_size: that of the model's evaluation: masks depend on it.
     """
-    counts = torch.from_numpy(train.target_counts()).double() + 1  # [V]
-    log_probability = (counts / counts.sum()).log()
+    log_probability = log_frequencies(train)
     total = count = 0.0
     for batch in valid.valid_batches(batch_size):
         labels = batch["labels"][batch["labels"] != IGNORED]
