@@ -121,6 +121,7 @@ def pretraining_rows(num_seeds: int = 1) -> pd.DataFrame:
         loss = 4 - 0.05 * nb + 0.03 * ndiv + 0.01 * seed
         label = "bert-base original" if ndiv == 1 else f"bert-base Nb={nb}, Ndiv={ndiv}"
         made = dict(row=label, attention_width="full", original_placement="last", seed=seed, source="mirror")
+        made |= dict(unigram_loss=5.0, unigram_perplexity=np.exp(5.0))
         rows.append(place | made | dict(valid_loss=loss, perplexity=np.exp(loss), tokens=10**6, hidden_size=128))
     return pd.DataFrame(rows)
 

@@ -10,7 +10,7 @@ from detransformer.coformer.ablation import Case, Lab, deit_b, shared_limits
 from detransformer.coformer.aggregator import KINDS
 from detransformer.coformer.booster import BoostConfig, ImageTask
 from detransformer.coformer.debo import SearchConfig
-from detransformer.coformer.fusion import AggregatorConfig
+from detransformer.coformer.fusion import AggregatorConfig, collect_outputs
 from detransformer.coformer.policy import Limits, Original, Policy, SubModelConfig, flops, uniform_policy, violations
 from detransformer.coformer.search import filled
 from detransformer.training.data.images import generated_images
@@ -23,7 +23,7 @@ SMALL = Original(6, 192, 6, 768, seq_len=17, embedding_rows=213, patch_values=19
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     torch.manual_seed(0)
-    data = generated_images().cut(96, 48)
+    data = generated_images().cut(120, 48).hold_out(0.2)
     config = ImageConfig(hidden_size=48, num_layers=6, num_heads=6, patch_size=8).vit_config(data.num_classes)
     model = ViTForImageClassification(config).eval()
     boosting = BoostConfig(num_steps=2, global_batch_size=16, micro_batch_size=16)
@@ -121,6 +121,11 @@ def test_every_case_has_a_row_a_seed_with_its_costs(lab, cases, main):
     assert rows.groupby("case").size().to_dict() == {"coformer": 2, "1 device": 1, "rule none": 1}
     assert rows["accuracy"].between(0, 100).all() and (rows["best_alone"] >= rows["mean_alone"]).all()
     assert {"flops_share", "latency_ms", "energy_mj", "memory_mib"} <= set(rows)
+    run, task = main[0], lab.task
+    held = collect_outputs(run.sub_models, task, "held", pooling=lab.pooling)
+    right = run.aggregator(held.features, held.logits).argmax(-1).numpy() == task.held_labels
+    assert len(right) == 24 and rows["held_out_accuracy"].iloc[0] == pytest.approx(100 * right.mean())
+    assert all(len(batch) == 96 for batch in (task.train_labels, run.train.labels)), "nothing is trained on those"
 
 
 def test_other_recipes_are_runs_of_their_own(lab, cases, main):

@@ -227,6 +227,25 @@ def test_a_cut_set_is_a_prefix_and_another_identity(generated):
         generated.cut(0)
 
 
+def test_held_out_rows_are_the_last_ones_and_in_no_batch(generated):
+    cut = generated.cut(100, 20)
+    data = cut.hold_out(0.1)
+    assert np.array_equal(data.train_labels, cut.train_labels[:90])
+    assert np.array_equal(data.held_labels, cut.train_labels[90:]) and len(data.held_images) == 10
+    assert data.fingerprint != cut.fingerprint and "90 training rows and 10 held out" in data.note
+    seen = np.concatenate([data.train_rows(0, step, 30) for step in range(6)])
+    assert set(seen) == set(range(90))
+    (batch,) = data.ordered_batches("held", 100)
+    assert batch["labels"].tolist() == cut.train_labels[90:].tolist()
+    for wrong in (0.0, 1.0, 0.001):
+        with pytest.raises(ValueError, match="cannot be held out: give a share between 0 and 1"):
+            cut.hold_out(wrong)
+    with pytest.raises(ValueError, match="once"):
+        data.hold_out(0.1)
+    with pytest.raises(ValueError, match="call hold_out"):
+        next(cut.ordered_batches("held", 5))
+
+
 def test_batches_are_a_function_of_seed_and_step(generated):
     data = generated.cut(100)
     first, again = data.train_batch(3, 5, 16), data.train_batch(3, 5, 16)

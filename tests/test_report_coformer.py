@@ -131,6 +131,7 @@ def test_without_measured_rows_there_is_one_panel(tmp_path):
 def recipe_rows(name: str, **accuracies: float) -> pd.DataFrame:
     rows = run_rows().set_index("case").loc[list(accuracies)].reset_index()
     rows["accuracy"] += rows["case"].map(accuracies)
+    rows["held_out_accuracy"] += rows["case"].map(accuracies)
     return rows.assign(recipe=name, seconds=60.0)
 
 
@@ -139,7 +140,19 @@ def test_recipes_are_listed_beside_the_runs_own():
     table = tables.recipe_table(run_rows().assign(seconds=9.0), longer, MODEL, "400 steps, hard targets")
     assert table["recipe"].tolist() == ["400 steps, hard targets"] * 3 + ["3200 steps, soft targets"]
     assert table["method"].tolist()[-1] == "CoFormer" and table["num_seeds"].eq(3).all()
+    assert table["held_out_accuracy"].tolist() == pytest.approx([54.0, 56.0, 55.8, 58.5])
     assert table["given_up"].iloc[-1] == pytest.approx(0.5) and table["speedup"].iloc[-1] == pytest.approx(123.48 / 14)
+
+
+def test_test_samples_choose_no_recipe():
+    """One recipe is better on the test samples, the other on training samples held out: the second is taken."""
+    lucky, better = (recipe_rows(name, **dict.fromkeys(tables.EQUAL_FLOPS, 0.0)) for name in ("lucky", "better"))
+    lucky["accuracy"], better["held_out_accuracy"] = lucky["accuracy"] + 9, better["held_out_accuracy"] + 1
+    recipes = pd.concat([lucky, better])
+    assert set(tables.best_recipe(run_rows(), recipes)["recipe"].dropna()) == {"better"}
+    table = tables.recipe_table(run_rows().assign(seconds=9.0), recipes, MODEL, "own")
+    chosen = tables.chosen_recipe(table[table["method"] == "CoFormer"])
+    assert chosen["recipe"] == "better" and chosen["accuracy"] == pytest.approx(57.0)
 
 
 def test_methods_are_compared_by_the_best_recipe_that_all_have():

@@ -75,9 +75,11 @@ def made(tmp_path_factory):
     )
     executed_notebook(run, "06_latency", ("print('x')", [{"text/html": f"{HOSTILE}<img src='https://example.org/y'>"}]))
     notebooks = {
-        "01_decoupling": {"status": "done", "duration_s": 14.0, "finished": "2026-01-02T03:04:05+00:00"},
+        "01_decoupling": {"status": "done", "duration_s": 14.0, "finished": "2026-01-02T03:04:05+00:00"}
+        | {"commit": "fedcba9876543210"},
         "06_latency": {"status": "failed", "error": f"KeyError in /home/someone/lib/x.py: {HOSTILE}\nmore"},
     }
+    notebooks["01_decoupling"]["commit"] = "fedcba9876543210"
     manifest = {
         "notebooks": notebooks,
         "profile": "quick",
@@ -147,6 +149,7 @@ def test_tables_figures_and_notebooks_are_on_the_page_in_their_order(run):
     assert figure.img["alt"].startswith("FLOPs of a decoupled layer") and int(figure.img["width"]) > 300
     section = soup.find("section", {"aria-labelledby": "nb-01_decoupling"})
     assert section.h2.text == "01 About decoupling" and "What is" in section.p.text
+    assert "commit fedcba987654" in section.text and "Kept from other commits" in soup.text
     assert [a["href"] for a in section.find(class_="files").find_all("a")] == [
         "html/01_decoupling.html",
         "notebooks/01_decoupling.ipynb",

@@ -168,6 +168,83 @@ def test_interrupted_run_continues_with_the_next_notebook(clone):
     assert "01_first: unchanged" in said[0] and manifest["notebooks"]["02_second"]["status"] == "done"
 
 
+@pytest.fixture
+def repository(clone):
+    """The clone as a git repository with one commit; its results but for results/reference are ignored."""
+    (clone / ".gitignore").write_text("/results/*\n!/results/reference/\n/results/**/*rows.json\n.lock\n/data/mirror\n")
+    git(clone, "init", "-q")
+    commit_all(clone)
+    return clone
+
+
+def git(root, *words):
+    identity = ["-c", "user.name=Someone", "-c", "user.email=someone@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(root), *identity, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit_all(root):
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "--allow-empty", "-m", "x")
+    return git(root, "rev-parse", "HEAD")
+
+
+def test_the_committed_run_is_of_a_commit(repository):
+    reference = repository / "results" / "reference"
+    profile = (repository / "tiny.yaml").read_text()
+    (repository / "tiny.yaml").write_text(profile + "# changed\n")
+    for output in (reference, reference / "part"):
+        with pytest.raises(ValueError, match=r"tiny\.yaml is not committed; commit first, or .*--output") as caught:
+            run_all(repository, output=output)
+        assert len(str(caught.value).splitlines()) == 1
+    assert not reference.exists(), "nothing is started"
+    _, _, manifest = run_all(repository, only=["01"])
+    assert manifest["dirty"] is True, "elsewhere it may be written, and says so"
+    (repository / "tiny.yaml").write_text(profile)
+    (repository / "lib").mkdir()
+    (repository / "lib" / "new.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"lib/new\.py is not committed"):
+        run_all(repository, output=reference)
+    (repository / "lib" / "new.py").unlink()
+    (repository / "data" / "mirror").mkdir(parents=True)
+    (repository / "data" / "mirror" / "rows.tsv").write_text("ignored by git\n")
+    head = git(repository, "rev-parse", "HEAD")
+    _, _, manifest = run_all(repository, output=reference)
+    assert (manifest["commit"], manifest["dirty"], manifest["kept_from"]) == (head, False, {})
+    git(repository, "cat-file", "-e", manifest["commit"])
+    commit_all(repository)
+    (reference / "tables" / "first.csv").unlink()  # changes inside the run are the run's own
+    _, _, manifest = run_all(repository, output=reference)
+    assert manifest["dirty"] is False and manifest["notebooks"]["01_first"]["commit"] == manifest["commit"]
+
+
+def test_the_committed_run_wants_a_commit_that_git_knows(clone):
+    with pytest.raises(ValueError, match="that git knows; run in a git clone, or choose another folder with --output"):
+        run_all(clone, output=clone / "results" / "reference")
+
+
+def test_what_is_kept_from_another_commit_is_named(repository):
+    keep = (
+        "from pathlib import Path\nPath(run_dir, 'rows.json').exists() or Path(run_dir, 'rows.json').write_text('[]')"
+    )
+    write_notebook(repository, "02_second", keep, SAVE.format(table="second"))
+    first = commit_all(repository)
+    reference = repository / "results" / "reference"
+    _, _, manifest = run_all(repository, output=reference)
+    assert manifest["kept_from"] == {}
+    write_notebook(repository, "02_second", keep, SAVE.format(table="second"), "'one cell more'")
+    second = commit_all(repository)
+    _, said, manifest = run_all(repository, output=reference)
+    assert "01_first: unchanged" in said[0] and manifest["commit"] == second != first
+    entries = manifest["notebooks"]
+    assert [entries[name]["commit"] for name in ("01_first", "02_second")] == [first, second]
+    assert list(entries["02_second"]["rows_kept_from"]) == [first], "its rows were there already"
+    assert manifest["kept_from"] == {"01_first": [first], "02_second": [first]}
+    (reference / "rows.json").unlink()
+    _, _, manifest = run_all(repository, output=reference, force=True)
+    assert manifest["kept_from"] == {}
+
+
 def test_kernel_is_this_interpreter_whatever_is_installed(clone, monkeypatch, tmp_path):
     foreign = tmp_path / "jupyter" / "kernels" / "python3"
     foreign.mkdir(parents=True)

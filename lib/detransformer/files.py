@@ -11,6 +11,12 @@ from typing import IO
 PACKAGE = Path(__file__).resolve().parent
 
 
+def published_folder(package: Path = PACKAGE) -> Path:
+    """Where the papers' numbers stand: data/published of the clone that `package` lies in, else a wheel's copy."""
+    clone = package.parents[1] / "data" / "published"
+    return clone if clone.is_dir() and package.parent.name == "lib" else package / "published"
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file in `path`'s folder and rename it onto `path` when the block ends well.

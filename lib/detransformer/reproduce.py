@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +23,7 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from detransformer.files import PACKAGE, atomic_write, repository_root
+from detransformer.files import PACKAGE, atomic_write, published_folder, repository_root
 from detransformer.report import provenance
 from detransformer.report.runs import RunFolder
 from detransformer.settings import data_environment
@@ -151,8 +152,8 @@ def select_notebooks(notebooks: list[Notebook], only: Iterable[str]) -> list[Not
 def library_digest(package: Path = PACKAGE) -> str:
     """Digest of the package's sources and the papers' values: what notebooks compute with."""
     digest = hashlib.sha256()
-    files = [*sorted(package.rglob("*.py")), *sorted((package / "published").glob("*.csv"))]
-    for path in (p for p in files if p.relative_to(package).as_posix() not in FRAME):
+    modules = [p for p in sorted(package.rglob("*.py")) if p.relative_to(package).as_posix() not in FRAME]
+    for path in [*modules, *sorted(published_folder(package).glob("*.csv"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -180,6 +181,7 @@ def read_manifest(run: RunFolder) -> dict:
 def write_manifest(run: RunFolder, manifest: dict) -> None:
     """Saves the manifest whole, with what the tables now say of their data."""
     manifest["data"]["sources"] = provenance.data_sources(run)
+    manifest["kept_from"] = provenance.kept_from(manifest)
     with atomic_write(run.manifest_path) as file:
         json.dump(manifest, file, indent=2, default=str)
         file.write("\n")
@@ -197,7 +199,8 @@ def reproduce(
 
     Raises:
         NotebookFailed: when a cell raises; what was finished before is kept.
-        ValueError, FileNotFoundError: for a wrong profile, notebook name, or a clone that is not complete.
+        ValueError, FileNotFoundError: for a wrong profile, notebook name, a clone that is not complete, or a reference
+            run from a state that no commit holds.
     """
     root = root or repository_root()
     name, sections = load_profile(profile)
@@ -206,6 +209,8 @@ def reproduce(
     path = Path(output).resolve() if output else root / "results" / name
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {output} is a file; give the folder the run should be written to.")
+    if is_reference(path):
+        check_traceable(root, path)
     run = RunFolder(path)
     try:
         with FileLock(run.path / ".lock", timeout=0):
@@ -215,6 +220,31 @@ def reproduce(
             f"{run.path} is in use by another reproduce; wait for it, or choose another --output."
         ) from error
     return run
+
+
+def is_reference(path: Path) -> bool:
+    """Whether `path` is the committed run of a clone, results/reference, or lies in it."""
+    return any(
+        folder.parts[-2:] == ("results", "reference") and (folder.parents[1] / "pyproject.toml").is_file()
+        for folder in (path, *path.parents)
+    )
+
+
+def check_traceable(root: Path, path: Path) -> None:
+    """Raises ValueError where the clone at `root` is in a state that no commit holds: `path` is to be committed."""
+    state = provenance.commit(root)
+    if not provenance.is_commit(root, state["commit"]):
+        raise ValueError(
+            f"{_shown(path)} holds results of one commit, and {root} has none that git knows; "
+            "run in a git clone, or choose another folder with --output."
+        )
+    if state["dirty"]:
+        changed = provenance.changed_files(root)
+        names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise ValueError(
+            f"{_shown(path)} holds results of one commit, and {names} {'is' if len(changed) == 1 else 'are'} not "
+            "committed; commit first, or choose another folder with --output."
+        )
 
 
 def _run(run, root, profile, notebooks, chosen, force, say) -> None:
@@ -246,9 +276,9 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
             continue
         say(f"{title}: started, {_duration(time.perf_counter() - start)} into the run")
         entry = {"status": "running", "key": key, "started": provenance.now(), **commit}
-        finished[notebook.name] = entry
+        earlier, finished[notebook.name] = finished.get(notebook.name, {}), entry
         write_manifest(run, manifest)
-        before, cell_start = _outputs(run), time.perf_counter()
+        before, records, cell_start = _outputs(run), _records(run), time.perf_counter()
         try:
             execute(notebook, run, root, title)
             entry["status"] = "done"
@@ -262,6 +292,7 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
             made = sorted(path for path, stamp in _outputs(run).items() if before.get(path) != stamp)
             entry["tables"] = [Path(p).stem for p in made if p.endswith(".csv")]
             entry["figures"] = [Path(p).stem for p in made if p.endswith(".svg")]
+            entry["rows_kept_from"] = _rows_kept_from(earlier, records, _records(run), commit["commit"])
             write_manifest(run, manifest)
         say(f"{title}: done in {_duration(entry['duration_s'])}; {_listed(entry)}")
     from detransformer.report.page import write_page  # late: it loads what converts notebooks
@@ -388,6 +419,23 @@ def _is_finished(run: RunFolder, entry: dict, key: str, name: str) -> bool:
 def _outputs(run: RunFolder) -> dict[str, tuple[int, int]]:
     files = [*run.tables.glob("*.csv"), *run.figures.glob("*.svg")]
     return {str(p): (p.stat().st_mtime_ns, p.stat().st_ino) for p in files}
+
+
+def _records(run: RunFolder) -> dict[str, float]:
+    """Rows and trained models that an interrupted or repeated notebook does not make again, and when each was made."""
+    files = [*run.path.rglob("result.json"), *run.path.rglob("*rows.json")]
+    return {str(path): path.stat().st_mtime for path in files}
+
+
+def _rows_kept_from(earlier: dict, before: dict[str, float], after: dict[str, float], commit: str) -> dict[str, list]:
+    """Other commit -> [from, to] (seconds since 1970) of a notebook's run `earlier` whose rows were not made again."""
+    windows = dict(earlier.get("rows_kept_from") or {})
+    if earlier.get("started") and earlier.get("commit"):
+        start = datetime.fromisoformat(earlier["started"]).timestamp() - 1  # to the second
+        end = start + earlier["duration_s"] + 2 if "duration_s" in earlier else max(before.values(), default=start)
+        windows[earlier["commit"]] = [start, end]
+    kept = [made for path, made in before.items() if after.get(path) == made]
+    return {c: [a, b] for c, (a, b) in windows.items() if c != commit and any(a <= made <= b for made in kept)}
 
 
 def _listed(entry: dict) -> str:

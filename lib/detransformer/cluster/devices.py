@@ -39,7 +39,7 @@ class DeviceLost(DeviceError):
 
 @dataclass(frozen=True)
 class Device:
-    """A device of the papers, its figures in lib/detransformer/published/devices.csv.
+    """A device of the papers, its figures in data/published/devices.csv.
 
     `latency_claims` maps a model to the published claim of its single-device latency; without, the rate is modelled.
     """

@@ -8,6 +8,7 @@ By C2 to C4 sub-models share the large model's width, heads and FFN out, so N eq
 a total that 1 to 4 devices can all spend is at most a quarter.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -71,6 +72,7 @@ class Lab:
         folder: of everything that is kept.
         priced: sizes by which policies are priced.
         pooling: what devices send of their tokens; a ViT's classifier reads the first.
+        train_accuracy: of the large model on samples it was trained on, times 100.
     """
 
     model: PreTrainedModel
@@ -83,6 +85,7 @@ class Lab:
     bandwidth_bps: float = 1e9
     priced: Original = field(default_factory=lambda: deit_b())
     pooling: str = "first"
+    train_accuracy: float = math.nan
 
     @property
     def original(self) -> Original:
@@ -131,6 +134,7 @@ def image_lab(
         make_config(BoostConfig, dict(boosting)),
         make_config(AggregatorConfig, dict(aggregation)),
         make_config(SearchConfig, dict(search)),
+        train_accuracy=trained.train_accuracy,
     )
 
 
@@ -273,7 +277,10 @@ def calibrate_all(lab: Lab, case: Case) -> list[Calibrated]:
 
 
 def run_row(case: Case, seed: int, run: Calibrated) -> dict:
-    """Accuracy (times 100) of all together, of the best and the mean sub-model alone, and what training took."""
+    """Accuracy (times 100) of all together, of the best and the mean sub-model alone, and what training took.
+
+    `accuracy` is of the test samples; `held_out_accuracy`, of training samples held out, is what recipes are chosen by.
+    """
     alone = run.test.accuracies
     return {
         "group": case.group,
@@ -281,6 +288,7 @@ def run_row(case: Case, seed: int, run: Calibrated) -> dict:
         "rule": case.rule,
         "seed": seed,
         "accuracy": run.accuracy,
+        "held_out_accuracy": run.held_out_accuracy,
         "best_alone": max(alone),
         "mean_alone": sum(alone) / len(alone),
         "num_steps": run.boosted[0].num_steps,
@@ -330,10 +338,11 @@ def recipe_name(boosting: BoostConfig) -> str:
 
 
 def model_row(lab: Lab) -> dict[str, float]:
-    """The large model itself: its accuracy, and as DeiT-B on the TX2 what `costs_of` says of policies."""
+    """The large model itself: accuracy on test and training samples, and as DeiT-B on the TX2 what `costs_of` says."""
     whole = Case("model", "large model", Policy((lab.original.whole,)), device_sets(lab.devices)[1], 1)
     outputs = collect_outputs([lab.model], lab.task, "test", lab.folder / "sub-models", pooling=lab.pooling)
-    return {"case": whole.name, "accuracy": outputs.accuracies[0]} | costs_of(lab, whole)
+    accuracy = {"accuracy": outputs.accuracies[0], "train_accuracy": lab.train_accuracy}
+    return {"case": whole.name} | accuracy | costs_of(lab, whole)
 
 
 def ablation_rows(lab: Lab, case: Case, runs: Sequence[Calibrated]) -> pd.DataFrame:

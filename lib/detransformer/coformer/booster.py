@@ -92,13 +92,14 @@ class BoostTask(Protocol):
     metric: str
     train_labels: np.ndarray  # int64 [M]
     test_labels: np.ndarray
+    held_labels: np.ndarray | None  # of training samples that nothing is trained on, where there are any
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """A function of its arguments; augmented where the task augments."""
         ...
 
     def ordered_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """Every sample of `split` (`train` or `test`) once, in any order, not augmented."""
+        """Every sample of `split` (`train`, `test` or `held`) once, in any order, not augmented."""
         ...
 
     def score(self, predicted: np.ndarray) -> float:
@@ -120,6 +121,7 @@ class ImageTask:
         self.name, self.num_classes = f"{data.name} images", data.num_classes
         self.fingerprint = f"{data.fingerprint}-{padding}-{flip}"
         self.train_labels, self.test_labels = data.train_labels, data.test_labels
+        self.held_labels = data.held_labels
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         return self._batch(self.data.train_batch(seed, step, batch_size, self.padding, self.flip))
@@ -145,6 +147,8 @@ class TextTask:
     Raises:
         ValueError: for a task without classes.
     """
+
+    held_labels = None
 
     def __init__(
         self,
@@ -462,7 +466,7 @@ def boost_table(results: Sequence[BoostResult]) -> pd.DataFrame:
 @torch.no_grad()
 def predict(model: nn.Module, task: BoostTask, split: str, batch_size: int = 250) -> np.ndarray:
     """Logits float32 [N, C] of all samples of `split`, by number, in the model's own number format."""
-    labels = task.train_labels if split == "train" else task.test_labels
+    labels = getattr(task, f"{split}_labels")
     logits = np.empty((len(labels), task.num_classes), dtype=np.float32)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()

@@ -6,6 +6,7 @@
 No test sample is looked at before the last line: policies are compared on training samples.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,7 @@ class Calibrated:
         train, test: what they say of all samples.
         aggregator: of the kind asked for.
         accuracy: of the ensemble on the test samples, times 100.
+        held_out_accuracy: on training samples that nothing was trained on; NaN where the task holds none out.
     """
 
     policy: Policy
@@ -188,6 +190,7 @@ class Calibrated:
     test: Outputs
     aggregator: Aggregator
     accuracy: float
+    held_out_accuracy: float
 
 
 def calibrate_policy(
@@ -228,4 +231,8 @@ def calibrate_policy(
         pooling=pooling,
     ).aggregator
     accuracy = ensemble_accuracy(aggregator, test.features, test.logits, test.labels)
-    return Calibrated(policy, tuple(boosted), tuple(calibrated), train, test, aggregator, accuracy)
+    held_out_accuracy = math.nan
+    if task.held_labels is not None:
+        held = collect_outputs(calibrated, task, "held", folder, pooling=pooling)
+        held_out_accuracy = ensemble_accuracy(aggregator, held.features, held.logits, held.labels)
+    return Calibrated(policy, tuple(boosted), tuple(calibrated), train, test, aggregator, accuracy, held_out_accuracy)

@@ -64,7 +64,7 @@ def collect_outputs(
     batch_size: int = 250,
     pooling: str = "mean",
 ) -> Outputs:
-    """What each sub-model says of every sample of `split` (`train` or `test`), float32, by number.
+    """What each sub-model says of every sample of `split` (`train`, `test` or `held`), float32, by number.
 
     Args:
         pooling: as in `pool_features`.
@@ -73,7 +73,7 @@ def collect_outputs(
     Raises:
         ValueError: for a damaged file there.
     """
-    labels = torch.from_numpy(task.train_labels if split == "train" else task.test_labels)
+    labels = torch.from_numpy(getattr(task, f"{split}_labels"))
     parts = []
     for number, sub_model in enumerate(sub_models, start=1):
         path = None

@@ -15,7 +15,7 @@ import pandas as pd
 
 ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
 PUBLISHED_STRUCTURE = {"attention_width": "full", "original_placement": "last"}
-PUBLISHED_COLUMNS = {  # Table III's tasks in its order, and their columns in lib/detransformer/published/table_iii.csv
+PUBLISHED_COLUMNS = {  # Table III's tasks in its order, and their columns in data/published/table_iii.csv
     "CoLA": "cola_mcc",
     "SST-2": "sst2_acc",
     "MRPC": "mrpc_acc",

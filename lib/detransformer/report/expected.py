@@ -1,4 +1,4 @@
-"""The papers' numbers (lib/detransformer/published/*.csv) and the one rule that compares ours with them.
+"""The papers' numbers (data/published/*.csv) and the one rule that compares ours with them.
 
 The rule is `RULE`, first match counts; `judge` applies it to one value and `verdict` to rows.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from detransformer.files import PACKAGE
+from detransformer.files import published_folder
 
 TOLERANCE = 0.15
 RULE = [
@@ -26,12 +26,12 @@ COLUMNS = ["claim", "expected", "obtained", "ratio", "verdict"]
 
 
 def published(name: str) -> pd.DataFrame:
-    """lib/detransformer/published/NAME.csv as a frame; its comment lines say where in which paper it stands.
+    """data/published/NAME.csv as a frame; its comment lines say where in which paper it stands.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
     """
-    folder = PACKAGE / "published"
+    folder = published_folder()
     path = folder / f"{name}.csv"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.csv")))

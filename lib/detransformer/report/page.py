@@ -29,6 +29,7 @@ from detransformer.files import atomic_write
 from detransformer.report import readme
 from detransformer.report.claims import SUMMARY_COLUMNS
 from detransformer.report.figures import FIGURES
+from detransformer.report.provenance import kept_from
 from detransformer.report.runs import TABLE_NOTEBOOKS, RunFolder, to_markdown
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -253,7 +254,7 @@ def _read_notebook(file: Path) -> nbformat.NotebookNode | None:
 def _notebook_views(run: RunFolder, manifest: dict, executed: dict) -> list[NotebookView]:
     """One section a notebook of the run, those that were not run too, in their order."""
     names = set(manifest["parameters"]) or set(TABLE_NOTEBOOKS.values())
-    makers = _makers(manifest)
+    makers, kept = _makers(manifest), kept_from(manifest)
     found = {name: makers.get(name, OTHER) for name in _stems(run.tables, ".csv", ".md")}
     drawn = {name: _figure_notebook(name, manifest) for name in _stems(run.figures, ".svg", ".png")}
     names |= set(manifest["notebooks"]) | set(executed) | (set(found.values()) | set(drawn.values())) - {OTHER}
@@ -266,7 +267,7 @@ def _notebook_views(run: RunFolder, manifest: dict, executed: dict) -> list[Note
         if view.status != "not run":
             view.missing_tables = [t for t, n in TABLE_NOTEBOOKS.items() if n == name and t not in found]
             view.missing_figures = [f for f in FIGURES if _figure_notebook(f, manifest) == name and f not in drawn]
-        view.facts = _notebook_facts(entry)
+        view.facts = _notebook_facts(entry, kept.get(name, []))
         parameters = manifest["parameters"].get(name)
         view.parameters = (
             without_paths(yaml.safe_dump(parameters, sort_keys=False, default_flow_style=None)) if parameters else ""
@@ -450,6 +451,7 @@ def _run_facts(manifest: dict, views: list[NotebookView]) -> list[tuple[str, str
         ("Last command", manifest.get("command")),
         ("Date", _date(manifest.get("date"))),
         ("Commit", _commit(manifest)),
+        ("Kept from other commits", ", ".join(kept_from(manifest))),
         ("Notebooks", f"{sum(v.status == 'done' for v in views)} of {len(views)} done"),
         ("Duration", _duration(seconds) if seconds else ""),
         ("Hardware", ", ".join(machine)),
@@ -460,11 +462,12 @@ def _run_facts(manifest: dict, views: list[NotebookView]) -> list[tuple[str, str
     return [(name, without_paths(str(value))) for name, value in facts if value]
 
 
-def _notebook_facts(entry: dict) -> list[tuple[str, str]]:
+def _notebook_facts(entry: dict, kept: list[str]) -> list[tuple[str, str]]:
     facts = [
         ("Finished", _date(entry.get("finished"))),
         ("Duration", _duration(float(entry["duration_s"])) if entry.get("duration_s") else ""),
         ("Commit", _commit(entry)),
+        ("Kept from", ", ".join(f"commit {commit[:12]}" for commit in kept)),
     ]
     return [(name, value) for name, value in facts if value]
 

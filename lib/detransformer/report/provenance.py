@@ -29,20 +29,48 @@ def now() -> str:
 
 
 def commit(root: Path) -> dict:
-    """Commit of the clone at `root` and whether tracked files differ from it; "unknown" outside a git clone."""
+    """Commit of the clone at `root`, and whether what is there differs from it; "unknown" outside a git clone."""
     try:
-        git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        head = _git(root, "rev-parse", "--verify", "HEAD^{commit}").strip()
+        return {"commit": head, "dirty": bool(changed_files(root))}
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unknown", "dirty": None}
-    return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def changed_files(root: Path) -> list[str]:
+    """What no commit holds: changed files, and new ones that git does not ignore; results/ does not count.
+
+    A run changes its own folder as it goes, and nothing is computed from results/.
+
+    Raises:
+        OSError, subprocess.SubprocessError: outside a git clone, or without git.
+    """
+    status = _git(root, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", ":!results")
+    return [line[3:] for line in status.split("\0") if line]
+
+
+def is_commit(root: Path, name: str) -> bool:
+    """Whether the clone at `root` has the commit `name`."""
+    try:
+        _git(root, "cat-file", "-e", f"{name}^{{commit}}")
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+
+
+def kept_from(manifest: dict) -> dict[str, list[str]]:
+    """Notebook -> the commits other than the manifest's that its results, or some of its rows, are of."""
+    kept = {}
+    for name, entry in manifest["notebooks"].items():
+        commits = {str(commit) for commit in (entry.get("commit"), *(entry.get("rows_kept_from") or ())) if commit}
+        if others := sorted(commits - {manifest.get("commit")}):
+            kept[name] = others
+    return kept
 
 
 def own_commit() -> dict:

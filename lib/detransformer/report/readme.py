@@ -12,6 +12,7 @@ import pandas as pd
 from detransformer.files import atomic_write, repository_root
 from detransformer.report.accuracy import mean_score
 from detransformer.report.claims import OURS
+from detransformer.report.coformer_tables import chosen_recipe
 from detransformer.report.expected import published
 from detransformer.report.findings import findings, mean_lines
 from detransformer.report.peers import methods_at
@@ -91,7 +92,7 @@ def headline(run: RunFolder) -> str:
         add(words, "-", f"{len(rows)} statements", _counts(rows), "08_adaptive")
     if run.has_table("coformer_recipes"):
         rows = run.load_table("coformer_recipes")
-        row = rows[rows["method"] == "CoFormer"].sort_values("given_up").iloc[0]
+        row = chosen_recipe(rows[rows["method"] == "CoFormer"])
         coformer = published("coformer_tables").set_index("row")["latency_ms"]
         obtained = f"{row.speedup:.1f}x (predicted) for {row.given_up:.1f} points (of a small ViT)"
         words = "CoFormer's sub-models over the large model, for under 2 points of accuracy (100 Mbps)"
@@ -228,7 +229,7 @@ def _in_short(run: RunFolder) -> str:
     fastest = " or ".join(cells["fastest"].unique())
     recipes = run.load_table("coformer_recipes")
     own = recipes[recipes["method"] == "CoFormer"].sort_values("given_up")
-    best, worst = own.iloc[0], own.iloc[-1]
+    best, worst = chosen_recipe(own), own.iloc[-1]
     text = (
         f"In short: for the large model's own answers take {', '.join(parts)}. Fastest at every bandwidth is {fastest}"
     )

@@ -36,13 +36,15 @@ from detransformer.training.config import (
     config_hash,
 )
 from detransformer.training.data import TrainingData, open_data, reduced_data
-from detransformer.training.data.packing import MaskedBatches
+from detransformer.training.data.packing import MaskedBatches, count_tokens
 from detransformer.training.hardware import AUTOCAST, make_accelerator
 from detransformer.training.pretraining import evaluate, pack, train_steps
+from detransformer.training.unigram import unigram_loss
 
 COLUMNS = (
     *("model", "num_layers", "hidden_size", "num_original_layers", "num_divisions", "seed", "parameters"),
-    *("train_tokens", "valid_tokens", "valid_loss", "perplexity", "seconds", "source"),
+    *("train_tokens", "valid_tokens", "valid_loss", "unigram_loss", "perplexity", "unigram_perplexity", "seconds"),
+    "source",
 )
 
 
@@ -167,6 +169,9 @@ class NextTokenBatches(MaskedBatches):
     def __init__(self, sequences: np.ndarray, data: TrainingData, seed: int):
         super().__init__(sequences, data.vocab_size, data.special, num_masked=0, seed=seed)
 
+    def target_counts(self) -> np.ndarray:
+        return count_tokens(self.sequences[:, 1:-1], self.vocab_size)
+
     def _masked(self, rows: np.ndarray, seed: list[int]) -> dict[str, torch.Tensor]:
         tokens = torch.from_numpy(self.sequences[rows].astype(np.int64))
         return {"input_ids": tokens[:, :-2], "labels": tokens[:, 1:-1]}  # [B, T - 2] each
@@ -223,7 +228,7 @@ def train_row(
         ValueError: for sizes that do not divide, damaged data or a damaged checkpoint.
     """
     folder = Path(output_dir) / f"{row.key}-seed{config.seed}"
-    identity = config_hash(row, config, data.name, data.fingerprint)
+    identity = config_hash(row, config, data.name, data.fingerprint, "unigram_loss")
     done = read_result(folder / "result.json", identity)
     if done is not None and (not save_weights or (folder / "model").is_dir()):
         return {name: done[name] for name in COLUMNS}
@@ -242,6 +247,7 @@ def train_row(
     train_steps(objective, optimizer, batches, config, accelerator, checkpointer, row.key, on_step)
     valid_batches = NextTokenBatches(valid.sequences, data, config.seed)
     valid_loss = evaluate(objective, valid_batches, config.micro_batch_size, accelerator)
+    frequencies_loss = unigram_loss(batches, valid_batches, config.micro_batch_size)
     result = {
         "model": f"gpt2-{config.num_layers}x{config.hidden_size}",
         "num_layers": config.num_layers,
@@ -253,7 +259,9 @@ def train_row(
         "train_tokens": config.num_steps * config.tokens_per_step,
         "valid_tokens": len(valid.sequences) * (config.seq_len - TOKENS_PER_SPECIAL),
         "valid_loss": valid_loss,
+        "unigram_loss": frequencies_loss,
         "perplexity": math.exp(valid_loss),
+        "unigram_perplexity": math.exp(frequencies_loss),
         "seconds": round(progress.seconds, 3),
         "source": data.name,
     }

@@ -107,7 +107,8 @@ def calibrate_command(
     print(
         f"Loss of a masked token, held-out text: {result.sliced_valid_loss:.3f} sliced, {result.valid_loss:.3f} "
         f"calibrated ({result.method}, {result.tokens:,} tokens, {result.seconds:.0f} s), "
-        f"{result.teacher_valid_loss:.3f} the teacher's.\nWritten to {target}."
+        f"{result.teacher_valid_loss:.3f} the teacher's, {result.unigram_loss:.3f} word frequencies alone.\n"
+        f"Written to {target}."
     )
 
 

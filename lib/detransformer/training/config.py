@@ -123,7 +123,10 @@ class PretrainConfig:
     Args:
         hidden_size, num_heads, intermediate_size: None takes BERT-Base's or BERT-Large's; smaller ones are a reduced
             scale, the number of layers stays the row's.
-        initializer_range: standard deviation of the first weights; BERT's is 0.02.
+        initializer_range: standard deviation of the first weights; BERT's is 0.02. It is not scaled with the width, as
+            `CausalConfig`'s is: twelve layers that normalise after each block learn less from wider first weights.
+        frequency_bias: whether the vocabulary's projection starts at the log frequencies of the training text's pieces,
+            so that a short training is not spent on them; BERT's starts at 0.
         num_steps: optimizer steps.
         seq_len: tokens in a packed sequence, [CLS] and [SEP] included.
         global_batch_size: sequences in one optimizer step over all processes.
@@ -142,6 +145,7 @@ class PretrainConfig:
     num_heads: int | None = None
     intermediate_size: int | None = None
     initializer_range: float = 0.02
+    frequency_bias: bool = False
     num_steps: int = 7038
     seq_len: int = 128
     global_batch_size: int = 65536

@@ -42,6 +42,7 @@ from detransformer.training.pretraining import (
     text_note,
     train_steps,
 )
+from detransformer.training.unigram import unigram_loss
 
 METHODS = ("none", "plain", "distilled", "from scratch")  # as tables list them
 COLUMNS = ["row", "start", "method", "tokens", "tokens_share", "valid_loss", "perplexity", "teacher_valid_loss"]
@@ -238,6 +239,7 @@ def calibrate(
         "identity": identity,
         "method": config.method,
         "valid_loss": evaluate(objective, valid_batches, recipe.micro_batch_size, accelerator),
+        "unigram_loss": unigram_loss(batches, valid_batches, recipe.micro_batch_size),
         "sliced_valid_loss": sliced_loss,
         "teacher_valid_loss": teacher_loss,
         "teacher_tokens": teacher.tokens if isinstance(teacher, PretrainResult) else None,
@@ -305,8 +307,8 @@ def calibration_table(
     """What calibration comes to, one row a training: by row, then method, then tokens.
 
     Columns: row; start (`slices` or `scratch`); method (`none`: slices as they are; `plain`, `distilled`, `from
-    scratch`); tokens trained on, and their share of the teacher's pre-training; valid_loss (nats a masked token);
-    perplexity; teacher_valid_loss; seconds; seed; source; note.
+    scratch`); tokens trained on, and their share of the teacher's pre-training; valid_loss (nats a masked token), and
+    unigram_loss, that of word frequencies alone; perplexity; teacher_valid_loss; seconds; seed; source; note.
 
     Args:
         results: of `calibrate`, any number a row.
@@ -336,6 +338,7 @@ def _line(result: PretrainResult, start: str, method: str, calibrated: Calibrati
         "tokens": result.tokens,
         "tokens_share": result.tokens / calibrated.teacher_tokens if known else math.nan,
         "valid_loss": result.valid_loss,
+        "unigram_loss": result.unigram_loss,
         "perplexity": math.exp(min(result.valid_loss, 700.0)),
         "teacher_valid_loss": calibrated.teacher_valid_loss,
         "seconds": result.seconds,

@@ -58,7 +58,10 @@ def loss_table(results: Iterable) -> pd.DataFrame:
 
 
 def pretraining_table(results: Iterable) -> pd.DataFrame:
-    """One row a pre-trained model: structure, seed, what it saw and how fast, its held-out loss, the scale in words."""
+    """One row a pre-trained model: structure, seed, what it saw and how fast, its held-out loss, the scale in words.
+
+    unigram_loss and unigram_perplexity are those of word frequencies alone on the same held-out tokens.
+    """
     frame = _nullable(
         pd.DataFrame(
             {
@@ -75,7 +78,9 @@ def pretraining_table(results: Iterable) -> pd.DataFrame:
                 "first_loss": r.history["train_loss"].iloc[0],
                 "last_loss": r.history["train_loss"].tail(10).mean(),
                 "valid_loss": r.valid_loss,
+                "unigram_loss": r.unigram_loss,
                 "perplexity": math.exp(min(r.valid_loss, 700.0)),
+                "unigram_perplexity": math.exp(r.unigram_loss),
                 "valid_tokens": r.valid_tokens,
                 "seconds": r.seconds,
                 "tokens_per_s": r.tokens / r.seconds if r.seconds else float("nan"),
@@ -117,7 +122,7 @@ def table_iii(
 
     Args:
         runs: `accuracy_table`'s rows; those of older runs have the published structure.
-        published: the paper's table (lib/detransformer/published/table_iii.csv).
+        published: the paper's table (data/published/table_iii.csv).
         profile: named in the status of cells that were not run.
         pretraining: `pretraining_table`'s rows.
     """
@@ -146,8 +151,11 @@ def table_iii(
     return frame if pretraining is not None else frame.drop(columns="valid_loss")
 
 
-def table_note(runs: pd.DataFrame) -> str:
-    """What stands under Table III: scale, data and rows in words, seeds, what is at chance, and what a mark means."""
+def table_note(runs: pd.DataFrame, pretraining: pd.DataFrame | None = None) -> str:
+    """What stands under Table III: scale, data and rows in words, seeds, what is at chance, and what a mark means.
+
+    With `pretraining`, `pretraining_table`'s rows, also the perplexity of word frequencies alone.
+    """
     runs = published_structure(runs)
     lines = [f"Pre-training: {'; '.join(dict.fromkeys(runs['pretraining']))}."]
     for task, group in runs.groupby("task", sort=False):
@@ -168,6 +176,9 @@ def table_note(runs: pd.DataFrame) -> str:
             f"Beyond noise: a difference of more than {NUM_ERRORS} standard errors over the seeds, which are paired. "
             f"Equal models pass that by chance in {chances}."
         )
+    if pretraining is not None:
+        frequencies = pretraining["unigram_perplexity"].mean()
+        lines.append(f"Word frequencies alone have a perplexity of {frequencies:,.0f} on the same held-out tokens.")
     lines.append("SQuAD: the paper says Acc; shown is exact match, F1 is in accuracy_runs.")
     return "\n".join(lines)
 
@@ -277,12 +288,14 @@ def _variant_table(pretraining: pd.DataFrame, varies: str) -> pd.DataFrame:
                     "num_seeds": len(losses),
                     "valid_loss": losses.mean(),
                     "valid_loss_std": losses.std(ddof=1),
+                    "unigram_loss": kinds[kind]["unigram_loss"].mean(),
                     "perplexity": kinds[kind]["perplexity"].mean(),
                     "difference": losses.mean() - published.mean(),
                     "difference_std_error": None if kind == base else paired_std_error(losses, published),
                 }
             )
-    columns = ["row", *VARIANT_COLUMNS, "num_seeds", "valid_loss", "valid_loss_std", "perplexity", "difference"]
+    columns = ["row", *VARIANT_COLUMNS, "num_seeds", "valid_loss", "valid_loss_std", "unigram_loss", "perplexity"]
+    columns.append("difference")
     frame = _nullable(pd.DataFrame(rows, columns=[*columns, "difference_std_error"]))
     return frame.astype({"difference_std_error": float})
 

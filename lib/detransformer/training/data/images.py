@@ -46,6 +46,7 @@ class ImageData:
         train_images, test_images: uint8 [N, 32, 32, 3].
         train_labels, test_labels: int64 [N], 0..num_classes - 1.
         full_train_rows, full_test_rows: of the official set, to call smaller ones reduced.
+        held_images, held_labels: training rows set aside by `hold_out`, by which recipes are chosen; None for none.
     """
 
     name: str
@@ -57,6 +58,8 @@ class ImageData:
     num_classes: int
     full_train_rows: int
     full_test_rows: int
+    held_images: np.ndarray | None = None
+    held_labels: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return f"ImageData({self.note})"
@@ -69,10 +72,11 @@ class ImageData:
     def note(self) -> str:
         """Source and row counts, e.g. `mirror; reduced training set, 15,000 of 50,000 rows; 10,000 test rows`."""
         train, test = len(self.train_images), len(self.test_images)
+        held = "" if self.held_labels is None else f" and {len(self.held_labels):,} held out"
         if not self.is_real:
-            return f"built-in generated images, {train:,} training rows; {test:,} test rows"
+            return f"built-in generated images, {train:,} training rows{held}; {test:,} test rows"
         parts = [
-            f"reduced training set, {train:,} of {self.full_train_rows:,} rows"
+            f"reduced training set, {train:,} of {self.full_train_rows:,} rows{held}"
             if train < self.full_train_rows
             else f"full training set, {train:,} rows",
             f"reduced test set, {test:,} of {self.full_test_rows:,} rows"
@@ -85,7 +89,8 @@ class ImageData:
     def fingerprint(self) -> str:
         """Changes with any pixel or label."""
         digest = hashlib.sha256()
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        held = () if self.held_labels is None else (self.held_images, self.held_labels)
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels, *held):
             digest.update(repr(array.shape).encode())
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()[:16]
@@ -101,6 +106,28 @@ class ImageData:
             train_labels=self.train_labels[:max_train_rows],
             test_images=self.test_images[:max_test_rows],
             test_labels=self.test_labels[:max_test_rows],
+        )
+
+    def hold_out(self, share: float) -> "ImageData":
+        """The last `share` of the training rows become the split `held`: nothing is trained on them.
+
+        As of any first rows, the classes are about equally often in both parts.
+
+        Raises:
+            ValueError: for a share that leaves no row on either side, or where rows are held out already.
+        """
+        count = round(share * len(self.train_labels))
+        if not 0 < count < len(self.train_labels) or self.held_labels is not None:
+            raise ValueError(
+                f"{share:g} of {len(self.train_labels)} training rows cannot be held out: give a share between 0 and 1 "
+                "that leaves rows on both sides, once."
+            )
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[:-count],
+            train_labels=self.train_labels[:-count],
+            held_images=self.train_images[-count:],
+            held_labels=self.train_labels[-count:],
         )
 
     def train_rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
@@ -122,9 +149,11 @@ class ImageData:
         return _batch(images, self.train_labels[rows], rows)
 
     def ordered_batches(self, split: str, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows of `split` (`train` or `test`) once, in order, as they are; keys as in `train_batch`."""
-        if split not in ("train", "test"):
-            raise ValueError(f"split {split!r} is unknown: choose train or test.")
+        """All rows of `split` (`train`, `test` or `held`) once, in order, as they are; keys as in `train_batch`."""
+        if split not in ("train", "test", "held"):
+            raise ValueError(f"split {split!r} is unknown: choose train, test or held.")
+        if split == "held" and self.held_labels is None:
+            raise ValueError("no rows are held out: call hold_out with a share first.")
         images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
         for start in range(0, len(images), batch_size):
             rows = np.arange(start, min(start + batch_size, len(images)))

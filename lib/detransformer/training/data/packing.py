@@ -149,12 +149,26 @@ class MaskedBatches:
             rows = np.arange(start, min(start + batch_size, len(self.sequences)))
             yield self._masked(rows, [self.seed, 2, index])
 
+    def target_counts(self) -> np.ndarray:
+        """How often each piece of the vocabulary may be asked for in these sequences [V]: special tokens never are."""
+        counts = count_tokens(self.sequences, self.vocab_size)
+        counts[list(self.special.all)] = 0
+        return counts
+
     def _masked(self, rows: np.ndarray, seed: list[int]) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
         )
         tokens = torch.from_numpy(self.sequences[rows].astype(np.int64))
         return mask_tokens(tokens, self.vocab_size, self.special, self.num_masked, generator)
+
+
+def count_tokens(sequences: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each token stands in `sequences` [N, T], which may be larger than memory -> [V]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(sequences), 8192):
+        counts += np.bincount(sequences[start : start + 8192].ravel(), minlength=vocab_size)
+    return counts
 
 
 def mask_tokens(
