@@ -78,7 +78,7 @@ DEVICES = {
 
 @cache
 def _figures() -> "pd.DataFrame":
-    from detransformer.report.expected import published
+    from detransformer.record.published import published
 
     return published("devices").set_index("device")
 
@@ -169,20 +169,12 @@ def cluster_profile(
     model: str,
     config: "PretrainedConfig",
     bandwidth_bps: float,
-    kind: str = "line-rate",
     delay_s: float = 0.0,
     link: LinkProfile | None = None,
 ) -> ClusterProfile:
-    """Devices and links on `model` (a preset's name or a folder) of `config`.
-
-    `link` gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
-    """
+    """Devices and links on a model of `config`; `link` gives the figures that were measured on one."""
     devices = tuple(spec.on(config) for spec in specs)
     shares = link_shares(specs)
-    if kind == "fitted":
-        from detransformer.planning.fitting import fitted_link
-
-        return ClusterProfile(devices, replace(fitted_link(model, bandwidth_bps), shares=shares))
     known = link or LinkProfile(bandwidth_bps)
     steps = {name: step_s + delay_s for name, step_s in known.step_latency_s.items()}
     return ClusterProfile(devices, replace(known, bandwidth_bps=bandwidth_bps, step_latency_s=steps, shares=shares))
@@ -205,7 +197,7 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
 
     from detransformer.models.configuration import preset_config
     from detransformer.models.sizes import model_flops
-    from detransformer.report.expected import published_claim
+    from detransformer.record.published import published_claim
 
     device = DEVICES[name]
     if device.latency_claims:
@@ -230,7 +222,7 @@ def jetson_share() -> float:
     """The share of its peak that a Jetson TX2 achieves on DeiT-B: 35.1 GFLOP in 123.48 ms of 665.6 GFLOPS, 43%."""
     from detransformer.models.configuration import preset_config
     from detransformer.models.sizes import model_flops
-    from detransformer.report.expected import published
+    from detransformer.record.published import published
 
     table = published("coformer_tables").set_index(["table", "row"])
     latency_s = float(table.loc[("V", "1 device"), "latency_ms"]) / 1e3
