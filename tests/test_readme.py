@@ -181,10 +181,8 @@ def test_accuracy_is_told_in_a_table_and_in_sentences(tmp_path):
     assert "| BERT-Base Nb=4, Ndiv=4 | 5 | 75.8 (100.9%) | 60.6 (100.9 ± 0.0%) | 50.4 |" in text
     kept = "at least 98% of the original's mean over all tasks: holds (100.9 ± 0.0%, published 100.9%)."
     assert f"BERT-Base Nb=4, Ndiv=4, {kept}" in text
-    assert (
-        "Of 30 differences to the original on tasks that it has learned," in text
+    assert "Of 30 differences to the original on tasks that it has learned," in text
     assert "published table is one seed a cell" in text
-    )
     assert "BERT-Base, slope over the number of original layers (Ndiv=4):" in text and "BERT-Large" not in text
     assert "int8 by 0.40 points at most (8 of 10 within 0.3)" in text
     assert "(Nb=4, Ndiv=4), held-out loss: first +0.050 ± 0.010" in text
