@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from detransformer.report.expected import published
+from detransformer.record.published import published
 
 BANDWIDTHS = (1000, 750, 500, 250, 125)
 SINGLE_S = {"bert-base": 1.57, "bert-large": 4.48}
@@ -20,7 +20,7 @@ WAIT_S = 0.01
 
 
 def communication_s(method: str, bandwidth_mbps: float, wire: str = "float32", link: str = "line-rate") -> float:
-    return MEGABITS[method] / bandwidth_mbps * WIRE[wire][0] * (2 if link == "fitted" else 1)
+    return MEGABITS[method] / bandwidth_mbps * WIRE[wire][0] * (2 if link == "modelled" else 1)
 
 
 def row(model: str, method: str, bandwidth_mbps: float = 500, link: str = "line-rate", **fields) -> dict:
@@ -44,14 +44,14 @@ def row(model: str, method: str, bandwidth_mbps: float = 500, link: str = "line-
         all_gather_count=0, all_reduce_count=24 if method == "tp" else 0,
         all_reduce_bytes=24e6 if method == "tp" else 0, all_to_all_count=16 if method == "bp+auto" else 0,
         relative_error=WIRE[fields["wire"]][1], max_abs_error=10 * WIRE[fields["wire"]][1],
-        predicted_s=1.02 * latency, valid=True, why_invalid="",
+        predicted_s=1.02 * latency, repeats=2, time_scale=4.0, valid=True, why_invalid="",
     )  # fmt: skip
     made |= fields
     made["num_original_layers"] = fields["num_original_layers"] if block else np.nan
     return made
 
 
-def latency_rows(links=("line-rate", "fitted")) -> pd.DataFrame:
+def latency_rows(links=("line-rate", "modelled")) -> pd.DataFrame:
     """Both models, five bandwidths; the paper's methods over every link, the others over the first."""
     rows = []
     for model in SINGLE_S:

@@ -81,8 +81,6 @@ def test_help_imports_nothing_heavy():
         (["bench", "--wire", "float8"], ["float8", "int8"]),
         (["bench", "--wire", "int8,nothing=float32"], ["nothing", "qkv"]),
         (["bench", "--reads", "half"], ["--reads half", "cls, both"]),
-        (["bench", "--link", "best"], ["'best'", "fitted"]),
-        (["bench", "--link", "fitted", "--transport", "namespaces"], ["fitted", "loopback"]),
         (["bench", "--delay", "-1"], ["--delay -1"]),
         (["bench", "--delay", "5", "--transport", "loopback"], ["delay and jitter", "leave them out"]),
         (["bench", "--devices", "8", "--methods", "bp+tp", "--transport", "loopback"], ["8 devices", "8 divisions"]),

@@ -284,8 +284,6 @@ def test_bad_cells_are_refused(fields):
         (dict(num_devices=2, device=["rpi4b"]), "lists 1 devices and num_devices=2"),
         (dict(num_devices=2, bandwidth_bps=0), "above 0"),
         (dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
-        (dict(num_devices=2, link="best"), "link='best' is unknown"),
-        (dict(num_devices=2, link="fitted", transport="namespaces"), "fitted link is modelled"),
         (dict(num_devices=2, delay_s=-1.0), "must be 0 or above"),
         (dict(num_devices=2, delay_s=0.01, transport="loopback"), "delay and jitter are set on shaped links"),
     ],
@@ -322,8 +320,6 @@ def test_unequal_devices_have_their_own_profiles():
     assert desk.compute_s(1.0, "*", 48e6) == pi.compute_s(1.0, "*", 24e6) == 0.005  # reading weights, too
     assert cluster.profile("bert-base", config).link.shares == (1.0, 1.0, 0.5)
     assert EmulatedCluster(2, transport="loopback").profile("bert-base", config).link.shares == ()
-    fitted = EmulatedCluster(3, UNEQUAL, link="fitted").profile("bert-base", config).link
-    assert fitted.shares == (1.0, 1.0, 0.5)
     assert cluster.profile_name == (
         "Raspberry Pi 4B, Raspberry Pi 4B at 2x speed with 512 MiB, Jetson TX2 on a 0.5x link (emulated)"
     )

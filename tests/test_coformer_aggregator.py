@@ -14,7 +14,6 @@ from detransformer.coformer.aggregator import (
     POOLINGS,
     aggregator_flops,
     features_and_logits,
-    inherit_head,
     load_aggregator,
     make_aggregator,
     message_bytes,
@@ -319,25 +318,6 @@ def test_wrong_training_data_says_what_is_wrong():
     for fields, said in (({"drop": 1.0}, "drop=1.0 is outside"), ({"num_epochs": 0}, "num_epochs=0 is not above 0")):
         with pytest.raises(ValueError, match=said):
             AggregatorConfig(**fields)
-
-
-def test_the_head_may_be_the_large_models():
-    head = nn.Linear(10, CLASSES)
-    aggregator = make_aggregator("coformer", WIDTHS, CLASSES, 10)
-    inherit_head(aggregator, head)
-    assert torch.equal(aggregator.head.weight, head.weight) and torch.equal(aggregator.head.bias, head.bias)
-    inherit_head(aggregator, nn.Linear(10, CLASSES, bias=False))  # GPT-2's
-    assert (aggregator.head.bias == 0).all()
-    with pytest.raises(ValueError, match="make it with hidden_size=12 and num_labels=5"):
-        inherit_head(aggregator, nn.Linear(12, CLASSES))
-    with pytest.raises(ValueError, match="'average' has no head"):
-        inherit_head(make_aggregator("average", WIDTHS, CLASSES), head)
-    features, labels = learnable(20)
-    big = nn.Linear(16, 8)
-    trained = train_aggregator(
-        "coformer", features, labels, AggregatorConfig(1, learning_rate=1e-9), hidden_size=16, head=big
-    )
-    torch.testing.assert_close(trained.aggregator.head.weight, big.weight, atol=1e-6, rtol=0)
 
 
 def test_accuracy_is_the_same_in_any_batches():

@@ -123,20 +123,11 @@ def test_a_pool_is_profiled_by_roofline_or_measured(pool):
     assert measured[["latency_s", "source", "hidden_size"]].iloc[0].tolist() == [0.25, "measured", 768]
 
 
-def test_the_predictor_meets_held_out_profiles_and_is_saved(pool, tmp_path):
+def test_the_predictor_meets_held_out_profiles(pool):
     fitted, held_out = pool[:300], pool[300:]
     predictor = LatencyPredictor.fit(fitted, DEIT_B, hidden_sizes=(32, 32), max_iterations=150)
-    assert predictor.rmse_s(held_out) < 0.1 * held_out["latency_s"].std()
-    assert predictor.rmse_s(held_out) == pytest.approx(
-        np.sqrt(np.mean((predictor.predict(held_out) - held_out["latency_s"]) ** 2))
-    )
-    predictor.save(tmp_path / "tx2.npz")
-    loaded = LatencyPredictor.load(tmp_path / "tx2.npz")
-    config = uniform_policy(DEIT_B, 3).sub_models[0]
-    assert loaded(config) == predictor(config) and loaded.original == DEIT_B
-    (tmp_path / "other.npz").write_bytes(b"not one")
-    with pytest.raises(ValueError, match="is not a latency predictor"):
-        LatencyPredictor.load(tmp_path / "other.npz")
+    error = np.sqrt(np.mean((predictor.predict(held_out) - held_out["latency_s"]) ** 2))
+    assert error < 0.1 * held_out["latency_s"].std()
 
 
 def test_the_published_features_are_four(pool):

@@ -81,7 +81,7 @@ def test_run_answers_a_picture_as_one_process_does(ensemble, picture, tmp_path, 
     told = json.loads(record.read_text())
     assert told["check"]["agrees"] and told["check"]["max_abs_error"] <= 1e-5
     assert told["present"] == ["nano", "tx2", "orin"] and told["sentence"] == "All 3 sub-models answered."
-    batch = next(open_images("built-in").cut(None, 4).test_batches(4))
+    batch = next(open_images("built-in").cut(None, 4).ordered_batches("test", 4))
     expected = whole_answer(load_ensemble(ensemble), {"pixel_values": batch["pixel_values"][3:]})
     torch.testing.assert_close(torch.tensor([told["answer"]["logits"]]), expected, rtol=1e-4, atol=1e-4)
     printed = capfd.readouterr().out

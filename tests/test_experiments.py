@@ -6,7 +6,6 @@ from transformers import AutoModel
 from detransformer.cluster.bench import Cell
 from detransformer.cluster.experiments import (
     collective_counts,
-    fitted_cells,
     latency_cells,
     load_link,
     measure_latency,
@@ -46,12 +45,6 @@ def test_all_methods_and_eight_devices():
     assert {c.num_divisions for c in cells if c.num_devices != 8} == {4}
 
 
-def test_fitted_cells_are_the_paper_s_plans():
-    cells = fitted_cells(["bert-base", "bert-large"], [1000, 125], {"bert-base": 2, "bert-large": 1})
-    assert len(cells) == 2 * 2 * 7 and {c.num_devices for c in cells} == {4}
-    assert {c.method for c in cells} >= {"tp", "sp", "bp+paper", "bp+auto"}
-
-
 def test_measuring_over_modelled_links(cases, tmp_path):
     """Rows in the cells' order, from one cluster of four; the timeline keeps plain rows at the lowest bandwidth."""
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
@@ -64,18 +57,7 @@ def test_measuring_over_modelled_links(cases, tmp_path):
     timeline = read_timeline(tmp_path)
     assert set(zip(timeline["method"], timeline["bandwidth_mbps"], strict=True)) == {("tp", 1.0)}
     assert sorted(timeline["rank"].unique()) == [0, 1, 2, 3]
-    assert not (tmp_path / "latency_rows_line-rate.json").exists()
-
-
-def test_the_fitted_link_is_slower_than_a_clean_one(cases, tmp_path):
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    rows = measure_latency(
-        tmp_path, [Cell(str(tmp_path / "model"), "tp", 4, 10.0, seq_len=32, repeats=1)], link="fitted"
-    )
-    (row,) = rows.to_dict("records")
-    assert row["link"] == "fitted"
-    # 10 all_reduces of [32, 48] float32 at 10 Mbps; published results imply far less than the nominal rate
-    assert row["comm_s"] + row["wait_s"] > 1.2 * 10 * 8 * 1.5 * 32 * 48 * 4 / 10e6
+    assert not (tmp_path / "latency_rows.json").exists()
 
 
 def test_profiles_where_links_are_modelled(cluster, tmp_path):

@@ -294,7 +294,7 @@ def test_normalisation_is_by_channel():
 
 def test_ordered_batches_have_every_row_once_as_it_is(generated):
     data = generated.cut(50, 30)
-    batches = list(data.test_batches(16))
+    batches = list(data.ordered_batches("test", 16))
     assert [len(batch["rows"]) for batch in batches] == [16, 14]
     assert torch.equal(torch.cat([batch["rows"] for batch in batches]), torch.arange(30))
     assert torch.equal(batches[1]["pixel_values"], normalised(data.test_images[16:]))

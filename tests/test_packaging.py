@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import yaml
 
-from detransformer.files import atomic_folder, atomic_write, published_folder, repository_root
+from detransformer.files import atomic_folder, atomic_write, data_folder, repository_root
 from detransformer.report.provenance import pins, versions
 
 ROOT = repository_root()
@@ -95,11 +95,14 @@ def test_atomic_folder_replaces_only_when_complete(tmp_path):
 
 
 def test_a_clone_reads_its_own_published_values(tmp_path):
-    assert published_folder() == ROOT / "data" / "published"
+    assert data_folder("published") == ROOT / "data" / "published"
     package = tmp_path / "lib" / "detransformer"
     (tmp_path / "data" / "published").mkdir(parents=True)
-    assert published_folder(package) == tmp_path / "data" / "published"
-    assert published_folder(tmp_path / "site-packages" / "detransformer").parts[-2:] == ("detransformer", "published")
+    assert data_folder("published", package) == tmp_path / "data" / "published"
+    assert data_folder("published", tmp_path / "site-packages" / "detransformer").parts[-2:] == (
+        "detransformer",
+        "published",
+    )
 
 
 def test_a_wheel_works_without_the_repository(tmp_path):
@@ -111,7 +114,7 @@ def test_a_wheel_works_without_the_repository(tmp_path):
     assert (tmp_path / "installed/detransformer/service/clock_step.c").is_file(), "`make chaos` compiles it"
     package = tmp_path / "installed/detransformer"
     names = {path.name for path in (ROOT / "data/published").glob("*.csv")}
-    assert names and {path.name for path in published_folder(package).glob("*.csv")} == names
+    assert names and {path.name for path in data_folder("published", package).glob("*.csv")} == names
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); import detransformer; "
     code += "print(detransformer.__file__); from detransformer.cli import main; main()"
     for words in (["--version"], ["plan", "--model", "bert-base", "--bandwidth", "125", "--devices", "2"]):

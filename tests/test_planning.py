@@ -19,7 +19,7 @@ from detransformer.planning.cost import (
 )
 from detransformer.planning.explain import explain, explanation, limits
 from detransformer.planning.placement import auto_plan, paper_plan, place, place_freely
-from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+from detransformer.planning.profile import COLLECTIVE_KINDS, ClusterProfile, DeviceProfile, LinkProfile
 
 FOUR = [1.0] * 4
 
@@ -356,8 +356,24 @@ def test_it_says_why_more_devices_are_slower():
 def test_one_device_is_planned_for_too(method):
     """What is left of a cluster may be one device: every method then runs layers whole."""
     config = preset_config("bert-base")
-    profile = cluster_profile(device_specs(1, "rpi4b"), "bert-base", config, 125e6, "line-rate", 0.0)
+    profile = cluster_profile(device_specs(1, "rpi4b"), "bert-base", config, 125e6)
     freely, named = place_freely(config, profile).plan, place(config, profile, methods=[method]).plan
     assert freely.num_devices == named.num_devices == 1
     assert set(freely.strategies) == set(named.strategies) == {"replicate"}
     assert named.method == method
+
+
+@pytest.mark.parametrize(
+    "kind, steps",
+    [("all_reduce", 6), ("all_gather", 3), ("all_to_all", 1), ("reduce_scatter", 1), ("send", 1), ("receive", 1)],
+)
+def test_collectives_wait_for_their_steps_and_their_bytes(kind, steps):
+    link = LinkProfile(100e6, {"*": 1e-3}, {kind: 0.5, "*": 1.0})
+    assert link.collective_s(kind, 0, 4) == pytest.approx(steps * 1e-3)
+    assert link.collective_s(kind, 1e6, 4) == pytest.approx(steps * 1e-3 + 0.16)
+    assert kind in COLLECTIVE_KINDS
+
+
+def test_an_unknown_collective_is_named():
+    with pytest.raises(ValueError, match="collective 'broadcast' is unknown: choose one of all_reduce"):
+        LinkProfile(100e6).collective_s("broadcast", 1, 4)

@@ -69,33 +69,33 @@ def test_what_holds():
     assert said(table, "worst modelled device (tx2)")["expected"] == "at most 8.1"
     assert said(table, "worst modelled device (tx2)")["obtained"] == pytest.approx(2)
     assert said(table, "in % of the whole")["expected"] == "at most 6.6"
-    assert said(table, "in % of the whole")["verdict"] == "holds"
+    assert said(table, "in % of the whole")["judged"] == "holds"
     assert said(table, "10 seeds in which bayesian is")["obtained"] == 1
     assert said(table, "latency of uniform over bayesian")["obtained"] == pytest.approx(1.5)
-    assert said(table, "uncalibrated loss with calibrated error, each alone")["verdict"] == "holds"
-    assert said(table, "spent waiting")["verdict"] == "holds"
+    assert said(table, "uncalibrated loss with calibrated error, each alone")["judged"] == "holds"
+    assert said(table, "spent waiting")["judged"] == "holds"
     assert said(table, "latency a FLOP")["obtained"] == pytest.approx(1)
     few = studies.search_table(search_history().query("seed < 3"))
-    assert said(verdicts(search=few), "3 seeds in which bayesian is")["verdict"] == "too few seeds"
+    assert said(verdicts(search=few), "3 seeds in which bayesian is")["judged"] == "not tested"
 
 
 def test_what_does_not_hold_is_said():
     table = verdicts()
-    assert said(table, f"best rival ({studies.LINE})")["verdict"] == "does not hold"  # the line is better
+    assert said(table, f"best rival ({studies.LINE})")["judged"] == "does not hold"  # the line is better
     points = proxy_points()
     turned = points.assign(loss=-points["loss"])
-    assert said(verdicts(proxy=studies.proxy_table(turned, 200)), "loss with calibrated error, averaged")[
-        "verdict"
-    ] == ("does not hold")
+    assert said(verdicts(proxy=studies.proxy_table(turned, 200)), "loss with calibrated error, averaged")["judged"] == (
+        "does not hold"
+    )
     noise = points.assign(loss=np.random.default_rng(1).normal(size=len(points)))
-    assert said(verdicts(proxy=studies.proxy_table(noise, 200)), "loss with calibrated error, averaged")["verdict"] == (
+    assert said(verdicts(proxy=studies.proxy_table(noise, 200)), "loss with calibrated error, averaged")["judged"] == (
         "within noise"
     )
     history = search_history()
     worse = history["method"] == "bayesian"
     history.loc[worse, "best_objective"] += 1
     table = verdicts(search=studies.search_table(history))
-    assert said(table, "seeds in which bayesian is")["verdict"] == "does not hold"
+    assert said(table, "seeds in which bayesian is")["judged"] == "does not hold"
 
 
 def test_waiting_is_a_share_of_all_devices_time():

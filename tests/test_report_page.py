@@ -30,7 +30,7 @@ ROOT = repository_root()
 HOSTILE = "<script>alert(1)</script>"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VERDICT_HTML = """<style>#T_1 td {color: red}</style><table id="T_1"><thead><tr><th>claim</th><th>expected</th>
-<th>obtained</th><th>ratio</th><th>verdict</th></tr></thead><tbody><tr><td>counted</td><td>109.480000</td>
+<th>obtained</th><th>ratio</th><th>judged</th></tr></thead><tbody><tr><td>counted</td><td>109.480000</td>
 <td>109.482240</td><td>1.00</td><td>matches</td></tr><tr><td>gained</td><td>3.0</td><td>0.5</td><td>0.17</td>
 <td>does not hold</td></tr></tbody></table>"""
 
@@ -61,7 +61,7 @@ def made(tmp_path_factory):
     run.save_table(latency, "latency")
     run.save_table(methods_table(latency), "methods")
     run.save_table(summarise(run), "summary")
-    odd = pd.DataFrame({"claim": [HOSTILE, "![x](https://example.org/x.png)"], "verdict": ["holds", "does not hold"]})
+    odd = pd.DataFrame({"claim": [HOSTILE, "![x](https://example.org/x.png)"], "judged": ["holds", "does not hold"]})
     run.save_table(odd, "own_table")
     draw(run, "decoupling")
     draw(run, "wire")
@@ -199,17 +199,17 @@ def test_verdicts_are_on_top_and_coloured(run):
     assert rows["08 Adaptive"].find(class_="badge").text == "not run"
     assert "BERT-Base on one device, s (paced to it)" in claims.text and "by value" in claims.text
     assert {badge["class"][1] for badge in claims.find_all(class_="badge")} >= {"good", "none"}
-    assert [cell.text for cell in rest.tbody.tr.find_all("td")] == ["counted", "109.5", "109.5", "matches", "01"]
+    assert [cell.text for cell in rest.tbody.tr.find_all("td")] == ["counted", "109.5", "109.5", "", "matches", "01"]
 
 
 def test_a_saved_table_of_verdicts_counts_before_what_a_notebook_shows(run):
-    saved = pd.DataFrame({"claim": ["saved"], "published": [1.5], "obtained": [1.23456], "verdict": ["holds, smaller"]})
+    saved = pd.DataFrame({"claim": ["saved"], "published": [1.5], "obtained": [1.23456], "judged": ["holds, smaller"]})
     run.save_table(saved, "adaptive")
     executed_notebook(run, "08_adaptive", ("verdict()", [{"text/html": VERDICT_HTML}]))
     soup = soup_of(write_page(run.path)[0])
     rest = soup.find("section", {"aria-labelledby": "verdicts"}).find_all("table")[2]
     last = [cell.text for cell in rest.find_all("tr")[-1].find_all("td")]
-    assert last == ["saved", "1.5", "1.235", "holds, smaller", "08"]
+    assert last == ["saved", "1.5", "1.235", "", "holds, smaller", "08"]
 
 
 def test_figures_of_the_run_are_not_repeated_in_its_notebooks(run):

@@ -67,15 +67,8 @@ def test_a_cluster_of_real_hosts(tmp_path):
 
 def test_defaults(tmp_path):
     spec = load(tmp_path, "emulated: true\ndevices: [{device: rpi4b}, {device: rpi4b}]")
-    assert (spec.name, spec.names, spec.bandwidth_bps, spec.kind) == (
-        "cluster",
-        ("device0", "device1"),
-        125e6,
-        "line-rate",
-    )
+    assert (spec.name, spec.names, spec.bandwidth_bps) == ("cluster", ("device0", "device1"), 125e6)
     assert spec.profile("bert-base", CONFIG).devices == (DeviceSpec("rpi4b").on(CONFIG),) * 2
-    fitted = load(tmp_path, "emulated: true\nlink: {kind: fitted}\ndevices: [{device: rpi4b}]")
-    assert "fitted" in fitted.profile("bert-base", CONFIG).link.source and fitted.emulate().link == "fitted"
 
 
 def test_a_device_may_have_been_profiled(tmp_path):
@@ -107,7 +100,7 @@ ONE = "devices: [{name: a, address: 10.0.0.1, device: rpi4b}]\n"
         (ONE + "link: {bandwidth_mbps: fast}", "link.bandwidth_mbps fast is not a number"),
         (ONE + "link: {bandwidth_mbps: 0}", "link.bandwidth_mbps 0 is out of range"),
         (ONE + "link: {delay_ms: -1}", "link.delay_ms -1 is out of range"),
-        (ONE + "link: {kind: best}", "link.kind best is unknown; choose one of line-rate, fitted"),
+        (ONE + "link: {kind: best}", "link.kind is not a known key; choose from bandwidth_mbps"),
         (ONE + "rendezvous: {port: 70000}", "rendezvous.port 70000 is out of range"),
         (ONE + "rendezvous: 29400", "rendezvous is not a list of keys and values"),
         (ONE + "emulated: maybe", "emulated 'maybe' is not true or false"),

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from detransformer.record.published import published
 from detransformer.report.accuracy import (
     COMPARED,
     chance_beyond_noise,
@@ -17,7 +18,6 @@ from detransformer.report.accuracy import (
     trend_notes,
     trends,
 )
-from detransformer.report.expected import published
 from detransformer.training.config import ModelRow
 from detransformer.training.summary import (
     accuracy_table,
@@ -151,7 +151,7 @@ def test_note_says_scale_seeds_and_what_is_at_chance():
     runs.loc[runs["task"] == "SST-2", "score"] = 51.0  # 872 rows: within two standard errors of 50
     note = table_note(pd.concat([runs, runs.assign(attention_width="narrow", score=99.0)]))
     assert "Pre-training: tiny." in note and "CoLA: made up; seeds 5." in note
-    assert "No better than the most frequent label at this scale, so without meaning: SST-2." in note
+    assert "Not learned by any model at this scale, so without meaning: SST-2." in note
     assert "published table is one seed a cell" in note and "12% with 5 seeds" in note
     assert "Beyond noise" not in table_note(accuracy_rows(1)), "nothing can be"
 
@@ -161,9 +161,10 @@ def test_learning_is_more_than_a_small_validation_set_makes():
         dict(metric="accuracy", score=[52.0, 52.0, 50.5], majority_score=50.0, eval_rows=[872, 9815, 10**6])
     )
     assert learned(rows).tolist() == [False, True, False], "one point at least"
-    rows = pd.DataFrame(dict(metric=["mcc", "exact_match"], score=[5.0, 5.0], majority_score=0.0, eval_rows=1043))
-    assert learned(rows).tolist() == [False, True]
-    assert learned(rows.drop(columns="eval_rows")).tolist() == [True, True], "older tables: one point"
+    kinds = dict(metric=["mcc", "exact_match", "exact_match"], score=[5.0, 5.0, 15.0])
+    rows = pd.DataFrame(kinds | dict(majority_score=0.0, eval_rows=1043))
+    assert learned(rows).tolist() == [False, False, True], "of answers to questions, ten points"
+    assert learned(rows.drop(columns="eval_rows")).tolist() == [True, False, True], "older tables: the margin"
 
 
 def test_chance_of_two_errors_falls_with_seeds():
@@ -180,12 +181,12 @@ def test_mean_score_is_a_share_of_the_originals_with_an_error(tmp_path):
         means = mean_score(table).set_index(["model", "num_original_layers", "num_divisions", "over"])
         row = means.loc[("bert-base", 4, 4, "all")]
         assert row["published"] == pytest.approx(75.78) and row["published_share"] == pytest.approx(100 * 75.78 / 75.08)
-        assert row["obtained_share"] == pytest.approx(row["published_share"]) and row["kept"] == "yes"
+        assert row["obtained_share"] == pytest.approx(row["published_share"]) and row["judged"] == "holds"
         divisor = SPREAD / math.sqrt(3) / math.sqrt(5) * (row["obtained_share"] / 100 - 1)
         error = math.hypot(1 / math.sqrt(3) / 5, divisor) / (0.8 * 75.08)
         assert row["share_std_error"] == pytest.approx(100 * error)
-        assert means.loc[("bert-base", 1, 4, "all"), "kept"] == "no"
-        assert means.loc[("bert-large", 4, 4, "all"), "kept"] == "not run"
+        assert means.loc[("bert-base", 1, 4, "all"), "judged"] == "does not hold"
+        assert means.loc[("bert-large", 4, 4, "all"), "judged"] == "not tested"
 
 
 def test_mean_of_learned_tasks_leaves_out_those_at_chance():
@@ -197,7 +198,7 @@ def test_mean_of_learned_tasks_leaves_out_those_at_chance():
     assert some["published"] == pytest.approx(np.mean([36.75, 91.28, 80.40, 74.82]))
     runs["score"] = runs["majority_score"]
     means = mean_score(table_iii(runs, PUBLISHED))
-    assert set(means.loc[(means["over"] == "learned") & (means["num_divisions"] == 8), "kept"]) == {"nothing learned"}
+    assert set(means.loc[(means["over"] == "learned") & (means["num_divisions"] == 8), "judged"]) == {"not tested"}
 
 
 def test_a_mean_with_one_seed_somewhere_has_no_error():
@@ -205,7 +206,7 @@ def test_a_mean_with_one_seed_somewhere_has_no_error():
     runs = runs[(runs["task"] != "SQuAD") | (runs["seed"] == 0)]
     row = mean_score(table_iii(runs, PUBLISHED)).set_index(["model", "num_original_layers", "num_divisions", "over"])
     row = row.loc[("bert-base", 4, 4, "all")]
-    assert np.isnan(row["share_std_error"]) and row["kept"] == "one seed" and row["num_tasks"] == 5
+    assert np.isnan(row["share_std_error"]) and row["judged"] == "not tested" and row["num_tasks"] == 5
 
 
 def by_place(table: pd.DataFrame) -> pd.DataFrame:
@@ -220,16 +221,16 @@ def test_trends_are_slopes_with_errors_over_seeds(tmp_path):
         slope = np.polyfit([1, 2, 3, 4], [39.85, 41.26, 41.20, 42.06], 1)[0]
         assert cola["published_slope"] == pytest.approx(slope) and cola["obtained_slope"] == pytest.approx(0.8 * slope)
         assert cola["slope_std_error"] == pytest.approx(SPREAD / math.sqrt(3) / math.sqrt(5))  # sum (x - mean)^2 = 5
-        assert cola["one_seed_std_error"] == pytest.approx(SPREAD / math.sqrt(5)) and cola["verdict"] == "within noise"
+        assert cola["one_seed_std_error"] == pytest.approx(SPREAD / math.sqrt(5)) and cola["judged"] == "within noise"
         assert cola["published_rank"] == pytest.approx(0.8) and cola["points"] == "1, 2, 3, 4"
         ndiv = found.loc[("bert-base", "Ndiv", "CoLA")]
         assert ndiv["published_slope"] == pytest.approx((36.75 - 47.51) / 2), "a doubling of Ndiv"
-        assert ndiv["verdict"] == "as published"
-        assert found.loc[("bert-base", "Nb", "MLM"), "verdict"] == "as published", "perplexity falls with Nb"
+        assert ndiv["judged"] == "matches"
+        assert found.loc[("bert-base", "Nb", "MLM"), "judged"] == "holds", "perplexity falls with Nb"
         assert found.loc[("bert-base", "Nb", "mean"), "slope_std_error"] == pytest.approx(
             cola["slope_std_error"] / 5**0.5
         )
-        assert found.loc[("bert-large", "Nb", "CoLA"), "verdict"] == "not run"
+        assert found.loc[("bert-large", "Nb", "CoLA"), "why"] == "not run"
         assert ("bert-large", "Ndiv") not in {key[:2] for key in found.index}, "one point is no trend"
 
 
@@ -240,9 +241,9 @@ def test_trends_against_the_published_are_told_with_their_spread():
     runs.loc[runs["task"] == "MRPC", "score"] = 62.0
     table = table_iii(runs, PUBLISHED, pretraining=pretraining_rows(1))
     found = by_place(table)
-    assert found.loc[("bert-base", "Nb", "SQuAD"), "verdict"] == "against"
-    assert found.loc[("bert-base", "Nb", "MRPC"), "verdict"] == "at chance"
-    assert found.loc[("bert-base", "Nb", "MLM"), "verdict"] == "one seed"
+    assert found.loc[("bert-base", "Nb", "SQuAD"), "judged"] == "does not hold"
+    assert found.loc[("bert-base", "Nb", "MRPC"), "why"] == "at chance"
+    assert found.loc[("bert-base", "Nb", "MLM"), "why"] == "one seed"
     assert ("bert-base", "Nb", "mean of learned") in found.index
     notes = trend_notes(trends(table))
     against = next(note for note in notes if "SQuAD: against" in note)
@@ -250,7 +251,7 @@ def test_trends_against_the_published_are_told_with_their_spread():
         "bert-base over Nb (Ndiv=4), SQuAD: against: published +0.73, obtained -3.00 ± 0.03 points"
     )
     assert "published slope is beyond that noise" in against
-    assert any("MRPC: no row is better than the most frequent label" in note for note in notes)
+    assert any("MRPC, mean: not learned by any row" in note for note in notes)
     assert (
         any("MLM" in note and "one seed" in note for note in notes) and "bert-large over Nb (Ndiv=4): not run." in notes
     )
@@ -258,7 +259,7 @@ def test_trends_against_the_published_are_told_with_their_spread():
 
 def test_trends_of_one_seed_and_of_few_points():
     found = by_place(table_iii(accuracy_rows(1), PUBLISHED))
-    assert set(found.loc["bert-base", "verdict"]) == {"one seed"}
+    assert set(found.loc["bert-base", "why"]) == {"one seed"}
     runs = accuracy_rows(3)
     few = by_place(table_iii(runs[runs["num_original_layers"].isin([1, 4])], PUBLISHED)).loc[
         ("bert-base", "Nb", "CoLA")
@@ -266,7 +267,7 @@ def test_trends_of_one_seed_and_of_few_points():
     assert few["points"] == "1, 4" and few["published_slope"] == pytest.approx((42.06 - 39.85) / 3), (
         "at the same points"
     )
-    assert set(trends(table_iii(runs.head(0), PUBLISHED))["verdict"]) == {"not run"}
+    assert set(trends(table_iii(runs.head(0), PUBLISHED))["why"]) == {"not run"}
     assert trend_notes(trends(table_iii(runs.head(0), PUBLISHED)))[0] == "bert-base over Nb (Ndiv=4): not run."
 
 

@@ -291,9 +291,6 @@ def bench(
         str, typer.Option(help="Number format of messages: float32, bfloat16, int8, or such as float32,qkv=int8.")
     ] = "float32",
     reads: Annotated[str, typer.Option(help="What is read of the last layer: all, cls or both.")] = "all",
-    link: Annotated[
-        str | None, typer.Option(help="line-rate (clean, the default), or fitted (to the published results).")
-    ] = None,
     delay: Annotated[
         str | None, typer.Option(help="One-way delay between devices in ms, where the kernel has netem.")
     ] = None,

@@ -11,10 +11,10 @@ from typing import IO
 PACKAGE = Path(__file__).resolve().parent
 
 
-def published_folder(package: Path = PACKAGE) -> Path:
-    """Where the papers' numbers stand: data/published of the clone that `package` lies in, else a wheel's copy."""
-    clone = package.parents[1] / "data" / "published"
-    return clone if clone.is_dir() and package.parent.name == "lib" else package / "published"
+def data_folder(name: str, package: Path = PACKAGE) -> Path:
+    """Where committed data stand (`published`, `measured`): data/NAME of the clone of `package`, else a wheel's copy."""
+    clone = package.parents[1] / "data" / name
+    return clone if clone.is_dir() and package.parent.name == "lib" else package / name
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from detransformer.files import PACKAGE, atomic_write, published_folder, repository_root
+from detransformer.files import PACKAGE, atomic_write, data_folder, repository_root
 from detransformer.report import provenance
 from detransformer.report.runs import RunFolder
 from detransformer.settings import data_environment
@@ -153,7 +153,7 @@ def library_digest(package: Path = PACKAGE) -> str:
     """Digest of the package's sources and the papers' values: what notebooks compute with."""
     digest = hashlib.sha256()
     modules = [p for p in sorted(package.rglob("*.py")) if p.relative_to(package).as_posix() not in FRAME]
-    for path in [*modules, *sorted(published_folder(package).glob("*.csv"))]:
+    for path in [*modules, *sorted(data_folder("published", package).glob("*.csv"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -81,7 +81,6 @@ def bench_command(
     device: str | None,
     wire: str,
     reads: str,
-    link: str | None,
     delay: str | None,
     jitter: str | None,
     memory: str | None,
@@ -90,7 +89,7 @@ def bench_command(
     pace: str,
 ) -> None:
     """Measures the methods at each bandwidth on emulated devices; prints and saves one row a method."""
-    beside = {"--devices": devices, "--device": device, "--link": link, "--delay": delay, "--jitter": jitter}
+    beside = {"--devices": devices, "--device": device, "--delay": delay, "--jitter": jitter}
     spec = _cluster_file(cluster, beside)
     if spec and not spec.emulated:
         raise ValueError(
@@ -129,7 +128,7 @@ def bench_command(
     if spec:
         emulated = spec.emulate(bandwidth_bps=bandwidths[0] * 1e6, transport=transport)
     else:
-        alike = dict(device=device or DEFAULT_DEVICE, link=link or "line-rate", delay_s=delay_s, jitter_s=jitter_s)
+        alike = dict(device=device or DEFAULT_DEVICE, delay_s=delay_s, jitter_s=jitter_s)
         emulated = EmulatedCluster(num_devices, bandwidth_bps=bandwidths[0] * 1e6, transport=transport, **alike)
     bench = Bench(emulated, time_scale=scale, memory_budget_bytes=_budget(memory))
     check_cells(bench, cells)
@@ -377,7 +376,7 @@ def profile_command(
         print(f"{name}: {rate / 1e9:.1f} GFLOP/s ({source})")
     link = LinkProfile(mbps * 1e6)
     emulated = EmulatedCluster(num_devices, bandwidth_bps=mbps * 1e6)  # with equal links, whatever their shares
-    if emulated.transport == "namespaces" and not (spec and (not spec.emulated or spec.kind == "fitted")):
+    if emulated.transport == "namespaces" and not (spec and not spec.emulated):
         with emulated:
             link, rows = profile_link(emulated)
         print(_markdown(rows))

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from detransformer.files import PACKAGE
+from detransformer.files import data_folder
 from detransformer.planning.profile import CALIBRATION_TOKENS, ClusterProfile, DeviceProfile, LinkProfile
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PACES = ("measured", "roofline")  # a share of a layer takes as long as measured, or as its operations and bytes say
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
-EFFICIENCY = PACKAGE / "measured" / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
+EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
 MEASURED_JETSON = "Jetson TX2"  # of CoFormer 2025, Table V, where one device runs the whole DeiT-B
 
 
@@ -81,7 +81,7 @@ DEVICES = {
 
 @cache
 def _figures() -> "pd.DataFrame":
-    from detransformer.report.expected import published
+    from detransformer.record.published import published
 
     return published("devices").set_index("device")
 
@@ -178,7 +178,6 @@ def cluster_profile(
     model: str,
     config: "PretrainedConfig",
     bandwidth_bps: float,
-    kind: str = "line-rate",
     delay_s: float = 0.0,
     link: LinkProfile | None = None,
     pace: str = "measured",
@@ -187,7 +186,7 @@ def cluster_profile(
     """Devices and links on `model` (a preset's name or a folder) of `config`.
 
     Args:
-        link: gives a line-rate link the figures measured on it; the fitted link has its own, made for the model.
+        link: the figures that were measured on one.
         pace: `measured`: a share of a layer is as much slower than the whole layer as it was where that was measured,
             on the device itself, where it has a profile, or else on a core as in `efficiency`; `roofline`: all shares
             compute at the whole layer's rate, but no product is faster than its weights are read.
@@ -197,10 +196,6 @@ def cluster_profile(
         raise ValueError(f"pace={pace!r} is unknown: choose one of {', '.join(PACES)}.")
     devices = tuple(spec.on(config, pace, efficiency) for spec in specs)
     shares = link_shares(specs)
-    if kind == "fitted":
-        from detransformer.planning.fitting import fitted_link
-
-        return ClusterProfile(devices, replace(fitted_link(model, bandwidth_bps), shares=shares))
     known = link or LinkProfile(bandwidth_bps)
     steps = {name: step_s + delay_s for name, step_s in known.step_latency_s.items()}
     return ClusterProfile(devices, replace(known, bandwidth_bps=bandwidth_bps, step_latency_s=steps, shares=shares))
@@ -223,7 +218,7 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
 
     from detransformer.models.configuration import preset_config
     from detransformer.models.sizes import model_flops
-    from detransformer.report.expected import published_claim
+    from detransformer.record.published import published_claim
 
     device = DEVICES[name]
     if device.latency_claims:
@@ -264,7 +259,7 @@ def jetson_share() -> float:
     """The share of its peak that a Jetson TX2 achieves on DeiT-B: 35.1 GFLOP in 123.48 ms of 665.6 GFLOPS, 43%."""
     from detransformer.models.configuration import preset_config
     from detransformer.models.sizes import model_flops
-    from detransformer.report.expected import published
+    from detransformer.record.published import published
 
     table = published("coformer_tables").set_index(["table", "row"])
     latency_s = float(table.loc[("V", "1 device"), "latency_ms"]) / 1e3

@@ -21,7 +21,9 @@ from detransformer.parallel.plan import METHODS, published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.placement import place
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
-from detransformer.report.expected import published_claim
+from detransformer.record.published import published_claim
+
+TIMELINE = "timeline.csv"  # in a run's folder
 
 
 def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats: int) -> pd.DataFrame:
@@ -149,44 +151,30 @@ def latency_cells(
     return list(dict.fromkeys(cells))
 
 
-def fitted_cells(
-    models: Sequence[str],
-    bandwidths_mbps: Sequence[float],
-    repeats: Mapping[str, int],
-    methods: Sequence[str] = ("tp", "sp", "bp+tp", "bp+sp", "bp+allgather", "bp+paper", "bp+auto"),
-) -> list[Cell]:
-    """The rows of Table IV on the fitted link: `methods` x `bandwidths_mbps` on 4 devices."""
-    return [cell for model in models for cell in grid(model, methods, bandwidths_mbps, 4, repeats=repeats[model])]
-
-
-def measure_latency(
-    run_path: str | Path, cells: Sequence[Cell], link: str = "line-rate", transport: str = "auto"
-) -> pd.DataFrame:
+def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str = "auto") -> pd.DataFrame:
     """Measures `cells` on emulated clusters of 4 devices, or as many as a cell needs, and returns their rows in order.
 
-    On line-rate links the cost model takes the profile of notebook 04 where the run has it. Rows are kept in
-    `latency_rows_<link>.json` in the run's folder as they come: an interrupted run goes on from there. What each device
+    The cost model takes the profile of notebook 04 where the run has it. Rows are kept in
+    `latency_rows.json` in the run's folder as they come: an interrupted run goes on from there. What each device
     did when (`read_timeline`) is kept of the first model's plain rows at the lowest bandwidth.
     """
     run_path = Path(run_path)
     cells = list(dict.fromkeys(cells))
-    measured = load_link(run_path / "profiles", cells[0].model) if link == "line-rate" else None
+    measured = load_link(run_path / "profiles", cells[0].model)
     lowest = min(cell.bandwidth_mbps for cell in cells)
     plain = dict(model=cells[0].model, bandwidth_mbps=lowest, num_devices=4, wire="float32", reads="all")
     plain |= dict(num_original_layers=4, num_divisions=4)
 
-    rows_path = run_path / f"latency_rows_{link}.json"
+    rows_path = run_path / "latency_rows.json"
     rows = {}
     for size in sorted({max(4, cell.num_devices) for cell in cells}):
         part = [cell for cell in cells if max(4, cell.num_devices) == size]
-        with EmulatedCluster(
-            size, bandwidth_bps=part[0].bandwidth_mbps * 1e6, transport=transport, link=link
-        ) as cluster:
+        with EmulatedCluster(size, bandwidth_bps=part[0].bandwidth_mbps * 1e6, transport=transport) as cluster:
             frame = measure_grid(
                 Bench(cluster, measured),
                 part,
                 rows_path,
-                timeline=_timeline_path(run_path, link) if size == 4 else None,
+                timeline=run_path / TIMELINE if size == 4 else None,
                 in_timeline=lambda cell: all(getattr(cell, name) == value for name, value in plain.items()),
                 keep=True,
             )
@@ -195,10 +183,6 @@ def measure_latency(
     return pd.DataFrame([rows[cell] for cell in cells])
 
 
-def _timeline_path(run_path: Path, link: str) -> Path:
-    return run_path / f"timeline_{link}.csv"
-
-
-def read_timeline(run_path: str | Path, link: str = "line-rate") -> pd.DataFrame:
+def read_timeline(run_path: str | Path) -> pd.DataFrame:
     """What `measure_latency` kept of who did what when: a row an event, in seconds from the request's start."""
-    return pd.read_csv(_timeline_path(Path(run_path), link))
+    return pd.read_csv(Path(run_path) / TIMELINE)

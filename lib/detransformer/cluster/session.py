@@ -2,8 +2,8 @@
 
 Transport `namespaces`: every worker in its own network namespace, links shaped by the kernel, real TCP between them.
 Transport `loopback`: the same workers over 127.0.0.1, links modelled in the process: where namespaces are not
-permitted, and for the `fitted` link, whose collectives take what the paper's published results imply. Compute is paced
-by the device profile in both. A worker that dies or falls silent ends the session with an error that names it.
+permitted. Compute is paced by the device profile in both. A worker that dies or falls silent ends the session with an
+error that names it.
 """
 
 import contextlib
@@ -36,7 +36,6 @@ from detransformer.cluster.pacing import Arrivals
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 TRANSPORTS = ("auto", "namespaces", "loopback")
-LINKS = ("line-rate", "fitted")
 MAX_DEVICES = 64
 START_TIMEOUT_S = 120
 LATE_S = 1.0  # for the others to reply, after the one that has the result
@@ -53,7 +52,6 @@ class EmulatedCluster:
         bandwidth_bps: of every link, times the device's `link_share`; change it with `set_link`.
         transport: `auto` takes namespaces where they are permitted.
         threads: of each worker's compute.
-        link: `line-rate`, clean and full duplex at its rate; or `fitted`, modelled, as slow as published results imply.
         delay_s, jitter_s: of a packet between two devices, one way; on shaped links where the kernel has netem.
 
     Raises:
@@ -67,7 +65,6 @@ class EmulatedCluster:
         bandwidth_bps: float = 125e6,
         transport: str = "auto",
         threads: int = 1,
-        link: str = "line-rate",
         delay_s: float = 0.0,
         jitter_s: float = 0.0,
     ):
@@ -80,14 +77,8 @@ class EmulatedCluster:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport={transport!r} is unknown: choose one of {', '.join(TRANSPORTS)}.")
         devices = device_specs(num_devices, device)
-        if link not in LINKS:
-            raise ValueError(f"link={link!r} is unknown: choose one of {', '.join(LINKS)}.")
-        if link == "fitted" and transport == "namespaces":
-            raise ValueError("the fitted link is modelled in the process: use it with transport='loopback' or 'auto'.")
         if not (delay_s >= 0 and jitter_s >= 0):
             raise ValueError(f"delay_s={delay_s} and jitter_s={jitter_s} must be 0 or above.")
-        if link == "fitted":
-            transport = "loopback"
         if transport != "loopback":
             permitted, why = can_emulate()
             if not permitted and transport == "namespaces":
@@ -97,7 +88,7 @@ class EmulatedCluster:
             if transport == "loopback":
                 raise ValueError(
                     "delay and jitter are set on shaped links, and these are modelled: leave them out, "
-                    "or use line-rate links where network namespaces are permitted."
+                    "or use shaped links where network namespaces are permitted."
                 )
             delays, why = can_delay()
             if not delays:
@@ -109,7 +100,6 @@ class EmulatedCluster:
         self.transport = transport
         self.threads = threads
         self.delay_s, self.jitter_s = delay_s, jitter_s
-        self._link = link
         self.folder: Path | None = None  # for files that live as long as the session
         self.lost: dict[int, str] = {}  # who was left out of jobs that can do without, and why
         self._network: EmulatedNetwork | None = None
@@ -133,9 +123,7 @@ class EmulatedCluster:
 
     @property
     def link(self) -> str:
-        """What table rows call this link."""
-        if self._link == "fitted":
-            return "fitted"
+        """What table rows call this link: `line-rate`, shaped by the kernel, or `modelled` in the process."""
         return "line-rate" if self.transport == "namespaces" else "modelled"
 
     def profile(
@@ -150,7 +138,7 @@ class EmulatedCluster:
 
         Arguments as in `cluster_profile`.
         """
-        where = self.bandwidth_bps, self._link, self.delay_s, link
+        where = self.bandwidth_bps, self.delay_s, link
         return cluster_profile(self.devices, model, config, *where, pace, efficiency)
 
     def __enter__(self) -> "EmulatedCluster":

@@ -30,11 +30,10 @@ DEFAULT_PORT = 29400
 MAX_DEVICES = 64
 KEYS = {  # of each mapping in the file
     "": ("name", "emulated", "link", "devices", "rendezvous", "interface"),
-    "link": ("bandwidth_mbps", "delay_ms", "jitter_ms", "kind"),
+    "link": ("bandwidth_mbps", "delay_ms", "jitter_ms"),
     "device": ("name", "address", "device", "speed", "memory_mib", "bandwidth_mbps", "profile"),
     "rendezvous": ("port",),
 }
-LINK_KINDS = ("line-rate", "fitted")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class ClusterSpec:
 
     Args:
         bandwidth_bps: of each link, times its device's `link_share`.
-        kind: `line-rate` or `fitted`, as in `EmulatedCluster`.
         port: of the first device, at which the others come; the next one is torchrun's.
         interface: the network interface of every host; empty: the one that has the host's address.
     """
@@ -69,7 +67,6 @@ class ClusterSpec:
     bandwidth_bps: float = 125e6
     delay_s: float = 0.0
     jitter_s: float = 0.0
-    kind: str = "line-rate"
     port: int = DEFAULT_PORT
     interface: str = ""
 
@@ -103,7 +100,7 @@ class ClusterSpec:
 
     def profile(self, model: str, config: "PretrainedConfig", pace: str = "measured") -> ClusterProfile:
         """Devices and links on `model` (a preset's name or a folder) of `config`, for the planner."""
-        where = self.bandwidth_bps, self.kind, self.delay_s
+        where = self.bandwidth_bps, self.delay_s
         return cluster_profile(self.device_specs, model, config, *where, pace=pace)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
@@ -114,7 +111,6 @@ class ClusterSpec:
             num_devices=len(self.members),
             device=self.device_specs,
             bandwidth_bps=self.bandwidth_bps,
-            link=self.kind,
             delay_s=self.delay_s,
             jitter_s=self.jitter_s,
         )
@@ -160,7 +156,6 @@ class _Reader:
             bandwidth_bps=bandwidth_mbps * 1e6,
             delay_s=self._number(link, "link.", "delay_ms", DELAY_LIMITS_MS, 0) / 1e3,
             jitter_s=self._number(link, "link.", "jitter_ms", DELAY_LIMITS_MS, 0) / 1e3,
-            kind=one_of(self._text(link, "link.", "kind", "line-rate"), f"{self.path}: link.kind", LINK_KINDS),
             port=whole_number(rendezvous.get("port", DEFAULT_PORT), f"{self.path}: rendezvous.port", 1, 65534),
             interface=self._text(fields, "", "interface", ""),
         )

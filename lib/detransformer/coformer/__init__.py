@@ -26,7 +26,6 @@ _PLACES = {
         "ImageTask",
         "TextTask",
         "boost",
-        "boost_table",
         "load_calibrated",
     ),
     "debo": (
@@ -50,7 +49,6 @@ _PLACES = {
         "choose_parts",
         "decompose",
         "magnitude_importance",
-        "taylor_importance",
     ),
     "evaluator": (
         "Evaluation",

@@ -280,21 +280,6 @@ def make_aggregator(
     return CLASSES[kind](widths, num_labels, hidden_size, pooling)
 
 
-def inherit_head(aggregator: Aggregator, head: nn.Linear) -> None:
-    """Gives a learned aggregator the large model's head, as published; d_i must be the large model's width."""
-    own = getattr(aggregator, "head", None)
-    if own is None:
-        raise ValueError(f"an aggregator of kind {aggregator.kind!r} has no head: choose a learned kind.")
-    if own.weight.shape != head.weight.shape:
-        raise ValueError(
-            f"the large model's head is {list(head.weight.shape)}, the aggregator's {list(own.weight.shape)}: make it "
-            f"with hidden_size={head.in_features} and num_labels={head.out_features}."
-        )
-    with torch.no_grad():
-        own.weight.copy_(head.weight)
-        own.bias.zero_() if head.bias is None else own.bias.copy_(head.bias)
-
-
 # Costs -----------------------------------------------------------------------------------------------------------
 
 

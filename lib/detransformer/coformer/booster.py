@@ -457,12 +457,6 @@ def load_calibrated(results: Sequence[BoostResult], sub_models: Sequence[PreTrai
     return [type(sub_model).from_pretrained(result.checkpoint).eval() for result, sub_model in pairs]
 
 
-def boost_table(results: Sequence[BoostResult]) -> pd.DataFrame:
-    """What calibration comes to, one row a sub-model; all columns but checkpoint, history and identity."""
-    columns = [f.name for f in dataclasses.fields(BoostResult) if f.name not in ("checkpoint", "history", "identity")]
-    return pd.DataFrame([{name: getattr(result, name) for name in columns} for result in results], columns=columns)
-
-
 @torch.no_grad()
 def predict(model: nn.Module, task: BoostTask, split: str, batch_size: int = 250) -> np.ndarray:
     """Logits float32 [N, C] of all samples of `split`, by number, in the model's own number format."""

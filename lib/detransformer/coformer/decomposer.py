@@ -12,7 +12,7 @@ sub-model can be evaluated alone (Eq. 7); the aggregation takes `features`.
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,6 @@ from transformers.initialization import no_init_weights
 from detransformer.coformer.policy import Original, Policy, SubModelConfig
 from detransformer.coformer.submodels import SUB_MODEL_CLASS, sub_model_config
 
-LAYER_CHOICES = ("even", "importance")
 LAYER_NAME = re.compile(r"^(?:bert\.|transformer\.|vit\.)?(?:encoder\.layer|layers|h)\.(\d+)\.(.+)$")
 PREFIX = re.compile(r"^(?:bert|transformer|vit)\.")
 
@@ -72,9 +71,8 @@ OUTER_AXES = {  # of all three: outside the layers
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each part of the large model counts: layers [L], dimensions [d], heads [L, h], FFN columns [L, D]."""
+    """How much each part of the large model counts: dimensions [d], heads [L, h], FFN columns [L, D]."""
 
-    layers: np.ndarray
     dims: np.ndarray
     heads: np.ndarray
     ffn: np.ndarray
@@ -94,49 +92,18 @@ class Parts:
 
 
 def magnitude_importance(model: PreTrainedModel) -> Importance:
-    """The L2 norm of the weights that read and write a dimension, a head or an FFN column, or that a layer has."""
-    return _importance(model, ((name, value.detach() ** 2) for name, value in model.named_parameters()), root=True)
+    """The L2 norm of the weights that read and write a dimension, a head or an FFN column."""
+    return _importance(model, ((name, value.detach() ** 2) for name, value in model.named_parameters()))
 
 
-def taylor_importance(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> Importance:
-    """|weight x gradient| of these weights, summed over `batches`: how the loss changes without them, to first order.
-
-    Raises:
-        ValueError: for a model without a task head, or batches without labels.
-    """
-    was_training = model.training
-    model.eval()
-    named = dict(model.named_parameters())
-    found = {name: torch.zeros_like(value) for name, value in named.items()}
-    count = 0
-    for batch in batches:
-        loss = getattr(model(**{name: value.to(model.device) for name, value in batch.items()}), "loss", None)
-        if loss is None:
-            raise ValueError(
-                f"{type(model).__name__} gave no loss: take a model with a task head, and batches with labels."
-            )
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        for (name, value), gradient in zip(named.items(), gradients, strict=True):
-            if gradient is not None:
-                found[name] += (value * gradient).detach().abs()
-        count += 1
-    model.train(was_training)
-    if not count:
-        raise ValueError("no batch to measure importance on: give at least one.")
-    return _importance(model, found.items(), root=False)
-
-
-def _importance(model: PreTrainedModel, saliency: Iterable[tuple[str, torch.Tensor]], root: bool) -> Importance:
-    """Sums of a number a weight over what belongs together; `root` of the sum for a norm."""
+def _importance(model: PreTrainedModel, saliency: Iterable[tuple[str, torch.Tensor]]) -> Importance:
+    """Square roots of the sums of a number a weight, over what belongs together."""
     original = Original.of(model.config)
-    layers = np.zeros(original.num_layers)
     dims = np.zeros(original.hidden_size)
     heads = np.zeros((original.num_layers, original.num_heads))
     ffn = np.zeros((original.num_layers, original.ffn_size))
     for name, value in saliency:
         layer, axes = axes_of(name, model.config.model_type)
-        if layer is not None:
-            layers[layer] += float(value.sum())
         for axis, role in enumerate(axes):
             if role is None or role == "pooled":  # the pooler's outputs are not the embedding's dimensions
                 continue
@@ -148,7 +115,7 @@ def _importance(model: PreTrainedModel, saliency: Iterable[tuple[str, torch.Tens
                 ffn[layer] += sums
             else:  # [(3,) h, s] of "qkv" or "heads"
                 heads[layer] += sums.reshape(-1, original.num_heads, original.head_size).sum((0, 2))
-    return Importance(*(np.sqrt(scores) if root else scores for scores in (layers, dims, heads, ffn)))
+    return Importance(*(np.sqrt(scores) for scores in (dims, heads, ffn)))
 
 
 def axes_of(name: str, architecture: str) -> tuple[int | None, tuple[str | None, ...]]:
@@ -164,7 +131,7 @@ def axes_of(name: str, architecture: str) -> tuple[int | None, tuple[str | None,
 # Parts -----------------------------------------------------------------------------------------------------------
 
 
-def choose_parts(importance: Importance, policy: Policy, layers: str = "even") -> list[Parts]:
+def choose_parts(importance: Importance, policy: Policy) -> list[Parts]:
     """Which parts of the large model each sub-model takes.
 
     The parts of a layer, and the embedding dimensions, are *dealt* like cards: ranked by importance, then one to each
@@ -177,18 +144,16 @@ def choose_parts(importance: Importance, policy: Policy, layers: str = "even") -
     C3 and C4 count k-th layers, and the k-th layers of two sub-models may come from different layers of the large
     model. Where sub-models ask for more of one layer than it has, the most important parts are given twice.
 
-    Args:
-        layers: `"even"`: spread over the depth from the first to the last (the norms of a layer's weights say little of
-            its worth); `"importance"`: the most important, in their order.
+    Layers are spread over the depth: the norms of a layer's weights say little of its worth.
 
     Raises:
-        ValueError: for a sub-model larger than the large model, or an unknown choice of layers.
+        ValueError: for a sub-model larger than the large model.
     """
     num_layers, num_heads = importance.heads.shape
     _check_sizes(policy, num_layers, len(importance.dims), num_heads, importance.ffn.shape[1])
     configs = policy.sub_models
     dims = deal(importance.dims, [c.hidden_size for c in configs])
-    sources = [choose_layers(importance.layers, c.num_layers, layers) for c in configs]
+    sources = [choose_layers(num_layers, c.num_layers) for c in configs]
     heads: list[list[np.ndarray]] = [[] for _ in configs]
     ffn: list[list[np.ndarray]] = [[] for _ in configs]
     for layer in range(num_layers):
@@ -204,16 +169,12 @@ def choose_parts(importance: Importance, policy: Policy, layers: str = "even") -
     return [Parts(s, d, tuple(h), tuple(f)) for s, d, h, f in zip(sources, dims, heads, ffn, strict=True)]
 
 
-def choose_layers(scores: np.ndarray, num_layers: int, how: str = "even") -> np.ndarray:
-    """So many of the layers that `scores` are of, ascending; `"even"` takes the first and the last of them always.
+def choose_layers(num_original: int, num_layers: int) -> np.ndarray:
+    """`num_layers` of `num_original` layers, ascending and spread evenly, the first and the last among them.
 
-    Of a single layer, it is the first: it reads embeddings, as it was trained to.
+    A single one is the first: it reads embeddings, as it was trained to.
     """
-    if how not in LAYER_CHOICES:
-        raise ValueError(f"layers={how!r} is unknown: choose one of {', '.join(LAYER_CHOICES)}.")
-    if how == "even":
-        return np.round(np.linspace(0, len(scores) - 1, num_layers)).astype(int)
-    return np.sort(np.argsort(-scores, kind="stable")[:num_layers])
+    return np.round(np.linspace(0, num_original - 1, num_layers)).astype(int)
 
 
 def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.ndarray]:
@@ -251,9 +212,7 @@ def _check_sizes(policy: Policy, num_layers: int, width: int, num_heads: int, ff
 # Slicing ---------------------------------------------------------------------------------------------------------
 
 
-def decompose(
-    model: PreTrainedModel, policy: Policy, importance: Importance | None = None, layers: str = "even"
-) -> list[PreTrainedModel]:
+def decompose(model: PreTrainedModel, policy: Policy, importance: Importance | None = None) -> list[PreTrainedModel]:
     """The sub-models of `policy`, of the same head as `model` and with weights sliced from its own.
 
     A single sub-model of the full size is `model` again. Sub-models larger together than C2-C4 allow share parts: see
@@ -263,7 +222,6 @@ def decompose(
         model: a `BertModel`, `BertForSequenceClassification`, `GPT2Model`, `GPT2ForSequenceClassification`,
             `GPT2LMHeadModel`, `ViTModel` or `ViTForImageClassification`.
         importance: `magnitude_importance(model)` unless given.
-        layers: `"even"` or by `"importance"`.
 
     Raises:
         ValueError: for a model of another class, or a sub-model larger than `model`.
@@ -275,7 +233,7 @@ def decompose(
         )
     if importance is None:
         importance = magnitude_importance(model)
-    parts = choose_parts(importance, policy, layers)
+    parts = choose_parts(importance, policy)
     return [_sub_model(model, c, p) for c, p in zip(policy.sub_models, parts, strict=True)]
 
 

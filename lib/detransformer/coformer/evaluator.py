@@ -7,7 +7,6 @@ them: what is predicted from them is a model of a model, and says so. Energy is 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +24,6 @@ from detransformer.coformer.policy import (
     products,
     scale_policy,
 )
-from detransformer.files import atomic_write
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STRATEGY = "replicate"  # whole products on one device: the name under which profiles list their rate
-PREDICTOR_VERSION = 1
 PUBLISHED_FEATURES = ("num_layers", "hidden_size", "mean_heads", "mean_ffn_size")  # supplementary A
 DERIVED_FEATURES = ("flops", "weight_bytes")
 
@@ -89,7 +86,7 @@ class LatencyPredictor:
     l, d and the mean heads and FFN width. FLOPs and weights may be given too: they are products of the four, which a
     small network learns slowly. Features and latency are taken by their logarithm and standardised.
 
-    Weights are plain arrays, [in, out] a layer: predicting needs no scikit-learn, and a file no pickle.
+    Weights are plain arrays, [in, out] a layer: predicting needs no scikit-learn.
     """
 
     original: Original
@@ -147,46 +144,6 @@ class LatencyPredictor:
     def __call__(self, config: SubModelConfig) -> float:
         """Seconds of one sub-model."""
         return float(self.predict(pd.DataFrame([describe(config, self.original)]))[0])
-
-    def rmse_s(self, frame: pd.DataFrame) -> float:
-        """Root mean square error in seconds (Fig. 16a); of rows that the fit has not seen it is an honest one."""
-        return float(np.sqrt(np.mean((self.predict(frame) - frame["latency_s"].to_numpy(float)) ** 2)))
-
-    def save(self, path: str | Path) -> None:
-        """As .npz without pickled objects."""
-        arrays = {f"weight_{i}": weight for i, weight in enumerate(self.weights)}
-        arrays |= {f"bias_{i}": bias for i, bias in enumerate(self.biases)}
-        sizes = self.original
-        arrays["original"] = np.array([int(getattr(sizes, name)) for name in sizes.__dataclass_fields__])
-        with atomic_write(path, "wb") as file:
-            np.savez(
-                file, version=PREDICTOR_VERSION, features=np.array(self.features), shift=self.shift, scale=self.scale,
-                target=np.array(self.target), **arrays,
-            )  # fmt: skip
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LatencyPredictor":
-        """
-        Raises:
-            ValueError: for a file that is no predictor.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if int(file["version"]) != PREDICTOR_VERSION:
-                    raise ValueError(f"version {int(file['version'])} is not {PREDICTOR_VERSION}")
-                *sizes, has_pooler = (int(size) for size in file["original"])
-                count = sum(name.startswith("weight_") for name in file.files)
-                return cls(
-                    Original(*sizes, has_pooler=bool(has_pooler)),
-                    tuple(str(name) for name in file["features"]),
-                    file["shift"],
-                    file["scale"],
-                    tuple(float(value) for value in file["target"]),
-                    tuple(file[f"weight_{i}"] for i in range(count)),
-                    tuple(file[f"bias_{i}"] for i in range(count)),
-                )
-        except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{path} is not a latency predictor ({error}): fit it again and save it.") from error
 
 
 # Latency and energy of a policy -----------------------------------------------------------------------------------
@@ -358,7 +315,6 @@ class Evaluator:
         cluster, predictors, central, sent_tokens: as in `latency`.
         delta: what a second counts in units of loss.
         importance: of `model`'s parts, found once; None: their magnitude.
-        layers: as in `decompose`.
         priced_as: sizes of a larger model of the same kind, by which latency is predicted (`scale_policy`); None: as
             large as `model` is. Of a small model a device's share of the time is that of its messages alone.
     """
@@ -372,7 +328,6 @@ class Evaluator:
     central: int | None = None
     sent_tokens: int | None = None
     importance: object | None = None
-    layers: str = "even"
     priced_as: Original | None = None
 
     def with_importance(self) -> "Evaluator":
@@ -390,6 +345,6 @@ class Evaluator:
     def __call__(self, policy: Policy) -> Evaluation:
         from detransformer.coformer.decomposer import decompose
 
-        sub_models = decompose(self.model, policy, self.importance, self.layers)
+        sub_models = decompose(self.model, policy, self.importance)
         losses = validation_loss(sub_models, self.batches)
         return Evaluation.of(sum(losses) / len(losses), self.latency(policy).total_s, self.delta)

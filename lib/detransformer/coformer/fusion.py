@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,7 +23,6 @@ from detransformer.coformer.aggregator import (
     Aggregator,
     check_kind,
     features_and_logits,
-    inherit_head,
     make_aggregator,
     pool_features,
 )
@@ -153,7 +151,6 @@ def train_aggregator(
     num_labels: int | None = None,
     hidden_size: int | None = None,
     pooling: str = "mean",
-    head: nn.Linear | None = None,
     start: Aggregator | None = None,
 ) -> AggregatorResult:
     """Trains an aggregator on pooled features [M, d_n] of frozen sub-models and labels [M].
@@ -164,7 +161,6 @@ def train_aggregator(
         num_labels: C; None is the largest label and one.
         hidden_size: d_i; None is the widest sub-model's.
         pooling: that of the features; the aggregator remembers it for devices.
-        head: the large model's, to start from (`inherit_head`).
         start: a trained aggregator to go on from, e.g. with `drop` above 0; it stays as it is.
 
     Raises:
@@ -186,8 +182,6 @@ def train_aggregator(
     set_seed(seed)
     if start is None:
         aggregator = make_aggregator(kind, widths, num_labels or int(labels.max()) + 1, hidden_size, pooling)
-        if head is not None:
-            inherit_head(aggregator, head)
     else:
         aggregator = copy.deepcopy(start)
     if not aggregator.learned:

@@ -256,7 +256,7 @@ def proxy_points(
     rows = []
     for number in tqdm(range(num_policies), desc="policies calibrated", unit="policy"):
         policy = sample_policy(rng, original, limits, len(evaluator.cluster.devices))
-        cut = decompose(model, policy, evaluator.importance, evaluator.layers)
+        cut = decompose(model, policy, evaluator.importance)
         clock, spent = time.perf_counter, {}
         start = clock()
         loss = float(np.mean(validation_loss(cut, evaluator.batches)))
@@ -389,7 +389,7 @@ def _search_key(evaluator: Evaluator, config: SearchConfig, limits: Limits | Non
         weights_hash(evaluator.model),
         labels,
         [[float(predict(sizes)) for sizes in probe] for predict in predictors],
-        [evaluator.delta, evaluator.central, evaluator.sent_tokens, evaluator.layers, config.num_initial],
+        [evaluator.delta, evaluator.central, evaluator.sent_tokens, config.num_initial],
         [evaluator.cluster.link.bandwidth_bps, repr(limits), repr(evaluator.priced_as)],
     )[:8]
 

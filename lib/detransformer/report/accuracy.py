@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from detransformer.record.intervals import NUM_ERRORS, around
+from detransformer.record.verdict import NOISE, NOT_TESTED, Verdict
+
 ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
 PUBLISHED_STRUCTURE = {"attention_width": "full", "original_placement": "last"}
 PUBLISHED_COLUMNS = {  # Table III's tasks in its order, and their columns in data/published/table_iii.csv
@@ -23,8 +26,8 @@ PUBLISHED_COLUMNS = {  # Table III's tasks in its order, and their columns in da
     "SQuAD": "squad_acc",
 }
 MLM = "MLM"  # the sixth column, ours: perplexity of held-out text, lower is better
-NUM_ERRORS = 2  # standard errors that a difference must exceed
-MARGIN = 1.0  # points above the most frequent label that count as learned, at least
+MARGINS = {"exact_match": 10.0, "f1": 10.0}  # points above guessing that count as learned, at least, by metric
+MARGIN = 1.0  # the same, of other metrics
 KEPT_PERCENT = 98.0  # of the original's mean score: "comparable accuracy"
 FIXED = 4  # Nb of the trend over Ndiv, and Ndiv of the trend over Nb (Section IV-B)
 TRENDS = {  # name: (varies, is fixed, one step)
@@ -57,19 +60,20 @@ def paired_std_error(ours: pd.Series, originals: pd.Series) -> float:
 
 
 def learned(rows: pd.DataFrame) -> pd.Series:
-    """Whether each row's score is above what the most frequent label scores.
+    """Whether each row's score is above what guessing scores: the most frequent label, or, of questions, no answer.
 
-    Above by `MARGIN` points and by two standard errors that the size of the validation set alone makes: with n rows a
-    Matthews correlation of nothing has 1/sqrt(n), a share p has sqrt(p (1 - p) / n).
+    Above by a margin (`MARGINS`; a few exact answers among a thousand questions are luck) and by two standard errors
+    that the size of the validation set alone makes: with n rows a Matthews correlation of nothing has 1/sqrt(n), a
+    share p has sqrt(p (1 - p) / n).
     """
     scores = rows["score"] if "score" in rows else rows["obtained_mean"]
     num_rows = rows["eval_rows"] if "eval_rows" in rows else pd.Series(float("nan"), rows.index)
     share = rows["majority_score"].astype(float) / 100
     variance = (share * (1 - share)).where(rows["metric"].str.lower() != "mcc", 1.0)
     error = 100 * np.sqrt(variance / num_rows.astype(float))
-    return scores.astype(float) > rows["majority_score"].astype(float) + (NUM_ERRORS * error).clip(MARGIN).fillna(
-        MARGIN
-    )
+    margin = rows["metric"].str.lower().map(MARGINS).fillna(MARGIN)
+    above = (NUM_ERRORS * error).fillna(0).clip(lower=margin)
+    return scores.astype(float) > rows["majority_score"].astype(float) + above
 
 
 def with_structure(rows: pd.DataFrame) -> pd.DataFrame:
@@ -152,9 +156,9 @@ def mean_score(table: pd.DataFrame, kept_percent: float = KEPT_PERCENT) -> pd.Da
     """One row a model and kind of mean: over the tasks measured (`all`), and over those the original learned.
 
     Columns: over, tasks, num_tasks; published, published_share (per cent of the original's mean of the same tasks);
-    obtained, obtained_std_error, obtained_share, share_std_error; kept (yes | no | within noise | one seed |
-    nothing learned | not run): whether the share is `kept_percent` or more. The error is of the fine-tuning seeds,
-    tasks counted as independent.
+    obtained, obtained_std_error, obtained_share, share_std_error; judged (by `record.verdict`): whether the share is
+    `kept_percent` or more, not tested unless the original has learned all these tasks and there are several seeds. The
+    error is of the fine-tuning seeds, tasks counted as independent.
     """
     frame = completed(table)
     frame = frame[frame["task"] != MLM]
@@ -169,7 +173,8 @@ def mean_score(table: pd.DataFrame, kept_percent: float = KEPT_PERCENT) -> pd.Da
             )  # what was not run is published still
             row = {"over": over, "tasks": ", ".join(cells.index[shown]) or "none", "num_tasks": int(chosen.sum())}
             row |= _shares(cells[shown], base[shown], is_base=pd.isna(structure[1]))
-            row["kept"] = "" if pd.isna(structure[1]) else _kept(row, kept_percent, ran=both.any())
+            tested = chosen.any() and bool(learned(base[chosen]).all())
+            row["judged"] = "" if pd.isna(structure[1]) else _kept(row, kept_percent, tested)
             rows.append(dict(zip(ROW_COLUMNS, structure, strict=True)) | row)
     return pd.DataFrame(rows).astype(dict.fromkeys(ROW_COLUMNS[1:], "Int64"))
 
@@ -200,8 +205,8 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
     doubling of Ndiv (MLM: in perplexity), over the points that were measured; `slope_std_error` is over the seeds,
     rows counted as independent; `one_seed_std_error` is what it would be with one seed a cell, as published.
     `published_rank` and `obtained_rank` are rank correlations. MLM has no published value: it is expected to go the way
-    of the published mean. verdict: as published | against | within noise (no more than two standard errors) | one seed
-    | at chance (no row has learned the task) | not run (fewer than two points).
+    of the published mean. judged: by `record.verdict`; where it is "not tested", why: one seed | at chance (no row has
+    learned the task) | not run (fewer than two points).
     """
     frame = completed(table)
     frame["error"] = std_errors(frame)
@@ -216,18 +221,26 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
             chance = _at_chance(pd.concat([line, of_model[is_original(of_model)]]))
             for task, points in _trend_lines(line, varies, chance):
                 found = _slopes(points, trend)
-                found["verdict"] = _trend_verdict(found, task in chance)
+                found["why"] = _why_untested(found, task in chance or (task == "mean" and bool(chance)))
                 rows.append(place | {"task": task} | found)
     columns = ["model", "trend", "at", "step", "task", "points", "published_slope", "published_rank", "obtained_slope"]
-    columns += ["slope_std_error", "one_seed_std_error", "obtained_rank", "num_seeds", "verdict"]
+    columns += ["slope_std_error", "one_seed_std_error", "obtained_rank", "num_seeds", "judged", "why"]
     frame = pd.DataFrame(rows, columns=[*columns, "expected_sign"])
     means = frame[frame["task"] == "mean"].set_index(["model", "trend"])["published_slope"]
     for index, row in frame[frame["task"] == MLM].iterrows():
         sign = -np.sign(means.get((row["model"], row["trend"]), float("nan")))
         frame.loc[index, "expected_sign"] = sign
-        if row["verdict"] in ("as published", "against"):
-            frame.loc[index, "verdict"] = "as published" if np.sign(row["obtained_slope"]) == sign else "against"
+    frame["judged"] = [_slope_verdict(row) for row in frame.itertuples()]
     return frame
+
+
+def _slope_verdict(row) -> str:
+    low, high = around(row.obtained_slope, row.slope_std_error)
+    known = dict(kind="measured", low=low, high=high, tested=not row.why)
+    if row.task == MLM:  # no published slope, only the side it should be on
+        side = "below" if row.expected_sign < 0 else "above"
+        return Verdict(row.task, 0.0, row.obtained_slope, side=side, **known).judged
+    return Verdict(row.task, row.published_slope, row.obtained_slope, neutral=0.0, **known).judged
 
 
 def trend_notes(trends: pd.DataFrame) -> list[str]:
@@ -235,29 +248,34 @@ def trend_notes(trends: pd.DataFrame) -> list[str]:
     notes = []
     for (model, trend, at), rows in trends.groupby(["model", "trend", "at"], sort=False):
         place = f"{model} over {trend} ({at})"
-        if (rows["verdict"] == "not run").all():
+        if (rows["why"] == "not run").all():
             notes.append(f"{place}: not run.")
             continue
-        held = [f"{row.task} {_slope(row)}" for row in rows.itertuples() if row.verdict == "as published"]
+        held = [f"{row.task} {_slope(row)}" for row in rows.itertuples() if _goes_as_published(row)]
         unit = f"a step is one {rows['step'].iloc[0]}"
-        tested = rows[rows["verdict"].isin(["as published", "against", "within noise"])]
+        tested = rows[rows["judged"] != NOT_TESTED]
         if len(tested):
             notes.append(f"{place}: {len(held)} of {len(tested)} lines go as published, {unit}{_listed(held)}.")
         else:
             notes.append(f"{place}: no line can be tested, {unit}.")
         notes += [
-            f"{place}, {row.task}: {_deviation(row)}" for row in tested.itertuples() if row.verdict != "as published"
+            f"{place}, {row.task}: {_deviation(row)}" for row in tested.itertuples() if not _goes_as_published(row)
         ]
-        for verdict, words in (
+        for why, words in (
             ("one seed", "one seed, so without a spread and not tested"),
-            ("at chance", "no row is better than the most frequent label, so their slopes mean nothing"),
+            ("at chance", "not learned by any row, or a mean over such, so their slopes mean nothing"),
             ("not run", "fewer than two points were measured"),
         ):
-            part = rows[rows["verdict"] == verdict]
-            names = [f"{row.task} {_slope(row)}" if verdict == "one seed" else row.task for row in part.itertuples()]
+            part = rows[rows["why"] == why]
+            names = [f"{row.task} {_slope(row)}" if why == "one seed" else row.task for row in part.itertuples()]
             if names:
                 notes.append(f"{place}: {', '.join(names)}: {words}.")
     return notes
+
+
+def _goes_as_published(row) -> bool:
+    """Whether a tested slope is beyond noise and on the published side."""
+    return row.judged not in (NOISE, NOT_TESTED, "does not hold")
 
 
 def _deviation(row) -> str:
@@ -268,7 +286,7 @@ def _deviation(row) -> str:
         expected = f"the published mean's trend lets it {'fall' if row.expected_sign < 0 else 'rise'}"
     else:
         expected = f"published {row.published_slope:+.2f}"
-    if row.verdict == "within noise":
+    if row.judged == NOISE:
         text = f"{expected}, obtained {obtained}: no more than {NUM_ERRORS} standard errors, so the seeds explain it."
     else:
         errors = abs(row.obtained_slope) / row.slope_std_error if row.slope_std_error else float("inf")
@@ -334,16 +352,13 @@ def _slopes(points: pd.DataFrame, trend: str) -> dict:
     }
 
 
-def _trend_verdict(found: dict, is_chance: bool) -> str:
+def _why_untested(found: dict, is_chance: bool) -> str:
+    """Why a slope says nothing; empty where it can be judged."""
     if pd.isna(found["obtained_slope"]):
         return "not run"
     if is_chance:
         return "at chance"
-    if pd.isna(found["slope_std_error"]):
-        return "one seed"
-    if abs(found["obtained_slope"]) <= NUM_ERRORS * found["slope_std_error"]:
-        return "within noise"
-    return "as published" if np.sign(found["obtained_slope"]) == found["expected_sign"] else "against"
+    return "one seed" if pd.isna(found["slope_std_error"]) else ""
 
 
 def _at_chance(cells: pd.DataFrame) -> set[str]:
@@ -352,15 +367,10 @@ def _at_chance(cells: pd.DataFrame) -> set[str]:
     return {task for task, group in ran.groupby("task") if not learned(group).any()}
 
 
-def _kept(row: dict, kept_percent: float, ran: bool) -> str:
-    share, error = row["obtained_share"], row["share_std_error"]
-    if pd.isna(share):
-        return "nothing learned" if ran else "not run"
-    if pd.isna(error):
-        return "one seed"
-    if abs(share - kept_percent) <= NUM_ERRORS * error:
-        return "within noise"
-    return "yes" if share >= kept_percent else "no"
+def _kept(row: dict, kept_percent: float, tested: bool) -> str:
+    low, high = around(row["obtained_share"], row["share_std_error"])
+    known = dict(kind="measured", low=low, high=high, tested=tested and low == low)
+    return Verdict("share kept", kept_percent, row["obtained_share"], side="at least", **known).judged
 
 
 def _mean_error(errors) -> float:

@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+from detransformer.record.verdict import Verdict
+from detransformer.record.verdict import table as verdict_table
 from detransformer.report.tables import checked_rows
 
 
@@ -26,14 +28,10 @@ def choice_cells(rows: pd.DataFrame) -> pd.DataFrame:
 def adaptive_verdicts(
     cells: pd.DataFrame, unequal: pd.DataFrame, trace: pd.DataFrame, generation: pd.DataFrame
 ) -> pd.DataFrame:
-    """One row a claim: claim, expected, obtained, verdict (`holds`, `does not hold`)."""
+    """One row a claim of this repository, judged by `record.verdict`: all of them limits."""
+    within = (cells["over_best"] <= 1.03).mean()
     rows = [
-        (
-            "cells whose chosen plan is within 3% of the best measured",
-            "at least",
-            0.95,
-            (cells["over_best"] <= 1.03).mean(),
-        ),
+        ("cells whose chosen plan is within 3% of the best measured of a few", "at least", 0.95, within),
         ("median error of the prediction, chosen plans", "at most", 0.10, cells["prediction_error"].abs().median()),
     ]
     for mbps, part in checked_rows(unequal).groupby("bandwidth_mbps", sort=False):
@@ -47,14 +45,4 @@ def adaptive_verdicts(
     rows.append(("changing link: time saved over the best fixed plan", "at least", 0.10, saved))
     equal = (generation["equal_tokens"] == generation["new_tokens"]).mean()
     rows.append(("texts that equal the single device's, token for token", "at least", 1.0, equal))
-    return pd.DataFrame(
-        [
-            {
-                "claim": claim,
-                "expected": f"{side} {limit:g}",
-                "obtained": value,
-                "verdict": "holds" if (value <= limit if side == "at most" else value >= limit) else "does not hold",
-            }
-            for claim, side, limit, value in rows
-        ]
-    )
+    return verdict_table(Verdict(claim, limit, value, "emulated", side=side) for claim, side, limit, value in rows)

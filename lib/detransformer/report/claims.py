@@ -1,16 +1,17 @@
-"""Every published value beside what a run obtained, with its verdict; what the run has not measured is "not run".
+"""Every published value beside what a run obtained, judged by `record.verdict`.
 
 Reads the run's saved tables only. Where the paper says BP+Auto, the best of the paper's three plans stands beside the
-published value; our plans follow in rows of their own, where they were measured. Verdicts follow `report.expected`;
-three more stand here: a count must be equal, a yes or no of Table II must be the same word, and a difference between
-two accuracies is judged only where it is beyond what several seeds say that the seed alone moves it (`one seed` and
-`within noise` otherwise, by the rule of `report.accuracy`).
+published value; our plans follow in rows of their own, where they were measured. A count must be equal, and a yes or no
+of Table II the same word. A score or a difference of scores is judged only where the models have learned the task.
 """
 
 import pandas as pd
 
-from detransformer.report.accuracy import PUBLISHED_COLUMNS, ROW_COLUMNS, completed
-from detransformer.report.expected import COLUMNS, TOLERANCE, judge, published, verdict
+from detransformer.record.intervals import around
+from detransformer.record.published import published
+from detransformer.record.verdict import COLUMNS, TOLERANCE, Verdict
+from detransformer.record.verdict import table as verdict_table
+from detransformer.report.accuracy import PUBLISHED_COLUMNS, ROW_COLUMNS, completed, learned, std_errors
 from detransformer.report.runs import RunFolder
 from detransformer.report.tables import (
     BASELINES,
@@ -21,16 +22,18 @@ from detransformer.report.tables import (
     select,
     select_variant,
     single_latency,
+    speedup,
     table_iv,
     valid_rows,
 )
 
 OURS = f" ({VARIANTS['ours']})"  # after the place of a row that no published value was obtained by
-SUMMARY_COLUMNS = ["claim", "where", "link", *COLUMNS[1:], "notebook"]
+SUMMARY_COLUMNS = ["claim", "where", "link", *COLUMNS[2:], "notebook"]
+NAN = float("nan")
 
 
 def summarise(run: RunFolder, tolerance: float = TOLERANCE) -> pd.DataFrame:
-    """One row a published value: claim, where, link, expected, obtained, ratio, verdict, notebook."""
+    """One row a published value: claim, where, link, expected, obtained, low, high, kind, judged, notebook."""
     parts = [
         text_claims(_table(run, "latency"), tolerance),
         table_ii_claims(_table(run, "table_ii")),
@@ -44,7 +47,7 @@ def summarise(run: RunFolder, tolerance: float = TOLERANCE) -> pd.DataFrame:
 def verdict_counts(summary: pd.DataFrame) -> pd.DataFrame:
     """How many claims of each place in the paper got each verdict, by link where there is one."""
     place = summary["where"].str.replace(r" \(Rasp.*", "", regex=True)  # the device is not the place
-    counts = pd.crosstab([place, summary["link"].fillna("").rename("link")], summary["verdict"])
+    counts = pd.crosstab([place, summary["link"].fillna("").rename("link")], summary["judged"])
     return counts.rename_axis(columns=None).reset_index()
 
 
@@ -52,40 +55,48 @@ def text_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """The single values of the paper's text: latencies, speedups (a row a link and variant) and collective counts."""
     stated = published("text_claims").set_index("claim")
     latency = valid_rows(latency) if len(latency) else latency
-    rows = []
+    rows, links = [], []
     for claim, line in stated.iterrows():
-        is_speedup = "speedup" in claim
-        is_count = "_count_" in claim
-        obtained = _speedups(claim, latency) if is_speedup else {("", "paper"): _single_value(claim, latency)}
-        for (link, variant), value in (obtained or {("", "paper"): None}).items():
-            row = verdict(line["value"], value, 0 if is_count else tolerance, 1 if is_speedup else None)
+        is_speedup, is_count = "speedup" in claim, "_count_" in claim
+        # An emulated device is paced to its published latency, and random weights send what trained ones would.
+        kind = "measured" if is_count else "emulated" if is_speedup else "by construction"
+        judged = dict(kind=kind, where=line["where"], tolerance=0 if is_count else tolerance)
+        single = (None if is_speedup else _single_value(claim, latency), NAN, NAN)
+        obtained = _speedups(claim, latency) if is_speedup else {}
+        for (link, variant), (value, low, high) in (obtained or {("", "paper"): single}).items():
             name = claim.replace("_", " ") + (OURS if variant == "ours" else "")
-            rows.append(row.assign(claim=name, where=line["where"], link=link, notebook="06_latency"))
-    return pd.concat(rows, ignore_index=True)
+            neutral = 1 if is_speedup else None
+            rows.append(Verdict(name, line["value"], value, low=low, high=high, neutral=neutral, **judged))
+            links.append(link)
+    return verdict_table(rows).assign(link=links, notebook="06_latency")
 
 
-def _speedups(claim: str, latency: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """(link, variant) -> the obtained speedup; the paper's variant for every link, ours where it was measured."""
+def _speedups(claim: str, latency: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """(link, variant) -> the obtained speedup and its interval; the paper's variant for every link, ours if measured.
+
+    The largest speedup over TP is that of the cell of Table IV that has the published one, not the largest of ours.
+    """
     if not len(latency):
         return {}
     found = {}
+    cells = published("table_iv")
+    largest = cells.loc[cells["over_tp"].idxmax()]
     model = "bert-large" if "bert_large" in claim else "bert-base"
+    single = latency[(latency["method"] == "single") & (latency["model"] == model)]
     for link in links_of(latency):
         at_500 = dict(link=link, bandwidth_mbps=500, num_devices=NUM_DEVICES)
+        there = dict(link=link, bandwidth_mbps=largest["bandwidth_mbps"])
         for variant in ("paper", "ours"):
             if claim == "max_speedup_over_tp":
-                cells = table_iv(latency, published("table_iv"))
-                cells = cells[(cells["link"] == link) & (cells["variant"] == variant) & (cells["baseline"] == "tp")]
-                value = cells["obtained"].max()
+                block = select_variant(latency, largest["model"], variant, **there)
+                value = speedup(select(latency, largest["model"], "tp", **there), block)
             elif "bp_auto_speedup_over_single" in claim:
-                rows = select_variant(latency, model, variant, **at_500)
-                value = (single_latency(latency, model) or float("nan")) / rows["latency_s"].median()
+                value = speedup(single, select_variant(latency, model, variant, **at_500))
             elif "tp_speedup_over_single" in claim and variant == "paper":
-                rows = select(latency, model, "tp", **at_500)
-                value = (single_latency(latency, model) or float("nan")) / rows["latency_s"].median()
+                value = speedup(single, select(latency, model, "tp", **at_500))
             else:
                 continue
-            if variant == "paper" or pd.notna(value):
+            if variant == "paper" or pd.notna(value[0]):
                 found[link, variant] = value
     return found
 
@@ -104,46 +115,51 @@ def _single_value(claim: str, latency: pd.DataFrame) -> float | None:
 
 
 def table_ii_claims(table: pd.DataFrame) -> pd.DataFrame:
-    """Table II: the paper's tick or cross for each approach and attribute, and what was measured."""
+    """Table II: the paper's tick or cross for each approach and attribute, and what was measured.
+
+    Weights on a device follow from the plan, and so does what copies (DP) and a pipeline (PP) do to one request.
+    """
     found = table.set_index("approach") if len(table) else table
-    rows = []
+    rows, links = [], []
     for _, marks in published("table_ii").iterrows():
         approach = marks["method"].upper()
         for attribute in marks.index.drop("method"):
             known = len(found) and approach in found.index
             obtained = found.loc[approach, f"{attribute}_obtained"] if known else "not run"
-            if obtained == "not run":
-                obtained, said = None, "not run"
-            else:
-                said = "matches" if obtained == marks[attribute] else "does not hold"
-            link = found.loc[approach, "link"] if known else ""
-            claim = f"{approach}: {attribute.replace('_', ' ')}"
-            rows.append((claim, "Table II", link, marks[attribute], obtained, None, said, "06_latency"))
-    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+            follows = attribute == "memory_reduction" or approach in ("DP", "PP")
+            claim, kind = f"{approach}: {attribute.replace('_', ' ')}", "by construction" if follows else "emulated"
+            obtained = None if obtained == "not run" else obtained
+            rows.append(Verdict(claim, marks[attribute], obtained, kind, "Table II"))
+            links.append(found.loc[approach, "link"] if known else "")
+    return verdict_table(rows).assign(link=links, notebook="06_latency")
 
 
 def table_iii_claims(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """Table III, every cell as it stands. A smaller model trained on fewer rows is not expected to reach it."""
-    cells = _table_iii_cells(table)
-    frame = verdict(cells["expected"], cells["obtained_mean"], tolerance, claim=list(cells["claim"]))
-    return frame.assign(where="Table III", link="", notebook="03_accuracy")
+    rows = [
+        Verdict(cell.claim, cell.expected, cell.obtained_mean, "measured", "Table III", cell.low, cell.high,
+                tolerance=tolerance, tested=cell.learned)
+        for cell in _table_iii_cells(table).itertuples()
+    ]  # fmt: skip
+    return verdict_table(rows).assign(link="", notebook="03_accuracy")
 
 
 def table_iii_differences(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """Table III as the paper argues from it: decoupled minus original, which can be compared between scales."""
+    """Table III as the paper argues from it: decoupled minus original, which can be compared between scales.
+
+    Tested where the original has learned the task and several seeds say what the seed alone does.
+    """
     cells = _table_iii_cells(table)
     rows = []
     originals = cells[cells["original"]].set_index(["model", "task"])
     for cell in cells[~cells["original"]].itertuples():
         base = originals.loc[(cell.model, cell.task)]
         expected, obtained = cell.expected - base["expected"], cell.obtained_mean - base["obtained_mean"]
-        said = judge(expected, obtained, tolerance, neutral=0)
-        if pd.notna(obtained) and (pd.isna(cell.beyond_noise) or not cell.beyond_noise):
-            said = "one seed" if pd.isna(cell.beyond_noise) else "within noise"
-        ratio = obtained / expected if expected else None
+        low, high = around(obtained, cell.difference_std_error)
+        known = dict(low=low, high=high, neutral=0, tolerance=tolerance, tested=base["learned"] and low == low)
         claim, where = f"{cell.claim}, minus original", "Table III (difference)"
-        rows.append((claim, where, "", expected, obtained, ratio, said, "03_accuracy"))
-    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
+        rows.append(Verdict(claim, expected, obtained, "measured", where, **known))
+    return verdict_table(rows).assign(link="", notebook="03_accuracy")
 
 
 def table_iv_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
@@ -154,17 +170,17 @@ def table_iv_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     else:
         cells = published("table_iv").melt(["bandwidth_mbps", "model"], var_name="baseline", value_name="published")
         cells["baseline"] = cells["baseline"].str.removeprefix("over_")
-        cells = cells[cells["baseline"].isin(BASELINES)].assign(obtained=None, link="", variant="paper")
+        cells = cells[cells["baseline"].isin(BASELINES)].assign(
+            obtained=None, low=NAN, high=NAN, link="", variant="paper"
+        )
     cells = cells.sort_values("variant", ascending=False, kind="stable")  # the paper's first
-    ours = [OURS if variant == "ours" else "" for variant in cells["variant"]]
-    claims = [
-        f"BP+Auto over {row.baseline.upper()}, {MODEL_NAMES[row.model]}, {row.bandwidth_mbps:g} Mbps"
-        for row in cells.itertuples()
-    ]
-    claims = [claim + suffix for claim, suffix in zip(claims, ours, strict=True)]
-    frame = verdict(cells["published"], cells["obtained"], tolerance, neutral=1, claim=claims)
-    where = [f"Table IV{suffix}" for suffix in ours]
-    return frame.assign(where=where, link=list(cells["link"]), notebook="06_latency")
+    rows = []
+    for cell in cells.itertuples():
+        claim = f"BP+Auto over {cell.baseline.upper()}, {MODEL_NAMES[cell.model]}, {cell.bandwidth_mbps:g} Mbps"
+        ours = OURS if cell.variant == "ours" else ""
+        known = dict(low=cell.low, high=cell.high, neutral=1, tolerance=tolerance)
+        rows.append(Verdict(claim + ours, cell.published, cell.obtained, "emulated", f"Table IV{ours}", **known))
+    return verdict_table(rows).assign(link=list(cells["link"]), notebook="06_latency")
 
 
 def _table(run: RunFolder, name: str) -> pd.DataFrame:
@@ -172,19 +188,23 @@ def _table(run: RunFolder, name: str) -> pd.DataFrame:
 
 
 def _table_iii_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The published cells (model, Nb, Ndiv, task) with the obtained mean, NaN where not run, and `beyond_noise`."""
+    """The published cells (model, Nb, Ndiv, task) with the obtained mean, its interval, and whether it is learned."""
     keys, tasks = ROW_COLUMNS, list(PUBLISHED_COLUMNS)
     stated = published("table_iii").set_axis([*keys, *tasks], axis=1)
     cells = stated.melt(keys, tasks, var_name="task", value_name="expected")
     cells["original"] = cells["num_original_layers"] == "original"
-    wanted = ["obtained_mean", "beyond_noise"]
+    wanted = ["obtained_mean", "difference_std_error", "learned", "low", "high"]
     if len(table):
         found = completed(table)
+        found["learned"] = learned(found)
+        errors = std_errors(found)
+        found["low"], found["high"] = zip(*map(around, found["obtained_mean"], errors), strict=True)
         for key in keys[1:]:
             found[key] = ["original" if pd.isna(n) else str(n) for n in found[key]]
         cells = cells.merge(found[[*keys, "task", *wanted]], how="left", on=[*keys, "task"])
     else:
-        cells[wanted] = float("nan")
+        cells[wanted] = NAN
+    cells["learned"] = cells["learned"].eq(True)
     cells["claim"] = [
         f"{c.task}, {MODEL_NAMES[c.model]} " + ("original" if c.original else f"Nb={c[2]}, Ndiv={c[3]}")
         for c in cells.itertuples()

@@ -9,8 +9,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from detransformer.record.published import published
+from detransformer.record.verdict import Verdict
+from detransformer.record.verdict import table as verdict_table
 from detransformer.report.canvas import legend_below, need, panel_grid, panels
-from detransformer.report.expected import published
 
 PHASES = {"backbone_ms": "computing", "send_ms": "sending", "idle_ms": "waiting for the slowest"}
 PROXY_NAMES = {
@@ -30,77 +32,75 @@ MIN_SEEDS = 10  # of a search before a share of them is judged
 def decomposition_verdicts(
     predictor: pd.DataFrame, proxy: pd.DataFrame, search: pd.DataFrame, policies: pd.DataFrame
 ) -> pd.DataFrame:
-    """One row a claim: claim, expected, obtained, verdict.
-
-    Verdicts are `holds`, `does not hold`, `within noise`, `too few seeds` (below `MIN_SEEDS`) and `not run`.
-    """
-    rows = [*_predictor_claims(predictor), *_proxy_claims(proxy), *_search_claims(search, policies)]
-    return pd.DataFrame(rows, columns=["claim", "expected", "obtained", "verdict"])
+    """One row a claim, judged by `record.verdict`; a share of seeds is not tested below `MIN_SEEDS` of them."""
+    return verdict_table([*_predictor_claims(predictor), *_proxy_claims(proxy), *_search_claims(search, policies)])
 
 
-def _predictor_claims(table: pd.DataFrame) -> list[tuple]:
+def _predictor_claims(errors: pd.DataFrame) -> list[Verdict]:
     rmse_ms = float(published("coformer_search").set_index("claim")["value"]["latency_predictor_rmse"])
     one = published("coformer_tables").set_index(["table", "row"]).loc[("V", "1 device")]
     limit = 100 * rmse_ms / float(one["latency_ms"])
     rows = []
-    modelled = table[(table["kind"] == "modelled") & (table["predictor"] == "published")]
+    modelled = errors[(errors["kind"] == "modelled") & (errors["predictor"] == "published")]
     if len(modelled):
         worst = modelled.loc[modelled["rmse_ms"].idxmax()]
         claim = f"RMSE of the latency predictor in ms, worst modelled device ({worst['device']})"
-        rows.append(_claim(claim, "at most", rmse_ms, worst["rmse_ms"]))
-    for device, part in table[table["kind"] == "measured"].groupby("device", sort=False):
+        rows.append(Verdict(claim, rmse_ms, worst["rmse_ms"], "by construction", side="at most"))
+    for device, part in errors[errors["kind"] == "measured"].groupby("device", sort=False):
         part = part.set_index("predictor")
         claim = f"RMSE of the latency predictor in % of the whole model's latency, {device} (measured)"
-        rows.append(_claim(claim, "at most", round(limit, 1), part.loc["published", "rmse_of_whole_pct"]))
+        rows.append(
+            Verdict(claim, round(limit, 1), part.loc["published", "rmse_of_whole_pct"], "measured", side="at most")
+        )
         rivals = part.drop("published")["rmse_ms"]
         claim = f"the same over that of the best rival ({rivals.idxmin()})"
-        rows.append(_claim(claim, "at most", 1.0, part.loc["published", "rmse_ms"] / rivals.min()))
+        over = part.loc["published", "rmse_ms"] / rivals.min()
+        rows.append(Verdict(claim, 1.0, over, "measured", side="at most"))
     return rows
 
 
-def _proxy_claims(table: pd.DataFrame) -> list[tuple]:
+def _proxy_claims(proxies: pd.DataFrame) -> list[Verdict]:
     rows = []
-    for target, part in table.groupby("target", sort=False):
+    for target, part in proxies.groupby("target", sort=False):
         part = part.set_index("proxy")
         own, name = part.loc["loss"], TARGET_NAMES.get(str(target), target)
         claim = f"correlation of uncalibrated loss with calibrated error, {name}"
-        rows.append((claim, "above 0", own["pearson"], _sign(own)))
+        known = dict(low=own["pearson_low"], high=own["pearson_high"], tested=own["pearson_low"] == own["pearson_low"])
+        rows.append(Verdict(claim, 0.0, own["pearson"], "measured", side="above", **known))
         signed = part["expected_sign"] * part["pearson"]
         best = signed.drop("loss").idxmax()
         claim = f"correlation of the best other proxy ({PROXY_NAMES.get(best, best)}), {name}, less that of the loss"
-        rows.append(_claim(claim, "at least", 0.0, signed[best] - signed["loss"]))
+        rows.append(Verdict(claim, 0.0, signed[best] - signed["loss"], "measured", side="at least"))
     return rows
 
 
-def _sign(row: pd.Series) -> str:
-    """Of a correlation with its interval, against the sign that is expected."""
-    low, high = sorted(row["expected_sign"] * row[["pearson_low", "pearson_high"]].to_numpy(float))
-    if np.isnan(low + high):
-        return "not run"
-    return "holds" if low > 0 else "does not hold" if high < 0 else "within noise"
-
-
-def _search_claims(table: pd.DataFrame, policies: pd.DataFrame) -> list[tuple]:
-    table, rows = table.set_index("method"), []
-    if "random" in table.index:
-        for method in [name for name in table.index if name.startswith("bayesian")]:
-            seeds = table.loc[method, "num_seeds"]
+def _search_claims(searches: pd.DataFrame, policies: pd.DataFrame) -> list[Verdict]:
+    searches, rows = searches.set_index("method"), []
+    if "random" in searches.index:
+        for method in [name for name in searches.index if name.startswith("bayesian")]:
+            seeds = searches.loc[method, "num_seeds"]
             claim = f"share of {seeds:.0f} seeds in which {method} is at least as good as random"
-            row = _claim(claim, "at least", 0.9, table.loc[method, "wins"] / seeds)
-            rows.append(row if seeds >= MIN_SEEDS else (*row[:3], "too few seeds"))
+            share = searches.loc[method, "wins"] / seeds
+            rows.append(Verdict(claim, 0.9, share, "predicted", side="at least", tested=seeds >= MIN_SEEDS))
     both = {"bayesian", "uniform"}
-    if both <= set(table.index):
-        latency, loss = table["latency_ms"], table["loss"]
-        claim = "latency of uniform over bayesian (predicted)"
-        rows.append(_claim(claim, "above", 1.0, latency["uniform"] / latency["bayesian"]))
-        rows.append(_claim("loss of uniform less that of bayesian", "above", 0.0, loss["uniform"] - loss["bayesian"]))
+    found = []
+    if both <= set(searches.index):
+        objective, latency, loss = (searches[name] for name in ("objective", "latency_ms", "loss"))
+        found += [
+            ("objective of uniform, which searches nothing, less that of bayesian", 0.0,
+             objective["uniform"] - objective["bayesian"]),
+            ("latency of uniform over bayesian (predicted)", 1.0, latency["uniform"] / latency["bayesian"]),
+            ("loss of uniform less that of bayesian", 0.0, loss["uniform"] - loss["bayesian"]),
+        ]  # fmt: skip
     if both <= set(policies["method"]):
         waits, paces = waiting_share(policies), pace_ms(policies)
-        claim = "latency a FLOP of the best policy, uniform over bayesian (predicted)"
-        rows.append(_claim(claim, "above", 1.0, paces["uniform"] / paces["bayesian"]))
-        claim = "share of the devices' time spent waiting, uniform less bayesian (predicted)"
-        rows.append(_claim(claim, "above", 0.0, waits["uniform"] - waits["bayesian"]))
-    return rows
+        found += [
+            ("latency a FLOP of the best policy, uniform over bayesian (predicted)", 1.0,
+             paces["uniform"] / paces["bayesian"]),
+            ("share of the devices' time spent waiting, uniform less bayesian (predicted)", 0.0,
+             waits["uniform"] - waits["bayesian"]),
+        ]  # fmt: skip
+    return rows + [Verdict(claim, limit, value, "predicted", side="above") for claim, limit, value in found]
 
 
 def waiting_share(policies: pd.DataFrame) -> pd.Series:
@@ -113,13 +113,6 @@ def pace_ms(policies: pd.DataFrame) -> pd.Series:
     """By method, milliseconds until the slowest is done over the share of the large model's FLOPs that all compute."""
     made = policies.assign(ends_ms=policies[list(PHASES)].sum(axis=1)).groupby("method", sort=False)
     return made["ends_ms"].max() / made["flops_share"].sum()
-
-
-def _claim(claim: str, side: str, limit: float, value: float) -> tuple:
-    if value is None or not np.isfinite(value):
-        return claim, f"{side} {limit:g}", np.nan, "not run"
-    holds = {"at most": value <= limit, "at least": value >= limit, "above": value > limit}[side]
-    return claim, f"{side} {limit:g}", float(value), "holds" if holds else "does not hold"
 
 
 # Figures ---------------------------------------------------------------------------------------------------------

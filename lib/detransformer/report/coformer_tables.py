@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from detransformer.report.accuracy import NUM_ERRORS
-from detransformer.report.expected import judge, published
+from detransformer.record.intervals import around
+from detransformer.record.published import published
+from detransformer.record.verdict import Verdict
+from detransformer.record.verdict import table as verdict_table
 
 METHOD_TITLES = {  # as tables and figures call them
     "single": "one device",
@@ -237,7 +239,7 @@ def _sentence(mbps: float, exact: pd.Series, decoupled, fastest: pd.Series, kept
 
 def not_run_table() -> pd.DataFrame:
     """What the paper shows and this notebook does not, with the reason of each."""
-    return pd.DataFrame([{"what": what, "why": why, "verdict": "not run"} for what, why in NOT_RUN])
+    return pd.DataFrame([{"what": what, "why": why} for what, why in NOT_RUN])
 
 
 # Verdict ----------------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def comparison_verdicts(
     latency: pd.DataFrame,
     best: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """One row a claim: claim, expected, obtained, verdict.
+    """One row a claim, judged by `record.verdict`.
 
     Args:
         ablation, aggregators, runs, missing: rows by seed, as `coformer.ablation` makes them.
@@ -263,10 +265,10 @@ def comparison_verdicts(
     if best is not None and "recipe" in best:
         rows += _recipe_claims(model, best)
     rows += _speed_claims(model, runs, latency)
-    return pd.DataFrame(rows, columns=["claim", "expected", "obtained", "verdict"])
+    return verdict_table(rows)
 
 
-def _accuracy_claims(model, ablation, aggregators, runs, missing) -> list[tuple]:
+def _accuracy_claims(model, ablation, aggregators, runs, missing) -> list[Verdict]:
     by_case = {case: part.set_index("seed")["accuracy"] for case, part in runs.groupby("case")}
     by_kind = {kind: part.set_index("seed")["accuracy"] for kind, part in aggregators.groupby("kind")}
     own, given_up = by_case["coformer"], model["accuracy"]
@@ -298,7 +300,7 @@ def _accuracy_claims(model, ablation, aggregators, runs, missing) -> list[tuple]
     return rows
 
 
-def _recipe_claims(model, best) -> list[tuple]:
+def _recipe_claims(model, best) -> list[Verdict]:
     (name,) = best["recipe"].dropna().unique()
     by_case = {case: part.set_index("seed")["accuracy"] for case, part in best.groupby("case")}
     own, known = by_case["coformer"], _published("III", "original DeiT-B")[0]
@@ -310,7 +312,7 @@ def _recipe_claims(model, best) -> list[tuple]:
     ]
 
 
-def _speed_claims(model, runs, latency) -> list[tuple]:
+def _speed_claims(model, runs, latency) -> list[Verdict]:
     rows = latency[latency["kind"] == "predicted"]
     own = rows[(rows["method"] == "coformer-published") & rows["plan"].str.contains(POOLED)].set_index("bandwidth_mbps")
     decoupled = rows[rows["method"] == "bp+paper"].set_index("bandwidth_mbps")["latency_ms"]
@@ -326,9 +328,8 @@ def _speed_claims(model, runs, latency) -> list[tuple]:
     stated = text["DeTransformer latency relative to CoFormer"]
     made.append(_published_claim("DeTransformer's latency over CoFormer's, at 1 Gbps", stated, ratio))
     implied = text["speedup over Galaxy at 1 Gbps"] / text["DeTransformer speedup over Galaxy"]
-    agree = judge(stated, implied) == "matches"
     claim = "the same, from the published speedups of both over Galaxy"
-    made.append((claim, f"{stated:g} (published)", implied, "matches" if agree else "published values disagree"))
+    made.append(Verdict(claim, stated, implied, "by construction"))
     alone_ms = _published("III", "original DeiT-B")[1]
     for mbps, words in ((100, "100 Mbps"), (1000, "1 Gbps")):
         slower = text[f"speedup over Galaxy at {words}"] / text[f"speedup over DeiT-B at {words}"]
@@ -343,39 +344,31 @@ def _speed_claims(model, runs, latency) -> list[tuple]:
     like = runs.groupby("case")["latency_ms"].first()
     faster = like["1 device"] / like["coformer"]
     words = "speedup over one small model of equal FLOPs: of devices side by side alone"
-    made.append((words, "above 1", faster, "holds" if faster > 1 else "does not hold"))
-    made.append(
-        ("latency of DeViT's like sub-models over CoFormer's", "above 1", like["uniform"] / like["coformer"],
-         "holds" if like["uniform"] > like["coformer"] else "does not hold")
-    )  # fmt: skip
-    return made
+    made.append(Verdict(words, 1.0, faster, "predicted", side="above"))
+    words = "latency of DeViT's like sub-models over CoFormer's"
+    return [*made, Verdict(words, 1.0, like["uniform"] / like["coformer"], "predicted", side="above")]
 
 
-def _published_claim(claim: str, expected: float, obtained: float | None, neutral: float | None = 1.0) -> tuple:
+def _published_claim(claim: str, expected: float, obtained: float | None, neutral: float | None = 1.0) -> Verdict:
     obtained = math.nan if obtained is None else float(obtained)
-    return claim, f"{expected:.3g} (published)", obtained, judge(expected, obtained, neutral=neutral)
+    return Verdict(claim, expected, obtained, "predicted", neutral=neutral)
 
 
-def _at_most(claim: str, limit: float, known: float, by_seed: pd.Series) -> tuple:
-    return claim, f"at most {limit:g} (published {known:.2f})", by_seed.mean(), _sided(by_seed - limit, below=True)
+def _at_most(claim: str, limit: float, known: float, by_seed: pd.Series) -> Verdict:
+    return _of_seeds(claim, limit, by_seed, "at most", f"published {known:.2f}")
 
 
-def _above(claim: str, known: float | None, by_seed: pd.Series) -> tuple:
-    words = "above 0" if known is None else f"above 0 (published {known:.2f})"
-    return claim, words, by_seed.mean(), _sided(by_seed, below=False)
+def _above(claim: str, known: float | None, by_seed: pd.Series) -> Verdict:
+    return _of_seeds(claim, 0.0, by_seed, "above", "" if known is None else f"published {known:.2f}")
 
 
-def _sided(by_seed: pd.Series, below: bool) -> str:
-    """`holds` or `does not hold` by the mean; `within noise` where it is no more than two standard errors from 0."""
+def _of_seeds(claim: str, limit: float, by_seed: pd.Series, side: str, where: str) -> Verdict:
+    """A mean over seeds against a limit, with its interval; one seed tests nothing."""
     by_seed = by_seed.dropna()
-    if not len(by_seed):
-        return "not run"
-    mean = by_seed.mean()
-    words = "holds" if (mean <= 0 if below else mean > 0) else "does not hold"
-    if len(by_seed) == 1:
-        return f"{words} (one seed)"
-    error = by_seed.std(ddof=1) / len(by_seed) ** 0.5
-    return "within noise" if abs(mean) <= NUM_ERRORS * error else words
+    error = by_seed.std(ddof=1) / len(by_seed) ** 0.5 if len(by_seed) > 1 else math.nan
+    low, high = around(by_seed.mean(), error)
+    known = dict(low=low, high=high, tested=len(by_seed) > 1)
+    return Verdict(claim, limit, by_seed.mean(), "measured", where, side=side, **known)
 
 
 def _published(table: str, row: str) -> tuple:

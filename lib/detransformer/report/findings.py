@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from detransformer.record.verdict import NOT_TESTED
 from detransformer.report.accuracy import (
     FIXED,
     KEPT_PERCENT,
@@ -40,7 +41,8 @@ def mean_lines(table: pd.DataFrame) -> list[str]:
     for row in means.itertuples():
         error = "" if pd.isna(row.share_std_error) else f" ± {row.share_std_error:.1f}"
         published = f"{row.published:.1f} ({row.published_share:.1f}%)"
-        obtained = f"{row.obtained:.1f} ({row.obtained_share:.1f}{error}%)"
+        untested = f", {NOT_TESTED}" if row.judged == NOT_TESTED else ""
+        obtained = f"{row.obtained:.1f} ({row.obtained_share:.1f}{error}%{untested})"
         perplexity = "-" if pd.isna(row.obtained_mean) else f"{row.obtained_mean:.1f}"
         lines.append(f"| {_structure(row)} | {row.num_tasks} | {published} | {obtained} | {perplexity} |")
     return lines
@@ -54,43 +56,53 @@ def _kept_sentences(table: pd.DataFrame) -> list[str]:
     ]
     sentences = []
     for model, rows in means.groupby("model", sort=False):
-        parts = []
+        name = f"{MODEL_NAMES.get(model, model)} Nb={FIXED}, Ndiv={FIXED}"
         for row in rows.drop_duplicates("tasks").itertuples():
-            error = "" if pd.isna(row.share_std_error) else f" ± {row.share_std_error:.1f}"
             which = "all tasks" if row.over == "all" else f"the tasks learned ({row.tasks})"
-            parts.append(f"{row.obtained_share:.1f}{error}% of the original's mean over {which} (published "
-                         f"{row.published_share:.1f}%; at least {KEPT_PERCENT:g}%: {row.kept})")  # fmt: skip
-        sentences.append(f"{MODEL_NAMES.get(model, model)} Nb={FIXED}, Ndiv={FIXED} keeps {', and '.join(parts)}.")
+            claim = f"{name}, at least {KEPT_PERCENT:g}% of the original's mean over {which}: {row.judged}"
+            if row.judged == NOT_TESTED:
+                sentences.append(f"{claim}, since not all of them are learned, or by one seed.")
+            else:
+                shares = f"{row.obtained_share:.1f} ± {row.share_std_error:.1f}%, published {row.published_share:.1f}%"
+                sentences.append(f"{claim} ({shares}).")
     chance = [task for task, cells in _ran(table).groupby("task", sort=False) if not learned(cells).any()]
     if chance:
-        sentences.append(f"No better than the most frequent label at this scale: {', '.join(chance)}.")
+        sentences.append(f"Not learned by any model at this scale, so not tested: {', '.join(chance)}.")
     return sentences
 
 
 def _difference_sentences(table: pd.DataFrame) -> list[str]:
     cells = _ran(table)
-    cells = cells[cells["beyond_noise"].notna()]
     if not len(cells):
-        return ["No difference to the original can be judged: one seed a cell."] if len(_ran(table)) else []
+        return []
+    originals = cells[cells["num_original_layers"].isna()]
+    known = originals.loc[learned(originals), ["model", "task"]]
+    cells = cells[cells["beyond_noise"].notna()].merge(known, on=["model", "task"])
+    if not len(cells):
+        return ["No difference to the original can be judged: nothing is learned, or by one seed a cell."]
     beyond = cells[cells["beyond_noise"].astype(bool)]
     worse = int((beyond["obtained_difference"] < 0).sum())
     chance = sum(chance_beyond_noise(int(n)) for n in cells["num_seeds"])
     spread = completed(table)
     spread = spread.loc[(spread["task"] != MLM) & (spread["num_seeds"] > 1), "obtained_std"].median()
     return [
-        f"Of {len(cells)} differences to the original, {len(beyond)} are beyond noise ({worse} worse, "
-        f"{len(beyond) - worse} better); equal models would make about {chance:.0f}. The seed alone moves a score by "
-        f"{spread:.1f} points (median standard deviation), and the published table is one seed a cell."
+        f"Of {len(cells)} differences to the original on tasks that it has learned, {len(beyond)} are beyond noise "
+        f"({worse} worse, {len(beyond) - worse} better); equal models would make about {chance:.0f}. "
+        f"The seed alone moves a score by {spread:.1f} points (median standard deviation), "
+        "and the published table is one seed a cell."
     ]
 
 
 def _trend_sentences(table: pd.DataFrame) -> list[str]:
     sentences = []
     for (model, trend, at), rows in trends(table).groupby(["model", "trend", "at"], sort=False):
-        names = {verdict: list(part["task"]) for verdict, part in rows.groupby("verdict", sort=False)}
-        if set(names) != {"not run"}:
-            parts = [f"{verdict}: {', '.join(tasks)}" for verdict, tasks in names.items()]
-            sentences.append(f"{MODEL_NAMES.get(model, model)} over {trend} at {at}, by the slope: {'; '.join(parts)}.")
+        if (rows["why"] == "not run").all():
+            continue
+        said = rows["judged"].where(rows["why"] == "", rows["judged"] + " (" + rows["why"] + ")")
+        names = {words: list(part["task"]) for words, part in rows.groupby(said, sort=False)}
+        parts = [f"{words}: {', '.join(tasks)}" for words, tasks in names.items()]
+        what = "number of original layers" if trend == "Nb" else "number of divisions"
+        sentences.append(f"{MODEL_NAMES.get(model, model)}, slope over the {what} ({at}): {'; '.join(parts)}.")
     return sentences
 
 

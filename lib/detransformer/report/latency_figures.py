@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from detransformer.record.published import published_claim
 from detransformer.report.canvas import (
     COLOURS,
     LOOKS,
@@ -22,7 +23,6 @@ from detransformer.report.canvas import (
     panels,
     whole_ticks,
 )
-from detransformer.report.expected import published_claim
 from detransformer.report.peers import SCALING_BANDWIDTH_MBPS, methods_table, variant_name, wire_table
 from detransformer.report.tables import (
     BASELINES,

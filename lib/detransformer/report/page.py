@@ -26,6 +26,7 @@ from markupsafe import Markup, escape
 from PIL import Image, UnidentifiedImageError
 
 from detransformer.files import atomic_write
+from detransformer.record.verdict import NOISE, NOT_JUDGED, NOT_TESTED
 from detransformer.report import readme
 from detransformer.report.claims import SUMMARY_COLUMNS
 from detransformer.report.figures import FIGURES
@@ -44,9 +45,9 @@ VERDICT_CLASSES = {
     **dict.fromkeys(("matches", "holds"), "good"),
     **dict.fromkeys(("holds, larger", "holds, smaller", "differs, larger", "differs, smaller", "differs"), "partly"),
     "does not hold": "bad",
-    **dict.fromkeys(("not run", "one seed", "too few seeds", "within noise", "published values disagree"), "none"),
+    **dict.fromkeys((NOT_TESTED, NOISE, NOT_JUDGED), "none"),
 }
-VERDICT_COLUMNS = ["claim", "expected", "obtained", "verdict"]
+VERDICT_COLUMNS = ["claim", "expected", "obtained", "kind", "judged"]
 STATUS_CLASSES = {"done": "good", "running": "partly", "interrupted": "partly", "failed": "bad", "not run": "none"}
 # What outputs and Markdown of a notebook may bring into its page.
 HTML_TAGS = set(
@@ -65,8 +66,6 @@ TABLE_CAPTIONS = {
     "training_throughput_loss": "Losses beside Hugging Face's Trainer",
     "accuracy_runs": "Fine-tuning, one row a seed",
     "table_iii": "Table III: accuracy on five tasks",
-    "mean_score": "Mean over tasks, and its share of the original's",
-    "trends": "Accuracy over the number of original layers and of divisions",
     "wire_accuracy": "Accuracy with messages in other number formats",
     "profile": "Operations measured on this host, by strategy",
     "efficiency": "Rate of small products, as a share of the whole layer's",
@@ -75,8 +74,7 @@ TABLE_CAPTIONS = {
     "placement": "Predicted latency of every plan, and which is chosen",
     "latency": "All measured requests",
     "timeline": "What each device did when",
-    "fit": "The fitted link against the published Table IV",
-    "fit_parameters": "What was fitted to the published Table IV",
+    "fig7_error": "Latencies beside those published in Fig. 7, absolute",
     "methods": "All methods: latency, collectives, weights, output error",
     "wire": "Messages in other number formats",
     "reads": "Reading [CLS] alone of the last layer",
@@ -91,7 +89,6 @@ TABLE_CAPTIONS = {
     "unequal": "Unequal devices: planned and even splits",
     "trace": "Requests while the link's rate changes",
     "generation": "Text generation over devices",
-    "generation_large": "Text generation, larger models",
     "perplexity": "Perplexity of decoupled GPT-2",
     "scale_out": "Predicted speedup on many devices",
     "adaptive": "What was expected of adaptive execution",
@@ -192,7 +189,7 @@ class NotebookView:
     @property
     def counts(self) -> list[tuple[str, int]]:
         """How many of its claims got each verdict."""
-        return list(Counter(self.verdicts["verdict"]).items()) if len(self.verdicts) else []
+        return list(Counter(self.verdicts["judged"]).items()) if len(self.verdicts) else []
 
 
 def write_page(path: str | Path, notebooks: bool = False) -> tuple[Path, str]:
@@ -298,12 +295,12 @@ def _read_cells(view: NotebookView, notebook: nbformat.NotebookNode | None) -> N
 
 
 def _saved_verdicts(run: RunFolder, table: str) -> pd.DataFrame:
-    """Claim, expected, obtained, verdict of a saved table that has a claim and a verdict; empty for others."""
+    """Claim, expected, obtained, kind and verdict of a saved table that has them; empty for others."""
     try:
         frame = run.load_table(table).rename(columns={"published": "expected"})
     except ValueError:
         return pd.DataFrame()
-    if not {"claim", "verdict"} <= set(frame.columns):
+    if not {"claim", "judged"} <= set(frame.columns):
         return pd.DataFrame()
     return frame.reindex(columns=VERDICT_COLUMNS).astype(object).map(_short_number)
 
@@ -315,7 +312,7 @@ def _shown_verdicts(notebook: nbformat.NotebookNode) -> pd.DataFrame:
             html = output.get("data", {}).get("text/html", "")
             for table in reversed(BeautifulSoup(html, "html.parser").find_all("table")):
                 rows = [[c.get_text(" ", strip=True) for c in row.find_all(("th", "td"))] for row in table("tr")]
-                if rows and {"claim", "verdict"} <= set(rows[0]):
+                if rows and {"claim", "judged"} <= set(rows[0]):
                     rows = [row for row in rows if len(row) == len(rows[0])]
                     frame = pd.DataFrame(rows[1:], columns=rows[0]).reindex(columns=VERDICT_COLUMNS, fill_value="")
                     return frame.map(_short_number)
@@ -416,7 +413,7 @@ def _verdicts(run: RunFolder, views: list[NotebookView]) -> tuple[Markup, Markup
     claims, covered = Markup(""), set()
     summary = _claims_table(run, "summary")
     if set(SUMMARY_COLUMNS) <= set(summary.columns):
-        claims = markdown(readme.claims(run).replace(" see below ", " by value "))
+        claims = markdown(readme.claims(run))
         covered = {*summary["notebook"].dropna(), TABLE_NOTEBOOKS["summary"]}
     rest = [view.verdicts.assign(notebook=view.number) for view in views if view.name not in covered]
     rest = [frame for frame in rest if len(frame)]

@@ -6,9 +6,9 @@ Pure functions of the bench table `latency`, like `report.tables`: rows that fai
 
 import pandas as pd
 
+from detransformer.record.published import published_claim
 from detransformer.report.tables import (
     METHOD_NAMES,
-    MODEL_NAMES,
     NUM_DEVICES,
     NUM_DIVISIONS,
     NUM_ORIGINAL_LAYERS,
@@ -192,24 +192,27 @@ def efficiency_table(profile: pd.DataFrame) -> pd.DataFrame:
     return wide.assign(_place=place).sort_values(["_place", *keys], ignore_index=True).drop(columns="_place")
 
 
-def fit_residuals(fit: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """The fitted link's published values, the worst first, with `within` the tolerance or not."""
-    off = (fit["ratio"] - 1).abs()
-    return fit.assign(within=off <= tolerance).loc[off.sort_values(ascending=False).index].reset_index(drop=True)
+def fig7_error(latency: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Latencies in seconds beside those of Fig. 7a, b, absolute.
 
-
-def cells_within(table_iv: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """Of Table IV, by link and variant: cells measured, how many of them within `tolerance`, and the worst."""
-    rows = table_iv[table_iv["obtained"].notna()]
-    parts = []
-    for (link, variant), cells in rows.groupby(["link", "variant"], sort=False):
-        off = (cells["ratio"] - 1).abs()
-        worst = cells.loc[off.idxmax()]
-        named = f"{MODEL_NAMES.get(worst['model'], worst['model'])} over {worst['baseline'].upper()}"
-        named += f" at {worst['bandwidth_mbps']:g} Mbps: {worst['published']:.2f} / {worst['obtained']:.2f}"
-        parts.append((link, variant, len(cells), int((off <= tolerance).sum()), off.median(), named))
-    columns = ["link", "variant", "cells", "within", "median_off", "worst (published / obtained)"]
-    return pd.DataFrame(parts, columns=columns)
+    `curves` are published over one device's latency, whose published seconds they are multiplied by; the paper's
+    BP+Auto is the best of its three plans. `error` is obtained over published, minus 1.
+    Columns: model, method, bandwidth_mbps, published, obtained, error, link.
+    """
+    latency, parts = valid_rows(latency), []
+    for link in links_of(latency):
+        for curve in curves.itertuples():
+            place = dict(link=link, bandwidth_mbps=curve.bandwidth_mbps)
+            if curve.method == "bp+auto":
+                rows = select_variant(latency, curve.model, "paper", **place)
+            else:
+                rows = select(latency, curve.model, curve.method, **place)
+            one_s = published_claim(f"single_device_latency_{curve.model.replace('-', '_')}")
+            published, obtained = curve.normalised_latency * one_s, rows["latency_s"].median()
+            error = obtained / published - 1
+            parts.append((curve.model, curve.method, curve.bandwidth_mbps, published, obtained, error, link))
+    columns = ["model", "method", "bandwidth_mbps", "published", "obtained", "error", "link"]
+    return pd.DataFrame(parts, columns=columns).dropna(subset="obtained").reset_index(drop=True)
 
 
 def targets(latency: pd.DataFrame, bandwidth_mbps: float = 125) -> pd.DataFrame:
@@ -260,6 +263,6 @@ def _one_setting(rows: pd.DataFrame) -> pd.DataFrame:
 def _sorted_by_method(table: pd.DataFrame, then: list[str]) -> pd.DataFrame:
     places = [key for key in PLACE if key in table]
     order = {method: index for index, method in enumerate(METHOD_NAMES)}
-    table = table.assign(_order=table["method"].map(order).fillna(len(order)), _fitted=table["link"].eq("fitted"))
-    table = table.sort_values(["_fitted", *places, "_order", *then], ignore_index=True)
-    return table.drop(columns=["_order", "_fitted"])
+    table = table.assign(_order=table["method"].map(order).fillna(len(order)))
+    table = table.sort_values([*places, "_order", *then], ignore_index=True)
+    return table.drop(columns="_order")

@@ -7,7 +7,8 @@ lacks a column is read as if it had been measured in the paper's setting, which 
 
 import pandas as pd
 
-from detransformer.report.accuracy import MLM, NUM_ERRORS, ROW_COLUMNS, completed, lower_is_better, mean_score
+from detransformer.record.intervals import MIN_SAMPLES, NUM_ERRORS, bootstrap_ratio, samples_of
+from detransformer.report.accuracy import MLM, ROW_COLUMNS, completed, lower_is_better, mean_score
 
 NUM_DEVICES = 4  # the paper's testbed
 NUM_ORIGINAL_LAYERS, NUM_DIVISIONS = 4, 4  # Section IV-C-1: DeTransformer's configuration for Table IV and Fig. 7
@@ -47,9 +48,16 @@ VARIANTS = {  # of DeTransformer in Table IV: whose plans, for a heading
     "ours": "our plans",
     "narrow": "the paper's plans, narrow sub-block",
 }
-# What a column says where a run did not record it: there was one wire format, all tokens were read, and waiting was not
-# told from sending.
-UNRECORDED = {"wire": "float32", "reads": "all", "attention_width": "full", "wait_s": 0.0, "batch_size": 1}
+# What a column says where a run did not record it: there was one wire format, all tokens were read, waiting was not
+# told from sending, and devices were paced by the roofline.
+UNRECORDED = {
+    "pace": "roofline",
+    "wire": "float32",
+    "reads": "all",
+    "attention_width": "full",
+    "wait_s": 0.0,
+    "batch_size": 1,
+}
 # Columns that tables show where they were measured.
 OPTIONAL = ("limit_s", "over_limit", "peak_rss_bytes", "relative_error", "max_abs_error", "plan", "compute_s", "comm_s",
             "weights_bytes", "throughput_rps", "predicted_s")  # fmt: skip
@@ -60,6 +68,7 @@ def comparable_rows(latency: pd.DataFrame) -> pd.DataFrame:
 
     Columns that the run did not record are filled in, by `UNRECORDED` or as missing values.
     """
+    latency = of_known_links(latency)
     absent = {name: UNRECORDED.get(name, float("nan")) for name in (*UNRECORDED, *OPTIONAL) if name not in latency}
     rows = latency.assign(**absent)
     for name, value in UNRECORDED.items():
@@ -68,13 +77,29 @@ def comparable_rows(latency: pd.DataFrame) -> pd.DataFrame:
     if "seq_len" in rows:
         rows = rows[rows["seq_len"] == SEQ_LEN]
     narrow = (rows["attention_width"] == "narrow") & (rows["method"] == "bp+narrow")
-    return rows[(rows["batch_size"] == 1) & ((rows["attention_width"] == "full") | narrow)]
+    rows = rows[(rows["batch_size"] == 1) & ((rows["attention_width"] == "full") | narrow)]
+    return _of_one_pace(rows)
+
+
+def _of_one_pace(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of a model at a bandwidth, rows of the measured pace where there are any, else those of the roofline."""
+    is_measured = rows["pace"] == "measured"
+    place = ["model", "link", "bandwidth_mbps"]
+    preferred = is_measured.groupby([rows[name] for name in place], dropna=False).transform("any")
+    single = rows["method"] == "single"  # its bandwidth is nobody's
+    preferred = preferred.where(~single, (is_measured & single).groupby(rows["model"]).transform("any"))
+    return rows[is_measured | ~preferred.astype(bool)]
 
 
 def valid_rows(latency: pd.DataFrame) -> pd.DataFrame:
     """The paper's setting among the bench rows: `comparable_rows` with float32 on the wire and all tokens read."""
     rows = comparable_rows(latency)
     return rows[(rows["wire"] == "float32") & (rows["reads"] == "all")]
+
+
+def of_known_links(latency: pd.DataFrame) -> pd.DataFrame:
+    """Rows but those of a link that was fitted to the published speedups, which older runs have."""
+    return latency[latency["link"] != "fitted"]
 
 
 def checked_rows(rows: pd.DataFrame) -> pd.DataFrame:
@@ -88,9 +113,9 @@ def num_left_out(latency: pd.DataFrame) -> int:
 
 
 def links_of(latency: pd.DataFrame) -> list[str]:
-    """The kinds of link that distributed rows were measured over, those fitted to published numbers last."""
+    """The kinds of link that distributed rows were measured over."""
     links = latency.loc[latency["method"] != "single", "link"].dropna().unique()
-    return sorted(links, key=lambda link: ("fit" in link, link))
+    return sorted(links)
 
 
 def single_latency(latency: pd.DataFrame, model: str) -> float | None:
@@ -99,6 +124,22 @@ def single_latency(latency: pd.DataFrame, model: str) -> float | None:
     original = rows[rows["num_original_layers"].isna()]
     rows = original if len(original) else rows
     return float(rows["latency_s"].median()) if len(rows) else None
+
+
+def speedup(slower: pd.DataFrame, faster: pd.DataFrame) -> tuple[float, float, float]:
+    """How many times as fast the rows `faster` are as `slower`, by their medians, and its 95% interval.
+
+    The interval is NaN unless each is one row of the same pace and time scale, with `MIN_SAMPLES` requests or more.
+    """
+    value = slower["latency_s"].median() / faster["latency_s"].median()
+    alike = len(slower) == len(faster) == 1 and all(
+        slower[name].iloc[0] == faster[name].iloc[0] for name in ("pace", "time_scale") if name in slower
+    )
+    if alike and "samples_s" in slower:
+        samples = [samples_of(rows["samples_s"].iloc[0]) for rows in (slower, faster)]
+        if len(samples[0]) == len(samples[1]) >= MIN_SAMPLES:
+            return value, *bootstrap_ratio(*samples)
+    return value, float("nan"), float("nan")
 
 
 def select(
@@ -157,7 +198,7 @@ def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 
     One row a published cell, link and variant: bandwidth_mbps, model, baseline, variant (`VARIANTS`; other than the
     paper's only where it was measured at least half as often), method (what stands for the variant), published,
-    obtained, ratio, link, status (measured | not run).
+    obtained, low, high (its interval, where there are repeats), ratio, link, status (measured | not run).
     """
     latency = valid_rows(latency)
     parts = []
@@ -176,7 +217,7 @@ def _table_iv_cells(latency: pd.DataFrame, published: pd.DataFrame, link: str | 
         for baseline in BASELINES:
             other = select(latency, cell["model"], baseline, **place)
             expected = cell[f"over_{baseline}"]
-            obtained = other["latency_s"].median() / block["latency_s"].median()
+            obtained, low, high = speedup(other, block)
             rows.append(
                 {
                     "bandwidth_mbps": cell["bandwidth_mbps"],
@@ -186,6 +227,8 @@ def _table_iv_cells(latency: pd.DataFrame, published: pd.DataFrame, link: str | 
                     "method": block["method"].iloc[0] if len(block) else "",
                     "published": expected,
                     "obtained": obtained,
+                    "low": low,
+                    "high": high,
                     "ratio": obtained / expected,
                     "link": link or "",
                     "status": "measured" if pd.notna(obtained) else "not run",

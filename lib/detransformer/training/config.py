@@ -70,11 +70,6 @@ class ModelRow:
         return ", ".join([f"{self.model} Nb={self.num_original_layers}, Ndiv={self.num_divisions}", *self._variant])
 
     @property
-    def is_published(self) -> bool:
-        """Whether the paper's structure is meant: full sub-blocks, original layers last in their groups."""
-        return not self._variant
-
-    @property
     def _variant(self) -> list[str]:
         width = [] if self.attention_width == "full" else [self.attention_width]
         return width + ([] if self.original_placement == "last" else [self.original_placement])

@@ -200,6 +200,7 @@ def _wire_scores(model, prepared, config, pad, accelerator) -> dict[str, float]:
 
 
 def _majority(prepared: PreparedTask) -> float:
+    """What guessing scores: the most frequent label, or, of questions, one answer to all, which is right nowhere."""
     task = prepared.rows.task
     return 0.0 if task.is_question_answering else majority_score(task, list(prepared.rows.validation["label"]))
 

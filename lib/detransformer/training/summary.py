@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from detransformer.record.intervals import NUM_ERRORS
 from detransformer.report.accuracy import (
     MLM,
-    NUM_ERRORS,
     PUBLISHED_COLUMNS,
     PUBLISHED_STRUCTURE,
     ROW_COLUMNS,
@@ -164,7 +164,7 @@ def table_note(runs: pd.DataFrame, pretraining: pd.DataFrame | None = None) -> s
     means = runs.groupby(keys, sort=False, dropna=False)[["score", "majority_score", "eval_rows"]].mean().reset_index()
     weak = [task for task, group in means.groupby("task", sort=False) if not learned(group).any()]
     if weak:
-        lines.append(f"No better than the most frequent label at this scale, so without meaning: {', '.join(weak)}.")
+        lines.append(f"Not learned by any model at this scale, so without meaning: {', '.join(weak)}.")
     lines.append(
         "± is the standard deviation over fine-tuning seeds of one pre-trained model; what another pre-training would "
         "change is not in it. The published table is one seed a cell."

@@ -159,9 +159,6 @@ class ImageData:
             rows = np.arange(start, min(start + batch_size, len(images)))
             yield _batch(images[rows], labels[rows], rows)
 
-    def test_batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        return self.ordered_batches("test", batch_size)
-
 
 def open_images(source: str = "auto", cache_dir: str | Path = "data/cache") -> ImageData:
     """Images of `source`: `mirror`, `hub`, `built-in`, or `auto` for the first of these that is there.

@@ -1,47 +1,109 @@
-"""Published values, the verdict rule at its edges, the run folder, and the summary of full, partial and empty runs."""
+"""Published values, the verdict rule at its edges, intervals, the run folder, and the summary of a run."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from detransformer.record.intervals import around, bootstrap_ratio, samples_of
+from detransformer.record.published import published, published_claim
+from detransformer.record.verdict import COLUMNS, Verdict, verdicts
 from detransformer.report.claims import summarise, table_iii_differences, verdict_counts
-from detransformer.report.expected import judge, published, published_claim, verdict
 from detransformer.report.runs import RunFolder, to_markdown
 from detransformer.training.summary import table_iii
 from report_frames import accuracy_rows, pretraining_rows, row
+
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
     ("expected", "obtained", "neutral", "said"),
     [
-        (2.0, None, 1, "not run"),
-        (2.0, float("nan"), None, "not run"),
-        (2.0, 2.29, 1, "matches"),
-        (2.0, 2.31, 1, "holds, larger"),
-        (2.0, 1.69, 1, "holds, smaller"),
+        (2.0, None, 1, "not tested"),
+        (2.0, NAN, None, "not tested"),
+        (2.81, 2.6, 1, "matches"),  # an effect of 1.6 for 1.81
+        (2.81, 2.5, 1, "holds, smaller"),  # within 15% of the ratio, not of the effect
+        (1.25, 1.12, 1, "holds, smaller"),
+        (2.0, 2.16, 1, "holds, larger"),
         (2.0, 1.0, 1, "does not hold"),
-        (2.0, 0.5, 1, "does not hold"),
-        (1.08, 0.95, 1, "does not hold"),  # within 15%, but a slowdown
+        (1.08, 0.95, 1, "does not hold"),  # near, but a slowdown
         (0.5, 0.3, 1, "holds, larger"),  # a larger reduction
         (-4.0, 4.0, 0, "does not hold"),
+        (0.0, 0.5, 0, "differs, larger"),  # no effect was published
         (1.57, 1.9, None, "differs, larger"),
         (1.57, 1.2, None, "differs, smaller"),
+        ("yes", "yes", None, "matches"),
+        ("yes", "no", None, "does not hold"),
     ],
 )
-def test_the_rule(expected, obtained, neutral, said):
-    assert judge(expected, obtained, neutral=neutral) == said
+def test_values_are_judged_by_their_effect(expected, obtained, neutral, said):
+    assert Verdict("a claim", expected, obtained, "measured", neutral=neutral).judged == said
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(2.0, 2.9, "matches"), (2.0, 2.7, "holds, smaller"), (0.9, 2.9, "within noise"), (NAN, NAN, "holds, smaller")],
+)
+def test_an_interval_decides_where_there_is_one(low, high, said):
+    assert Verdict("a speedup", 2.81, 2.4, "emulated", low=low, high=high, neutral=1).judged == said
+
+
+@pytest.mark.parametrize(
+    ("side", "obtained", "interval", "said"),
+    [
+        ("at least", 0.95, (NAN, NAN), "holds"),
+        ("at least", 0.94, (NAN, NAN), "does not hold"),
+        ("at most", 0.94, (0.90, 0.96), "within noise"),
+        ("above", 0.95, (NAN, NAN), "does not hold"),
+        ("below", 0.5, (0.4, 0.6), "holds"),
+        ("at least", NAN, (NAN, NAN), "not tested"),
+    ],
+)
+def test_limits_have_a_side(side, obtained, interval, said):
+    low, high = interval
+    found = Verdict("a share", 0.95, obtained, "measured", low=low, high=high, side=side)
+    assert found.judged == said and found.row["expected"] == f"{side} 0.95"
+
+
+def test_what_is_made_to_match_has_no_verdict_and_what_cannot_speak_is_not_tested():
+    assert Verdict("a pace", 1.57, 1.57, "by construction").judged == "not judged"
+    assert Verdict("a fit", 1.57, 9.0, "fitted").judged == "not judged"
+    assert Verdict("accuracy at chance", 80.0, 50.0, "measured", tested=False).judged == "not tested"
+    with pytest.raises(ValueError, match="kind 'guessed' is unknown; choose one of by construction"):
+        Verdict("a claim", 1.0, 1.0, "guessed")
+    with pytest.raises(ValueError, match="side 'near' is unknown; choose one of at least"):
+        Verdict("a claim", 1.0, 1.0, "measured", side="near")
 
 
 def test_counts_must_be_equal():
-    assert judge(24, 24, tolerance=0) == "matches" and judge(24, 25, tolerance=0) == "differs, larger"
+    assert [Verdict("a count", 24, n, "measured", tolerance=0).judged for n in (24, 25)] == [
+        "matches",
+        "differs, larger",
+    ]
 
 
-def test_rows_from_numbers_sequences_and_mappings():
-    assert verdict(1.57, 1.57)["verdict"].tolist() == ["matches"]
-    frame = verdict({"a": 2.0, "b": 3.0}, {"a": 1.0})
-    assert frame["claim"].tolist() == ["a", "b"] and frame["verdict"].tolist() == ["differs, smaller", "not run"]
-    assert frame["ratio"].iloc[0] == 0.5
-    with pytest.raises(ValueError, match="2 expected values, 1 obtained"):
-        verdict([1, 2], [1])
+def test_rows_from_sequences_and_mappings():
+    assert verdicts([1.57], [1.57], "measured", ["s"])["judged"].tolist() == ["matches"]
+    frame = verdicts({"a": 2.0, "b": 3.0}, {"a": 1.0}, "predicted")
+    assert list(frame.columns) == COLUMNS and frame["obtained"].dtype == float
+    assert frame["claim"].tolist() == ["a", "b"] and frame["judged"].tolist() == ["differs, smaller", "not tested"]
+    with pytest.raises(ValueError, match="2 expected values, 1 obtained and 2 claims"):
+        verdicts([1, 2], [1], "measured", ["a", "b"])
+
+
+def test_a_bootstrap_interval_pairs_the_rounds():
+    """What slows a whole round slows both methods, so that their ratio stays sharp; shuffled, it does not."""
+    rounds = 1 + np.random.default_rng(1).exponential(0.3, 20)
+    low, high = bootstrap_ratio(2.0 * rounds, rounds)
+    assert low == high == pytest.approx(2.0)
+    shuffled = bootstrap_ratio(2.0 * rounds, rounds[::-1])
+    assert shuffled[0] < 2.0 < shuffled[1] and shuffled == bootstrap_ratio(2.0 * rounds, rounds[::-1])
+    with pytest.raises(ValueError, match="3 and 2 samples cannot be paired"):
+        bootstrap_ratio([1, 2, 3], [1, 2])
+
+
+def test_intervals_of_seeds_and_samples_of_cells():
+    assert around(1.0, 0.1) == (0.8, 1.2) and np.isnan(around(1.0, NAN)).all()
+    assert samples_of("[1.5, 2]") == [1.5, 2.0] and samples_of(NAN) == [] and samples_of([1.0]) == [1.0]
 
 
 def test_published_tables_are_the_papers():
@@ -85,9 +147,9 @@ def test_markdown_keeps_whole_numbers_and_empty_cells():
     assert "| 4 " in text and "| 123457 | True" in text and "1e-09" in text and "<NA>" not in text
 
 
-def test_summary_of_an_empty_run_says_not_run_everywhere(tmp_path):
+def test_summary_of_an_empty_run_tests_nothing(tmp_path):
     summary = summarise(RunFolder(tmp_path))
-    assert set(summary["verdict"]) == {"not run"} and summary["obtained"].isna().all()
+    assert set(summary["judged"]) == {"not tested", "not judged"} and summary["obtained"].isna().all()
     counts = summary.groupby("where").size()
     assert counts["Table III"] == 55 and counts["Table IV"] == 20 and counts["Table II"] == 15
     stated = published("text_claims")["where"].value_counts()
@@ -105,18 +167,18 @@ def partial_run(tmp_path, methods, link="line-rate"):
 def test_summary_of_a_partial_run(tmp_path):
     run = partial_run(tmp_path, {"tp": 1.4, "sp": 1.1, "bp+paper": 0.7, "bp+auto": 0.5})
     summary = summarise(run).set_index("claim")
-    assert summary.loc["single device latency bert base", "verdict"] == "matches"
-    assert summary.loc["single device latency bert large", "verdict"] == "not run"
-    assert summary.loc["tp allreduce count bert base", "verdict"] == "matches"
-    found = summary.loc["BP+Auto over TP, BERT-Base, 125 Mbps", ["where", "link", "obtained", "verdict"]]
+    assert summary.loc["single device latency bert base", "judged"] == "not judged"
+    assert np.isnan(summary.loc["single device latency bert large", "obtained"])
+    assert summary.loc["tp allreduce count bert base", "judged"] == "matches"
+    found = summary.loc["BP+Auto over TP, BERT-Base, 125 Mbps", ["where", "link", "obtained", "judged"]]
     assert found.tolist() == ["Table IV", "line-rate", 2.0, "holds, smaller"], "the paper's plans are compared"
-    ours = summary.loc["BP+Auto over TP, BERT-Base, 125 Mbps (our plans)", ["where", "obtained", "verdict"]]
+    ours = summary.loc["BP+Auto over TP, BERT-Base, 125 Mbps (our plans)", ["where", "obtained", "judged"]]
     assert ours.tolist() == ["Table IV (our plans)", pytest.approx(2.8), "matches"], "ours stands in a row of its own"
-    assert summary.loc["BP+Auto over TP, BERT-Base, 250 Mbps", "verdict"] == "not run"
+    assert summary.loc["BP+Auto over TP, BERT-Base, 250 Mbps", "judged"] == "not tested"
     assert summary.loc["max speedup over tp", "obtained"] == pytest.approx(2.0)
     assert summary.loc["max speedup over tp (our plans)", "obtained"] == pytest.approx(2.8)
     counts = verdict_counts(summary.reset_index()).set_index(["where", "link"])
-    assert counts.loc[("Table IV", "line-rate"), "not run"] == 18
+    assert counts.loc[("Table IV", "line-rate"), "not tested"] == 18
     assert counts.loc["Table IV (our plans)"].iloc[0].sum() == 2, "what ours was not measured for is no claim"
 
 
@@ -129,12 +191,12 @@ def test_the_fastest_of_the_papers_plans_stands_for_its_auto(tmp_path):
 
 def test_each_link_has_its_own_claims(tmp_path):
     run = partial_run(tmp_path, {"tp": 1.4, "bp+paper": 0.7})
-    fitted = [row("bert-base", m, 125, "fitted") | {"latency_s": t} for m, t in (("tp", 2.8), ("bp+paper", 1.0))]
-    run.save_table(pd.concat([run.load_table("latency"), pd.DataFrame(fitted)]), "latency")
+    modelled = [row("bert-base", m, 125, "modelled") | {"latency_s": t} for m, t in (("tp", 2.8), ("bp+paper", 1.0))]
+    run.save_table(pd.concat([run.load_table("latency"), pd.DataFrame(modelled)]), "latency")
     summary = summarise(run)
     cells = summary[summary["claim"] == "BP+Auto over TP, BERT-Base, 125 Mbps"].set_index("link")
-    assert cells["obtained"].to_dict() == {"line-rate": pytest.approx(2.0), "fitted": pytest.approx(2.8)}
-    assert cells["verdict"].to_dict() == {"line-rate": "holds, smaller", "fitted": "matches"}
+    assert cells["obtained"].to_dict() == {"line-rate": pytest.approx(2.0), "modelled": pytest.approx(2.8)}
+    assert cells["judged"].to_dict() == {"line-rate": "holds, smaller", "modelled": "matches"}
 
 
 def test_accuracy_differences_are_judged_only_with_seeds():
@@ -150,6 +212,8 @@ def test_accuracy_differences_are_judged_only_with_seeds():
                     obtained_mean=value,
                     obtained_std=spread,
                     num_seeds=seeds,
+                    majority_score=0.0,
+                    metric="mcc",
                 )  # fmt: skip
                 for _, nb, nd, value in rows
             ]
@@ -157,27 +221,23 @@ def test_accuracy_differences_are_judged_only_with_seeds():
 
     def said(frame):
         rows = table_iii_differences(frame, 0.15).set_index("claim")
-        return rows.loc["CoLA, BERT-Base Nb=4, Ndiv=4, minus original", "verdict"]
+        return rows.loc["CoLA, BERT-Base Nb=4, Ndiv=4, minus original", "judged"]
 
-    assert said(table(1, None, 51.63)) == "one seed"
+    assert said(table(1, None, 51.63)) == "not tested"
     assert said(table(3, 2.0, 51.63)) == "within noise"
     assert said(table(3, 0.1, 51.63)) == "matches"  # the paper: 42.06 - 40.43 = 1.63
     assert said(table(3, 0.1, 45.0)) == "does not hold"
 
 
-def test_accuracy_differences_follow_the_tables_own_verdict_on_noise(tmp_path):
+def test_accuracy_differences_have_the_interval_of_paired_seeds(tmp_path):
     run = RunFolder(tmp_path)
     table = table_iii(accuracy_rows(3), published("table_iii"), pretraining=pretraining_rows(2))
     run.save_table(table, "table_iii")
     summary = summarise(run)
     assert (summary["where"] == "Table III").sum() == 55 and (summary["where"] == "Table III (difference)").sum() == 45
-    said = summary.set_index("claim")["verdict"]
+    said = summary.set_index("claim")["judged"]
     assert said["CoLA, BERT-Base Nb=4, Ndiv=4, minus original"] == "holds, smaller", "the seeds are paired"
     assert said["SST-2, BERT-Base Nb=4, Ndiv=8, minus original"] == "within noise", "no difference at all"
-    table["beyond_noise"] = table["beyond_noise"].where(table["task"] != "CoLA", False)
-    run.save_table(table, "table_iii")
-    said = summarise(run).set_index("claim")["verdict"]
-    assert said["CoLA, BERT-Base Nb=4, Ndiv=4, minus original"] == "within noise"
     run.save_table(table_iii(accuracy_rows(1), published("table_iii")), "table_iii")
-    counts = summarise(run).query("where == 'Table III (difference)'")["verdict"].value_counts()
-    assert counts.to_dict() == {"one seed": 30, "not run": 15}
+    counts = summarise(run).query("where == 'Table III (difference)'")["judged"].value_counts()
+    assert counts.to_dict() == {"not tested": 45}

@@ -1,0 +1,152 @@
+"""The one rule that holds an obtained value against an expected one; `RULE` says it in words, first match counts.
+
+What may be judged depends on what kind of number it is (`KINDS`). A value that the code was made or fitted to give has
+no verdict, and one that this hardware could not test, such as the accuracy of a model that guesses, is "not tested".
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+TOLERANCE = 0.15
+KINDS = ("by construction", "fitted", "measured", "emulated", "predicted")
+UNJUDGED = ("by construction", "fitted")
+SIDES = ("at least", "at most", "above", "below")
+NOT_JUDGED, NOT_TESTED, NOISE = "not judged", "not tested", "within noise"
+RULE = [
+    (NOT_JUDGED, "the value follows by construction, or was fitted to what is expected: there is nothing to judge"),
+    (NOT_TESTED, "nothing was obtained, or what was obtained cannot speak: a model at chance, a single seed"),
+    (NOISE, "the interval of the repeats or seeds has the limit, or no effect, in it"),
+    ("holds / does not hold", "for a limit (at least, at most, above, below): on its side of it or not"),
+    ("does not hold", "for an effect: not on the published value's side of no effect (1: speedup, 0: difference)"),
+    (
+        "matches",
+        f"the published value lies in the interval, or {TOLERANCE:.0%} of the effect from ours (of the value, where "
+        "it has no direction; another tolerance where told)",
+    ),
+    ("holds, larger / holds, smaller", "off by more, with a larger or smaller effect on the same side"),
+    ("differs, larger / differs, smaller", "off by more, for a value without a direction (a latency, a count)"),
+]
+COLUMNS = ["claim", "where", "expected", "obtained", "low", "high", "kind", "judged"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim: what is expected, what was obtained, and how the two compare.
+
+    Attributes:
+        expected: the published value, or the limit where there is a `side`; a yes or no (string) must be equal.
+        low, high: the interval of what was obtained, where there are repeats or seeds.
+        neutral: the value of no effect: 1 for a speedup, 0 for a difference, None for a value without a direction.
+        side: one of `SIDES` where `expected` is a limit.
+        tested: False where what was obtained cannot speak for or against the claim.
+    """
+
+    claim: str
+    expected: float | str
+    obtained: float | str | None
+    kind: str
+    where: str = ""
+    low: float = math.nan
+    high: float = math.nan
+    neutral: float | None = None
+    side: str = ""
+    tolerance: float = TOLERANCE
+    tested: bool = True
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+        if self.side and self.side not in SIDES:
+            raise ValueError(f"side {self.side!r} is unknown; choose one of {', '.join(SIDES)}.")
+
+    @property
+    def judged(self) -> str:
+        """The verdict, by `RULE`."""
+        if self.kind in UNJUDGED:
+            return NOT_JUDGED
+        if not self.tested or _missing(self.obtained):
+            return NOT_TESTED
+        if isinstance(self.expected, str):
+            return "matches" if self.obtained == self.expected else "does not hold"
+        if self.side:
+            return self._against_limit()
+        return self._against_value() if self.neutral is None else self._against_effect()
+
+    def _against_limit(self) -> str:
+        if self.low < self.expected < self.high:
+            return NOISE
+        holds = {
+            "at least": self.obtained >= self.expected,
+            "at most": self.obtained <= self.expected,
+            "above": self.obtained > self.expected,
+            "below": self.obtained < self.expected,
+        }
+        return "holds" if holds[self.side] else "does not hold"
+
+    def _against_effect(self) -> str:
+        effect, found = self.expected - self.neutral, self.obtained - self.neutral
+        if self.low <= self.neutral <= self.high:
+            return NOISE
+        if effect == 0:
+            return self._against_value()
+        if found * effect <= 0:
+            return "does not hold"
+        if self._is_near(self.tolerance * abs(effect)):
+            return "matches"
+        return "holds, larger" if abs(found) > abs(effect) else "holds, smaller"
+
+    def _against_value(self) -> str:
+        if self._is_near(self.tolerance * abs(self.expected)):
+            return "matches"
+        return "differs, larger" if self.obtained > self.expected else "differs, smaller"
+
+    def _is_near(self, distance: float) -> bool:
+        near = math.isclose(self.obtained, self.expected, rel_tol=1e-12, abs_tol=distance)
+        return near or self.low <= self.expected <= self.high
+
+    @property
+    def row(self) -> dict:
+        """One line of a table, by `COLUMNS`; a limit in words."""
+        expected = f"{self.side} {self.expected:g}" if self.side else self.expected
+        values = (self.claim, self.where, expected, self.obtained, self.low, self.high, self.kind, self.judged)
+        return dict(zip(COLUMNS, values, strict=True))
+
+
+def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
+    """One row a verdict: claim, where, expected, obtained, low, high, kind, judged."""
+    frame = pd.DataFrame([verdict.row for verdict in verdicts], columns=COLUMNS)
+    numbers = [name for name in ("expected", "obtained") if not frame[name].map(lambda v: isinstance(v, str)).any()]
+    return frame.astype(dict.fromkeys([*numbers, "low", "high"], float))
+
+
+def verdicts(
+    expected: Mapping[str, float] | Sequence[float],
+    obtained: Mapping[str, float | None] | Sequence[float | None],
+    kind: str,
+    claim: Sequence[str] = (),
+    **options: object,
+) -> pd.DataFrame:
+    """`table` of values that share kind and `options` (of `Verdict`), one row each.
+
+    `expected` is a mapping from claim to value, or a sequence beside `claim`; what a mapping `obtained` lacks was not
+    obtained.
+
+    Raises:
+        ValueError: if there are not as many of one as of the other.
+    """
+    if isinstance(expected, Mapping):
+        claim, expected = list(expected), list(expected.values())
+        obtained = [obtained.get(name) for name in claim] if isinstance(obtained, Mapping) else obtained
+    if not len(expected) == len(obtained) == len(claim):
+        raise ValueError(
+            f"{len(expected)} expected values, {len(obtained)} obtained and {len(claim)} claims; give one a row."
+        )
+    triples = zip(claim, expected, obtained, strict=True)
+    return table(Verdict(name, value, result, kind, **options) for name, value, result in triples)
+
+
+def _missing(value) -> bool:
+    return value is None or value is pd.NA or value != value
