@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -314,7 +314,7 @@ def test_unequal_devices_have_their_own_profiles():
     config = preset_config("bert-base")
     cluster = EmulatedCluster(3, UNEQUAL, transport="loopback")
     pi, desk, jetson = cluster.profile("bert-base", config).devices
-    assert pi == preset_profile("rpi4b", config) and jetson.name == "Jetson TX2 on a 0.5x link"
+    assert replace(pi, efficiency=()) == preset_profile("rpi4b", config) and jetson.name == "Jetson TX2 on a 0.5x link"
     assert (desk.name, desk.memory_bytes) == ("desk", 2**29)
     assert desk.flops_per_s == 2 * pi.flops_per_s
     assert desk.compute_s(1.0, "*", 48e6) == pi.compute_s(1.0, "*", 24e6) == 0.005  # reading weights, too

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def data_folder(name: str, package: Path = PACKAGE) -> Path:
-    """Where committed data stand (`published`, `measured`): data/NAME of the clone of `package`, else a wheel's copy."""
+    """Where committed data stand, `published` or `measured`: data/NAME of `package`'s clone, else a wheel's copy."""
     clone = package.parents[1] / "data" / name
     return clone if clone.is_dir() and package.parent.name == "lib" else package / name
 

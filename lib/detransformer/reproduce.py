@@ -39,6 +39,7 @@ USES = {
     "07_summary": ("01_decoupling", "02_pretraining", "03_accuracy", "04_profiling", "05_placement", "06_latency"),
 }
 # Files of the package that no notebook's result depends on.
+DATA = ("published", "measured")
 FRAME = ("cli.py", "doctor.py", "reproduce.py", "report/page.py")
 
 
@@ -150,10 +151,10 @@ def select_notebooks(notebooks: list[Notebook], only: Iterable[str]) -> list[Not
 
 
 def library_digest(package: Path = PACKAGE) -> str:
-    """Digest of the package's sources and the papers' values: what notebooks compute with."""
+    """Digest of the package's sources and committed data: what notebooks compute with."""
     digest = hashlib.sha256()
     modules = [p for p in sorted(package.rglob("*.py")) if p.relative_to(package).as_posix() not in FRAME]
-    for path in [*modules, *sorted(data_folder("published", package).glob("*.csv"))]:
+    for path in [*modules, *(p for name in DATA for p in sorted(data_folder(name, package).glob("*.csv")))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -30,7 +30,7 @@ from detransformer.cluster.checkpoints import (
 from detransformer.cluster.devices import PACES, preset_profile
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
-from detransformer.files import atomic_write
+from detransformer.files import atomic_write, data_folder
 from detransformer.models.configuration import (
     PRESETS,
     config_fields,
@@ -612,12 +612,13 @@ class RowFile:
 
 
 def _code_fingerprint() -> str:
-    """Changes when the code that makes rows does: rows of another version are measured again."""
+    """Changes when code or committed data that make rows do: rows of another version are measured again."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for room in ("models", "parallel", "planning", "cluster"):
-        for source in sorted((package / room).glob("*.py")):
-            digest.update(source.read_bytes())
+    rooms = [(package / room).glob("*.py") for room in ("models", "parallel", "planning", "cluster")]
+    tables = [data_folder(name).glob("*.csv") for name in ("published", "measured")]
+    for source in (source for sources in (*rooms, *tables) for source in sorted(sources)):
+        digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
