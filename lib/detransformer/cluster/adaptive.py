@@ -27,6 +27,7 @@ from detransformer.cluster.bench import (
 )
 from detransformer.cluster.checkpoints import Checkpoint, request
 from detransformer.cluster.devices import DeviceSpec
+from detransformer.cluster.experiments import load_efficiency, measured_bench, measured_link
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.plan import Plan, layer_plan, published_plan
@@ -47,12 +48,6 @@ GRID_COLUMNS = (
     *("compute_s", "comm_s", "wait_s", "weights_bytes", "spread_s", "repeats", "time_scale", "device", "link", "wire"),
     *("max_abs_error", "pacing_overrun", "host_steal", "valid", "why_invalid"),
 )
-
-
-def _measured_link(run_path: str | Path) -> LinkProfile | None:
-    """The link as notebook 04 of this run has measured it, whatever model it profiled beside it."""
-    path = next(iter(sorted(Path(run_path, "profiles").glob("*.json"))), None)
-    return ClusterProfile.load(path).link if path else None
 
 
 def contenders(placement: Placement, paper: Placement, num_rivals: int) -> list[Plan]:
@@ -93,7 +88,7 @@ def choice_rows(
         with EmulatedCluster(count, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
             kept = RowFile(path, cluster)
             for model in models:
-                bench = Bench(cluster, _measured_link(run_path))
+                bench = measured_bench(run_path, cluster)
                 plans = {}
                 for mbps in bandwidths_mbps:
                     for seq_len in seq_lens:
@@ -135,7 +130,7 @@ def unequal_rows(
     rows = []
     specs = [DeviceSpec(speed=speed) for speed in speeds]
     with EmulatedCluster(len(speeds), specs, bandwidths_mbps[0] * 1e6, transport) as cluster:
-        bench, kept = Bench(cluster, _measured_link(run_path)), RowFile(path, cluster)
+        bench, kept = measured_bench(run_path, cluster), RowFile(path, cluster)
         for mbps in tqdm(bandwidths_mbps, unit="rate", desc="unequal devices"):
             cell = Cell(
                 model, "bp+auto", len(speeds), mbps, num_divisions=num_divisions, seq_len=seq_len, repeats=repeats
@@ -210,7 +205,7 @@ def trace_rows(
         )
     )
     with EmulatedCluster(num_devices, device, rates[0] * 1e6, transport) as cluster:
-        bench, kept = Bench(cluster, _measured_link(run_path), time_scale), RowFile(path, cluster)
+        bench, kept = measured_bench(run_path, cluster, time_scale=time_scale), RowFile(path, cluster)
         cell = Cell(
             model,
             "bp+auto",
@@ -371,7 +366,7 @@ def generation_rows(
     path = Path(run_path) / "generation_rows.json"
     rows = []
     with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
-        bench, kept = Bench(cluster, _measured_link(run_path)), RowFile(path, cluster)
+        bench, kept = measured_bench(run_path, cluster), RowFile(path, cluster)
         cells = [
             Cell(
                 model,
@@ -503,9 +498,14 @@ def plan_map_rows(
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
         for count in device_counts:
-            link = _measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0])
+            efficiency, link = (
+                load_efficiency(run_path),
+                measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0]),
+            )
             for mbps in bandwidths_mbps:
-                profile = ClusterProfile((DeviceSpec(device).on(config),) * count, link.at(1e6 * mbps))
+                profile = ClusterProfile(
+                    (DeviceSpec(device).on(config, efficiency=efficiency.get(model)),) * count, link.at(1e6 * mbps)
+                )
                 for length in seq_lens:
                     best = place_freely(config, profile, seq_len=length).chosen
                     rows.append(

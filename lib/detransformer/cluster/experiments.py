@@ -14,13 +14,14 @@ from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
 from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.commands import placement_rows
 from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
-from detransformer.cluster.profiler import profile_link, single_device_latency
+from detransformer.cluster.profiler import efficiency_rows, profile_link, single_device_latency
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.plan import METHODS, published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.placement import place
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
+from detransformer.record.intervals import bootstrap_ratio, samples_of
 from detransformer.record.published import published_claim
 
 TIMELINE = "timeline.csv"  # in a run's folder
@@ -65,6 +66,26 @@ def load_link(folder: str | Path, model: str) -> LinkProfile | None:
     """The link figures of a profile that `save_profiles` wrote; None where there is none."""
     path = Path(folder) / f"{model}.json"
     return ClusterProfile.load(path).link if path.is_file() else None
+
+
+def load_efficiency(run_path: str | Path) -> dict[str, tuple]:
+    """How efficient shares of each model's layers are on this host, as notebook 04 of the run measured it; by model."""
+    path = Path(run_path) / "tables" / "profile.csv"
+    operations = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    if "share" not in operations:
+        return {}
+    return {model: efficiency_rows(rows) for model, rows in operations.groupby("model")}
+
+
+def measured_link(run_path: str | Path) -> LinkProfile | None:
+    """The link as notebook 04 of this run has measured it, whatever model it profiled beside it."""
+    path = next(iter(sorted(Path(run_path, "profiles").glob("*.json"))), None)
+    return ClusterProfile.load(path).link if path else None
+
+
+def measured_bench(run_path: str | Path, cluster: EmulatedCluster, **options) -> Bench:
+    """A bench on `cluster` that knows links and the efficiency of shares as notebook 04 of the run measured them."""
+    return Bench(cluster, measured_link(run_path), efficiency=load_efficiency(run_path), **options)
 
 
 def placement_table(
@@ -124,13 +145,15 @@ def latency_cells(
     wire_bandwidths_mbps: Sequence[float] = (500, 125),
     cls_methods: Sequence[str] = ("tp", "sp", "ulysses", "bp+auto"),
     cls_bandwidths_mbps: Sequence[float] = (125,),
+    roofline_bandwidths_mbps: Sequence[float] = (),
 ) -> list[Cell]:
     """All rows of notebook 06 on clean links, model by model.
 
     Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
     `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8
     (first model): BP+Auto with fewer original layers. Table II (first model): data and pipeline parallelism at the
-    scaling bandwidth. Beyond the paper: `wire_methods` on other wires, and `cls_methods` where only [CLS] is read.
+    scaling bandwidth. Beyond the paper: `wire_methods` on other wires, `cls_methods` where only [CLS] is read, and
+    `methods` by the roofline pace.
     """
     methods = list(METHODS) if list(methods) == ["all"] else methods
     cells = []
@@ -142,6 +165,7 @@ def latency_cells(
             cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
             for layers in fewer_original_layers:
                 cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
+        cells += grid(model, methods, roofline_bandwidths_mbps, 4, pace="roofline", **common)
         for wire in wire_formats:
             cells += grid(model, wire_methods, wire_bandwidths_mbps, 4, wire, **common)
         cells += grid(model, cls_methods, cls_bandwidths_mbps, 4, reads="cls", **common)
@@ -160,10 +184,9 @@ def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str 
     """
     run_path = Path(run_path)
     cells = list(dict.fromkeys(cells))
-    measured = load_link(run_path / "profiles", cells[0].model)
     lowest = min(cell.bandwidth_mbps for cell in cells)
     plain = dict(model=cells[0].model, bandwidth_mbps=lowest, num_devices=4, wire="float32", reads="all")
-    plain |= dict(num_original_layers=4, num_divisions=4)
+    plain |= dict(num_original_layers=4, num_divisions=4, pace=cells[0].pace)
 
     rows_path = run_path / "latency_rows.json"
     rows = {}
@@ -171,7 +194,7 @@ def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str 
         part = [cell for cell in cells if max(4, cell.num_devices) == size]
         with EmulatedCluster(size, bandwidth_bps=part[0].bandwidth_mbps * 1e6, transport=transport) as cluster:
             frame = measure_grid(
-                Bench(cluster, measured),
+                measured_bench(run_path, cluster),
                 part,
                 rows_path,
                 timeline=run_path / TIMELINE if size == 4 else None,
@@ -186,3 +209,42 @@ def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str 
 def read_timeline(run_path: str | Path) -> pd.DataFrame:
     """What `measure_latency` kept of who did what when: a row an event, in seconds from the request's start."""
     return pd.read_csv(Path(run_path) / TIMELINE)
+
+
+def overlap_rows(
+    run_path: str | Path,
+    model: str,
+    methods: Sequence[str] = ("tp", "bp+heads", "bp+auto", "auto"),
+    bandwidths_mbps: Sequence[float] = (125,),
+    repeats: int = 10,
+    num_devices: int = 2,
+) -> pd.DataFrame:
+    """What messages cost beside compute on one core: methods with devices that sleep, and that compute all the time.
+
+    Each device has a core of its own for its products and for all threads that send and receive, and runs at its own
+    speed (time scale 1). Where it sleeps once the host has done its products, messages have the core for themselves;
+    where it goes on computing until the segment's time has passed, as a real device does, they have to share it.
+    Columns: model, method, plan, num_devices, bandwidth_mbps, asleep_s, busy_s, cost (busy_s over asleep_s, minus 1)
+    and its 95% interval, the samples, valid.
+    """
+    cells = [
+        Cell(model, method, num_devices, mbps, num_divisions=max(4, num_devices), repeats=repeats, burns=burns)
+        for mbps in bandwidths_mbps
+        for method in methods
+        for burns in (False, True)
+    ]
+    with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, pins=True) as cluster:
+        frame = measure_grid(
+            measured_bench(run_path, cluster, time_scale=1.0), cells, Path(run_path) / "overlap_rows.json"
+        )
+    rows = []
+    for (method, mbps), pair in frame.groupby(["method", "bandwidth_mbps"], sort=False):
+        asleep, busy = pair[~pair["burns"]].iloc[0], pair[pair["burns"]].iloc[0]
+        low, high = bootstrap_ratio(samples_of(busy["samples_s"]), samples_of(asleep["samples_s"]))
+        row = {"model": model, "method": method, "plan": busy["plan"], "num_devices": num_devices}
+        row |= {"bandwidth_mbps": mbps, "asleep_s": asleep["latency_s"], "busy_s": busy["latency_s"]}
+        row |= {"cost": busy["latency_s"] / asleep["latency_s"] - 1, "low": low - 1, "high": high - 1}
+        row |= {"asleep_samples_s": asleep["samples_s"], "busy_samples_s": busy["samples_s"]}
+        reasons = [r["why_invalid"] for r in (asleep, busy) if r["why_invalid"]]
+        rows.append(row | {"valid": not reasons, "why_invalid": "; ".join(reasons)})
+    return pd.DataFrame(rows)

@@ -54,6 +54,8 @@ class EmulatedCluster:
         threads: of each worker's compute.
         delay_s, jitter_s: of a packet between two devices, one way; on shaped links where the kernel has netem.
 
+        pins: each device keeps to one core, in turn, and so do the threads that send its messages.
+
     Raises:
         ValueError: for bad arguments, or what is not permitted or not available here.
     """
@@ -67,6 +69,7 @@ class EmulatedCluster:
         threads: int = 1,
         delay_s: float = 0.0,
         jitter_s: float = 0.0,
+        pins: bool = False,
     ):
         if not 1 <= num_devices <= MAX_DEVICES:
             raise ValueError(
@@ -99,6 +102,7 @@ class EmulatedCluster:
         self.time_scale = 1.0
         self.transport = transport
         self.threads = threads
+        self.pins = pins
         self.delay_s, self.jitter_s = delay_s, jitter_s
         self.folder: Path | None = None  # for files that live as long as the session
         self.lost: dict[int, str] = {}  # who was left out of jobs that can do without, and why
@@ -171,8 +175,14 @@ class EmulatedCluster:
         }
         self._workers = [_Worker(rank, self.folder / f"worker{rank}.log") for rank in range(self.num_devices)]
         namespaces = network.namespaces if network else [""] * self.num_devices
+        cores = sorted(os.sched_getaffinity(0)) if self.pins else []
         told = [
-            worker.ends_for_launcher | {"arguments": common | {"rank": worker.rank, "namespace": namespace}}
+            worker.ends_for_launcher
+            | {
+                "arguments": common
+                | {"rank": worker.rank, "namespace": namespace}
+                | {"core": cores[worker.rank % len(cores)] if cores else None}
+            }
             for worker, namespace in zip(self._workers, namespaces, strict=True)
         ]
         self._launcher = _Launcher(told, self.folder / "launcher.log", self.threads)

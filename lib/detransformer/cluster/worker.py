@@ -20,7 +20,16 @@ HEARTBEAT_S = 1.0
 _PR_SET_TIMERSLACK = 29
 
 
-def serve(rank: int, num_ranks: int, master: str, interface: str, namespace: str, threads: int, arrivals: str) -> None:
+def serve(
+    rank: int,
+    num_ranks: int,
+    master: str,
+    interface: str,
+    namespace: str,
+    threads: int,
+    arrivals: str,
+    core: int | None = None,
+) -> None:
     """Works until stdin ends.
 
     Args:
@@ -28,7 +37,10 @@ def serve(rank: int, num_ranks: int, master: str, interface: str, namespace: str
         interface: the network interface that carries the collectives.
         namespace: the network namespace to enter first; empty for none.
         arrivals: the session's file of `pacing.Arrivals`.
+        core: the one that this process, with all its threads, keeps to; None: any.
     """
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)  # ns; the default lets every sleep last 50 us longer
     if namespace:
         enter_namespace(namespace)
