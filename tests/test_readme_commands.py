@@ -1,4 +1,4 @@
-"""What README.md and docs/*.md show is run here as it stands, in a folder that has small models of the names they use.
+"""The commands of README.md and docs/*.md are run here, in a folder that has small models of the names they use.
 
 A command is found in indented and fenced blocks and in code spans. `SHORTER` has what is added to each so that it takes
 seconds; a command that is not in it fails, and so does one whose files `Sandbox` does not make.
