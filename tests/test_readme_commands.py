@@ -1,4 +1,4 @@
-"""What README.md and docs/*.md show is run here as it stands, in a folder that has small models of the names they use.
+"""The commands of README.md and docs/*.md are run here, in a folder that has small models of the names they use.
 
 A command is found in indented and fenced blocks and in code spans. `SHORTER` has what is added to each so that it takes
 seconds; a command that is not in it fails, and so does one whose files `Sandbox` does not make.
@@ -66,7 +66,7 @@ def code_of(text: str) -> Iterator[tuple[str, bool]]:
         if line.lstrip().startswith("```"):
             fenced = not fenced
         elif fenced or (line.startswith("    ") and not prose):
-            yield line.strip(), True
+            yield (line if fenced else line[4:]).rstrip(), True
         elif line.strip():
             prose += line + " "
         else:
@@ -79,7 +79,7 @@ def words_of(code: str, in_block: bool) -> list[str]:
 
     In a sentence a name without arguments is a command's name, and no command to be run.
     """
-    if "`" in code or code.startswith(("from ", "import ")):
+    if "`" in code or code.lstrip().startswith(("from ", "import ")):
         return []
     found = re.search(r"(?:^|[\s;'/])detransformer ([a-z][a-z-]*(?:\s.*)?)$", code)
     if not found:
@@ -92,7 +92,7 @@ def words_of(code: str, in_block: bool) -> list[str]:
 
 CODE = [piece for page in PAGES for piece in code_of(page.read_text(encoding="utf-8"))]
 SHOWN = [words for words in (words_of(*piece) for piece in CODE) if words]
-CURLS = sorted({code for code, _ in CODE if code.startswith("curl ")})
+CURLS = sorted({code.strip() for code, _ in CODE if code.strip().startswith("curl ")})
 
 
 def without_parts(shown: list[list[str]]) -> list[list[str]]:
@@ -214,6 +214,9 @@ def test_commands_are_found():
     assert words_of("detransformer run --text 'a b' --check' &", True) == ["run", "--text", "a b", "--check"]
     assert words_of(".venv/bin/detransformer doctor     # says", True) == ["doctor"]
     assert words_of("detransformer run", False) == [] and words_of("git clone X detransformer && cd X", True) == []
+    page = "See `detransformer\nrun --check`:\n\n    one\n\n```python\nwith a:\n    b()\n```\n"
+    assert [*code_of(page)][:2] == [("detransformer run --check", False), ("one", True)]
+    assert ("    b()", True) in code_of(page)
     assert without_parts([["run", "--model", "m/"], ["run", "--model", "~/m", "--check"]])[0][-1] == "--check"
 
 
@@ -321,7 +324,6 @@ def test_python_that_is_shown_runs(sandbox):
     from transformers import AutoModel
 
     texts = snippets()
-    assert texts
     names = {"ClusterSpec": ClusterSpec, "AutoModel": AutoModel, "ids": torch.ones(1, 4, dtype=torch.int64)}
     before = os.getcwd()
     os.chdir(sandbox.folder(["python", *re.findall(r"""["']([\w.-]+)/?["']""", " ".join(texts))]))
