@@ -498,14 +498,10 @@ def plan_map_rows(
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
         for count in device_counts:
-            efficiency, link = (
-                load_efficiency(run_path),
-                measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0]),
-            )
+            device_profile = DeviceSpec(device).on(config, efficiency=load_efficiency(run_path).get(model))
+            link = measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0])
             for mbps in bandwidths_mbps:
-                profile = ClusterProfile(
-                    (DeviceSpec(device).on(config, efficiency=efficiency.get(model)),) * count, link.at(1e6 * mbps)
-                )
+                profile = ClusterProfile((device_profile,) * count, link.at(1e6 * mbps))
                 for length in seq_lens:
                     best = place_freely(config, profile, seq_len=length).chosen
                     rows.append(
