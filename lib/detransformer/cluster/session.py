@@ -2,8 +2,8 @@
 
 Transport `namespaces`: every worker in its own network namespace, links shaped by the kernel, real TCP between them.
 Transport `loopback`: the same workers over 127.0.0.1, links modelled in the process: where namespaces are not
-permitted, and for the `fitted` link, whose collectives take what the paper's published results imply. Compute is paced
-by the device profile in both. A worker that dies or falls silent ends the session with an error that names it.
+permitted. Compute is paced by the device profile in both. A worker that dies or falls silent ends the session with an
+error that names it.
 """
 
 import contextlib
