@@ -77,7 +77,7 @@ def mutated(draw, original):
 CLUSTER = {
     "name": "three",
     "emulated": True,
-    "link": {"bandwidth_mbps": 125, "delay_ms": 0, "kind": "line-rate"},
+    "link": {"bandwidth_mbps": 125, "delay_ms": 0},
     "rendezvous": {"port": 29400},
     "devices": [
         {"name": "a", "device": "rpi4b", "speed": 1, "memory_mib": 1024},

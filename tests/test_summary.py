@@ -21,7 +21,6 @@ from detransformer.report.accuracy import (
 from detransformer.training.config import ModelRow
 from detransformer.training.summary import (
     accuracy_table,
-    mean_differences,
     placement_table,
     pretraining_table,
     table_iii,
@@ -269,13 +268,6 @@ def test_trends_of_one_seed_and_of_few_points():
     )
     assert set(trends(table_iii(runs.head(0), PUBLISHED))["why"]) == {"not run"}
     assert trend_notes(trends(table_iii(runs.head(0), PUBLISHED)))[0] == "bert-base over Nb (Ndiv=4): not run."
-
-
-def test_mean_differences_have_an_error_and_the_published_beside():
-    means = mean_differences(table_iii(accuracy_rows(3), PUBLISHED, pretraining=pretraining_rows()))
-    row = means[means["claim"].str.startswith("bert-base Nb=4, Ndiv=4")].iloc[0]
-    assert row["expected"] == pytest.approx(75.78 - 75.08) and row["obtained"] == pytest.approx(0.8 * row["expected"])
-    assert row["std_error"] == pytest.approx(0, abs=1e-9) and row["tasks"] == "CoLA, SST-2, MRPC, MNLI, SQuAD"
 
 
 # --- variants, number formats, tables of runs --------------------------------------------------------------------

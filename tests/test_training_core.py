@@ -23,7 +23,6 @@ from detransformer.training import (
     finetune_recipes,
     loss_table,
     make_config,
-    mean_differences,
     model_rows,
     open_data,
     pretrain,
@@ -368,6 +367,3 @@ def test_table_iii_has_every_published_cell_and_the_measured_ones(data, tmp_path
     assert cola["published"] == 52 and cola["num_seeds"] == 2 and cola["train_rows"] == 32
     assert cola["obtained_mean"] == pytest.approx(runs["score"][2:].mean())
     assert "built-in generated set, 32 training rows" in table_note(runs)
-    table.loc[table["status"] == "measured", "obtained_mean"] = [50.0, 53.0]  # 30 rows: far above chance
-    means = mean_differences(table)
-    assert means["expected"].tolist() == [2.0] and means["obtained"].tolist() == [3.0] and means["tasks"][0] == "CoLA"

@@ -441,7 +441,8 @@ def soak(
     """The soak, saved; whether nothing was lost, wrong or answered twice, and memory stayed as it was."""
     samples, result = run_soak(spec, names, given.soak, say=say)
     note = (
-        f"{given.soak:g} minutes at {LOAD:.0%} of what it can answer, a fault a minute. Growth: of memory, after the "
+        f"{given.soak:g} minutes, asked at {LOAD:.0%} of what it can answer undisturbed (answered: "
+        f"{result['answered_per_s'] / result['capacity_per_s']:.0%}), a fault a minute. Growth: of memory, after the "
         f"first {WARM:.0%} of them; promised: {MAX_GROWTH:.0%} at most. {note}"
     )
     grown = max(result["front_growth"], result["devices_growth"]) > MAX_GROWTH

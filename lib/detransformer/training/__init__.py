@@ -26,7 +26,6 @@ from detransformer.training.studies import calibration_study, structures
 from detransformer.training.summary import (
     accuracy_table,
     loss_table,
-    mean_differences,
     of_row,
     placement_table,
     pretraining_table,
@@ -56,7 +55,6 @@ __all__ = [
     "load_masked_lm",
     "loss_table",
     "make_config",
-    "mean_differences",
     "model_rows",
     "of_row",
     "open_data",

@@ -16,7 +16,6 @@ from detransformer.report.accuracy import (
     PUBLISHED_STRUCTURE,
     ROW_COLUMNS,
     chance_beyond_noise,
-    completed,
     learned,
     mean_score,
     paired_std_error,
@@ -29,7 +28,7 @@ from detransformer.report.accuracy import (
 from detransformer.training.config import ModelRow
 from detransformer.training.data.tasks import TASKS
 
-__all__ = ["accuracy_table", "learned", "loss_table", "mean_differences", "mean_score", "placement_table"]
+__all__ = ["accuracy_table", "learned", "loss_table", "mean_score", "placement_table"]
 __all__ += ["pretraining_table", "table_iii", "table_note", "trend_notes", "trends", "width_table", "wire_table"]
 
 VARIANT_COLUMNS = [*ROW_COLUMNS, *PUBLISHED_STRUCTURE]
@@ -181,31 +180,6 @@ def table_note(runs: pd.DataFrame, pretraining: pd.DataFrame | None = None) -> s
         lines.append(f"Word frequencies alone have a perplexity of {frequencies:,.0f} on the same held-out tokens.")
     lines.append("SQuAD: the paper says Acc; shown is exact match, F1 is in accuracy_runs.")
     return "\n".join(lines)
-
-
-def mean_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Decoupled minus original in points, over the tasks that the original learned: one row a measured decoupled model.
-
-    Columns claim, expected (published), obtained (None where no task was learned), std_error (over seeds), tasks.
-    """
-    frame = with_differences(completed(table))
-    measured = frame[(frame["status"] == "measured") & (frame["task"] != MLM)]
-    rows = []
-    for keys, group in measured[measured["num_original_layers"].notna()].groupby(ROW_COLUMNS, sort=False):
-        original = measured[(measured["model"] == keys[0]) & measured["num_original_layers"].isna()]
-        tasks = list(original.loc[learned(original), "task"])
-        pairs = group[group["task"].isin(tasks if tasks else original["task"])]
-        errors = pairs["difference_std_error"]
-        rows.append(
-            {
-                "claim": f"{keys[0]} Nb={keys[1]}, Ndiv={keys[2]} minus original, points",
-                "expected": pairs["published_difference"].mean(),
-                "obtained": pairs["obtained_difference"].mean() if tasks else None,
-                "std_error": (errors**2).sum(skipna=False) ** 0.5 / len(pairs) if tasks and len(pairs) else None,
-                "tasks": ", ".join(tasks) or "none",
-            }
-        )
-    return pd.DataFrame(rows, columns=["claim", "expected", "obtained", "std_error", "tasks"])
 
 
 def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
