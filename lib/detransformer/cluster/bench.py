@@ -62,6 +62,7 @@ MAX_TOTAL_BPS = 1e9
 # it: four devices on two cores are in time at half their speed, most at the first try. All that is compared runs alike.
 DEVICES_A_CORE = 1
 USUAL_DEVICE = "rpi4b"  # of which a core carries so many; a device twice as fast counts as two
+KEPT_SHARE = 0.5  # of the free memory, for models that are measured in turn: what does not fit is read each time
 ATTEMPTS = 2  # at one time scale, of a request that was disturbed
 CHECK_ATTEMPTS = 4  # of a self-check that fails: a shared host is disturbed now and then
 DISTURBING_STEAL = 0.1  # of the processors, taken by other guests of the same machine: worth another attempt
@@ -174,6 +175,7 @@ class Bench:
         self.efficiency = efficiency or {}
         self.fixed_time_scale = time_scale
         self.memory_budget_bytes = memory_budget_bytes
+        self.keep_bytes = int(KEPT_SHARE * psutil.virtual_memory().available / cluster.num_devices)
         self.timelines: dict[Cell, list[dict]] = {}
         self.on_round: Callable[[int], Any] | None = None
 
@@ -383,6 +385,7 @@ class Bench:
             stream=STREAM_REQUESTS.get(plan.runs, 0) if is_last else 0,
             held_with=[held.to_dict() for held in held_with],
             burns=cell.burns,
+            keep_bytes=self.keep_bytes,
         )
         return [result for result in results if result is not None]
 

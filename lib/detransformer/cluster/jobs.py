@@ -34,13 +34,13 @@ START_AFTER_S = 0.01  # longer than ranks take to leave a barrier
 
 @dataclass
 class Loaded:
-    """What this device keeps of a model for the next job: its part of every plan that is held, and what that took."""
+    """This rank's weights of all plans that are held of a model, the executors made so far, and memory use."""
 
     config: PretrainedConfig
     weights: WeightSource | None  # None: the plan's executor loads its own (DTensor)
     held_with: list[Plan]
     own_bytes: int | None  # resident before loading: the interpreter and its libraries
-    peak_bytes: int | None = None  # while loading and warming up
+    peak_above: int | None = None  # largest resident size since then, above `own_bytes`
     runners: dict[str, Executor | Generator] = field(default_factory=dict)
     segments: dict[tuple, list] = field(default_factory=dict)
 
@@ -141,6 +141,7 @@ def run_plan(
     output: str | dict[str, torch.Tensor] | None = None,
     held_with: Sequence[dict] = (),
     burns: bool = False,
+    keep_bytes: int = 0,
 ) -> dict | None:
     """Runs `plan` on this rank's device `repeats` times and reports every sample; None if the plan leaves it out.
 
@@ -155,12 +156,13 @@ def run_plan(
         output: file to write that result to, or a dict to put it into.
         held_with: all plans that are held at once, this one among them: their weights stay when another is run.
         burns: a paced segment is spent in products, not asleep.
+        keep_bytes: models read before stay in memory up to this size of the process.
 
     A sample's `events` are the pacer's, on the host's clock, which all workers share. `peak_rss_bytes` is the largest
     resident size while loading and running, above what was resident before; None where it is not told.
     """
     plan_ = Plan.from_dict(plan)
-    loaded = _load(state, checkpoint, held_with or [plan], dtype)
+    loaded = _load(state, checkpoint, held_with or [plan], dtype, keep_bytes)
     if not state.takes_part(plan_.device_ids):
         return None
     tensors = _read(inputs)
@@ -206,7 +208,7 @@ def run_plan(
         "counts": dict(comm.counts),
         "bytes": dict(comm.bytes),
         "weights_bytes": loaded.weights.num_bytes if loaded.weights else executor.weights_bytes,
-        "peak_rss_bytes": _peak_above(loaded),
+        "peak_rss_bytes": _note_peak(state, loaded),
     }
     if stream:
         comm.barrier()
@@ -255,7 +257,7 @@ def generate(
     if is_new:
         comm = state.comm(plans[0].device_ids)
         loaded.runners[key] = Generator(loaded.config, *plans, loaded.weights, comm)
-        loaded.peak_bytes = memory.peak_bytes()
+        _note_peak(state, loaded)
     generator = loaded.runners[key]
     comm = generator.prefill.comm
     tensors = _read(inputs)
@@ -302,7 +304,7 @@ def generate(
         "bytes": dict(comm.bytes),
         "weights_bytes": loaded.weights.num_bytes,
         "cache_bytes": generator.cache.num_bytes,
-        "peak_rss_bytes": _peak_above(loaded),
+        "peak_rss_bytes": _note_peak(state, loaded),
     }
 
 
@@ -323,13 +325,18 @@ def _key(plan: Plan) -> str:
     return json.dumps(plan.to_dict())
 
 
-def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str) -> Loaded:
-    """What is kept of the model for `plans`: as it was, or new, the one before having gone."""
+def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str, keep_bytes: int = 0) -> Loaded:
+    """What is kept of the model for `plans`, read now where it is new.
+
+    Models read before stay, and are read no more, as long as this process is not larger than `keep_bytes`; from then on
+    the last one read makes room for the next.
+    """
     key = json.dumps([checkpoint, list(plans), dtype])
     if key not in state.loaded:
-        state.loaded.clear()
+        while state.loaded and (memory.resident_bytes() or keep_bytes) >= keep_bytes:
+            state.loaded.popitem()
+            memory.free_unused()
         held = [Plan.from_dict(plan) for plan in plans]
-        memory.free_unused()
         memory.restart_peak()
         weights = None
         if held[0].runs != "dtensor":
@@ -351,7 +358,7 @@ def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -
             else:
                 executor = Executor(loaded.config, plan, loaded.weights, comm, loaded.held_with)
         loaded.runners[_key(plan)] = executor
-        loaded.peak_bytes = memory.peak_bytes()
+        _note_peak(state, loaded)
     return loaded.runners[_key(plan)]
 
 
@@ -361,10 +368,15 @@ def _seconds(computes: Sequence[Sequence[Compute]], device: dict, time_scale: fl
     return [time_scale * sum(compute_seconds(c, profile) for c in part) for part in computes]
 
 
-def _peak_above(loaded: Loaded) -> int | None:
-    """Largest resident size so far above the interpreter's own; None where the system does not tell."""
-    peaks = (loaded.peak_bytes, memory.peak_bytes(), loaded.own_bytes)
-    return None if None in peaks else max(peaks[:2]) - loaded.own_bytes
+def _note_peak(state: WorkerState, loaded: Loaded) -> int | None:
+    """Largest resident size so far above what was there before this model was read; None where that is not told.
+
+    Once another model is read, what is resident is no longer this one's, and what was noted before stands.
+    """
+    peak, is_last = memory.peak_bytes(), next(reversed(state.loaded.values())) is loaded
+    if is_last and None not in (peak, loaded.own_bytes):
+        loaded.peak_above = max(loaded.peak_above or 0, peak - loaded.own_bytes)
+    return loaded.peak_above
 
 
 def _touch_libraries() -> None:
