@@ -1,5 +1,6 @@
 """What notebooks 04 to 06 ask for: the rows of the paper's tables, profiles on any transport, placements."""
 
+import pytest
 import torch
 from transformers import AutoModel
 
@@ -9,10 +10,12 @@ from detransformer.cluster.experiments import (
     latency_cells,
     load_link,
     measure_latency,
+    overlap_rows,
     placement_table,
     read_timeline,
     save_profiles,
 )
+from detransformer.cluster.network import can_emulate
 from detransformer.parallel.plan import METHODS
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
@@ -91,3 +94,14 @@ def test_counts_of_the_paper():
     counts = collective_counts("bert-base", 4, 4).set_index("method")
     assert counts.loc["tp", "all_reduce"] == 24
     assert (counts.loc["bp+tp", "all_gather"], counts.loc["bp+tp", "all_reduce"]) == (4, 8)
+
+
+@pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
+def test_busy_devices_are_compared_with_sleeping_ones(cases, tmp_path):
+    """The same requests, in turn, on devices that keep to a core each; what a busy one computes has no effect."""
+    folder = tmp_path / "model"
+    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
+    (row,) = overlap_rows(tmp_path, str(folder), ["tp"], [100.0], repeats=2).to_dict("records")
+    assert (row["method"], row["num_devices"]) == ("tp", 2)
+    assert row["busy_s"] == pytest.approx((1 + row["cost"]) * row["asleep_s"])
+    assert row["low"] <= row["cost"] <= row["high"]

@@ -1,5 +1,7 @@
 """Tables II, III and IV and those beyond the paper's, from rows whose every value the tests can compute."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -326,12 +328,32 @@ def test_efficiency_has_a_row_a_strategy_and_chunks_and_a_column_a_device_count(
         [("block", 4, 1, 0.9), ("tensor", 1, 1, 1.0), ("tensor", 4, 1, 0.8), ("tensor", 4, 4, 0.6)],
         columns=["strategy", "num_devices", "num_chunks", "efficiency"],
     )
-    table = peers.efficiency_table(profile).set_index(["strategy", "num_chunks"])
+    table = peers.efficiency_table(profile).drop(columns=["model", "weights"]).set_index(["strategy", "num_chunks"])
     assert list(table.index) == [("tensor", 1), ("tensor", 4), ("block", 1)], "in the order of the original layer first"
     assert list(table) == ["1 device", "4 devices"] and table["4 devices"].tolist() == [0.8, 0.6, 0.9]
     assert np.isnan(table.loc[("block", 1), "1 device"])
     older = peers.efficiency_table(profile[profile["num_chunks"] == 1].drop(columns="num_chunks"))
     assert older["num_chunks"].tolist() == [1, 1]
+    both = pd.concat(profile.assign(weights=weights, tokens=128) for weights in ("packed", "plain"))
+    longer = profile.assign(weights="packed", tokens=512)
+    assert len(peers.efficiency_table(pd.concat([both, longer]))) == 2 * len(table)
+
+
+def test_both_paces_stand_side_by_side_with_their_speedups():
+    """Only where a method was measured by both; the interval is that of requests made in turn."""
+    rows = latency_rows()
+    rows = rows[(rows["link"] == "line-rate") & (rows["model"] == "bert-base") & rows["method"].isin(["tp", "bp+auto"])]
+    rows = rows[rows["bandwidth_mbps"].isin([125, 500]) & (rows["wire"] == "float32") & (rows["reads"] == "all")]
+    rows = rows[rows["num_devices"] == 4].assign(plan="p", time_scale=2.0)
+    samples = [json.dumps([s * (1 + 0.01 * (i % 3)) for i in range(10)]) for s in rows["latency_s"]]
+    rows = rows.assign(samples_s=samples, pace="roofline")
+    slower = rows[rows["bandwidth_mbps"] == 125].assign(pace="measured", latency_s=lambda f: 1.5 * f["latency_s"])
+    table = peers.pace_table(pd.concat([rows, slower])).set_index("method")
+    assert table["bandwidth_mbps"].tolist() == [125, 125]
+    tp = table.loc["tp"]
+    assert tp["measured_s"] == pytest.approx(1.5 * tp["roofline_s"])
+    assert tp["measured_speedup"] == pytest.approx(tp["roofline_speedup"]) and tp["roofline_speedup"] > 1
+    assert tp["roofline_low"] <= tp["roofline_speedup"] <= tp["roofline_high"] < 1.1 * tp["roofline_speedup"]
 
 
 def test_targets_are_of_our_plans_over_each_link():

@@ -153,7 +153,7 @@ def latency_cells(
     `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8
     (first model): BP+Auto with fewer original layers. Table II (first model): data and pipeline parallelism at the
     scaling bandwidth. Beyond the paper: `wire_methods` on other wires, `cls_methods` where only [CLS] is read, and
-    `methods` by the roofline pace.
+    (first model) `methods` by the roofline pace.
     """
     methods = list(METHODS) if list(methods) == ["all"] else methods
     cells = []
@@ -162,10 +162,10 @@ def latency_cells(
         cells += grid(model, ["single"], [scaling_bandwidth_mbps], 4, **common)
         cells += grid(model, [m for m in methods if m != "single"], bandwidths_mbps, 4, **common)
         if model == models[0]:
+            cells += grid(model, methods, roofline_bandwidths_mbps, 4, pace="roofline", **common)
             cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
             for layers in fewer_original_layers:
                 cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
-        cells += grid(model, methods, roofline_bandwidths_mbps, 4, pace="roofline", **common)
         for wire in wire_formats:
             cells += grid(model, wire_methods, wire_bandwidths_mbps, 4, wire, **common)
         cells += grid(model, cls_methods, cls_bandwidths_mbps, 4, reads="cls", **common)

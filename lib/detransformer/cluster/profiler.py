@@ -64,13 +64,14 @@ def profile_operations(
     seq_lens: Sequence[int] = (CALIBRATION_TOKENS,),
     repeats: int = 10,
     num_chunks: Sequence[int] = (1, 2, 4),
+    packs: bool = True,
     quiet: bool = True,
 ) -> pd.DataFrame:
     """Times each strategy's share of one layer on this host, on one core, batch 1.
 
     All shares are timed in turn, in as many rounds as `repeats` and two to warm up, each with its weights fresh from
     memory, as they are in a model of many layers. The fastest round counts: what else runs on the machine only ever
-    makes a round longer. For an original model `block` is left out.
+    makes a round longer. For an original model `block` is left out. Without `packs` weights lie as for plain products.
 
     Returns rows of strategy, num_devices, share (of the layer), tokens, num_chunks (that they are cut in), gflops (of
     the share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
@@ -86,7 +87,7 @@ def profile_operations(
     try:
         source = WeightSource(state)
         shares = [
-            _Share(small, source, strategy, count, chunks, tokens)
+            _Share(small, source, strategy, count, chunks, tokens, packs)
             for strategy in STRATEGIES
             for count in num_devices
             for chunks in num_chunks
@@ -107,12 +108,22 @@ def profile_operations(
 class _Share:
     """One device's share of a layer under a strategy, and how long it took in each round."""
 
-    def __init__(self, config, source: WeightSource, strategy: str, num_devices: int, num_chunks: int, tokens: int):
+    def __init__(
+        self,
+        config: BertConfig,
+        source: WeightSource,
+        strategy: str,
+        num_devices: int,
+        num_chunks: int,
+        tokens: int,
+        packs: bool,
+    ):
         original = strategy if strategy != "block" else "replicate"
         strategies = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
         plan = layer_plan("bp+auto", config, strategies, [1.0] * num_devices, num_chunks=num_chunks)
         layer = strategies.index(strategy)
-        self.runner = STRATEGY_CLASSES[strategy](config, plan, LocalComm(None, 0, num_devices), source, layer)
+        comm = LocalComm(None, 0, num_devices)
+        self.runner = STRATEGY_CLASSES[strategy](config, plan, comm, source, layer, packs=packs)
         self.request, self.chunks = Request.of(plan, 1, tokens), []
         for chunk in self.request.chunks:
             total = chunk.stop - chunk.start

@@ -100,7 +100,7 @@ class Request:
 class Strategy:
     """One layer on one device. Subclasses load weights in `load` and compute in `__call__` and `cls`.
 
-    `chunks` are X's, in the in-layout, each a `Pending`.
+    `keeps_whole` and `packs` as in `LayerParameters`. `chunks` are X's, in the in-layout, each a `Pending`.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Strategy:
         weights: WeightSource,
         layer: int,
         keeps_whole: bool = False,
+        packs: bool = True,
     ):
         self.config = config
         self.plan = plan
@@ -118,7 +119,7 @@ class Strategy:
         self.layer = layer
         self.head_size = config.hidden_size // config.num_attention_heads
         reads_part = plan.reads == "cls" and layer == len(plan.strategies) - 1  # K and V of all tokens, Q of one
-        parameters = LayerParameters(config, weights, layer, keeps_whole, packs=not reads_part)
+        parameters = LayerParameters(config, weights, layer, keeps_whole, packs and not reads_part)
         naming = parameters.naming
         self.pre_norm, self.eps = naming.pre_norm, getattr(config, naming.eps)
         self.activation = ACT2FN[getattr(config, naming.activation)]

@@ -69,6 +69,8 @@ TABLE_CAPTIONS = {
     "wire_accuracy": "Accuracy with messages in other number formats",
     "profile": "Operations measured on this host, by strategy",
     "efficiency": "Rate of small products, as a share of the whole layer's",
+    "pace": "How latencies and speedups depend on the pace of small products",
+    "overlap": "What messages cost beside compute on one core",
     "links": "Collectives measured over the emulated links",
     "fig2a": "Fig. 2a: latency on one device",
     "placement": "Predicted latency of every plan, and which is chosen",

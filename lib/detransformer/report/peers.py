@@ -12,12 +12,15 @@ from detransformer.report.tables import (
     NUM_DEVICES,
     NUM_DIVISIONS,
     NUM_ORIGINAL_LAYERS,
+    SEQ_LEN,
+    checked_rows,
     comparable_rows,
     links_of,
     num_left_out,
     select,
     select_variant,
     single_latency,
+    speedup,
     valid_rows,
 )
 
@@ -181,15 +184,44 @@ def prediction_error(latency: pd.DataFrame) -> pd.DataFrame:
 def efficiency_table(profile: pd.DataFrame) -> pd.DataFrame:
     """Compute efficiency by strategy (rows) and device count: FLOPs / time, over the whole layer's on one device.
 
-    One row a strategy and number of chunks that its tokens are cut in; an older profile knows one chunk only.
+    One row a model, way in which weights lie (`packed` or `plain`), strategy and number of chunks; requests of 128
+    tokens. A run that packed no weights, or profiled one model in whole tokens, is named so.
     """
-    profile = profile.assign(num_chunks=profile["num_chunks"] if "num_chunks" in profile else 1)
-    keys = ["strategy", "num_chunks"]
-    wide = profile.pivot_table(index=keys, columns="num_devices", values="efficiency").sort_index(axis=1)
+    known = {"model": "", "weights": "plain", "tokens": SEQ_LEN, "num_chunks": 1}
+    profile = profile.assign(**{name: value for name, value in known.items() if name not in profile})
+    keys = ["model", "weights", "strategy", "num_chunks"]
+    rows = profile[profile["tokens"] == SEQ_LEN]
+    wide = rows.pivot_table(index=keys, columns="num_devices", values="efficiency").sort_index(axis=1)
     wide = wide.rename(columns=lambda n: f"{n} device" + ("s" if n > 1 else "")).rename_axis(columns=None).reset_index()
     order = {strategy: index for index, strategy in enumerate(STRATEGY_ORDER)}
     place = wide["strategy"].map(order).fillna(len(order))
-    return wide.assign(_place=place).sort_values(["_place", *keys], ignore_index=True).drop(columns="_place")
+    wide = wide.assign(_place=place).sort_values(["model", "weights", "_place", "num_chunks"], ignore_index=True)
+    return wide.drop(columns="_place")
+
+
+def pace_table(latency: pd.DataFrame) -> pd.DataFrame:
+    """How far a method's latency, and BP+Auto's speedup over it, depend on how small shares are paced.
+
+    A row a model, method and bandwidth that was measured by both paces: seconds by the measured and by the roofline
+    pace, and BP+Auto's speedup over the method by each, with its 95% interval where there are requests enough.
+    """
+    rows = checked_rows(latency)
+    rows = rows[(rows["wire"] == "float32") & (rows["reads"] == "all") & (rows["num_devices"].isin((1, NUM_DEVICES)))]
+    rows = rows[rows["num_original_layers"].isna() | (rows["num_original_layers"] == 4)]
+    made = []
+    for (model, method), part in rows.groupby(["model", "method"], sort=False):
+        for mbps in sorted(part["bandwidth_mbps"].unique(), reverse=True):
+            row = {"model": model, "method": method, "bandwidth_mbps": mbps}
+            for pace in ("measured", "roofline"):
+                alike = rows[(rows["model"] == model) & (rows["bandwidth_mbps"] == mbps) & (rows["pace"] == pace)]
+                own, ours = alike[alike["method"] == method], alike[alike["method"] == "bp+auto"]
+                if len(own) and len(ours):
+                    value, low, high = speedup(own, ours)
+                    row |= {f"{pace}_s": own["latency_s"].median(), f"{pace}_plan": own["plan"].iloc[0]}
+                    row |= {f"{pace}_speedup": value, f"{pace}_low": low, f"{pace}_high": high}
+            if "measured_s" in row and "roofline_s" in row:
+                made.append(row)
+    return pd.DataFrame(made)
 
 
 def fig7_error(latency: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:

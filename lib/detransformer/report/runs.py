@@ -23,6 +23,7 @@ TABLE_NOTEBOOKS = {
     "fig2a": "04_profiling",
     "placement": "05_placement",
     **dict.fromkeys(("latency", "timeline", "fig7_error", "methods", "wire", "reads"), "06_latency"),
+    **dict.fromkeys(("pace", "overlap"), "06_latency"),
     **dict.fromkeys(("scaling", "prediction", "table_ii", "table_iv"), "06_latency"),
     "summary": "07_summary",
     **dict.fromkeys(("plan_map", "choices", "choice_cells", "unequal", "trace"), "08_adaptive"),
