@@ -1,10 +1,12 @@
 """Published values, the verdict rule at its edges, intervals, the run folder, and the summary of a run."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from detransformer.record.intervals import around, bootstrap_ratio, samples_of
+from detransformer.record.intervals import around, bootstrap_median, bootstrap_ratio, samples_of
 from detransformer.record.published import published, published_claim
 from detransformer.record.verdict import COLUMNS, Verdict, verdicts
 from detransformer.report.claims import summarise, table_iii_differences, verdict_counts
@@ -99,6 +101,15 @@ def test_a_bootstrap_interval_pairs_the_rounds():
     assert shuffled[0] < 2.0 < shuffled[1] and shuffled == bootstrap_ratio(2.0 * rounds, rounds[::-1])
     with pytest.raises(ValueError, match="3 and 2 samples cannot be paired"):
         bootstrap_ratio([1, 2, 3], [1, 2])
+
+
+def test_a_median_has_an_interval_from_ten_samples_on():
+    """It holds the median, is as wide as the samples differ, and is the same each time."""
+    samples = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.2, 0.8, 1.0, 1.0]
+    low, high = bootstrap_median(samples)
+    assert 0.9 <= low < 1.0 < high <= 1.1 and (low, high) == bootstrap_median(samples)
+    assert bootstrap_median([2.0] * 10) == (2.0, 2.0)
+    assert all(math.isnan(end) for end in bootstrap_median(samples[:9]))
 
 
 def test_intervals_of_seeds_and_samples_of_cells():

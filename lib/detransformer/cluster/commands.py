@@ -21,6 +21,7 @@ from detransformer.parallel.plan import METHODS, READS
 from detransformer.parallel.wire import WIRE_FORMATS, check_spec
 from detransformer.parse import number, one_of, whole_number, words
 from detransformer.planning.profile import ClusterProfile, LinkProfile
+from detransformer.record.intervals import MIN_SAMPLES, bootstrap_median, bootstrap_ratio, samples_of
 
 if TYPE_CHECKING:
     from detransformer.cluster.bench import Cell
@@ -38,7 +39,8 @@ SHOWN = {  # column of a bench row -> heading in the printed table
     "wire": "wire",
     "reads": "reads",
     "latency_s": "latency s",
-    "spread_s": "spread s",
+    "interval": "95% interval",
+    "auto_speedup": "BP+Auto is faster by",
     "over_limit": "x limit",
     "compute_s": "compute s",
     "comm_s": "comm s",
@@ -180,8 +182,10 @@ def bench_cells(
 
 
 def shown_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Bench rows as they are printed; `reads` only where it differs."""
+    """Bench rows as they are printed; `reads` only where it differs, and intervals from `MIN_SAMPLES` requests on."""
     shown = rows.assign(
+        interval=[_between(*bootstrap_median(samples_of(text))) for text in rows["samples_s"]],
+        auto_speedup=[_auto_speedup(row, rows) for row in rows.to_dict("records")],
         collectives=[_collectives(row) for row in rows.to_dict("records")],
         sent_kib=_sent_bytes(rows) / 1024,
         weights_mib=rows["weights_bytes"] / 2**20,
@@ -189,6 +193,26 @@ def shown_rows(rows: pd.DataFrame) -> pd.DataFrame:
     )
     columns = [name for name in SHOWN if name != "reads" or rows["reads"].nunique() > 1]
     return shown[columns].rename(columns=SHOWN)
+
+
+def _between(low: float, high: float) -> str:
+    return "" if low != low else f"{low:.3f} to {high:.3f}"
+
+
+def _auto_speedup(row: dict, rows: pd.DataFrame) -> str:
+    """How many times as fast BP+Auto answers as `row` does under the same conditions, such as `2.39 (2.35 to 2.43)`."""
+    alike = rows[(rows["method"] == "bp+auto") & (rows["wire"] == row["wire"]) & rows["valid"].astype(bool)]
+    for name in ("bandwidth_mbps", "reads", "time_scale"):
+        alike = alike[alike[name] == row[name]]
+    if len(alike) != 1 or row["method"] == "bp+auto" or not row["valid"]:
+        return ""
+    auto = alike.iloc[0]
+    slower, faster = samples_of(row["samples_s"]), samples_of(auto["samples_s"])
+    ratio = f"{row['latency_s'] / auto['latency_s']:.2f}"
+    if not len(slower) == len(faster) >= MIN_SAMPLES:
+        return ratio
+    low, high = bootstrap_ratio(slower, faster)
+    return f"{ratio} ({low:.2f} to {high:.2f})"
 
 
 def _collectives(row: dict) -> str:

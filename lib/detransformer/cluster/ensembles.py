@@ -22,7 +22,7 @@ from detransformer.coformer.aggregator import Aggregator, aggregator_flops
 from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
 from detransformer.parallel.wire import message_bytes
 from detransformer.planning.profile import DeviceProfile, LinkProfile
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
 START_AFTER_S = 0.05  # longer than a job takes to reach its worker

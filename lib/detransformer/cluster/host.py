@@ -32,7 +32,7 @@ from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import Plan
 from detransformer.planning.profile import ClusterProfile
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -26,7 +26,7 @@ from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import Compute, compute_seconds, device_steps, launched_seconds, segments
 from detransformer.planning.profile import DeviceProfile, LinkProfile
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 COLLECTIVE_TIMEOUT_S = 120
 START_AFTER_S = 0.01  # longer than ranks take to leave a barrier

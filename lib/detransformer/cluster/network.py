@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 PREFIX = "dtf"
 INTERFACE = "eth0"

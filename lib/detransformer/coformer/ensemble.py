@@ -25,7 +25,7 @@ from detransformer.coformer.aggregator import (
 )
 from detransformer.coformer.policy import Original, Policy
 from detransformer.files import atomic_folder
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 DESCRIPTION = "ensemble.json"
 VERSION = 1

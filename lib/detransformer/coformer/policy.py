@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from transformers import PretrainedConfig
 
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 FLOAT_BYTES = 4
 INFINITE = float("inf")

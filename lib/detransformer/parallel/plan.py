@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import architecture, ffn_size, layer_kinds
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_spec, format_of
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 # Layouts of a hidden state X [B, T, D] over devices
 REPLICATE = "replicate"  # every device holds all of X

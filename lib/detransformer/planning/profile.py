@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from detransformer.files import atomic_write
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 VERSION = 2
 

@@ -31,6 +31,15 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
+def bootstrap_median(samples: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """A 95% bootstrap percentile interval of the median; NaN for fewer than `MIN_SAMPLES`."""
+    if len(samples) < MIN_SAMPLES:
+        return math.nan, math.nan
+    drawn = np.random.default_rng(seed).choice(np.asarray(samples, dtype=float), (resamples, len(samples)))
+    low, high = np.quantile(np.median(drawn, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def samples_of(cell: object) -> list[float]:
     """The samples that a table's cell holds as a JSON list; empty where it holds none."""
     if isinstance(cell, str) and cell.startswith("["):

@@ -35,12 +35,12 @@ from detransformer.cluster.stores import bound_store
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.cost import compute_seconds
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
-from detransformer.records import from_json
 from detransformer.service.agent import ENDINGS
 from detransformer.service.entry import AGENT, DEVICE
 from detransformer.service.line import Line, tensors_of
 from detransformer.service.patience import Patience
 from detransformer.service.speeds import Speeds
+from detransformer.typed_json import from_json
 
 FORM_S = 6.0  # for all to come to a group that the rendezvous has made: their fork servers stand ready
 COLLECTIVE_S = 60.0  # of a message: longer than any device computes between two

@@ -11,7 +11,7 @@ from detransformer.coformer.policy import Original, Policy, SubModelConfig
 from detransformer.models import preset_config
 from detransformer.parallel.plan import Plan, published_plan
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
-from detransformer.records import from_json
+from detransformer.typed_json import from_json
 
 PLAN = published_plan("pp", preset_config("bert-base"), [1.0, 2.0], "int8")
 DEVICE = DeviceProfile("board", 2**30, {"*": 1e9, "tensor/4": 9e8}, "made up", 4.8e9)
