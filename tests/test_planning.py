@@ -1,5 +1,7 @@
 """Cost model and placement: the paper's counts, memory, choice; profiles to JSON and back."""
 
+from dataclasses import replace
+
 import pytest
 
 from detransformer.cluster.devices import PACES, cluster_profile, device_specs, preset_profile
@@ -11,8 +13,10 @@ from detransformer.planning.cost import (
     Compute,
     Start,
     Wait,
+    collective_seconds,
     device_parameters,
     device_steps,
+    launched_seconds,
     makespan,
     predict,
     segments,
@@ -317,6 +321,21 @@ def test_what_limits_adds_up_and_follows_link_and_devices():
     mixed = ClusterProfile((*cluster(config).devices[:2], slow, cluster(config).devices[3]), LinkProfile(1e9))
     assert limits(plan, config, mixed)["device"] == 2
     assert limits(plan, config, mixed)["compute"] > 0.9
+
+
+@pytest.mark.parametrize("shares", [(), (1.0, 0.5, 1.0, 0.25)])
+def test_a_modelled_link_is_paced_by_what_is_priced(shares):
+    """Also with unequal parts, of which some ranks send more than others: a collective ends for all ranks at once."""
+    config, link = preset_config("bert-base", 4), LinkProfile(1e8, shares=shares)
+    names = ["block" if kind == "decoupled" else "heads" for kind in layer_kinds(config)]
+    plan = layer_plan("bp+auto", config, names, [1.0, 1.0, 2.0, 4.0], num_chunks=2)
+    plan = replace(plan, sub_blocks=(1, 1, 1, 1))
+    seconds = [launched_seconds(config, plan, rank, link, 128) for rank in range(4)]
+    steps = [device_steps(config, plan, rank, 128) for rank in range(4)]
+    assert seconds[0] and seconds == [collective_seconds(steps, plan, link)] * 4
+    stages = published_plan("pp", preset_config("bert-base"), FOUR)
+    sent = [launched_seconds(preset_config("bert-base"), stages, rank, link, 128) for rank in range(4)]
+    assert [len(own) for own in sent] == [1, 2, 2, 1] and sent[0][0] == sent[1][0]  # a message, as both ends see it
 
 
 def test_help_is_what_planning_again_with_it_brings():

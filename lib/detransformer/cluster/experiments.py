@@ -103,7 +103,8 @@ def placement_table(
     frames = []
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        devices = (DeviceSpec(device).on(config),) * num_devices
+        efficiency = load_efficiency(Path(profiles).parent).get(model)
+        devices = (DeviceSpec(device).on(config, efficiency=efficiency),) * num_devices
         link = load_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
         for mbps in bandwidths_mbps:
             profile = ClusterProfile(devices, link.at(mbps * 1e6))
