@@ -113,9 +113,10 @@ def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
     assert not (tmp_path / "rows.csv.rows.json").exists()
 
 
-def test_plan_of_a_cluster_file(capsys, tmp_path):
+@pytest.mark.parametrize("how", [["--wire", "float32"], ["--wire", "float32,int8", "--pace", "roofline"]])
+def test_plan_of_a_cluster_file(capsys, tmp_path, how):
     """Unequal devices: a row for each set of devices, and why the slow ones take no part; the plan can be kept."""
-    options = ["--cluster", str(EXAMPLES / "unequal.yaml"), "--wire", "float32,int8", "--output", tmp_path / "p.json"]
+    options = ["--cluster", str(EXAMPLES / "unequal.yaml"), *how, "--output", tmp_path / "p.json"]
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", *map(str, options)])
     shown = capsys.readouterr().out

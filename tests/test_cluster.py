@@ -225,7 +225,7 @@ def test_checks_before_and_after_are_both_recorded():
 
 @pytest.mark.parametrize(
     "total_bps, num_devices, scale",
-    [(0.0, 1, 1.0), (4 * 125e6, 4, 4.0), (2 * 500e6, 2, 2.0), (4 * 2e9, 4, 8.0), (8 * 1e9, 8, 8.0), (0.0, 2, 2.0)],
+    [(0.0, 1, 1.0), (4 * 125e6, 4, 2.0), (2 * 500e6, 2, 1.0), (4 * 2e9, 4, 8.0), (8 * 1e9, 8, 8.0), (0.0, 3, 2.0)],
 )
 def test_time_scale_of_two_cores(total_bps, num_devices, scale):
     assert first_time_scale(total_bps, num_devices, num_cores=2) == scale

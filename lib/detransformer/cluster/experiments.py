@@ -83,9 +83,9 @@ def measured_link(run_path: str | Path) -> LinkProfile | None:
     return ClusterProfile.load(path).link if path else None
 
 
-def measured_bench(run_path: str | Path, cluster: EmulatedCluster, **options) -> Bench:
+def measured_bench(run_path: str | Path, cluster: EmulatedCluster, time_scale: float | None = None) -> Bench:
     """A bench on `cluster` that knows links and the efficiency of shares as notebook 04 of the run measured them."""
-    return Bench(cluster, measured_link(run_path), efficiency=load_efficiency(run_path), **options)
+    return Bench(cluster, measured_link(run_path), time_scale, efficiency=load_efficiency(run_path))
 
 
 def placement_table(
