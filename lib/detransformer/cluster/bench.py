@@ -7,6 +7,7 @@ rows when they are measured and picks up where it was interrupted.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -55,6 +56,7 @@ MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output 
 # layers have up to 1.4 times that.
 MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04}
 MAX_TIME_SCALE = 32
+SLOWER = 1.5  # the next time scale to try, over one at which the host was late
 # What two cores shape and move without making collectives late, summed over the devices' links; above it everything is
 # run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its time.)
 MAX_TOTAL_BPS = 1e9
@@ -175,7 +177,6 @@ class Bench:
         self.efficiency = efficiency or {}
         self.fixed_time_scale = time_scale
         self.memory_budget_bytes = memory_budget_bytes
-        self.keep_bytes = int(KEPT_SHARE * psutil.virtual_memory().available / cluster.num_devices)
         self.timelines: dict[Cell, list[dict]] = {}
         self.on_round: Callable[[int], Any] | None = None
 
@@ -199,6 +200,9 @@ class Bench:
         sends = any(sum(prediction.bytes.values()) for prediction in predictions)
         checks_links = sends and self.cluster.transport == "namespaces"
         num_devices = max(max(plan.device_ids) + 1 for _, plan in trials)
+        room = KEPT_SHARE * psutil.virtual_memory().available / self.cluster.num_devices
+        needed = itertools.accumulate(max(prediction.weights_bytes) for prediction in predictions)
+        keep_models = 0 if held_with else sum(num_bytes <= room for num_bytes in needed)
         scale = self.fixed_time_scale or max(
             self._first_scale(cell, plan, checkpoint.config, checks_links)
             for (cell, plan), checkpoint in zip(trials, checkpoints, strict=True)
@@ -207,7 +211,7 @@ class Bench:
         def measure(number: int, is_last: bool) -> list[dict]:
             cell, plan = trials[number]
             files = request(checkpoints[number], cell.seq_len, cell.batch_size, self.cluster.folder)
-            return self._run(cell, plan, checkpoints[number], files, held_with, is_last)
+            return self._run(cell, plan, checkpoints[number], files, held_with, is_last, keep_models)
 
         def make_row(number: int, results: list, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
             cell, plan = trials[number]
@@ -244,7 +248,7 @@ class Bench:
 
         A host that shares its processors is disturbed now and then: a request that was late, or during which other
         guests took much of the processors, is run again, and the less disturbed one counts. Where one is late each time
-        in the first round, all trials start anew at twice the time scale.
+        in the first round, all trials start anew at `SLOWER` times the time scale.
 
         Args:
             scale: the time scale to begin with.
@@ -276,14 +280,14 @@ class Bench:
                     found[number].append(one)
                     steals[number] = max(steals[number], steal)
                     late |= is_late
-                if late and not turn and not self.fixed_time_scale and 2 * scale <= MAX_TIME_SCALE:
+                if late and not turn and not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE:
                     break
                 if self.on_round:
                     self.on_round(turn)
             else:
                 check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
                 return [make_row(n, found[n], scale, check, steals[n]) for n in range(len(repeats))]
-            scale *= 2
+            scale *= SLOWER
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
         if not cell.needs_decoupled:
@@ -367,7 +371,16 @@ class Bench:
                 break
         return check
 
-    def _run(self, cell: Cell, plan: Plan, checkpoint, files, held_with: Sequence[Plan], is_last: bool) -> list[dict]:
+    def _run(
+        self,
+        cell: Cell,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        files: Any,
+        held_with: Sequence[Plan],
+        is_last: bool,
+        keep_models: int,
+    ) -> list[dict]:
         """One request, and after the last one the stream that throughput is taken from."""
         cluster = self.cluster
         profile = self._cluster_profile(cell, checkpoint.config)
@@ -385,7 +398,7 @@ class Bench:
             stream=STREAM_REQUESTS.get(plan.runs, 0) if is_last else 0,
             held_with=[held.to_dict() for held in held_with],
             burns=cell.burns,
-            keep_bytes=self.keep_bytes,
+            keep_models=keep_models,
         )
         return [result for result in results if result is not None]
 

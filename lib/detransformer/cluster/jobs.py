@@ -141,7 +141,7 @@ def run_plan(
     output: str | dict[str, torch.Tensor] | None = None,
     held_with: Sequence[dict] = (),
     burns: bool = False,
-    keep_bytes: int = 0,
+    keep_models: int = 0,
 ) -> dict | None:
     """Runs `plan` on this rank's device `repeats` times and reports every sample; None if the plan leaves it out.
 
@@ -156,13 +156,13 @@ def run_plan(
         output: file to write that result to, or a dict to put it into.
         held_with: all plans that are held at once, this one among them: their weights stay when another is run.
         burns: a paced segment is spent in products, not asleep.
-        keep_bytes: models read before stay in memory up to this size of the process.
+        keep_models: so many of the models read before stay in memory.
 
     A sample's `events` are the pacer's, on the host's clock, which all workers share. `peak_rss_bytes` is the largest
     resident size while loading and running, above what was resident before; None where it is not told.
     """
     plan_ = Plan.from_dict(plan)
-    loaded = _load(state, checkpoint, held_with or [plan], dtype, keep_bytes)
+    loaded = _load(state, checkpoint, held_with or [plan], dtype, keep_models)
     if not state.takes_part(plan_.device_ids):
         return None
     tensors = _read(inputs)
@@ -325,17 +325,17 @@ def _key(plan: Plan) -> str:
     return json.dumps(plan.to_dict())
 
 
-def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str, keep_bytes: int = 0) -> Loaded:
+def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str, keep_models: int = 0) -> Loaded:
     """What is kept of the model for `plans`, read now where it is new.
 
-    Models read before stay, and are read no more, as long as this process is not larger than `keep_bytes`; from then on
-    the last one read makes room for the next.
+    The first `keep_models` that were read stay; after them the last one read makes room for the next. All workers keep
+    the same, since those that read a model anew also run it once to be warm.
     """
     key = json.dumps([checkpoint, list(plans), dtype])
     if key not in state.loaded:
-        while state.loaded and (memory.resident_bytes() or keep_bytes) >= keep_bytes:
+        while len(state.loaded) > keep_models:
             state.loaded.popitem()
-            memory.free_unused()
+        memory.free_unused()
         held = [Plan.from_dict(plan) for plan in plans]
         memory.restart_peak()
         weights = None
