@@ -109,7 +109,7 @@ def reads_table(latency: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(link=rows["link"].where(rows["method"] != "single", "none"))
     wide = rows.pivot_table(index=keys, columns="reads", values="latency_s", aggfunc="median", sort=False)
     if not {"all", "cls"} <= set(wide):
-        return pd.DataFrame()
+        return pd.DataFrame(columns=[*keys, "all_s", "cls_s", "saved"])
     wide = wide.dropna(subset=["all", "cls"]).reset_index()
     table = wide[keys].assign(all_s=wide["all"], cls_s=wide["cls"], saved=1 - wide["cls"] / wide["all"])
     return _sorted_by_method(table, ["wire"])
