@@ -60,7 +60,7 @@ def test_reference_run_is_complete():
     tables += ("predictor", "proxy", "search", "policies", "constraints", "decomposition", "coformer", "which_one")
     tables += tuple(f"coformer_{name}" for name in ("runs", "ablation", "aggregators", "devices", "budgets", "rules"))
     tables += tuple(f"coformer_{name}" for name in ("recipes", "equal_flops", "missing", "latency", "text"))
-    for name in (*tables, "methods", "wire", "reads", "scaling", "prediction", "timeline", "efficiency"):
+    for name in (*tables, "methods", "wire", "pace", "overlap", "scaling", "prediction", "timeline", "efficiency"):
         assert len(run.load_table(name)), name
     figures = ("fig2a", "fig2b", "fig7a", "fig7b", "fig7c", "fig7d", "fig8", "table_iii", "table_iv")
     figures += ("plan_map", "choices", "predicted", "unequal", "trace", "generation", "perplexity", "scale_out")
