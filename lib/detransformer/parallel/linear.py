@@ -86,10 +86,6 @@ class Linear:
             return cls(_no_numbers(weight if is_input_major else weight.t()), bias, packed)
         return cls(padded(weight) if is_input_major else input_major(weight), bias)
 
-    @property
-    def num_outputs(self) -> int:
-        return self.weight.shape[1]
-
     def part(self, outputs: tuple[int, int] | None = None, inputs: tuple[int, int] | None = None) -> "Linear":
         """A view of outputs, or inputs, start..stop; partial sums, of some inputs, have no bias."""
         assert self.packed is None, "a packed map has no parts"
