@@ -435,7 +435,8 @@ def _rows_kept_from(earlier: dict, before: dict[str, float], after: dict[str, fl
         start = datetime.fromisoformat(earlier["started"]).timestamp() - 1  # to the second
         end = start + earlier["duration_s"] + 2 if "duration_s" in earlier else max(before.values(), default=start)
         windows[earlier["commit"]] = [start, end]
-    kept = [made for path, made in before.items() if after.get(path) == made]
+    # A file of rows that went during the run was read into a table: its rows are kept, too.
+    kept = [made for path, made in before.items() if after.get(path, made) == made]
     return {c: [a, b] for c, (a, b) in windows.items() if c != commit and any(a <= made <= b for made in kept)}
 
 
