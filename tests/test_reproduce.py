@@ -240,10 +240,15 @@ def test_what_is_kept_from_another_commit_is_named(repository):
     assert [entries[name]["commit"] for name in ("01_first", "02_second")] == [first, second]
     assert list(entries["02_second"]["rows_kept_from"]) == [first], "its rows were there already"
     assert manifest["kept_from"] == {"01_first": [first], "02_second": [first]}
-    write_notebook(repository, "02_second", SAVE.format(table="second"), "import pathlib\npathlib.Path(run_dir, 'rows.json').unlink(missing_ok=True)")
+    write_notebook(
+        repository,
+        "02_second",
+        SAVE.format(table="second"),
+        "import pathlib\npathlib.Path(run_dir, 'rows.json').unlink(missing_ok=True)",
+    )
     third = commit_all(repository)
     _, _, manifest = run_all(repository, output=reference)
-    assert manifest["kept_from"]["02_second"] == [first], "rows that a table used up are in that table"
+    assert first in manifest["kept_from"]["02_second"], "rows that a table used up are in that table"
     _, _, manifest = run_all(repository, output=reference, force=True)
     assert manifest["kept_from"] == {} and manifest["commit"] == third
 
