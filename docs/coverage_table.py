@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from detransformer.machine import now
+from detransformer.record.provenance import own_commit
+from detransformer.record.run import RunFolder
 from detransformer.report.figures import draw
-from detransformer.report.provenance import now, own_commit
-from detransformer.report.runs import RunFolder
 
 
 def by_room(report: dict) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from detransformer.cluster.encrypted import (
     socket_in,
 )
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_emulate
-from detransformer.report.runs import RunFolder
+from detransformer.record.run import RunFolder
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from detransformer.files import atomic_folder, atomic_write, data_folder, repository_root
-from detransformer.report.provenance import pins, versions
+from detransformer.record.provenance import pins, versions
 
 ROOT = repository_root()
 

@@ -10,11 +10,11 @@ from coformer_frames import MODEL, coformer_frames, missing_rows
 from coformer_frames import run_rows as coformer_runs
 from detransformer.files import repository_root
 from detransformer.record.published import published
+from detransformer.record.run import RunFolder
 from detransformer.report import coformer_tables
 from detransformer.report.claims import summarise
 from detransformer.report.peers import methods_table
 from detransformer.report.readme import FILES, REFERENCE, SECTIONS, render
-from detransformer.report.runs import RunFolder
 from detransformer.training.summary import table_iii
 from report_frames import (
     WAIT_S,

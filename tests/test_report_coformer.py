@@ -14,9 +14,9 @@ from coformer_frames import (
     predicted_rows,
     run_rows,
 )
+from detransformer.record.run import TABLE_NOTEBOOKS, RunFolder
 from detransformer.report import coformer_tables as tables
 from detransformer.report.figures import FIGURES, draw
-from detransformer.report.runs import TABLE_NOTEBOOKS, RunFolder
 
 
 def verdicts(**others) -> pd.Series:

@@ -6,9 +6,9 @@ import pytest
 
 from decomposition_frames import decomposition_frames, policy_rows, predictor_points, proxy_points, search_history
 from detransformer.coformer import studies
+from detransformer.record.run import TABLE_NOTEBOOKS, RunFolder
 from detransformer.report.coformer_search import decomposition_verdicts, waiting_share
 from detransformer.report.figures import FIGURES, draw
-from detransformer.report.runs import TABLE_NOTEBOOKS, RunFolder
 
 FIGURE_NAMES = ("predictor", "proxy", "search", "policies")
 

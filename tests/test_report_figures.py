@@ -12,11 +12,11 @@ import pytest
 from coformer_frames import coformer_frames
 from decomposition_frames import decomposition_frames
 from detransformer.record.published import published
+from detransformer.record.run import RunFolder
 from detransformer.report import adaptive_figures
 from detransformer.report.adaptive_tables import adaptive_verdicts, choice_cells
 from detransformer.report.figures import FIGURES, draw
 from detransformer.report.latency_figures import EVENTS
-from detransformer.report.runs import RunFolder
 from detransformer.report.tables import METHOD_NAMES, table_iv
 from detransformer.service.promises import NAMED_S, SERVED_S
 from detransformer.training.summary import table_iii

@@ -18,12 +18,12 @@ from bs4 import BeautifulSoup
 from detransformer import reproduce
 from detransformer.cli import main
 from detransformer.files import repository_root
+from detransformer.record.run import RunFolder
 from detransformer.report import page
 from detransformer.report.claims import summarise
 from detransformer.report.figures import draw
 from detransformer.report.page import without_paths, write_page
 from detransformer.report.peers import methods_table
-from detransformer.report.runs import RunFolder
 from report_frames import decoupling_rows, latency_rows
 
 ROOT = repository_root()

@@ -10,12 +10,12 @@ import nbformat
 import pytest
 import yaml
 
-from detransformer.report.runs import RunFolder
+from detransformer.record.run import RunFolder
 from detransformer.reproduce import NotebookFailed, load_profile, reproduce
 
 PARAMETERS = 'run_dir = "../results/local"\nvalue = 1\nseed = 3'
 SAVE = (
-    "import pandas as pd\nfrom detransformer.report.runs import RunFolder\n"
+    "import pandas as pd\nfrom detransformer.record.run import RunFolder\n"
     'RunFolder(run_dir).save_table(pd.DataFrame({{"value": [value], "source": ["made here"]}}), "{table}")'
 )
 

@@ -55,8 +55,8 @@ def figures(run: Annotated[str, typer.Argument(help="Folder of a run, e.g. resul
     """Redraw all figures of a run from its saved tables alone."""
     from pathlib import Path
 
+    from detransformer.record.run import RunFolder
     from detransformer.report.figures import draw_all
-    from detransformer.report.runs import RunFolder
 
     if not (Path(run) / "tables").is_dir():
         raise ValueError(f"{run} is not the folder of a run (it has no tables/); give one such as results/quick.")

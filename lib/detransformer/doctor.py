@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 
+from detransformer import machine
 from detransformer.files import repository_root
-from detransformer.report import provenance
+from detransformer.record import provenance
 from detransformer.settings import data_environment
 
 MIRROR_PARTS = ("glue", "squad", "wikipedia", "vocab")
@@ -96,8 +97,8 @@ def clone() -> Finding:
 
 def processor() -> Finding:
     """How many cores may be used, and whether four devices can be emulated in time."""
-    cores = provenance.usable_cores()
-    text = f"{cores} {'core' if cores == 1 else 'cores'}, {provenance.cpu_model()}"
+    cores = machine.usable_cores()
+    text = f"{cores} {'core' if cores == 1 else 'cores'}, {machine.cpu_model()}"
     if cores < 2:
         return Finding(
             "Processor", "limited", text, "four emulated devices want two cores; times are stretched on one."
@@ -132,7 +133,7 @@ def disk() -> Finding:
 
 def gpu() -> Finding:
     """Whether torch can use one, without which it trains on the processor."""
-    names = provenance.gpu_names()
+    names = machine.gpu_names()
     if importlib.util.find_spec("torch") is None:
         return Finding("GPU", "limited", "torch is not installed, so it cannot use one", "run `make install`.")
     import torch

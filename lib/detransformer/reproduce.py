@@ -23,9 +23,10 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
+from detransformer import machine
 from detransformer.files import PACKAGE, atomic_write, data_folder, repository_root
-from detransformer.report import provenance
-from detransformer.report.runs import RunFolder
+from detransformer.record import provenance
+from detransformer.record.run import RunFolder
 from detransformer.settings import data_environment
 
 PROFILES = PACKAGE / "profiles"
@@ -257,10 +258,10 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
     manifest |= {
         "profile": profile,
         "command": provenance.command_line(),
-        "date": provenance.now(),
+        "date": machine.now(),
         **commit,
         "versions": provenance.versions(root),
-        "hardware": provenance.hardware(),
+        "hardware": machine.hardware(),
         "data": data.copy(),
         "seeds": provenance.seeds(parameters),
         "parameters": parameters,
@@ -276,14 +277,14 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
             say(f"{title}: unchanged, skipped (--force runs it again)")
             continue
         say(f"{title}: started, {_duration(time.perf_counter() - start)} into the run")
-        entry = {"status": "running", "key": key, "started": provenance.now(), **commit}
+        entry = {"status": "running", "key": key, "started": machine.now(), **commit}
         earlier, finished[notebook.name] = finished.get(notebook.name, {}), entry
         write_manifest(run, manifest)
         before, records, cell_start = _outputs(run), _records(run), time.perf_counter()
         try:
             execute(notebook, run, root, title)
             entry["status"] = "done"
-            entry["finished"] = provenance.now()
+            entry["finished"] = machine.now()
         except BaseException as error:
             entry["status"] = "failed" if isinstance(error, NotebookFailed) else "interrupted"
             entry["error"] = str(error) if isinstance(error, NotebookFailed) else type(error).__name__

@@ -29,6 +29,7 @@ from detransformer.cluster.checkpoints import Checkpoint, request
 from detransformer.cluster.devices import DeviceSpec
 from detransformer.cluster.experiments import load_efficiency, measured_bench, measured_link
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.machine import usable_cores
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.plan import Plan, layer_plan, published_plan
 from detransformer.planning.cost import predict
@@ -41,7 +42,6 @@ from detransformer.planning.generation import (
 from detransformer.planning.placement import Placement, device_speeds, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.planning.runtime import PROBE_BYTES, RuntimePlanner, static_plans
-from detransformer.report.provenance import usable_cores
 
 GRID_COLUMNS = (
     *("model", "num_devices", "bandwidth_mbps", "seq_len", "batch_size", "plan", "chosen", "latency_s", "predicted_s"),

@@ -32,6 +32,7 @@ from detransformer.cluster.devices import PACES, preset_profile
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.files import atomic_write, data_folder
+from detransformer.machine import usable_cores
 from detransformer.models.configuration import (
     PRESETS,
     config_fields,
@@ -43,7 +44,6 @@ from detransformer.parallel.wire import check_spec
 from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, DeviceProfile, LinkProfile
-from detransformer.report.provenance import usable_cores
 
 FLOAT32_METHODS = ("single", "dp", "dtensor")  # send nothing, or by PyTorch's own means: float32 on any wire
 MIN_LINK_SHARE = 0.9  # a link must carry at least this share of its rate, and never more than the rate

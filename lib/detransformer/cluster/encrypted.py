@@ -31,9 +31,9 @@ from detransformer.cluster.launcher import die_with_parent
 from detransformer.cluster.network import PREFIX as NAMESPACES
 from detransformer.cluster.network import EmulatedNetwork, enter_namespace
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS
+from detransformer.machine import cpu_model, now, usable_cores
 from detransformer.parse import number, words
-from detransformer.report.provenance import cpu_model, now, usable_cores
-from detransformer.report.runs import RunFolder
+from detransformer.record.run import RunFolder
 
 PREFIX = "dtw"  # of interfaces, then as their namespaces
 SUBNET = "10.78.0"  # inside the tunnels; 10.77.0 is outside

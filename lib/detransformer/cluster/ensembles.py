@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from detransformer.cluster import memory
+from detransformer import machine
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.jobs import Loaded, WorkerState
 from detransformer.cluster.pacing import Pacer, sleep_until
@@ -169,7 +169,7 @@ def answer_part(
         "bytes": dict(comm.bytes),
         "counts": dict(comm.counts),
         "weights_bytes": sum(p.nbytes for p in sub_model.parameters()),
-        "peak_rss_bytes": memory.peak_bytes(),
+        "peak_rss_bytes": machine.peak_bytes(),
         "compute_s": pacer.compute_s / time_scale,
     }
     if result is not None:
@@ -182,10 +182,10 @@ def _loaded(state: WorkerState, folder: str) -> tuple[Ensemble, torch.nn.Module,
     """This device's sub-model and, since it is small, the aggregator; kept for the next request."""
     if folder not in state.loaded:
         state.loaded.clear()
-        memory.free_unused()
-        memory.restart_peak()
+        machine.free_unused()
+        machine.restart_peak()
         ensemble = load_ensemble(Path(folder))
-        kept = Loaded(None, None, [], memory.resident_bytes())
+        kept = Loaded(None, None, [], machine.resident_bytes())
         kept.runners["ensemble"] = (ensemble, ensemble.sub_model(state.rank), ensemble.aggregator())
         state.loaded[folder] = kept
     return state.loaded[folder].runners["ensemble"]

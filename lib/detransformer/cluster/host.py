@@ -172,7 +172,7 @@ def set_time_scale(
 ) -> float:
     """Sets the links of `cluster` to the rate of `spec`, as much slower as asked, or as this host needs; how much."""
     from detransformer.cluster.bench import first_time_scale, usual_devices
-    from detransformer.report.provenance import usable_cores
+    from detransformer.machine import usable_cores
 
     busy = usual_devices([profile.devices[i] for i in devices], config)
     total_bps = spec.bandwidth_bps * sum(profile.link.share(i) for i in range(len(profile.devices)))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PretrainedConfig
 
 import detransformer.models  # noqa: F401  registers decoupled BERT with AutoConfig
-from detransformer.cluster import memory
+from detransformer import machine
 from detransformer.cluster.pacing import Arrivals, Pacer, sleep_until
 from detransformer.cluster.stores import bound_store
 from detransformer.parallel.comm import Comm
@@ -170,7 +170,7 @@ def run_plan(
     is_new = _key(plan_) not in loaded.runners
     executor = _executor(state, loaded, checkpoint, plan_)
     comm = executor.comm
-    memory.restart_peak()
+    machine.restart_peak()
     segment_s = link_s = None
     if device is not None:
         segment_s = _seconds(loaded.compute(plan_, comm.rank, seq_len, batch_size), device, time_scale)
@@ -335,14 +335,14 @@ def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str
     if key not in state.loaded:
         while len(state.loaded) > keep_models:
             state.loaded.popitem()
-        memory.free_unused()
+        machine.free_unused()
         held = [Plan.from_dict(plan) for plan in plans]
-        memory.restart_peak()
+        machine.restart_peak()
         weights = None
         if held[0].runs != "dtensor":
             weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
         config = AutoConfig.from_pretrained(checkpoint)
-        state.loaded[key] = Loaded(config, weights, held, memory.resident_bytes())
+        state.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())
     return state.loaded[key]
 
 
@@ -350,7 +350,7 @@ def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -
     """The plan's executor, made when first asked for; the peak counts from before the first weight is read."""
     if _key(plan) not in loaded.runners:
         comm = state.comm(plan.device_ids)
-        with memory.large_blocks_apart():
+        with machine.large_blocks_apart():
             if plan.runs == "dtensor":
                 from detransformer.cluster.dtensor import DTensorExecutor
 
@@ -373,7 +373,7 @@ def _note_peak(state: WorkerState, loaded: Loaded) -> int | None:
 
     Once another model is read, what is resident is no longer this one's, and what was noted before stands.
     """
-    peak, is_last = memory.peak_bytes(), next(reversed(state.loaded.values())) is loaded
+    peak, is_last = machine.peak_bytes(), next(reversed(state.loaded.values())) is loaded
     if is_last and None not in (peak, loaded.own_bytes):
         loaded.peak_above = max(loaded.peak_above or 0, peak - loaded.own_bytes)
     return loaded.peak_above

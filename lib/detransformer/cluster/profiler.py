@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, BertConfig, BertModel
 
+from detransformer import machine
 from detransformer.cluster.devices import EFFICIENCY
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
@@ -27,7 +28,7 @@ from detransformer.parallel.strategies import STRATEGY_CLASSES, Request
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import LAYER_COSTS, Arrival, Compute, Sizes, Tape
 from detransformer.planning.profile import CALIBRATION_TOKENS, DeviceProfile, LinkProfile, latency_steps
-from detransformer.report import provenance
+from detransformer.record import provenance
 
 # What one device reduces, contributes, deals out or sends of X [128, 768] on four devices
 COLLECTIVE_FLOATS = {
@@ -242,7 +243,7 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
         operations = profile_operations(config, seq_lens=(32, 128, 512), quiet=False)
         frames.append(operations.assign(hidden_size=config.hidden_size))
     columns = ["hidden_size", "strategy", "share", "tokens", "num_chunks", "efficiency"]
-    made = f"one core of {provenance.cpu_model()}, torch {torch.__version__}, {provenance.now()[:10]}"
+    made = f"one core of {machine.cpu_model()}, torch {torch.__version__}, {machine.now()[:10]}"
     with atomic_write(path) as file:
         file.write(
             "# Rate of a share of a layer over that of the whole original layer of 128 tokens; float32, batch 1,\n"

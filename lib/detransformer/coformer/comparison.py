@@ -50,12 +50,12 @@ from detransformer.coformer.policy import (
     memory_bytes,
     scale_policy,
 )
+from detransformer.machine import usable_cores
 from detransformer.models.configuration import decoupled_config, preset_config
 from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import Compute, Prediction, compute_seconds, device_steps, predict
 from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile
-from detransformer.report.provenance import usable_cores
 
 PEERS = ("galaxy", "pp", "auto", "bp+paper", "bp+auto")
 EXACT = ("single", "galaxy", "pp", "auto")  # the large model's own answer

@@ -9,10 +9,10 @@ import pandas as pd
 
 from detransformer.record.intervals import around
 from detransformer.record.published import published
+from detransformer.record.run import RunFolder
 from detransformer.record.verdict import COLUMNS, TOLERANCE, Verdict
 from detransformer.record.verdict import table as verdict_table
 from detransformer.report.accuracy import PUBLISHED_COLUMNS, ROW_COLUMNS, completed, learned, std_errors
-from detransformer.report.runs import RunFolder
 from detransformer.report.tables import (
     BASELINES,
     MODEL_NAMES,

@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from detransformer.files import atomic_write
+from detransformer.record.run import RunFolder
 from detransformer.report import (
     accuracy_figures,
     adaptive_figures,
@@ -30,7 +31,6 @@ from detransformer.report.canvas import (
     panels,
     whole_ticks,
 )
-from detransformer.report.runs import RunFolder
 from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, NUM_DEVICES
 
 SMOOTHED = 5  # points that a difference of losses is averaged over

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from detransformer.record.run import RunFolder
 from detransformer.record.verdict import NOT_TESTED
 from detransformer.report.accuracy import (
     FIXED,
@@ -14,7 +15,6 @@ from detransformer.report.accuracy import (
     mean_score,
     trends,
 )
-from detransformer.report.runs import RunFolder
 from detransformer.report.tables import MODEL_NAMES
 
 

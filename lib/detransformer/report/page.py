@@ -26,12 +26,12 @@ from markupsafe import Markup, escape
 from PIL import Image, UnidentifiedImageError
 
 from detransformer.files import atomic_write
+from detransformer.record.provenance import kept_from
+from detransformer.record.run import TABLE_NOTEBOOKS, RunFolder, to_markdown
 from detransformer.record.verdict import NOISE, NOT_JUDGED, NOT_TESTED
 from detransformer.report import readme
 from detransformer.report.claims import SUMMARY_COLUMNS
 from detransformer.report.figures import FIGURES
-from detransformer.report.provenance import kept_from
-from detransformer.report.runs import TABLE_NOTEBOOKS, RunFolder, to_markdown
 
 TEMPLATES = Path(__file__).with_name("templates")
 OTHER = "other"  # the section of tables and figures that no notebook is known to make

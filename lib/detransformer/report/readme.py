@@ -10,6 +10,7 @@ import pandas as pd
 
 from detransformer.files import atomic_write, repository_root
 from detransformer.record.published import published, published_claim
+from detransformer.record.run import RunFolder
 from detransformer.report import tables
 from detransformer.report.accuracy import MLM, completed, learned, mean_score
 from detransformer.report.adaptive_tables import adaptive_verdicts
@@ -17,7 +18,6 @@ from detransformer.report.claims import OURS, summarise
 from detransformer.report.coformer_tables import chosen_recipe
 from detransformer.report.findings import findings, mean_lines
 from detransformer.report.peers import methods_at
-from detransformer.report.runs import RunFolder
 from detransformer.report.tables import links_of, select, select_variant, speedup, valid_rows
 
 REFERENCE = "results/reference"

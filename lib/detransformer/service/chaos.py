@@ -29,9 +29,10 @@ from transformers.utils import logging
 
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.machine import cpu_model, now, usable_cores
+from detransformer.record.provenance import own_commit
+from detransformer.record.run import RunFolder
 from detransformer.report.figures import draw
-from detransformer.report.provenance import cpu_model, now, own_commit, usable_cores
-from detransformer.report.runs import RunFolder
 from detransformer.service.agent import FAILURES_S
 from detransformer.service.faults import FAULTS, STEP, Fault, Field, clock_variables
 from detransformer.service.promises import MAX_GROWTH, NAMED_S, SERVED_S

@@ -42,10 +42,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from detransformer.machine import cpu_model, now, usable_cores
 from detransformer.models.decoupled_bert import BatchedLinear, DecoupledSelfAttention
 from detransformer.parse import number, one_of, whole_number
-from detransformer.report.provenance import cpu_model, now, own_commit, usable_cores
-from detransformer.report.runs import RunFolder, to_markdown
+from detransformer.record.provenance import own_commit
+from detransformer.record.run import RunFolder, to_markdown
 from detransformer.training.checkpoints import Checkpointer, Progress
 from detransformer.training.config import PRECISIONS, ModelRow, PretrainConfig
 from detransformer.training.data import TrainingData, open_data

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from detransformer.cluster.memory import free_unused
+from detransformer.machine import free_unused
 
 REPORT_S = 0.5  # how often the parent looks
 

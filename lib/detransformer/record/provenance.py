@@ -5,27 +5,18 @@ Nothing that names a person, a host or a place outside the repository goes in: a
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-import psutil
 
 from detransformer.files import repository_root
-from detransformer.report.runs import RunFolder
+from detransformer.record.run import RunFolder
 from detransformer.settings import data_environment
-
-
-def now() -> str:
-    """The time in UTC to the second, as manifests have it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def commit(root: Path) -> dict:
@@ -100,46 +91,6 @@ def versions(root: Path) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
     return found
-
-
-def cpu_model() -> str:
-    """The processor's name as /proc/cpuinfo has it (x86 `model name`, ARM boards `Model`), else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
-
-
-def gpu_names() -> list[str]:
-    """GPUs as nvidia-smi lists them; empty without one. (Asking torch would cost its import.)"""
-    if not shutil.which("nvidia-smi"):
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
-
-
-def usable_cores() -> int:
-    """Processors that this process may use, which a container or `taskset` can make fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def hardware() -> dict:
-    """Processor, cores, memory in bytes, system and GPUs, without the host's name."""
-    return {
-        "cpu": cpu_model(),
-        "machine": platform.machine(),
-        "cores": usable_cores(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.system(),
-        "kernel": platform.release(),
-        "gpus": gpu_names(),
-    }
 
 
 def mirror_folder(root: Path) -> Path | None:

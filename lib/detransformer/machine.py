@@ -1,0 +1,114 @@
+"""The machine: its processor, cores and GPUs, the time, and this process's memory as the kernel counts it (Linux)."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3  # mallopt(3)
+
+
+def now() -> str:
+    """The time in UTC to the second, as manifests have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def cpu_model() -> str:
+    """The processor's name as /proc/cpuinfo has it (x86 `model name`, ARM boards `Model`), else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """GPUs as nvidia-smi lists them; empty without one. (Asking torch would cost its import.)"""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def usable_cores() -> int:
+    """Processors that this process may use, which a container or `taskset` can make fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> dict:
+    """Processor, cores, memory in bytes, system and GPUs, without the host's name."""
+    import psutil  # late: a worker on a board does without
+
+    return {
+        "cpu": cpu_model(),
+        "machine": platform.machine(),
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "gpus": gpu_names(),
+    }
+
+
+def free_unused() -> None:
+    """Gives memory that nothing refers to back to the kernel, as far as the allocator can."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int | None:
+    """This process's resident memory; None where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
+def restart_peak() -> None:
+    """Lets the peak count from now on; no effect where the kernel does not offer it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the high-water mark (proc(5))
+
+
+def peak_bytes() -> int | None:
+    """Largest resident size since `restart_peak`; None where the kernel does not tell."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+@contextlib.contextmanager
+def large_blocks_apart(num_bytes: int = 2**17) -> Iterator[None]:
+    """Within, what is allocated from `num_bytes` on lies by itself, and goes back to the kernel once it is freed.
+
+    Left alone, glibc raises that limit to 32 MB by and by, and what is freed between things that stay remains a hole.
+    Outside, the limit is 32 MB at once: activations are used again rather than mapped anew for each layer.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        yield
+        return
+    set_option(_M_MMAP_THRESHOLD, num_bytes)
+    try:
+        yield
+    finally:
+        set_option(_M_MMAP_THRESHOLD, 2**25)
