@@ -1,0 +1,75 @@
+"""What the figures of all notebooks share: fonts, a colour and marker for each method, a bandwidth axis, saving.
+
+A notebook draws with seaborn on a tidy table: `sns.relplot(rows, hue="method", palette=COLOURS, style="method",
+markers=MARKERS)`, then `save(run, "fig7a", grid)`. Published values are hollow or dashed, obtained ones filled.
+"""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from detransformer.files import atomic_write
+from detransformer.record.run import RunFolder
+
+_BLUE, _ORANGE, _GREEN, _RED, _PINK = "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"  # seaborn's `colorblind`
+_BROWN, _ROSE, _GREY, _SKY, _DARK = "#ca9161", "#fbafe4", "#949494", "#56b4e9", "#333333"
+
+# Relatives share a colour and differ by marker: TP and DTensor, SP and Ulysses.
+_LOOKS = {
+    "single": (_DARK, "_"),
+    "dp": (_GREY, "X"),
+    "pp": (_GREY, "v"),
+    "tp": (_ORANGE, "o"),
+    "sp": (_GREEN, "o"),
+    "ulysses": (_GREEN, "s"),
+    "galaxy": (_BROWN, "P"),
+    "dtensor": (_ORANGE, "s"),
+    "auto": (_SKY, "*"),
+    "bp+tp": (_RED, "^"),
+    "bp+sp": (_PINK, "<"),
+    "bp+allgather": (_ROSE, ">"),
+    "bp+ulysses": (_DARK, "s"),
+    "bp+heads": (_DARK, "D"),
+    "bp+paper": (_SKY, "X"),
+    "bp+auto": (_BLUE, "*"),
+    "bp+narrow": (_BLUE, "o"),
+}
+COLOURS = {method: colour for method, (colour, _) in _LOOKS.items()}
+MARKERS = {method: marker for method, (_, marker) in _LOOKS.items()}
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+}
+
+
+def use_style() -> None:
+    """Apply the style to every figure of this process."""
+    plt.rcParams.update(STYLE)
+
+
+def bandwidth_axis(axis: Axes, bandwidths_mbps: pd.Series) -> None:
+    """A logarithmic x axis with one labelled tick for each measured bandwidth."""
+    axis.set_xscale("log", base=2)
+    ticks = sorted(bandwidths_mbps.dropna().unique())
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
+    axis.minorticks_off()
+    axis.set_xlabel("Bandwidth (Mbps)")
+
+
+def save(run: RunFolder, name: str, figure) -> None:
+    """Save a matplotlib Figure, Axes or seaborn grid as figures/NAME.png of the run; the same table gives the same bytes."""
+    figure = getattr(figure, "figure", figure)
+    assert isinstance(figure, matplotlib.figure.Figure)
+    with atomic_write(run.figures / f"{name}.png", "wb") as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
