@@ -68,7 +68,7 @@ def bandwidth_axis(axis: Axes, bandwidths_mbps: pd.Series) -> None:
 
 
 def save(run: RunFolder, name: str, figure) -> None:
-    """Save a matplotlib Figure, Axes or seaborn grid as figures/NAME.png of the run; the same table gives the same bytes."""
+    """Save a matplotlib Figure, Axes or seaborn grid as figures/NAME.png: same table, same bytes."""
     figure = getattr(figure, "figure", figure)
     assert isinstance(figure, matplotlib.figure.Figure)
     with atomic_write(run.figures / f"{name}.png", "wb") as file:
