@@ -404,7 +404,7 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
     """One row of `generation_rows`; one that was late by more than `MAX_LATE_TOKENS` is measured at twice the scale."""
     cluster, checkpoint, planned = bench.cluster, bench.checkpoint(cell), plan_generation(bench, cell, max_new_tokens)
     inputs, expected = text_request(checkpoint, cell.seq_len, max_new_tokens, cluster.folder)
-    profile = bench.profile(cell)
+    profile, everybody = bench.profile(cell), bench.cluster_profile(cell, checkpoint.config)
     sends = planned.prefill.num_devices > 1 and cluster.transport == "namespaces"
     scale = first_time_scale(
         cell.bandwidth_mbps * 1e6 * planned.prefill.num_devices if sends else 0.0,
@@ -415,7 +415,7 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
         scale, check = bench.set_link(cell.bandwidth_mbps, planned.prefill.num_devices, scale, sends)
         results = cluster.run(
             "generate",
-            per_rank=[{"device": asdict(device)} for device in profile.devices],
+            per_rank=[{"device": asdict(device)} for device in everybody.devices],
             checkpoint=str(checkpoint.path),
             prefill=planned.prefill.to_dict(),
             decode=planned.decode.to_dict(),

@@ -327,12 +327,12 @@ class Bench:
     def profile(self, cell: Cell) -> ClusterProfile:
         """The devices and links that `cell` takes."""
         self.cluster.bandwidth_bps = cell.bandwidth_mbps * 1e6
-        profile = self._cluster_profile(cell, self.config(cell))
+        profile = self.cluster_profile(cell, self.config(cell))
         if cell.num_devices > len(profile.devices):
             raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
         return ClusterProfile(profile.devices[: cell.num_devices], profile.link)
 
-    def _cluster_profile(self, cell: Cell, config: PretrainedConfig) -> ClusterProfile:
+    def cluster_profile(self, cell: Cell, config: PretrainedConfig) -> ClusterProfile:
         return self.cluster.profile(cell.model, config, self.link, cell.pace, self.efficiency.get(cell.model))
 
     def limit_s(self, cell: Cell, config: PretrainedConfig, devices: Sequence[int]) -> float:
@@ -383,7 +383,7 @@ class Bench:
     ) -> list[dict]:
         """One request, and after the last one the stream that throughput is taken from."""
         cluster = self.cluster
-        profile = self._cluster_profile(cell, checkpoint.config)
+        profile = self.cluster_profile(cell, checkpoint.config)
         modelled = cluster.transport == "loopback"
         results = cluster.run(
             "run_plan",
