@@ -23,7 +23,8 @@ SAVE = (
 
 
 def write_notebook(root, name, *cells, parameters=PARAMETERS):
-    notebook = nbformat.v4.new_notebook()
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
     notebook.cells = [nbformat.v4.new_markdown_cell(f"# {name}"), nbformat.v4.new_code_cell(parameters)]
     notebook.cells[1].metadata["tags"] = ["parameters"]
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in cells]
