@@ -13,15 +13,14 @@ export DETRANSFORMER_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: chaos soak fuzz screenshots help install reproduce test lab figures lint docs coverage clean
+.PHONY: chaos soak fuzz help install reproduce test lab figures lint docs coverage clean
 help:
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
 	@echo "make test        the tests"
 	@echo "make lab         JupyterLab on the notebooks"
-	@echo "make figures     redraw the figures of results/PROFILE from its tables"
+	@echo "make figures     draw the figures of RUN (results/reference) anew from its saved tables"
 	@echo "make lint        ruff, and notebooks without outputs"
 	@echo "make docs        API pages from the docstrings, into build/docs"
-	@echo "make screenshots the page of results/PROFILE as a desktop and a phone show it (needs chromium)"
 	@echo "make coverage    the tests (or TESTS=...) with their line coverage, into build/coverage"
 	@echo "make chaos       break a serving cluster in every way, five times each, and count what is lost (needs root)"
 	@echo "make fuzz        ten thousand malformed cluster files, plans, checkpoints and requests"
@@ -49,16 +48,13 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 figures: $(STAMP)
-	$(BIN)/detransformer figures results/$(PROFILE)
+	$(BIN)/detransformer figures $(or $(RUN),results/reference)
 
 lint: $(STAMP)
 	$(BIN)/ruff check lib tests docs
 	$(BIN)/ruff format --check lib tests docs
 	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb || \
 	{ echo "a notebook has outputs or execution counts: $(BIN)/nbstripout --keep-id notebooks/*.ipynb" >&2; exit 1; }
-
-screenshots: $(STAMP)
-	$(BIN)/python docs/screenshots.py results/$(PROFILE)
 
 docs: $(STAMP)
 	rm -rf build/docs

@@ -1,4 +1,4 @@
-"""The experiments of notebook 08 at small size, with real processes: what they list, measure, keep and resume."""
+"""The experiments of notebooks 09 and 10 at small size, with real processes: what they list, measure and keep."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from detransformer.models import decouple
 from detransformer.models.configuration import preset_config
 from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
-from detransformer.report.adaptive_tables import choice_cells
+from detransformer.tables.adaptive import choice_cells
 
 PI = DeviceProfile("pi", 4 * 2**30, 14e9, "assumed", 4.8e9)
 

@@ -12,10 +12,8 @@ from detransformer.training import (
     export,
     held_out_loss,
     load_masked_lm,
-    of_row,
     open_data,
     pretrain,
-    pretraining_table,
 )
 from test_cli import call
 
@@ -79,11 +77,3 @@ def test_what_is_no_masked_language_model_is_refused(kind, words, tmp_path, caps
         BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path)
     code, stderr = call(capsys, "evaluate", tmp_path)
     assert code == 2 and words in stderr
-
-
-def test_rows_of_a_table_are_found_by_structure(trained):
-    _, results = trained
-    table = pretraining_table(results)
-    for result in results:
-        assert list(of_row(table, result.row)["row"]) == [result.row.label]
-    assert not len(of_row(table, ModelRow("bert-base", 4, 4, "narrow")))

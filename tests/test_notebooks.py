@@ -1,21 +1,25 @@
-"""Every notebook: no outputs, one parameters cell of literals, short cells, a verdict last; profiles in step."""
+"""Every notebook: one parameters cell, short cells, figures drawn in cells, a verdict last; profiles in step."""
 
 import ast
 import builtins
 import re
+import shutil
 
+import matplotlib
 import nbformat
 import pytest
 
 from detransformer.files import repository_root
-from detransformer.reproduce import PROFILES, USES, find_notebooks, load_profile, parameters_cell
+from detransformer.notebooks import USES, find_notebooks
+from detransformer.profiles import built_in_profiles, load_profile, load_settings
 
 ROOT = repository_root()
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-BUILTIN = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+NEW = [path for path in PATHS if "load_settings" in path.read_text(encoding="utf-8")]
+LITERALS = (ast.Constant, ast.List, ast.Dict, ast.UnaryOp)
 
 
-@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+@pytest.fixture(params=NEW, ids=lambda path: path.stem)
 def notebook(request):
     return nbformat.read(request.param, as_version=4)
 
@@ -28,8 +32,10 @@ def tags(cell):
     return cell.metadata.get("tags", [])
 
 
-def test_all_ten_are_there():
-    assert [path.stem[:2] for path in PATHS] == [f"{number:02d}" for number in range(1, 11)]
+def test_one_claim_a_notebook_numbered_without_a_gap():
+    names = [path.stem for path in NEW]
+    assert len({name[:2] for name in names}) == len(names)
+    assert {"01_decoupling", "06_latency", "07_peers", "08_scaling", "09_adaptive", "14_summary"} <= set(names)
 
 
 def test_is_valid_and_committed_without_outputs(notebook):
@@ -39,14 +45,15 @@ def test_is_valid_and_committed_without_outputs(notebook):
     assert "papermill" not in notebook.metadata
 
 
-def test_has_one_parameters_cell_of_literals(notebook):
+def test_has_one_parameters_cell_of_few_literals(notebook):
     tagged = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
     assert len(tagged) == 1
+    values = {}
     for statement in ast.parse(tagged[0].source).body:
-        assert isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name), ast.unparse(statement)
-    parameters = parameters_cell(notebook.cells)  # raises for what is not a literal
-    assert parameters["run_dir"] == "../results/local"
-    assert not any("injected-parameters" in tags(cell) for cell in notebook.cells)
+        assert isinstance(statement, ast.Assign) and isinstance(statement.value, LITERALS), ast.unparse(statement)
+        values[statement.targets[0].id] = ast.literal_eval(statement.value)
+    assert values["run_dir"] == "../results/local" and values["profile"] == "quick" and values["measure"] is True
+    assert len(values) <= 10, "long recipes live in the profile"
 
 
 def test_opens_with_title_question_paper_and_minutes(notebook):
@@ -62,10 +69,12 @@ def test_imports_then_parameters_then_short_cells(notebook):
     first = [node for node in ast.parse(cells[0].source).body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not first, "the first code cell only imports"
     for cell in cells[2:]:
+        tree = ast.parse(cell.source)
+        limit = 15 if "plot" in tags(cell) else 10
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
-        assert len(lines) <= 10, cell.source
-        imports = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, (ast.Import, ast.ImportFrom))]
-        assert not imports, cell.source
+        assert len(lines) <= limit and max(map(len, lines)) <= 130, cell.source
+        assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))], cell.source
+        assert ("plot" in tags(cell)) == ("save(run" in cell.source), "a cell that draws saves its figure, and no other"
 
 
 def test_every_code_cell_follows_a_word_of_explanation(notebook):
@@ -104,29 +113,54 @@ def test_ends_with_expected_obtained_verdict(notebook):
     assert "verdict" in last or "summary" in last, "the last cell shows the verdict table"
 
 
-@pytest.mark.parametrize("profile", BUILTIN)
-def test_profile_has_a_section_for_each_notebook_and_only_known_parameters(profile):
+@pytest.mark.parametrize("path", NEW, ids=lambda path: path.stem)
+def test_draws_from_the_saved_tables_of_the_committed_run(path, tmp_path, monkeypatch):
+    """All cells with `measure = False`, in this process: every figure that a cell saves is there."""
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "results" / "reference" / "tables", run / "tables")
+    shutil.copy(ROOT / "results" / "reference" / "manifest.json", run)
+    monkeypatch.chdir(ROOT / "notebooks")
+    matplotlib.use("agg")
+    names = {"display": lambda shown: shown}
+    for cell in code_cells(nbformat.read(path, as_version=4)):
+        exec(compile(cell.source, path.stem, "exec"), names)
+        if "parameters" in tags(cell):
+            names |= {"run_dir": str(run), "measure": False, "profile": "reference"}
+        matplotlib.pyplot.close("all")
+    saved = set(re.findall(r'save\(run, \\"(\w+)\\"', path.read_text(encoding="utf-8")))
+    assert {figure.stem for figure in (run / "figures").glob("*.png")} == saved
+
+
+@pytest.mark.parametrize("profile", built_in_profiles())
+def test_profile_has_known_notebooks_and_settings(profile):
     _, sections = load_profile(profile)
-    notebooks = find_notebooks(ROOT, sections)
-    assert list(sections) == [notebook.name for notebook in notebooks]
-    for notebook in notebooks:
-        defaults = parameters_cell(notebook.cells)
-        assert "run_dir" not in notebook.parameters, "reproduce sets it"
-        for name, value in notebook.parameters.items():
-            kinds = {type(value), type(defaults[name])}
-            allowed = kinds <= {int, float} or len(kinds) == 1 or type(None) in kinds
-            assert allowed, f"{profile}: {notebook.name}.{name} is {value!r}, the notebook has {defaults[name]!r}"
+    known = [path.stem for path in PATHS]
+    assert set(sections) <= set(known)
+    for path in NEW:
+        if path.stem in sections:
+            settings, defaults = load_settings(profile, path.stem), load_profile("quick")[1][path.stem]
+            for name, value in settings.items():
+                kinds = {type(value), type(defaults[name])}
+                assert kinds <= {int, float} or len(kinds) == 1 or type(None) in kinds, f"{profile}: {path.stem}.{name}"
 
 
-def test_notebooks_run_alone_with_the_quick_values():
-    _, sections = load_profile("quick")
-    for notebook in find_notebooks(ROOT, sections):
-        defaults = parameters_cell(notebook.cells)
-        differing = {k: (v, defaults[k]) for k, v in notebook.parameters.items() if defaults[k] != v}
-        assert not differing, f"{notebook.name}: (quick, notebook) {differing}"
+def test_a_setting_that_nothing_reads_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("06_latency:\n  methdos: [tp]\n")
+    with pytest.raises(ValueError, match="'methdos' in section 06_latency .*choose from published, peers"):
+        load_settings(str(tmp_path / "mine.yaml"), "06_latency")
+    assert load_settings("reference", "05_placement") == load_settings("quick", "05_placement")
+
+
+def test_settings_that_a_notebook_reads_are_in_quick():
+    for path in NEW:
+        read = set(re.findall(r'settings\[\\"(\w+)\\"\]', path.read_text(encoding="utf-8")))
+        assert read <= set(load_settings("quick", path.stem)), path.stem
 
 
 def test_the_uses_table_names_earlier_notebooks():
-    names = [path.stem for path in PATHS]
+    names = sorted({*USES, *(used for uses in USES.values() for used in uses)})
     for name, used in USES.items():
-        assert name in names and all(names.index(other) < names.index(name) for other in used)
+        assert all(other < name for other in used)
+    missing = {name for name in names if name not in [path.stem for path in PATHS]}
+    assert missing <= {"11_decomposition", "12_comparison", "13_aggregation"}
+    assert [n.name for n in find_notebooks(ROOT, {})] == [path.stem for path in PATHS]

@@ -47,7 +47,6 @@ SHORTER = {
     "doctor": "",
     "evaluate": "--source built-in --max-tokens 2000",
     "figures": "",
-    "page": "",
     "plan": "",
     "profile": "--model my-decoupled-bert/",
     "reproduce": "",

@@ -8,11 +8,12 @@ import pytest
 
 from detransformer.record.intervals import around, bootstrap_median, bootstrap_ratio, samples_of
 from detransformer.record.published import published, published_claim
-from detransformer.record.run import RunFolder, to_markdown
+from detransformer.record.run import RunFolder
 from detransformer.record.verdict import COLUMNS, Verdict, verdicts
-from detransformer.report.claims import summarise, table_iii_differences, verdict_counts
-from detransformer.training.summary import table_iii
-from report_frames import accuracy_rows, pretraining_rows, row
+from detransformer.tables.accuracy import table_iii
+from detransformer.tables.latency import table_ii
+from detransformer.tables.summary import summarise, verdict_counts
+from table_frames import accuracy_rows, pretraining_rows, row
 
 NAN = float("nan")
 
@@ -127,44 +128,33 @@ def test_published_tables_are_the_papers():
         published_claim("speed")
 
 
-def test_table_is_saved_as_csv_and_markdown(tmp_path):
+def test_table_is_saved_as_csv_with_a_note(tmp_path):
     run = RunFolder(tmp_path)
     frame = pd.DataFrame({"task": ["a|b", "c"], "value": [0.123456, None]})
-    assert run.save_table(frame, "accuracy", note="Built-in data, 10 rows.") is frame
+    assert run.save_table(frame, "accuracy", note="Built-in data,\n10 rows.") is frame
     assert run.load_table("accuracy")["value"].iloc[0] == 0.123456, "the CSV keeps every digit"
-    text = (run.tables / "accuracy.md").read_text()
-    assert "| 0.1235" in text and "a\\|b" in text and text.endswith("\n\nBuilt-in data, 10 rows.\n")
+    run.save_table(frame, "other")
+    assert run.notes() == {"accuracy": "Built-in data, 10 rows."}
     with pytest.raises(ValueError, match="no rows"):
         run.save_table(frame.head(0), "accuracy")
-    assert sorted(p.name for p in run.tables.iterdir()) == ["accuracy.csv", "accuracy.md"]
+    assert sorted(p.name for p in run.tables.iterdir()) == ["accuracy.csv", "notes.json", "other.csv"]
 
 
 def test_missing_and_damaged_tables_name_their_notebook(tmp_path):
     run = RunFolder(tmp_path)
     with pytest.raises(ValueError, match="'latency' is not in .*run 06_latency first"):
-        run.load_table("latency")
+        run.load_table("latency", "06_latency")
     (run.tables / "latency.csv").write_text('a,b\n"1,2\n3')
     with pytest.raises(ValueError, match="latency.csv cannot be read.*run 06_latency again"):
-        run.load_table("latency")
+        run.load_table("latency", "06_latency")
     (run.tables / "latency.csv").write_text("")
     with pytest.raises(ValueError, match="latency.csv cannot be read"):
         run.load_table("latency")
 
 
-def test_markdown_keeps_whole_numbers_and_empty_cells():
-    text = to_markdown(
-        pd.DataFrame({"n": pd.array([4, None], dtype="Int64"), "x": [123456.7, 1e-9], "b": [True, False]})
-    )
-    assert "| 4 " in text and "| 123457 | True" in text and "1e-09" in text and "<NA>" not in text
-
-
-def test_summary_of_an_empty_run_tests_nothing(tmp_path):
-    summary = summarise(RunFolder(tmp_path))
-    assert set(summary["judged"]) == {"not tested", "not judged"} and summary["obtained"].isna().all()
-    counts = summary.groupby("where").size()
-    assert counts["Table III"] == 55 and counts["Table IV"] == 20 and counts["Table II"] == 15
-    stated = published("text_claims")["where"].value_counts()
-    assert all(counts[where] == number for where, number in stated.items())
+def test_summary_of_an_empty_run_names_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="'latency' is not in .*run 06_latency first"):
+        summarise(RunFolder(tmp_path))
 
 
 def partial_run(tmp_path, methods, link="line-rate"):
@@ -172,6 +162,8 @@ def partial_run(tmp_path, methods, link="line-rate"):
     rows = [row("bert-base", "single")]
     rows += [row("bert-base", method, 125, link) | {"latency_s": latency} for method, latency in methods.items()]
     run.save_table(pd.DataFrame(rows), "latency")
+    run.save_table(table_ii(pd.DataFrame(rows), published("table_ii")), "table_ii")
+    run.save_table(table_iii(accuracy_rows(1), published("table_iii")), "table_iii")
     return run
 
 
@@ -188,16 +180,10 @@ def test_summary_of_a_partial_run(tmp_path):
     assert summary.loc["BP+Auto over TP, BERT-Base, 250 Mbps", "judged"] == "not tested"
     assert summary.loc["max speedup over tp", "obtained"] == pytest.approx(2.0)
     assert summary.loc["max speedup over tp (our plans)", "obtained"] == pytest.approx(2.8)
-    counts = verdict_counts(summary.reset_index()).set_index(["where", "link"])
-    assert counts.loc[("Table IV", "line-rate"), "not tested"] == 18
-    assert counts.loc["Table IV (our plans)"].iloc[0].sum() == 2, "what ours was not measured for is no claim"
-
-
-def test_the_fastest_of_the_papers_plans_stands_for_its_auto(tmp_path):
-    run = partial_run(tmp_path, {"tp": 1.4, "sp": 1.1, "bp+tp": 0.8, "bp+allgather": 0.7})
-    summary = summarise(run).set_index("claim")
-    assert summary.loc["BP+Auto over TP, BERT-Base, 125 Mbps", "obtained"] == pytest.approx(2.0)
-    assert not any(claim.endswith("(our plans)") for claim in summary.index)
+    counts = verdict_counts(summary.reset_index()).set_index("where")
+    assert counts.loc["Table IV", "not tested"] == 18
+    assert counts.loc["Table IV (our plans)"].sum() == 2, "what ours was not measured for is no claim"
+    assert counts.loc["Table III"].sum() == 55 and counts.loc["Table II"].sum() == 15
 
 
 def test_each_link_has_its_own_claims(tmp_path):
@@ -210,38 +196,8 @@ def test_each_link_has_its_own_claims(tmp_path):
     assert cells["judged"].to_dict() == {"line-rate": "holds, smaller", "modelled": "matches"}
 
 
-def test_accuracy_differences_are_judged_only_with_seeds():
-    def table(seeds, spread, score):
-        rows = [("original", None, None, 50.0), ("cut", 4, 4, score)]
-        return pd.DataFrame(
-            [
-                dict(
-                    model="bert-base",
-                    num_original_layers=nb,
-                    num_divisions=nd,
-                    task="CoLA",
-                    obtained_mean=value,
-                    obtained_std=spread,
-                    num_seeds=seeds,
-                    majority_score=0.0,
-                    metric="mcc",
-                )  # fmt: skip
-                for _, nb, nd, value in rows
-            ]
-        )
-
-    def said(frame):
-        rows = table_iii_differences(frame, 0.15).set_index("claim")
-        return rows.loc["CoLA, BERT-Base Nb=4, Ndiv=4, minus original", "judged"]
-
-    assert said(table(1, None, 51.63)) == "not tested"
-    assert said(table(3, 2.0, 51.63)) == "within noise"
-    assert said(table(3, 0.1, 51.63)) == "matches"  # the paper: 42.06 - 40.43 = 1.63
-    assert said(table(3, 0.1, 45.0)) == "does not hold"
-
-
 def test_accuracy_differences_have_the_interval_of_paired_seeds(tmp_path):
-    run = RunFolder(tmp_path)
+    run = partial_run(tmp_path, {"tp": 1.4, "bp+paper": 0.7})
     table = table_iii(accuracy_rows(3), published("table_iii"), pretraining=pretraining_rows(2))
     run.save_table(table, "table_iii")
     summary = summarise(run)

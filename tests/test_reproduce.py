@@ -10,8 +10,10 @@ import nbformat
 import pytest
 import yaml
 
+from detransformer.notebooks import NotebookFailed
+from detransformer.profiles import load_profile
 from detransformer.record.run import RunFolder
-from detransformer.reproduce import NotebookFailed, load_profile, reproduce
+from detransformer.reproduce import redraw, reproduce
 
 PARAMETERS = 'run_dir = "../results/local"\nvalue = 1\nseed = 3'
 SAVE = (
@@ -20,9 +22,10 @@ SAVE = (
 )
 
 
-def write_notebook(root, name, *cells):
-    notebook = nbformat.v4.new_notebook()
-    notebook.cells = [nbformat.v4.new_markdown_cell(f"# {name}"), nbformat.v4.new_code_cell(PARAMETERS)]
+def write_notebook(root, name, *cells, parameters=PARAMETERS):
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook.cells = [nbformat.v4.new_markdown_cell(f"# {name}"), nbformat.v4.new_code_cell(parameters)]
     notebook.cells[1].metadata["tags"] = ["parameters"]
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in cells]
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -268,8 +271,6 @@ def test_kernel_is_this_interpreter_whatever_is_installed(clone, monkeypatch, tm
 @pytest.mark.parametrize(
     ("section", "only", "message"),
     [
-        ({"01_first": {"vaule": 2}, "02_second": {}}, [], "'vaule'.*01_first.*run_dir, value, seed"),
-        ({"01_first": {}}, [], "no section '02_second'"),
         ({"01_first": {}, "02_second": {}, "09_more": {}}, [], "'09_more'"),
         ({"01_first": {}, "02_second": {}}, ["07"], "--only 07 names no notebook.*02_second"),
     ],
@@ -292,6 +293,27 @@ def test_seeds_are_collected_from_the_profile(clone):
     set_profile(clone, first={"seed": 7}, second={})
     _, _, manifest = run_all(clone, only=["01"])
     assert manifest["seeds"] == {"01_first.seed": 7}
+
+
+def test_a_saved_run_is_drawn_without_measuring(clone, tmp_path):
+    """Executed copies are renewed, what lacks a table says so, and a notebook without `measure` is left alone."""
+    run, _, before = run_all(clone)
+    drawing = "if measure:\n    raise AssertionError('measured')\n" + SAVE.format(table="drawn")
+    write_notebook(clone, "03_third", drawing, parameters=PARAMETERS + "\nmeasure = True")
+    lacking = "from detransformer.record.run import RunFolder\nRunFolder(run_dir).load_table('never', '02_second')"
+    write_notebook(clone, "04_fourth", lacking, parameters=PARAMETERS + "\nmeasure = True")
+    said = []
+    redraw(run.path, root=clone, say=said.append)
+    assert said[0] == "03_third: drawn" and said[1].startswith("04_fourth: not drawn: ")
+    assert "Table 'never'" in said[1] and "run 02_second first" in said[1]
+    assert said[2].startswith("1 of 2 notebooks drawn in")
+    assert sorted(p.stem for p in run.notebooks.iterdir()) == ["01_first", "02_second", "03_third"]
+    manifest = json.loads(run.manifest_path.read_text())
+    assert manifest["notebooks"] == before["notebooks"] and manifest["drawn"]["date"] >= before["date"]
+    index = (run.path / "index.html").read_text()
+    assert "html/03_third.html" in index and "tables/drawn.csv" in index and str(clone) not in index
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        redraw(tmp_path / "nowhere", root=clone)
 
 
 def test_every_builtin_profile_loads():

@@ -51,37 +51,11 @@ def reproduce(
 
 
 @app.command()
-def figures(run: Annotated[str, typer.Argument(help="Folder of a run, e.g. results/quick.")]) -> None:
-    """Redraw all figures of a run from its saved tables alone."""
-    from pathlib import Path
+def figures(run: Annotated[str, typer.Argument(help="Folder of a run.")] = "results/reference") -> None:
+    """Draw a run's figures anew from its saved tables, executing every notebook with nothing measured."""
+    from detransformer.reproduce import redraw
 
-    from detransformer.record.run import RunFolder
-    from detransformer.report.figures import draw_all
-
-    if not (Path(run) / "tables").is_dir():
-        raise ValueError(f"{run} is not the folder of a run (it has no tables/); give one such as results/quick.")
-    folder = RunFolder(run)
-    drawn, missing = draw_all(folder)
-    for name in drawn:
-        print(f"{folder.figures / name}.svg")
-    for name, reason in missing.items():
-        print(f"{name} not drawn: {reason}")
-    if not drawn:
-        raise ValueError(f"{run} holds no table that a figure is drawn from; run `detransformer reproduce` first.")
-
-
-@app.command()
-def page(
-    run: Annotated[str, typer.Argument(help="Folder of a run, e.g. results/quick.")],
-    notebooks: Annotated[
-        bool, typer.Option("--notebooks", help="Write the executed notebooks as HTML, however large they are.")
-    ] = False,
-) -> None:
-    """Write a run's page, index.html in its folder: verdicts, figures, tables, notebooks and what made them."""
-    from detransformer.report.page import write_page
-
-    path, sentence = write_page(run, notebooks)
-    print(f"{path}\n{sentence}")
+    redraw(run)
 
 
 # --- Models ------------------------------------------------------------------------------------------------------

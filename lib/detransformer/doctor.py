@@ -1,6 +1,5 @@
 """What this machine can do, in plain words, and what to do about what it cannot. Tries things rather than guessing."""
 
-import importlib.util
 import platform
 import shutil
 import sys
@@ -30,19 +29,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding about this machine, most basic first."""
-    return [
-        python(),
-        packages(),
-        clone(),
-        processor(),
-        memory(),
-        disk(),
-        gpu(),
-        network_emulation(),
-        link_delay(),
-        data_mirror(),
-        hub(),
-    ]
+    python = Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+    return [python, packages(), clone(), *hardware(), *network(), *data()]
 
 
 def report(findings: list[Finding]) -> str:
@@ -50,19 +38,12 @@ def report(findings: list[Finding]) -> str:
     lines = []
     for finding in findings:
         lines.append(f"{finding.name:<18} {finding.state:<8} {finding.found}")
-        if finding.remedy:
-            lines.append(f"{'':<27} -> {finding.remedy}")
-    missing = [f.name for f in findings if f.state == "missing"]
+        lines += [f"{'':<27} -> {finding.remedy}"] if finding.remedy else []
+    missing = [finding.name for finding in findings if finding.state == "missing"]
+    closing = "`make reproduce` runs here; what is limited is named in its tables."
     if missing:
-        lines.append(f"\nTo be put right before `make reproduce`: {', '.join(missing)}.")
-    else:
-        lines.append("\n`make reproduce` runs here; what is limited is named in its tables.")
-    return "\n".join(lines)
-
-
-def python() -> Finding:
-    """Which Python runs this."""
-    return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+        closing = f"To be put right before `make reproduce`: {', '.join(missing)}."
+    return "\n".join([*lines, "", closing])
 
 
 def packages(root: Path | None = None) -> Finding:
@@ -72,15 +53,12 @@ def packages(root: Path | None = None) -> Finding:
     except FileNotFoundError:
         return Finding("Packages", "limited", "no pyproject.toml to compare with", "run this inside a clone.")
     pins, found = provenance.pins(root), provenance.versions(root)
-    off = [
-        f"{name} {found[name]} (pinned {pin})"
-        for name, pin in pins.items()
-        if not _satisfies(found[name], pin.removeprefix("=="))
-    ]
-    if off:
-        state = "missing" if any("missing" in text for text in off) else "limited"
-        return Finding("Packages", state, "; ".join(off), "run `make install`, or `pip install -e '.[dev]'`.")
-    return Finding("Packages", "ok", f"all {len(pins)} as pinned, torch {found['torch']}")
+    wrong = {name: pin for name, pin in pins.items() if not _satisfies(found[name], pin.removeprefix("=="))}
+    if not wrong:
+        return Finding("Packages", "ok", f"all {len(pins)} as pinned, torch {found['torch']}")
+    words = "; ".join(f"{name} {found[name]} (pinned {pin})" for name, pin in wrong.items())
+    state = "missing" if any(found[name] == "missing" for name in wrong) else "limited"
+    return Finding("Packages", state, words, "run `make install`, or `pip install -e '.[dev]'`.")
 
 
 def clone() -> Finding:
@@ -91,117 +69,70 @@ def clone() -> Finding:
         return Finding("Notebooks", "missing", str(error), "clone the repository; the package alone has no notebooks.")
     count = len(list((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
     state = provenance.commit(root)
-    dirty = ", changed since" if state["dirty"] else ""
-    return Finding("Notebooks", "ok", f"{count} notebooks, commit {state['commit'][:12]}{dirty}")
+    changed = ", changed since" if state["dirty"] else ""
+    return Finding("Notebooks", "ok", f"{count} notebooks, commit {state['commit'][:12]}{changed}")
 
 
-def processor() -> Finding:
-    """How many cores may be used, and whether four devices can be emulated in time."""
-    cores = machine.usable_cores()
-    text = f"{cores} {'core' if cores == 1 else 'cores'}, {machine.cpu_model()}"
-    if cores < 2:
-        return Finding(
-            "Processor", "limited", text, "four emulated devices want two cores; times are stretched on one."
-        )
-    return Finding("Processor", "ok", text)
+def hardware() -> list[Finding]:
+    """Cores, memory and disk against what four emulated devices need, and the GPU, without which training is slow."""
+    cores, memory, disk = machine.usable_cores(), psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    gpus, remedy = machine.gpu_names(), "only the `paper` profile needs one; quick and laptop train on the processor."
+    if gpus and not usable_gpu():
+        remedy = "install the CUDA build of the pinned torch; training uses the processor until then."
+    return [
+        _enough("Processor", cores >= 2, f"{cores} core{'s' if cores > 1 else ''}, {machine.cpu_model()}",
+                "four emulated devices want two cores; times are stretched on one."),
+        _enough("Memory", memory.available >= NEEDED_MEMORY_GB * 1e9,
+                f"{memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB available",
+                f"BERT-Large on four devices wants {NEEDED_MEMORY_GB} GB; close programs or leave BERT-Large out."),
+        _enough("Disk", disk.free >= NEEDED_DISK_GB * 1e9, f"{disk.free / 1e9:.0f} GB free in {Path.cwd()}",
+                f"a quick run wants {NEEDED_DISK_GB} GB; free some, or use --output elsewhere."),
+        _enough("GPU", bool(gpus) and usable_gpu(), ", ".join(gpus) or "none", remedy),
+    ]  # fmt: skip
 
 
-def memory() -> Finding:
-    """How much is free, against what the largest model needs."""
-    total, free = (value / 1e9 for value in (psutil.virtual_memory().total, psutil.virtual_memory().available))
-    text = f"{total:.0f} GB, {free:.0f} GB available"
-    if free < NEEDED_MEMORY_GB:
-        remedy = f"BERT-Large on four devices wants {NEEDED_MEMORY_GB} GB; close programs or leave BERT-Large out."
-        return Finding("Memory", "limited", text, remedy)
-    return Finding("Memory", "ok", text)
-
-
-def disk() -> Finding:
-    """How much is free where results go."""
-    try:
-        place = repository_root()
-    except FileNotFoundError:
-        place = Path.cwd()
-    free = shutil.disk_usage(place).free / 1e9
-    text = f"{free:.0f} GB free in {place}"
-    if free < NEEDED_DISK_GB:
-        return Finding(
-            "Disk", "limited", text, f"a quick run wants {NEEDED_DISK_GB} GB; free some, or use --output elsewhere."
-        )
-    return Finding("Disk", "ok", text)
-
-
-def gpu() -> Finding:
-    """Whether torch can use one, without which it trains on the processor."""
-    names = machine.gpu_names()
-    if importlib.util.find_spec("torch") is None:
-        return Finding("GPU", "limited", "torch is not installed, so it cannot use one", "run `make install`.")
+def usable_gpu() -> bool:
+    """Whether the installed torch can use a GPU of this machine."""
     import torch
 
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return Finding("GPU", "ok", ", ".join(torch.cuda.get_device_name(index) for index in range(count)))
-    if names:
-        remedy = "install the CUDA build of the pinned torch; training uses the processor until then."
-        return Finding("GPU", "limited", f"{', '.join(names)} is here, but this torch cannot use it", remedy)
-    return Finding(
-        "GPU", "limited", "none", "only the `paper` profile needs one; quick and laptop train on the processor."
-    )
+    return torch.cuda.is_available()
 
 
-def network_emulation() -> Finding:
-    """Makes and removes a small network of namespaces with shaped links."""
-    from detransformer.cluster.network import can_emulate
+def network() -> list[Finding]:
+    """Makes and removes a small network of namespaces with shaped links, and tries to give links latency."""
+    from detransformer.cluster.network import can_delay, can_emulate
 
-    remedy = "run as root (or with CAP_NET_ADMIN and CAP_SYS_ADMIN); until then links are modelled in the process."
-    return _possible("Emulated cluster", can_emulate(), remedy)
-
-
-def link_delay() -> Finding:
-    """Whether links can be given latency and jitter."""
-    from detransformer.cluster.network import can_delay
-
-    remedy = "only `detransformer bench --delay` and `--jitter` need it: a kernel with sch_netem, as root."
-    return _possible("Link delay", can_delay(), remedy)
+    return [
+        _enough("Emulated cluster", *can_emulate(),
+                "run as root (or with CAP_NET_ADMIN and CAP_SYS_ADMIN); until then links are modelled in the process."),
+        _enough("Link delay", *can_delay(),
+                "only `detransformer bench --delay` and `--jitter` need it: a kernel with sch_netem, as root."),
+    ]  # fmt: skip
 
 
-def _possible(name: str, tried: tuple[bool, str], remedy: str) -> Finding:
-    """What was tried, as (whether it works, why); the remedy where it does not."""
-    works, reason = tried
-    return Finding(name, "ok", reason) if works else Finding(name, "limited", reason, remedy)
-
-
-def data_mirror() -> Finding:
-    """Whether text and tasks lie in a mirror folder, and which."""
-    try:
-        folder = provenance.mirror_folder(repository_root())
-    except FileNotFoundError:
-        folder = provenance.mirror_folder(Path.cwd())
-    environment = data_environment()
-    if folder is None:
-        named = environment.mirror_named_by == "DETRANSFORMER_DATA"
-        found = f"DETRANSFORMER_DATA names {environment.mirror}, which is not a folder" if named else "none"
-        return Finding(
-            "Data mirror", "limited", found, "set DETRANSFORMER_DATA to a mirror, or link one to data/mirror."
-        )
-    counts = {part: sum(1 for p in (folder / part).rglob("*") if p.is_file()) for part in MIRROR_PARTS}
-    listing = ", ".join(f"{part} {count} files" for part, count in counts.items() if count)
-    lacking = [part for part, count in counts.items() if not count]
-    if lacking:
-        remedy = f"copy {', '.join(lacking)} there, or unset DETRANSFORMER_DATA to use the Hub."
-        return Finding("Data mirror", "limited", f"{folder}: {listing or 'empty'}", remedy)
-    return Finding("Data mirror", "ok", f"{folder}: {listing}")
-
-
-def hub() -> Finding:
-    """Whether the Hugging Face Hub answers within three seconds."""
+def data() -> list[Finding]:
+    """Whether text and tasks lie in a mirror folder, and whether the Hugging Face Hub answers within three seconds."""
     from detransformer.training.data.hub import hub_problem
 
-    problem = hub_problem(data_environment().hub_offline, timeout_s=3)
-    if problem is None:
-        return Finding("Hugging Face Hub", "ok", "reachable")
-    remedy = "not needed with a mirror; without either, a small built-in corpus is used and the tables say so."
-    return Finding("Hugging Face Hub", "limited", problem, remedy)
+    environment = data_environment()
+    folder, named = environment.mirror, environment.mirror_named_by == "DETRANSFORMER_DATA"
+    counts = {part: sum(1 for p in (folder / part).rglob("*") if p.is_file()) for part in MIRROR_PARTS}
+    lacking = [part for part, count in counts.items() if not count]
+    found = f"{folder}: {', '.join(f'{part} {count} files' for part, count in counts.items() if count) or 'empty'}"
+    remedy = f"copy {', '.join(lacking)} there, or unset DETRANSFORMER_DATA to use the Hub."
+    if not folder.is_dir():
+        found = f"DETRANSFORMER_DATA names {folder}, which is not a folder" if named else "none"
+        remedy = "set DETRANSFORMER_DATA to a mirror, or link one to data/mirror."
+    problem = hub_problem(environment.hub_offline, timeout_s=3)
+    built_in = "not needed with a mirror; without either, a small built-in corpus is used and the tables say so."
+    return [
+        _enough("Data mirror", not lacking, found, remedy),
+        _enough("Hugging Face Hub", problem is None, problem or "reachable", built_in),
+    ]
+
+
+def _enough(name: str, is_enough: bool, found: str, remedy: str) -> Finding:
+    return Finding(name, "ok", found) if is_enough else Finding(name, "limited", found, remedy)
 
 
 def _satisfies(version: str, pin: str) -> bool:

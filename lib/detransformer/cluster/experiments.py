@@ -144,7 +144,7 @@ def latency_cells(
     wire_formats: Sequence[str] = ("bfloat16", "int8"),
     wire_methods: Sequence[str] = ("tp", "ulysses", "bp+auto"),
     wire_bandwidths_mbps: Sequence[float] = (500, 125),
-    cls_methods: Sequence[str] = ("tp", "sp", "ulysses", "bp+auto"),
+    cls_methods: Sequence[str] = (),
     cls_bandwidths_mbps: Sequence[float] = (125,),
     roofline_bandwidths_mbps: Sequence[float] = (),
 ) -> list[Cell]:

@@ -17,7 +17,7 @@ from detransformer.report.canvas import (
     whole_ticks,
 )
 from detransformer.report.coformer_tables import POOLED, REFERENCE_DEVICE
-from detransformer.report.tables import checked_rows
+from detransformer.tables.latency import checked_rows
 
 LOOKS = {  # colour and marker
     "single": (COLOURS["single"], "s"),

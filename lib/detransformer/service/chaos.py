@@ -453,8 +453,7 @@ def soak(
         "held": not (result["lost"] or result["wrong"] or result["twice"] or grown),
     }
     run.save_table(samples, "soak_samples", note=note)
-    shown = pd.DataFrame(result.items(), columns=["what", "obtained"])
-    run.save_table(pd.DataFrame([result]), "soak", note=note, markdown=shown)
+    run.save_table(pd.DataFrame([result]), "soak", note=note)
     return result["held"]
 
 

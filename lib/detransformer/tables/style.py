@@ -17,7 +17,7 @@ _BROWN, _ROSE, _GREY, _SKY, _DARK = "#ca9161", "#fbafe4", "#949494", "#56b4e9", 
 
 # Relatives share a colour and differ by marker: TP and DTensor, SP and Ulysses.
 _LOOKS = {
-    "single": (_DARK, "_"),
+    "single": (_DARK, "d"),
     "dp": (_GREY, "X"),
     "pp": (_GREY, "v"),
     "tp": (_ORANGE, "o"),
@@ -25,18 +25,31 @@ _LOOKS = {
     "ulysses": (_GREEN, "s"),
     "galaxy": (_BROWN, "P"),
     "dtensor": (_ORANGE, "s"),
-    "auto": (_SKY, "*"),
+    "auto": (_SKY, "h"),
     "bp+tp": (_RED, "^"),
     "bp+sp": (_PINK, "<"),
     "bp+allgather": (_ROSE, ">"),
     "bp+ulysses": (_DARK, "s"),
     "bp+heads": (_DARK, "D"),
     "bp+paper": (_SKY, "X"),
-    "bp+auto": (_BLUE, "*"),
+    "bp+auto": (_BLUE, "p"),
     "bp+narrow": (_BLUE, "o"),
 }
 COLOURS = {method: colour for method, (colour, _) in _LOOKS.items()}
 MARKERS = {method: marker for method, (_, marker) in _LOOKS.items()}
+
+# Where the time of a request goes, and what a device is doing.
+PARTS = {"compute": "#b3bccb", "communication": _ORANGE, "wait": "#e6e6e6"}
+EVENTS = {
+    "compute": PARTS["compute"],
+    "all_reduce": _ORANGE,
+    "all_gather": _GREEN,
+    "all_to_all": _BLUE,
+    "reduce_scatter": _PINK,
+    "send": _RED,
+    "receive": _ROSE,
+    "wait": PARTS["wait"],
+}
 
 STYLE = {
     "font.size": 9,
@@ -49,6 +62,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "figure.figsize": (5.6, 3.8),
     "figure.dpi": 100,
 }
 
@@ -73,3 +87,19 @@ def save(run: RunFolder, name: str, figure) -> None:
     assert isinstance(figure, matplotlib.figure.Figure)
     with atomic_write(run.figures / f"{name}.png", "wb") as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+
+
+def draw_beside(
+    data: pd.DataFrame, x: str, published: str = "published", obtained: str = "obtained", error: str = "", **look
+) -> None:
+    """Draw a published column hollow and dashed beside an obtained one, on the current axes of a seaborn grid.
+
+    `error` names a column of standard errors of the obtained values. For `FacetGrid.map_dataframe`, which gives the
+    colour and, where there are hues, the label.
+    """
+    axis, known, label = plt.gca(), data.dropna(subset=obtained), look.get("label")
+    colour, stated, words = (look["color"], look["color"], None) if label else (_BLUE, _GREY, "published")
+    axis.plot(data[x], data[published], "D--", ms=5, lw=1, mfc="none", color=stated, label=words)
+    errors = known[error] if error else None
+    own = dict(fmt="o-", ms=4.5, capsize=2, color=colour, label=label or "obtained")
+    axis.errorbar(known[x], known[obtained], errors, **own)

@@ -26,13 +26,7 @@ from detransformer.training.studies import calibration_study, structures
 from detransformer.training.summary import (
     accuracy_table,
     loss_table,
-    of_row,
-    placement_table,
     pretraining_table,
-    table_iii,
-    table_note,
-    width_table,
-    wire_table,
 )
 
 __all__ = [
@@ -56,16 +50,10 @@ __all__ = [
     "loss_table",
     "make_config",
     "model_rows",
-    "of_row",
     "open_data",
     "pretrain",
     "pretrain_all",
-    "placement_table",
     "pretraining_table",
     "reduced_data",
     "structures",
-    "table_iii",
-    "table_note",
-    "width_table",
-    "wire_table",
 ]

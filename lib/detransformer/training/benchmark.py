@@ -46,7 +46,7 @@ from detransformer.machine import cpu_model, now, usable_cores
 from detransformer.models.decoupled_bert import BatchedLinear, DecoupledSelfAttention
 from detransformer.parse import number, one_of, whole_number
 from detransformer.record.provenance import own_commit
-from detransformer.record.run import RunFolder, to_markdown
+from detransformer.record.run import RunFolder
 from detransformer.training.checkpoints import Checkpointer, Progress
 from detransformer.training.config import PRECISIONS, ModelRow, PretrainConfig
 from detransformer.training.data import TrainingData, open_data
@@ -545,7 +545,7 @@ def bench_training_command(
     run.save_table(losses, "training_throughput_loss", note)
     shown = ["row", "implementation", "precision", "tokens_per_s", "spread", "speedup"]
     shown += ["mfu"] if throughput["mfu"].notna().any() else []
-    print(to_markdown(throughput[shown]))
+    print(throughput[shown].to_markdown(index=False, floatfmt=".4g"))
     print(note)
 
 

@@ -1,0 +1,187 @@
+"""The numbered notebooks of a clone: which there are, and one of them executed with papermill."""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+from detransformer.files import atomic_write
+from detransformer.record.run import RunFolder
+from detransformer.settings import data_environment
+
+KERNEL = "detransformer"
+# A notebook is run again when one whose results it reads has been: trained models, the profile of operations, tables.
+USES = {
+    "03_accuracy": ("02_pretraining",),
+    "05_placement": ("04_profiling",),
+    "06_latency": ("04_profiling",),
+    "07_peers": ("04_profiling", "06_latency"),
+    "08_scaling": ("06_latency",),
+    "09_adaptive": ("04_profiling",),
+    "10_generation": ("04_profiling",),
+    "12_comparison": ("02_pretraining", "11_decomposition"),
+    "13_aggregation": ("02_pretraining", "11_decomposition"),
+    "14_summary": ("03_accuracy", "06_latency", "07_peers"),
+}
+
+
+class NotebookFailed(Exception):
+    """A cell of a notebook raised, or its kernel died; the message is one paragraph for the user."""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One notebook, the names in its parameters cell, and the section of settings that the profile gives it."""
+
+    path: Path
+    names: tuple[str, ...]
+    settings: dict
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return USES.get(self.name, ())
+
+    def parameters(self, **values: object) -> dict:
+        """What papermill puts in place of the parameters cell's values: the settings and `values` that stand there."""
+        return {name: value for name, value in (self.settings | values).items() if name in self.names}
+
+
+def find_notebooks(root: Path, sections: dict[str, dict]) -> list[Notebook]:
+    """The numbered notebooks of the clone at `root` in order, with their profile's settings.
+
+    Raises:
+        FileNotFoundError: when there are none.
+        ValueError: for a section without a notebook, or a file that is no notebook.
+    """
+    import papermill  # slow to import
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise FileNotFoundError(f"No numbered notebooks in {root / 'notebooks'}; run this inside a complete clone.")
+    names = [path.stem for path in paths]
+    for section in sections:
+        if section not in names:
+            raise ValueError(
+                f"The profile has a section {section!r} but no such notebook; choose from {', '.join(names)}."
+            )
+    notebooks = []
+    for path in paths:
+        try:
+            known = tuple(papermill.inspect_notebook(path))
+        except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a notebook that can be read; restore it from git.") from error
+        notebooks.append(Notebook(path, known, dict(sections.get(path.stem, {}))))
+    return notebooks
+
+
+def select_notebooks(notebooks: list[Notebook], only: Iterable[str]) -> list[Notebook]:
+    """Those named by `only` ("06", "6" or "06_latency"), in order; all of them where `only` is empty."""
+    wanted = set()
+    for word in only:
+        found = [n.name for n in notebooks if n.name == word or n.name.startswith(f"{word.zfill(2)}_")]
+        if not found:
+            raise ValueError(f"--only {word} names no notebook; choose from {', '.join(n.name for n in notebooks)}.")
+        wanted.update(found)
+    return [n for n in notebooks if n.name in wanted] if wanted else list(notebooks)
+
+
+def execute(
+    notebook: Notebook, run: RunFolder, root: Path, profile: str, kernel: str, measure: bool = True, title: str = ""
+) -> None:
+    """Execute one notebook with a kernel (`this_interpreter`) and save the executed copy in the run.
+
+    What it measures is saved cell by cell, so that a notebook that fails leaves what it has done. A notebook that only
+    draws (`measure` False) replaces the copy of the run when all of it has worked.
+
+    Raises:
+        NotebookFailed: naming the notebook, the cell and the error.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    run_dir, profile = (_seen_from(notebook.path.parent, path, root) for path in (str(run.path.resolve()), profile))
+    target = run.notebooks / notebook.path.name
+    bar = {"desc": title or notebook.name, "file": sys.stderr}
+    if not sys.stderr.isatty():
+        bar |= {"mininterval": 20, "ascii": True, "ncols": 100}  # a log wants few lines
+    try:
+        executed = papermill.execute_notebook(
+            notebook.path,
+            target if measure else None,
+            parameters=notebook.parameters(run_dir=run_dir, profile=profile, measure=measure),
+            cwd=notebook.path.parent,
+            kernel_name=kernel,
+            language="python",
+            request_save_on_cell_execute=measure,
+            progress_bar=bar if measure else False,
+            coalesce_streams=True,  # of a progress bar, keep what it said last
+        )
+    except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}".strip(": ")
+        raise NotebookFailed(_failure(notebook, target, f"in code cell {error.exec_count}: {reason}")) from error
+    except (DeadKernelError, RuntimeError) as error:  # RuntimeError: the kernel died before it was ready
+        reason = f"because its kernel died, most often for want of memory: {error}"
+        raise NotebookFailed(_failure(notebook, target, reason)) from error
+    except (KeyboardInterrupt, SystemExit):
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that waited for the kernel fail as it ends
+        raise
+    executed.metadata.get("papermill", {}).update(input_path=notebook.path.name, output_path=notebook.path.name)
+    with atomic_write(target) as file:
+        file.write(nbformat.writes(executed).replace(str(root), ".") + "\n")  # no place of this machine
+
+
+@contextmanager
+def this_interpreter() -> Iterator[str]:
+    """The name of a kernel that is this interpreter, whatever kernels are installed: a spec in a folder of its own."""
+    from ipykernel.kernelspec import write_kernel_spec
+
+    env = {"TOKENIZERS_PARALLELISM": "false"}
+    env["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads of a kernel must not spin beside the workers
+    environment = data_environment()
+    if environment.mirror_named_by == "DETRANSFORMER_DATA":  # relative to the user's folder, not to notebooks/
+        env["DETRANSFORMER_DATA"] = str(environment.mirror)
+    # Nobody watches an executed notebook: tqdm writes its bars as text, where a saved widget could not be shown.
+    options = ["--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None"]
+    options.append("--IPKernelApp.log_level=50")  # warnings about its own sockets
+    before = os.environ.get("JUPYTER_PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "kernels", KERNEL)
+        write_kernel_spec(place, overrides={"env": env}, extra_arguments=options)
+        os.environ["JUPYTER_PATH"] = folder
+        try:
+            yield KERNEL
+        finally:
+            os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
+
+
+def _seen_from(folder: Path, path: str, root: Path) -> str:
+    """A path inside the clone as seen from `folder`, so that an executed notebook names no place outside it."""
+    whole = Path(path).resolve()
+    return os.path.relpath(whole, folder) if whole.exists() and whole.is_relative_to(root.resolve()) else path
+
+
+def _failure(notebook: Notebook, target: Path, reason: str) -> str:
+    reason = " ".join(reason.split())
+    reason = reason if len(reason) <= 600 else reason[:600] + " ..."
+    return (
+        f"Notebook {notebook.name} stopped {reason}\n"
+        f"What was finished is kept, the cells run so far are in {shown(target)}, "
+        f"and the same command continues from {notebook.name}."
+    )
+
+
+def shown(path: Path) -> str:
+    """`path` relative to the current directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,352 @@
+"""Table III and its noise: scores over seeds, differences to the original model, means over tasks, and trends.
+
+Pure functions of the rows of fine-tuning runs (table `accuracy_runs`) and of pre-trained models (table `pretraining`).
+The same seed means the same data order and the same first weights of the head, so seeds of two models are paired.
+"Beyond noise" is one rule everywhere: further from zero than two standard errors over the seeds. With two seeds chance
+alone passes it in three cases of ten (`chance_beyond_noise`), and of 45 differences some always pass.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as students_t
+
+from detransformer.record.intervals import NUM_ERRORS, around
+from detransformer.record.verdict import Verdict
+
+ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
+PUBLISHED_STRUCTURE = {"attention_width": "full", "original_placement": "last"}
+PUBLISHED_COLUMNS = {  # Table III's tasks in its order, and their columns in data/published/table_iii.csv
+    "CoLA": "cola_mcc",
+    "SST-2": "sst2_acc",
+    "MRPC": "mrpc_acc",
+    "MNLI": "mnli_acc",
+    "SQuAD": "squad_acc",
+}
+METRICS = {"CoLA": "mcc", "SST-2": "accuracy", "MRPC": "accuracy", "MNLI": "accuracy", "SQuAD": "exact_match"}
+MLM = "MLM"  # the sixth column, ours: perplexity of held-out text, lower is better
+MARGINS = {"exact_match": 10.0, "f1": 10.0}  # points above guessing that count as learned, at least, by metric
+MARGIN = 1.0  # the same, of other metrics
+KEPT_PERCENT = 98.0  # of the original's mean score: "comparable accuracy"
+FIXED = 4  # Nb of the trend over Ndiv, and Ndiv of the trend over Nb (Section IV-B)
+TRENDS = {  # name: (varies, is fixed, one step)
+    "Nb": ("num_original_layers", "num_divisions", "original layer"),
+    "Ndiv": ("num_divisions", "num_original_layers", "doubling of Ndiv"),
+}
+
+
+# --- Rows --------------------------------------------------------------------------------------------------------
+
+
+def structure_names(rows: pd.DataFrame) -> list[str]:
+    """A name for each row's structure: `original`, `Nb=4, Ndiv=4`, or with its variant, `Nb=4, Ndiv=4, narrow`."""
+    names = []
+    for row in rows.to_dict("records"):
+        parts = ["original" if pd.isna(row["num_divisions"]) else f"Nb={row['num_original_layers']:g}"]
+        parts += [] if pd.isna(row["num_divisions"]) else [f"Ndiv={row['num_divisions']:g}"]
+        names.append(", ".join(parts + [row[n] for n, v in PUBLISHED_STRUCTURE.items() if row.get(n, v) != v]))
+    return names
+
+
+def published_structure(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have the published structure, not a variant of it."""
+    return rows[(rows[list(PUBLISHED_STRUCTURE)] == pd.Series(PUBLISHED_STRUCTURE)).all(axis=1)]
+
+
+def is_original(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of the unmodified model: they name no number of original layers."""
+    return rows["num_original_layers"].isna()
+
+
+def learned(rows: pd.DataFrame) -> pd.Series:
+    """Whether each row's score is above what guessing scores: the most frequent label, or, of questions, no answer.
+
+    Above by a margin (`MARGINS`; a few exact answers among a thousand questions are luck) and by two standard errors
+    that the size of the validation set alone makes: with n rows a Matthews correlation of nothing has 1/sqrt(n), a
+    share p has sqrt(p (1 - p) / n).
+    """
+    scores = rows["score"] if "score" in rows else rows["obtained_mean"]
+    share = rows["majority_score"].astype(float) / 100
+    variance = (share * (1 - share)).where(rows["metric"] != "mcc", 1.0)
+    error = 100 * np.sqrt(variance / rows["eval_rows"].astype(float))
+    margin = rows["metric"].map(MARGINS).fillna(MARGIN)
+    above = (NUM_ERRORS * error).fillna(0).clip(lower=margin)
+    return scores.astype(float) > rows["majority_score"].astype(float) + above
+
+
+def paired_std_error(ours: pd.Series, originals: pd.Series) -> float:
+    """Standard error of mean(ours) - mean(originals), two series of scores by seed; NaN where one seed is all there is.
+
+    Seeds that both have are paired; with fewer than two of them the two spreads are added as if independent.
+    """
+    pairs = (ours - originals).dropna()
+    if len(pairs) >= 2:
+        return float(pairs.std(ddof=1) / len(pairs) ** 0.5)
+    return math.hypot(*(scores.std(ddof=1) / len(scores) ** 0.5 for scores in (ours, originals)))
+
+
+def chance_beyond_noise(num_seeds: int) -> float:
+    """How often two equal models of `num_seeds` paired seeds differ by more than two standard errors (Student's t)."""
+    return float(2 * students_t.sf(NUM_ERRORS, num_seeds - 1))
+
+
+# --- Table III ---------------------------------------------------------------------------------------------------
+
+
+def table_iii(
+    runs: pd.DataFrame, published: pd.DataFrame, profile: str = "", pretraining: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Table III, one row a published cell: obtained mean and standard deviation over seeds, or why there is none.
+
+    Beside them each cell's difference to the original of its model: published; obtained; its standard error, from the
+    differences seed by seed where two or more seeds are common, else from both spreads; and whether it is beyond noise
+    (empty where there is one seed). With `pretraining` each model gets a sixth cell, task MLM: perplexity (lower is
+    better) and loss on held-out text. Rows of other structures than the published one are left out.
+
+    Args:
+        runs: one row a fine-tuning run (`training.accuracy_table`).
+        published: the paper's table (data/published/table_iii.csv).
+        profile: named in the status of cells that were not run.
+        pretraining: one row a pre-trained model (`training.pretraining_table`).
+    """
+    scored, keys = _scores(runs, pretraining), [*ROW_COLUMNS, "task"]
+    found = scored.groupby(keys, dropna=False).agg(
+        obtained_mean=("score", "mean"),
+        obtained_std=("score", lambda scores: scores.std(ddof=1)),
+        num_seeds=("score", "size"),
+        valid_loss=("valid_loss", "mean"),
+        **{name: (name, "first") for name in ("majority_score", "train_rows", "eval_rows", "source")},
+    )
+    tasks = [*PUBLISHED_COLUMNS, *([] if pretraining is None else [MLM])]
+    cells = published_cells(published)
+    cells = pd.concat([cells, cells.drop_duplicates(ROW_COLUMNS).assign(task=MLM, published=math.nan)])
+    cells["task"] = pd.Categorical(cells["task"], tasks)
+    cells = cells[cells["task"].notna()].sort_values(["place", "task"]).astype({"task": str})
+    table = cells.drop(columns="place").merge(found.reset_index(), "left", on=keys)
+    table["num_seeds"] = table["num_seeds"].fillna(0).astype(int)
+    table["status"] = np.where(
+        table["num_seeds"] > 0, "measured", f"not run (profile {profile})" if profile else "not run"
+    )
+    table["metric"] = table["task"].map(METRICS | {MLM: "perplexity"})
+    return _with_differences(table, scored).astype({"num_original_layers": "Int64", "num_divisions": "Int64"})
+
+
+def published_cells(published: pd.DataFrame) -> pd.DataFrame:
+    """The paper's table in long form: model, Nb, Ndiv (empty for the original), task, published, place (its line)."""
+    named = published.set_axis([*ROW_COLUMNS, *PUBLISHED_COLUMNS], axis=1).assign(place=range(len(published)))
+    cells = named.melt([*ROW_COLUMNS, "place"], list(PUBLISHED_COLUMNS), "task", "published")
+    for name in ROW_COLUMNS[1:]:
+        cells[name] = pd.to_numeric(cells[name].replace("original", None)).astype(float)
+    return cells
+
+
+def _scores(runs: pd.DataFrame, pretraining: pd.DataFrame | None) -> pd.DataFrame:
+    """One row a score, with MLM's perplexities among them; `seed` names the pre-training's too where it has several."""
+    runs = published_structure(runs).assign(valid_loss=math.nan)
+    if "pretraining_seed" in runs and runs["pretraining_seed"].notna().all():
+        runs["seed"] = list(zip(runs["pretraining_seed"], runs["seed"], strict=True))
+    if pretraining is not None:
+        texts = published_structure(pretraining)
+        known = dict(task=MLM, score=texts["perplexity"], majority_score=math.nan)
+        runs = pd.concat([runs, texts.assign(**known, train_rows=None, eval_rows=None)])
+    return runs.astype(dict.fromkeys(ROW_COLUMNS[1:], float))
+
+
+def _with_differences(table: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
+    """Adds each row's difference to the original of its model and task: published, obtained, error, beyond noise."""
+    by_seed = {
+        key: rows.set_index("seed")["score"] for key, rows in scored.groupby([*ROW_COLUMNS, "task"], dropna=False)
+    }
+    by_seed = {tuple(None if part != part else part for part in key): scores for key, scores in by_seed.items()}
+    base = table[is_original(table)].set_index(["model", "task"])
+    rows = []
+    for row in table.itertuples():
+        published, obtained, error = math.nan, math.nan, math.nan
+        if not pd.isna(row.num_original_layers):
+            original = base.loc[(row.model, row.task)]
+            published = row.published - original["published"]
+            obtained = row.obtained_mean - original["obtained_mean"]
+            ours = by_seed.get((row.model, row.num_original_layers, row.num_divisions, row.task))
+            theirs = by_seed.get((row.model, None, None, row.task))
+            error = math.nan if ours is None or theirs is None else paired_std_error(ours, theirs)
+        beyond = pd.NA if obtained != obtained or error != error else abs(obtained) > NUM_ERRORS * error
+        rows.append((published, obtained, error, beyond))
+    names = ["published_difference", "obtained_difference", "difference_std_error", "beyond_noise"]
+    return table.assign(**pd.DataFrame(rows, columns=names)).astype({"beyond_noise": "boolean"})
+
+
+def typed(table: pd.DataFrame) -> pd.DataFrame:
+    """`table_iii` as it was before it was saved: Nb and Ndiv whole numbers, `beyond_noise` true, false or missing."""
+    kinds = dict.fromkeys(ROW_COLUMNS[1:], "Int64") | {"beyond_noise": "boolean"}
+    return table.astype(kinds)
+
+
+def std_errors(rows: pd.DataFrame) -> pd.Series:
+    """Standard errors of the obtained means; NaN where one seed is all there is."""
+    seeds = rows["num_seeds"].astype(float)
+    return (rows["obtained_std"].astype(float) / seeds**0.5).where(seeds > 1)
+
+
+def scores_wide(table: pd.DataFrame) -> pd.DataFrame:
+    """Table III in the paper's form, each cell `published / obtained ± standard deviation over seeds`.
+
+    An arrow marks what is better (up) or worse (down) than the original beyond noise.
+    """
+    rows = typed(table)
+    better = (rows["obtained_difference"] > 0) != (rows["task"] == MLM)
+    marks = np.where(rows["beyond_noise"].fillna(False), np.where(better, " ▲", " ▼"), "")
+    published = ["" if value != value else f"{value:.2f} / " for value in rows["published"]]
+    spread = [f" ± {value:.2f}" if value == value else "" for value in rows["obtained_std"]]
+    obtained = ["not run" if mean != mean else f"{mean:.2f}" for mean in rows["obtained_mean"]]
+    cells = ["".join(parts) for parts in zip(published, obtained, spread, marks, strict=True)]
+    rows = rows.assign(structure=structure_names(rows), cell=cells, task=rows["task"].replace(MLM, "perplexity"))
+    wide = rows.pivot(index=["model", "structure"], columns="task", values="cell")
+    order = rows[["model", "structure"]].drop_duplicates()
+    return wide.loc[pd.MultiIndex.from_frame(order), list(dict.fromkeys(rows["task"]))]
+
+
+# --- Means and trends --------------------------------------------------------------------------------------------
+
+
+def mean_score(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a model and kind of mean: over the tasks measured (`all`), and over those the original learned.
+
+    Columns: over, tasks, num_tasks; published, published_share (per cent of the original's mean of the same tasks);
+    obtained, obtained_std_error, obtained_share, share_std_error; judged (by `record.verdict`): whether the share is
+    `KEPT_PERCENT` or more, not tested unless the original has learned all these tasks and there are several seeds. The
+    error is of the fine-tuning seeds, tasks counted as independent.
+    """
+    frame = typed(table)
+    frame = frame[frame["task"] != MLM]
+    rows = []
+    for structure, cells in frame.groupby(ROW_COLUMNS, sort=False, dropna=False):
+        cells = cells.set_index("task")
+        base = frame[(frame["model"] == structure[0]) & is_original(frame)].set_index("task").reindex(cells.index)
+        both = cells["obtained_mean"].notna() & base["obtained_mean"].notna()
+        for over, chosen in (("all", both), ("learned", both & learned(base))):
+            # What was not run is published still.
+            shown = chosen if chosen.any() or over == "learned" else chosen | True
+            row = {"over": over, "tasks": ", ".join(cells.index[shown]) or "none", "num_tasks": int(chosen.sum())}
+            row |= _shares(cells[shown], base[shown], is_base=pd.isna(structure[1]))
+            tested = chosen.any() and bool(learned(base[chosen]).all())
+            row["judged"] = "" if pd.isna(structure[1]) else _kept(row, tested)
+            rows.append(dict(zip(ROW_COLUMNS, structure, strict=True)) | row)
+    return pd.DataFrame(rows).astype(dict.fromkeys(ROW_COLUMNS[1:], "Int64"))
+
+
+def _shares(cells: pd.DataFrame, base: pd.DataFrame, is_base: bool) -> dict[str, float]:
+    """Means over the tasks of `cells`, and their shares of the original's (`base`, same tasks) in per cent."""
+    names = {"published": "published", "obtained": "obtained_mean"}
+    means = {name: float(cells[column].mean(skipna=False)) for name, column in names.items()}
+    originals = {name: float(base[column].mean(skipna=False)) or math.nan for name, column in names.items()}
+    error = math.nan
+    if not is_base:  # share = 1 + difference / original: errors of the paired difference and of the divisor
+        less = means["obtained"] / originals["obtained"] - 1
+        error = math.hypot(_mean_error(cells["difference_std_error"]), less * _mean_error(std_errors(base)))
+    return {
+        "published": means["published"],
+        "published_share": 100 * means["published"] / originals["published"],
+        "obtained": means["obtained"],
+        "obtained_std_error": _mean_error(std_errors(cells)),
+        "obtained_share": 100 * means["obtained"] / originals["obtained"],
+        "share_std_error": 100 * error / originals["obtained"],
+    }
+
+
+def _mean_error(errors: pd.Series) -> float:
+    """Standard error of a mean of independent values; NaN where one of them has none."""
+    return float((errors**2).sum(skipna=False) ** 0.5 / len(errors)) if len(errors) else math.nan
+
+
+def _kept(row: dict, tested: bool) -> str:
+    low, high = around(row["obtained_share"], row["share_std_error"])
+    known = dict(kind="measured", low=low, high=high, tested=tested and low == low)
+    return Verdict("share kept", KEPT_PERCENT, row["obtained_share"], side="at least", **known).judged
+
+
+def trends(table: pd.DataFrame) -> pd.DataFrame:
+    """How scores change with Nb (at Ndiv=4) and with Ndiv (at Nb=4): one row a model, trend and task, `mean` and MLM.
+
+    `published_slope` and `obtained_slope` are of straight lines by least squares, in points an original layer or a
+    doubling of Ndiv (MLM: in perplexity), over the points that were measured; `slope_std_error` is over the seeds,
+    rows counted as independent. MLM has no published value: it is expected to go against the published mean, lower
+    being better. judged: by `record.verdict`; where it is "not tested", why: one seed | at chance (no row has learned
+    the task) | not run (fewer than two points).
+    """
+    frame = typed(table)
+    frame["error"] = std_errors(frame)
+    rows = []
+    for model, of_model in frame.groupby("model", sort=False):
+        for trend, (varies, fixed, step) in TRENDS.items():
+            line = of_model[(of_model[fixed] == FIXED) & of_model[varies].notna()].sort_values(varies, kind="stable")
+            if line[varies].nunique() < 2:
+                continue
+            place = {"model": model, "trend": trend, "at": f"{'Ndiv' if trend == 'Nb' else 'Nb'}={FIXED}", "step": step}
+            chance = _at_chance(pd.concat([line, of_model[is_original(of_model)]]))
+            found = [_slopes(task, points, trend, chance) for task, points in _lines(line, varies, chance)]
+            mean = next(row["published_slope"] for row in found if row["task"] == "mean")
+            rows += [place | row | {"judged": _slope_verdict(row, mean)} for row in found]
+    return pd.DataFrame(rows)
+
+
+def _at_chance(cells: pd.DataFrame) -> set[str]:
+    """Tasks that were run and that no row has learned."""
+    ran = cells[(cells["task"] != MLM) & cells["obtained_mean"].notna() & cells["majority_score"].notna()]
+    return {task for task, group in ran.groupby("task") if not learned(group).any()}
+
+
+def _lines(line: pd.DataFrame, varies: str, chance: set[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(task, points) of every task, of their mean, of the mean of the learned, and of MLM; points by what varies."""
+    line = line.rename(columns={"obtained_mean": "obtained"}).set_index(varies)
+    parts = {
+        task: cells[["published", "obtained", "error", "num_seeds"]] for task, cells in line.groupby("task", sort=False)
+    }
+    tasks = [task for task in parts if task != MLM]
+    known = [task for task in tasks if task not in chance]
+    yield from ((task, parts[task]) for task in tasks)
+    yield "mean", _mean_points([parts[task] for task in tasks])
+    if known and len(known) < len(tasks):
+        yield "mean of learned", _mean_points([parts[task] for task in known])
+    if MLM in parts:
+        yield MLM, parts[MLM]
+
+
+def _mean_points(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """The mean over those tasks that were measured anywhere on the line; empty at points that lack one of them."""
+    parts = [part for part in parts if part["obtained"].notna().any()] or parts
+    mean = {name: sum(part[name] for part in parts) / len(parts) for name in ("published", "obtained")}
+    mean["error"] = sum(part["error"] ** 2 for part in parts) ** 0.5 / len(parts)
+    return pd.DataFrame(mean | {"num_seeds": pd.concat([part["num_seeds"] for part in parts], axis=1).min(axis=1)})
+
+
+def _slopes(task: str, points: pd.DataFrame, trend: str, chance: set[str]) -> dict:
+    """Slopes of one line by least squares, their error, and why they say nothing, if they do not."""
+    measured = points[points["obtained"].notna()]
+    used = measured if len(measured) > 1 else points
+    place = pd.Series(used.index.astype(float), used.index)
+    place = place if trend == "Nb" else np.log2(place)
+    weights = (place - place.mean()) / ((place - place.mean()) ** 2).sum()
+    slopes = {name: (weights * used[name].astype(float)).sum(skipna=False) for name in ("published", "obtained")}
+    error = ((weights * used["error"]) ** 2).sum(skipna=False) ** 0.5
+    at_chance = task in chance or (task == "mean" and bool(chance))
+    reasons = [(pd.isna(slopes["obtained"]), "not run"), (at_chance, "at chance"), (pd.isna(error), "one seed")]
+    return {
+        "task": task,
+        "points": ", ".join(str(x) for x in measured.index),
+        "published_slope": slopes["published"],
+        "obtained_slope": slopes["obtained"],
+        "slope_std_error": error,
+        "num_seeds": measured["num_seeds"].min() if len(measured) else 0,
+        "why": next((why for is_so, why in reasons if is_so), ""),
+    }
+
+
+def _slope_verdict(row: dict, published_mean: float) -> str:
+    low, high = around(row["obtained_slope"], row["slope_std_error"])
+    known = dict(kind="measured", low=low, high=high, tested=not row["why"])
+    if row["task"] == MLM:  # no published slope, only the side it should be on
+        side = "below" if published_mean > 0 else "above"
+        return Verdict(row["task"], 0.0, row["obtained_slope"], side=side, **known).judged
+    return Verdict(row["task"], row["published_slope"], row["obtained_slope"], neutral=0.0, **known).judged

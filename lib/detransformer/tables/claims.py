@@ -1,0 +1,125 @@
+"""The six claims that the README opens with, as sentences made of a run's saved tables (`claims_table`)."""
+
+import pandas as pd
+
+from detransformer.record.intervals import MIN_SAMPLES
+from detransformer.record.published import published_claim
+from detransformer.record.run import RunFolder
+from detransformer.tables.accuracy import MLM, is_original, learned, mean_score
+from detransformer.tables.latency import VARIANTS, links_of, select, single_rows, speedup, valid_rows
+
+COLUMNS = ["claim", "paper", "here", "kind", "how sure"]
+PACES = {"measured": "paced by measured efficiency", "roofline": "roofline pace (small products cost no more)"}
+
+
+def claims_table(run: RunFolder) -> pd.DataFrame:
+    """One row a claim: what the paper has, what was found here, what kind of number that is and how sure it is.
+
+    A row whose rows were not measured is left out.
+    """
+    latency = run.load_table("latency", "06_latency")
+    rows = [*latency_claims(latency), accuracy_claim(run.load_table("table_iii", "03_accuracy")), same_outputs(latency)]
+    if run.has_table("chaos"):
+        rows.append(under_faults(run.load_table("chaos")))
+    return pd.DataFrame([row for row in rows if row], columns=COLUMNS)
+
+
+def latency_claims(latency: pd.DataFrame) -> list[tuple | None]:
+    """Block over tensor parallelism, over the same runtime without decoupling, and over one device."""
+    rows = valid_rows(latency)
+    link = next(iter(links_of(rows)), "")
+    base, large = (dict(model=model, link=link) for model in ("bert-base", "bert-large"))
+    block = {words: VARIANTS[key] for words, key in (("with the paper's plans", "paper"), ("with our plans", "ours"))}
+    at_125 = dict(base, bandwidth_mbps=125)
+    tensor = {
+        words: (select(rows, method="tp", **at_125), select(rows, method=m, **at_125)) for words, m in block.items()
+    }
+    alike = {
+        f"at {mbps:g} Mbps": [select(rows, method=m, bandwidth_mbps=mbps, **base) for m in ("auto", "bp+auto")]
+        for mbps in sorted(rows["bandwidth_mbps"].dropna().unique())
+    }
+    one, at_500 = single_rows(rows, "bert-large"), dict(large, bandwidth_mbps=500)
+    alone = {words: (one, select(rows, method=m, **at_500)) for words, m in block.items()}
+    paced = "; the one device is paced to its published latency"
+    return [
+        _speedup_row("Block over tensor parallelism (BERT-Base, 4 devices, 125 Mbps)", "max_speedup_over_tp", tensor),
+        _speedup_row("What decoupling itself buys: the same runtime, decoupled over unmodified BERT-Base", "", alike),
+        _speedup_row(
+            "Block parallelism over one device (BERT-Large, 4 devices, 500 Mbps)",
+            "bert_large_bp_auto_speedup_over_single_500mbps_4dev", alone, paced,
+        ),
+    ]  # fmt: skip
+
+
+def _speedup_row(claim: str, stated: str, pairs: dict, more: str = "") -> tuple | None:
+    """A claim of speedups: `pairs` of (slower, faster) rows by the words that say which plans or link they are of."""
+    pairs = {words: pair for words, pair in pairs.items() if all(len(rows) for rows in pair)}
+    if not pairs:
+        return None
+    parts = []
+    for words, pair in pairs.items():
+        value, low, high = speedup(*pair)
+        parts.append(f"{value:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low == low else "") + f" {words}")
+    compared = pd.concat([rows[rows["method"] != "single"] for pair in pairs.values() for rows in pair])
+    paper = f"{published_claim(stated):g}x" if stated else "-"
+    return claim, paper, "; ".join(parts), "emulated", _how_sure(compared) + more
+
+
+def _how_sure(rows: pd.DataFrame) -> str:
+    """Requests a row, whether there is an interval, and the pace of the rows compared."""
+    fewest, scales = rows["repeats"].min(), sorted(rows["time_scale"].unique())
+    enough = fewest >= MIN_SAMPLES and len(scales) == 1
+    words = [f"{fewest:g} request{'s' if fewest > 1 else ''} a row, {'95% intervals' if enough else 'no interval'}"]
+    paces = list(rows["pace"].unique())
+    words.append(PACES[paces[0]] if len(paces) == 1 else "paces differ")
+    if len(scales) > 1:
+        words.append(f"time scales differ ({scales[0]:g} to {scales[-1]:g})")
+    return "; ".join(words)
+
+
+def accuracy_claim(table: pd.DataFrame) -> tuple | None:
+    """Whether Table III was tested at Nb=4, Ndiv=4: only where the original model has learned the tasks."""
+    means = mean_score(table)
+    ours = means[(means["num_original_layers"] == 4) & (means["num_divisions"] == 4) & (means["over"] == "all")]
+    ours = ours[ours["obtained"].notna()]
+    if not len(ours):
+        return None
+    mean = ours.iloc[0]
+    ran = table[(table["task"] != MLM) & table["obtained_mean"].notna() & (table["model"] == mean["model"])]
+    originals = ran[is_original(ran)].set_index("task")
+    known = list(originals.index[learned(originals)])
+    here = mean["judged"] if mean["judged"] != "holds" else f"{mean['obtained_share']:.1f}%"
+    if len(known) < len(originals):
+        here += f": the original has learned {len(known)} of {len(originals)} tasks"
+        cut = ran[(ran["num_original_layers"] == 4) & (ran["num_divisions"] == 4)].set_index("task").loc[known]
+        for task, row in cut.iterrows():
+            here += f"; {task} {row['obtained_mean']:.1f}, original {originals['obtained_mean'][task]:.1f}"
+            error = row["difference_std_error"]
+            here += f" (difference {row['obtained_difference']:+.1f} ± {error:.1f})" if error == error else ""
+    sure = f"small models, one pre-training each, {ran['num_seeds'].min():g} fine-tuning seeds or more"
+    published = f"{mean['published_share']:.1f}% of the original's"
+    return "Accuracy after decoupling (Table III)", published, here, "measured", sure
+
+
+def same_outputs(latency: pd.DataFrame) -> tuple | None:
+    """The largest error of the outputs of any measured plan, in float32, among rows rejected for it too."""
+    rows = latency[(latency["wire"] == "float32") & latency["relative_error"].notna() & (latency["num_devices"] > 1)]
+    if not len(rows):
+        return None
+    here = f"relative error {rows['relative_error'].max():.0e} at most (float32)"
+    sure = f"all {len(rows)} distributed float32 rows, rejected ones included; tests also compare in float64"
+    return "Every plan computes what one device computes", "-", here, "measured", sure
+
+
+def under_faults(rows: pd.DataFrame) -> tuple:
+    """What became of requests to a serving cluster that was broken on purpose (table `chaos`)."""
+    bad = f"{rows['lost'].sum()}, {rows['wrong'].sum()}, {rows['twice'].sum()} of {rows['requests'].sum()}"
+    sure = "a small BERT under tensor parallelism, three devices on one machine; "
+    sure += "a request past its own deadline is not lost"
+    return f"Requests lost, wrong, answered twice under {len(rows)} faults", "-", bad, "measured", sure
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The table as Markdown lines, as the README has it."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,216 @@
+"""Tables II and IV of the DATE paper, and which rows of the bench count in all tables of latency.
+
+Pure functions of the bench table `latency`: one row a method, model, bandwidth and number of devices. Rows that failed
+their self-check are left out, and what was not measured reads "not run".
+"""
+
+import itertools
+
+import pandas as pd
+
+from detransformer.record.intervals import MIN_SAMPLES, bootstrap_ratio, samples_of
+
+NUM_DEVICES = 4  # the paper's testbed
+NUM_ORIGINAL_LAYERS, NUM_DIVISIONS = 4, 4  # Section IV-C-1: DeTransformer's configuration for Table IV and Fig. 7
+SEQ_LEN = 128
+MIB = 2**20
+BASELINES = ("tp", "sp")
+MODEL_NAMES = {
+    "bert-base": "BERT-Base",
+    "bert-large": "BERT-Large",
+    "gpt2": "GPT-2",
+    "gpt2-medium": "GPT-2 Medium",
+    "gpt2-large": "GPT-2 Large",
+    "gpt2-xl": "GPT-2 XL",
+    "opt-6.7b-shape": "7B shape",
+}
+METHOD_NAMES = {  # in the order of tables and legends
+    "single": "Single",
+    "dp": "DP",
+    "pp": "PP",
+    "tp": "TP",
+    "sp": "SP",
+    "ulysses": "Ulysses",
+    "galaxy": "Galaxy",
+    "dtensor": "DTensor",
+    "auto": "Auto (unmodified)",
+    "bp+tp": "BP+TP",
+    "bp+sp": "BP+SP",
+    "bp+allgather": "BP+Allgather",
+    "bp+ulysses": "BP+Ulysses",
+    "bp+heads": "BP+Heads",
+    "bp+paper": "BP+Paper",
+    "bp+auto": "BP+Auto",
+    "bp+narrow": "BP+Narrow",
+}
+# DeTransformer's plans: the best of the paper's three, ours, and ours with the sub-block of the authors' latency code.
+VARIANTS = {"paper": "bp+paper", "ours": "bp+auto", "narrow": "bp+narrow"}
+
+
+def checked_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that passed their self-check."""
+    return rows[rows["valid"].astype(bool)]
+
+
+def comparable_rows(latency: pd.DataFrame) -> pd.DataFrame:
+    """Valid rows of one request of 128 tokens with full attention (or `bp+narrow`), in any wire format, of one pace."""
+    rows = checked_rows(latency)
+    as_named = (rows["attention_width"] != "narrow") | (rows["method"] == "bp+narrow")  # empty for original models
+    return _of_one_pace(rows[(rows["seq_len"] == SEQ_LEN) & (rows["batch_size"] == 1) & as_named])
+
+
+def _of_one_pace(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of a model at a bandwidth, the rows of the measured pace where there are any, else those of the roofline."""
+    is_measured, single = rows["pace"] == "measured", rows["method"] == "single"
+    place = ["model", "link", "bandwidth_mbps"]
+    preferred = is_measured.groupby([rows[name] for name in place], dropna=False).transform("any")
+    # A single device uses no link, so that it counts at every bandwidth.
+    preferred = preferred.where(~single, (is_measured & single).groupby(rows["model"]).transform("any"))
+    return rows[is_measured | ~preferred.astype(bool)]
+
+
+def valid_rows(latency: pd.DataFrame) -> pd.DataFrame:
+    """The paper's setting: `comparable_rows` whose messages are float32."""
+    rows = comparable_rows(latency)
+    return rows[rows["wire"] == "float32"]
+
+
+def links_of(latency: pd.DataFrame) -> list[str]:
+    """The kinds of link that distributed rows were measured over."""
+    return sorted(latency.loc[latency["method"] != "single", "link"].dropna().unique())
+
+
+def single_rows(latency: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Rows of the original model on one device."""
+    single = (latency["method"] == "single") & (latency["model"] == model)
+    return latency[single & latency["num_original_layers"].isna()]
+
+
+def single_latency(latency: pd.DataFrame, model: str) -> float:
+    """Median latency of the original model on one device in seconds; NaN where it was not measured."""
+    return float(single_rows(latency, model)["latency_s"].median())
+
+
+def select(
+    latency: pd.DataFrame,
+    model: str,
+    method: str,
+    *,
+    link: str | None = None,
+    bandwidth_mbps: float | None = None,
+    num_devices: int | None = NUM_DEVICES,
+) -> pd.DataFrame:
+    """Rows of one method; of block-parallel ones (`bp+...`) those of Nb=4 and Ndiv=4, or of as many divisions as
+    there are devices where those are more."""
+    rows = latency[(latency["model"] == model) & (latency["method"] == method)]
+    if method.startswith("bp"):
+        divisions = rows["num_devices"].clip(lower=NUM_DIVISIONS)
+        rows = rows[(rows["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (rows["num_divisions"] == divisions)]
+    for column, wanted in (("link", link), ("bandwidth_mbps", bandwidth_mbps), ("num_devices", num_devices)):
+        if wanted is not None:
+            rows = rows[rows[column] == wanted]
+    return rows
+
+
+def normalised(latency: pd.DataFrame) -> pd.DataFrame:
+    """Distributed rows with `normalised` (latency over the single device's) and `speedup` (its inverse) added.
+
+    Rows of a model without a valid single-device latency are left out.
+    """
+    rows = latency[latency["method"] != "single"]
+    base = rows["model"].map({model: single_latency(latency, model) for model in rows["model"].unique()}).astype(float)
+    return rows.assign(normalised=rows["latency_s"] / base, speedup=base / rows["latency_s"])[base.notna()]
+
+
+def speedup(slower: pd.DataFrame, faster: pd.DataFrame) -> tuple[float, float, float]:
+    """How many times as fast the rows `faster` are as `slower`, by their medians, and its 95% interval.
+
+    The interval is NaN unless each is one row of the same pace and time scale, with `MIN_SAMPLES` requests or more.
+    """
+    value = slower["latency_s"].median() / faster["latency_s"].median()
+    pairs = ("pace", "time_scale")
+    if len(slower) == len(faster) == 1 and all(slower[name].iloc[0] == faster[name].iloc[0] for name in pairs):
+        samples = [samples_of(rows["samples_s"].iloc[0]) for rows in (slower, faster)]
+        if len(samples[0]) == len(samples[1]) >= MIN_SAMPLES:
+            return value, *bootstrap_ratio(*samples)
+    return value, float("nan"), float("nan")
+
+
+def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Table IV: speedup of DeTransformer (Nb=4, Ndiv=4) over TP and SP on 4 devices.
+
+    One row a published cell, link and variant (`VARIANTS`; other than the paper's where it was measured):
+    bandwidth_mbps, model, baseline, variant, method, published, obtained, low, high (the interval, where there are
+    repeats), ratio, link, status (measured | not run).
+    """
+    rows, cells = valid_rows(latency), []
+    for link, variant, cell in itertools.product(links_of(rows) or [""], VARIANTS, published.to_dict("records")):
+        place = dict(link=link, bandwidth_mbps=cell["bandwidth_mbps"])
+        method = VARIANTS[variant]
+        block = select(rows, cell["model"], method, **place)
+        for baseline in BASELINES:
+            expected = cell[f"over_{baseline}"]
+            obtained, low, high = speedup(select(rows, cell["model"], baseline, **place), block)
+            row = {"bandwidth_mbps": cell["bandwidth_mbps"], "model": cell["model"], "baseline": baseline}
+            row |= {"variant": variant, "method": method if len(block) else "", "published": expected}
+            row |= {"obtained": obtained, "low": low, "high": high, "ratio": obtained / expected, "link": link}
+            cells.append(row | {"status": "measured" if obtained == obtained else "not run"})
+    table = pd.DataFrame(cells)
+    measured = table.groupby(["link", "variant"])["obtained"].transform("count") > 0
+    return table[measured | (table["variant"] == "paper")].reset_index(drop=True)
+
+
+TABLE_II_METHODS = {"BP": "bp+paper", "BP (ours)": "bp+auto"}
+# Attribute of Table II: what is measured for it, and whether more of it is better.
+ATTRIBUTES = {
+    "latency_reduction": ("latency_s", False),
+    "throughput_increase": ("throughput_rps", True),
+    "memory_reduction": ("weights_bytes", False),
+}
+GAIN = 0.02  # of one device; repeats of one measurement differ by about that much
+
+
+def table_ii(
+    latency: pd.DataFrame, published: pd.DataFrame, model: str = "bert-base", bandwidth_mbps: float = 500
+) -> pd.DataFrame:
+    """Table II measured: does each approach lower latency, raise throughput and save memory against one device?
+
+    One row an approach, the single device first: latency_s, throughput_rps, weights_mib and peak_rss_mib (of the
+    fullest device), their ratios to the single device, and yes, no or not run beside the published mark. The mark for
+    memory is by the weights. Of the bandwidths measured, the nearest to the wanted one counts.
+    """
+    latency = valid_rows(latency)
+    link = next(iter(links_of(latency)), "")
+    single, nearest = single_rows(latency, model), _nearest(latency, link, bandwidth_mbps)
+    marks = published.set_index(published["method"].str.upper())
+    rows = [{"approach": "Single", "method": "single", "link": link} | _absolute(single)]
+    for approach in dict.fromkeys([*marks.index, *TABLE_II_METHODS]):
+        found = select(nearest, model, TABLE_II_METHODS.get(approach, approach.lower()), link=link)
+        if approach not in marks.index and not len(found):
+            continue
+        row = {"approach": approach, "method": next(iter(found["method"]), ""), "link": link}
+        row |= {"bandwidth_mbps": found["bandwidth_mbps"].median()} | _absolute(found)
+        for attribute, (column, more_is_better) in ATTRIBUTES.items():
+            ratio = found[column].median() / single[column].median()
+            gained = ratio > 1 + GAIN if more_is_better else ratio < 1 - GAIN
+            row[f"{attribute}_published"] = marks[attribute].get(approach)
+            row[f"{attribute}_obtained"] = ("yes" if gained else "no") if ratio == ratio else "not run"
+            row[f"{column.rsplit('_', 1)[0]}_ratio"] = ratio
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _absolute(rows: pd.DataFrame) -> dict[str, float]:
+    return {
+        "latency_s": rows["latency_s"].median(),
+        "throughput_rps": rows["throughput_rps"].median(),
+        "weights_mib": rows["weights_bytes"].median() / MIB,
+        "peak_rss_mib": rows["peak_rss_bytes"].astype(float).median() / MIB,
+    }
+
+
+def _nearest(latency: pd.DataFrame, link: str, bandwidth_mbps: float) -> pd.DataFrame:
+    """Rows of each method on `link` at the measured bandwidth nearest to the wanted one."""
+    rows = latency[latency["link"] == link]
+    distance = (rows["bandwidth_mbps"] - bandwidth_mbps).abs()
+    return rows[distance == distance.groupby([rows["model"], rows["method"]]).transform("min")]

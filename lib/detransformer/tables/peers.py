@@ -1,0 +1,224 @@
+"""Tables beyond the paper's: all methods side by side, wire formats, scaling, pace, and the cost model's error.
+
+Pure functions of the bench table `latency`, as in `tables.latency`: rows that failed their self-check are left out.
+"""
+
+import pandas as pd
+
+from detransformer.record.published import published_claim
+from detransformer.tables.latency import (
+    METHOD_NAMES,
+    MIB,
+    NUM_DEVICES,
+    NUM_DIVISIONS,
+    NUM_ORIGINAL_LAYERS,
+    SEQ_LEN,
+    checked_rows,
+    comparable_rows,
+    links_of,
+    select,
+    single_latency,
+    single_rows,
+    speedup,
+    valid_rows,
+)
+
+SCALING_BANDWIDTH_MBPS = 500  # Section IV-C-2
+PLACE = ["link", "model", "bandwidth_mbps"]
+KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "send")
+WIRES = ("float32", "bfloat16", "int8")
+STRATEGY_ORDER = ("replicate", "tensor", "sequence", "ulysses", "heads", "galaxy", "block")
+
+
+def methods_table(latency: pd.DataFrame) -> pd.DataFrame:
+    """Peers side by side on 4 devices: one row a link, model, bandwidth, method and wire format, fastest first.
+
+    `speedup` is over the single device; `over_limit` is latency over the modelled single-device time / devices;
+    `relative_error` the RMS of the output's difference from the single-device model's over the RMS of the output.
+    A single device uses no link and stands at every bandwidth, its latency over the limit of four devices.
+    """
+    rows = _one_setting(comparable_rows(latency))
+    spread = rows[rows["method"] != "single"]
+    places = spread[PLACE].drop_duplicates()
+    if not len(places):
+        return pd.DataFrame()
+    # BP on one device is no peer: the single device is that of the original model.
+    single = rows[(rows["method"] == "single") & rows["num_original_layers"].isna()].drop_duplicates("model")
+    single = single.assign(over_limit=NUM_DEVICES * single["over_limit"] / single["num_devices"])
+    rows = pd.concat([single.drop(columns=["link", "bandwidth_mbps"]).merge(places, on="model"), spread])
+    named = [method_name(row.method, row.wire) for row in rows.itertuples()]
+    counted = [name for name in rows if name.removesuffix("_count") in KINDS]
+    sent = [name for name in rows if name.removesuffix("_bytes") in KINDS]
+    table = rows.assign(
+        name=named,
+        speedup=rows["model"].map(single.set_index("model")["latency_s"]) / rows["latency_s"],
+        weights_mib=rows["weights_bytes"] / MIB,
+        peak_rss_mib=rows["peak_rss_bytes"].astype(float) / MIB,
+        collectives=rows[counted].sum(axis=1).astype(int),
+        sent_mib=rows[sent].sum(axis=1) / MIB,
+    )
+    shown = [*PLACE, "name", "method", "wire", "plan", "latency_s", "speedup", "over_limit", "compute_s", "comm_s"]
+    shown += ["wait_s", "weights_mib", "peak_rss_mib", "collectives", "sent_mib", "relative_error", "max_abs_error"]
+    return table[shown].sort_values([*PLACE, "latency_s"], ignore_index=True)
+
+
+def method_name(method: str, wire: str = "float32") -> str:
+    """A method's name with its wire format where that is not float32: `BP+Auto, int8`."""
+    name = METHOD_NAMES.get(method, method)
+    return name if wire == "float32" else f"{name}, {wire}"
+
+
+def limit(latency: pd.DataFrame, model: str) -> float:
+    """Seconds of the modelled single device / devices; NaN where nothing was measured."""
+    rows = valid_rows(latency)
+    return float(rows.loc[(rows["model"] == model) & (rows["num_devices"] == NUM_DEVICES), "limit_s"].median())
+
+
+def time_parts(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` in long form: three for each, whose `part` is compute, communication or wait and which have its `seconds`.
+
+    Communication is what is neither compute nor waiting, so that the three sum to the latency: medians of the parts
+    need not sum to the median.
+    """
+    compute = rows["compute_s"].clip(upper=rows["latency_s"])
+    wait = rows["wait_s"].clip(upper=rows["latency_s"] - compute)
+    wide = rows.assign(compute=compute, communication=rows["latency_s"] - compute - wait, wait=wait)
+    return wide.melt(list(rows), ["compute", "communication", "wait"], "part", "seconds")
+
+
+def wire_table(latency: pd.DataFrame) -> pd.DataFrame:
+    """Compressed messages, for every method that was measured with some: latency, bytes sent and output error.
+
+    `over_float32` is the method's own float32 latency over this one, `over_tp` that of float32 TP.
+    """
+    methods = methods_table(latency)
+    if not len(methods):
+        return methods
+    compressed = methods.loc[methods["wire"] != "float32", [*PLACE, "method"]].drop_duplicates()
+    rows = methods.merge(compressed, on=[*PLACE, "method"])
+    plain = methods[methods["wire"] == "float32"].rename(columns={"latency_s": "plain_s"})
+    rows = rows.merge(plain[[*PLACE, "method", "plain_s"]], "left", on=[*PLACE, "method"])
+    tensor = plain[plain["method"] == "tp"].rename(columns={"plain_s": "tensor_s"})
+    rows = rows.merge(tensor[[*PLACE, "tensor_s"]], "left", on=PLACE)
+    rows["over_float32"], rows["over_tp"] = rows["plain_s"] / rows["latency_s"], rows["tensor_s"] / rows["latency_s"]
+    shown = ["wire", "latency_s", "over_float32", "over_tp", "over_limit", "sent_mib", "relative_error"]
+    rows["wire"] = pd.Categorical(rows["wire"], WIRES)
+    return _by_method(rows[[*PLACE, "method", *shown, "max_abs_error"]], ["wire"]).astype({"wire": str})
+
+
+def scaling_table(latency: pd.DataFrame, bandwidth_mbps: float = SCALING_BANDWIDTH_MBPS) -> pd.DataFrame:
+    """Strong scaling at one bandwidth (Figs. 7c,d): latency, speedup over one device, and speedup / devices.
+
+    More than four devices run a model of as many divisions (`num_divisions`).
+    """
+    rows, parts = valid_rows(latency), []
+    for model in dict.fromkeys(rows["model"]):
+        one = single_rows(rows, model)[["latency_s", "weights_bytes"]].median()
+        for method in METHOD_NAMES:
+            found = select(rows, model, method, bandwidth_mbps=bandwidth_mbps, num_devices=None)
+            if method in ("single", "dp", "pp") or found["num_devices"].nunique() < 2 or one.isna().any():
+                continue
+            found = found.groupby(["link", "num_devices"], as_index=False)[["latency_s", "weights_bytes"]].median()
+            alone = pd.DataFrame(one.to_dict() | {"num_devices": 1, "link": found["link"].unique()})
+            found = pd.concat([alone, found[found["num_devices"] > 1]])
+            parts.append(found.assign(model=model, method=method, speedup=one["latency_s"] / found["latency_s"]))
+    if not parts:
+        return pd.DataFrame()
+    table = pd.concat(parts, ignore_index=True).assign(bandwidth_mbps=bandwidth_mbps)
+    table["efficiency"] = table["speedup"] / table["num_devices"]
+    table["weights_mib"] = table["weights_bytes"] / MIB
+    divisions = table["num_devices"].clip(lower=NUM_DIVISIONS).where(table["method"].str.startswith("bp"))
+    table["num_divisions"] = divisions.astype("Int64")
+    shown = ["num_devices", "num_divisions", "latency_s", "speedup", "efficiency", "weights_mib"]
+    return _by_method(table[[*PLACE, "method", *shown]], ["num_devices"])
+
+
+def prediction_error(latency: pd.DataFrame) -> pd.DataFrame:
+    """Relative error of predicted against measured latency by link and method, with a row `all` a link."""
+    rows = comparable_rows(latency)
+    rows = rows[~rows["method"].isin(["single", "dp"]) & rows["predicted_s"].notna()]
+    rows = rows.assign(error=(rows["predicted_s"] / rows["latency_s"] - 1).abs())
+    together = pd.concat([rows, rows.assign(method="all")])
+    return _by_method(together.groupby(["link", "method"])["error"].agg(["median", "max", "count"]).reset_index(), [])
+
+
+def efficiency_table(profile: pd.DataFrame) -> pd.DataFrame:
+    """Compute efficiency by strategy (rows) and device count: FLOPs / time, over the whole layer's on one device.
+
+    One row a model, way in which weights lie (`packed` or `plain`), strategy and number of chunks, for requests of 128
+    tokens.
+    """
+    keys = ["model", "weights", "strategy", "num_chunks"]
+    rows = profile[profile["tokens"] == SEQ_LEN]
+    wide = rows.pivot_table(index=keys, columns="num_devices", values="efficiency").sort_index(axis=1)
+    wide = wide.rename(columns=lambda n: f"{n} device" + ("s" if n > 1 else "")).rename_axis(columns=None).reset_index()
+    wide["strategy"] = pd.Categorical(wide["strategy"], STRATEGY_ORDER)
+    return wide.sort_values(keys, ignore_index=True).astype({"strategy": str})
+
+
+def pace_table(latency: pd.DataFrame) -> pd.DataFrame:
+    """How far a method's latency, and BP+Auto's speedup over it, depend on how small shares are paced.
+
+    A row a model, method and bandwidth that was measured by both paces: seconds by the measured and by the roofline
+    pace, and BP+Auto's speedup over the method by each, with its 95% interval where there are requests enough.
+    """
+    rows = checked_rows(latency)
+    rows = _one_setting(rows[(rows["wire"] == "float32")])
+    made = []
+    for (model, method), part in rows.groupby(["model", "method"], sort=False):
+        for mbps in sorted(part["bandwidth_mbps"].unique(), reverse=True):
+            row = {"model": model, "method": method, "bandwidth_mbps": mbps}
+            for pace in ("measured", "roofline"):
+                alike = rows[(rows["model"] == model) & (rows["bandwidth_mbps"] == mbps) & (rows["pace"] == pace)]
+                own, ours = alike[alike["method"] == method], alike[alike["method"] == "bp+auto"]
+                if len(own) and len(ours):
+                    value, low, high = speedup(own, ours)
+                    row |= {f"{pace}_s": own["latency_s"].median(), f"{pace}_plan": own["plan"].iloc[0]}
+                    row |= {f"{pace}_speedup": value, f"{pace}_low": low, f"{pace}_high": high}
+            if "measured_s" in row and "roofline_s" in row:
+                made.append(row)
+    return pd.DataFrame(made)
+
+
+def fig7_error(latency: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Latencies in seconds beside those of Fig. 7a, b, absolute.
+
+    `curves` are published over one device's latency, whose published seconds they are multiplied by; the paper's
+    BP+Auto is the best of its three plans, `bp+paper` here. `error` is obtained over published, minus 1.
+    Columns: model, method, bandwidth_mbps, published, obtained, error, link.
+    """
+    latency, rows = valid_rows(latency), []
+    for link in links_of(latency):
+        for curve in curves.itertuples():
+            method = "bp+paper" if curve.method == "bp+auto" else curve.method
+            place = dict(link=link, bandwidth_mbps=curve.bandwidth_mbps)
+            one_s = published_claim(f"single_device_latency_{curve.model.replace('-', '_')}")
+            published = curve.normalised_latency * one_s
+            obtained = select(latency, curve.model, method, **place)["latency_s"].median()
+            error = obtained / published - 1
+            rows.append((curve.model, method, curve.bandwidth_mbps, published, obtained, error, link))
+    return pd.DataFrame(rows, columns=["model", "method", "bandwidth_mbps", "published", "obtained", "error", "link"])
+
+
+def fewer_layers(latency: pd.DataFrame) -> pd.DataFrame:
+    """Rows of BP+Auto with Ndiv=4 on 4 devices by number of original layers (Fig. 8), `normalised` by one device."""
+    rows = valid_rows(latency)
+    block = (rows["method"] == "bp+auto") & (rows["num_devices"] == NUM_DEVICES) & (rows["num_divisions"] == 4)
+    base = rows["model"].map({model: single_latency(rows, model) for model in rows["model"].unique()})
+    return rows.assign(normalised=rows["latency_s"] / base)[block]
+
+
+def _one_setting(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows on 4 devices (or one) of the original model or of Nb=4, Ndiv=4."""
+    block = rows["method"].str.startswith("bp")
+    papers = (rows["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (rows["num_divisions"] == NUM_DIVISIONS)
+    devices = (rows["num_devices"] == NUM_DEVICES) | (rows["method"] == "single")
+    return rows[devices & (papers | ~block)]
+
+
+def _by_method(table: pd.DataFrame, then: list[str]) -> pd.DataFrame:
+    """`table` sorted by place, then by method in the order of `METHOD_NAMES`."""
+    order = {method: index for index, method in enumerate(METHOD_NAMES)}
+    place = table["method"].map(order).fillna(len(order))
+    keys = [key for key in PLACE if key in table]
+    return table.assign(_order=place).sort_values([*keys, "_order", *then], ignore_index=True).drop(columns="_order")

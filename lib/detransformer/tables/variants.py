@@ -1,0 +1,72 @@
+"""What variants of a model cost in accuracy: number formats on the wire, other original layers, narrow sub-blocks."""
+
+import math
+
+import pandas as pd
+
+from detransformer.tables.accuracy import (
+    PUBLISHED_STRUCTURE,
+    ROW_COLUMNS,
+    is_original,
+    paired_std_error,
+    structure_names,
+)
+
+WIRE_LIMIT = 0.3  # points that a number format on the wire may cost
+
+
+def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
+    """What number formats on the wire cost a trained model in score: one row a model row, task and format.
+
+    `change` is the mean over seeds of the score with that format minus the exact one, in points, of one model each;
+    `largest_change` is the largest absolute one of a seed; `within` says whether the mean is no more than `limit`.
+    Columns of `runs` called `score_FORMAT` count; without any the table is empty.
+    """
+    formats = [name for name in runs if name.startswith("score_")]
+    keys = [*ROW_COLUMNS, *PUBLISHED_STRUCTURE, "task", "metric"]
+    scored = runs.melt([*keys, "seed", "score"], formats, "wire", "rounded").dropna(subset="rounded")
+    scored = scored.assign(wire=scored["wire"].str.removeprefix("score_"), change=scored["rounded"] - scored["score"])
+    table = scored.groupby([*keys, "wire"], dropna=False, sort=False).agg(
+        exact=("score", "mean"),
+        change=("change", "mean"),
+        change_std_error=("change", "sem"),
+        largest_change=("change", lambda change: change.abs().max()),
+        num_seeds=("change", "size"),
+    ).reset_index()  # fmt: skip
+    table.insert(0, "row", [f"{m} {name}" for m, name in zip(table["model"], structure_names(table), strict=True)])
+    return table.assign(limit=limit, within=table["change"].abs() <= limit)
+
+
+def variant_table(pretraining: pd.DataFrame, varies: str) -> pd.DataFrame:
+    """One row a structure of those that come in several kinds of `varies`, the published kind first.
+
+    `varies` is `original_placement` (where the original layers stand) or `attention_width` (narrow beside full
+    sub-blocks). valid_loss and perplexity are means over pre-training seeds, valid_loss_std their spread; `difference`
+    is the loss minus that of the published kind in nats, with its standard error (paired seeds) where there are more.
+    """
+    base, rows = PUBLISHED_STRUCTURE[varies], []
+    alike = [name for name in (*ROW_COLUMNS, *PUBLISHED_STRUCTURE) if name != varies]
+    for keys, group in pretraining[~is_original(pretraining)].groupby(alike, sort=False):
+        kinds = {kind: part.set_index("seed") for kind, part in group.groupby(varies, sort=False)}
+        if len(kinds) < 2 or base not in kinds:
+            continue
+        for kind in sorted(kinds, key=lambda kind: kind != base):
+            losses, published = kinds[kind]["valid_loss"], kinds[base]["valid_loss"]
+            row = dict(zip(alike, keys, strict=True)) | {varies: kind, "num_seeds": len(losses)}
+            row |= {"valid_loss": losses.mean(), "valid_loss_std": losses.std(ddof=1)}
+            row |= {name: kinds[kind][name].mean() for name in ("unigram_loss", "perplexity")}
+            row["difference"] = losses.mean() - published.mean()
+            row["difference_std_error"] = math.nan if kind == base else paired_std_error(losses, published)
+            rows.append(row)
+    columns = [*ROW_COLUMNS, *PUBLISHED_STRUCTURE, "num_seeds", "valid_loss", "valid_loss_std", "unigram_loss"]
+    table = pd.DataFrame(rows, columns=[*columns, "perplexity", "difference", "difference_std_error"])
+    table.insert(0, "row", [f"{m} {name}" for m, name in zip(table["model"], structure_names(table), strict=True)])
+    return table
+
+
+def data_note(runs: pd.DataFrame) -> str:
+    """In words: the scale of pre-training, and of each task its data, rows and seeds."""
+    lines = [f"Pre-training: {'; '.join(dict.fromkeys(runs['pretraining']))}."]
+    for task, group in runs.groupby("task", sort=False):
+        lines.append(f"{task}: {group['note'].iloc[0]}; seeds {group['seed'].nunique()}.")
+    return " ".join(lines)
