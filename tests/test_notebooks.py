@@ -28,8 +28,8 @@ def tags(cell):
     return cell.metadata.get("tags", [])
 
 
-def test_all_ten_are_there():
-    assert [path.stem[:2] for path in PATHS] == [f"{number:02d}" for number in range(1, 11)]
+def test_all_are_there():
+    assert [int(path.stem[:2]) for path in PATHS] == [*range(1, 9), 11, 12, 13]
 
 
 def test_is_valid_and_committed_without_outputs(notebook):
@@ -63,7 +63,7 @@ def test_imports_then_parameters_then_short_cells(notebook):
     assert not first, "the first code cell only imports"
     for cell in cells[2:]:
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
-        assert len(lines) <= 10, cell.source
+        assert len(lines) <= (15 if "plot" in tags(cell) else 10), cell.source
         imports = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, (ast.Import, ast.ImportFrom))]
         assert not imports, cell.source
 

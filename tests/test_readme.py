@@ -6,12 +6,9 @@ import re
 import pandas as pd
 import pytest
 
-from coformer_frames import MODEL, coformer_frames, missing_rows
-from coformer_frames import run_rows as coformer_runs
 from detransformer.files import repository_root
 from detransformer.record.published import published
 from detransformer.record.run import RunFolder
-from detransformer.report import coformer_tables
 from detransformer.report.claims import summarise
 from detransformer.report.peers import methods_table
 from detransformer.report.readme import FILES, REFERENCE, SECTIONS, render
@@ -201,21 +198,6 @@ def test_accuracy_of_an_older_run_leaves_the_text_as_it_is(tmp_path):
     readme = "<!-- table_iii -->\nas it was\n<!-- /table_iii -->\n"
     assert render(readme, run) == readme
     assert "as it was" not in render(readme, run_with_accuracy(tmp_path / "new"))
-
-
-def test_which_one_names_the_fastest_and_what_it_costs(tmp_path):
-    run, runs = RunFolder(tmp_path), coformer_runs().assign(seconds=60.0)
-    accuracies = coformer_tables.accuracies_of(runs, MODEL)
-    run.save_table(coformer_tables.which_one(coformer_frames()["coformer_latency"], accuracies), "which_one")
-    run.save_table(coformer_tables.missing_summary(missing_rows()), "coformer_missing")
-    recipes = coformer_tables.recipe_table(runs, pd.DataFrame(), MODEL, "400 steps, hard targets")
-    run.save_table(recipes, "coformer_recipes")
-    text = SECTIONS["which_one"][0](run)
-    assert "fastest of all is CoFormer" in text
-    assert text.startswith("In short, by prediction: for the large model's own answers take one device")
-    assert "those of a small ViT give up 3.0 points (400 steps, hard targets)" in text
-    assert "- One of three devices lost, aggregator coformer: 30.0% instead of 57.0%." in text
-    assert "| CoFormer | 400 steps, hard targets | 57.0 ± 0.1 | 3.0 | 14.0 | 8.8x |" in text
 
 
 def save_chaos(run: RunFolder) -> None:

@@ -9,8 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from coformer_frames import coformer_frames
-from decomposition_frames import decomposition_frames
 from detransformer.record.published import published
 from detransformer.record.run import RunFolder
 from detransformer.report import adaptive_figures
@@ -87,7 +85,7 @@ def all_tables(tmp_path_factory) -> RunFolder:
         if k.startswith("bp")
     ]
     run.save_table(pd.DataFrame(plans), "placement")
-    for name, frame in (adaptive_frames() | decomposition_frames() | coformer_frames() | service_frames()).items():
+    for name, frame in (adaptive_frames() | service_frames()).items():
         run.save_table(frame, name)
     return run
 

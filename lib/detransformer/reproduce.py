@@ -36,7 +36,8 @@ USES = {
     "05_placement": ("04_profiling",),
     "06_latency": ("04_profiling",),
     "08_adaptive": ("04_profiling",),
-    "10_comparison": ("02_pretraining", "09_decomposition"),
+    "12_comparison": ("02_pretraining", "11_decomposition"),
+    "13_aggregation": ("02_pretraining", "12_comparison"),
     "07_summary": ("01_decoupling", "02_pretraining", "03_accuracy", "04_profiling", "05_placement", "06_latency"),
 }
 # Files of the package that no notebook's result depends on.
@@ -130,13 +131,14 @@ def find_notebooks(root: Path, sections: dict[str, dict], uses: dict[str, tuple[
         except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a notebook that can be read; restore it from git.") from error
         known = parameters_cell(cells)
-        for parameter in sections[path.stem]:
+        for parameter in [] if "measure" in known else sections[path.stem]:  # such a notebook loads its section itself
             if parameter not in known:
                 raise ValueError(
                     f"Parameter {parameter!r} of the profile's section {path.stem} is not in that notebook's "
                     f"parameters cell; it has {', '.join(known) or 'none'}."
                 )
-        notebooks.append(Notebook(path, dict(sections[path.stem]), tuple(uses.get(path.stem, ())), cells))
+        parameters = {} if "measure" in known else dict(sections[path.stem])
+        notebooks.append(Notebook(path, parameters, tuple(uses.get(path.stem, ())), cells))
     return notebooks
 
 

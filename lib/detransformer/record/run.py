@@ -28,12 +28,12 @@ TABLE_NOTEBOOKS = {
     "summary": "07_summary",
     **dict.fromkeys(("plan_map", "choices", "choice_cells", "unequal", "trace"), "08_adaptive"),
     **dict.fromkeys(("generation", "perplexity", "scale_out", "adaptive"), "08_adaptive"),
-    **dict.fromkeys(("coformer_runs", "coformer_ablation", "coformer_aggregators"), "10_comparison"),
-    **dict.fromkeys(("coformer_devices", "coformer_budgets", "coformer_rules"), "10_comparison"),
-    **dict.fromkeys(("coformer_equal_flops", "coformer_missing", "coformer_latency"), "10_comparison"),
-    **dict.fromkeys(("which_one", "not_run", "coformer_text", "coformer_recipes", "coformer"), "10_comparison"),
-    **dict.fromkeys(("predictor_points", "predictor", "proxy_points", "proxy", "search_history"), "09_decomposition"),
-    **dict.fromkeys(("search", "policies", "constraints", "decomposition"), "09_decomposition"),
+    **dict.fromkeys(("coformer_runs", "coformer_devices", "coformer_budgets", "coformer_recipes"), "12_comparison"),
+    **dict.fromkeys(("coformer_latency", "coformer_text"), "12_comparison"),
+    **dict.fromkeys(("coformer_ablation", "coformer_aggregators"), "13_aggregation"),
+    **dict.fromkeys(("coformer_rules", "coformer_missing"), "13_aggregation"),
+    **dict.fromkeys(("predictor_points", "predictor", "proxy_points", "proxy", "search_history"), "11_decomposition"),
+    **dict.fromkeys(("search", "policies", "constraints", "decomposition"), "11_decomposition"),
 }
 
 TABLE_COMMANDS = {  # which command makes a table that no notebook does

@@ -15,7 +15,6 @@ from detransformer.report import tables
 from detransformer.report.accuracy import MLM, completed, learned, mean_score
 from detransformer.report.adaptive_tables import adaptive_verdicts
 from detransformer.report.claims import OURS, summarise
-from detransformer.report.coformer_tables import chosen_recipe
 from detransformer.report.findings import findings, mean_lines
 from detransformer.report.peers import methods_at
 from detransformer.report.tables import links_of, select, select_variant, speedup, valid_rows
@@ -260,50 +259,6 @@ def table_iii(run: RunFolder) -> str | None:
     return "\n".join([*mean_lines(table), "", *(f"- {sentence}" for sentence in findings(run))])
 
 
-def which_one(run: RunFolder) -> str:
-    """CoFormer or block parallelism: a sentence a bandwidth, what accuracy costs in training, and a lost device."""
-    lines = [_in_short(run), "", *(f"- {sentence}" for sentence in run.load_table("which_one")["sentence"])]
-    missing = run.load_table("coformer_missing").set_index("aggregator")
-    for name, rows in missing.groupby(level=0, sort=False):
-        whole, without = rows.loc[rows["missing"] == 0, "accuracy"].item(), rows.loc[rows["missing"] > 0, "accuracy"]
-        lines += [f"- One of three devices lost, aggregator {name}: {without.mean():.1f}% instead of {whole:.1f}%."]
-    lines += [
-        "",
-        "| sub-models | calibrated by | accuracy, % | points given up | predicted, ms | over the large model |",
-    ]
-    lines += ["|---|---|---|---|---|---|"]
-    for row in run.load_table("coformer_recipes").sort_values("accuracy").itertuples():
-        spread = "" if pd.isna(row.accuracy_std) else f" ± {row.accuracy_std:.1f}"
-        cells = (row.method, row.recipe, f"{row.accuracy:.1f}{spread}", f"{row.given_up:.1f}", f"{row.latency_ms:.1f}")
-        lines.append(f"| {' | '.join(cells)} | {row.speedup:.1f}x |")
-    return "\n".join(lines)
-
-
-def _in_short(run: RunFolder) -> str:
-    """The advice that the tables below it come to."""
-    cells = run.load_table("which_one").sort_values("bandwidth_mbps")
-    parts = []
-    for name, rows in cells.groupby("fastest_exact", sort=False):
-        low, high = rows["bandwidth_mbps"].min(), rows["bandwidth_mbps"].max()
-        parts.append(f"{name} at {low:g} Mbps" if low == high else f"{name} from {low:g} to {high:g} Mbps")
-    fastest = " or ".join(cells["fastest"].unique())
-    recipes = run.load_table("coformer_recipes")
-    own = recipes[recipes["method"] == "CoFormer"].sort_values("given_up")
-    best, worst = chosen_recipe(own), own.iloc[-1]
-    text = f"In short, by prediction: for the large model's own answers take {', '.join(parts)}. Fastest at every "
-    text += f"bandwidth is {fastest}, whose sub-models are much smaller; those of a small ViT give up "
-    text += f"{best.given_up:.1f} points ({best.recipe}) to {worst.given_up:.1f} ({worst.recipe}), and the best recipe "
-    text += "was chosen on the test set."
-    rivals = recipes[(recipes["recipe"] == best.recipe) & (recipes["method"] != "CoFormer")]
-    if len(rivals):
-        times, ahead = rivals["latency_ms"] / best.latency_ms, rivals["accuracy"] - best.accuracy
-        names = " and ".join(rivals["method"])
-        text += f" Trained as long, {names} take {times.min():.1f} to {times.max():.1f} times as long to answer, at "
-        text += f"{ahead.min():+.1f} to {ahead.max():+.1f} points"
-        text += ": unlike sizes are no more accurate, only faster." if ahead.max() > 0 else "."
-    return text
-
-
 def faults(run: RunFolder) -> str:
     """What became of a serving cluster that was broken in every way, and of one under load for half an hour."""
     lines = [
@@ -366,7 +321,6 @@ SECTIONS = {
     "peers": (peers, "methods"),
     "table_iii": (table_iii, "table_iii"),
     "adaptive": (adaptive, "choice_cells"),
-    "which_one": (which_one, "which_one"),
     "faults": (faults, "chaos"),
     "coverage": (coverage, "coverage"),
 }
