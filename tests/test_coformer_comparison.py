@@ -3,18 +3,19 @@
 import pandas as pd
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ViTConfig
 
 from detransformer.cluster.devices import DeviceSpec
 from detransformer.coformer import comparison
-from detransformer.coformer.ablation import deit_b
-from detransformer.coformer.policy import Original, Policy, parameters, uniform_policy
+from detransformer.coformer.policy import Original, Policy, parameters
+from detransformer.coformer.sampling import uniform_policy
 from detransformer.models.sizes import embedding_parameters
 
 SPECS = tuple(
     DeviceSpec(preset, name=name)
     for preset, name in (("jetson-nano", "nano"), ("jetson-tx2", "tx2"), ("jetson-orin-nano", "orin"))
 )
+DEIT = Original.of(ViTConfig())
 SMALL = Original(6, 96, 6, 384, seq_len=17, embedding_rows=213, patch_values=192)
 UNIFORM = uniform_policy(SMALL, 3)
 
@@ -22,7 +23,7 @@ UNIFORM = uniform_policy(SMALL, 3)
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
     policies = {"coformer": UNIFORM, "devit": UNIFORM, "small": Policy(UNIFORM.sub_models[:1])}
-    return comparison.predicted_rows(policies, SMALL, SPECS, [2, 100, 1000], deit_b())
+    return comparison.predicted_rows(policies, SMALL, SPECS, [2, 100, 1000], DEIT)
 
 
 def one(rows: pd.DataFrame, method: str, mbps: float, plan: str = "") -> pd.Series:
@@ -32,10 +33,10 @@ def one(rows: pd.DataFrame, method: str, mbps: float, plan: str = "") -> pd.Seri
 
 
 def test_peers_keep_as_much_outside_their_layers_as_the_vit():
-    configs = comparison.peer_configs(deit_b())
-    assert embedding_parameters(configs["original"]) + 0 <= deit_b().embedding_rows * 768
-    assert embedding_parameters(configs["original"]) == pytest.approx(deit_b().embedding_rows * 768, rel=1e-3)
-    assert configs["decoupled"].num_divisions == 4 and parameters(deit_b().whole, deit_b()) > 85e6
+    configs = comparison.peer_configs(DEIT)
+    assert embedding_parameters(configs["exact"]) <= DEIT.embedding_rows * 768
+    assert embedding_parameters(configs["exact"]) == pytest.approx(DEIT.embedding_rows * 768, rel=1e-3)
+    assert configs["decoupled"].num_divisions == 4 and parameters(DEIT.whole, DEIT) > 85e6
 
 
 def test_single_devices_take_what_is_published_and_no_link(rows):

@@ -7,7 +7,6 @@ import pytest
 from transformers import BertConfig, GPT2Config, ViTConfig
 
 from detransformer.coformer.policy import (
-    Grid,
     Limits,
     Original,
     Policy,
@@ -16,13 +15,16 @@ from detransformer.coformer.policy import (
     encode,
     flops,
     memory_bytes,
-    mutate_policy,
     parameters,
     products,
+    violations,
+)
+from detransformer.coformer.sampling import (
+    filled,
+    mutate_policy,
     sample_policy,
     sample_uniform_policy,
     uniform_policy,
-    violations,
 )
 from detransformer.models import preset_config
 from detransformer.models.sizes import model_flops, model_parameters
@@ -88,7 +90,7 @@ def test_device_limits_are_named():
     assert violations(policy, SMALL, Limits((enough, slow), (enough, enough)))[0].startswith("C5: sub-model 1")
     assert violations(policy, SMALL, Limits((enough, enough), (small, enough)))[0].startswith("C6: sub-model 0")
     with pytest.raises(ValueError, match="3 devices"):
-        violations(policy, SMALL, Limits.none(3))
+        violations(policy, SMALL, Limits.share(SMALL, 1, 3))
 
 
 def test_sizes_must_be_of_each_layer_and_above_0():
@@ -161,7 +163,24 @@ def test_encoding_is_normalised_and_tells_policies_apart():
 
 
 def test_policies_survive_json():
-    policy = sample_policy(np.random.default_rng(4), SMALL, None, 3, Grid(8, 16, min_layers=2))
+    policy = sample_policy(np.random.default_rng(4), SMALL, None, 3)
     assert Policy.from_dict(policy.to_dict()) == policy
-    assert all(c.hidden_size % 8 == 0 and c.num_layers >= 2 for c in policy.sub_models)
-    assert all(size % 16 == 0 for c in policy.sub_models for size in c.ffn_sizes)
+    assert all(c.hidden_size % SMALL.hidden_step == 0 for c in policy.sub_models)
+    assert all(size % SMALL.ffn_step == 0 for c in policy.sub_models for size in c.ffn_sizes)
+
+
+@pytest.mark.parametrize("total", [0.1, 0.25])
+def test_a_filled_policy_is_valid_and_near_its_limits(total):
+    original = Original(6, 192, 6, 768, seq_len=17, embedding_rows=213, patch_values=192)
+    limits = Limits.share(original, total / 3, 3)
+    policy = filled(Policy((SubModelConfig(2, 16, (1, 1), (32, 32)),) * 3), original, limits)
+    assert not violations(policy, original, limits) and filled(policy, original, limits) == policy
+    share = sum(flops(config, original) for config in policy.sub_models) / flops(original.whole, original)
+    assert 0.8 * total < share <= total
+
+
+def test_a_further_layer_takes_no_more_than_others_leave():
+    policy = Policy((SubModelConfig(1, 24, (5,), (88,)), SubModelConfig(2, 24, (1, 5), (4, 88))))
+    grown = filled(policy, SMALL, Limits.share(SMALL, 1.0, 2))
+    assert grown.sub_models[0].num_layers == 4 and not violations(grown, SMALL)
+    assert grown.sub_models[0].num_heads[1] == 1, "the other one keeps five of six"

@@ -1,7 +1,6 @@
-"""The studies of notebook 09 on a tiny ViT: what is held out, what correlates, what a search finds, what is broken."""
+"""The helpers of notebooks 11 to 13 on a tiny ViT: cases, runs that are kept, predictors, proxies, searches."""
 
-import json
-from dataclasses import replace
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,24 +11,31 @@ from threadpoolctl import threadpool_limits
 from transformers import ViTConfig, ViTForImageClassification
 
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.coformer import studies
+from detransformer.coformer.aggregator import KINDS
 from detransformer.coformer.booster import BoostConfig, ImageTask
-from detransformer.coformer.debo import SearchConfig, make_evaluator
-from detransformer.coformer.evaluator import LatencyPredictor
-from detransformer.coformer.policy import Limits, Original, Policy, flops, parameters, sample_policy
-from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+from detransformer.coformer.evaluator import make_evaluator
+from detransformer.coformer.fusion import AggregatorConfig
+from detransformer.coformer.policy import Limits, Original, violations
+from detransformer.coformer.predictor import latency
+from detransformer.coformer.sampling import sample_policy
+from detransformer.coformer.search import METHODS, SearchConfig
+from detransformer.files import repository_root
+from detransformer.tables import coformer as tables
 from detransformer.training.data.images import generated_images
+from detransformer.training.images import ImageConfig
 
-CONFIG = ViTConfig(
-    hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=96, image_size=32, patch_size=16,
-    num_labels=20,
+sys.path.insert(0, str(repository_root() / "notebooks"))
+import comparison_studies as comparison  # noqa: E402
+import decomposition_studies as decomposition  # noqa: E402
+
+JETSONS = tuple(
+    DeviceSpec(preset, name=name)
+    for preset, name in (("jetson-nano", "nano"), ("jetson-tx2", "tx2"), ("jetson-orin-nano", "orin"))
+)
+SETTINGS = dict(
+    total_share=0.25, budgets=[0.5], recipes=[dict(num_steps=2, target="soft")],
+    num_seeds=dict(main=2, uniform=1, devices=1, budgets=1, rules=1, recipes=1),
 )  # fmt: skip
-ORIGINAL = Original.of(CONFIG)
-LARGE = replace(ORIGINAL, num_layers=8, hidden_size=96, num_heads=12, ffn_size=192)
-DEVICES = tuple(DeviceProfile(name, 2**30, rate, "test") for name, rate in (("a", 1e9), ("b", 3e9), ("c", 2e9)))
-CLUSTER = ClusterProfile(DEVICES, LinkProfile(100e6))
-LIMITS = Limits.share(ORIGINAL, 0.5, 3)
-CONFIGURED = SearchConfig(num_initial=3, num_iterations=3, num_rows=64)
 
 
 @pytest.fixture(autouse=True)
@@ -40,199 +46,169 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def task():
-    return ImageTask(generated_images().cut(128, 60))
+def lab(tmp_path_factory):
+    torch.manual_seed(0)
+    data = generated_images().cut(120, 48).hold_out(0.2)
+    config = ImageConfig(hidden_size=48, num_layers=6, num_heads=6, patch_size=8).vit_config(data.num_classes)
+    boosting = BoostConfig(num_steps=2, global_batch_size=16, micro_batch_size=16)
+    search = SearchConfig(num_initial=2, num_iterations=1, num_rows=16)
+    recipes = boosting, AggregatorConfig(num_epochs=2), search
+    model, folder = ViTForImageClassification(config).eval(), tmp_path_factory.mktemp("lab")
+    return comparison.Lab(model, ImageTask(data), JETSONS, folder, *recipes)
 
 
 @pytest.fixture(scope="module")
-def evaluator(task):
-    torch.manual_seed(0)
-    model = ViTForImageClassification(CONFIG).eval()
-    return make_evaluator(model, task, CLUSTER, CONFIGURED, priced_as=LARGE)
+def cases(lab):
+    return comparison.make_cases(lab, SETTINGS)
 
 
-# Latency ---------------------------------------------------------------------------------------------------------
+# Notebooks 12 and 13 ------------------------------------------------------------------------------------------------
 
 
-def test_the_pool_has_the_whole_model_first_and_nothing_twice():
-    pool = studies.model_pool(ORIGINAL, 40)
-    assert pool[0] == ORIGINAL.whole and len(set(pool)) == 40
-    assert pool == studies.model_pool(ORIGINAL, 40) != studies.model_pool(ORIGINAL, 40, seed=1)
-    assert max(flops(config, ORIGINAL) for config in pool) == flops(ORIGINAL.whole, ORIGINAL)
+def test_every_case_has_a_policy_within_its_limits_and_the_same_total(lab, cases):
+    assert list(cases) == ["1 device", "2 devices", "coformer", "4 devices", "uniform", "limit 50%"]
+    for case in cases.values():
+        assert not violations(case.policy, lab.original) and case.policy.num_devices == len(case.devices)
+    assert all(0.15 < comparison.costs(lab, case)["flops_share"] <= 0.25 for case in list(cases.values())[:4])
+    assert comparison.main_case(lab, SETTINGS) == cases["coformer"], "found again"
+    assert set(comparison.method_policies(lab, cases, 0.4)) == {"coformer", "coformer-published", "devit", "small"}
 
 
-def test_devices_are_profiled_on_the_same_sub_models_and_called_modelled():
-    frame = studies.modelled_pool([DeviceSpec("jetson-nano"), DeviceSpec("jetson-tx2")], ORIGINAL, 15)
-    first, second = (part.reset_index(drop=True) for _, part in frame.groupby("device", sort=False))
-    assert first["flops"].equals(second["flops"]) and (first["latency_s"] > second["latency_s"]).all()
-    assert set(frame["kind"]) == {"modelled"} and (frame["source"].str.startswith("roofline: ")).all()
+def test_runs_have_a_row_a_seed_and_tables_are_made_of_them(lab, cases):
+    few = {name: cases[name] for name in ("1 device", "coformer", "uniform")}
+    runs, model = comparison.all_runs(lab, few, SETTINGS), comparison.model_row(lab)
+    assert runs.groupby(["recipe", "case"], sort=False).size().tolist() == [1, 2, 1, 1]
+    assert runs["accuracy"].between(0, 100).all() and runs["held_out_accuracy"].notna().all()
+    records = {path: path.stat().st_mtime_ns for path in lab.folder.rglob("result.json")}
+    pd.testing.assert_frame_equal(comparison.all_runs(lab, few, SETTINGS), runs)
+    assert {path: path.stat().st_mtime_ns for path in lab.folder.rglob("result.json")} == records, "trained again"
+    recipes = tables.recipe_table(runs, model)
+    accuracies = comparison.method_accuracies(model["accuracy"], recipes)
+    assert accuracies["galaxy"] == model["accuracy"] and 0 <= accuracies["coformer"] <= 100
+
+
+def test_parts_aggregators_and_lost_devices(lab, cases):
+    case = cases["coformer"]
+    cut = comparison.ablation_rows(lab, case)
+    assert len(cut) == 2 * 2 * 4 and set(cut["part"]) == {"sub-model 1", "sub-model 2", "sub-model 3", "all"}
+    kinds = comparison.aggregator_rows(lab, case)
+    own = cut[cut["calibrated"] & (cut["part"] == "all")]["accuracy"].tolist()
+    assert kinds.loc[kinds["kind"] == "coformer", "accuracy"].tolist() == own and set(kinds["kind"]) == set(KINDS)
+    price = comparison.costs(lab, case)["latency_ms"]
+    assert kinds["latency_ms"].iloc[0] == pytest.approx(price, rel=1e-3)
+    lost = comparison.missing_rows(lab, case, 0.3)
+    assert set(lost["aggregator"]) == {"coformer", "coformer, drop 0.3", "average"}
+    assert lost.query("aggregator == 'coformer' and missing == 0")["accuracy"].tolist() == own
+
+
+# Notebook 11 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluator(lab):
+    return make_evaluator(lab.model, lab.task, lab.cluster(), num_rows=16, priced_as=comparison.DEIT)
+
+
+@pytest.fixture(scope="module")
+def limits(lab):
+    return Limits.share(lab.original, 0.5, 3)
+
+
+def test_predictors_are_held_against_sub_models_they_have_not_seen(lab):
+    pool = decomposition.modelled_pool(lab, 40)
+    assert len(pool) == 120 and pool["flops"].iloc[0] == pool["flops"].max(), "the whole model is first"
+    predictors, points = decomposition.predictor_points(pool, comparison.DEIT, 20)
+    assert list(predictors) == ["nano", "tx2", "orin"] and len(points) == 3 * 3 * 10
+    table = decomposition.predictor_table(points).set_index(["device", "predictor"])
+    part = points[(points["device"] == "tx2") & (points["predictor"] == "published")]
+    rmse = np.sqrt(np.mean((part["predicted_s"] - part["latency_s"]) ** 2))
+    row = table.loc[("tx2", "published")]
+    assert row["rmse_ms"] == pytest.approx(1e3 * rmse) and row["noise_ms"] == 0
+    assert row["rmse_of_whole_pct"] == pytest.approx(100 * rmse / part["whole_s"].iloc[0])
 
 
 def test_this_machine_is_timed_until_time_is_up():
-    frame = studies.measured_pool(CONFIG, 30, limit_s=0.0, num_repeats=2)
-    assert len(frame) == studies.MIN_TIMED and set(frame["kind"]) == {"measured"}
-    assert (frame["latency_s"] > 0).all() and (frame["spread_s"] >= 0).all() and set(frame["device"]) == {studies.HOST}
-    with pytest.raises(ValueError, match="num_repeats=1"):
-        studies.measured_pool(CONFIG, 30, num_repeats=1)
+    config = ViTConfig(hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=96, image_size=32)
+    frame = decomposition.timed_pool(config, 30, limit_s=0.0, num_repeats=2)
+    assert len(frame) == 12 and set(frame["kind"]) == {"measured"}
+    assert (frame["latency_s"] > 0).all() and (frame["spread_s"] >= 0).all()
+    pool = decomposition.model_pool(Original.of(config), 40)
+    assert pool[0] == Original.of(config).whole and len(set(pool)) == 40
 
 
-def test_what_is_timed_has_the_sizes_asked_for():
-    for sizes in studies.model_pool(ORIGINAL, 5):
-        model = studies.random_backbone(CONFIG, sizes)
-        assert sum(p.numel() for p in model.parameters()) == parameters(sizes, ORIGINAL)
-        assert model.config.num_hidden_layers == sizes.num_layers
-        assert len(studies.forward_s(model, torch.randn(1, 3, 32, 32), 2)) == 2
+def test_a_probe_reads_features():
+    def forward(pixel_values, labels):
+        return SimpleNamespace(logits=model.base_model(pixel_values))
 
-
-def test_predictors_are_held_against_sub_models_they_have_not_seen():
-    pool = studies.modelled_pool([DeviceSpec("jetson-tx2")], ORIGINAL, 60)
-    study = studies.predictor_study(pool, ORIGINAL, max_iterations=60)
-    assert list(study.predictors) == [DeviceSpec("jetson-tx2").title]
-    assert isinstance(study.predictors[DeviceSpec("jetson-tx2").title], LatencyPredictor)
-    assert set(study.points["predictor"]) == {*studies.FEATURES, studies.LINE}
-    assert (study.points["num_train"] == 45).all() and len(study.points) == 3 * 15
-    table = studies.predictor_table(study.points).set_index("predictor")
-    part = study.points[study.points["predictor"] == "published"]
-    rmse = np.sqrt(np.mean((part["predicted_s"] - part["latency_s"]) ** 2))
-    row = table.loc["published"]
-    assert row["rmse_ms"] == pytest.approx(1e3 * rmse) and row["num_test"] == 15 and row["noise_ms"] == 0
-    assert row["rmse_of_whole_pct"] == pytest.approx(100 * rmse / pool["latency_s"].iloc[0])
-    assert row["rmse_of_mean_pct"] < 25  # it has learned the sizes, in few iterations
-    with pytest.raises(ValueError, match="train_share=1.0"):
-        studies.predictor_study(pool, ORIGINAL, train_share=1.0)
-
-
-# Accuracy --------------------------------------------------------------------------------------------------------
-
-
-def test_a_probe_reads_what_features_say(evaluator):
-    class Model:
-        """Its features are the pixels."""
-
-        def eval(self):
-            return self
-
-        def base_model(self, pixel_values):
-            return SimpleNamespace(last_hidden_state=pixel_values)
+    model = torch.nn.Module()
+    model.base_model = torch.nn.Flatten(2)  # its features are the pixels
+    model.base_model.forward = lambda pixel_values: (pixel_values,)
+    model.forward = forward
 
     def batch(seed):
         labels = torch.arange(32) % 4
         noise = torch.randn(32, 1, 4, generator=torch.Generator().manual_seed(seed))
-        return {
-            "pixel_values": torch.nn.functional.one_hot(labels, 4)[:, None].float() + 0.05 * noise,
-            "labels": labels,
-        }
+        return {"pixel_values": torch.nn.functional.one_hot(labels, 4)[:, None] + 0.05 * noise, "labels": labels}
 
-    assert studies.probe_error(Model(), [batch(0), batch(1)]) == 0
-    shuffled = batch(1) | {"labels": batch(1)["labels"].flip(0)}
-    assert studies.probe_error(Model(), [batch(0), shuffled]) == 100
+    assert decomposition.probe_error(model, [batch(0), batch(1)]) == 0
+    turned = batch(1) | {"labels": batch(1)["labels"].flip(0)}
+    assert decomposition.probe_error(model, [batch(0), turned]) == 100
 
 
-def test_proxies_and_errors_of_policies(evaluator, task, tmp_path):
-    boosting = BoostConfig(num_steps=3, global_batch_size=16, micro_batch_size=16, mixed_precision="no")
-    made = dict(num_policies=3, few_steps=1, probe_rows=128)
-    points = studies.proxy_points(evaluator, task, boosting, tmp_path, LIMITS, **made)
-    assert len(points) == 3 and points["policy"].nunique() == 3
-    assert {*studies.PROXIES, *studies.TARGETS} <= set(points) and points[[*studies.PROXIES]].notna().all(axis=None)
-    first = Policy.from_dict(json.loads(points["policy"].iloc[0]))
-    assert points["loss"].iloc[0] == pytest.approx(evaluator(first).loss, rel=1e-5)
-    assert points["log_flops"].iloc[0] == pytest.approx(
-        np.mean([np.log10(flops(config, ORIGINAL)) for config in first.sub_models])
-    )
-    assert points["error_alone"].between(0, 100).all() and points["error_together"].between(0, 100).all()
-    again = studies.proxy_points(evaluator, task, boosting, tmp_path, LIMITS, **made)  # nothing is trained again
-    same = [*studies.PROXIES, *studies.TARGETS, "seconds_calibration", "policy"]
-    pd.testing.assert_frame_equal(points[same], again[same])
-
-
-def test_correlations_and_their_intervals():
-    rng = np.random.default_rng(0)
-    error = rng.uniform(50, 90, 40)
-    points = pd.DataFrame(dict(error_alone=error, error_together=error - 5))
-    points = points.assign(loss=rng.normal(size=40), probe_error=error, loss_after_steps=error**3, log_flops=-error)
-    points = points.assign(seconds_calibration=2.0, **{f"seconds_{name}": 0.1 for name in studies.PROXIES})
-    table = studies.proxy_table(points, num_resamples=300).set_index(["target", "proxy"]).loc["error_alone"]
-    assert table.loc["probe_error", "pearson"] == pytest.approx(1)
-    assert table.loc["log_flops", "pearson_high"] == pytest.approx(-1) and table.loc["log_flops", "expected_sign"] == -1
-    assert table.loc["loss_after_steps", "spearman_low"] == pytest.approx(1)
-    assert table.loc["loss_after_steps", "pearson"] < 1
+def test_proxies_of_policies_and_their_correlations(lab, evaluator, limits, tmp_path):
+    settings = dict(num_policies=3, few_steps=1, probe_rows=64)
+    points = decomposition.proxy_points(evaluator, lab.task, lab.boosting, tmp_path, limits, settings)
+    assert len(points) == 3 == points["policy"].nunique() and points[list(decomposition.PROXIES)].notna().all(axis=None)
+    assert points[["error_alone", "error_together"]].stack().between(0, 100).all()
+    error = np.random.default_rng(0).uniform(50, 90, 40)
+    points = pd.DataFrame(dict(error_alone=error, error_together=error - 5, probe_error=error, log_flops=-error))
+    points = points.assign(loss=np.random.default_rng(1).normal(size=40), loss_after_steps=error**3)
+    table = decomposition.correlations(points).set_index(["target", "proxy"]).loc["error_alone"]
+    assert table.loc["probe_error", "pearson"] == pytest.approx(1) and table.loc["log_flops", "pearson"] < -0.99
+    assert table.loc["loss_after_steps", "spearman"] == pytest.approx(1)
     assert table.loc["loss", "pearson_low"] < 0 < table.loc["loss", "pearson_high"]
-    still = studies.proxy_table(points.assign(loss=1.0), num_resamples=20).set_index(["target", "proxy"])
-    assert np.isnan(still.loc[("error_alone", "loss"), "pearson"])
+    found = {
+        claim.claim: claim.judged for claim in decomposition.proxy_claims(table.assign(target="alone").reset_index())
+    }
+    assert found["correlation of uncalibrated loss with the alone"] == "within noise"
 
 
-# Search ----------------------------------------------------------------------------------------------------------
-
-
-def test_delta_balances_loss_and_latency(evaluator):
-    weighted = studies.balanced(evaluator, LIMITS, 8)
-    rng = np.random.default_rng([0, 8])
-    found = [weighted(sample_policy(rng, ORIGINAL, LIMITS, 3)) for _ in range(8)]
+def test_delta_balances_loss_and_latency(evaluator, limits):
+    weighted, rng = decomposition.balanced(evaluator, limits, 4), np.random.default_rng([0, 8])
+    found = [weighted(sample_policy(rng, evaluator.original, limits, 3)) for _ in range(4)]
     assert np.std([e.loss for e in found]) == pytest.approx(weighted.delta * np.std([e.latency_s for e in found]))
-    with pytest.raises(ValueError, match="1 random policies"):
-        studies.balanced(evaluator, LIMITS, 1)
 
 
-def test_searches_start_alike_go_on_and_are_counted(evaluator, task, tmp_path):
-    history = studies.search_study(evaluator, task, CONFIGURED, LIMITS, tmp_path, num_seeds=2)
-    assert history.groupby(["method", "seed"]).size().eq(6).all() and set(history["method"]) == set(studies.SEARCHES)
-    starts = history[history["evaluation"] < 3].groupby(["seed", "evaluation"])
-    for _, rows in starts:
-        assert rows.loc[rows["method"] != "uniform", "policy"].nunique() == 1
-    pd.testing.assert_frame_equal(
-        history, studies.search_study(evaluator, task, CONFIGURED, LIMITS, tmp_path, num_seeds=2)
-    )
-    assert len(list(tmp_path.iterdir())) == 1
-    other = replace(evaluator, delta=2 * evaluator.delta)
-    studies.search_study(other, task, CONFIGURED, LIMITS, tmp_path, num_seeds=1, methods=["random"])
-    assert len(list(tmp_path.iterdir())) == 2  # of another objective nothing is taken over
-    best = studies.best_policies(history)
-    assert set(best) == set(studies.SEARCHES) and len(set(best["uniform"].sub_models)) == 1
-    with pytest.raises(ValueError, match="'genetic' is unknown"):
-        studies.search_study(evaluator, task, CONFIGURED, LIMITS, tmp_path, methods=["genetic"])
+def test_searches_start_alike_and_go_on(evaluator, limits, tmp_path):
+    config = SearchConfig(num_initial=2, num_iterations=1)
+    history = decomposition.search_history(evaluator, config, limits, tmp_path, num_seeds=2)
+    assert history.groupby(["method", "seed"]).size().eq(3).all() and set(history["method"]) == set(METHODS)
+    again = decomposition.search_history(evaluator, config, limits, tmp_path, num_seeds=2)
+    pd.testing.assert_frame_equal(history, again)
+    best = decomposition.best_policies(history)
+    assert set(best) == set(METHODS) and len(set(best["uniform"].sub_models)) == 1
+    policies = decomposition.policy_rows(best, evaluator)
+    ends = policies.groupby("method")[["backbone_ms", "send_ms", "idle_ms"]].sum().sum(axis=1) / 3
+    times = latency(best["random"], evaluator.original, evaluator.cluster)
+    assert policies["device"].tolist()[:3] == ["nano", "tx2", "orin"] and (ends > 0).all() and times.central == 1
+    claims = decomposition.search_claims(decomposition.search_table(history), policies)
+    assert {claim.judged for claim in claims[:2]} == {"not tested"}, "fewer than ten seeds"
+    constraints = decomposition.constraint_rows(best["random"], evaluator.original).set_index("policy")
+    assert (constraints.loc["found", "violations"] == 0).all()
+    assert (constraints.loc["broken on purpose", "violations"] > 0).all()
 
 
 def test_the_search_table_counts_seeds():
     def rows(method, seed, values):
         best = np.minimum.accumulate(values)
-        made = dict(method=method, seed=seed, evaluation=range(len(values)), objective=values, best_objective=best)
-        return pd.DataFrame(made | dict(best_loss=best, best_latency_s=0.01))
+        made = dict(method=method, seed=seed, evaluation=range(len(values)), best_objective=best, best_loss=best)
+        return pd.DataFrame(made | dict(best_latency_s=0.01))
 
-    history = pd.concat(
-        [
-            *[rows("bayesian", 0, [5, 3, 1]), rows("bayesian", 1, [5, 4, 4])],
-            *[rows("random", 0, [5, 3, 2]), rows("random", 1, [5, 3, 3])],
-        ]
-    )
-    table = studies.search_table(history).set_index("method")
+    history = [rows("bayesian", 0, [5, 3, 1]), rows("bayesian", 1, [5, 4, 4]), rows("random", 0, [5, 3, 2])]
+    table = decomposition.search_table(pd.concat([*history, rows("random", 1, [5, 3, 3])])).set_index("method")
     assert table.loc["bayesian", ["wins", "ahead", "num_seeds"]].tolist() == [1, 1, 2]
     assert table.loc["random", ["wins", "ahead"]].tolist() == [2, 0]
-    assert table.loc["random", "evaluations_to_rival"] == 2.5
+    assert table.loc["random", "evaluations_to_rival"] == 2.5 and np.isnan(
+        table.loc["bayesian", "evaluations_to_rival"]
+    )
     assert table.loc["bayesian", "objective"] == 2.5 and table.loc["bayesian", "latency_ms"] == 10
-    assert "wins" not in studies.search_table(history[history["method"] == "bayesian"])
-
-
-# Policies --------------------------------------------------------------------------------------------------------
-
-
-def test_a_policy_is_told_device_by_device(evaluator):
-    policy = sample_policy(np.random.default_rng(0), ORIGINAL, LIMITS, 3)
-    table = studies.policy_table({"random": policy}, evaluator, LIMITS)
-    times = evaluator.latency(policy)
-    assert table["device"].tolist() == ["a", "b", "c"] and table["central"].tolist() == [False, True, False]
-    assert table["backbone_ms"].tolist() == pytest.approx([1e3 * s for s in times.backbone_s])
-    assert table["backbone_ms"].tolist() == pytest.approx(table["roofline_ms"].tolist())  # there is no predictor
-    assert table["num_layers"].tolist() == [2 * config.num_layers for config in policy.sub_models]  # as it is priced
-    assert (table["searched_flops_share"] <= table["max_flops_share"]).all() and (table["max_flops_share"] == 0.5).all()
-    ends = table[["backbone_ms", "send_ms", "idle_ms"]].sum(axis=1)
-    assert ends.tolist() == pytest.approx([ends.iloc[0]] * 3)
-    assert ends.iloc[0] + table["aggregate_ms"].sum() == pytest.approx(table["total_ms"].iloc[0])
-
-
-def test_a_broken_policy_breaks_every_constraint(evaluator):
-    policy = sample_policy(np.random.default_rng(0), ORIGINAL, LIMITS, 3)
-    table = studies.constraint_table(policy, ORIGINAL).set_index(["policy", "constraint"])
-    assert (table.loc["found", "violations"] == 0).all()
-    broken = table.loc["broken on purpose"]
-    assert broken.index.tolist() == ["C1", "C2", "C3", "C4", "C5", "C6"] and (broken["violations"] > 0).all()
-    assert all(row["first"].startswith(f"{name}:") for name, row in broken.iterrows())

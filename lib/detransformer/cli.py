@@ -320,7 +320,13 @@ def run(
     """
     from detransformer.cluster.run import run_command
 
-    run_command(**locals_without(locals(), "run_command"))
+    run_command(**locals_without(locals(), "run_command"), run_ensemble=_run_ensemble)
+
+
+def _run_ensemble(*arguments) -> dict:
+    from detransformer.coformer.ensemble_requests import run_emulated  # late: it loads torch
+
+    return run_emulated(*arguments)
 
 
 @app.command()

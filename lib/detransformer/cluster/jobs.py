@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -476,17 +477,17 @@ def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices:
     return {"seconds": seconds[1:], "bytes": comm.bytes[kind]}
 
 
-def run_ensemble(state: WorkerState, **job: Any) -> dict:
-    """This device's part of an ensemble's answer; what it needs is imported when first asked for."""
-    from detransformer.cluster.ensembles import answer_part
-
-    return answer_part(state, **job)
-
-
 JOBS = {
     "run_plan": run_plan,
     "generate": generate,
-    "run_ensemble": run_ensemble,
     "self_check": self_check,
     "time_collective": time_collective,
 }
+
+
+def find_job(name: str) -> Callable[..., Any]:
+    """The job of this name: one of `JOBS`, or "package.module:function" of another room."""
+    if name in JOBS:
+        return JOBS[name]
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)

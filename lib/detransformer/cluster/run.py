@@ -82,8 +82,12 @@ def run_command(
     threads: str | None,
     transport: str,
     time_scale: str,
+    run_ensemble: Callable[..., dict],
 ) -> None:
-    """Runs a request over the devices of the file `cluster`; prints the answer and what it took."""
+    """Runs a request over the devices of the file `cluster`; prints the answer and what it took.
+
+    `run_ensemble` (`coformer.ensemble_requests.run_emulated`) answers where `model` is a folder of `detransformer decompose`.
+    """
     if text is not None and tokens is not None:
         raise ValueError(f"--tokens {tokens} stands beside --text; give a text or a number of random tokens.")
     if image is not None and (text is not None or tokens is not None):
@@ -118,11 +122,9 @@ def run_command(
     if spec.emulated:
         if host:
             raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
-        if ensemble:
-            from detransformer.cluster.ensemble_requests import run_emulated
-        else:
-            from detransformer.cluster.host import run_emulated
+        from detransformer.cluster.host import run_emulated
 
+        run_emulated = run_ensemble if ensemble else run_emulated
         record = run_emulated(spec, model, request, transport, scale, num_threads or 1)
     elif ensemble:
         raise ValueError(

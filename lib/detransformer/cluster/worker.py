@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 
-from detransformer.cluster.jobs import JOBS, WorkerState
+from detransformer.cluster.jobs import WorkerState, find_job
 from detransformer.cluster.network import enter_namespace
 
 HEARTBEAT_S = 1.0
@@ -66,7 +66,7 @@ def serve(
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            reply({"result": JOBS[job.pop("op")](state, **job)})
+            reply({"result": find_job(job.pop("op"))(state, **job)})
         except Exception as error:  # reported to the parent, which decides
             traceback.print_exc(file=sys.stderr)
             reply({"error": f"{type(error).__name__}: {error}"})

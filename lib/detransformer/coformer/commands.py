@@ -1,7 +1,9 @@
-"""`detransformer decompose`: words in, an ensemble's folder out."""
+"""`detransformer decompose`: a classifier and a cluster in, an ensemble's folder out."""
 
 import json
+import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -21,12 +23,14 @@ from detransformer.coformer.booster import (
     predict,
     weights_hash,
 )
-from detransformer.coformer.debo import METHODS, Calibrated, SearchConfig, calibrate_policy, search_policy
+from detransformer.coformer.calibration import Calibrated, calibrate_policy
 from detransformer.coformer.ensemble import save_ensemble
-from detransformer.coformer.evaluator import Latency, device_limits, fastest_device, latency, roofline_s
+from detransformer.coformer.evaluator import make_evaluator
 from detransformer.coformer.fusion import AggregatorConfig, missing_table
 from detransformer.coformer.policy import Limits, Original, Policy, flops, memory_bytes
-from detransformer.coformer.search import filled
+from detransformer.coformer.predictor import Latency, fastest_device, latency, roofline_s
+from detransformer.coformer.sampling import filled
+from detransformer.coformer.search import METHODS, SearchConfig, search_policy
 from detransformer.files import atomic_write
 from detransformer.parse import number, one_of, whole_number
 from detransformer.planning.profile import ClusterProfile
@@ -75,12 +79,8 @@ def decompose_command(
     number_of = whole_number(evaluations, "--evaluations", 1)
     batch = whole_number(batch_size, "--batch-size", 1)
     start = whole_number(seed, "--seed", 0)
-    searching = SearchConfig(
-        num_initial=min(10, number_of),
-        num_iterations=max(0, number_of - 10),
-        latency_weight=number(latency_weight, "--latency-weight", 0),
-        seed=start,
-    )
+    searching = SearchConfig(num_initial=min(10, number_of), num_iterations=max(0, number_of - 10), seed=start)
+    weight = number(latency_weight, "--latency-weight", 0)
     boosting = BoostConfig(
         num_steps=whole_number(steps, "--steps", 1),
         global_batch_size=batch,
@@ -112,23 +112,21 @@ def decompose_command(
     profile = spec.profile(checkpoint, model.config)
     limits = _limits(original, profile, share, most_bytes)
     print(f"Task: {learned.name}. Until it is done, {work} holds what an interrupted run goes on from.")
-    found = search_policy(
-        *(model, learned, profile, searching, limits, method),
-        history=_history(work, method, start, limits, profile, learned.fingerprint, weights_hash(model), searching),
-        seq_len=original.seq_len,
-        progress=True,
-    )
+    key = config_hash(method, start, limits, profile, learned.fingerprint, weights_hash(model), searching, weight)
+    evaluator = make_evaluator(model, learned, profile, weight, searching.num_rows, start, seq_len=original.seq_len)
+    history = work / f"search-{key[:8]}.json"
+    found = search_policy(evaluator, original, len(profile.devices), searching, limits, method, history, progress=True)
     policy, grown = found.best_policy, fill and bool(share or most_bytes)
-    if grown:  # the loss that is searched by says little of what calibration makes of a size (notebook 09)
+    if grown:  # the loss that is searched by says little of a size's loss after calibration (notebook 11)
         policy = filled(policy, original, limits)
-    times = latency(policy, original, profile, sent_tokens=1)
+    times = latency(policy, original, profile)
     print(f"\n{method} search, {len(found.policies)} policies{', the best filled up' if grown else ''}:\n")
     print(sub_model_table(policy, original, times, spec.names).to_markdown(index=False, floatfmt=".4g"))
-    whole_s = [roofline_s(original.whole, original, device) for device in profile.devices]
     fastest = fastest_device(profile.devices)
-    slower = "" if times.total_s < whole_s[fastest] else ": to decompose this model does not make it faster here"
+    whole_s = roofline_s(original.whole, original, profile.devices[fastest])
+    slower = "" if times.total_s < whole_s else ": to decompose this model does not make it faster here"
     print(
-        f"\npredicted: {1e3 * times.total_s:.4g} ms a request; the whole model {1e3 * whole_s[fastest]:.4g} ms on "
+        f"\npredicted: {1e3 * times.total_s:.4g} ms a request; the whole model {1e3 * whole_s:.4g} ms on "
         f"{spec.names[fastest]}, the fastest device{slower}.\n"
     )
     aggregation = AggregatorConfig(drop=0.1)  # some answers come without a device
@@ -138,7 +136,12 @@ def decompose_command(
     )
     large = learned.score(predict(model, learned, "test").argmax(-1))
     lost = missing_table(made.aggregator, made.test)
-    _write(target, folder, made, original, times, spec, learned, large, lost, family)
+    tokenizer_of = None if family == "vit" else folder
+    save_ensemble(target, made.sub_models, made.aggregator, policy, original, times.central, tokenizer_of)
+    if (folder / IMAGE_FILE).is_file():
+        shutil.copyfile(folder / IMAGE_FILE, target / IMAGE_FILE)
+    with atomic_write(target / PLAN_FILE) as file:
+        json.dump(_plan(made, times, spec, learned, large, lost), file, indent=1)
     shutil.rmtree(work)
     print(_scores(made, learned, large, lost, spec.names).to_markdown(index=False, floatfmt=".2f"))
     print(f"\nWritten to {target}; ask it by `detransformer run --cluster {cluster} --model {target}`.")
@@ -198,14 +201,8 @@ def _task(
 
 def _limits(original: Original, profile: ClusterProfile, share: float | None, most_bytes: float | None) -> Limits:
     """The devices' own memory, or less, and a share of the large model's FLOPs."""
-    own = device_limits(profile.devices)
-    most_flops = Limits.share(original, share, len(profile.devices)).flops if share else own.flops
-    return Limits(most_flops, tuple(min(b, most_bytes or b) for b in own.memory_bytes))
-
-
-def _history(work: Path, *depends_on) -> Path:
-    work.mkdir(parents=True, exist_ok=True)
-    return work / f"search-{config_hash('search', *depends_on)[:8]}.json"
+    most_flops = Limits.share(original, share or math.inf, len(profile.devices)).flops
+    return Limits(most_flops, tuple(min(device.memory_bytes, most_bytes or math.inf) for device in profile.devices))
 
 
 def sub_model_table(policy: Policy, original: Original, times: Latency, names: tuple[str, ...]) -> pd.DataFrame:
@@ -241,34 +238,16 @@ def _scores(
     return pd.DataFrame(rows, columns=["who answers", "metric", "test score"])
 
 
-def _write(
-    target: Path,
-    checkpoint: Path,
-    made: Calibrated,
-    original: Original,
-    times: Latency,
-    spec: ClusterSpec,
-    task: BoostTask,
-    large: float,
-    lost: pd.DataFrame,
-    family: str,
-) -> None:
-    tokenizer_of = None if family == "vit" else checkpoint
-    policy, central = made.policy, times.central
-    save_ensemble(target, made.sub_models, made.aggregator, policy, original, central, tokenizer_of)
-    if (checkpoint / IMAGE_FILE).is_file():
-        shutil.copyfile(checkpoint / IMAGE_FILE, target / IMAGE_FILE)
-    plan = {
+def _plan(
+    made: Calibrated, times: Latency, spec: ClusterSpec, task: BoostTask, large: float, lost: pd.DataFrame
+) -> dict:
+    """The policy, its predicted times and its scores, for plan.json."""
+    return {
         "cluster": spec.name,
         "devices": list(spec.names),
-        "central": spec.names[central],
-        "policy": policy.to_dict(),
-        "predicted": {
-            "backbone_s": times.backbone_s,
-            "send_s": times.send_s,
-            "aggregate_s": times.aggregate_s,
-            "total_s": times.total_s,
-        },
+        "central": spec.names[times.central],
+        "policy": made.policy.to_dict(),
+        "predicted": asdict(times) | {"total_s": times.total_s},
         "task": task.name,
         "scores": {
             "metric": task.metric,
@@ -278,5 +257,3 @@ def _write(
             "without_each": lost["accuracy"].tolist()[1:],
         },
     }
-    with atomic_write(target / PLAN_FILE) as file:
-        json.dump(plan, file, indent=1)

@@ -6,10 +6,9 @@ FOLDER/aggregator/        what makes one answer of their features or logits
 FOLDER/tokenizer files    where the model reads text
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,12 +27,11 @@ from detransformer.files import atomic_folder
 from detransformer.typed_json import from_json
 
 DESCRIPTION = "ensemble.json"
-VERSION = 1
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What `FOLDER/ensemble.json` says; `central` is the number of the device that aggregates."""
+    """Sub-models and aggregator in a folder; `central` is the number of the device that aggregates."""
 
     folder: Path
     policy: Policy
@@ -64,63 +62,36 @@ def save_ensemble(
     central: int,
     tokenizer_of: str | Path | None = None,
 ) -> Ensemble:
-    """Writes an ensemble; `tokenizer_of` is the large model's folder where it reads text.
-
-    Raises:
-        ValueError: where sub-models, aggregator, policy and central device do not belong together.
-    """
-    count = policy.num_devices
-    if len(sub_models) != count or len(aggregator.widths) != count:
-        raise ValueError(
-            f"the policy is of {count} sub-models, {len(sub_models)} and an aggregator of {len(aggregator.widths)} "
-            "are given: give one sub-model a device and the aggregator that was trained on them."
-        )
-    if not 0 <= central < count:
-        raise ValueError(f"central={central} is outside 0..{count - 1}: give the number of the device that aggregates.")
+    """Writes an ensemble; `tokenizer_of` is the large model's folder where it reads text."""
+    assert len(sub_models) == len(aggregator.widths) == policy.num_devices > central >= 0
     model_type = sub_models[0].config.model_type.removeprefix("coformer_")
+    described = {"policy": policy.to_dict(), "original": asdict(original), "central": central, "model_type": model_type}
     with atomic_folder(Path(folder)) as temporary:
         for number, sub_model in enumerate(sub_models):
             sub_model.save_pretrained(temporary / f"sub_model_{number}")
         save_aggregator(aggregator, temporary / "aggregator")
         if tokenizer_of is not None:
             copy_tokenizer(str(tokenizer_of), temporary)
-        described = {
-            "version": VERSION,
-            "policy": policy.to_dict(),
-            "original": dataclasses.asdict(original),
-            "central": central,
-            "model_type": model_type,
-        }
         (temporary / DESCRIPTION).write_text(json.dumps(described, indent=1), encoding="utf-8")
     return load_ensemble(folder)
-
-
-def is_ensemble(folder: str | Path) -> bool:
-    """Whether `folder` is one that `detransformer decompose` wrote."""
-    return (Path(folder) / DESCRIPTION).is_file()
 
 
 def load_ensemble(folder: str | Path) -> Ensemble:
     """The ensemble of `folder`; ValueError that names the file and the remedy where it is missing or damaged."""
     path = Path(folder) / DESCRIPTION
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no ensemble (no {DESCRIPTION}): make one with `detransformer decompose`.")
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        return Ensemble(
-            Path(folder),
-            Policy.from_dict(known["policy"]),
-            from_json(Original, known["original"]),
-            known["central"],
-            known["model_type"],
-        )
+        policy, original = Policy.from_dict(known["policy"]), from_json(Original, known["original"])
+        return Ensemble(Path(folder), policy, original, known["central"], known["model_type"])
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {DESCRIPTION}: make an ensemble with `detransformer decompose`.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): decompose the model again.") from error
 
 
 @torch.inference_mode()
 def answer(sub_model: PreTrainedModel, inputs: dict, aggregator: Aggregator) -> torch.Tensor:
-    """What one device sends: features pooled as `aggregator` wants them [B, d_n], or logits [B, C]; float32."""
+    """The message of one device: features pooled as `aggregator` wants them [B, d_n], or logits [B, C]; float32."""
     features, logits = features_and_logits(sub_model, inputs)
     if not aggregator.learned:
         return logits.float()
@@ -129,16 +100,13 @@ def answer(sub_model: PreTrainedModel, inputs: dict, aggregator: Aggregator) -> 
 
 @torch.inference_mode()
 def aggregate(aggregator: Aggregator, answers: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Logits [B, C] of what has come, None for a device that sent nothing."""
-    return aggregator(answers) if aggregator.learned else aggregator(None, answers)
+    """Logits [B, C] of the answers that have come, None for a device that sent nothing."""
+    return aggregator(answers, answers)
 
 
 def whole_answer(ensemble: Ensemble, inputs: dict, present: Sequence[bool] | None = None) -> torch.Tensor:
     """The ensemble's logits [B, C] in one process: the reference of a distributed run."""
     aggregator = ensemble.aggregator()
     here = [True] * ensemble.num_devices if present is None else present
-    answers = [
-        answer(ensemble.sub_model(number), inputs, aggregator) if here[number] else None
-        for number in range(ensemble.num_devices)
-    ]
+    answers = [answer(ensemble.sub_model(n), inputs, aggregator) if there else None for n, there in enumerate(here)]
     return aggregate(aggregator, answers)

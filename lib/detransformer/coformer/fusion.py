@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from detransformer.coformer.aggregator import (
     Aggregator,
-    check_kind,
     features_and_logits,
     make_aggregator,
     pool_features,
@@ -166,7 +165,6 @@ def train_aggregator(
     Raises:
         ValueError: for features that are not pooled or not of as many samples as there are labels.
     """
-    check_kind(kind)
     for number, x in enumerate(features, start=1):
         if x.dim() != 2 or len(x) != len(labels):
             raise ValueError(

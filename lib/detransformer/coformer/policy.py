@@ -1,14 +1,15 @@
 """Decomposition policies: into which sub-models a large transformer is cut (CoFormer 2025, Section III-B, Eq. 8).
 
-A policy names one sub-model a device, C_n = {l_n, d_n, h_n^{1:l_n}, D_n^{1:l_n}}. Here are its constraints, its costs,
-its encoding for the Gaussian process and random valid policies, all pure functions of sizes.
+A policy names one sub-model a device, C_n = {l_n, d_n, h_n^{1:l_n}, D_n^{1:l_n}}. Here are its constraints, its costs
+and its encoding for the Gaussian process, all pure functions of sizes.
 
 Letters: L, d, h, D layers, embedding width, heads and FFN width of the large model; s its head size, which sub-models
 keep; S tokens; A = h_n^k s the attention width of a sub-model's layer, which is not its embedding width d_n.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig
 from detransformer.typed_json import from_json
 
 FLOAT_BYTES = 4
-INFINITE = float("inf")
+NUM_STEPS = 24  # in which widths are divided where policies are drawn
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,16 @@ class Original:
         return self.hidden_size // self.num_heads
 
     @property
+    def hidden_step(self) -> int:
+        """Policies are drawn with embedding widths in multiples of this: 32 for BERT-Base and DeiT-B."""
+        return max(1, self.hidden_size // NUM_STEPS)
+
+    @property
+    def ffn_step(self) -> int:
+        """As `hidden_step`, of FFN widths: 128 for BERT-Base and DeiT-B."""
+        return max(1, self.ffn_size // NUM_STEPS)
+
+    @property
     def whole(self) -> SubModelConfig:
         """The large model as a sub-model of itself."""
         layers = self.num_layers
@@ -149,41 +160,23 @@ class Limits:
             raise ValueError(f"flops lists {len(self.flops)} devices and memory_bytes {len(self.memory_bytes)}.")
 
     @classmethod
-    def none(cls, num_devices: int) -> "Limits":
-        return cls((INFINITE,) * num_devices, (INFINITE,) * num_devices)
-
-    @classmethod
     def share(cls, original: Original, share: float, num_devices: int) -> "Limits":
         """Each device may spend `share` of the large model's FLOPs (the 30, 40 and 50% of Fig. 13)."""
-        return cls((share * flops(original.whole, original),) * num_devices, (INFINITE,) * num_devices)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What policies are drawn from: embedding and FFN widths in multiples of a step, and no fewer layers than given."""
-
-    hidden_step: int
-    ffn_step: int
-    min_layers: int = 1
-
-    @classmethod
-    def of(cls, original: Original, num_steps: int = 24) -> "Grid":
-        """The large model's widths in `num_steps` parts: steps of 32 and 128 for BERT-Base and DeiT-B."""
-        return cls(max(1, original.hidden_size // num_steps), max(1, original.ffn_size // num_steps))
+        return cls((share * flops(original.whole, original),) * num_devices, (math.inf,) * num_devices)
 
 
 # Costs -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Product:
+class MatrixProduct:
     """One matrix product of a request: its operations, and the bytes of the weights that it reads."""
 
     flops: int
     weight_bytes: int
 
 
-def products(config: SubModelConfig, original: Original) -> list[Product]:
+def products(config: SubModelConfig, original: Original) -> list[MatrixProduct]:
     """The matrix products of one request (batch 1) through a sub-model's backbone, in their order.
 
     A multiply-add counts as two operations; LayerNorm, GELU and softmax, below 2%, are left out, as in `models.sizes`.
@@ -191,13 +184,13 @@ def products(config: SubModelConfig, original: Original) -> list[Product]:
     """
     tokens, width = original.seq_len, config.hidden_size
 
-    def linear(num_tokens: int, num_in: int, num_out: int) -> Product:
-        return Product(2 * num_tokens * num_in * num_out, FLOAT_BYTES * num_in * num_out)
+    def linear(num_tokens: int, num_in: int, num_out: int) -> MatrixProduct:
+        return MatrixProduct(2 * num_tokens * num_in * num_out, FLOAT_BYTES * num_in * num_out)
 
     listed = [linear(tokens - 1, original.patch_values, width)] if original.patch_values else []
     for heads, ffn in zip(config.num_heads, config.ffn_sizes, strict=True):
         attention = heads * original.head_size
-        listed += [linear(tokens, width, 3 * attention), Product(4 * tokens * tokens * attention, 0)]
+        listed += [linear(tokens, width, 3 * attention), MatrixProduct(4 * tokens * tokens * attention, 0)]
         listed += [linear(tokens, attention, width), linear(tokens, width, ffn), linear(tokens, ffn, width)]
     return listed + ([linear(1, width, width)] if original.has_pooler else [])
 
@@ -345,235 +338,3 @@ def encode(policy: Policy, original: Original) -> np.ndarray:
         alone = [config.num_layers / original.num_layers, config.hidden_size / original.hidden_size]
         entries += [alone, heads / original.num_layers**0.5, ffn / original.num_layers**0.5]
     return np.concatenate(entries)
-
-
-# Random policies -------------------------------------------------------------------------------------------------
-
-
-def sample_policy(
-    rng: np.random.Generator, original: Original, limits: Limits | None, num_devices: int, grid: Grid | None = None
-) -> Policy:
-    """A random policy within C1-C6, `hidden_size` and `ffn_sizes` on `grid` (default: `Grid.of(original)`).
-
-    Each device draws its share of embedding, heads and FFN, which varies from layer to layer; a part of the original
-    may stay unused. Nothing is rejected: a sub-model above its device's limits is made smaller until it fits.
-
-    Raises:
-        ValueError: if no policy exists, naming the constraint.
-    """
-    grid = grid or Grid.of(original)
-    _check_room(original, num_devices, grid)
-    share = rng.dirichlet(np.full(num_devices, 2.0))
-    num_layers = rng.integers(min(grid.min_layers, original.num_layers), original.num_layers + 1, num_devices)
-    widths = _draw(rng, original.hidden_size // grid.hidden_step, _vary(rng, share))
-    head_share, ffn_share = _vary(rng, share), _vary(rng, share)
-    heads: list[list[int]] = [[] for _ in range(num_devices)]
-    ffn: list[list[int]] = [[] for _ in range(num_devices)]
-    for layer in range(max(num_layers)):
-        there = np.flatnonzero(num_layers > layer)
-        drawn = zip(
-            there,
-            _draw(rng, original.num_heads, head_share[there]),
-            _draw(rng, original.ffn_size // grid.ffn_step, ffn_share[there]),
-            strict=True,
-        )
-        for n, layer_heads, layer_ffn in drawn:
-            heads[n].append(int(layer_heads))
-            ffn[n].append(int(layer_ffn) * grid.ffn_step)
-    configs = [
-        SubModelConfig(len(h), int(w) * grid.hidden_step, h, f) for w, h, f in zip(widths, heads, ffn, strict=True)
-    ]
-    return _within(rng, configs, original, limits, grid)
-
-
-def mutate_policy(
-    rng: np.random.Generator, policy: Policy, original: Original, limits: Limits | None, grid: Grid | None = None
-) -> Policy:
-    """A valid policy near `policy`: one to three changes of a sub-model's layers, width, heads or FFN.
-
-    What others then have too much of is taken from the sub-model that has most.
-    """
-    grid = grid or Grid.of(original)
-    configs = list(policy.sub_models)
-    for _ in range(rng.integers(1, 4)):
-        n = rng.integers(len(configs))
-        configs[n] = _mutate(rng, configs[n], original, grid)
-        configs = _share_out(configs, int(n), original, grid)
-    return _within(rng, configs, original, limits, grid)
-
-
-def uniform_policy(
-    original: Original,
-    num_devices: int,
-    limits: Limits | None = None,
-    grid: Grid | None = None,
-    num_layers: int | None = None,
-) -> Policy:
-    """The same sub-model for each device (the uniform decomposition of Fig. 11): 1/N of embedding, heads and FFN.
-
-    It has `num_layers` (default: all) layers, fewer where a device's limits ask for it.
-
-    Raises:
-        ValueError: if not even one layer of it fits, naming the constraint.
-    """
-    grid = grid or Grid.of(original)
-    _check_room(original, num_devices, grid)
-    width = original.hidden_size // num_devices // grid.hidden_step * grid.hidden_step
-    heads = original.num_heads // num_devices
-    ffn = original.ffn_size // num_devices // grid.ffn_step * grid.ffn_step
-    for layers in range(num_layers or original.num_layers, 0, -1):
-        policy = Policy((SubModelConfig(layers, width, (heads,) * layers, (ffn,) * layers),) * num_devices)
-        found = violations(policy, original, limits)
-        if not found:
-            return policy
-    raise ValueError(f"no uniform policy of {num_devices} devices: {found[0]}.")
-
-
-def sample_uniform_policy(
-    rng: np.random.Generator, original: Original, limits: Limits | None, num_devices: int, grid: Grid | None = None
-) -> Policy:
-    """A random policy within C1-C6 that gives each device the same sub-model."""
-    grid = grid or Grid.of(original)
-    _check_room(original, num_devices, grid)
-    layers = int(rng.integers(min(grid.min_layers, original.num_layers), original.num_layers + 1))
-    width = grid.hidden_step * rng.integers(1, original.hidden_size // grid.hidden_step // num_devices + 1)
-    heads = rng.integers(1, original.num_heads // num_devices + 1, layers)
-    ffn = grid.ffn_step * rng.integers(1, original.ffn_size // grid.ffn_step // num_devices + 1, layers)
-    config = SubModelConfig(layers, int(width), heads, ffn)
-    if limits is not None:
-        config = _shrunk(rng, config, original, grid, min(limits.flops), min(limits.memory_bytes), "the smallest")
-    return Policy((config,) * num_devices)
-
-
-def _check_room(original: Original, num_devices: int, grid: Grid) -> None:
-    """Each device needs one part of everything."""
-    for name, what, parts in (
-        ("C2", f"{grid.hidden_step} embedding dimensions", original.hidden_size // grid.hidden_step),
-        ("C3", "one head", original.num_heads),
-        ("C4", f"{grid.ffn_step} FFN columns", original.ffn_size // grid.ffn_step),
-    ):
-        if parts < num_devices:
-            raise ValueError(
-                f"{name}: {num_devices} sub-models of at least {what} each need more than the original has: "
-                "take fewer devices or smaller steps."
-            )
-
-
-def _vary(rng: np.random.Generator, share: np.ndarray) -> np.ndarray:
-    """Shares near `share`: a device that is given much of one thing tends to be given much of all."""
-    return rng.dirichlet(1 + 10 * share)
-
-
-def _draw(rng: np.random.Generator, num_parts: int, share: np.ndarray) -> np.ndarray:
-    """At least one part each, and the rest by `share` with chance; mostly all parts are used, at times as few as half.
-
-    `share` need not sum to 1.
-    """
-    unused = int(num_parts * max(0.0, rng.uniform(-0.5, 0.5)))
-    used = max(num_parts - unused, len(share))
-    return 1 + rng.multinomial(used - len(share), share / share.sum())
-
-
-def _mutate(rng: np.random.Generator, config: SubModelConfig, original: Original, grid: Grid) -> SubModelConfig:
-    """One change of one sub-model, within the original's own sizes."""
-    kind = ("layers", "width", "heads", "ffn")[rng.integers(4)]
-    change = (-3, -2, -1, 1, 2, 3)[rng.integers(6)]
-    if kind == "width":
-        return replace(config, hidden_size=_bounded(config.hidden_size, change, grid.hidden_step, original.hidden_size))
-    if kind == "layers":
-        fewest = min(grid.min_layers, original.num_layers)
-        wanted = max(fewest, min(config.num_layers + change, original.num_layers))
-        # A layer goes or comes twice at any place: layers are like others near them.
-        kept = np.arange(config.num_layers)
-        while len(kept) != wanted:
-            place = rng.integers(len(kept))
-            kept = np.delete(kept, place) if len(kept) > wanted else np.insert(kept, place, kept[place])
-        return _layers(config, kept)
-    start, stop = sorted(rng.integers(0, config.num_layers + 1, 2))
-    if start == stop:
-        start, stop = 0, config.num_layers
-    step, most, field = (1, original.num_heads, "num_heads")
-    if kind == "ffn":
-        step, most, field = (grid.ffn_step, original.ffn_size, "ffn_sizes")
-    sizes = list(getattr(config, field))
-    sizes[start:stop] = [_bounded(size, change, step, most) for size in sizes[start:stop]]
-    return replace(config, **{field: tuple(sizes)})
-
-
-def _bounded(size: int, change: int, step: int, most: int) -> int:
-    return max(step, min(size + change * step, most // step * step))
-
-
-def _layers(config: SubModelConfig, kept: np.ndarray) -> SubModelConfig:
-    heads, ffn = ([sizes[i] for i in kept] for sizes in (config.num_heads, config.ffn_sizes))
-    return SubModelConfig(len(kept), config.hidden_size, heads, ffn)
-
-
-def _share_out(configs: list[SubModelConfig], changed: int, original: Original, grid: Grid) -> list[SubModelConfig]:
-    """C2-C4 again after sub-model `changed` grew: what is too much is taken from the others that have most."""
-    widths = _lowered([c.hidden_size for c in configs], changed, grid.hidden_step, original.hidden_size)
-    heads, ffn = [list(c.num_heads) for c in configs], [list(c.ffn_sizes) for c in configs]
-    for sizes, step, most in ((heads, 1, original.num_heads), (ffn, grid.ffn_step, original.ffn_size)):
-        for layer in range(max(c.num_layers for c in configs)):
-            there = [n for n, c in enumerate(configs) if c.num_layers > layer]
-            first = there.index(changed) if changed in there else -1
-            lowered = _lowered([sizes[n][layer] for n in there], first, step, most)
-            for n, size in zip(there, lowered, strict=True):
-                sizes[n][layer] = size
-    return [SubModelConfig(len(h), w, h, f) for w, h, f in zip(widths, heads, ffn, strict=True)]
-
-
-def _lowered(sizes: list[int], spared: int, step: int, most: int) -> list[int]:
-    """`sizes` with a sum of at most `most`, none below `step`; the one at `spared` is lowered last."""
-    sizes = list(sizes)
-    while sum(sizes) > most:
-        # `_check_room` made sure that there is one above a step.
-        largest = max(range(len(sizes)), key=lambda n: (sizes[n] > step, n != spared, sizes[n]))
-        sizes[largest] -= step
-    return sizes
-
-
-def _within(
-    rng: np.random.Generator, configs: list[SubModelConfig], original: Original, limits: Limits | None, grid: Grid
-) -> Policy:
-    if limits is None:
-        return Policy(tuple(configs))
-    room = zip(configs, limits.flops, limits.memory_bytes, strict=True)
-    return Policy(tuple(_shrunk(rng, c, original, grid, f, m, f"device {n}") for n, (c, f, m) in enumerate(room)))
-
-
-def _shrunk(
-    rng: np.random.Generator,
-    config: SubModelConfig,
-    original: Original,
-    grid: Grid,
-    max_flops: float,
-    max_memory: float,
-    device: str,
-) -> SubModelConfig:
-    """`config` made smaller, an eighth of one of its sizes at a time, until it is within both limits."""
-    fewest = min(grid.min_layers, original.num_layers)
-    while True:
-        name = "C5" if flops(config, original) > max_flops else "C6"
-        if name == "C6" and memory_bytes(config, original) <= max_memory:
-            return config
-        smaller = []
-        if config.num_layers > fewest:
-            # The last ones: the layers of other sub-models that C3 and C4 count with the rest stay the same.
-            kept = config.num_layers - max(1, (config.num_layers - fewest) // 8)
-            smaller.append(_layers(config, np.arange(kept)))
-        if config.hidden_size > grid.hidden_step:
-            smaller.append(replace(config, hidden_size=_eighth_less(config.hidden_size, grid.hidden_step)))
-        if max(config.num_heads) > 1:
-            smaller.append(replace(config, num_heads=tuple(_eighth_less(h, 1) for h in config.num_heads)))
-        if max(config.ffn_sizes) > grid.ffn_step:
-            smaller.append(replace(config, ffn_sizes=tuple(_eighth_less(f, grid.ffn_step) for f in config.ffn_sizes)))
-        if not smaller:
-            raise ValueError(f"{name}: the smallest sub-model of the grid is above the limit of {device}: raise it.")
-        config = smaller[rng.integers(len(smaller))]
-
-
-def _eighth_less(size: int, step: int) -> int:
-    """In steps, and one step at least stays."""
-    parts = size // step
-    return step * max(1, parts - max(1, parts // 8))

@@ -10,7 +10,6 @@ Shapes: B batch, S tokens, d embedding width, A = heads x head size, D FFN colum
 
 import copy
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
@@ -30,14 +29,13 @@ from transformers import (
     GPT2Model,
     GPT2Tokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer, BertPooler
+from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
-from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTLayer, ViTPooler
+from transformers.models.vit.modeling_vit import ViTLayer
 from transformers.pytorch_utils import Conv1D
 
 from detransformer.coformer.policy import Original, SubModelConfig
@@ -159,6 +157,27 @@ def _layer_config(config: CoformerConfig, layer: int, hidden_size: int) -> Cofor
     return sizes
 
 
+class SubModel:
+    """Mixin of all sub-models: the original class without layers, then layers of their own sizes."""
+
+    layer_class: type[nn.Module]
+    layers_at: str  # where the original keeps its layers, from the backbone
+
+    def __init__(self, config: CoformerConfig, **options):
+        count, config.num_hidden_layers = config.num_hidden_layers, 0
+        super().__init__(config, **options)
+        config.num_hidden_layers = count
+        layers = [self.layer_class(config, number) for number in range(count)]
+        self.base_model.get_submodule(self.layers_at).extend(layers)
+        self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
+        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
+        return False
+
+
 # BERT ------------------------------------------------------------------------------------------------------------
 
 
@@ -178,42 +197,16 @@ class CoformerBertLayer(BertLayer):
             output.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
 
-class CoformerBertEncoder(BertEncoder):
-    def __init__(self, config: CoformerBertConfig):
-        nn.Module.__init__(self)
-        self.config = config
-        self.layer = nn.ModuleList([CoformerBertLayer(config, i) for i in range(config.num_hidden_layers)])
+class BertSubModel(SubModel):
+    config_class, layer_class, layers_at = CoformerBertConfig, CoformerBertLayer, "encoder.layer"
 
 
-class CoformerBertModel(BertModel):
+class CoformerBertModel(BertSubModel, BertModel):
     """A sub-model of BERT (and its pooler); outputs as `transformers.BertModel`."""
 
-    config_class = CoformerBertConfig
-    _no_split_modules = ["BertEmbeddings", "CoformerBertLayer"]
 
-    def __init__(self, config: CoformerBertConfig, add_pooling_layer: bool = True):
-        PreTrainedModel.__init__(self, config)  # BertModel's own makes layers that are as wide as the embedding
-        self.gradient_checkpointing = False
-        self.embeddings = BertEmbeddings(config)
-        self.encoder = CoformerBertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
-        self.post_init()
-
-
-class CoformerBertForSequenceClassification(BertForSequenceClassification):
+class CoformerBertForSequenceClassification(BertSubModel, BertForSequenceClassification):
     """A sub-model of a BERT with its classification head: input_ids [B, T] to logits [B, C] (CoFormer, Fig. 14)."""
-
-    config_class = CoformerBertConfig
-    _no_split_modules = CoformerBertModel._no_split_modules
-
-    def __init__(self, config: CoformerBertConfig):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.bert = CoformerBertModel(config)
-        dropout = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
 
 # GPT-2 -----------------------------------------------------------------------------------------------------------
@@ -226,62 +219,29 @@ class CoformerGPT2Block(GPT2Block):
         width, attention = config.hidden_size, config.layer_heads[layer_idx] * config.head_dim
         super().__init__(_layer_config(config, layer_idx, attention), layer_idx)
         self.attn.config = config
-        if config.scale_attn_weights and config.scale_attn_by_inverse_layer_idx:
-            self.attn.scaling = config.head_dim**-0.5 / (config.source_layers[layer_idx] + 1)
-        elif config.scale_attn_by_inverse_layer_idx:
-            self.attn.scaling = 1.0 / (config.source_layers[layer_idx] + 1)
+        if config.scale_attn_by_inverse_layer_idx:
+            scaling = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+            self.attn.scaling = scaling / (config.source_layers[layer_idx] + 1)
         self.attn.c_attn = Conv1D(3 * attention, width)
         self.attn.c_proj = Conv1D(width, attention)
         self.mlp = GPT2MLP(config.layer_ffn_sizes[layer_idx], config)
         self.ln_1, self.ln_2 = (nn.LayerNorm(width, eps=config.layer_norm_epsilon) for _ in range(2))
 
 
-class _CoformerGPT2Mixin:
-    config_class = CoformerGPT2Config
-    _no_split_modules = ["CoformerGPT2Block"]
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
-        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
-        return False
+class GPT2SubModel(SubModel):
+    config_class, layer_class, layers_at = CoformerGPT2Config, CoformerGPT2Block, "h"
 
 
-class CoformerGPT2Model(_CoformerGPT2Mixin, GPT2Model):
+class CoformerGPT2Model(GPT2SubModel, GPT2Model):
     """A sub-model of GPT-2 without a head; outputs as `transformers.GPT2Model`."""
 
-    def __init__(self, config: CoformerGPT2Config):
-        PreTrainedModel.__init__(self, config)  # as in `CoformerBertModel`
-        self.embed_dim = config.hidden_size
-        self.wte = nn.Embedding(config.vocab_size, self.embed_dim)
-        self.wpe = nn.Embedding(config.max_position_embeddings, self.embed_dim)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList([CoformerGPT2Block(config, i) for i in range(config.num_hidden_layers)])
-        self.ln_f = nn.LayerNorm(self.embed_dim, eps=config.layer_norm_epsilon)
-        self.gradient_checkpointing = False
-        self._attn_implementation = config._attn_implementation
-        self.post_init()
 
-
-class CoformerGPT2ForSequenceClassification(_CoformerGPT2Mixin, GPT2ForSequenceClassification):
+class CoformerGPT2ForSequenceClassification(GPT2SubModel, GPT2ForSequenceClassification):
     """A sub-model of a GPT-2 with its classification head: input_ids [B, T] to logits [B, C] (CoFormer, Fig. 14)."""
 
-    def __init__(self, config: CoformerGPT2Config):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.transformer = CoformerGPT2Model(config)
-        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
-        self.post_init()
 
-
-class CoformerGPT2LMHeadModel(_CoformerGPT2Mixin, GPT2LMHeadModel):
+class CoformerGPT2LMHeadModel(GPT2SubModel, GPT2LMHeadModel):
     """A sub-model of GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
-
-    def __init__(self, config: CoformerGPT2Config):
-        PreTrainedModel.__init__(self, config)
-        self.transformer = CoformerGPT2Model(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.post_init()
 
 
 # ViT -------------------------------------------------------------------------------------------------------------
@@ -295,33 +255,16 @@ class CoformerViTLayer(ViTLayer):
         self.attention.config = self.mlp.config = config
 
 
-class CoformerViTModel(ViTModel):
+class ViTSubModel(SubModel):
+    config_class, layer_class, layers_at = CoformerViTConfig, CoformerViTLayer, "layers"
+
+
+class CoformerViTModel(ViTSubModel, ViTModel):
     """A sub-model of ViT; outputs as `transformers.ViTModel`."""
 
-    config_class = CoformerViTConfig
-    _no_split_modules = ["ViTEmbeddings", "CoformerViTLayer"]
 
-    def __init__(self, config: CoformerViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
-        PreTrainedModel.__init__(self, config)
-        self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
-        self.layers = nn.ModuleList([CoformerViTLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooler = ViTPooler(config) if add_pooling_layer else None
-        self.post_init()
-
-
-class CoformerViTForImageClassification(ViTForImageClassification):
+class CoformerViTForImageClassification(ViTSubModel, ViTForImageClassification):
     """A sub-model of a ViT with its head: pixel_values [B, 3, H, W] to logits [B, C] (CoFormer, Fig. 14)."""
-
-    config_class = CoformerViTConfig
-    _no_split_modules = CoformerViTModel._no_split_modules
-
-    def __init__(self, config: CoformerViTConfig):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.vit = CoformerViTModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
-        self.post_init()
 
 
 SUB_MODEL_CLASS = {
@@ -335,29 +278,19 @@ SUB_MODEL_CLASS = {
 }
 
 
-def features(sub_model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """X_n of Eq. 2, the backbone's last hidden states, [B, S, d_n]; `labels` among the inputs are left out.
-
-    Of GPT-2 and ViT they are those after the last LayerNorm.
-    """
-    backbone = sub_model.base_model
-    return backbone(**{name: value for name, value in inputs.items() if name != "labels"}).last_hidden_state
-
-
 def register() -> None:
     """Makes `AutoConfig`, the AutoModel classes and `AutoTokenizer` know the sub-models."""
     for config in SUB_MODEL_CONFIG.values():
         AutoConfig.register(config.model_type, config, exist_ok=True)
-    for auto, config, model in (
-        (AutoModel, CoformerBertConfig, CoformerBertModel),
-        (AutoModelForSequenceClassification, CoformerBertConfig, CoformerBertForSequenceClassification),
-        (AutoModel, CoformerGPT2Config, CoformerGPT2Model),
-        (AutoModelForSequenceClassification, CoformerGPT2Config, CoformerGPT2ForSequenceClassification),
-        (AutoModelForCausalLM, CoformerGPT2Config, CoformerGPT2LMHeadModel),
-        (AutoModel, CoformerViTConfig, CoformerViTModel),
-        (AutoModelForImageClassification, CoformerViTConfig, CoformerViTForImageClassification),
+    for auto in (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
     ):
-        auto.register(config, model, exist_ok=True)
+        for original, sub_model in SUB_MODEL_CLASS.items():
+            if auto._model_mapping.get(original.config_class, None) is original:
+                auto.register(sub_model.config_class, sub_model, exist_ok=True)
     AutoTokenizer.register(CoformerBertConfig, BertTokenizer, exist_ok=True)
     AutoTokenizer.register(CoformerGPT2Config, GPT2Tokenizer, exist_ok=True)
 

@@ -1,7 +1,6 @@
-"""`detransformer run` of an ensemble: text, picture or random input to the sub-models, and what they say together."""
+"""`detransformer run` of an ensemble: text, picture or random input to the sub-models, and their common answer."""
 
 import json
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,12 @@ from transformers.utils import logging
 
 from detransformer.cluster.answers import SEED, classify, tokens_of
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.ensembles import EnsembleRun, run_ensemble
 from detransformer.cluster.host import lateness, set_time_scale, warn_if_late
 from detransformer.cluster.run import Request
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answer
-from detransformer.coformer.evaluator import latency
+from detransformer.coformer.predictor import latency
 
 MAX_ABS_ERROR = 1e-5  # between devices and one process, which compute alike
 IMAGE_DEFAULTS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # a ViT's own, where its folder does not say
@@ -42,12 +41,13 @@ def run_emulated(
     config = ensemble.sub_model(ensemble.central).config
     inputs = inputs_of(request, ensemble, config)
     profile = spec.profile(model, config)
-    predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central, sent_tokens=1).total_s
+    predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
     with spec.emulate(transport=transport, threads=threads) as cluster:
         scale = set_time_scale(cluster, spec, profile, range(ensemble.num_devices), config, time_scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
-    record = _record(run, ensemble, config, spec, model, request, inputs, predicted_s)
+    _, answer = classify(config, inputs, {"logits": run.logits}, model)
+    record = _record(run, ensemble, spec, request, predicted_s) | {"answer": answer}
     print("\n".join([name, *_lines(record, request, run)]))
     late = lateness(run.records)
     warn_if_late(late, scale)
@@ -115,50 +115,37 @@ def _pixels(image: str | None, folder: Path, config: PretrainedConfig) -> torch.
     return torch.from_numpy((pixels.astype(np.float32) / 255 - mean) / std).permute(2, 0, 1)[None]
 
 
-def _record(
-    run: EnsembleRun,
-    ensemble: Ensemble,
-    config: PretrainedConfig,
-    spec: ClusterSpec,
-    model: str,
-    request: Request,
-    inputs: dict,
-    predicted_s: float,
-) -> dict:
-    _, answer = classify(config, inputs, {"logits": run.logits}, model)
-    records = dict(zip(spec.names, run.records, strict=True))
+def _record(run: EnsembleRun, ensemble: Ensemble, spec: ClusterSpec, request: Request, predicted_s: float) -> dict:
+    reported = {name: record for name, record in zip(spec.names, run.records, strict=True) if record is not None}
     return {
         "cluster": spec.name,
         "devices": list(spec.names),
-        "model": str(Path(model).resolve()),
+        "model": str(ensemble.folder.resolve()),
         "request": {"text": request.text, "image": request.image},
-        "answer": answer,
         "present": [name for name, here in zip(spec.names, run.present, strict=True) if here],
         "sentence": run.sentence,
         "central": spec.names[ensemble.central],
         "latency_s": run.latency_s,
         "samples_s": run.samples_s,
         "predicted_s": predicted_s,
-        "sent_bytes": {name: sum(r["bytes"].values()) for name, r in records.items() if r is not None},
-        "weights_bytes": {name: r["weights_bytes"] for name, r in records.items() if r is not None},
+        "sent_bytes": {name: sum(record["bytes"].values()) for name, record in reported.items()},
+        "weights_bytes": {name: record["weights_bytes"] for name, record in reported.items()},
         "policy": ensemble.policy.to_dict(),
     }
 
 
 def _lines(record: dict, request: Request, run: EnsembleRun) -> list[str]:
-    samples = record["samples_s"]
-    logits = run.logits[0]
+    samples, logits = record["samples_s"], run.logits[0]
     best = logits.softmax(-1).topk(min(3, len(logits)))
-    label = record["answer"]["label"]
+    classes = ", ".join(f"{int(number)}: {float(share):.0%}" for share, number in zip(*best, strict=True))
     asked = repr(request.text) if request.text else request.image or "random input"
     weights = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in record["weights_bytes"].items())
-    shares = ", ".join(f"{int(c)}: {float(p):.0%}" for p, c in zip(*best, strict=True))
     return [
         f"{len(record['devices'])} sub-models, aggregated on {record['central']}",
         f"weights: {weights}",
-        f"{asked} -> {label} (classes {shares})",
-        run.sentence,
-        f"latency: {statistics.median(samples):.4g} s, median of {len(samples)} ({min(samples):.4g} to "
+        f"{asked} -> {record['answer']['label']} (classes {classes})",
+        record["sentence"],
+        f"latency: {record['latency_s']:.4g} s, median of {len(samples)} ({min(samples):.4g} to "
         f"{max(samples):.4g}); predicted {record['predicted_s']:.4g} s; "
         f"a device sends {max(record['sent_bytes'].values()) / 1024:.1f} KiB at most",
     ]

@@ -20,25 +20,25 @@ from detransformer.cluster.pacing import Pacer, sleep_until
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import Aggregator, aggregator_flops
 from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
-from detransformer.parallel.wire import message_bytes
+from detransformer.coformer.policy import FLOAT_BYTES
 from detransformer.planning.profile import DeviceProfile, LinkProfile
 from detransformer.typed_json import from_json
 
+JOB = "detransformer.coformer.distributed:answer_part"
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
 START_AFTER_S = 0.05  # longer than a job takes to reach its worker
-AGGREGATION = "replicate"  # whose rate small products on one device have
 
 
 @dataclass(frozen=True)
 class EnsembleRun:
-    """What came of one request.
+    """The answer to one request, and how it was made.
 
     Args:
         logits: [B, C], of the devices that answered.
         present: which these were.
         lost: by device, why it was left out.
         samples_s: seconds of each repeat on the devices' clock, from the start to the central device's answer.
-        records: what each device reports, None of one that is lost.
+        records: each device's report, None of one that is lost.
     """
 
     logits: torch.Tensor
@@ -53,7 +53,7 @@ class EnsembleRun:
 
     @property
     def sentence(self) -> str:
-        """Who is in the answer."""
+        """How many sub-models answered, and why the others did not."""
         if all(self.present):
             return f"All {len(self.present)} sub-models answered."
         missing = [self.lost.get(i, f"device {i} was late") for i, here in enumerate(self.present) if not here]
@@ -66,18 +66,16 @@ def run_ensemble(
     inputs: dict[str, torch.Tensor],
     repeats: int = 1,
     deadline_s: float = DEADLINE_S,
-    paced: bool = True,
 ) -> EnsembleRun:
-    """One request on `cluster`, device n running sub-model n.
+    """One request on `cluster`, device n running sub-model n, as slow as that device.
 
     Args:
         inputs: input_ids (attention_mask, token_type_ids) [B, T], or pixel_values [B, 3, H, W].
         repeats: the request is timed so often; a device lost in between is left out of those after it.
         deadline_s: how long the central device waits for the others, in the devices' seconds.
-        paced: as slow as the devices; else at the host's own speed.
 
     Raises:
-        ValueError: for another number of devices, or a deadline that is not above 0.
+        ValueError: for another number of devices.
         DeviceLost, DeviceError: where the central device is lost or fails.
     """
     if cluster.num_devices != ensemble.num_devices:
@@ -85,40 +83,47 @@ def run_ensemble(
             f"the ensemble has {ensemble.num_devices} sub-models, the cluster {cluster.num_devices} devices: give a "
             f"cluster of {ensemble.num_devices}, or decompose the model for this one."
         )
-    if not deadline_s > 0:
-        raise ValueError(f"deadline_s={deadline_s} is not above 0: give the seconds to wait for a device.")
     given, logits = cluster.folder / "inputs.safetensors", cluster.folder / "logits.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
     logits.unlink(missing_ok=True)
-    sizes = ensemble.policy.sub_models
-    profiles = [device.on(config) for device, config in zip(cluster.devices, sizes, strict=True)]
-    modelled = cluster.transport != "namespaces"
-    link = asdict(LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares)) if modelled else None
-    job = {
-        "folder": str(ensemble.folder.resolve()),
-        "inputs": str(given),
-        "output": str(logits),
-        "link": link,
-        "time_scale": cluster.time_scale,
-        "deadline_s": deadline_s,
-    }
+    link = None  # of namespaces it is real
+    if cluster.transport != "namespaces":
+        link = asdict(LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares))
+    job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits), "link": link}
+    job |= {"time_scale": cluster.time_scale, "deadline_s": deadline_s}
     aggregator, batch_size = ensemble.aggregator(), len(next(iter(inputs.values())))
     per_rank = [
-        {"segment_s": segments(ensemble, rank, profile, batch_size, aggregator) if paced else None}
-        for rank, profile in enumerate(profiles)
+        {"segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator)}
+        for rank, (device, config) in enumerate(zip(cluster.devices, ensemble.policy.sub_models, strict=True))
     ]
-    cluster.run("run_ensemble", per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
+    cluster.run(JOB, per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
     samples, records = [], []
     for _ in range(repeats):
         told = {"lost": sorted(cluster.lost), "start_at": time.perf_counter() + START_AFTER_S}
-        records = cluster.run("run_ensemble", per_rank, needed=ensemble.central, **job, **told)
+        records = cluster.run(JOB, per_rank, needed=ensemble.central, **job, **told)
         central = records[ensemble.central]
         if central is None:
             raise DeviceError(ensemble.central, f"device {ensemble.central} aggregates and gave no answer.")
         samples.append(central["latency_s"])
-    return EnsembleRun(
-        load_file(logits)["logits"], tuple(records[ensemble.central]["present"]), dict(cluster.lost), samples, records
-    )
+    present = tuple(records[ensemble.central]["present"])
+    return EnsembleRun(load_file(logits)["logits"], present, dict(cluster.lost), samples, records)
+
+
+def segments(
+    ensemble: Ensemble, rank: int, device: DeviceProfile, batch_size: int, aggregator: Aggregator
+) -> list[float]:
+    """Modelled seconds of one device (Eqs. 4, 6): its sub-model, nothing while it waits, and the aggregation."""
+    from detransformer.coformer.predictor import STRATEGY, roofline_s  # and pandas: not on the devices
+
+    backbone = batch_size * roofline_s(ensemble.policy.sub_models[rank], ensemble.original, device)
+    if rank != ensemble.central:
+        return [backbone, 0.0, 0.0]
+    flops = aggregator_flops(aggregator.kind, aggregator.widths, aggregator.num_labels, aggregator.hidden_size)
+    weight_bytes = sum(p.nbytes for p in aggregator.parameters())
+    return [backbone, 0.0, device.compute_s(batch_size * flops, STRATEGY, weight_bytes)]
+
+
+# On a device ------------------------------------------------------------------------------------------------------
 
 
 def answer_part(
@@ -126,7 +131,7 @@ def answer_part(
     folder: str,
     inputs: str,
     output: str,
-    segment_s: list[float] | None,
+    segment_s: list[float],
     link: dict | None,
     time_scale: float,
     deadline_s: float,
@@ -141,36 +146,35 @@ def answer_part(
     is_new = folder not in state.loaded
     ensemble, sub_model, aggregator = _loaded(state, folder)
     tensors = load_file(inputs)
-    batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))
-    comm = state.comm(devices)
-    is_central = state.rank == ensemble.central
-    shapes = [(batch_size, width) for width in _widths(aggregator)]
-    paced_s = segment_s and [time_scale * seconds for seconds in segment_s]
-    link_s = link and [time_scale * _gather_seconds(from_json(LinkProfile, link), shapes, state.rank, ensemble.central)]
-    pacer = Pacer(paced_s, link_s, state.arrivals, comm.rank, devices)
     if start_at is None:
         if is_new:  # one that has run is warm
             answer(sub_model, tensors, aggregator)
         return {}
+    batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))
+    widths = aggregator.widths if aggregator.learned else [aggregator.num_labels] * ensemble.num_devices
+    link_s = None
+    if link:
+        sizes = [FLOAT_BYTES * batch_size * width for width in widths]
+        link_s = [time_scale * _gather_seconds(from_json(LinkProfile, link), sizes, state.rank, ensemble.central)]
+    comm = state.comm(devices)
+    pacer = Pacer([time_scale * seconds for seconds in segment_s], link_s, state.arrivals, comm.rank, devices)
     comm.reset()
     comm.observer = pacer
-    sent = state.sent_bytes()
     sleep_until(start_at)
     pacer.begin()
     own = answer(sub_model, tensors, aggregator)
+    shapes = [(batch_size, width) for width in widths]
     arrived = comm.start_gather(own, shapes, ensemble.central, timeout_s=deadline_s * time_scale, absent=lost).wait()
-    result = aggregate(aggregator, arrived) if is_central else None
+    result = aggregate(aggregator, arrived) if state.rank == ensemble.central else None
     pacer.end()
     record = {
         "latency_s": (time.perf_counter() - start_at) / time_scale,
         "overrun_s": pacer.overrun_s / time_scale,
         "modelled_s": pacer.modelled_s / time_scale,
-        "link_bytes": state.sent_bytes() - sent,
+        "compute_s": pacer.compute_s / time_scale,
         "bytes": dict(comm.bytes),
         "counts": dict(comm.counts),
         "weights_bytes": sum(p.nbytes for p in sub_model.parameters()),
-        "peak_rss_bytes": machine.peak_bytes(),
-        "compute_s": pacer.compute_s / time_scale,
     }
     if result is not None:
         record["present"] = [x is not None for x in arrived]
@@ -183,7 +187,6 @@ def _loaded(state: WorkerState, folder: str) -> tuple[Ensemble, torch.nn.Module,
     if folder not in state.loaded:
         state.loaded.clear()
         machine.free_unused()
-        machine.restart_peak()
         ensemble = load_ensemble(Path(folder))
         kept = Loaded(None, None, [], machine.resident_bytes())
         kept.runners["ensemble"] = (ensemble, ensemble.sub_model(state.rank), ensemble.aggregator())
@@ -191,27 +194,6 @@ def _loaded(state: WorkerState, folder: str) -> tuple[Ensemble, torch.nn.Module,
     return state.loaded[folder].runners["ensemble"]
 
 
-def _widths(aggregator: Aggregator) -> list[int]:
-    """Numbers of each device's message for one sample."""
-    return list(aggregator.widths) if aggregator.learned else [aggregator.num_labels] * len(aggregator.widths)
-
-
-def segments(
-    ensemble: Ensemble, rank: int, device: DeviceProfile, batch_size: int, aggregator: Aggregator
-) -> list[float]:
-    """Modelled seconds of one device (Eqs. 4, 6): its sub-model, nothing while it waits, and the aggregation."""
-    from detransformer.coformer.evaluator import roofline_s  # and pandas: not on the devices
-
-    backbone = batch_size * roofline_s(ensemble.policy.sub_models[rank], ensemble.original, device)
-    fused = 0.0
-    if rank == ensemble.central:
-        flops = aggregator_flops(aggregator.kind, aggregator.widths, aggregator.num_labels, aggregator.hidden_size)
-        weight_bytes = sum(p.nbytes for p in aggregator.parameters())
-        fused = device.compute_s(batch_size * flops, AGGREGATION, weight_bytes)
-    return [backbone, 0.0, fused]
-
-
-def _gather_seconds(link: LinkProfile, shapes: Sequence[Sequence[int]], rank: int, central: int) -> float:
+def _gather_seconds(link: LinkProfile, sizes: Sequence[int], rank: int, central: int) -> float:
     """Modelled seconds until this rank's message is sent, or all others' have come over the central device's link."""
-    sent = [message_bytes(shape, "float32") for shape in shapes]
-    return link.collective_s("send", sum(sent) - sent[rank] if rank == central else sent[rank], 2)
+    return link.collective_s("send", sum(sizes) - sizes[rank] if rank == central else sizes[rank], 2)

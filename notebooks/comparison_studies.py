@@ -1,0 +1,304 @@
+"""The studies of notebooks 12 and 13: one large model, decomposed in many ways, calibrated once a seed.
+
+Accuracy is measured on the model trained here; latency, energy and memory beside it are of the policy scaled to DeiT-B
+(`policy.scale_policy`), predicted or modelled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, ViTConfig
+
+from detransformer import training
+from detransformer.cluster.devices import cluster_profile
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.coformer.aggregator import KINDS, aggregator_flops, message_bytes
+from detransformer.coformer.booster import BoostConfig, ImageTask, TextTask, weights_hash
+from detransformer.coformer.calibration import Calibrated, calibrate_policy
+from detransformer.coformer.decomposer import decompose
+from detransformer.coformer.evaluator import make_evaluator
+from detransformer.coformer.fusion import (
+    AggregatorConfig,
+    Outputs,
+    collect_outputs,
+    ensemble_accuracy,
+    missing_table,
+    train_aggregator,
+)
+from detransformer.coformer.policy import Limits, Original, Policy, flops, memory_bytes, scale_policy
+from detransformer.coformer.predictor import STRATEGY, energy_j, latency, shared_limits, tdp_w
+from detransformer.coformer.sampling import filled, uniform_policy
+from detransformer.coformer.search import SearchConfig, search_policy
+from detransformer.files import repository_root
+from detransformer.models.configuration import preset_config
+from detransformer.tables.coformer import best_recipe
+from detransformer.training.config import FinetuneConfig, ModelRow, PretrainConfig, config_hash, make_config
+from detransformer.training.data.images import open_images
+from detransformer.training.data.reduced import reduced_data
+from detransformer.training.finetuning import finetune
+from detransformer.training.images import ImageConfig, train_vit
+from detransformer.training.pretraining import pretrain_all
+
+DEIT = Original.of(ViTConfig())  # DeiT-B: 12 layers of 768 over 197 tokens (Touvron et al. 2021)
+SEED_STEP = 10  # sub-model n of a run has the order of seed + n - 1: runs share none
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A trained classifier, its task, the devices that its sub-models are for, and how these are calibrated."""
+
+    model: torch.nn.Module
+    task: ImageTask | TextTask
+    devices: tuple
+    folder: Path
+    boosting: BoostConfig
+    aggregation: AggregatorConfig
+    search: SearchConfig
+    priced: Original = DEIT  # sizes by which policies are priced
+    train_accuracy: float = float("nan")
+
+    @property
+    def original(self) -> Original:
+        return Original.of(self.model.config)
+
+    def cluster(self, devices: Sequence = ()):
+        """Devices and gigabit links, by operations and bytes alone."""
+        return cluster_profile(devices or self.devices, "", self.priced, 1e9, pace="roofline")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy for some devices, the rule its sub-models are boosted by, and how many seeds it is run with."""
+
+    name: str
+    policy: Policy
+    devices: tuple
+    num_seeds: int
+    rule: str = "boosting"
+
+
+def image_lab(run, settings: dict) -> Lab:
+    """A small ViT trained from scratch on images, found again where it is trained already."""
+    torch.set_num_threads(settings["num_threads"])
+    data = open_images(settings["source"], cache_dir=run.path / "cache")
+    data = data.cut(settings["max_train_rows"], settings["max_test_rows"]).hold_out(settings["held_out_share"])
+    trained = train_vit(make_config(ImageConfig, settings["vit"]), data, run.path / "checkpoints" / "images")
+    model = AutoModelForImageClassification.from_pretrained(trained.checkpoint).eval()
+    devices = ClusterSpec.load(repository_root() / settings["cluster"]).device_specs
+    recipes = {"boosting": BoostConfig, "aggregation": AggregatorConfig, "search": SearchConfig}
+    made = {name: make_config(kind, settings.get(name, {})) for name, kind in recipes.items()}
+    folder = run.path / "coformer"
+    return Lab(model, ImageTask(data), devices, folder, **made, train_accuracy=trained.train_accuracy)
+
+
+# Policies ---------------------------------------------------------------------------------------------------------
+
+
+def find_policy(lab: Lab, devices: Sequence, limits: Limits) -> Policy:
+    """The best policy that a search finds within `limits`, filled up to them; its history is kept in the folder."""
+    cluster, config = lab.cluster(devices), lab.search
+    key = config_hash(weights_hash(lab.model), lab.task.fingerprint, config, limits, cluster)
+    evaluator = make_evaluator(lab.model, lab.task, cluster, 1.0, config.num_rows, config.seed, priced_as=lab.priced)
+    history = lab.folder / f"search-{len(devices)}-{key}.json"
+    found = search_policy(evaluator, lab.original, len(devices), config, limits, history=history)
+    return filled(found.best_policy, lab.original, limits)
+
+
+def main_case(lab: Lab, settings: dict, name: str = "coformer", devices: Sequence = ()) -> Case:
+    """A policy that takes `total_share` of the FLOPs, each of `devices` (all of the lab) its part by speed."""
+    devices = tuple(devices or lab.devices)
+    limits = shared_limits(lab.original, lab.cluster(devices), settings["total_share"])
+    seeds = settings["num_seeds"]["main" if name == "coformer" else "devices"]
+    return Case(name, find_policy(lab, devices, limits), devices, seeds)
+
+
+def make_cases(lab: Lab, settings: dict) -> dict[str, Case]:
+    """All cases by name: `coformer` and `N devices` (Table V), `uniform` (DeViT), `limit 30%` (Fig. 13).
+
+    Devices are the TX2, the TX2 and the Orin Nano, all three, and these with a second TX2.
+    """
+    by_preset, count = {spec.preset: spec for spec in lab.devices}, len(lab.devices)
+    fast, seeds = by_preset["jetson-tx2"], settings["num_seeds"]
+    sets = {"1 device": (fast,), "2 devices": (fast, by_preset["jetson-orin-nano"]), "coformer": lab.devices}
+    sets |= {"4 devices": (*lab.devices, replace(fast, name=f"{fast.name} 2"))}
+    cases = [main_case(lab, settings, name, devices) for name, devices in sets.items()]
+    alike = Limits.share(lab.original, settings["total_share"] / count, count)
+    cases.append(Case("uniform", uniform_policy(lab.original, count, alike), lab.devices, seeds["uniform"]))
+    for budget in settings["budgets"]:
+        policy = find_policy(lab, lab.devices, Limits.share(lab.original, budget, count))
+        cases.append(Case(f"limit {budget:.0%}", policy, lab.devices, seeds["budgets"]))
+    return {case.name: case for case in cases}
+
+
+def costs(lab: Lab, case: Case) -> dict:
+    """FLOPs as shares of the large model's; latency (predicted), energy (modelled) and memory at `lab.priced` sizes."""
+    scaled, whole = scale_policy(case.policy, lab.original, lab.priced), flops(lab.original.whole, lab.original)
+    times = latency(scaled, lab.priced, lab.cluster(case.devices))
+    shares = [flops(config, lab.original) / whole for config in case.policy.sub_models]
+    return {
+        "num_devices": case.policy.num_devices,
+        "flops_share": sum(shares),
+        "largest_share": max(shares),
+        "latency_ms": 1e3 * times.total_s,
+        "energy_mj": 1e3 * energy_j(times, tdp_w(case.devices)),
+        "memory_mib": max(memory_bytes(config, lab.priced) for config in scaled.sub_models) / 2**20,
+        "widths": ", ".join(str(config.hidden_size) for config in case.policy.sub_models),
+        "layers": ", ".join(str(config.num_layers) for config in case.policy.sub_models),
+    }
+
+
+# Runs -------------------------------------------------------------------------------------------------------------
+
+
+def model_row(lab: Lab) -> dict:
+    """The large model itself: accuracy on test and training samples, and its costs as DeiT-B on the TX2."""
+    (fast,) = [spec for spec in lab.devices if spec.preset == "jetson-tx2"]
+    whole = Case("large model", Policy((lab.original.whole,)), (fast,), 1)
+    (accuracy,) = collect_outputs([lab.model], lab.task, "test", lab.folder, pooling="first").accuracies
+    return {"case": whole.name, "accuracy": accuracy, "train_accuracy": lab.train_accuracy} | costs(lab, whole)
+
+
+def calibrate(lab: Lab, case: Case, seed: int, **recipe) -> Calibrated:
+    """One run of a case: its sub-models boosted, the aggregator on top; a finished run is not repeated."""
+    boosting = make_config(BoostConfig, asdict(lab.boosting) | {"seed": SEED_STEP * seed, "rule": case.rule} | recipe)
+    return calibrate_policy(lab.model, case.policy, lab.task, boosting, lab.aggregation, lab.folder)
+
+
+def run_rows(lab: Lab, case: Case, num_seeds: int | None = None, **recipe) -> pd.DataFrame:
+    """A row a seed: accuracy (times 100) of all together and of the best sub-model alone, costs and seconds.
+
+    `accuracy` is of the test samples; `held_out_accuracy`, of training samples held out, is what recipes are chosen by.
+    """
+    rows, price = [], costs(lab, case)
+    for seed in range(min(num_seeds or case.num_seeds, case.num_seeds)):
+        made = calibrate(lab, case, seed, **recipe)
+        steps, target = made.boosted[0].num_steps, made.boosted[0].target
+        row = {"case": case.name, "rule": case.rule, "recipe": f"{steps} steps, {target} targets", "seed": seed}
+        row |= {"accuracy": made.accuracy, "held_out_accuracy": made.held_out_accuracy}
+        row |= {"best_alone": max(made.test.accuracies), "seconds": sum(part.seconds for part in made.boosted)}
+        rows.append(row | price)
+    return pd.DataFrame(rows)
+
+
+def all_runs(lab: Lab, cases: dict[str, Case], settings: dict) -> pd.DataFrame:
+    """Runs of all cases by the lab's recipe, and of some by those of `settings`, fields that differ from the lab's."""
+    frames = [run_rows(lab, case) for case in cases.values()]
+    for recipe in map(dict, settings["recipes"]):
+        names, seeds = recipe.pop("cases", ["coformer"]), recipe.pop("num_seeds", settings["num_seeds"]["recipes"])
+        frames += [run_rows(lab, cases[name], seeds, **recipe) for name in names]
+    return pd.concat(frames, ignore_index=True)
+
+
+def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) -> dict[str, Policy]:
+    """By method the policies whose latency is compared: those trained, and one of the published share of FLOPs."""
+    limits = shared_limits(lab.original, lab.cluster(), published_share)
+    own = {"coformer": "coformer", "devit": "uniform", "small": "1 device"}
+    policies = {method: cases[name].policy for method, name in own.items()}
+    return policies | {"coformer-published": find_policy(lab, lab.devices, limits)}
+
+
+def method_accuracies(large: float, recipes: pd.DataFrame) -> dict[str, float]:
+    """By method the accuracy on the images, of the one recipe that methods are compared by; exact ones have `large`."""
+    means = best_recipe(recipes).set_index("case")["accuracy"]
+    own = {"coformer": means["coformer"], "devit": means["uniform"], "small": means["1 device"]}
+    return dict.fromkeys(("single", "galaxy", "pp", "auto"), large) | own
+
+
+# Notebook 13 ------------------------------------------------------------------------------------------------------
+
+
+def trained(lab: Lab, kind: str, outputs: Outputs, seed: int, drop: float = 0.0, start=None):
+    """An aggregator on these outputs of training samples."""
+    return train_aggregator(
+        kind,
+        outputs.features,
+        outputs.labels,
+        replace(lab.aggregation, drop=drop),
+        SEED_STEP * seed,
+        num_labels=lab.task.num_classes,
+        pooling="first",
+        start=start,
+    ).aggregator
+
+
+def ablation_rows(lab: Lab, case: Case) -> pd.DataFrame:
+    """Table III: sub-models as they were cut and calibrated, alone and aggregated; one row a part and seed."""
+    scaled = scale_policy(case.policy, lab.original, lab.priced)
+    times, cut = latency(scaled, lab.priced, lab.cluster(case.devices)), decompose(lab.model, case.policy)
+    parts = [*(f"sub-model {n}" for n in range(1, len(cut) + 1)), "all"]
+    latencies, rows = [1e3 * seconds for seconds in (*times.backbone_s, times.total_s)], []
+    train, test = (collect_outputs(cut, lab.task, split, lab.folder, pooling="first") for split in ("train", "test"))
+    for seed in range(case.num_seeds):
+        made = calibrate(lab, case, seed)
+        as_cut = ensemble_accuracy(trained(lab, "coformer", train, seed), test.features, test.logits, test.labels)
+        both = (False, [*test.accuracies, as_cut]), (True, [*made.test.accuracies, made.accuracy])
+        for calibrated, accuracies in both:
+            for part, latency_ms, accuracy in zip(parts, latencies, accuracies, strict=True):
+                row = {"part": part, "calibrated": calibrated, "seed": seed}
+                rows.append(row | {"accuracy": accuracy, "latency_ms": latency_ms})
+    return pd.DataFrame(rows)
+
+
+def aggregator_rows(lab: Lab, case: Case) -> pd.DataFrame:
+    """Table IV: every aggregator on the same calibrated sub-models; Eq. 3 with its own messages and products."""
+    scaled, cluster = scale_policy(case.policy, lab.original, lab.priced), lab.cluster(case.devices)
+    times, widths = latency(scaled, lab.priced, cluster), [config.hidden_size for config in scaled.sub_models]
+    central, classes, rows = times.central, lab.task.num_classes, []
+    for kind in KINDS:
+        sent = [cluster.link.collective_s("send", message_bytes(kind, w, classes), len(widths)) for w in widths]
+        sent[central] = 0.0
+        fused_s = cluster.devices[central].compute_s(aggregator_flops(kind, widths, classes, widths[central]), STRATEGY)
+        total_s = max(map(sum, zip(times.backbone_s, sent, strict=True))) + fused_s
+        for seed in range(case.num_seeds):
+            made = calibrate(lab, case, seed)
+            aggregator = made.aggregator if kind == "coformer" else trained(lab, kind, made.train, seed)
+            accuracy = ensemble_accuracy(aggregator, made.test.features, made.test.logits, made.test.labels)
+            rows.append({"kind": kind, "seed": seed, "accuracy": accuracy, "latency_ms": 1e3 * total_s})
+    return pd.DataFrame(rows)
+
+
+def missing_rows(lab: Lab, case: Case, drop: float) -> pd.DataFrame:
+    """Accuracy with each device lost: the aggregator as trained, trained on with `drop`, and the plain average."""
+    frames = []
+    for seed in range(case.num_seeds):
+        made = calibrate(lab, case, seed)
+        dropped = trained(lab, "coformer", made.train, seed, drop, start=made.aggregator)
+        average = trained(lab, "average", made.train, seed)
+        for name, one in (("coformer", made.aggregator), (f"coformer, drop {drop:g}", dropped), ("average", average)):
+            frames.append(missing_table(one, made.test).assign(aggregator=name, seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+# Text -------------------------------------------------------------------------------------------------------------
+
+
+def text_rows(lab: Lab, run, source: str, study: dict) -> pd.DataFrame:
+    """CoFormer of a BERT that notebook 02 pre-trained, fine-tuned on a GLUE task: scores times 100, a row a part.
+
+    By C3 there are no more devices than heads; the narrow BERTs here have two.
+    """
+    data = training.open_data(source, cache_dir=run.path / "cache")
+    data = reduced_data(data, study.get("vocab_size", 8192))
+    recipe = make_config(PretrainConfig, study["pretraining"])
+    (pretrained,) = pretrain_all([ModelRow("bert-base")], recipe, data, run.path / "checkpoints")
+    task, config = study["task"], make_config(FinetuneConfig, study["finetuning"])
+    folder = run.path / "coformer-text" / task
+    scores = finetune(pretrained, task, config, data, 0, folder / "teacher", keep_model=True)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "teacher" / "model").eval()
+    devices = lab.devices[1:][: model.config.num_attention_heads]  # TX2 and Orin Nano
+    priced, boosting = Original.of(preset_config("bert-base"), 128), make_config(BoostConfig, study["boosting"])
+    text = TextTask(data, task, config)
+    lab = replace(lab, model=model, task=text, devices=devices, folder=folder, boosting=boosting, priced=priced)
+    policy = find_policy(lab, devices, shared_limits(lab.original, lab.cluster(), study.get("total_share", 0.25)))
+    case, common = Case("text", policy, devices, study["num_seeds"]), {"task": task, "metric": text.metric}
+    rows = [common | {"part": "BERT", "seed": 0, "score": scores["score"], "majority_score": scores["majority_score"]}]
+    for seed in range(case.num_seeds):
+        made = calibrate(lab, case, seed)
+        with torch.no_grad():
+            decided = made.aggregator(made.test.features, made.test.logits).argmax(-1).numpy()
+        rows.append(common | {"part": "all", "seed": seed, "score": text.score(decided)} | costs(lab, case))
+        rows += [common | {"part": f"sub-model {b.number}", "seed": seed, "score": b.score} for b in made.boosted]
+    return pd.DataFrame(rows)

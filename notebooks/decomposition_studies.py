@@ -1,0 +1,325 @@
+"""The studies of notebook 11: latency predictors, proxies of accuracy, searches; tables with one row a fact."""
+
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from comparison_studies import DEIT, Lab
+from scipy.stats import BootstrapMethod, pearsonr, spearmanr
+from sklearn.linear_model import RidgeClassifier
+from threadpoolctl import threadpool_limits
+from transformers import ViTConfig
+
+from detransformer.coformer.aggregator import features_and_logits, make_aggregator
+from detransformer.coformer.booster import BoostConfig, boost, load_calibrated, weights_hash
+from detransformer.coformer.decomposer import decompose
+from detransformer.coformer.evaluator import training_batches, validation_loss
+from detransformer.coformer.fusion import collect_outputs, ensemble_accuracy
+from detransformer.coformer.policy import (
+    Limits,
+    Original,
+    Policy,
+    SubModelConfig,
+    flops,
+    memory_bytes,
+    scale_policy,
+    violations,
+)
+from detransformer.coformer.predictor import (
+    DERIVED_FEATURES,
+    PUBLISHED_FEATURES,
+    LatencyPredictor,
+    describe,
+    latency,
+    roofline_s,
+)
+from detransformer.coformer.sampling import sample_policy
+from detransformer.coformer.search import FITTED, METHODS, SearchConfig, search_policy
+from detransformer.coformer.submodels import CoformerViTModel, sub_model_config
+from detransformer.record.published import published
+from detransformer.record.verdict import Verdict
+from detransformer.training.config import config_hash
+
+PROXIES = {"loss": 1, "probe_error": 1, "loss_after_steps": 1, "log_flops": -1}  # sign that goes with a larger error
+
+
+# The latency predictor ------------------------------------------------------------------------------------------
+
+
+def model_pool(original: Original, count: int, seed: int = 0) -> list:
+    """`count` different sub-models of random policies for one to three devices, the whole model first."""
+    rng, pool = np.random.default_rng([seed, 16]), {original.whole: None}
+    while len(pool) < count:
+        pool |= dict.fromkeys(sample_policy(rng, original, None, int(rng.integers(1, 4))).sub_models)
+    return list(pool)[:count]
+
+
+def modelled_pool(lab: Lab, count: int) -> pd.DataFrame:
+    """The rooflines of all devices over the same sub-models of DeiT-B's size."""
+    rows = []
+    for device in lab.cluster().devices:
+        known = {"device": device.name, "kind": "modelled", "source": f"roofline: {device.source}", "spread_s": 0.0}
+        for sizes in model_pool(DEIT, count):
+            rows.append(known | describe(sizes, DEIT) | {"latency_s": roofline_s(sizes, DEIT, device)})
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def timed_pool(config: ViTConfig, num_configs: int, limit_s: float, num_repeats: int) -> pd.DataFrame:
+    """ViT sub-models of random weights timed on this machine for `limit_s`; the median of repeats, and their spread."""
+    rows, start, original = [], time.perf_counter(), Original.of(config)
+    pixels = torch.randn(1, config.num_channels, config.image_size, config.image_size)
+    for sizes in model_pool(original, num_configs):
+        if len(rows) >= 12 and time.perf_counter() - start > limit_s:  # fewer fit no predictor
+            break
+        layers = list(range(sizes.num_layers))
+        model = CoformerViTModel(sub_model_config(config, sizes, layers), add_pooling_layer=False).eval()
+        seconds = []
+        for _ in range(num_repeats + 1):
+            before = time.perf_counter()
+            model(pixel_values=pixels)
+            seconds.append(time.perf_counter() - before)
+        row = {"device": "this machine", "kind": "measured", "source": "timed", **describe(sizes, original)}
+        rows.append(row | {"latency_s": statistics.median(seconds[1:]), "spread_s": statistics.stdev(seconds[1:])})
+    return pd.DataFrame(rows)
+
+
+def predictor_points(pool: pd.DataFrame, original: Original, max_iterations: int) -> tuple[dict, pd.DataFrame]:
+    """Predictors by device, of all features, and the predictions for a quarter of its sub-models that no fit has seen.
+
+    Besides the published four features and these with FLOPs and weights there is a straight line over FLOPs.
+    """
+    features = {"published": PUBLISHED_FEATURES, "published, FLOPs, weights": PUBLISHED_FEATURES + DERIVED_FEATURES}
+    predictors, points = {}, []
+    for device, rows in pool.groupby("device", sort=False):
+        order = np.random.default_rng([0, 0]).permutation(len(rows))
+        cut = round(0.75 * len(rows))
+        train, test = rows.iloc[np.sort(order[:cut])], rows.iloc[np.sort(order[cut:])]
+        line = np.polyfit(train["flops"], train["latency_s"], 1)
+        predicted = {"straight line over FLOPs": np.polyval(line, test["flops"])}
+        for name, chosen in features.items():
+            predictors[device] = LatencyPredictor.fit(train, original, chosen, max_iterations=max_iterations)
+            predicted[name] = predictors[device].predict(test)
+        whole_s = rows.loc[rows["flops"].idxmax(), "latency_s"]
+        kept = test[["device", "kind", "source", "flops", "latency_s", "spread_s"]].assign(whole_s=whole_s)
+        points += [kept.assign(predictor=name, predicted_s=values) for name, values in predicted.items()]
+    return predictors, pd.concat(points, ignore_index=True)
+
+
+def predictor_table(points: pd.DataFrame) -> pd.DataFrame:
+    """Root mean square errors on held-out sub-models: in ms, and in percent of the whole model's latency there.
+
+    `noise_ms` is the standard deviation of one timing.
+    """
+    errors = {"error": (points["predicted_s"] - points["latency_s"]) ** 2, "noise": points["spread_s"] ** 2}
+    groups = points.assign(**errors).groupby(["device", "kind", "predictor"], sort=False)
+    means = groups[["error", "noise", "latency_s", "whole_s"]].mean()
+    rmse_ms, whole_ms = 1e3 * means["error"] ** 0.5, 1e3 * means["whole_s"]
+    made = pd.DataFrame({"rmse_ms": rmse_ms, "mean_ms": 1e3 * means["latency_s"], "whole_ms": whole_ms})
+    noise_ms = 1e3 * means["noise"] ** 0.5
+    return made.assign(rmse_of_whole_pct=100 * rmse_ms / whole_ms, noise_ms=noise_ms).reset_index()
+
+
+# Proxies of accuracy --------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def probe_error(sub_model, batches) -> float:
+    """Percent of the second half of `batches` that a ridge regression on [CLS] features of the first gets wrong."""
+    x = torch.cat([features_and_logits(sub_model.eval(), batch)[0][:, 0] for batch in batches]).numpy()
+    y, half = torch.cat([batch["labels"] for batch in batches]).numpy(), len(x) // 2
+    scale = x[:half].std(0) + 1e-6
+    fitted = RidgeClassifier(alpha=10.0).fit(x[:half] / scale, y[:half])
+    return 100 * float((fitted.predict(x[half:] / scale) != y[half:]).mean())
+
+
+def proxy_points(evaluator, task, boosting: BoostConfig, folder, limits: Limits, settings: dict) -> pd.DataFrame:
+    """Random policies, their proxies, and the errors of their sub-models on test images once calibrated (Fig. 16b).
+
+    `error_alone` is the mean over sub-models, `error_together` that of their averaged probabilities, in percent. The
+    published error is that of sub-models trained from scratch; here they are calibrated, independently of each other.
+    """
+    model, rng, rows = evaluator.model, np.random.default_rng([0, 7]), []
+    boosting, probes = replace(boosting, rule="none"), training_batches(task, settings["probe_rows"])
+    few = replace(boosting, num_steps=settings["few_steps"])
+    for _ in range(settings["num_policies"]):
+        policy = sample_policy(rng, evaluator.original, limits, len(evaluator.cluster.devices))
+        cut = decompose(model, policy, evaluator.importance)
+        short, long = (load_calibrated(boost(cut, model, task, recipe, folder), cut) for recipe in (few, boosting))
+        outputs = collect_outputs(long, task, "test")
+        average = make_aggregator("average", outputs.widths, task.num_classes)
+        rows.append({
+            "policy": json.dumps(policy.to_dict()), "num_steps": boosting.num_steps,
+            "loss": np.mean(validation_loss(cut, evaluator.batches)),
+            "probe_error": np.mean([probe_error(sub_model, probes) for sub_model in cut]),
+            "loss_after_steps": np.mean(validation_loss(short, evaluator.batches)),
+            "log_flops": np.mean([np.log10(flops(config, evaluator.original)) for config in policy.sub_models]),
+            "error_alone": 100 - np.mean(outputs.accuracies),
+            "error_together": 100 - ensemble_accuracy(average, None, outputs.logits, outputs.labels),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def correlations(points: pd.DataFrame) -> pd.DataFrame:
+    """Pearson's coefficient of each proxy and error with its 95% bootstrap interval over policies, and Spearman's."""
+    rows = []
+    for target in ("error_alone", "error_together"):
+        for proxy, sign in PROXIES.items():
+            found = pearsonr(points[proxy], points[target])
+            interval = found.confidence_interval(0.95, BootstrapMethod(2000, method="percentile", random_state=0))
+            row = {"proxy": proxy, "target": target, "expected_sign": sign, "pearson": found.statistic}
+            row |= {"pearson_low": interval.low, "pearson_high": interval.high, "num_policies": len(points)}
+            rows.append(row | {"spearman": spearmanr(points[proxy], points[target]).statistic})
+    return pd.DataFrame(rows)
+
+
+# The search -----------------------------------------------------------------------------------------------------
+
+
+def balanced(evaluator, limits: Limits, num_policies: int = 32):
+    """`evaluator` with the delta for which loss and latency vary alike over random policies; the paper gives none."""
+    rng, count = np.random.default_rng([0, 8]), len(evaluator.cluster.devices)
+    drawn = [evaluator(sample_policy(rng, evaluator.original, limits, count)) for _ in range(num_policies)]
+    return replace(evaluator, delta=float(np.std([e.loss for e in drawn]) / np.std([e.latency_s for e in drawn])))
+
+
+def search_history(evaluator, config: SearchConfig, limits: Limits, folder: Path, num_seeds: int) -> pd.DataFrame:
+    """Searches of each method from each seed, one row an evaluation; an interrupted one goes on."""
+    key = config_hash(weights_hash(evaluator.model), evaluator.delta, limits, config.num_rows)[:8]
+    frames, original, count = [], evaluator.original, len(evaluator.cluster.devices)
+    with threadpool_limits(1, user_api="blas"):  # the matrices are small: more threads only wait for each other
+        for seed in range(num_seeds):
+            for method in METHODS:
+                history = folder / key / f"{method.replace(' ', '-')}-{seed}.json"
+                seeded = replace(config, seed=seed)
+                found = search_policy(evaluator, original, count, seeded, limits, method, history)
+                frames.append(found.history.assign(seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def search_table(history: pd.DataFrame) -> pd.DataFrame:
+    """The end of each method's searches: medians over seeds, quartiles of the objective, and how it fares with random.
+
+    `wins` counts the seeds from which a method is at least as good as random with as many evaluations, `ahead` those in
+    which it is better; `evaluations_to_rival` is the median number after which it is as good as random at its end.
+    """
+    ends = history.groupby(["method", "seed"], sort=False).last()
+    rival, rows = ends.loc["random", "best_objective"], []
+    for method, own in history.groupby("method", sort=False):
+        best = ends.loc[method, "best_objective"]
+        reached = own[own["best_objective"] <= own["seed"].map(rival)].groupby("seed")["evaluation"].min() + 1
+        median = reached.reindex(best.index).fillna(np.inf).median()
+        rows.append({
+            "method": method, "num_seeds": len(best), "objective": best.median(),
+            "objective_low": best.quantile(0.25), "objective_high": best.quantile(0.75),
+            "loss": ends.loc[method, "best_loss"].median(),
+            "latency_ms": 1e3 * ends.loc[method, "best_latency_s"].median(),
+            "wins": int((best <= rival).sum()), "ahead": int((best < rival).sum()),
+            "evaluations_to_rival": median if np.isfinite(median) else np.nan,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def best_policies(history: pd.DataFrame) -> dict[str, Policy]:
+    """Of each method the policy of the least objective over all seeds."""
+    best = history.loc[history.groupby("method", sort=False)["objective"].idxmin()]
+    return {row.method: Policy.from_dict(json.loads(row.policy)) for row in best.itertuples()}
+
+
+def policy_rows(policies: dict[str, Policy], evaluator) -> pd.DataFrame:
+    """C_n of each device at the priced sizes, its costs and the phases of Eq. 3; all predicted, none measured."""
+    priced, rows = evaluator.priced_as, []
+    whole = flops(priced.whole, priced)
+    for method, policy in policies.items():
+        times, sizes = evaluator.latency(policy), scale_policy(policy, evaluator.original, priced)
+        roofline = latency(sizes, priced, evaluator.cluster)
+        for n, (config, device) in enumerate(zip(sizes.sub_models, evaluator.cluster.devices, strict=True)):
+            rows.append({
+                "method": method, "device": device.name, "num_layers": config.num_layers,
+                "hidden_size": config.hidden_size, "mean_heads": config.mean_heads,
+                "mean_ffn_size": config.mean_ffn_size, "flops_share": flops(config, priced) / whole,
+                "memory_mib": memory_bytes(config, priced) / 2**20, "backbone_ms": 1e3 * times.backbone_s[n],
+                "roofline_ms": 1e3 * roofline.backbone_s[n], "send_ms": 1e3 * times.send_s[n],
+                "idle_ms": 1e3 * times.idle_s[n], "total_ms": 1e3 * times.total_s,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def constraint_rows(policy: Policy, original: Original) -> pd.DataFrame:
+    """C1 to C6 of Eq. 8 on `policy`, and on one that is broken on purpose: each device has all, and a layer more.
+
+    C5 and C6 are what `policy` itself takes.
+    """
+    costs = [tuple(cost(config, original) for config in policy.sub_models) for cost in (flops, memory_bytes)]
+    layers = original.num_layers + 1
+    heads, ffn = (original.num_heads,) * layers, (original.ffn_size,) * layers
+    broken = Policy((SubModelConfig(layers, original.hidden_size, heads, ffn),) * policy.num_devices)
+    rows = []
+    for name, checked in (("found", policy), ("broken on purpose", broken)):
+        sentences = violations(checked, original, Limits(*costs))
+        for constraint in ("C1", "C2", "C3", "C4", "C5", "C6"):
+            own = [sentence for sentence in sentences if sentence.startswith(constraint)]
+            row = {"policy": name, "constraint": constraint, "violations": len(own)}
+            rows.append(row | {"first": own[0] if own else ""})
+    return pd.DataFrame(rows)
+
+
+# Verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def predictor_claims(errors: pd.DataFrame) -> list[Verdict]:
+    """The published error on a TX2, in ms and as a share of DeiT-B's latency, against ours and a straight line's."""
+    rmse_ms = float(published("coformer_search").set_index("claim")["value"]["latency_predictor_rmse"])
+    whole_ms = float(published("coformer_tables").set_index(["table", "row"]).loc[("V", "1 device"), "latency_ms"])
+    own = errors[errors["predictor"] == "published"]
+    worst, here = own[own["kind"] == "modelled"]["rmse_ms"].max(), own[own["kind"] == "measured"].iloc[0]
+    rivals = errors[(errors["kind"] == "measured") & (errors["predictor"] != "published")]
+    share, over = 100 * rmse_ms / whole_ms, here["rmse_ms"] / rivals["rmse_ms"].min()
+    claim = "RMSE of the latency predictor in % of the whole model's latency, this machine"
+    return [
+        Verdict("RMSE in ms, worst modelled device", rmse_ms, worst, "by construction", side="at most"),
+        Verdict(claim, share, here["rmse_of_whole_pct"], "measured", side="at most"),
+        Verdict("the same over the best rival's", 1.0, over, "measured", side="at most"),
+    ]
+
+
+def proxy_claims(proxies: pd.DataFrame) -> list[Verdict]:
+    """The uncalibrated loss rises with the error after calibration; and no other proxy goes with it better."""
+    made = []
+    for target, part in proxies.groupby("target", sort=False):
+        part = part.set_index("proxy")
+        own, words = part.loc["loss"], target.replace("_", " ")
+        signed = (part["expected_sign"] * part["pearson"]).fillna(-np.inf)  # NaN where all errors are alike
+        interval = dict(low=own["pearson_low"], high=own["pearson_high"])
+        claim = f"correlation of uncalibrated loss with the {words}"
+        made.append(Verdict(claim, 0.0, own["pearson"], "measured", side="above", **interval))
+        lead = signed.drop("loss").max() - signed["loss"]
+        claim = f"lead over it of {signed.drop('loss').idxmax()}"
+        made.append(Verdict(claim, 0.0, lead, "measured", side="at least"))
+    return made
+
+
+def search_claims(searches: pd.DataFrame, policies: pd.DataFrame) -> list[Verdict]:
+    """The search against random policies and against the uniform cut, which searches nothing."""
+    found, made = searches.set_index("method"), []
+    for method in ("bayesian", FITTED):
+        wins, seeds = found.loc[method, ["wins", "num_seeds"]]
+        claim, tested = f"share of seeds in which {method} is at least as good as random", seeds >= 10
+        made.append(Verdict(claim, 0.9, wins / seeds, "predicted", side="at least", tested=tested))
+    own, even = found.loc["bayesian"], found.loc["uniform"]
+    phases = policies.set_index("method")[["backbone_ms", "send_ms", "idle_ms"]]
+    waits = (phases["idle_ms"].groupby(level=0).sum() / phases.sum(axis=1).groupby(level=0).sum())[
+        ["uniform", "bayesian"]
+    ]
+    claims = {
+        "objective of uniform less that of bayesian": (0.0, even["objective"] - own["objective"]),
+        "latency of uniform over bayesian": (1.0, even["latency_ms"] / own["latency_ms"]),
+        "loss of uniform less that of bayesian": (0.0, even["loss"] - own["loss"]),
+        "share of time spent waiting, uniform less bayesian": (0.0, waits["uniform"] - waits["bayesian"]),
+    }
+    return made + [Verdict(claim, limit, value, "predicted", side="above") for claim, (limit, value) in claims.items()]
