@@ -276,19 +276,3 @@ def scale_out_rows() -> pd.DataFrame:
         dict(model=m, num_devices=n, seq_len=s, bandwidth_mbps=b, speedup=n**0.8)
         for m, n, s, b in itertools.product(("bert-large", "gpt2-xl"), (2, 8, 64), (32, 512), (1000, 125))
     )
-
-
-def service_frames() -> dict[str, pd.DataFrame]:
-    """Rounds of chaos, samples of a soak and covered lines."""
-    rounds = pd.DataFrame(
-        [
-            dict(fault=fault, round=number, named_s=named, served_s=5.0 + number, requests=90, lost=0, wrong=0, twice=0)
-            for number in range(5)
-            for fault, named in (("killed", 1.0 + number / 10), ("link flaps", None))
-        ]
-    )
-    seconds = [10.0 * n for n in range(60)]
-    samples = pd.DataFrame({"seconds": seconds, "front_mib": 300.0, "devices_mib": 900.0})
-    samples["answered"] = [30 * n for n in range(60)]
-    rooms = pd.DataFrame({"room": ["models", "cluster"], "lines": [100, 300], "run": [99, 240], "share": [0.99, 0.8]})
-    return {"chaos_rounds": rounds, "soak_samples": samples, "coverage": rooms}

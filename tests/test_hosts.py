@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.chaos.faults import inside
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,7 +39,6 @@ from detransformer.cluster.run import model_facts, own_rank, read_plan
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models import decouple
 from detransformer.parallel.plan import published_plan
-from detransformer.service.faults import inside
 
 HANG_S = 150.0  # no process of a test lives so long, also where three import everything on a slow machine
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a film of great charm who made it the studio in rome".split()

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.chaos.rounds import small_model
 from transformers import BertConfig
 
 from detransformer.cluster.answers import plan_of
@@ -25,7 +26,6 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import published_plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.service import Session
-from detransformer.service.chaos import small_model
 
 CASES = int(os.environ.get("DETRANSFORMER_FUZZ", "40"))
 many = settings(

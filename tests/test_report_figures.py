@@ -18,7 +18,6 @@ from detransformer.report.adaptive_tables import adaptive_verdicts, choice_cells
 from detransformer.report.figures import FIGURES, draw
 from detransformer.report.latency_figures import EVENTS
 from detransformer.report.tables import METHOD_NAMES, table_iv
-from detransformer.service.promises import NAMED_S, SERVED_S
 from detransformer.training.summary import table_iii
 from report_frames import (
     BANDWIDTHS,
@@ -38,7 +37,6 @@ from report_frames import (
     plan_map_rows,
     pretraining_rows,
     scale_out_rows,
-    service_frames,
     table_iii_rows,
     throughput_loss_rows,
     throughput_rows,
@@ -87,7 +85,7 @@ def all_tables(tmp_path_factory) -> RunFolder:
         if k.startswith("bp")
     ]
     run.save_table(pd.DataFrame(plans), "placement")
-    for name, frame in (adaptive_frames() | decomposition_frames() | coformer_frames() | service_frames()).items():
+    for name, frame in (adaptive_frames() | decomposition_frames() | coformer_frames()).items():
         run.save_table(frame, name)
     return run
 
@@ -139,14 +137,6 @@ def test_rows_that_failed_their_self_check_are_not_drawn(tmp_path, name):
     run.save_table(latency_rows().assign(valid=False), "latency")
     with pytest.raises(ValueError, match="latency"):
         draw(run, name)
-
-
-def test_each_round_of_a_fault_is_a_mark_and_the_promises_are_lines(full_run):
-    (axis,) = draw(full_run, "faults").axes
-    marks = {line.get_label(): len(line.get_xdata()) for line in axis.lines if line.get_marker() in ("o", "s")}
-    assert marks == {"named": 5, "served again": 10}
-    promised = [line.get_xdata()[0] for line in axis.lines if "promised" in line.get_label()]
-    assert promised == [NAMED_S, SERVED_S]
 
 
 def test_unknown_figure_lists_the_known_ones(tmp_path):

@@ -18,21 +18,8 @@ import pytest
 import torch
 import uvicorn
 from fastapi.testclient import TestClient
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-
-from detransformer.cluster.network import can_emulate
-from detransformer.cluster.run import Request
-from detransformer.cluster.spec import ClusterSpec
-from detransformer.cluster.stores import bound_store
-from detransformer.files import repository_root
-from detransformer.models import decouple
-from detransformer.parallel.plan import Plan, published_plan
-from detransformer.service import Expired, QueueFull, Session, Unanswered, http
-from detransformer.service.agent import NAME, SignedBackend
-from detransformer.service.chaos import Clients, small_model, soak_result
-from detransformer.service.chaos import main as chaos_main
-from detransformer.service.clock import KEY, SharedClock
-from detransformer.service.faults import (
+from tests.chaos.__main__ import main as chaos_main
+from tests.chaos.faults import (
     DAMAGE,
     FAULTS,
     INTERFACE,
@@ -44,6 +31,20 @@ from detransformer.service.faults import (
     num_damaged,
     set_ingress,
 )
+from tests.chaos.rounds import Clients, small_model
+from tests.chaos.soak import soak_result
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from detransformer.cluster.network import can_emulate
+from detransformer.cluster.run import Request
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.cluster.stores import bound_store
+from detransformer.files import repository_root
+from detransformer.models import decouple
+from detransformer.parallel.plan import Plan, published_plan
+from detransformer.service import Expired, QueueFull, Session, Unanswered, http
+from detransformer.service.agent import NAME, SignedBackend
+from detransformer.service.clock import KEY, SharedClock
 from detransformer.service.http import MAX_BODY_BYTES, build_app
 from detransformer.service.line import Line, tensors_of
 from detransformer.service.patience import FIRST, RECENT, STALL_S, TIMES, Patience
@@ -232,7 +233,7 @@ def idle(tmp_path, model):
     """A session that is not started; the test is its leader."""
     (tmp_path / "cluster.yaml").write_text(CLUSTER)
     model.save_pretrained(tmp_path / "model")
-    return ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model")
+    return Session(ClusterSpec.load(tmp_path / "cluster.yaml"), tmp_path / "model")
 
 
 def test_who_is_gone_is_heard_also_when_a_batch_was_on_its_way_to_the_leader(idle):
@@ -350,7 +351,7 @@ def session(tmp_path_factory, model):
     spec = ClusterSpec.load(folder / "cluster.yaml")
     variables = {2: clock_variables(folder / "clock")} if can_step_clock()[0] else {}
     options = dict(method="tp", paced=False, max_waiting=4, max_batch=3, variables=variables)
-    with spec.session(folder / "model", **options) as session:
+    with Session(spec, folder / "model", **options) as session:
         assert session.wait_for_all(120)
         yield session
 
@@ -652,7 +653,8 @@ def test_http_goes_on_with_a_text_as_transformers_does(tmp_path, method):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "cluster.yaml").write_text(CLUSTER[: CLUSTER.index("  - {name: third")])
     prompts = [torch.randint(4, 101, (n,)).tolist() for n in (1, 3, 8, 8, 20)]
-    with ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model", method=method, paced=False) as session:
+    spec = ClusterSpec.load(tmp_path / "cluster.yaml")
+    with Session(spec, tmp_path / "model", method=method, paced=False) as session:
         assert session.wait_for_all(120)
         client = TestClient(build_app(session, "the token of this test"), raise_server_exceptions=False)
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from detransformer.cluster.session import EmulatedCluster
-    from detransformer.service import Session
 
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)
 DELAY_LIMITS_MS = (0, 10_000)
@@ -115,16 +114,6 @@ class ClusterSpec:
             jitter_s=self.jitter_s,
         )
         return EmulatedCluster(**fields | overrides)
-
-    def session(self, model: str, plan: dict | None = None, **options) -> "Session":
-        """A session that answers requests to the model in the folder `model` while devices come and go.
-
-        Its arguments are those of `detransformer.service.Session`: `with spec.session(folder) as session:
-        session({"input_ids": ids})`.
-        """
-        from detransformer.service import Session
-
-        return Session(self, model, plan, **options)
 
 
 class _Reader:

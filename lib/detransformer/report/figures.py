@@ -19,7 +19,6 @@ from detransformer.report import (
     coformer_figures,
     coformer_search,
     latency_figures,
-    service_figures,
 )
 from detransformer.report.canvas import (
     COLOURS,
@@ -225,7 +224,4 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "proxy": (("proxy_points", "proxy"), coformer_search.proxy),
     "search": (("search_history",), coformer_search.search),
     "policies": (("policies",), coformer_search.policies),
-    "faults": (("chaos_rounds",), service_figures.faults),
-    "soak": (("soak_samples",), service_figures.soak),
-    "coverage": (("coverage",), service_figures.coverage),
 }

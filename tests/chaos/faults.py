@@ -1,6 +1,6 @@
 """Ways to break one device of a running session: its processes, its link, its disk, its copy of the model.
 
-A new fault is a `Fault` in `FAULTS`: how it begins, how it ends, and whether somebody is to blame. `chaos` plays them.
+A new fault is a `Fault` in `FAULTS`: how it begins, how it ends, and whether somebody is to blame. `rounds` plays them.
 """
 
 import contextlib
