@@ -21,11 +21,12 @@ import torch
 from tests.chaos.faults import FAULTS, STEP, Fault, Field, clock_variables
 from transformers import BertConfig, BertForSequenceClassification
 
+from detransformer.cluster.agent import FAILURES_S
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.machine import cpu_model, now, usable_cores
 from detransformer.record.provenance import own_commit
-from detransformer.service.agent import FAILURES_S
-from detransformer.service.session import Event, Expired, QueueFull, Session
+from detransformer.service.session import Event, Session
+from detransformer.service.waiting import Expired, QueueFull
 
 NAMED_S = 5.0  # promised: from a fault to the sentence that names the device, at most
 SERVED_S = 20.0  # promised: until the next answer, at most

@@ -68,7 +68,7 @@ def resident(session: Session) -> dict[str, float]:
     many threads and open files the front has."""
     front = psutil.Process()
     devices = 0.0
-    for agent in session.post.agents.values():
+    for agent in session.hosts.agents.values():
         with contextlib.suppress(psutil.NoSuchProcess):
             tree = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
             for process in tree:

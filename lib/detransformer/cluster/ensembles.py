@@ -28,6 +28,8 @@ DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits f
 START_AFTER_S = 0.05  # longer than a job takes to reach its worker
 AGGREGATION = "replicate"  # whose rate small products on one device have
 
+ANSWER_PART = "detransformer.cluster.ensembles:answer_part"
+
 
 @dataclass(frozen=True)
 class EnsembleRun:
@@ -107,11 +109,11 @@ def run_ensemble(
         {"segment_s": segments(ensemble, rank, profile, batch_size, aggregator) if paced else None}
         for rank, profile in enumerate(profiles)
     ]
-    cluster.run("run_ensemble", per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
+    cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
     samples, records = [], []
     for _ in range(repeats):
         told = {"lost": sorted(cluster.lost), "start_at": time.perf_counter() + START_AFTER_S}
-        records = cluster.run("run_ensemble", per_rank, needed=ensemble.central, **job, **told)
+        records = cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job, **told)
         central = records[ensemble.central]
         if central is None:
             raise DeviceError(ensemble.central, f"device {ensemble.central} aggregates and gave no answer.")

@@ -28,8 +28,8 @@ from detransformer.cluster.bench import (
 )
 from detransformer.cluster.devices import DeviceSpec, cluster_profile
 from detransformer.cluster.ensembles import EnsembleRun, run_ensemble
-from detransformer.cluster.host import lateness
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.cluster.slowdown import lateness
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.ensemble import Ensemble, save_ensemble, whole_answer
