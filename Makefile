@@ -74,10 +74,10 @@ clean:
 	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 chaos: $(STAMP)
-	$(BIN)/python -m detransformer.service.chaos --output $(or $(RUN),results/chaos)
+	$(BIN)/python -m tests.chaos --output $(or $(RUN),results/chaos)
 
 fuzz: $(STAMP)
 	DETRANSFORMER_FUZZ=1700 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 3600 tests/test_malformed.py
 
 soak: $(STAMP)
-	$(BIN)/python -m detransformer.service.chaos --soak 30 --output $(or $(RUN),results/soak)
+	$(BIN)/python -m tests.chaos --soak 30 --output $(or $(RUN),results/soak)

@@ -27,7 +27,7 @@ from detransformer.cluster.bench import (
     transfer_seconds,
     why_invalid,
 )
-from detransformer.cluster.devices import DEVICES, DeviceSpec, jetson_share, preset_profile
+from detransformer.cluster.devices import DEVICES, DeviceError, DeviceLost, DeviceSpec, jetson_share, preset_profile
 from detransformer.cluster.jobs import link_rounds
 from detransformer.cluster.network import (
     EmulatedNetwork,
@@ -39,7 +39,7 @@ from detransformer.cluster.network import (
 )
 from detransformer.cluster.pacing import Arrivals, Pacer
 from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
-from detransformer.cluster.session import DeviceError, DeviceLost, EmulatedCluster
+from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.models import preset_config
 from detransformer.parallel.plan import STRATEGIES, published_plan
@@ -380,7 +380,7 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
 def test_a_failing_job_names_the_device_and_the_error(cases):
     with EmulatedCluster(2, transport="loopback") as session:
         plan = published_plan("tp", cases["original"].config, [1.0, 1.0]).to_dict()
-        with pytest.raises(DeviceError, match="device 0 failed while run_plan: .*missing"):
+        with pytest.raises(DeviceError, match="device 0 of 2 .* failed while run_plan: .*missing"):
             session.run("run_plan", checkpoint="/missing", plan=plan, inputs="/missing.safetensors", repeats=1)
 
 

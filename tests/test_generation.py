@@ -148,7 +148,8 @@ def test_what_cannot_take_turns_is_refused(texts):
 
 
 def test_too_long_a_text_is_refused_before_it_starts(cluster, texts):
-    from detransformer.cluster.session import DeviceError, EmulatedCluster
+    from detransformer.cluster.devices import DeviceError
+    from detransformer.cluster.session import EmulatedCluster
 
     text = texts["original"]
     plan = plan_of(text.config, "tensor", [1.0])

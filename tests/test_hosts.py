@@ -29,16 +29,13 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from detransformer.cluster import digests, rollcall
-from detransformer.cluster.devices import DeviceError, DeviceLost
-from detransformer.cluster.digests import REMEMBERED_BYTES
-from detransformer.cluster.network import EmulatedNetwork, can_emulate
-from detransformer.cluster.rollcall import Channel, Coordinator, Member
-from detransformer.cluster.run import model_facts, own_rank, read_plan
+from detransformer.cluster.facts import model_facts
+from detransformer.cluster.hosts import own_rank
+from detransformer.cluster.network import EmulatedNetwork, can_emulate, inside
+from detransformer.cluster.run import read_plan
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models import decouple
 from detransformer.parallel.plan import published_plan
-from detransformer.service.faults import inside
 
 HANG_S = 150.0  # no process of a test lives so long, also where three import everything on a slow machine
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a film of great charm who made it the studio in rome".split()
@@ -178,7 +175,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_three_hosts_answer_as_one_does(classifier, tmp_path):
-    """One torchrun a host over shaped links, by a plan of a file; each has its own copy of the model; all end well."""
+    """A worker a host over shaped links, by a plan of a file; each has its own copy of the model; all end well."""
     copies = [shutil.copytree(classifier, tmp_path / f"copy{i}") for i in range(3)]
     plan = published_plan("bp+tp", AutoConfig.from_pretrained(classifier), [1.0] * 3)
     (tmp_path / "plan.json").write_text(json.dumps({"plan": plan.to_dict()}))
@@ -241,7 +238,7 @@ def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
             wait_for(process.stderr, "of 6 heads")
         time.sleep(1)
         below = [pid for process in running for pid in children_of(process.pid)]
-        assert len(below) >= 6  # torchrun and its worker on each
+        assert len(below) >= 9  # the agent, its fork server and the worker on each
         for process in running:  # a board's memory is not for torch a third time
             loaded = Path(f"/proc/{process.pid}/maps").read_text()
             assert "python" in loaded and "libtorch" not in loaded and "tokenizers" not in loaded
@@ -249,7 +246,7 @@ def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
         start = time.monotonic()
         for process in running[:2]:
             code, _, stderr = ended(process)
-            assert code == 1 and "pi3 (" in last_sentence(stderr) and "is lost" in last_sentence(stderr)
+            assert code == 1 and "pi3 (" in last_sentence(stderr) and "is gone" in last_sentence(stderr)
         assert time.monotonic() - start < 10
         assert gone(below)
 
@@ -271,21 +268,20 @@ def test_a_killed_worker_is_told_from_those_who_lose_their_connection(classifier
         for process in running:
             wait_for(process.stderr, "of 6 heads")
         time.sleep(1)
-        (worker,) = children_of(children_of(running[1].pid)[0])
-        os.kill(worker, signal.SIGKILL)
+        os.kill(children_of(running[1].pid)[-1], signal.SIGKILL)  # the last to be started
         for process in running:
             code, _, stderr = ended(process)
             assert code == 1
-            assert "pi2 (" in last_sentence(stderr) and "its worker was killed by SIGKILL" in last_sentence(stderr)
+            assert "pi2 (" in last_sentence(stderr) and "was killed by SIGKILL" in last_sentence(stderr)
 
 
 def test_a_host_that_does_not_come_is_named(classifier, tmp_path):
     with hosts(tmp_path, 3) as shelf:
-        running = [shelf.start(i, classifier, "--wait", "3") for i in range(2)]
+        running = [shelf.start(i, classifier, "--wait", "9") for i in range(2)]
         for process in running:
             code, _, stderr = ended(process)
             assert code == 1 and "waiting for " in stderr
-            for words in ("pi3 (", "did not come within 3 s", "start the same command there"):
+            for words in ("pi3 (", "did not come within 9 s", "start the same command there"):
                 assert words in last_sentence(stderr)
     with hosts(tmp_path, 2) as shelf:
         code, _, stderr = ended(shelf.start(1, classifier, "--wait", "2"))
@@ -339,7 +335,7 @@ def test_an_interrupted_host_is_named(classifier, tmp_path):
         running[1].send_signal(signal.SIGINT)
         assert ended(running[1])[0] == 130
         code, _, stderr = ended(running[0])
-        assert code == 1 and "pi2 (" in last_sentence(stderr) and "failed: it was interrupted" in last_sentence(stderr)
+        assert code == 1 and "pi2 (" in last_sentence(stderr) and "it was interrupted" in last_sentence(stderr)
 
 
 def test_a_plan_that_does_not_fit_ends_all(classifier, tmp_path):
@@ -348,157 +344,16 @@ def test_a_plan_that_does_not_fit_ends_all(classifier, tmp_path):
         running = [shelf.start(i, classifier, "--method", method) for i, method in enumerate(("tp", "bp+tp"))]
         for process in running:
             code, _, stderr = ended(process)
-            assert code == 1 and "pi1 (" in last_sentence(stderr)
-            assert "failed: tp runs original layers only" in last_sentence(stderr)
+            assert code == 2 and "tp runs original layers only" in last_sentence(stderr)
 
 
-# --- Roll call, in this process ----------------------------------------------------------------------------------
-
-
-MEMBERS = [("a", "127.0.0.1"), ("b", "127.0.0.1"), ("c", "127.0.0.1")]
-HELLO = dict(devices="d", versions="v", config="c", weights_bytes=1, weights="w")
-
-
-@contextmanager
-def meeting(wait_s: float = 20, **changes):
-    """A coordinator and a member for each name, who have said hello; `changes` of a hello, by name."""
-    port = free_ports()
-    coordinator = Coordinator(MEMBERS, port, wait_s)
-    coordinator.start()
-    members = {}
-    try:
-        for name, address in MEMBERS:
-            members[name] = Member.join("a", address, port, 5, lambda sentence: None)
-            members[name].send({"hello": name} | HELLO | changes.get(name, {}))
-        yield members
-    finally:
-        for member in members.values():
-            member.close()
-        coordinator.join(timeout=5)
-
-
-def hear(members: dict, key: str, timeout_s: float = 5) -> None:
-    """Polls all members until each has had a message with `key`."""
-    left, deadline = set(members), time.monotonic() + timeout_s
-    while left and time.monotonic() < deadline:
-        for name, member in members.items():
-            if any(key in message for message in member.poll(0.02)):
-                left.discard(name)
-    assert not left
-
-
-def sentence_of(members: dict, kind=DeviceError, timeout_s: float = 8) -> str:
-    """The sentence with which all of `members` end."""
-    found, deadline = {}, time.monotonic() + timeout_s
-    while len(found) < len(members) and time.monotonic() < deadline:
-        for name in set(members) - set(found):
-            try:
-                members[name].poll(0.02)
-            except kind as error:
-                found[name] = str(error)
-    assert len(found) == len(members) and len(set(found.values())) == 1, found
-    return found.popitem()[1]
-
-
-def test_all_begin_and_end_together():
-    with meeting() as members:
-        hear(members, "go")
-        for member in members.values():
-            member.send({"finished": True})
-        hear(members, "done")
-
-
-def test_who_is_lost_is_named_to_the_others(monkeypatch):
-    with meeting() as members:
-        hear(members, "go")
-        members.pop("c").close()
-        assert "c (127.0.0.1) is lost" in sentence_of(members)
-    with meeting() as members:
-        hear(members, "go")
-        members["a"].send({"failed": "it lost its connection to b", "own": False})
-        members["b"].send({"failed": "its worker was killed by SIGKILL", "own": True})
-        assert "b (127.0.0.1) failed: its worker was killed" in sentence_of(members)
-    with meeting() as members:
-        hear(members, "go")
-        members["c"].send({"failed": "it lost its connection to b.", "own": False})
-        assert sentence_of(members) == "c (127.0.0.1) failed: it lost its connection to b; the others were stopped."
-    monkeypatch.setattr(rollcall, "SILENCE_LIMIT_S", 2.0)
-    with meeting() as members:
-        hear(members, "go")
-        frozen = members.pop("b")  # says nothing from now on, and its connection stays
-        assert "b (127.0.0.1) has been silent for 2 s" in sentence_of(members)
-        frozen.close()
-
-
-def test_the_first_device_is_missed_too(monkeypatch):
-    monkeypatch.setattr(rollcall, "SILENCE_LIMIT_S", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        member = Member.join("a", "127.0.0.1", port, 5, lambda sentence: None)
-        with pytest.raises(DeviceLost, match=r"a \(127.0.0.1\), the first device, has been silent for 1 s"):
-            while True:
-                member.poll()
-        member.close()
-        member = Member.join("a", "127.0.0.1", port, 5, lambda sentence: None)
-        listener.accept()[0].close()  # the one that is silent
-        listener.accept()[0].close()
-        with pytest.raises(DeviceLost, match="the first device, is lost"):
-            member.poll(2)
-        member.close()
-
-
-def test_differences_and_strangers():
-    with meeting(c=dict(versions="detransformer 9")) as members:
-        words = "c (127.0.0.1) has detransformer 9, and a v: install the same versions on all hosts."
-        assert sentence_of(members, ValueError) == words
-    port = free_ports()
-    coordinator = Coordinator(MEMBERS[:2], port, 20)
-    coordinator.start()
-    with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is in use"):
-        Coordinator(MEMBERS, port, 20)
-    with socket.create_connection(("127.0.0.1", port)) as browser:
-        browser.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert browser.recv(100) == b""
-    for name, words in [("x", "x is not in the cluster file of a"), ("a", "as a already")]:
-        members = [Member.join("a", "127.0.0.1", port, 5, lambda sentence: None) for _ in range(2)]
-        for member in members:
-            member.send({"hello": name} | HELLO)
-            time.sleep(0.1)
-        with pytest.raises(ValueError, match=words):
-            while True:
-                members[1].poll()
-        for member in members:
-            member.close()
-    both = {name: Member.join("a", "127.0.0.1", port, 5, lambda sentence: None) for name in ("a", "b")}
-    both["b"].send({"hello": "b"} | HELLO)
-    both["b"].close()  # it may come again
-    time.sleep(0.5)
-    both["b"] = Member.join("a", "127.0.0.1", port, 5, lambda sentence: None)
-    for name, member in both.items():
-        member.send({"hello": name} | HELLO)
-    hear(both, "go")
-    for member in both.values():
-        member.send({"finished": True})
-    hear(both, "done")
-    coordinator.join(timeout=5)
-    assert not coordinator.is_alive()
-
-
-def test_a_channel_takes_lines_in_any_pieces():
-    one, other = socket.socketpair()
-    channel = Channel(other)
-    for piece, messages in [(b'{"a": 1}\n{"b"', [{"a": 1}]), (b": 2}\n{}\n", [{"b": 2}]), (b"[1]\n", None)]:
-        one.sendall(piece)
-        assert channel.receive() == messages
-    one.close()
-    assert channel.receive() is None and not channel.send({"x": 1})
-    channel.close()
+# --- What loads what --------------------------------------------------------------------------------------------------
 
 
 def test_the_command_on_a_host_loads_no_torch():
-    """Nor do the roll call and the cluster's file, all that it does before its worker is started."""
+    """Nor do the front and the cluster's file: its worker does."""
     code = (
-        "import sys\nimport detransformer.cli, detransformer.cluster.run, detransformer.cluster.rollcall\n"
+        "import sys\nimport detransformer.cli, detransformer.cluster.run, detransformer.cluster.session\n"
         "assert not {'torch', 'pandas', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
@@ -550,28 +405,16 @@ def test_model_facts_tell_copies_from_other_models(classifier, tmp_path):
         model_facts(str(copy))
 
 
-def test_every_byte_of_large_weights_counts(classifier, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETRANSFORMER_CACHE", str(tmp_path / "cache"))
-    copy, said = shutil.copytree(classifier, tmp_path / "copy"), []
+def test_every_byte_of_the_weights_counts(classifier, tmp_path):
+    copy = shutil.copytree(classifier, tmp_path / "copy")
     weights = copy / "model.safetensors"
-    os.truncate(weights, 2 * REMEMBERED_BYTES)
-
-    monkeypatch.setattr(digests, "SETTLED_S", -1)  # at once
-    whole = model_facts(str(copy), said.append)
-    assert len(said) == 1 and "128 MiB are read" in said[0]
-    assert model_facts(str(copy), said.append) == whole and len(said) == 1  # remembered
-
-    monkeypatch.setattr(digests, "SETTLED_S", 60)
+    os.truncate(weights, 2**27)
+    whole = model_facts(str(copy))
     with open(weights, "r+b") as file:
-        file.seek(REMEMBERED_BYTES + 12345)
+        file.seek(2**26 + 12345)
         file.write(b"!")
-    changed = model_facts(str(copy), said.append)
+    changed = model_facts(str(copy))
     assert changed == whole | {"weights": changed["weights"]} != whole
-    assert model_facts(str(copy), said.append) == changed and len(said) == 3  # too fresh to be remembered
-
-    monkeypatch.setenv("DETRANSFORMER_CACHE", "/proc/none")  # nothing can be written there
-    monkeypatch.setattr(digests, "SETTLED_S", -1)
-    assert model_facts(str(copy)) == changed
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"method": "tp"}'])

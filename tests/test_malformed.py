@@ -14,18 +14,20 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.chaos.rounds import small_model
 from transformers import BertConfig
 
 from detransformer.cluster.answers import plan_of
 from detransformer.cluster.checkpoints import open_folder
 from detransformer.cluster.devices import cluster_profile, device_specs
+from detransformer.cluster.facts import model_facts
 from detransformer.cluster.network import can_emulate
-from detransformer.cluster.run import Request, model_facts, read_plan
+from detransformer.cluster.request import Request
+from detransformer.cluster.run import read_plan
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import published_plan
 from detransformer.parallel.weights import WeightSource
-from detransformer.service import Session
-from detransformer.service.chaos import small_model
+from detransformer.service.session import Session
 
 CASES = int(os.environ.get("DETRANSFORMER_FUZZ", "40"))
 many = settings(

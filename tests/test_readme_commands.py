@@ -29,6 +29,7 @@ from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import PACKAGE, repository_root
 from detransformer.models import decouple
+from detransformer.service.session import Session
 from test_hosts import WORDS, ended, free_ports, hosts, save_decoder, wait_for
 
 ROOT = repository_root()
@@ -323,12 +324,17 @@ def test_python_that_is_shown_runs(sandbox):
     from transformers import AutoModel
 
     texts = snippets()
-    names = {"ClusterSpec": ClusterSpec, "AutoModel": AutoModel, "ids": torch.ones(1, 4, dtype=torch.int64)}
+    names = {
+        "ClusterSpec": ClusterSpec,
+        "Session": Session,
+        "AutoModel": AutoModel,
+        "ids": torch.ones(1, 4, dtype=torch.int64),
+    }
     before = os.getcwd()
     os.chdir(sandbox.folder(["python", *re.findall(r"""["']([\w.-]+)/?["']""", " ".join(texts))]))
     try:
         for text in texts:
-            if ".session(" in text and not can_emulate()[0]:
+            if "Session(" in text and not can_emulate()[0]:
                 continue
             exec(compile(ast.parse(text), "README", "exec"), names)  # our own text
     finally:

@@ -1,7 +1,6 @@
 """A session: its parts, and one over real processes in namespaces that loses a device and gets it back."""
 
 import contextlib
-import math
 import os
 import socket
 import threading
@@ -9,7 +8,6 @@ import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import UTC, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,21 +16,9 @@ import pytest
 import torch
 import uvicorn
 from fastapi.testclient import TestClient
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-
-from detransformer.cluster.network import can_emulate
-from detransformer.cluster.run import Request
-from detransformer.cluster.spec import ClusterSpec
-from detransformer.cluster.stores import bound_store
-from detransformer.files import repository_root
-from detransformer.models import decouple
-from detransformer.parallel.plan import Plan, published_plan
-from detransformer.service import Expired, QueueFull, Session, Unanswered, http
-from detransformer.service.agent import NAME, SignedBackend
-from detransformer.service.chaos import Clients, small_model, soak_result
-from detransformer.service.chaos import main as chaos_main
-from detransformer.service.clock import KEY, SharedClock
-from detransformer.service.faults import (
+from safetensors.torch import load, save
+from tests.chaos.__main__ import main as chaos_main
+from tests.chaos.faults import (
     DAMAGE,
     FAULTS,
     INTERFACE,
@@ -44,12 +30,33 @@ from detransformer.service.faults import (
     num_damaged,
     set_ingress,
 )
+from tests.chaos.rounds import Clients, small_model
+from tests.chaos.soak import soak_result
+from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from detransformer.cluster import answering
+from detransformer.cluster.network import can_emulate
+from detransformer.cluster.request import Request
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.files import repository_root
+from detransformer.models import decouple
+from detransformer.parallel.plan import Plan
+from detransformer.service import http
 from detransformer.service.http import MAX_BODY_BYTES, build_app
-from detransformer.service.line import Line, tensors_of
-from detransformer.service.patience import FIRST, RECENT, STALL_S, TIMES, Patience
-from detransformer.service.session import MAX_ATTEMPTS, _Asked, join_rows
-from detransformer.service.speeds import BATCHES, IGNORED, WINDOW_S, Speeds
-from detransformer.service.worker import Server
+from detransformer.service.session import Session
+from detransformer.service.speeds import (
+    BATCHES,
+    FIRST,
+    FIRST_S,
+    IGNORED,
+    RECENT,
+    STALL_S,
+    TIMES,
+    WINDOW_S,
+    Patience,
+    Speeds,
+)
+from detransformer.service.waiting import MAX_ATTEMPTS, Asked, Expired, QueueFull, Unanswered, join_rows
 
 emulated = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 CLUSTER = """
@@ -63,48 +70,6 @@ devices:
 """
 
 
-def test_a_line_carries_words_and_tensors_and_says_when_the_other_end_has_gone():
-    near, far = map(Line, socket.socketpair())
-    tensors = {"input_ids": torch.arange(6).reshape(2, 3)}
-    near.send({"id": 3}, tensors)
-    header, payload = far.receive()
-    assert header == {"id": 3}
-    assert torch.equal(tensors_of(payload)["input_ids"], tensors["input_ids"])
-    assert not far.waits(0)
-    near.close()
-    assert far.waits(0)
-    with pytest.raises(ConnectionError, match="closed"):
-        far.receive()
-
-
-def test_a_line_refuses_what_is_no_message():
-    near, far = socket.socketpair()
-    near.sendall(b"\xff" * 64)
-    with pytest.raises(ConnectionError, match="too long"):
-        Line(far).receive()
-
-
-@pytest.fixture
-def store():
-    return bound_store("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
-
-
-def test_the_rendezvous_reads_only_what_was_signed_with_its_secret(store):
-    ours, stranger = SignedBackend(store, NAME, "secret of ours"), SignedBackend(store, NAME, "another one")
-    assert ours.get_state() is None
-    state, token, was_set = ours.set_state(b"first", None)
-    assert (state, was_set) == (b"first", True)
-    assert ours.get_state()[0] == b"first"
-    assert stranger.get_state() is None
-    assert ours.set_state(b"second", b"an old token")[2] is False
-    assert ours.set_state(b"second", token)[2] is True
-    for forged in ("gASVAAAA", "not base64!", "AAAA" * 30):  # written by who knows the store, but not the secret
-        store.set(f"torch.rendezvous.{NAME}", forged)
-        assert ours.get_state() is None
-        assert ours.set_state(b"third", token)[::2] == (b"third", True)
-        assert ours.get_state()[0] == b"third"
-
-
 @pytest.mark.parametrize("left", [False, True])
 def test_requests_are_joined_with_padding_that_is_masked(left):
     parts = [{"input_ids": torch.ones(2, n, dtype=torch.int64)} for n in (3, 5)]
@@ -112,28 +77,6 @@ def test_requests_are_joined_with_padding_that_is_masked(left):
     joined = join_rows(parts, left)
     assert joined["input_ids"].shape == (4, 5)
     assert joined["attention_mask"].tolist() == [[0, 0, 1, 1, 1] if left else [1, 1, 1, 0, 0]] * 2 + [[1] * 5] * 2
-
-
-def test_the_rendezvous_goes_by_the_first_devices_clock(store):
-    first = SharedClock(store, "secret", keeps=True)
-    other = SharedClock(store, "secret", keeps=False)
-    apart_s = abs((other.now(UTC) - first.now(UTC)).total_seconds())
-    assert apart_s < 0.5 and first.now(UTC) < other.now(UTC) + timedelta(seconds=1)
-    other._ahead_s += 5  # a host whose monotonic clock began earlier
-    assert (other.now(UTC) - first.now(UTC)).total_seconds() == pytest.approx(5, abs=0.5)
-
-
-def test_a_clock_that_is_not_signed_is_not_gone_by(store):
-    def forge():
-        for second in range(20):
-            store.set(KEY, f"{second} {'0' * 64}")
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=forge)
-    thread.start()
-    with pytest.raises(RuntimeError, match="not signed"):
-        SharedClock(store, "secret", keeps=False)
-    thread.join()
 
 
 def steady(speeds: Speeds, spent_s: list[float], batch_s: float = 0.1, seconds: float = 2 * WINDOW_S) -> dict:
@@ -175,30 +118,14 @@ def test_slow_devices_are_found_within_a_window_of_long_batches_too_and_forgotte
     assert speeds.factors == [1.0, 1.0]
 
 
-def test_patience_grows_with_what_batches_of_a_kind_took_and_with_their_tokens(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("detransformer.service.patience.time.monotonic", lambda: now[0])
+def test_patience_grows_with_what_batches_of_a_kind_took_and_with_their_tokens():
     patience = Patience()
-    assert not patience.is_over
-
-    def batch(kind: str, num_tokens: int, seconds: float) -> None:
-        patience.begin(kind, num_tokens)
-        now[0] += seconds
-        assert not patience.is_over
-        patience.end()
-
     for seconds in [50.0] * FIRST + [0.5, 0.25, 7.0]:  # the first load weights
-        batch("a", 10, seconds)
+        assert patience.limit_s("a", 10) >= STALL_S
+        patience.took("a", 10, seconds)
     assert patience.limit_s("a", 10) == patience.limit_s("a", 1) == STALL_S + TIMES * 0.5
     assert patience.limit_s("a", 30) == STALL_S + TIMES * 1.5
-    assert patience.limit_s("b", 1) == math.inf
-    patience.begin("a", 10)
-    now[0] += STALL_S + TIMES * 0.5 + 0.1
-    assert patience.is_over
-    patience.end()
-    assert not patience.is_over
-    patience.forget()
-    assert patience.limit_s("a", 10) == math.inf
+    assert patience.limit_s("b", 1) == FIRST_S
 
 
 @pytest.mark.parametrize(
@@ -219,66 +146,94 @@ def test_chaos_says_what_is_wrong_before_anything_starts(tmp_path, monkeypatch, 
 
 
 def test_a_second_answer_is_counted_and_one_to_who_has_given_up_is_not():
-    asked = _Asked(Request(), {"input_ids": torch.ones(1, 1)}, deadline=0.0)
+    asked = Asked(Request(), {"input_ids": torch.ones(1, 1)}, deadline=0.0)
     assert asked.settle({"logits": 1}) and not asked.settle({"logits": 2})
     assert asked.future.result() == {"logits": 1}
-    given_up = _Asked(Request(), {"input_ids": torch.ones(1, 1)}, deadline=0.0)
+    given_up = Asked(Request(), {"input_ids": torch.ones(1, 1)}, deadline=0.0)
     given_up.future.cancel()
     assert given_up.settle({"logits": 1})
 
 
+class Workers:
+    """A fleet whose workers say what a test wants: `plans` in turn, and logits of zeros."""
+
+    def __init__(self, *plans: dict):
+        self.plans, self.devices, self.number, self.asked = list(plans), (0, 1), 1, []
+
+    def run(self, job: str, arguments: dict, payload: bytes = b"", **options) -> dict:
+        self.asked.append((job, arguments))
+        if job.endswith(":plan"):
+            return {0: (self.plans.pop(0), b"")}
+        rows = len(load(payload)["input_ids"])
+        result = {"spent_s": float("nan"), "expected_s": float("nan")}
+        return {0: (result, b""), 1: (result, save({"logits": torch.zeros(rows, 3)}))}
+
+    def close(self, **options) -> None:
+        self.devices = ()
+
+
+PLAN = {"op": "run_plan", "job": {"plan": {}}, "last": 1, "method": "tp"}
+
+
 @pytest.fixture
 def idle(tmp_path, model):
-    """A session that is not started; the test is its leader."""
-    (tmp_path / "cluster.yaml").write_text(CLUSTER)
-    model.save_pretrained(tmp_path / "model")
-    return ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model")
+    """Makes a session that serves, over workers that are made up."""
+    sessions = []
 
+    def start(workers: Workers) -> Session:
+        (tmp_path / "cluster.yaml").write_text(CLUSTER)
+        model.save_pretrained(tmp_path / "model")
+        session = Session(ClusterSpec.load(tmp_path / "cluster.yaml"), tmp_path / "model")
+        session.fleet = workers
+        session._thread = threading.Thread(target=session._serve, daemon=True)
+        session._thread.start()
+        sessions.append(session)
+        return session
 
-def test_who_is_gone_is_heard_also_when_a_batch_was_on_its_way_to_the_leader(idle):
-    near, far = map(Line, socket.socketpair())
-    far.send({"gone": {"2": "has been silent for 2.5 s"}})
-    far.close()
-    with pytest.raises(OSError):
-        near.send({"id": 1})
-    assert idle._had_last_words(near)
-    assert [event.sentence for event in idle.events] == ["third has been silent for 2.5 s"]
-    assert not idle._had_last_words(near), "and then nothing more"
+    yield start
+    for session in sessions:
+        session.close()
 
 
 def test_requests_wait_for_devices_that_are_needed_and_do_not_run_out_of_attempts(idle):
-    future = idle.submit({"input_ids": torch.ones(1, 4, dtype=torch.int64)})
-    late = idle.submit({"input_ids": torch.ones(1, 5, dtype=torch.int64)}, deadline_s=0.5)
+    workers = Workers(*[{"postponed": "nothing fits"}] * 2 * MAX_ATTEMPTS, PLAN)
+    session = idle(workers)
+    future = session.submit({"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    late = session.submit({"input_ids": torch.ones(1, 5, dtype=torch.int64)}, deadline_s=0.5)
     for _ in range(2 * MAX_ATTEMPTS):  # so often two of three devices meet
-        near, far = map(Line, socket.socketpair())
-        leading = threading.Thread(target=idle._lead, args=(near,), daemon=True)
-        leading.start()
-        far.send({"here": [0, 1], "differing": {}})
-        header, _ = far.receive()
-        far.send({"id": header["id"], "postponed": "nothing fits"})
         deadline = time.monotonic() + 5
-        while idle.serving and time.monotonic() < deadline:
+        while session.serving and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not idle.serving and not future.done()
+        assert not session.serving and not future.done()
         time.sleep(0.1)
-        far.send({"gone": {}})
-        leading.join(5)
-        assert not leading.is_alive()
-    assert "requests wait for the devices that are away: nothing fits" in [event.sentence for event in idle.events]
+        workers.number += 1
+    assert "requests wait for the devices that are away: nothing fits" in [event.sentence for event in session.events]
     with pytest.raises(Expired):
-        late.result(0)
-    near, far = map(Line, socket.socketpair())
-    leading = threading.Thread(target=idle._lead, args=(near,), daemon=True)
-    leading.start()
-    far.send({"here": [0, 1, 2], "differing": {}})
-    header, _ = far.receive()
-    far.send({"id": header["id"], "method": "tp"}, {"logits": torch.zeros(1, 3)})
+        late.result(5)
     assert torch.equal(future.result(5)["logits"], torch.zeros(1, 3))
-    far.send({"gone": {}})
-    leading.join(5)
+
+
+def test_a_plan_is_made_once_for_requests_of_a_kind_and_anew_for_other_devices(idle):
+    workers = Workers(PLAN, PLAN)
+    session = idle(workers)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    for _ in range(3):
+        session({"input_ids": ids})
+    workers.devices, workers.number = (0, 1, 2), 2
+    session({"input_ids": ids})
+    planned = [told["devices"] for job, told in workers.asked if job.endswith(":plan")]
+    assert planned == [(0, 1), (0, 1, 2)]
 
 
 TIGHT = CLUSTER.replace("jetson-nano", "jetson-nano, memory_mib: 2")
+
+
+def state_of(folder: Path, cluster: str, config, devices=(0, 1, 2)) -> SimpleNamespace:
+    """A worker's, of the first device in a group of `devices`."""
+    (folder / "cluster.yaml").write_text(cluster)
+    BertForSequenceClassification(config).save_pretrained(folder / "model")
+    home = {"cluster": str(folder / "cluster.yaml"), "model": str(folder / "model"), "group": list(devices)}
+    return SimpleNamespace(home=home, kept={}, rank=0, device=0)
 
 
 @pytest.mark.parametrize(
@@ -289,37 +244,19 @@ TIGHT = CLUSTER.replace("jetson-nano", "jetson-nano, memory_mib: 2")
         ((0, 1), Request(repeats=1, method="single"), "refused"),  # on all three it would not fit either
     ],
 )
-def test_a_leader_postpones_what_only_all_devices_can_hold(tmp_path, devices, request_, word):
-    (tmp_path / "cluster.yaml").write_text(TIGHT)
+def test_what_only_all_devices_can_hold_is_postponed(tmp_path, devices, request_, word):
     config = small_model().config
     config.update({"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 10})
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    job = {"cluster": str(tmp_path / "cluster.yaml"), "model": str(tmp_path / "model"), "interface": "lo"}
-    near, far = map(Line, socket.socketpair())
-    group = SimpleNamespace(rank=0, devices=devices, differing={})
-    server = Server(job | {"paced": False, "seq_len": 16}, group, near, Patience())
-    far.send({"id": 1, "request": asdict(request_)}, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
-    header, _ = server._next()
-    if word == "job":
-        assert header["id"] == 1 and header["job"]["plan"]
-    else:
-        assert header == {}
-        told, _ = far.receive()
-        assert told["id"] == 1 and word in told
+    state = state_of(tmp_path, TIGHT, config, devices)
+    assert word in answering.plan(state, asdict(request_), devices, seq_len=4)
 
 
-def test_a_plan_that_was_given_is_for_all_devices(tmp_path, model):
-    (tmp_path / "cluster.yaml").write_text(CLUSTER)
-    model.save_pretrained(tmp_path / "model")
-    job = {"cluster": str(tmp_path / "cluster.yaml"), "model": str(tmp_path / "model"), "interface": "lo"}
-    job |= {"paced": False, "seq_len": 16}
-    plan = published_plan("tp", model.config, (1.0, 1.0, 1.0)).to_dict()
-    request, inputs = Request(plan=plan, repeats=1), {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
-    for devices, num_devices in (((0, 1, 2), {3}), ((0, 2), {1, 2})):
-        server = Server(job, SimpleNamespace(rank=0, devices=devices, differing={}), None, Patience())
-        made = Plan.from_dict(server.planned(request, inputs)["job"]["plan"])
-        assert made.num_devices in num_devices and max(made.device_ids) < len(devices)
-        assert (made.method == "tp") == (len(devices) == 3)
+def test_a_plan_names_ranks_of_the_group(tmp_path, model):
+    for devices in ((0, 1, 2), (0, 2)):
+        state = state_of(tmp_path, CLUSTER, model.config, devices)
+        told = answering.plan(state, asdict(Request(method="tp", repeats=1)), devices, seq_len=16)
+        made = Plan.from_dict(told["job"]["plan"])
+        assert made.num_devices == len(devices) and max(made.device_ids) < len(devices) and told["last"] in devices
 
 
 def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():
@@ -350,7 +287,7 @@ def session(tmp_path_factory, model):
     spec = ClusterSpec.load(folder / "cluster.yaml")
     variables = {2: clock_variables(folder / "clock")} if can_step_clock()[0] else {}
     options = dict(method="tp", paced=False, max_waiting=4, max_batch=3, variables=variables)
-    with spec.session(folder / "model", **options) as session:
+    with Session(spec, folder / "model", **options) as session:
         assert session.wait_for_all(120)
         yield session
 
@@ -387,7 +324,7 @@ def test_a_session_answers_as_one_device_does_also_in_batches(session, model):
 def test_a_session_names_a_killed_device_and_answers_all_the_same(session, model):
     import psutil
 
-    worker = psutil.Process(session.post.agents[2].pid).children(recursive=True)[-1]
+    worker = psutil.Process(session.hosts.agents[2].pid).children(recursive=True)[-1]
     before, retried = len(session.events), session.counts["retried"]
     errors: list[float] = []
     asking = threading.Thread(target=lambda: errors.extend(answers(session, model, 60, first=100)))
@@ -411,13 +348,15 @@ def test_a_session_names_a_killed_device_and_answers_all_the_same(session, model
 @pytest.mark.timeout(120)
 def test_frames_damaged_on_the_way_change_no_answer(session, model, tmp_path):
     fault, place = FAULTS[DAMAGE], Field(session, 2, tmp_path)
-    seen = [num_damaged(session.post.network.namespaces[number]) for number in (0, 2)]
+    seen = [num_damaged(session.hosts.network.namespaces[number]) for number in (0, 2)]
     fault.begin(place)
     try:
         assert max(answers(session, model, 20, first=500)) < 1e-4
     finally:
         fault.end(place)
-    assert all(num_damaged(session.post.network.namespaces[n]) > before for n, before in zip((0, 2), seen, strict=True))
+    assert all(
+        num_damaged(session.hosts.network.namespaces[n]) > before for n, before in zip((0, 2), seen, strict=True)
+    )
 
 
 LARGE = "meta length > 1300 drop"  # frames of nearly full size are lost, as where a path takes only smaller ones
@@ -427,7 +366,7 @@ LARGE = "meta length > 1300 drop"  # frames of nearly full size are lost, as whe
 @pytest.mark.timeout(240)
 def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_request_answered(session, model):
     assert session.wait_for_all(60)
-    namespace = session.post.network.namespaces[2]
+    namespace = session.hosts.network.namespaces[2]
     ids = torch.randint(model.config.vocab_size, (1, model.config.max_position_embeddings))
     with torch.inference_mode():
         expected = model(input_ids=ids).logits
@@ -453,7 +392,7 @@ def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_reques
 @pytest.mark.skipif(not can_step_clock()[0], reason=can_step_clock()[1])
 @pytest.mark.timeout(180)
 def test_a_device_whose_clock_is_an_hour_late_is_taken_back(session, model):
-    clock = Path(session.post.variables[2]["CLOCK_STEP_FILE"])
+    clock = Path(session.hosts.variables[2]["CLOCK_STEP_FILE"])
     place = Field(session, 2, clock.parent, clock)
     before = len(session.events)
     FAULTS[STEP].begin(place)
@@ -623,17 +562,17 @@ def test_no_process_and_no_namespace_outlive_a_session(session):
     """The last to use it: it ends here."""
     import psutil
 
-    trees = [psutil.Process(agent.pid) for agent in session.post.agents.values()]
+    trees = [psutil.Process(agent.pid) for agent in session.hosts.agents.values()]
     trees += [child for tree in trees for child in tree.children(recursive=True)]
     assert len(trees) >= 9  # an agent, its fork server and a worker each
-    namespaces = list(session.post.network.namespaces)
+    namespaces = list(session.hosts.network.namespaces)
     ids = torch.ones(1, 1, dtype=torch.int64)
     assert session({"input_ids": ids})["logits"].shape == (1, 3)
     session.close()
     time.sleep(0.5)
     assert not [process for process in trees if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not [name for name in namespaces if os.path.exists(f"/var/run/netns/{name}")]
-    assert not session.post.folder.exists()
+    assert not session.hosts.folder.exists()
     with pytest.raises(Unanswered, match="ended"):
         session.submit({"input_ids": ids})
 
@@ -652,7 +591,8 @@ def test_http_goes_on_with_a_text_as_transformers_does(tmp_path, method):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "cluster.yaml").write_text(CLUSTER[: CLUSTER.index("  - {name: third")])
     prompts = [torch.randint(4, 101, (n,)).tolist() for n in (1, 3, 8, 8, 20)]
-    with ClusterSpec.load(tmp_path / "cluster.yaml").session(tmp_path / "model", method=method, paced=False) as session:
+    spec = ClusterSpec.load(tmp_path / "cluster.yaml")
+    with Session(spec, tmp_path / "model", method=method, paced=False) as session:
         assert session.wait_for_all(120)
         client = TestClient(build_app(session, "the token of this test"), raise_server_exceptions=False)
 

@@ -1,4 +1,4 @@
-"""Stores listen at the address they were given, and nowhere else: torch's own, torchrun's and the workers'."""
+"""Stores listen at the address they were given, and nowhere else."""
 
 import json
 import os
@@ -52,13 +52,3 @@ def test_what_a_worker_listens_at_is_the_clusters_address():
     code += f"WorkerState.join(0, 1, '{ADDRESS}:{port}', True, 'lo', 1); "
     found = listening(code + OWN.format(""))
     assert [ADDRESS, port] in found and {address for address, _ in found} == {ADDRESS}
-
-
-def test_what_torchrun_listens_at_is_the_first_devices_address(tmp_path):
-    port = free_port()
-    script = tmp_path / "worker.py"
-    script.write_text(OWN.format("os.getppid()"))
-    options = {"nnodes": 1, "nproc-per-node": 1, "node-rank": 0, "master-addr": ADDRESS, "master-port": port}
-    words = [f"--{name}={value}" for name, value in options.items()]
-    code = "from detransformer.cluster.launcher import torchrun; torchrun()"
-    assert listening(code, *words, str(script)) == [[ADDRESS, port]]

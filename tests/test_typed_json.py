@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from detransformer.cluster.network import Shape
-from detransformer.cluster.run import Request
+from detransformer.cluster.request import Request
 from detransformer.coformer.policy import Original, Policy, SubModelConfig
 from detransformer.models import preset_config
 from detransformer.parallel.plan import Plan, published_plan

@@ -81,3 +81,10 @@ def repository_root() -> Path:
     raise FileNotFoundError(
         f"No folder with notebooks/ and pyproject.toml above {Path.cwd()}; run this inside a clone of the repository."
     )
+
+
+def last_words(log: str | Path) -> str:
+    """The last line of a log."""
+    path = Path(log)
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1].strip() if lines else ""

@@ -6,12 +6,14 @@ import gc
 import os
 import platform
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # mallopt(3)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def now() -> str:
@@ -112,3 +114,8 @@ def large_blocks_apart(num_bytes: int = 2**17) -> Iterator[None]:
         yield
     finally:
         set_option(_M_MMAP_THRESHOLD, 2**25)
+
+
+def die_with_parent() -> None:
+    """Lets the kernel kill this process when its parent ends, however that happens."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,12 +1,10 @@
 """A request before and after the devices: text to tokens and a plan, outputs to what a user reads. A function a task.
 
-`prepare` runs where the answer is printed, on the first device; what it returns goes to all. A new task is an entry of
-`TASKS` and, where it is another job than `run_plan`, a branch of `prepare`.
+A new task is an entry of `TASKS` and, where it is another job than `run_plan`, a branch of `prepare`.
 """
 
-import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from transformers import (
 
 from detransformer.checkpoints import VOCABULARY_FILES, has_tokenizer
 from detransformer.cluster.jobs import output_errors
-from detransformer.cluster.run import Request
+from detransformer.cluster.request import Request
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.generation import check_generation
 from detransformer.parallel.plan import Plan, is_decoder
@@ -38,7 +36,7 @@ MAX_ANSWER_TOKENS = 30
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is run: `op` of `jobs.JOBS` with the arguments `job` (JSON), on the tensors `inputs`.
+    """What is run: `op` of `cluster.jobs` with the arguments `job` (JSON), on the tensors `inputs`.
 
     `notes` are sentences about the plan, such as which devices it leaves out.
     """
@@ -184,6 +182,8 @@ def plan_of(
 
 def task_of(config: PretrainedConfig) -> str:
     """A key of `TASKS`, by the class that the checkpoint was saved with."""
+    if is_decoder(config):
+        return "generation"
     (name, *_) = config.architectures or [""]
     if name.endswith("ForSequenceClassification"):
         return "classification"
@@ -224,31 +224,20 @@ def show_state(config: PretrainedConfig, inputs: dict, outputs: dict, folder: st
     return f"hidden states {list(state.shape)}; of [CLS] {listed} ...", {"cls": state[0, 0].tolist()}
 
 
-TASKS: dict[str, Callable] = {"classification": classify, "question-answering": find_answer, "base": show_state}
+def continue_text(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
+    """The tokens that a text goes on with, up to its end, as text where the folder has a tokenizer."""
+    tokens = outputs["tokens"][0].tolist()
+    kept = until_end(tokens, config)
+    text = tokenizer_of(folder).decode(kept) if has_tokenizer(folder) else None
+    return f"tokens {kept}" if text is None else text, {"tokens": tokens, "text": text}
 
 
-@torch.inference_mode()
-def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict, reads: str) -> dict:
-    """What the Hugging Face model computes of `inputs` on this host alone."""
-    task = task_of(config)
-    if task == "classification":
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        return {"logits": model(**inputs).logits}
-    if task == "question-answering":
-        result = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
-        return {"logits": torch.stack([result.start_logits, result.end_logits], -1)}
-    state = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs).last_hidden_state
-    return {"last_hidden_state": state[:, :1] if reads == "cls" else state}
-
-
-def compare(outputs: dict, expected: dict, wire: str) -> tuple[bool, dict]:
-    """Whether `outputs` agree with the single device's, as closely as bench rows must; and by how much they differ."""
-    from detransformer.cluster.bench import MAX_ABS_ERROR, MAX_RELATIVE_ERROR
-
-    errors = output_errors(outputs, expected, reads="all")  # `expected` has what was read already
-    limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in wire), default=None)
-    agrees = errors["max_abs_error"] <= MAX_ABS_ERROR if limit is None else errors["relative_error"] <= limit
-    return agrees, errors | {"agrees": agrees}
+TASKS: dict[str, Callable] = {
+    "classification": classify,
+    "question-answering": find_answer,
+    "generation": continue_text,
+    "base": show_state,
+}
 
 
 def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
@@ -256,65 +245,39 @@ def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
     return tokens[: tokens.index(config.eos_token_id)] if config.eos_token_id in tokens else tokens
 
 
-def report_text(
-    request: Request,
-    prepared: Prepared,
-    config: PretrainedConfig,
-    folder: str,
-    cluster: str,
-    names: Sequence[str],
-    results: Sequence[dict | None],
-    outputs: dict,
-) -> tuple[list[str], dict]:
-    """`report` of a text that was generated: `results` are `generate`'s."""
-    taking_part = [result for result in results if result is not None]
-    token_s = [max(r["token_s"][i] for r in taking_part) for i in range(request.max_new_tokens)]
-    tokens = outputs["tokens"][0].tolist()
-    kept = until_end(tokens, config)
-    written = tokenizer_of(folder).decode(kept) if request.text is not None else f"tokens {kept}"
-    held = {name: r["weights_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
-    cached = {name: r["cache_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
-    further_s = statistics.median(token_s[1:]) if len(token_s) > 1 else float("nan")
-    on = ", ".join(names[i] for i in prepared.plan.device_ids)
-    lines = [
-        f"plan: {prepared.plan.method}, prompt: {prepared.plan.describe()}, on {on}",
-        *(f"{note}." for note in prepared.notes),
-        "weights and keys and values: "
-        + ", ".join(f"{name} {held[name] / 2**20:.0f} + {cached[name] / 2**20:.1f} MiB" for name in held),
-        f"{(request.text or f'{prepared.shape[1]} random tokens')!r} -> {written}",
-        f"first token {token_s[0]:.4g} s, each further one {further_s:.4g} s (median), {len(token_s)} tokens in "
-        f"{sum(token_s):.4g} s; predicted {prepared.predicted_s:.4g} s",
-    ]
-    record = {
-        "cluster": cluster,
-        "devices": list(names),
-        "model": str(Path(folder).resolve()),
-        "task": "generation",
-        "request": {"text": request.text, "seq_len": prepared.shape[1], "max_new_tokens": request.max_new_tokens},
-        "answer": {"tokens": tokens, "text": written},
-        "token_s": token_s,
-        "predicted_s": prepared.predicted_s,
-        "weights_bytes": held,
-        "cache_bytes": cached,
-        "plan": prepared.job,
-        "notes": list(prepared.notes),
-    }
-    if request.check:
-        expected = single_device_text(folder, prepared.inputs, request.max_new_tokens)
-        equal = sum(a == b for a, b in zip(tokens, expected, strict=True))
-        record["check"] = {"equal_tokens": equal, "agrees": equal == len(tokens)}
-        words = "all tokens are" if equal == len(tokens) else f"only {equal} of {len(tokens)} tokens ARE"
-        lines.append(f"check: {words} the single device's")
-    return lines, json.loads(json.dumps(record))
-
-
 @torch.inference_mode()
-def single_device_text(folder: str, inputs: dict, max_new_tokens: int) -> list[int]:
-    """The tokens that Hugging Face's model goes on with on this host alone, greedily."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # go on to the end
-    text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
-    return text[0, inputs["input_ids"].shape[1] :].tolist()
+def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict, request: Request) -> dict:
+    """What the Hugging Face model computes of `inputs` on this host alone."""
+    task = task_of(config)
+    if task == "generation":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model.generation_config.eos_token_id = None  # go on to the end
+        text = model.generate(**inputs, max_new_tokens=request.max_new_tokens, do_sample=False, pad_token_id=0)
+        return {"tokens": text[:, inputs["input_ids"].shape[1] :]}
+    if task == "classification":
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        return {"logits": model(**inputs).logits}
+    if task == "question-answering":
+        result = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
+        return {"logits": torch.stack([result.start_logits, result.end_logits], -1)}
+    state = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs).last_hidden_state
+    return {"last_hidden_state": state[:, :1] if request.reads == "cls" else state}
+
+
+def compare(outputs: dict, expected: dict, wire: str) -> tuple[dict, str]:
+    """How far `outputs` are from the single device's and whether they agree, as fields and in words."""
+    if "tokens" in expected:
+        equal, total = int((outputs["tokens"] == expected["tokens"]).sum()), expected["tokens"].numel()
+        words = "all tokens are" if equal == total else f"only {equal} of {total} tokens ARE"
+        return {"equal_tokens": equal, "agrees": equal == total}, f"check: {words} the single device's"
+    from detransformer.cluster.bench import MAX_ABS_ERROR, MAX_RELATIVE_ERROR
+
+    errors = output_errors(outputs, expected, reads="all")  # `expected` has what was read already
+    limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in wire), default=None)
+    agrees = errors["max_abs_error"] <= MAX_ABS_ERROR if limit is None else errors["relative_error"] <= limit
+    size = f"{errors['max_abs_error']:.1e} at most, {errors['relative_error']:.1e} RMS"
+    words = "agrees with" if agrees else "DIFFERS from"
+    return errors | {"agrees": agrees}, f"check: the output {words} the single device's ({size})"
 
 
 def report(
@@ -322,51 +285,70 @@ def report(
     prepared: Prepared,
     config: PretrainedConfig,
     folder: str,
-    cluster: str,
     names: Sequence[str],
     results: Sequence[dict | None],
     outputs: dict,
 ) -> tuple[list[str], dict]:
     """Lines to print and the record of `--output`; `results` are the job's, one a device of `names`."""
-    if prepared.op == "generate":
-        return report_text(request, prepared, config, folder, cluster, names, results, outputs)
-    plan, taking_part = prepared.plan, [result for result in results if result is not None]
-    samples = [max(r["samples"][i]["latency_s"] for r in taking_part) for i in range(request.repeats)]
-    latency_s, sent = statistics.median(samples), max(sum(r["bytes"].values()) for r in taking_part)
-    answer, fields = TASKS[task_of(config)](config, prepared.inputs, outputs, folder)
+    plan, task = prepared.plan, task_of(config)
+    taking_part = {name: result for name, result in zip(names, results, strict=True) if result is not None}
+    answer, fields = TASKS[task](config, prepared.inputs, outputs, folder)
     batch_size, seq_len = prepared.shape
-    weights = {name: r["weights_bytes"] for name, r in zip(names, results, strict=True) if r is not None}
+    timed, times = (
+        _generation_times(request, prepared, taking_part)
+        if task == "generation"
+        else _times(request, prepared, taking_part)
+    )
+    weights = {name: result["weights_bytes"] for name, result in taking_part.items()}
     lines = [
         f"plan: {plan.method}, {plan.describe()}, on {', '.join(names[i] for i in plan.device_ids)}; {plan.wire}",
         *(f"{note}." for note in prepared.notes),
-        f"weights: {', '.join(f'{name} {num / 2**20:.0f} MiB' for name, num in weights.items())}",
+        f"weights: {', '.join(f'{name} {size / 2**20:.0f} MiB' for name, size in weights.items())}",
         f"{(request.text or f'{seq_len} random tokens')!r} -> {answer}",
-        f"latency: {latency_s:.4g} s, median of {len(samples)} ({min(samples):.4g} to {max(samples):.4g}); "
-        f"predicted {prepared.predicted_s:.4g} s; a device sends {sent / 1024:.0f} KiB at most",
+        timed,
     ]
     record = {
-        "cluster": cluster,
         "devices": list(names),
         "model": str(Path(folder).resolve()),
-        "task": task_of(config),
+        "task": task,
         "request": {"text": request.text, "context": request.context, "seq_len": seq_len, "batch_size": batch_size},
         "answer": fields,
-        "latency_s": latency_s,
-        "samples_s": samples,
         "predicted_s": prepared.predicted_s,
-        "sent_bytes": sent,
         "weights_bytes": weights,
-        "plan": plan.to_dict(),
+        "plan": prepared.job if task == "generation" else plan.to_dict(),
         "notes": list(prepared.notes),
+        **times,
     }
     if request.check:
-        expected = single_device_outputs(folder, config, prepared.inputs, plan.reads)
-        agrees, errors = compare(outputs, expected, plan.wire)
-        record["check"] = errors
-        words = "agrees with" if agrees else "DIFFERS from"
-        size = f"{errors['max_abs_error']:.1e} at most, {errors['relative_error']:.1e} RMS"
-        lines.append(f"check: the output {words} the single device's ({size})")
-    return lines, json.loads(json.dumps(record))  # with lists for tuples, as it will be read
+        record["check"], words = compare(
+            outputs, single_device_outputs(folder, config, prepared.inputs, request), plan.wire
+        )
+        lines.append(words)
+    return lines, record
+
+
+def _times(request: Request, prepared: Prepared, results: Mapping[str, dict]) -> tuple[str, dict]:
+    """Latency of each repeat, the slowest device's, and the bytes that a device sends, in words and as fields."""
+    samples = [max(r["samples"][i]["latency_s"] for r in results.values()) for i in range(request.repeats)]
+    latency_s, sent = statistics.median(samples), max(sum(r["bytes"].values()) for r in results.values())
+    words = (
+        f"latency: {latency_s:.4g} s, median of {len(samples)} ({min(samples):.4g} to {max(samples):.4g}); "
+        f"predicted {prepared.predicted_s:.4g} s; a device sends {sent / 1024:.0f} KiB at most"
+    )
+    return words, {"latency_s": latency_s, "samples_s": samples, "sent_bytes": sent}
+
+
+def _generation_times(request: Request, prepared: Prepared, results: Mapping[str, dict]) -> tuple[str, dict]:
+    """Seconds of each token, the slowest device's, and the bytes of keys and values, in words and as fields."""
+    token_s = [max(r["token_s"][i] for r in results.values()) for i in range(request.max_new_tokens)]
+    further_s = statistics.median(token_s[1:]) if len(token_s) > 1 else float("nan")
+    cached = {name: result["cache_bytes"] for name, result in results.items()}
+    words = (
+        f"first token {token_s[0]:.4g} s, each further one {further_s:.4g} s (median), {len(token_s)} tokens in "
+        f"{sum(token_s):.4g} s; predicted {prepared.predicted_s:.4g} s; keys and values "
+        f"{max(cached.values()) / 2**20:.1f} MiB at most"
+    )
+    return words, {"token_s": token_s, "cache_bytes": cached}
 
 
 def own_part(plan: Plan, rank: int) -> str:

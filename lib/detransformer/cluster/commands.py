@@ -296,7 +296,7 @@ def plan_command(
             link = replace(known.link, bandwidth_bps=mbps * 1e6, shares=shares)
             planned, name = ClusterProfile(known.devices[:num_devices], link), f"{num_devices} profiled devices"
         elif spec:
-            planned = replace(spec, bandwidth_bps=mbps * 1e6).profile(model, config, pace)
+            planned = spec.profile(model, config, pace, mbps * 1e6)
             name = f"{spec.name}: {_on_devices(spec.device_specs)}"
         else:
             specs = device_specs(num_devices, device or DEFAULT_DEVICE)

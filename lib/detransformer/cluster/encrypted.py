@@ -27,11 +27,10 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from detransformer.cluster.launcher import die_with_parent
 from detransformer.cluster.network import PREFIX as NAMESPACES
 from detransformer.cluster.network import EmulatedNetwork, enter_namespace
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS
-from detransformer.machine import cpu_model, now, usable_cores
+from detransformer.machine import cpu_model, die_with_parent, now, usable_cores
 from detransformer.parse import number, words
 from detransformer.record.run import RunFolder
 

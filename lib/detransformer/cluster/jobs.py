@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,9 @@ class WorkerState:
     timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT_S)  # of a message in these groups
     loaded: dict[str, Loaded] = field(default_factory=dict)
     arrivals: Arrivals | None = None  # of this session, where all workers share one host
+    device: int = 0  # of the cluster file; `rank` counts those that are there
+    home: Mapping[str, Any] = field(default_factory=dict)  # what this host was started with: model, cluster, ...
+    kept: dict[str, Any] = field(default_factory=dict)  # what one job leaves for the next
 
     @classmethod
     def join(
@@ -82,18 +84,23 @@ class WorkerState:
         interface: str,
         threads: int,
         arrivals: str = "",
+        name: str = "workers",
+        wait: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     ) -> "WorkerState":
         """Makes this process one of a group; `master`: ADDRESS:PORT of the store where all meet.
 
-        `keeps`: whether this process has that store, rather than another one at that address.
+        `keeps`: whether this process has that store, rather than another one at that address. `name` is the group's,
+        `wait` how long a message may take.
         """
         torch.set_num_threads(threads)
-        (address, _, port), wait = master.rpartition(":"), cls.timeout
-        store = dist.PrefixStore("workers", bound_store(address, int(port), num_ranks, keeps, wait))
+        address, _, port = master.rpartition(":")
+        found = bound_store(address, int(port), num_ranks, keeps, wait, wait_for_workers=False)
+        store = dist.PrefixStore(name, found)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=wait)
         groups = {tuple(range(n)): dist.new_group(list(range(n)), timeout=wait) for n in range(2, num_ranks + 1)}
         _touch_libraries()
-        return cls(rank, num_ranks, interface, groups, arrivals=Arrivals(arrivals, num_ranks) if arrivals else None)
+        shared = Arrivals(arrivals, num_ranks) if arrivals else None
+        return cls(rank, num_ranks, interface, groups, wait, arrivals=shared)
 
     def takes_part(self, devices: tuple[int, ...]) -> bool:
         """Whether this device is one of `devices`. All workers ask alike, since new groups are made by all of them."""
@@ -475,19 +482,3 @@ def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices:
         calls.get(kind, lambda: None)()
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds[1:], "bytes": comm.bytes[kind]}
-
-
-JOBS = {
-    "run_plan": run_plan,
-    "generate": generate,
-    "self_check": self_check,
-    "time_collective": time_collective,
-}
-
-
-def find_job(name: str) -> Callable[..., Any]:
-    """The job of this name: one of `JOBS`, or "package.module:function" of another room."""
-    if name in JOBS:
-        return JOBS[name]
-    module, _, function = name.partition(":")
-    return getattr(import_module(module), function)

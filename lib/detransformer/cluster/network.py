@@ -20,12 +20,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from detransformer.typed_json import from_json
 
+Result = TypeVar("Result")
 PREFIX = "dtf"
 INTERFACE = "eth0"
 SUBNET = "10.77.0"
@@ -42,6 +45,17 @@ def enter_namespace(name: str) -> None:
         if libc.setns(handle.fileno(), _CLONE_NEWNET):
             error = ctypes.get_errno()
             raise OSError(error, f"cannot enter network namespace {name}: {os.strerror(error)}")
+
+
+def inside(namespace: str, action: Callable[[], Result]) -> Result:
+    """What `action` returns in the network namespace `namespace`, or raises there; it runs in a thread of its own."""
+
+    def enter() -> Result:
+        enter_namespace(namespace)  # of this thread alone
+        return action()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(enter).result()
 
 
 @functools.cache

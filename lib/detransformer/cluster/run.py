@@ -1,64 +1,28 @@
-"""`detransformer run`: a request over a cluster's devices, real hosts or emulated ones.
+"""`detransformer run`: a session of one request, over a cluster's devices, real hosts or emulated ones.
 
-On real hosts the same command runs on every one: it finds which device of the file this host is, waits until all are
-there (`rollcall`), and starts torchrun with one worker (`host`). This process loads neither torch nor transformers
-(torchrun and its worker do), and plans nothing: the first device's worker does. On an emulated cluster it loads both
-and plans, and the same request goes to the workers of a session.
+On real hosts the same command runs on every one: it finds which device of the file this host is and starts the agent of
+its worker (`hosts`). The first one is the front (`fleet`): it waits until all are there, and asks. This process loads
+neither torch nor transformers there: the worker does, and the first device's worker plans. On an emulated cluster
+(`session`) the same request goes the same way.
 """
 
-import contextlib
-import hashlib
-import importlib.metadata
 import json
-import os
-import re
-import selectors
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
-
-from detransformer import __version__
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.digests import REMEMBERED_BYTES, file_digest, known_digest
-from detransformer.cluster.rollcall import Channel, Coordinator, Member, join_words
+from detransformer.cluster.fleet import DONE, Fleet
+from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
+from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import atomic_write
 from detransformer.parse import number, one_of, whole_number, words
 from detransformer.presets import PRESETS
 
 ENSEMBLE_FILE = "ensemble.json"  # in a folder of `detransformer decompose`
-WORKER_SILENCE_S = 30  # a heartbeat may be late while torch loads a large model
-END_S = 10  # torchrun waits for the others' when its worker is done
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a model: a text, or `num_tokens` random tokens, `repeats` times, and how it is planned.
-
-    A GPT-2 goes on by `max_new_tokens`, once.
-
-    `wires` are the formats that messages may have. `plan` (fields of a `Plan`) goes before `method`.
-    """
-
-    text: str | None = None
-    image: str | None = None
-    context: str | None = None
-    num_tokens: int = 128
-    method: str = "auto"
-    plan: dict | None = None
-    wires: tuple[str, ...] = ("float32",)
-    reads: str = "all"
-    memory_budget_bytes: int | None = None
-    repeats: int = 5
-    max_new_tokens: int = 64
-    check: bool = False
+ANSWERING = "detransformer.cluster.answering"  # where the jobs of a request are
 
 
 def run_command(
@@ -122,17 +86,15 @@ def run_command(
     if spec.emulated:
         if host:
             raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
-        from detransformer.cluster.host import run_emulated
-
-        run_emulated = run_ensemble if ensemble else run_emulated
-        record = run_emulated(spec, model, request, transport, scale, num_threads or 1)
+        answer = run_ensemble if ensemble else run_emulated
+        record = answer(spec, model, request, transport, scale, num_threads or 1)
     elif ensemble:
         raise ValueError(
             f"{model} is an ensemble, which runs on emulated devices alone, and {cluster} lists real hosts: set "
             "emulated: true in a copy of it."
         )
     else:
-        record = run_on_hosts(spec, model, request, host, wait_s, num_threads, _say)
+        record = run_on_hosts(spec, model, request, host, wait_s, num_threads)
     if output and record:
         with atomic_write(output) as file:
             json.dump(record, file, indent=2)
@@ -155,109 +117,66 @@ def read_plan(path: str) -> dict:
     return fields
 
 
-# --- This host ---------------------------------------------------------------------------------------------------
+def ask(
+    fleet: Fleet, request: Request, title: str, pace: Callable[[Mapping], Mapping] = lambda plan: {}
+) -> tuple[dict, list]:
+    """One request to the workers of `fleet`: planned, answered, printed; returns its record and the workers' own.
 
-
-def own_rank(spec: ClusterSpec, host: str | None, interfaces: Mapping[str, list[str]]) -> int:
-    """Which device of the file this host is, by `host`, a device's name, or else by the addresses of its `interfaces`.
-
-    Raises:
-        ValueError: if it is none of them, or could be several.
-    """
-    own = {address for addresses in interfaces.values() for address in addresses}
-    listed = join_words([f"{member.name} ({member.address})" for member in spec.members])
-    here = [rank for rank, member in enumerate(spec.members) if _resolve(member.address) in own]
-    if host is not None:
-        if host not in spec.names:
-            raise ValueError(f"--host {host} is not in {spec.path}, which lists {listed}.")
-        rank = spec.names.index(host)
-        if rank not in here and not spec.interface:
-            raise ValueError(
-                f"--host {host} has the address {spec.members[rank].address} in {spec.path}, and this host has "
-                f"{_but_loopback(own)}: correct the file, or name its interface there."
-            )
-        return rank
-    if not here:
-        raise ValueError(
-            f"this host's addresses ({_but_loopback(own)}) are not in {spec.path}, which lists {listed}: "
-            "correct the file, or say which device this is by --host."
-        )
-    if len(here) > 1:
-        raise ValueError(f"several devices of {spec.path} have this host's address: say which one this is by --host.")
-    return here[0]
-
-
-def own_interfaces() -> dict[str, list[str]]:
-    """IPv4 addresses by network interface."""
-    found = psutil.net_if_addrs().items()
-    return {name: [a.address for a in addresses if a.family == socket.AF_INET] for name, addresses in found}
-
-
-def _but_loopback(addresses) -> str:
-    return ", ".join(sorted(a for a in addresses if not a.startswith("127."))) or "none but loopback"
-
-
-def _resolve(address: str) -> str:
-    try:
-        return socket.gethostbyname(address)
-    except OSError:  # not known here, so not this host
-        return address
-
-
-def model_facts(folder: str, say: Callable[[str], None] = lambda sentence: None) -> dict:
-    """What all hosts must have alike of the model: digests of config.json and of the weights, and their size.
-
-    `say` is told where large weights are read for the first time.
+    `pace` says, of the plan, how the answer is paced: arguments of `answering.answer`.
 
     Raises:
-        ValueError: if config.json or model.safetensors is missing or unreadable.
+        ValueError: where no plan fits, or the request is at fault.
+        DeviceError: where a worker is lost or fails, or the output differs from the single device's.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"model folder {folder} does not exist on this host: copy the checkpoint there.")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json: copy the whole checkpoint there.") from None
-    except ValueError:
-        raise ValueError(f"{folder}/config.json is damaged: copy the checkpoint there again.") from None
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no model.safetensors: copy the whole checkpoint there.")
-    kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    try:
-        size = sum(file.stat().st_size for file in files)
-        if size >= REMEMBERED_BYTES and not all(map(known_digest, files)):
-            say(f"{folder}: {size / 2**20:.0f} MiB are read to the end once, to compare the hosts' copies")
-        digests = "".join(map(file_digest, files))
-    except OSError as error:
-        raise ValueError(f"the weights in {folder} cannot be read ({error.strerror}): copy them there again.") from None
-    return {
-        "config": _digest(json.dumps(kept, sort_keys=True).encode()),
-        "weights_bytes": size,
-        "weights": _digest(digests.encode()),
-    }
+    everyone = range(len(fleet.names))
+    asked = {"request": asdict(request), "devices": list(everyone)}
+    plan, inputs = fleet.run(f"{ANSWERING}:plan", asked, devices=[0])[0]
+    if "refused" in plan:
+        raise ValueError(plan["refused"])
+    names = [name.partition(" (")[0] for name in fleet.names]
+    for device, part in enumerate(plan["parts"]):
+        fleet.say(device, f"{names[device]}: {part}")
+    told = {name: plan[name] for name in ("op", "job", "last")}
+    answers = fleet.run(f"{ANSWERING}:answer", {**told, **pace(plan)}, inputs)
+    results = [answers[device][0]["record"] for device in everyone]
+    (made, _) = fleet.run(f"{ANSWERING}:report_on", {"results": results}, answers[plan["last"]][1], devices=[0])[0]
+    record = {"cluster": title, **made["record"]}
+    print("\n".join(made["lines"]), flush=True)
+    if not record.get("check", {}).get("agrees", True):
+        raise DeviceError(0, f"the output differs from the single device's: {record['check']}")
+    return record, results
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def run_emulated(
+    spec: ClusterSpec, model: str, request: Request, transport: str, time_scale: float | None, threads: int
+) -> dict:
+    """The request on the devices of `spec` emulated on this machine, at its links' rates; prints, returns the record.
 
+    Raises:
+        ValueError, DeviceError: as `ask`.
+    """
+    from detransformer.cluster.checkpoints import open_folder
+    from detransformer.cluster.slowdown import lateness, set_time_scale, warn_if_late
 
-def _versions() -> str:
-    return f"detransformer {__version__} and torch {importlib.metadata.version('torch').partition('+')[0]}"
+    config = open_folder(model).config
+    profile = spec.profile(model, config)
+    home = {"cluster": str(spec.path.resolve()), "model": str(Path(model).resolve())}
+    with spec.emulate(transport=transport, threads=threads, home=home) as cluster:
 
+        def pace(plan: Mapping) -> Mapping:
+            scale = set_time_scale(cluster, spec.bandwidth_bps, profile, plan["busy"], config, time_scale)
+            return {"paced": True, "modelled_link": cluster.transport != "namespaces", "time_scale": scale}
 
-# --- All hosts ---------------------------------------------------------------------------------------------------
+        title = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
+        print(title)
+        record, results = ask(cluster.fleet, request, title, pace)
+        late = lateness(results)
+        warn_if_late(late, cluster.time_scale)
+    return record | {"time_scale": cluster.time_scale, "pacing_overrun": late}
 
 
 def run_on_hosts(
-    spec: ClusterSpec,
-    model: str,
-    request: Request,
-    host: str | None,
-    wait_s: float,
-    threads: int | None,
-    say: Callable[[str], None],
+    spec: ClusterSpec, model: str, request: Request, host: str | None, wait_s: float, threads: int | None
 ) -> dict | None:
     """This host's part of a request; returns its record on the first device, which prints the answer.
 
@@ -267,157 +186,22 @@ def run_on_hosts(
     """
     interfaces = own_interfaces()
     rank = own_rank(spec, host, interfaces)
-    own, first = spec.members[rank], spec.members[0]
-    address = _resolve(own.address)
-    interface = spec.interface or next(name for name, found in interfaces.items() if address in found)
-    hello = {"hello": own.name, "versions": _versions()}
-    hello["devices"] = ", ".join(f"{member.name} {member.address}" for member in spec.members)
-    problem = ""
-    try:
-        hello |= model_facts(model, lambda sentence: say(f"{own.name}: {sentence}"))
-    except ValueError as error:
-        problem = hello["problem"] = str(error)
-    coordinator = None
-    if rank == 0:
-        members = [(member.name, member.address) for member in spec.members]
-        coordinator = Coordinator(members, spec.port, wait_s)
-        coordinator.start()
-    say(f"{own.name}: device {rank + 1} of {len(spec.members)} of {spec.name}, on {interface}")
-    try:
-        member = Member.join(first.name, first.address, spec.port, 3 if problem else wait_s, say)
-    except DeviceError:
-        if problem:
-            raise ValueError(problem) from None
-        raise
-    try:
-        member.send(hello)
-        _meet(member, say)
-        with tempfile.TemporaryDirectory(prefix="detransformer-") as folder:
-            job = {"cluster": str(spec.path.resolve()), "model": model, "interface": interface, "threads": threads}
-            job |= {"request": asdict(request), "folder": folder}
-            with Worker(Path(folder), job, rank, spec, address) as worker:
-                return _watch(member, worker, say)
-    except KeyboardInterrupt:
-        member.send({"failed": "it was interrupted", "own": True})
-        raise
-    finally:
-        member.close()
-        if coordinator:
-            coordinator.join(timeout=5)
-
-
-def _meet(member: Member, say: Callable[[str], None]) -> None:
-    """Until all hosts are there."""
-    while True:
-        for message in member.poll():
-            if "waiting" in message:
-                say(f"waiting for {message['waiting']}")
-            if message.get("go"):
-                return
-
-
-def _watch(member: Member, worker: "Worker", say: Callable[[str], None]) -> dict | None:
-    """Until all hosts have finished; passes on what the worker says, and to the others that it failed."""
-    record, verdict = None, None
-    while True:
-        for message in member.poll(0.1):
-            if message.get("done"):
-                return record
-        for message in worker.messages():
-            if "say" in message:
-                say(message["say"])
-            elif "print" in message:
-                print(message["print"], flush=True)
-            elif "finished" in message:
-                record = message["finished"]
-                member.send({"finished": True})
-            elif "error" in message and verdict is None:
-                verdict = message["error"]
-                member.send({"failed": verdict, "own": message["own"]})
-        if verdict is None and (why := worker.death()):
-            verdict = why
-            member.send({"failed": why, "own": True})
-
-
-class Worker:
-    """torchrun on this host with its one worker, and the socket over which that speaks. A context manager."""
-
-    def __init__(self, folder: Path, job: dict, rank: int, spec: ClusterSpec, address: str):
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(folder / "control"))
-        self._listener.listen()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._channel: Channel | None = None
-        self._finished = False
-        self._log = folder / "torchrun.log"
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        options = {
-            "nnodes": len(spec.members),
-            "nproc-per-node": 1,
-            "node-rank": rank,
-            "master-addr": _resolve(spec.members[0].address),
-            "master-port": spec.port + 1,
-            "local-addr": address,
-            "max-restarts": 0,
-        }
-        words = [f"--{name}={value}" for name, value in options.items()]
-        code = "from detransformer.cluster.launcher import torchrun; torchrun()"
-        command = [sys.executable, "-c", code, *words, "-m", "detransformer.cluster.host", str(folder / "job.json")]
-        with open(self._log, "wb") as log:
-            # a session of its own: Ctrl-C is for this process, which ends the worker
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-            )
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def messages(self) -> list[dict]:
-        """What the worker has said since the last call."""
-        found = []
-        for key, _ in self._selector.select(0):
-            if key.fileobj is self._listener:
-                self._channel = Channel(self._listener.accept()[0])
-                self._selector.register(self._channel, selectors.EVENT_READ)
-                continue
-            messages = self._channel.receive()
-            if messages is None:
-                self._selector.unregister(self._channel)
-                self._channel.close()
-                self._channel = None
-            found += messages or []
-        self._finished = self._finished or any("finished" in message for message in found)
-        return found
-
-    def death(self) -> str:
-        """Why the worker ended before it had finished, or "" while it works."""
-        if self._finished:
-            return ""
-        if self._process.poll() is not None:
-            log = self._log.read_text(errors="replace")
-            code = re.search(r"exitcode\s*:\s*-(\d+)", log)
-            if code:
-                name = signal.Signals(int(code[1])).name
-                return f"its worker was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-            lines = [line.strip() for line in log.splitlines() if "Error" in line]
-            return f"its worker ended ({lines[-1] if lines else f'code {self._process.returncode}'})"
-        silent_s = self._channel.silent_s if self._channel else 0
-        return f"its worker has been silent for {WORKER_SILENCE_S} s" if silent_s > WORKER_SILENCE_S else ""
-
-    def __exit__(self, kind, error, trace) -> None:
-        """Waits for a torchrun whose worker has finished; ends any other, and with it its worker."""
-        ends = (None, END_S if kind is None else 0), (self._process.terminate, 3), (self._process.kill, 3)
-        for end, wait_s in ends:
-            if end:
-                end()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(wait_s)
-                break
-        self._selector.close()
-        self._listener.close()
+    interface = interface_of(spec, rank, interfaces)
+    titles = [f"{member.name} ({member.address})" for member in spec.members]
+    options = dict(own=rank, interface=interface, stays=False, threads=threads or 0, wait_s=wait_s, words=sys.stderr)
+    with Hosts(spec, model, **options) as here:
+        _say(f"{spec.names[rank]}: device {rank + 1} of {len(titles)} of {spec.name}, on {interface}")
+        if rank:
+            here.start()
+            here.wait()
+            return None
+        with Fleet(titles, here.listen(), here.store, on_event=lambda kind, sentence, names: _say(sentence)) as fleet:
+            here.start()
+            reach = f"{titles[0]}, port {spec.port}"
+            fleet.wait(wait_s, f": start the same command there, and check that it reaches {reach}")
+            record, _ = ask(fleet, request, spec.name)
+            for device, name in enumerate(spec.names):
+                if device:
+                    fleet.say(device, f"{name}: done; the answer is on {spec.names[0]}")
+            fleet.close(DONE)
+        return record

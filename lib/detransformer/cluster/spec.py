@@ -7,68 +7,76 @@ and the key. Loads without torch, since every host of a cluster reads it before 
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StrictBool, StrictStr, ValidationError
 
 from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
-from detransformer.parse import number, one_of, whole_number
 from detransformer.planning.profile import ClusterProfile
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from detransformer.cluster.session import EmulatedCluster
-    from detransformer.service import Session
 
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)
-DELAY_LIMITS_MS = (0, 10_000)
-DEFAULT_PORT = 29400
 MAX_DEVICES = 64
-KEYS = {  # of each mapping in the file
-    "": ("name", "emulated", "link", "devices", "rendezvous", "interface"),
-    "link": ("bandwidth_mbps", "delay_ms", "jitter_ms"),
-    "device": ("name", "address", "device", "speed", "memory_mib", "bandwidth_mbps", "profile"),
-    "rendezvous": ("port",),
-}
 
 
-@dataclass(frozen=True)
-class Member:
-    """A device of the file. `profile_path` is what `detransformer profile` measured on it, read where it is needed."""
-
-    name: str
-    address: str
-    spec: DeviceSpec
-    profile_path: Path | None = None
-
-    @property
-    def is_loopback(self) -> bool:
-        return self.address == "localhost" or self.address.startswith("127.")
+Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]  # no true
+Bandwidth = Annotated[Number, Field(ge=BANDWIDTH_LIMITS_MBPS[0], le=BANDWIDTH_LIMITS_MBPS[1])]
+Delay = Annotated[Number, Field(ge=0, le=10_000)]
 
 
-@dataclass(frozen=True)
-class ClusterSpec:
-    """What a cluster.yaml says. The order of `members` is that of the devices' ranks; the first one is where all meet.
+class _Keys(BaseModel):
+    """A mapping of the file, each key of which is known."""
 
-    Args:
-        bandwidth_bps: of each link, times its device's `link_share`.
-        port: of the first device, at which the others come; the next one is torchrun's.
-        interface: the network interface of every host; empty: the one that has the host's address.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Link(_Keys):
+    """The links between the devices, all alike but for a device's own `bandwidth_mbps`."""
+
+    bandwidth_mbps: Bandwidth = 125
+    delay_ms: Delay = 0
+    jitter_ms: Delay = 0
+
+
+class Rendezvous(_Keys):
+    """Where the devices meet: a port of the first one. The next port is that of the process group's store."""
+
+    port: Annotated[int, Field(ge=1, le=65_534, strict=True)] = 29_400
+
+
+class Device(_Keys):
+    """One entry of `devices`. `profile` is a file that `detransformer profile` wrote on the device."""
+
+    name: StrictStr = ""
+    address: StrictStr = ""
+    device: StrictStr = ""
+    speed: Annotated[Number, Field(ge=0.001, le=10_000)] = 1
+    memory_mib: Annotated[Number, Field(ge=1, le=2**24)] | None = None
+    bandwidth_mbps: Bandwidth | None = None
+    profile: StrictStr = ""
+
+
+class ClusterSpec(_Keys):
+    """What a cluster.yaml says. The order of `devices` is that of their ranks; the first one is where all meet.
+
+    `interface` is the network interface of every host; empty: the one that has the host's address.
     """
 
-    path: Path
-    name: str
-    emulated: bool
-    members: tuple[Member, ...]
-    bandwidth_bps: float = 125e6
-    delay_s: float = 0.0
-    jitter_s: float = 0.0
-    port: int = DEFAULT_PORT
-    interface: str = ""
+    name: StrictStr = ""
+    emulated: StrictBool = False
+    link: Link = Link()
+    devices: Annotated[list[Device], Field(min_length=1, max_length=MAX_DEVICES)]
+    rendezvous: Rendezvous = Rendezvous()
+    interface: StrictStr = ""
+    _path: Path = PrivateAttr()
 
     @classmethod
     def load(cls, path: str | Path) -> "ClusterSpec":
@@ -78,29 +86,75 @@ class ClusterSpec:
             ValueError: for what is wrong in it, in one sentence that names the file and the key.
         """
         path = Path(path)
-        return _Reader(path).cluster(_read_yaml(path))
+        fields = _read_yaml(path)
+        try:
+            spec = cls.model_validate(fields)
+        except ValidationError as error:
+            raise ValueError(f"{path}: {_sentence(error, fields)}.") from None
+        if wrong := spec._wrong():
+            raise ValueError(f"{path}: {wrong}.")
+        spec._path = path
+        return spec.model_copy(update={"name": spec.name or path.stem})
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @cached_property
+    def members(self) -> tuple[Device, ...]:
+        """The devices in rank order, each with a name."""
+        return tuple(d.model_copy(update={"name": d.name or f"device{i}"}) for i, d in enumerate(self.devices))
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(member.name for member in self.members)
 
+    @property
+    def bandwidth_bps(self) -> float:
+        """Of each link, times its device's `link_share`."""
+        return self.link.bandwidth_mbps * 1e6
+
+    @property
+    def delay_s(self) -> float:
+        return self.link.delay_ms / 1e3
+
+    @property
+    def jitter_s(self) -> float:
+        return self.link.jitter_ms / 1e3
+
+    @property
+    def port(self) -> int:
+        return self.rendezvous.port
+
     @cached_property
     def device_specs(self) -> tuple[DeviceSpec, ...]:
         """The devices in rank order, with the profiles that were measured on them."""
-        return tuple(self._spec(member) for member in self.members)
+        return tuple(map(self._device_spec, self.devices))
 
-    def _spec(self, member: Member) -> DeviceSpec:
-        if member.profile_path is None:
-            return member.spec
+    def _device_spec(self, device: Device) -> DeviceSpec:
+        spec = DeviceSpec(
+            preset=device.device or "rpi4b",
+            speed=device.speed,
+            memory_bytes=None if device.memory_mib is None else int(device.memory_mib * 2**20),
+            link_share=(device.bandwidth_mbps or self.link.bandwidth_mbps) / self.link.bandwidth_mbps,
+            name=device.name,
+        )
+        if not device.profile:
+            return spec
         try:
-            (measured, *_) = ClusterProfile.load(member.profile_path).devices
+            (measured, *_) = ClusterProfile.load(self.path.parent / device.profile).devices
         except ValueError as error:
-            raise ValueError(f"{self.path}: device {member.name}: {error}") from None
-        return replace(member.spec, profile=measured)
+            raise ValueError(f"{self.path}: device {device.name}: {error}") from None
+        return replace(spec, profile=measured)
 
-    def profile(self, model: str, config: "PretrainedConfig", pace: str = "measured") -> ClusterProfile:
-        """Devices and links on `model` (a preset's name or a folder) of `config`, for the planner."""
-        where = self.bandwidth_bps, self.delay_s
+    def profile(
+        self, model: str, config: "PretrainedConfig", pace: str = "measured", bandwidth_bps: float | None = None
+    ) -> ClusterProfile:
+        """Devices and links on `model` (a preset's name or a folder) of `config`, for the planner.
+
+        `bandwidth_bps`: another one than the file's.
+        """
+        where = bandwidth_bps or self.bandwidth_bps, self.delay_s
         return cluster_profile(self.device_specs, model, config, *where, pace=pace)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
@@ -116,110 +170,44 @@ class ClusterSpec:
         )
         return EmulatedCluster(**fields | overrides)
 
-    def session(self, model: str, plan: dict | None = None, **options) -> "Session":
-        """A session that answers requests to the model in the folder `model` while devices come and go.
+    def _wrong(self) -> str:
+        """What no single field shows: a device without name, address or hardware, or the same one twice."""
+        for i, device in enumerate(self.devices):
+            key = f"devices[{i}] ({device.name})"
+            if not device.name and not self.emulated:
+                return f"devices[{i}].name is missing; give the device a name, such as pi1"
+            if not device.address and not self.emulated:
+                return f"{key}.address is missing; give its IP address, or set emulated: true"
+            if device.address and not _is_address(device.address):
+                return f"{key}.address {device.address!r} is neither an IPv4 address nor a host name"
+            if not device.device and not device.profile:
+                return f"{key}.device is missing; give one of {', '.join(DEVICES)}, or a profile"
+            if device.device and device.device not in DEVICES:
+                return f"{key}.device {device.device} is unknown; choose one of {', '.join(DEVICES)}"
+            for j, other in enumerate(self.members[:i]):
+                if self.members[i].name == other.name:
+                    return f"devices[{i}].name {other.name} is that of devices[{j}] too; give its own"
+                if device.address and device.address == other.address and not _is_loopback(device.address):
+                    return f"devices[{i}].address {other.address} is that of device {other.name} too; give its own"
+        return ""
 
-        Its arguments are those of `detransformer.service.Session`: `with spec.session(folder) as session:
-        session({"input_ids": ids})`.
-        """
-        from detransformer.service import Session
 
-        return Session(self, model, plan, **options)
-
-
-class _Reader:
-    """From YAML's mappings to a `ClusterSpec`; `path` begins every error."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def cluster(self, fields) -> ClusterSpec:
-        self._keys(fields, "", "")
-        link = self._keys(fields.get("link", {}), "link", "link")
-        rendezvous = self._keys(fields.get("rendezvous", {}), "rendezvous", "rendezvous")
-        listed = fields.get("devices")
-        if not isinstance(listed, list) or not listed:
-            raise self._error("devices", "is missing or empty; list at least one, such as {name: pi1, device: rpi4b}")
-        if len(listed) > MAX_DEVICES:
-            raise self._error("devices", f"lists {len(listed)}; at most {MAX_DEVICES} can take part")
-        emulated = fields.get("emulated", False)
-        if not isinstance(emulated, bool):
-            raise self._error("emulated", f"{emulated!r} is not true or false")
-        bandwidth_mbps = self._number(link, "link.", "bandwidth_mbps", BANDWIDTH_LIMITS_MBPS, 125)
-        members = tuple(self._member(i, entry, bandwidth_mbps, emulated) for i, entry in enumerate(listed))
-        self._check_different(members)
-        return ClusterSpec(
-            path=self.path,
-            name=self._text(fields, "", "name", self.path.stem),
-            emulated=emulated,
-            members=members,
-            bandwidth_bps=bandwidth_mbps * 1e6,
-            delay_s=self._number(link, "link.", "delay_ms", DELAY_LIMITS_MS, 0) / 1e3,
-            jitter_s=self._number(link, "link.", "jitter_ms", DELAY_LIMITS_MS, 0) / 1e3,
-            port=whole_number(rendezvous.get("port", DEFAULT_PORT), f"{self.path}: rendezvous.port", 1, 65534),
-            interface=self._text(fields, "", "interface", ""),
-        )
-
-    def _member(self, index: int, fields, bandwidth_mbps: float, emulated: bool) -> Member:
-        key = f"devices[{index}]"
-        self._keys(fields, "device", key)
-        name = self._text(fields, f"{key}.", "name", f"device{index}" if emulated else "")
-        if not name:
-            raise self._error(f"{key}.name", "is missing; give the device a name, such as pi1")
-        key = f"{key} ({name})"
-        address = self._text(fields, f"{key}.", "address", "")
-        if not address and not emulated:
-            raise self._error(f"{key}.address", "is missing; give its IP address, or set emulated: true")
-        if address and not _is_address(address):
-            raise self._error(f"{key}.address", f"{address!r} is neither an IPv4 address nor a host name")
-        if "device" not in fields and "profile" not in fields:
-            raise self._error(f"{key}.device", f"is missing; give one of {', '.join(DEVICES)}, or a profile")
-        memory = self._number(fields, f"{key}.", "memory_mib", (1, 2**24), None)
-        share = self._number(fields, f"{key}.", "bandwidth_mbps", BANDWIDTH_LIMITS_MBPS, bandwidth_mbps)
-        spec = DeviceSpec(
-            preset=one_of(
-                self._text(fields, f"{key}.", "device", "rpi4b"), f"{self.path}: {key}.device", tuple(DEVICES)
-            ),
-            speed=self._number(fields, f"{key}.", "speed", (0.001, 10_000), 1),
-            memory_bytes=None if memory is None else int(memory * 2**20),
-            link_share=share / bandwidth_mbps,
-            name="" if emulated and "name" not in fields else name,
-        )
-        profile = self._text(fields, f"{key}.", "profile", "")
-        return Member(name, address, spec, self.path.parent / profile if profile else None)
-
-    def _check_different(self, members: tuple[Member, ...]) -> None:
-        for what in ("name", "address"):
-            seen: dict[str, str] = {}
-            for i, member in enumerate(members):
-                value = getattr(member, what)
-                if value in seen and not (what == "address" and (member.is_loopback or not value)):
-                    raise self._error(f"devices[{i}].{what}", f"{value} is that of {seen[value]} too; give its own")
-                seen[value] = f"device {member.name}" if what == "address" else f"devices[{i}]"
-
-    def _keys(self, fields, kind: str, key: str) -> Mapping:
-        known = KEYS[kind]
-        if not isinstance(fields, Mapping):
-            raise self._error(key, f"is not a list of keys and values; give some of {', '.join(known)}")
-        for name in fields:
-            if name not in known:
-                place = f"{key}.{name}" if key else str(name)
-                raise self._error(place, f"is not a known key; choose from {', '.join(known)}")
-        return fields
-
-    def _text(self, fields: Mapping, prefix: str, name: str, default: str) -> str:
-        value = fields.get(name, default)
-        if not isinstance(value, str):
-            raise self._error(f"{prefix}{name}", f"{value!r} is not text; put it in quotes")
-        return value
-
-    def _number(self, fields: Mapping, prefix: str, name: str, limits: tuple[float, float], default: float | None):
-        if name not in fields:
-            return default
-        return number(fields[name], f"{self.path}: {prefix}{name}", *limits)
-
-    def _error(self, key: str, what: str) -> ValueError:
-        return ValueError(f"{self.path}: {f'{key} {what}' if key else f'the file {what}'}.")
+def _sentence(error: ValidationError, fields: Any) -> str:
+    """The first thing that is wrong, by its key, in pydantic's words."""
+    found = error.errors(include_url=False)[0]
+    *above, last = place = found["loc"] or ("the file",)
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    if found["type"] == "extra_forbidden":
+        model = {"link": Link, "rendezvous": Rendezvous, "devices": Device}.get(*above[:1] or ("",), ClusterSpec)
+        return f"{key} is not a known key; choose from {', '.join(model.model_fields)}"
+    if found["type"] == "model_type":
+        return f"{key} is not a list of keys and values"
+    if last == "devices" and len(place) == 1:
+        return f"devices is missing or empty, or lists more than {MAX_DEVICES}; such as [{{name: pi1, device: rpi4b}}]"
+    words = found["msg"][0].lower() + found["msg"][1:]
+    if len(above) == 2 and (name := fields["devices"][above[1]].get("name")):
+        key = f"devices[{above[1]}] ({name}).{last}"
+    return " ".join(f"{key} {found['input']!r} is wrong: {words}".split())
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -238,7 +226,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _read_yaml(path: Path):
+def _read_yaml(path: Path) -> Mapping | Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
@@ -257,3 +245,7 @@ def _is_address(text: str) -> bool:
     except ValueError:
         numbers_alone = re.fullmatch(r"[\d.]+", text)
         return not numbers_alone and bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text))
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or address.startswith("127.")

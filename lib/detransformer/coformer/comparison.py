@@ -18,8 +18,8 @@ from transformers import BertForSequenceClassification, PretrainedConfig
 
 from detransformer.cluster.bench import Bench, Cell, RowFile, first_time_scale, usual_devices, why_invalid
 from detransformer.cluster.devices import DeviceSpec, cluster_profile
-from detransformer.cluster.host import lateness
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.cluster.slowdown import lateness
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble

@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from detransformer.cluster.answers import SEED, classify, tokens_of
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.host import lateness, set_time_scale, warn_if_late
-from detransformer.cluster.run import Request
+from detransformer.cluster.request import Request
+from detransformer.cluster.slowdown import lateness, set_time_scale, warn_if_late
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answer
@@ -43,7 +43,7 @@ def run_emulated(
     profile = spec.profile(model, config)
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
     with spec.emulate(transport=transport, threads=threads) as cluster:
-        scale = set_time_scale(cluster, spec, profile, range(ensemble.num_devices), config, time_scale)
+        scale = set_time_scale(cluster, spec.bandwidth_bps, profile, range(ensemble.num_devices), config, time_scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
     _, answer = classify(config, inputs, {"logits": run.logits}, model)

@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from detransformer.cluster.run import own_interfaces, own_rank, read_plan
+from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
+from detransformer.cluster.run import read_plan
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parse import number, whole_number
 
@@ -38,8 +39,8 @@ def serve_command(
         max_batch=whole_number(batch, "--batch", 1, 1024),
         on_event=_say,
     )
+    asked["seq_len"] = whole_number(seq_len, "--seq-len", 1, 8192)
     options = dict(
-        seq_len=whole_number(seq_len, "--seq-len", 1, 8192),
         time_scale=number(time_scale, "--time-scale", 0.1, 64),
         threads=whole_number(threads, "--threads", 1, 1024) if threads else 1,
     )
@@ -48,11 +49,9 @@ def serve_command(
     if not spec.emulated:
         interfaces = own_interfaces()
         own = own_rank(spec, host, interfaces)
-        address = spec.members[own].address
-        named = [name for name, addresses in interfaces.items() if address in addresses]
         if secret_file is None:
             raise ValueError(f"{cluster} is of real hosts: give --secret-file, a file with the same secret on all.")
-        options |= {"own": own, "secret": _secret(secret_file), "interface": spec.interface or (named or ["lo"])[0]}
+        options |= {"own": own, "secret": _secret(secret_file), "interface": interface_of(spec, own, interfaces)}
         if threads is None:
             options["threads"] = os.cpu_count() or 1
     elif host:
@@ -60,12 +59,12 @@ def serve_command(
 
     from detransformer.cluster.checkpoints import open_folder
     from detransformer.service.http import build_app, path_of, server_config
-    from detransformer.service.post import Post
     from detransformer.service.session import Session
 
     path = path_of(model, open_folder(model).config)
     if options.get("own"):
-        with Post(spec, model, **options):
+        with Hosts(spec, model, **options) as hosts:
+            hosts.start()
             _say(f"{spec.names[own]} takes part; {spec.names[0]} answers")
             while True:
                 time.sleep(3600)

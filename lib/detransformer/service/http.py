@@ -28,7 +28,8 @@ from detransformer import __version__
 from detransformer.checkpoints import has_tokenizer
 from detransformer.cluster import answers
 from detransformer.parallel.plan import is_decoder
-from detransformer.service.session import Expired, QueueFull, Session, Unanswered
+from detransformer.service.session import Session
+from detransformer.service.waiting import Expired, QueueFull, Unanswered
 
 MAX_BODY_BYTES = 2**17
 HEAD_S, BODY_S = 10.0, 10.0  # for each to come

@@ -1,55 +1,40 @@
 """The front of a service: requests in, answers out, for as long as the first device is there.
 
-One thread hands batches to the leading worker (`worker`) and gives each request its answer, once: a batch whose
-workers break is asked again, request by request, of those that are left.
+One thread plans, gives batches to the workers (`cluster.fleet`) and gives each request its answer, once: a batch whose
+group breaks is asked again, request by request, of the devices that are left.
 """
 
-import contextlib
-import os
-import socket
-import statistics
+import json
 import threading
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from transformers import PretrainedConfig
 
 from detransformer.cluster.answers import check_length
 from detransformer.cluster.checkpoints import open_folder
-from detransformer.cluster.rollcall import join_words
-from detransformer.cluster.run import Request
+from detransformer.cluster.devices import DeviceError
+from detransformer.cluster.fleet import Fleet
+from detransformer.cluster.hosts import Hosts
+from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.parallel.plan import is_decoder
-from detransformer.service.line import Line, tensors_of
-from detransformer.service.post import Post
+from detransformer.service.speeds import Patience, Speeds
+from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
+ANSWERING = "detransformer.cluster.answering"  # where the workers' jobs are
+SILENCE_S = 2.5  # without a sign of life: the device is lost
+FORM_S = 15.0  # for the devices that are there to join a group
+TRY_AGAIN_S = 60.0  # a slow device
 START_S = 180.0
-MAX_ATTEMPTS = 6
 KEPT_EVENTS, KEPT_SECONDS = 1000, 2000
-ANSWERED, POSTPONED, ENDED = "answered", "postponed", "ended"
-EXAMPLES = ("input_ids", "attention_mask", "token_type_ids")
-
-
-class QueueFull(Exception):
-    """No room for another request; `retry_after_s` is when there may be."""
-
-    def __init__(self, waiting: int, retry_after_s: float):
-        super().__init__(f"{waiting} requests wait already: ask again in {retry_after_s:.0f} s.")
-        self.retry_after_s = retry_after_s
-
-
-class Expired(Exception):
-    """A request that could not be answered by its deadline."""
-
-
-class Unanswered(Exception):
-    """A request whose attempts all broke off, or whose session has ended."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +46,6 @@ class Event:
     kind: str
     sentence: str
     devices: tuple[str, ...] = ()
-
-
-@dataclass(eq=False)  # tensors do not compare to one truth
-class _Asked:
-    request: Request
-    inputs: dict[str, torch.Tensor]
-    deadline: float
-    future: Future = field(default_factory=Future)
-    attempts: int = 0
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def size(self) -> int:
-        return len(self.inputs["input_ids"])
-
-    def goes_with(self, other: "_Asked") -> bool:
-        return self.request == other.request and not self.attempts and not other.attempts
-
-    def settle(self, answer=None, error: Exception | None = None) -> bool:
-        """Whether this is the first answer; a second one reaches nobody."""
-        try:
-            self.future.set_exception(error) if error else self.future.set_result(answer)
-        except InvalidStateError:
-            return self.future.cancelled()  # the caller has given it up
-        return True
 
 
 class Session:
@@ -102,7 +62,7 @@ class Session:
         max_waiting: requests that wait at most; another is refused.
         max_batch: rows of a batch at most.
         on_event: is told, in a sentence, when devices come, are lost or are back.
-        post: further arguments are of `Post`: how devices are emulated, or which one this host is.
+        hosts: further arguments are of `cluster.hosts.Hosts`: how devices are emulated, or which one this host is.
     """
 
     def __init__(
@@ -116,40 +76,45 @@ class Session:
         max_waiting: int = 64,
         max_batch: int = 8,
         on_event: Callable[[str], None] | None = None,
-        **post: Any,
+        **hosts: Any,
     ):
         self.spec, self.model = spec, str(model)
         self.config: PretrainedConfig = open_folder(model).config
         self.defaults = Request(plan=plan, method=method, reads=reads, repeats=1)
         self.max_batch = max_batch
-        self.post = Post(spec, self.model, seq_len=seq_len, **post)
-        self.present: tuple[int, ...] = ()
+        spec.profile(model, self.config)  # raises what is wrong, before anything starts
+        self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)
+        self.fleet: Fleet | None = None
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
-        self.counts: Counter[str] = Counter()
+        self._waiting = Waiting(max_waiting, max_batch)
+        self.counts = self._waiting.counts
         self.methods: Counter[str] = Counter()  # of the batches
         self.seconds: deque[float] = deque(maxlen=KEPT_SECONDS)  # from asking to the answer
-        self._on_event, self._max_waiting = on_event, max_waiting
-        self._waiting: deque[_Asked] = deque()
-        self._again: deque[_Asked] = deque()  # of broken batches, before all others
-        self._changed = threading.Condition()
-        self._stop, self._ready = threading.Event(), threading.Event()
-        self._answered_s: deque[float] = deque(maxlen=32)  # of the last batches, a row
-        self._known_lost: set[int] = set()
+        self._on_event = on_event
+        self._stop = threading.Event()
+        self._seq_len = seq_len
+        self._plans: dict[str, Mapping] = {}  # of the group that serves, by what was asked for
+        self._group, self._number = (), 0  # the devices that serve, or did last, and the number of their group
+        self._patience, self._speeds = Patience(), Speeds(len(spec.members))
+        self._slow_since = 0.0
+        self._short = False  # whether requests wait for devices that are away
         self._thread: threading.Thread | None = None
 
     # --- What users call ---
 
     def __enter__(self) -> "Session":
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.post.front)
-        os.chmod(self.post.front, 0o600)
-        self._listener.listen()
         try:
-            self.post.start()
+            options = dict(secret=self.hosts.secret, stays=True, silence_s=SILENCE_S, form_s=FORM_S, on_event=self._say)
+            listener = self.hosts.listen()
+            self.fleet = Fleet(self.spec.names, listener, self.hosts.store, **options)
+            self.hosts.start()
             self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
-            if not self._ready.wait(START_S):
-                raise Unanswered(f"the devices did not start within {START_S:.0f} s: {self.post.last_words()}")
+            deadline = time.monotonic() + START_S
+            while not self.serving:
+                if time.monotonic() > deadline:
+                    raise Unanswered(f"the devices did not start within {START_S:.0f} s: {self.hosts.last_words()}")
+                time.sleep(0.05)
         except BaseException:
             self.close()
             raise
@@ -175,16 +140,8 @@ class Session:
         """
         new = max_new_tokens if max_new_tokens is not None else self.defaults.max_new_tokens
         request = replace(self.defaults, max_new_tokens=new)
-        asked = _Asked(request, self._checked(inputs, new), time.monotonic() + deadline_s)
-        with self._changed:
-            if self._stop.is_set():
-                raise Unanswered("the session has ended.")
-            if len(self._waiting) >= self._max_waiting:
-                self.counts["refused"] += 1
-                raise QueueFull(len(self._waiting), self.retry_after_s)
-            self.counts["accepted"] += 1
-            self._waiting.append(asked)
-            self._changed.notify()
+        asked = Asked(request, self._checked(inputs, new), time.monotonic() + deadline_s)
+        self._waiting.add(asked)
         return asked.future
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], deadline_s: float = 60.0, **options) -> dict:
@@ -196,14 +153,14 @@ class Session:
             raise Expired(f"no answer within {deadline_s:g} s.") from None
 
     @property
-    def retry_after_s(self) -> float:
-        """When there may be room for another request."""
-        row_s = statistics.fmean(self._answered_s) if self._answered_s else 1.0
-        return max(1.0, len(self._waiting) * row_s)
+    def present(self) -> tuple[int, ...]:
+        """The devices that serve, or did last."""
+        return self.fleet.devices or self._group if self.fleet else ()
 
     @property
     def serving(self) -> bool:
-        return self._ready.is_set() and not self._stop.is_set()
+        """Whether devices are there to answer."""
+        return bool(self.fleet and self.fleet.devices) and not self._short and not self._stop.is_set()
 
     def wait_for_all(self, timeout_s: float = 60.0) -> bool:
         """Waits until all devices of the cluster serve; whether they do."""
@@ -216,21 +173,17 @@ class Session:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._again)
+        return len(self._waiting)
 
     def close(self) -> None:
         """Ends agents and workers; requests that still wait get `Unanswered`."""
-        with self._changed:
-            self._stop.set()
-            self._changed.notify_all()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.post.close()
+        self._stop.set()
+        if self.fleet:
+            self.fleet.close(wait_s=0)
+        self.hosts.close()
         if self._thread:
             self._thread.join(10)
-        for asked in [*self._again, *self._waiting]:
-            asked.settle(error=Unanswered("the session has ended."))
+        self._waiting.close()
 
     def _checked(self, inputs: Mapping[str, torch.Tensor], new: int) -> dict[str, torch.Tensor]:
         ids = inputs.get("input_ids")
@@ -252,219 +205,111 @@ class Session:
         mask = inputs.get("attention_mask")
         return {"attention_mask": torch.ones_like(ids) if mask is None else mask, **inputs}
 
-    # --- The thread that asks the leading worker ---
+    # --- The thread that asks the workers ---
 
     def _serve(self) -> None:
         while not self._stop.is_set():
-            self._listener.settimeout(0.2)
-            try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                self._drop_expired()
-                continue
-            except OSError:
-                return
-            connection.settimeout(None)
-            line = Line(connection)
-            try:
-                self._lead(line)
-            except Exception as error:  # the leader's process has ended, in general; in any case, on with another
-                if not isinstance(error, (OSError, ValueError, KeyError)):
-                    traceback.print_exc()
-                if not self._stop.is_set() and not self._had_last_words(line):
-                    self._tell_lost({0: "is gone: its process ended"})
-            finally:
-                self._ready.clear()
-                line.close()
+            number, group = self.fleet.number, self.fleet.devices
+            if group and number != self._number:
+                self._number, self._group, self._short = number, group, False
+                self._speeds = Speeds(len(self.spec.members))
+                self._plan_anew()
+            if group and not self._short:
+                if batch := self._waiting.take():
+                    self._answer(batch)
+            else:
+                self._waiting.drop_expired()
+                time.sleep(0.05)
 
-    def _lead(self, line: Line) -> None:
-        """Asks one leader until it ends."""
-        while not line.waits(0.2):
-            self._drop_expired()
-            if self._stop.is_set():
-                return
-        hello, _ = line.receive()
-        if self._heard(hello):
-            return
-        self._tell_serving(tuple(hello["here"]), {int(d): what for d, what in hello["differing"].items()})
-        self._ready.set()
-        number = 0
-        while not self._stop.is_set():
-            batch = self._next_batch()
-            if not batch:
-                if line.waits(0) and self._heard(line.receive()[0]):
-                    return
-                continue
-            number += 1
-            try:
-                outcome = self._ask(line, batch, number)
-            except Exception:
-                self._retry(batch)
-                raise
-            if outcome != ANSWERED:
-                self._retry(batch)
-            if outcome == ENDED or (outcome == POSTPONED and self._wait_for_others(line)):
-                return
-
-    def _wait_for_others(self, line: Line) -> bool:
-        """Until the leader has something to say; whether it ends with that. Nothing is served meanwhile."""
-        self._ready.clear()
-        while not line.waits(0.2):
-            self._drop_expired()
-            if self._stop.is_set():
-                return True
-        return self._heard(line.receive()[0])
-
-    def _ask(self, line: Line, batch: list[_Asked], number: int) -> str:
-        """What became of `batch`: ANSWERED; POSTPONED, where too few devices are left for it; ENDED, the leader."""
-        started = time.monotonic()
-        left = is_decoder(self.config)
+    def _answer(self, batch: list[Asked]) -> None:
+        """Asks the workers, and asks again later what they did not answer."""
         for asked in batch:
             asked.attempts += 1
-        line.send({"id": number, "request": asdict(batch[0].request)}, join_rows([a.inputs for a in batch], left))
-        while True:
-            while not line.waits(0.2):
-                self._drop_expired()
-            header, payload = line.receive()
-            if self._heard(header):
-                return ENDED
-            if header.get("id") == number:
-                break
-        if "postponed" in header:
+        try:
+            self._ask(batch)
+        except DeviceError:  # the fleet has said which device is lost, or that all meet anew
+            pass
+        except Exception:
+            traceback.print_exc()
+        self._waiting.ask_again(batch, self.events[-1].sentence if self.events else "")
+
+    def _ask(self, batch: list[Asked]) -> None:
+        """Gives each request of `batch` its answer, unless the devices that are there cannot.
+
+        Raises:
+            DeviceError: when the group broke meanwhile.
+        """
+        started = time.monotonic()
+        left = is_decoder(self.config)
+        plan = self._plan(batch[0].request)
+        if "postponed" in plan:
+            self._short = True
             for asked in batch:
                 asked.attempts -= 1  # it was not one
-            self._say("short", f"requests wait for the devices that are away: {header['postponed']}", [])
-            return POSTPONED
+            return self._say("short", f"requests wait for the devices that are away: {plan['postponed']}", ())
         self.counts["batches"] += 1
-        self.methods[header.get("method", "refused")] += 1
-        if "refused" in header:
+        self.methods[plan.get("method", "refused")] += 1
+        if "refused" in plan:
             for asked in batch:
-                asked.settle(error=ValueError(header["refused"]))
-            return ANSWERED
-        outputs = tensors_of(payload)
-        now = time.monotonic()
-        first = 0
-        for asked in batch:
-            length = asked.inputs["input_ids"].shape[1]
-            rows = {name: tensor[first : first + asked.size] for name, tensor in outputs.items()}
-            first += asked.size
-            self.counts["twice"] += not asked.settle(rows if left else cut(rows, length))
-            self.counts["answered"] += 1
-            self.counts["retried"] += asked.attempts > 1
-            self.seconds.append(now - asked.since)
-        self._answered_s.append((now - started) / first)
-        return ANSWERED
+                asked.settle(error=ValueError(plan["refused"]))
+            return None
+        inputs = join_rows([asked.inputs for asked in batch], left)
+        kind, num_tokens = json.dumps(plan["job"], sort_keys=True), inputs["input_ids"].numel()
+        told = {name: plan[name] for name in ("op", "job", "last")}
+        told |= {name: self.hosts.job[name] for name in ("paced", "time_scale")}
+        answers = self.fleet.run(
+            f"{ANSWERING}:answer", told, save(inputs), timeout_s=self._patience.limit_s(kind, num_tokens),
+            meanwhile=self._waiting.drop_expired,
+        )  # fmt: skip
+        took_s = time.monotonic() - started
+        self._patience.took(kind, num_tokens, took_s)
+        self.seconds.extend(self._waiting.settle(batch, load(answers[plan["last"]][1]), left, took_s))
+        self._compare_speeds(took_s, {device: result for device, (result, _) in answers.items()})
+        return None
 
-    def _next_batch(self) -> list[_Asked]:
-        """Requests to ask together; none where none came for a moment."""
-        with self._changed:
-            if not self._again and not self._waiting:
-                self._changed.wait(0.1)
-        self._drop_expired()
-        with self._changed:
-            if self._again:
-                return [self._again.popleft()]
-            batch: list[_Asked] = []
-            while self._waiting and (
-                not batch
-                or (batch[0].goes_with(self._waiting[0]) and rows_of(batch) + self._waiting[0].size <= self.max_batch)
-            ):
-                batch.append(self._waiting.popleft())
-            return batch
+    def _plan(self, request: Request) -> Mapping:
+        """How the devices that are there answer requests of this kind; made once, for the length that is planned for.
 
-    def _retry(self, batch: list[_Asked]) -> None:
-        for asked in reversed(batch):
-            if asked.future.done():
-                continue
-            if asked.attempts >= MAX_ATTEMPTS:
-                why = self.events[-1].sentence if self.events else ""
-                asked.settle(error=Unanswered(f"{MAX_ATTEMPTS} attempts to answer broke off; the last: {why}"))
-                self.counts["unanswered"] += 1
-            else:
-                self._again.appendleft(asked)
+        A plan that was given is for all devices: while one is away, another is made for the rest.
+        """
+        if len(self._group) < len(self.spec.members):
+            request = replace(request, plan=None)
+        asked = asdict(request)
+        key = json.dumps(asked, sort_keys=True)
+        if key not in self._plans:
+            slower = {str(device): factor for device, factor in enumerate(self._speeds.factors)}
+            told = {"request": asked, "devices": self._group, "seq_len": self._seq_len, "slower": slower}
+            (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, devices=[0], meanwhile=self._waiting.drop_expired)[0]
+            if "job" in plan:  # workers warm up by the first requests
+                plan["job"] |= {"warmup": 0, **({"repeats": 1} if plan["op"] == "run_plan" else {})}
+            self._plans[key] = plan
+        return self._plans[key]
 
-    def _drop_expired(self) -> None:
-        now = time.monotonic()
-        with self._changed:
-            for line in (self._again, self._waiting):
-                for asked in [a for a in line if a.deadline < now or a.future.cancelled()]:
-                    line.remove(asked)
-                    self.counts["expired"] += 1
-                    asked.settle(error=Expired("no answer by the deadline."))
+    def _plan_anew(self) -> None:
+        self._plans.clear()
+        self._patience = Patience()
 
-    # --- What became of devices ---
-
-    def _heard(self, header: dict) -> bool:
-        """Passes on what the leader says of devices; whether it ends with that."""
-        for device, factor in header.get("slow", {}).items():
-            name = self.spec.names[int(device)]
+    def _compare_speeds(self, batch_s: float, results: Mapping[int, Mapping]) -> None:
+        """Plans anew where a device has become slow, and after a while tries it again."""
+        spent, expected = [float("nan")] * len(self.spec.members), [float("nan")] * len(self.spec.members)
+        for device, result in results.items():
+            spent[device], expected[device] = result["spent_s"], result["expected_s"]
+        changed = self._speeds.observe(batch_s, spent, expected)
+        if any(factor > 1 for factor in changed.values()):
+            self._slow_since = time.monotonic()
+        elif max(self._speeds.factors) > 1 and time.monotonic() - self._slow_since > TRY_AGAIN_S:
+            changed = dict.fromkeys(self._speeds.forget(), 1.0)
+        for device, factor in changed.items():
+            name = self.spec.names[device]
             words = f"takes {factor:.1f} times as long as usual" if factor > 1 else "is planned for as usual again"
-            self._say("slow" if factor > 1 else "usual", f"{name} {words}", [name])
-        if "gone" not in header:
-            return False
-        gone = {int(device): why for device, why in header["gone"].items()}
-        if gone:
-            self._tell_lost(gone)
-        else:
-            self._say("meeting", header.get("why", "the devices meet anew"), [])
-        return True
+            self._say("slow" if factor > 1 else "usual", f"{name} {words}", (name,))
+        if changed:
+            self._plan_anew()
 
-    def _had_last_words(self, line: Line) -> bool:
-        """Whether the leader said why it ended, unread because a batch was on its way to it; passes that on."""
-        with contextlib.suppress(OSError, ValueError):
-            while line.waits(0):
-                if self._heard(line.receive()[0]):
-                    return True
-        return False
-
-    def _tell_lost(self, gone: Mapping[int, str]) -> None:
-        names = self.spec.names
-        self._known_lost |= set(gone)
-        self.counts["losses"] += len(gone)
-        self._say("lost", "; ".join(f"{names[d]} {why}" for d, why in gone.items()), [names[d] for d in gone])
-
-    def _tell_serving(self, here: tuple[int, ...], differing: Mapping[int, str]) -> None:
-        names, parts = self.spec.names, []
-        unnamed = [d for d in self.present if d not in here and d not in self._known_lost]
-        if unnamed:
-            self._tell_lost({d: "is not there" for d in unnamed})
-        back = [d for d in here if d in self._known_lost]
-        if back:
-            parts.append(f"{join_words([names[d] for d in back])} back")
-        self._known_lost -= set(here)
-        for device, what in differing.items():
-            self._say("differing", f"{names[device]} has other {what} of the model: left out", [names[device]])
-        fit = [d for d in here if d not in differing]
-        self.present = tuple(fit)
-        parts.append(f"serving on {join_words([names[d] for d in fit])}")
-        self._say("serving", "; ".join(parts), [names[d] for d in fit])
-
-    def _say(self, kind: str, sentence: str, devices: list[str]) -> None:
+    def _say(self, kind: str, sentence: str, devices: tuple[str, ...]) -> None:
+        if kind == "waiting":
+            return
+        self.counts["losses"] += len(devices) if kind == "lost" else 0
         self.events.append(Event(time.monotonic(), kind, sentence, tuple(devices)))
         if self._on_event:
             self._on_event(sentence)
-
-
-def rows_of(batch: list[_Asked]) -> int:
-    return sum(asked.size for asked in batch)
-
-
-def join_rows(parts: list[dict[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
-    """Inputs [B, T] of several requests as one, padded (`left`: before the tokens) to the longest, the mask being 0."""
-    length = max(part["input_ids"].shape[1] for part in parts)
-    joined = {}
-    for name in EXAMPLES:
-        if not any(name in part for part in parts):
-            continue
-        rows = []
-        for part in parts:
-            tensor = part.get(name, torch.zeros_like(part["input_ids"]))
-            missing = length - tensor.shape[1]
-            rows.append(torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing)))
-        joined[name] = torch.cat(rows)
-    return joined
-
-
-def cut(outputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """Outputs of one request without the rows that padding made: [B, T, ...] to its own T."""
-    return {name: tensor[:, :length] if tensor.ndim == 3 else tensor for name, tensor in outputs.items()}

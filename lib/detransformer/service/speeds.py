@@ -1,8 +1,8 @@
-"""Which device has become slow: each one's compute against its own usual, and against how the others fare.
+"""What batches usually take: which device has become slow, and how long a batch may stand still.
 
-Compute is summed over a window of batches, and compared with what the profile says of the same work. One batch that
-was held up does not make a device slow, and a device that stands still now and then is not overlooked, as it would be
-by the median of batches too short to be hit each time.
+A device's compute is compared with its own usual, and with how the others fare. It is summed over a window of batches,
+and taken relative to what the profile says of the same work. One batch that was held up does not make a device slow.
+A device that stands still now and then is found, which the median of batches too short to be hit each time would miss.
 """
 
 import math
@@ -14,6 +14,11 @@ BATCHES, WINDOW_S = 3, 2.0  # a window has as many, and lasted as long, at least
 IGNORED = 2  # first batches of a device: what happens only once is not usual
 SLOW = 3.0  # times the usual, the others' change taken out
 USUAL = 1.5  # below which a slow one is as it was
+STALL_S = 10.0  # small signs of life pass where large messages do not: a batch may stand still for so long
+TIMES = 10  # and as many times as long as batches of its kind usually take: a device may have become slow
+RECENT = 20  # batches, of which the median is the usual one
+FIRST = 2  # batches of a kind that load weights and fill caches: these have the time limit of a message
+FIRST_S = 600.0
 
 
 class Speeds:
@@ -90,3 +95,24 @@ class Window:
     def ratio(self) -> float:
         """Seconds spent over seconds expected."""
         return sum(spent for _, spent, _ in self._batches) / sum(expected for _, _, expected in self._batches)
+
+
+class Patience:
+    """What a batch may take, by what others of its kind took."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+        self._recent: dict[str, deque[tuple[float, int]]] = {}  # kind -> seconds, tokens
+
+    def took(self, kind: str, num_tokens: int, seconds: float) -> None:
+        """A batch of `kind`, such as share a plan and the number of tokens to make, is answered."""
+        self._seen[kind] = self._seen.get(kind, 0) + 1
+        if self._seen[kind] > FIRST:
+            self._recent.setdefault(kind, deque(maxlen=RECENT)).append((seconds, num_tokens))
+
+    def limit_s(self, kind: str, num_tokens: int) -> float:
+        """Seconds that a batch may take; long until enough is known of `kind`."""
+        if kind not in self._recent:
+            return FIRST_S
+        seconds, tokens = statistics.median_high(self._recent[kind])
+        return STALL_S + TIMES * seconds * max(1.0, num_tokens / tokens)

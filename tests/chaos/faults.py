@@ -1,6 +1,6 @@
 """Ways to break one device of a running session: its processes, its link, its disk, its copy of the model.
 
-A new fault is a `Fault` in `FAULTS`: how it begins, how it ends, and whether somebody is to blame. `chaos` plays them.
+A new fault is a `Fault` in `FAULTS`: how it begins, how it ends, and whether somebody is to blame. `rounds` plays them.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file, save_file
 
-from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_namespace
+from detransformer.cluster.network import INTERFACE, EmulatedNetwork, inside
 from detransformer.service.session import Session
 
 HOLD_S = 6.0  # a device is away
@@ -68,30 +68,12 @@ class Field:
 
     def processes(self) -> list[psutil.Process]:
         """The agent of the device, its fork server and tracker, and last the worker."""
-        agent = psutil.Process(self.session.post.agents[self.device].pid)
+        agent = psutil.Process(self.session.hosts.agents[self.device].pid)
         return [agent, *sorted(agent.children(recursive=True), key=lambda process: process.create_time())]
 
     @property
     def worker(self) -> psutil.Process:
         return self.processes()[-1]
-
-
-def inside(namespace: str, work: Callable[[], None]) -> None:
-    """Runs `work` in a network namespace, in a thread of its own, and raises what it raises."""
-    failed: list[BaseException] = []
-
-    def enter() -> None:
-        try:
-            enter_namespace(namespace)  # of this thread alone
-            work()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
 
 
 def control(request: int, interface: str, argument: bytes) -> bytes:
@@ -152,15 +134,13 @@ def set_ingress(namespace: str, interface: str, rule: str) -> None:
 
 def num_damaged(namespace: str) -> int:
     """TCP segments whose checksum was wrong, so far."""
-    found: list[int] = []
 
-    def work() -> None:
+    def work() -> int:
         lines = Path("/proc/thread-self/net/snmp").read_text(encoding="ascii").splitlines()
         names, values = (line.split() for line in lines if line.startswith("Tcp:"))
-        found.append(int(values[names.index("InCsumErrors")]))
+        return int(values[names.index("InCsumErrors")])
 
-    inside(namespace, work)
-    return found[0]
+    return inside(namespace, work)
 
 
 @functools.cache
@@ -177,7 +157,7 @@ def can_damage() -> tuple[bool, str]:
 
 def _damage(place: Field, share: float = DAMAGED) -> None:
     """In both directions: what comes to the device, and at the switch what comes from it."""
-    network, port = place.session.post.network, f"port{place.device}"
+    network, port = place.session.hosts.network, f"port{place.device}"
     here = network.namespaces[place.device]
     places = [(here, INTERFACE), (network.switch, port)]
     if share:
@@ -199,7 +179,7 @@ def _flap(place: Field) -> None:
 
 
 def _link(place: Field, up: bool) -> None:
-    set_link(place.session.post.network.namespaces[place.device], up)
+    set_link(place.session.hosts.network.namespaces[place.device], up)
 
 
 def _freeze(place: Field) -> None:
@@ -216,13 +196,13 @@ def _thaw(place: Field) -> None:
 
 
 def _switch_off(place: Field) -> None:
-    place.session.post.kept.discard(place.device)
+    place.session.hosts.kept.discard(place.device)
     _restart(place)
 
 
 def _restart(place: Field) -> None:
-    """The device's processes are gone at once; `post` starts its agent again."""
-    os.killpg(place.session.post.agents[place.device].pid, signal.SIGKILL)
+    """The device's processes are gone at once; `Hosts` starts its agent again."""
+    os.killpg(place.session.hosts.agents[place.device].pid, signal.SIGKILL)
 
 
 def _other_weights(place: Field) -> None:
@@ -249,14 +229,14 @@ def _no_memory(place: Field) -> None:
 
 def _fill_disk(place: Field) -> None:
     """Not a byte is free where the session keeps its files; then a worker dies, and has to start anew there."""
-    with contextlib.suppress(OSError), open(place.session.post.folder / "filler", "wb", buffering=0) as file:
+    with contextlib.suppress(OSError), open(place.session.hosts.folder / "filler", "wb", buffering=0) as file:
         while True:
             file.write(b"\0" * 65536)
     place.worker.kill()
 
 
 def _free_disk(place: Field) -> None:
-    (place.session.post.folder / "filler").unlink()
+    (place.session.hosts.folder / "filler").unlink()
 
 
 def _slow(place: Field) -> None:
@@ -285,14 +265,14 @@ def _unhinder(place: Field) -> None:
 
 def _stranger(place: Field) -> None:
     """From the device's namespace, bytes to every port that listens there and at the first device."""
-    network, agents = place.session.post.network, place.session.post.agents
+    network, agents = place.session.hosts.network, place.session.hosts.agents
     listening = {
         (c.laddr.ip, c.laddr.port)
         for number in (0, place.device)
         for process in psutil.Process(agents[number].pid).children(recursive=True)
         for c in process.net_connections("tcp")
         if c.status == psutil.CONN_LISTEN
-    } | {(network.addresses[0], place.session.post.spec.port)}
+    } | {(network.addresses[0], place.session.hosts.spec.port)}
 
     def work() -> None:
         for address, port in listening:
@@ -342,7 +322,7 @@ FAULTS = {
         Fault("killed", lambda place: place.worker.kill()),
         Fault("frozen", lambda place: place.worker.suspend()),
         Fault("host frozen", _freeze, _thaw, HOLD_S),
-        Fault("switched off", _switch_off, lambda place: place.session.post.kept.add(place.device), HOLD_S),
+        Fault("switched off", _switch_off, lambda place: place.session.hosts.kept.add(place.device), HOLD_S),
         Fault("link down", lambda place: _link(place, False), lambda place: _link(place, True), HOLD_S),
         Fault("link flaps", _flap, names=False),
         Fault(DAMAGE, _damage, lambda place: _damage(place, 0.0), HOLD_S, names=False, possible=can_damage),

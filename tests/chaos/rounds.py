@@ -1,19 +1,14 @@
-"""A session broken on purpose, under load: `python -m detransformer.service.chaos`, or `make chaos`.
+"""A session broken on purpose, under load.
 
 Real processes on emulated devices. Clients ask all the time, each request's answer is known, and what is counted is
 what a user would see: requests lost, answered wrongly or twice, how long until the culprit is named, and until the next
 answer.
 """
 
-import argparse
 import bisect
 import contextlib
-import functools
-import random
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,22 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import torch
+from tests.chaos.faults import FAULTS, STEP, Fault, Field, clock_variables
 from transformers import BertConfig, BertForSequenceClassification
-from transformers.utils import logging
 
-from detransformer.cluster.network import can_emulate
+from detransformer.cluster.agent import FAILURES_S
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.machine import cpu_model, now, usable_cores
 from detransformer.record.provenance import own_commit
-from detransformer.record.run import RunFolder
-from detransformer.report.figures import draw
-from detransformer.service.agent import FAILURES_S
-from detransformer.service.faults import FAULTS, STEP, Fault, Field, clock_variables
-from detransformer.service.promises import MAX_GROWTH, NAMED_S, SERVED_S
-from detransformer.service.session import Event, Expired, QueueFull, Session
+from detransformer.service.session import Event, Session
+from detransformer.service.waiting import Expired, QueueFull
 
+NAMED_S = 5.0  # promised: from a fault to the sentence that names the device, at most
+SERVED_S = 20.0  # promised: until the next answer, at most
 TOLERANCE = 1e-4
 CALM_S = 3.0  # answered without a break, before the next fault
 GIVE_UP_S = 90.0
@@ -287,184 +279,6 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-# --- Soak --------------------------------------------------------------------------------------------------------
-
-SAMPLE_S = 10.0
-LOAD = 0.8  # of what the session can answer
-NUM_CLIENTS = 8
-WARM = 0.2  # of the time, after which memory is to stay as it is
-
-
-def run_soak(
-    spec: ClusterSpec, names: list[str], minutes: float, every_s: float = 60.0, say: Callable[[str], None] = print
-) -> tuple[pd.DataFrame, dict]:
-    """Load for `minutes`, a fault at random every `every_s`.
-
-    Returns:
-        Samples, taken while all devices serve (`resident`, and seconds and requests answered so far), and what came
-        of it: requests a second that it can answer and that were, `p50_s`, `p99_s`, growth of memory as shares, and
-        counts of requests and faults.
-    """
-    chosen = random.Random(0)
-    with field_of(spec, len(spec.members) - 1, names, say) as (place, model):
-        with Clients(place.session, model, NUM_CLIENTS, period_s=0.0) as clients:
-            time.sleep(SAMPLE_S)
-        capacity = clients.answered / SAMPLE_S
-        say(f"it answers {capacity:.1f} requests a second; {LOAD:.0%} of that from now on")
-        rows, faults, ends = [], 0, None
-        with Clients(place.session, model, NUM_CLIENTS, period_s=NUM_CLIENTS / (LOAD * capacity)) as clients:
-            began, next_fault = time.monotonic(), time.monotonic() + every_s / 2
-            while time.monotonic() - began < 60 * minutes:
-                now = time.monotonic()
-                if ends and now >= ends[0]:
-                    ends[1](ends[2])
-                    ends = None
-                if ends is None and now >= next_fault and place.session.serving:
-                    fault = FAULTS[chosen.choice(names)]
-                    faults, next_fault, hit = faults + 1, now + every_s, place.of(fault)
-                    say(f"{now - began:.0f} s: {fault.name}")
-                    fault.begin(hit)
-                    ends = (now + fault.hold_s, fault.end, hit)
-                due = not rows or now - began >= rows[-1]["seconds"] + SAMPLE_S
-                if due and place.session.wait_for_all(0):
-                    rows.append({"seconds": now - began, **resident(place.session), "answered": clients.answered})
-                time.sleep(0.2)
-            lasted_s = time.monotonic() - began
-            if ends:
-                ends[1](ends[2])
-            calm(clients)
-    samples = pd.DataFrame(rows)
-    rates = {"capacity_per_s": capacity, "answered_per_s": clients.answered / lasted_s}
-    return samples, rates | soak_result(samples, clients) | {"faults": faults}
-
-
-def resident(session: Session) -> dict[str, float]:
-    """MiB of memory that is the processes' own: the front's, and that of all agents, fork servers and workers; and how
-    many threads and open files the front has."""
-    front = psutil.Process()
-    devices = 0.0
-    for agent in session.post.agents.values():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
-            for process in tree:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    devices += process.memory_full_info().uss
-    return {
-        "front_mib": front.memory_full_info().uss / 2**20,
-        "devices_mib": devices / 2**20,
-        "front_threads": front.num_threads(),
-        "front_files": front.num_fds(),
-    }
-
-
-def soak_result(samples: pd.DataFrame, clients: Clients) -> dict:
-    """Latencies, growth between the first and the last fifth of the samples after the warm-up, and counts."""
-    seconds = sorted(clients.seconds)
-    warm = samples[samples["seconds"] >= WARM * samples["seconds"].max()]
-    part = max(1, len(warm) // 5)
-    growth = {
-        f"{what}_growth": float(warm[f"{what}_mib"].tail(part).median() / warm[f"{what}_mib"].head(part).median() - 1)
-        for what in ("front", "devices")
-    }
-    return {
-        "p50_s": seconds[len(seconds) // 2],
-        "p99_s": seconds[int(0.99 * (len(seconds) - 1))],
-        "slowest_s": seconds[-1],
-        **growth,
-        "asked": clients.asked,
-        "answered": clients.answered,
-        "full": clients.full,
-        "expired": clients.expired,
-        "lost": clients.lost,
-        "wrong": clients.wrong,
-        "twice": clients.twice,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cluster", default="examples/jetsons.yaml")
-    parser.add_argument("--faults", default=",".join(FAULTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: load so long, a fault a minute")
-    parser.add_argument("--output", default="results/chaos")
-    given = parser.parse_args()
-    names = given.faults.split(",")
-    unknown = [name for name in names if name not in FAULTS]
-    if unknown or given.rounds < 1:
-        parser.error(f"faults are {', '.join(FAULTS)}, rounds 1 or more; not {', '.join(unknown) or given.rounds}")
-    possible = {name: FAULTS[name].possible() for name in names}
-    reasons = {name: why for name, (can, why) in possible.items() if not can}
-    names = [name for name in names if name not in reasons]
-    try:
-        spec = ClusterSpec.load(given.cluster)
-        if not spec.emulated:
-            raise ValueError(f"{given.cluster} is of real hosts: give a file with `emulated: true`.")
-        if not can_emulate()[0]:
-            raise ValueError(f"{can_emulate()[1]}: run it as root.")
-        if not names:
-            raise ValueError(f"none of these faults can be made here: {reasons}.")
-    except ValueError as error:
-        parser.error(str(error))
-    note = on() + "".join(f" Not run: {name}, {why}." for name, why in reasons.items())
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
-    run = RunFolder(given.output)
-    try:
-        held = (soak if given.soak else chaos)(spec, names, given, run, functools.partial(print, flush=True), note)
-    except KeyboardInterrupt:
-        sys.exit("interrupted" + ("" if given.soak else ": rounds that were played are kept, the same command goes on"))
-    draw(run, "soak" if given.soak else "faults")
-    print((run.tables / f"{'soak' if given.soak else 'chaos'}.md").read_text(encoding="utf-8"))
-    sys.exit(0 if held else 1)
-
-
-def chaos(
-    spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable, note: str
-) -> bool:
-    """All rounds, saved; whether everything was as promised."""
-    note = f"Seconds: the longest of all rounds. Promised: named in {NAMED_S:g} s, served in {SERVED_S:g} s. {note}"
-    kept = run.load_table("chaos_rounds").to_dict("records") if run.has_table("chaos_rounds") else []
-    if kept:
-        say(f"{len(kept)} rounds of an earlier call are kept; delete {run.tables}/chaos_rounds.csv to begin anew")
-
-    def keep(rows: list[dict]) -> pd.DataFrame:
-        return run.save_table(pd.DataFrame(rows), "chaos_rounds", note=note)
-
-    rows = keep(run_chaos(spec, names, given.rounds, say, kept, keep))
-    return bool(run.save_table(summary(rows), "chaos", note=note)["held"].all())
-
-
-def soak(
-    spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable, note: str
-) -> bool:
-    """The soak, saved; whether nothing was lost, wrong or answered twice, and memory stayed as it was."""
-    samples, result = run_soak(spec, names, given.soak, say=say)
-    note = (
-        f"{given.soak:g} minutes, asked at {LOAD:.0%} of what it can answer undisturbed (answered: "
-        f"{result['answered_per_s'] / result['capacity_per_s']:.0%}), a fault a minute. Growth: of memory, after the "
-        f"first {WARM:.0%} of them; promised: {MAX_GROWTH:.0%} at most. {note}"
-    )
-    grown = max(result["front_growth"], result["devices_growth"]) > MAX_GROWTH
-    result = {
-        "minutes": given.soak,
-        **result,
-        "held": not (result["lost"] or result["wrong"] or result["twice"] or grown),
-    }
-    run.save_table(samples, "soak_samples", note=note)
-    run.save_table(pd.DataFrame([result]), "soak", note=note)
-    return result["held"]
-
-
-def on() -> str:
-    return f"On {cpu_model()}, {usable_cores()} cores; emulated devices, computing as fast as that does."
-
-
 def made_by() -> dict[str, str]:
     """When a row was measured, on what, and with which commit."""
     return {"date": now(), "hardware": f"{usable_cores()} cores ({cpu_model()})", "commit": own_commit()["commit"]}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,115 @@
+"""torchrun's elastic agent on one host: it starts the worker of this host's device, and another when one has ended.
+
+The agent is torch's own, with its static rendezvous of this host alone. Who belongs to the group is said by the front
+(`fleet`): torch's dynamic rendezvous unpickles what anyone writes into its store, and compares the clocks of hosts.
+Workers are forked from a server that has imported torch already, which takes seconds off every recovery.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+from detransformer.cluster.hello import ENDED, await_message, meet, write_end
+from detransformer.machine import die_with_parent
+
+HUNG_S = 10.0  # a worker that gives no sign of life for so long is killed
+MAX_FAILURES, FAILURES_S = 2, 20.0  # then this agent ends: whoever keeps it starts another one after a while
+MONITOR_S = 0.1
+
+
+def main() -> None:
+    """The process that `hosts` starts: the job's file and the device are on the command line."""
+    die_with_parent()
+    path, device = sys.argv[1], int(sys.argv[2])
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    job["model"] = job["models"].get(str(device), job["model"])
+    os.environ |= {
+        "OMP_NUM_THREADS": str(job["threads"] or os.cpu_count()),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # ranks are not asked from a store
+        "DETRANSFORMER_PRELOADED_MODEL": job["model"],
+    }
+    multiprocessing.set_forkserver_preload(["detransformer.cluster.preload"])
+    forkserver.ensure_running()  # and imports; meanwhile
+    keep(job, device)
+
+
+def keep(job: dict, device: int) -> None:
+    """Runs the worker of `device`, and where it `stays` another one when that has ended."""
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    from detransformer.cluster.worker import work
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    here = RendezvousParameters("static", endpoint, f"device{device}", 1, 1, rank=0)
+    handler = get_rendezvous_handler(here)
+    sign = Path(f"{job['alive']}{device}")
+    failed_at: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="detransformer-") as logs:
+        while True:
+            sign.touch()
+            spec = WorkerSpec(
+                role="worker",
+                local_world_size=1,
+                entrypoint=work,
+                args=(job, device, os.getpid()),
+                rdzv_handler=handler,
+                max_restarts=0,  # each worker is a run of the agent, so that its exit code is known
+                monitor_interval=MONITOR_S,
+            )
+            agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs), "forkserver", shutdown_timeout=2)
+            watching = threading.Event()
+            threading.Thread(target=_watch, args=(agent, sign, watching), daemon=True).start()
+            failures = agent.run().failures
+            watching.set()
+            code = next(iter(failures.values())).exitcode if failures else ENDED
+            if not job["stays"]:
+                return _report(job, device, code) if code != ENDED else None
+            if code == ENDED:
+                continue
+            failed_at.append(time.monotonic())
+            if len(failed_at) >= MAX_FAILURES and failed_at[-1] - failed_at[-MAX_FAILURES] < FAILURES_S:
+                sys.exit(f"{MAX_FAILURES} workers failed within {FAILURES_S:g} s")
+
+
+def _watch(agent, sign: Path, ended: threading.Event) -> None:
+    """Kills the agent's worker when it gives no sign of life: a process that hangs does not end by itself."""
+    seen, since = None, time.monotonic()
+    while not ended.wait(1.0):
+        stamp = sign.stat().st_mtime_ns
+        if stamp != seen:
+            seen, since = stamp, time.monotonic()
+        elif time.monotonic() - since > HUNG_S:
+            since = time.monotonic()
+            pid = agent.get_worker_group().workers[0].id
+            if pid:
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def _report(job: dict, device: int, code: int) -> None:
+    """Tells the front how the worker of this host ended, and leaves the front's answer for the user of this host."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    try:
+        line = meet(job, None, lambda *_: sys.exit(1))
+        line.send({"ended": device, "code": code})
+        told = await_message(line)
+        write_end(job["end"], told["end"], told["sentence"])
+    except (OSError, LookupError):
+        write_end(job["end"], "lost", f"the worker of this host {how}.")
+
+
+if __name__ == "__main__":
+    main()

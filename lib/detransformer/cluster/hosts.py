@@ -1,0 +1,285 @@
+"""Real hosts: which device of the cluster file this host is, what it has, and the agents that start its worker.
+
+Loads without torch: `detransformer run` on a host reads the file, finds itself in it and starts an agent. Emulated
+hosts, each a network namespace of this machine, are started in the same way.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from detransformer.cluster.devices import DeviceError, DeviceLost
+from detransformer.cluster.line import listen
+from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_namespace, inside
+from detransformer.cluster.roster import REFUSED, join_words
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.files import last_words
+
+RETURN_S, MAX_RETURN_S = 1.0, 60.0  # an agent that has ended is started again after this long, doubled each time
+LASTING_S = 60.0  # an agent that ran longer counts as new
+END_S = 5.0  # for a worker to say farewell
+
+
+# --- What this host is -------------------------------------------------------------------------------------------
+
+
+def own_rank(spec: ClusterSpec, host: str | None, interfaces: Mapping[str, list[str]]) -> int:
+    """Which device of the file this host is, by `host`, a device's name, or else by the addresses of its `interfaces`.
+
+    Raises:
+        ValueError: if it is none of them, or could be several.
+    """
+    own = {address for addresses in interfaces.values() for address in addresses}
+    listed = join_words([f"{member.name} ({member.address})" for member in spec.members])
+    here = [rank for rank, member in enumerate(spec.members) if resolve(member.address) in own]
+    if host is not None:
+        if host not in spec.names:
+            raise ValueError(f"--host {host} is not in {spec.path}, which lists {listed}.")
+        rank = spec.names.index(host)
+        if rank not in here and not spec.interface:
+            raise ValueError(
+                f"--host {host} has the address {spec.members[rank].address} in {spec.path}, and this host has "
+                f"{_but_loopback(own)}: correct the file, or name its interface there."
+            )
+        return rank
+    if not here:
+        raise ValueError(
+            f"this host's addresses ({_but_loopback(own)}) are not in {spec.path}, which lists {listed}: "
+            "correct the file, or say which device this is by --host."
+        )
+    if len(here) > 1:
+        raise ValueError(f"several devices of {spec.path} have this host's address: say which one this is by --host.")
+    return here[0]
+
+
+def own_interfaces() -> dict[str, list[str]]:
+    """IPv4 addresses by network interface."""
+    found = psutil.net_if_addrs().items()
+    return {name: [a.address for a in addresses if a.family == socket.AF_INET] for name, addresses in found}
+
+
+def interface_of(spec: ClusterSpec, rank: int, interfaces: Mapping[str, list[str]]) -> str:
+    """The interface that carries the collectives of this host, which is device `rank`."""
+    address = resolve(spec.members[rank].address)
+    return spec.interface or next(name for name, found in interfaces.items() if address in found)
+
+
+def _but_loopback(addresses) -> str:
+    return ", ".join(sorted(a for a in addresses if not a.startswith("127."))) or "none but loopback"
+
+
+def resolve(address: str) -> str:
+    """The IPv4 address of a host name; the name itself where it is not known here."""
+    try:
+        return socket.gethostbyname(address)
+    except OSError:
+        return address
+
+
+# --- Agents ------------------------------------------------------------------------------------------------------
+
+
+class Hosts:
+    """Keeps agents running, each with the worker of one device, until `close`; a context manager.
+
+    Args:
+        own: the device of the file that this host is; None: all are emulated here, in namespaces of their own.
+        interface: of this host, where it is one of the cluster's.
+        secret: what workers have to know, the same on all hosts; one of its own where all are here.
+        stays: workers and agents that have ended are started again, as a service wants it.
+        seq_len, paced: see `service.Session`.
+        time_scale: emulated links and devices are so many times slower.
+        threads: of each device's compute; 0: all cores.
+        wait_s: how long a worker waits for the first device; 0: for ever.
+        silence_s: without a sign of the front, after which a worker ends.
+        models: device -> a folder of its own, where a device has another copy of the model.
+        variables: device -> environment variables of its processes, beside this one's.
+        words: where workers write what the user is to read; None: into the log.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        model: str,
+        own: int | None = None,
+        interface: str = "",
+        secret: str = "",
+        stays: bool = True,
+        time_scale: float = 1.0,
+        paced: bool = True,
+        threads: int = 1,
+        wait_s: float = 0.0,
+        silence_s: float = 10.0,
+        models: Mapping[int, str] | None = None,
+        variables: Mapping[int, Mapping[str, str]] | None = None,
+        words: IO | None = None,
+    ):
+        self.spec, self.own, self.stays = spec, own, stays
+        self.variables, self._words = variables or {}, words
+        self.agents: dict[int, subprocess.Popen] = {}
+        self.kept = set(range(len(spec.members))) if own is None else {own}  # whose agents are to run
+        self.network: EmulatedNetwork | None = None
+        self._stop = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="detransformer-", ignore_cleanup_errors=True)
+        self.folder = Path(self._folder.name)
+        first = spec.members[0]
+        self.secret = secret if own is not None else secret or secrets.token_hex(32)
+        self.job = {
+            "cluster": str(spec.path.resolve()),
+            "model": str(Path(model).resolve()),
+            "models": {str(device): str(Path(folder).resolve()) for device, folder in (models or {}).items()},
+            "listed": ", ".join(f"{member.name} {member.address}" for member in spec.members),
+            "first": f"{first.name} ({first.address})" if first.address else first.name,
+            "secret": self.secret,
+            "interface": interface or INTERFACE,
+            "threads": threads,
+            "time_scale": time_scale,
+            "paced": paced and own is None,
+            "stays": stays,
+            "jobs": "detransformer.cluster.answering",  # whoever takes the front's place can ask for no others
+            "wait_s": wait_s,
+            "silence_s": silence_s,
+            "message_s": 60.0 if stays else 120.0,
+            "alive": str(self.folder / "alive"),
+            "end": None if stays else str(self.folder / "end.json"),
+        }
+
+    def listen(self) -> socket.socket:
+        """Where the workers come to: a socket at the first device's address.
+
+        Raises:
+            ValueError: if the address or port cannot be had.
+            OSError: where this machine does not permit network namespaces.
+        """
+        address = resolve(self.spec.members[0].address)
+        if self.own is None:
+            rate_bps = self.spec.bandwidth_bps / self.job["time_scale"]
+            self.network = EmulatedNetwork(len(self.spec.members), rate_bps).__enter__()
+            address = self.network.addresses[0]
+            self.job["listed"] = ", ".join(self.spec.names)
+            return inside(self.network.namespaces[0], lambda: listen(f"{address}:{self.spec.port}"))
+        try:
+            return listen(f"{address}:{self.spec.port}")
+        except OSError as error:
+            why = "is in use, perhaps by another run" if error.errno == 98 else f"({error.strerror})"
+            raise ValueError(
+                f"port {self.spec.port} of {address} {why}: end that, or choose another rendezvous.port on all hosts."
+            ) from None
+
+    @property
+    def store(self) -> str:
+        """Where the first device's worker keeps the store of the process group: the next port."""
+        address = self.network.addresses[0] if self.network else resolve(self.spec.members[0].address)
+        return f"{address}:{self.spec.port + 1}"
+
+    def start(self) -> None:
+        """Starts the agents; `listen` came before, on the first device."""
+        address = self.network.addresses[0] if self.network else resolve(self.spec.members[0].address)
+        self.job["front"] = f"{address}:{self.spec.port}"
+        path = self.folder / "job.json"
+        path.touch(0o600)
+        path.write_text(json.dumps(self.job), encoding="utf-8")
+        for device in sorted(self.kept):
+            self._start_agent(device)
+        if self.stays:
+            self._keeper = threading.Thread(target=self._keep, daemon=True)
+            self._keeper.start()
+
+    def __enter__(self) -> "Hosts":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None and not self.stays:  # the worker tells the front, and with it the other hosts
+            for agent in self.agents.values():
+                agent.terminate()
+            for agent in self.agents.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    agent.wait(END_S)
+        self.close()
+
+    def close(self) -> None:
+        """Ends agents and workers, and removes the namespaces; safe to call twice."""
+        self._stop.set()
+        if self._keeper:
+            self._keeper.join(10)
+        for agent in self.agents.values():
+            end(agent)
+        if self.network:
+            self.network.close()
+        self._folder.cleanup()
+
+    def wait(self) -> None:
+        """Waits, on a host that is not the first, until its part has ended.
+
+        Raises:
+            ValueError, DeviceError: with the sentence in which the front, or the worker, said why.
+        """
+        (agent,) = self.agents.values()
+        agent.wait()
+        try:
+            told = json.loads((self.folder / "end.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DeviceLost(0, f"the worker of this host ended ({last_words(self._log(self.own))}).") from None
+        if told["end"] == REFUSED:
+            raise ValueError(told["sentence"])
+        if told["sentence"]:
+            raise DeviceError(0, told["sentence"])
+
+    def _log(self, device: int) -> Path:
+        return self.folder / f"agent{device}.log"
+
+    def _start_agent(self, device: int) -> None:
+        """The agent of one device, in its namespace where it is emulated."""
+        command = [sys.executable, "-m", "detransformer.cluster.agent", str(self.folder / "job.json"), str(device)]
+        namespace = self.network.namespaces[device] if self.network else None
+        with open(self._log(device), "ab") as log:
+            self.agents[device] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=self._words or log, stderr=log, start_new_session=True,
+                env=os.environ | self.variables.get(device, {}),
+                preexec_fn=namespace and (lambda: enter_namespace(namespace)),
+            )  # fmt: skip
+
+    def _keep(self) -> None:
+        """Starts agents that have ended again, as a host's service manager would."""
+        started = dict.fromkeys(self.kept, time.monotonic())
+        due: dict[int, float] = {}
+        wait_s: dict[int, float] = {}
+        while not self._stop.wait(0.2):
+            now = time.monotonic()
+            for device in sorted(self.kept):
+                if self.agents[device].poll() is None:
+                    continue
+                if device not in due:
+                    lasted = now - started.get(device, now) > LASTING_S
+                    wait_s[device] = RETURN_S if lasted else min(2 * wait_s.get(device, RETURN_S / 2), MAX_RETURN_S)
+                    due[device] = now + wait_s[device]
+                elif now >= due[device]:
+                    del due[device]
+                    end(self.agents[device])
+                    self._start_agent(device)
+                    started[device] = now
+
+    def last_words(self) -> str:
+        """The last line of each agent's log."""
+        return "; ".join(filter(None, (last_words(path) for path in sorted(self.folder.glob("agent*.log")))))
+
+
+def end(agent: subprocess.Popen) -> None:
+    """Kills an agent with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()

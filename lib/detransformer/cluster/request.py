@@ -1,0 +1,25 @@
+"""What is asked of a model, in one record that crosses the line to the workers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text, an image, or `num_tokens` random tokens; how often it is run and how it is planned.
+
+    A GPT-2 goes on by `max_new_tokens`, once. `wires` are the formats that messages may have. `plan` (fields of a
+    `Plan`) goes before `method`.
+    """
+
+    text: str | None = None
+    image: str | None = None
+    context: str | None = None
+    num_tokens: int = 128
+    method: str = "auto"
+    plan: dict | None = None
+    wires: tuple[str, ...] = ("float32",)
+    reads: str = "all"
+    memory_budget_bytes: int | None = None
+    repeats: int = 5
+    max_new_tokens: int = 64
+    check: bool = False

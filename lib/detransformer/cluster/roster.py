@@ -1,0 +1,367 @@
+"""Who is there: a thread of the front that lets workers in, notices who is lost, and forms the group that computes.
+
+Each worker keeps one line to the front. Where workers come back (a service), a group that breaks is formed anew of
+those that are there; else (a bench, one request) the first loss ends all.
+"""
+
+import contextlib
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from detransformer.cluster.hello import difference, is_proof, prove
+from detransformer.cluster.line import BEAT_S, MEMBER_BYTES, Line, Message
+
+STRANGER_S, MAX_STRANGERS = 5.0, 64  # for who connects to say who it is, and how many may be about to
+LAST_CALL_S = 1.5  # for further devices, once those that were expected have come
+RETURN_S = 8.0  # for the workers of a broken group to return, before a group is formed without them
+EVIDENCE_S = 1.0  # for a death to show, after a collective broke or a job failed
+CODE_S = 2.0  # for whoever started a worker to tell how it ended, after its line was closed
+REFUSED = "refused"  # why all ends, as workers are told it: a user has to act
+FAILED = "failed: "  # how a device is lost begins with it, where it has said so itself
+MEET_ANEW = "the devices meet anew"
+
+
+@dataclass(eq=False)
+class Member:
+    """A worker that has come: what it said of itself (`hello`) and the number of its group, 0 while it waits."""
+
+    device: int
+    line: Line
+    hello: dict
+    group: int = 0
+    ready: bool = False
+    leaves: bool = False  # it was told to start anew
+    closed_at: float | None = None
+    noted: bool = False  # that its host differs was said
+
+
+@dataclass(eq=False)
+class Group:
+    """The workers that compute together, by device."""
+
+    number: int
+    members: dict[int, Member]
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def ready(self) -> bool:
+        return all(member.ready for member in self.members.values())
+
+
+class Roster:
+    """The workers of a cluster. All fields are read and written under the lock of `changed`.
+
+    Args: as of `fleet.Fleet`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        listener: socket.socket,
+        store: str,
+        secret: str,
+        stays: bool,
+        silence_s: float,
+        form_s: float,
+        on_event: Callable[[str, str, tuple[str, ...]], None] | None,
+    ):
+        self.names, self.stays = tuple(names), stays
+        self.changed = threading.Condition()
+        self.members: dict[int, Member] = {}
+        self.group: Group | None = None
+        self.devices: tuple[int, ...] = ()  # of the group that is ready
+        self.left_out: dict[int, str] = {}  # devices that jobs can do without, and why
+        self.lost: tuple[int, str] | None = None  # which device ended all, and how
+        self.refused = ""  # what a user has to put right first
+        self.why = "the devices have not met yet"  # there is no group
+        self.job, self.asked, self.needed = 0, set(), None  # the job that is under way: number, devices, `Fleet.run`
+        self.answers: dict[int, tuple[object, bytes]] = {}
+        self.first_came_at = 0.0  # the first device's worker
+        self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
+        self._on_event, self._listener = on_event, listener
+        self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge, and when it came
+        self._observers: list[Line] = []  # who start workers, and tell how these ended
+        self._count = 0  # of groups
+        self._ended: dict[int, str] = {}  # how a worker ended, in words
+        self._failed: dict[int, tuple[str, bool]] = {}  # what it reported, and whether the fault is its own
+        self._failed_at = 0.0
+        self._expected, self._since, self._came_at = set(range(len(names))), 0.0, 0.0
+        self._missed: set[int] = set()  # devices that were lost and are not back
+        self._seen: set[int] = set()  # devices that have been in a group
+        self._stop = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def close(self, kind: str, sentence: str, wait_s: float) -> None:
+        """Tells all workers to end and why, and gives them `wait_s` to read it; safe to call twice."""
+        if self._stop.is_set():
+            return
+        with self.changed:
+            for line in [*(member.line for member in self.members.values()), *self._observers]:
+                line.tell({"end": kind, "sentence": sentence})
+            self.group, self.devices = None, ()
+            for member in self.members.values():
+                member.leaves = True
+            deadline = time.monotonic() + wait_s
+            while (self.members or self._observers) and time.monotonic() < deadline:
+                self.changed.wait(0.1)
+        self._stop.set()
+        self._thread.join()
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()
+        self._selector.close()
+
+    def say(self, kind: str, sentence: str, devices: Collection[int]) -> None:
+        """Tells the front's user of an event."""
+        if self._on_event:
+            self._on_event(kind, sentence, tuple(self.names[device] for device in devices))
+
+    def leave_out(self, device: int, how: str) -> None:
+        """Jobs go on without this device."""
+        self.left_out[device] = f"{self.names[device]} {how}"
+        self._failed.pop(device, None)
+
+    def regroup(self, gone: Mapping[int, str], why: str = MEET_ANEW) -> None:
+        """The group breaks: `gone` are lost, and how; all others start anew."""
+        group, self.group, self.devices = self.group, None, ()
+        self._failed, self._failed_at = {}, 0.0
+        for device, member in group.members.items() if group else ():
+            if self.members.get(device) is member:
+                lives = device not in gone or gone[device].startswith(FAILED)
+                member.leaves = lives and member.line.tell({"again": why})
+                if not member.leaves:
+                    self._forget(member)
+        self._expected = set(group.members if group else ()) - set(gone) | {0}
+        self._since = time.monotonic()
+        self._missed |= set(gone)
+        self.why = "; ".join(f"{self.names[device]} {how}" for device, how in gone.items()) or why
+        self.say("lost" if gone else "meeting", self.why, gone)
+
+    # --- What comes ---
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            ready = self._selector.select(BEAT_S / 4)
+            with self.changed:
+                for key, _ in ready:
+                    if key.fileobj is self._listener:
+                        self._accept()
+                        continue
+                    try:
+                        self._receive(key.fileobj, key.data)
+                    except (ValueError, TypeError, LookupError):  # a message with fields of another kind
+                        self._drop(key.fileobj)
+                        if key.data:
+                            self._hear(key.data, None)
+                self._look(time.monotonic())
+                self.changed.notify_all()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # who connected has gone again
+            return
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        line = Line(connection)
+        if len(self._strangers) >= MAX_STRANGERS:
+            return line.close()
+        challenge = secrets.token_hex(16)
+        self._strangers[line] = challenge, time.monotonic()
+        self._selector.register(line, selectors.EVENT_READ)
+        line.tell({"challenge": challenge})
+
+    def _receive(self, line: Line, member: Member | None) -> None:
+        messages = line.receive()
+        if member is not None:
+            self._hear(member, messages)
+        elif messages is None:
+            self._drop(line)
+        elif line in self._strangers:
+            if messages:
+                self._meet(line, messages[0].header)
+        else:
+            for header, _ in messages:
+                if header["ended"] in range(len(self.names)):
+                    self._ended[header["ended"]] = _how(int(header["code"]), str(header.get("words", "")))
+
+    def _drop(self, line: Line) -> None:
+        self._strangers.pop(line, None)
+        if line in self._observers:
+            self._observers.remove(line)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(line)
+        line.close()
+
+    def _forget(self, member: Member) -> None:
+        """Its line is closed, or another one has taken its place."""
+        self._drop(member.line)
+        if self.members.get(member.device) is member:
+            del self.members[member.device]
+
+    def _meet(self, line: Line, hello: dict) -> None:
+        """Lets in who knows the secret: a worker, or who tells of workers."""
+        challenge, _ = self._strangers[line]
+        device = hello.get("device")
+        if not is_proof(hello.get("proof"), self._secret, challenge) or device not in (None, *range(len(self.names))):
+            return self._drop(line)
+        del self._strangers[line]
+        line.limit_bytes = MEMBER_BYTES
+        line.tell({"welcome": prove(self._secret, str(hello.get("nonce")))})
+        if device is None:
+            self._observers.append(line)
+            return
+        if known := self.members.get(device):
+            if not self.stays:
+                sentence = f"another host has come as {self.names[device]} already: every host needs its own name."
+                line.tell({"end": REFUSED, "sentence": sentence})
+                return self._drop(line)
+            self._forget(known)
+            if self.group and known is self.group.members.get(device):
+                self.regroup({device: "is gone: its process ended"})
+        member = self.members[device] = Member(device, line, hello)
+        self._selector.modify(line, selectors.EVENT_READ, member)
+        self._ended.pop(device, None)
+        self._came_at = time.monotonic()
+        if device == 0:
+            self.first_came_at = self._came_at
+        if device == 0 or not self._since:
+            self._since = self._came_at
+
+    def _hear(self, member: Member, messages: list[Message] | None) -> None:
+        if messages is None:
+            self._forget(member)
+            member.closed_at = time.monotonic()
+        for header, payload in messages or ():
+            if "ready" in header:
+                member.ready = header["ready"] == member.group
+                if self.group and member.ready and self.group.ready:
+                    self._tell_serving()
+            elif "result" in header and header["job"] == self.job:
+                self.answers[member.device] = header["result"], payload
+            elif "error" in header and header.get("job", self.job) == self.job:
+                self._failed[member.device] = str(header["error"]), bool(header.get("own"))
+                self._failed_at = self._failed_at or time.monotonic()
+
+    # --- Who is lost ---
+
+    def _look(self, now: float) -> None:
+        for line in [line for line, (_, since) in self._strangers.items() if now - since > STRANGER_S]:
+            self._drop(line)
+        if gone := self._gone(now):
+            self._lose(gone)
+        elif self._failed and now - self._failed_at > EVIDENCE_S and self._all_heard():
+            own = {device: FAILED + text for device, (text, is_own) in self._failed.items() if is_own}
+            if own or not self.stays:
+                self._lose(own or {device: FAILED + text for device, (text, _) in self._failed.items()})
+            else:  # a message was lost, and nobody is to blame
+                self.regroup({})
+        elif self.group and not self.group.ready and now - self.group.began > self._form_s:
+            self._lose({d: "did not join the group" for d, m in self.group.members.items() if not m.ready})
+        waiting = {d: m for d, m in self.members.items() if not m.group and not m.leaves}
+        if self.stays:
+            self._note_differing(waiting)
+            waiting = {device: member for device, member in waiting.items() if not self._difference(member)}
+        if self.group is None and not self._stop.is_set():
+            self._form(waiting, now)
+        elif waiting and self.devices and not self.asked:
+            self.regroup({})
+        for member in self.members.values():
+            member.line.beat()
+
+    def _all_heard(self) -> bool:
+        """Whether all of the group have given a sign of life since a collective broke."""
+        members = self.group.members.values() if self.group else ()
+        return all(m.line.heard_at > self._failed_at for m in members if m.device not in self.left_out)
+
+    def _gone(self, now: float) -> dict[int, str]:
+        """The devices of the group (before the first one: all) that have ended or fallen silent, and how."""
+        gone = {}
+        if not self.group:
+            return {} if self.stays else dict(self._ended)
+        for device, member in self.group.members.items():
+            if device in self.left_out:
+                continue
+            if device in self._ended:
+                gone[device] = self._ended[device]
+            elif member.closed_at and now - member.closed_at >= (0 if self.stays else CODE_S):
+                gone[device] = "is gone: its process ended"
+            elif not member.closed_at and now - member.line.heard_at > self._silence_s:
+                gone[device] = f"has been silent for {self._silence_s:g} s"
+        return gone
+
+    def _lose(self, gone: Mapping[int, str]) -> None:
+        """What becomes of it that devices are lost: they are left out, or all meet anew, or all ends."""
+        spared = {device: how for device, how in gone.items() if not how.startswith(FAILED)}
+        if spared and self.needed not in (None, *gone):
+            for device, how in spared.items():
+                self.leave_out(device, how)
+        elif self.stays:
+            self.regroup(gone)
+        else:
+            self.lost = self.lost or min(gone.items())
+            self._failed.clear()
+
+    # --- Who computes together ---
+
+    def _form(self, waiting: Mapping[int, Member], now: float) -> None:
+        """Makes a group of those that wait, once all are there or no more are to be expected."""
+        everyone = len(waiting) == len(self.names)
+        if self.lost or self.refused:
+            return
+        if not self.stays:
+            problems = [member for member in waiting.values() if everyone or member.hello.get("problem")]
+            self.refused = next(filter(None, map(self._difference, problems)), "")
+            if self.refused or not everyone:
+                return
+        elif not everyone:
+            called = self._expected <= set(waiting) and now - self._came_at > LAST_CALL_S
+            if 0 not in waiting or (not called and now - self._since < RETURN_S):
+                return
+        self._count += 1
+        self.group = Group(self._count, dict(sorted(waiting.items())))
+        for member in waiting.values():
+            member.group = self._count
+            member.line.tell({"group": self._count, "devices": sorted(waiting), "store": self._store})
+
+    def _difference(self, member: Member) -> str:
+        """In what a worker's host differs from the first device's, as a sentence; empty where in nothing."""
+        first = self.members.get(0, member)
+        return difference(self.names[member.device], member.hello, self.names[0], first.hello)
+
+    def _note_differing(self, waiting: Mapping[int, Member]) -> None:
+        for device, member in waiting.items():
+            if not member.noted and (found := self._difference(member)):
+                member.noted = True
+                self.say("differing", f"{found} It is left out.", [device])
+
+    def _tell_serving(self) -> None:
+        self.devices = tuple(self.group.members)
+        unnamed = (self._expected & self._seen) - set(self.devices) - self._missed
+        if unnamed:
+            self._missed |= unnamed
+            self.say("lost", f"{join_words([self.names[device] for device in unnamed])} did not return", unnamed)
+        back = [self.names[device] for device in self.devices if device in self._missed]
+        self._missed -= set(self.devices)
+        self._seen |= set(self.devices)
+        words = f"serving on {join_words([self.names[device] for device in self.devices])}"
+        self.say("serving", f"{join_words(back)} back; {words}" if back else words, self.devices)
+
+
+def _how(code: int, words: str) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}" + (f" ({words})" if words else "")
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Such as `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), *words[-1:]] if len(words) > 2 else words)

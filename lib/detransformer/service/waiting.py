@@ -1,0 +1,174 @@
+"""Requests that wait: each has a deadline and gets one answer; some are asked together, padded to one length."""
+
+import statistics
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+import torch
+
+from detransformer.cluster.request import Request
+
+MAX_ATTEMPTS = 6
+EXAMPLES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class QueueFull(Exception):
+    """No room for another request; `retry_after_s` is when there may be."""
+
+    def __init__(self, waiting: int, retry_after_s: float):
+        super().__init__(f"{waiting} requests wait already: ask again in {retry_after_s:.0f} s.")
+        self.retry_after_s = retry_after_s
+
+
+class Expired(Exception):
+    """A request that could not be answered by its deadline."""
+
+
+class Unanswered(Exception):
+    """A request whose attempts all broke off, or whose session has ended."""
+
+
+@dataclass(eq=False)  # tensors do not compare to one truth
+class Asked:
+    """A request, its tensors [B, T] by name, and the future of its answer."""
+
+    request: Request
+    inputs: dict[str, torch.Tensor]
+    deadline: float
+    future: Future = field(default_factory=Future)
+    attempts: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def size(self) -> int:
+        return len(self.inputs["input_ids"])
+
+    def goes_with(self, other: "Asked") -> bool:
+        """Whether both may be asked together; one whose batch broke is asked alone."""
+        return self.request == other.request and not self.attempts and not other.attempts
+
+    def settle(self, answer=None, error: Exception | None = None) -> bool:
+        """Whether this is the first answer; a second one reaches nobody."""
+        try:
+            self.future.set_exception(error) if error else self.future.set_result(answer)
+        except InvalidStateError:
+            return self.future.cancelled()  # the caller has given it up
+        return True
+
+
+class Waiting:
+    """The line of requests; any thread may add, one takes. `counts` are of what became of them."""
+
+    def __init__(self, max_waiting: int, max_batch: int):
+        self.counts: Counter[str] = Counter()
+        self._max_waiting, self._max_batch = max_waiting, max_batch
+        self._new: deque[Asked] = deque()
+        self._again: deque[Asked] = deque()  # of broken batches, before all others
+        self._changed = threading.Condition()
+        self._row_s: deque[float] = deque(maxlen=32)  # of the last batches
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._again)
+
+    def add(self, asked: Asked) -> None:
+        """
+        Raises:
+            QueueFull: when as many wait as may.
+            Unanswered: after `close`.
+        """
+        with self._changed:
+            if self._closed:
+                raise Unanswered("the session has ended.")
+            if len(self._new) >= self._max_waiting:
+                self.counts["refused"] += 1
+                row_s = statistics.fmean(self._row_s) if self._row_s else 1.0
+                raise QueueFull(len(self._new), max(1.0, len(self._new) * row_s))
+            self.counts["accepted"] += 1
+            self._new.append(asked)
+            self._changed.notify()
+
+    def take(self) -> list[Asked]:
+        """Requests to ask together; none where none came for a moment."""
+        with self._changed:
+            if not len(self) and not self._closed:
+                self._changed.wait(0.1)
+        self.drop_expired()
+        with self._changed:
+            if self._again:
+                return [self._again.popleft()]
+            batch: list[Asked] = []
+            while self._new and (not batch or self._joins(batch, self._new[0])):
+                batch.append(self._new.popleft())
+            return batch
+
+    def _joins(self, batch: list[Asked], asked: Asked) -> bool:
+        return batch[0].goes_with(asked) and sum(a.size for a in batch) + asked.size <= self._max_batch
+
+    def settle(self, batch: list[Asked], outputs: Mapping[str, torch.Tensor], left: bool, took_s: float) -> list[float]:
+        """Gives each request of `batch` its rows of `outputs`; returns the seconds since each was asked."""
+        first = 0
+        for asked in batch:
+            length = asked.inputs["input_ids"].shape[1]
+            rows = {name: tensor[first : first + asked.size] for name, tensor in outputs.items()}
+            first += asked.size
+            self.counts["twice"] += not asked.settle(rows if left else cut(rows, length))
+            self.counts["answered"] += 1
+            self.counts["retried"] += asked.attempts > 1
+        self._row_s.append(took_s / first)
+        return [time.monotonic() - asked.since for asked in batch]
+
+    def ask_again(self, batch: list[Asked], why: str) -> None:
+        """Puts those of a broken batch that have no answer before all others; `why` is how the last attempt ended."""
+        for asked in reversed(batch):
+            if asked.future.done():
+                continue
+            if asked.attempts >= MAX_ATTEMPTS:
+                asked.settle(error=Unanswered(f"{MAX_ATTEMPTS} attempts to answer broke off; the last: {why}"))
+                self.counts["unanswered"] += 1
+            else:
+                with self._changed:
+                    self._again.appendleft(asked)
+
+    def drop_expired(self) -> None:
+        """Says so to those whose deadline has passed."""
+        now = time.monotonic()
+        with self._changed:
+            for line in (self._again, self._new):
+                for asked in [a for a in line if a.deadline < now or a.future.cancelled()]:
+                    line.remove(asked)
+                    self.counts["expired"] += 1
+                    asked.settle(error=Expired("no answer by the deadline."))
+
+    def close(self) -> None:
+        """All that wait get no answer."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for asked in [*self._again, *self._new]:
+                asked.settle(error=Unanswered("the session has ended."))
+
+
+def join_rows(parts: list[dict[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
+    """Inputs [B, T] of several requests as one, padded (`left`: before the tokens) to the longest, the mask being 0."""
+    length = max(part["input_ids"].shape[1] for part in parts)
+    joined = {}
+    for name in EXAMPLES:
+        if not any(name in part for part in parts):
+            continue
+        rows = []
+        for part in parts:
+            tensor = part.get(name, torch.zeros_like(part["input_ids"]))
+            missing = length - tensor.shape[1]
+            rows.append(torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing)))
+        joined[name] = torch.cat(rows)
+    return joined
+
+
+def cut(outputs: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Outputs of one request without the rows that padding made: [B, T, ...] to its own T."""
+    return {name: tensor[:, :length] if tensor.ndim == 3 else tensor for name, tensor in outputs.items()}

@@ -1,0 +1,103 @@
+"""`python -m tests.chaos`, `make chaos`, `make soak`: a serving cluster broken on purpose, and tables of it."""
+
+import argparse
+import functools
+import signal
+import sys
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from tests.chaos.faults import FAULTS
+from tests.chaos.rounds import NAMED_S, SERVED_S, run_chaos, summary
+from tests.chaos.soak import LOAD, MAX_GROWTH, WARM, run_soak
+from transformers.utils import logging
+
+from detransformer.cluster.network import can_emulate
+from detransformer.cluster.spec import ClusterSpec
+from detransformer.machine import cpu_model, usable_cores
+from detransformer.record.run import RunFolder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cluster", default="examples/jetsons.yaml")
+    parser.add_argument("--faults", default=",".join(FAULTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: load so long, a fault a minute")
+    parser.add_argument("--output", default="results/chaos")
+    given = parser.parse_args()
+    names = given.faults.split(",")
+    unknown = [name for name in names if name not in FAULTS]
+    if unknown or given.rounds < 1:
+        parser.error(f"faults are {', '.join(FAULTS)}, rounds 1 or more; not {', '.join(unknown) or given.rounds}")
+    possible = {name: FAULTS[name].possible() for name in names}
+    reasons = {name: why for name, (can, why) in possible.items() if not can}
+    names = [name for name in names if name not in reasons]
+    try:
+        spec = ClusterSpec.load(given.cluster)
+        if not spec.emulated:
+            raise ValueError(f"{given.cluster} is of real hosts: give a file with `emulated: true`.")
+        if not can_emulate()[0]:
+            raise ValueError(f"{can_emulate()[1]}: run it as root.")
+        if not names:
+            raise ValueError(f"none of these faults can be made here: {reasons}.")
+    except ValueError as error:
+        parser.error(str(error))
+    note = on() + "".join(f" Not run: {name}, {why}." for name, why in reasons.items())
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
+    run = RunFolder(given.output)
+    try:
+        held = (soak if given.soak else chaos)(spec, names, given, run, functools.partial(print, flush=True), note)
+    except KeyboardInterrupt:
+        sys.exit("interrupted" + ("" if given.soak else ": rounds that were played are kept, the same command goes on"))
+    print((run.tables / f"{'soak' if given.soak else 'chaos'}.md").read_text(encoding="utf-8"))
+    sys.exit(0 if held else 1)
+
+
+def chaos(
+    spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable, note: str
+) -> bool:
+    """All rounds, saved; whether everything was as promised."""
+    note = f"Seconds: the longest of all rounds. Promised: named in {NAMED_S:g} s, served in {SERVED_S:g} s. {note}"
+    kept = run.load_table("chaos_rounds").to_dict("records") if run.has_table("chaos_rounds") else []
+    if kept:
+        say(f"{len(kept)} rounds of an earlier call are kept; delete {run.tables}/chaos_rounds.csv to begin anew")
+
+    def keep(rows: list[dict]) -> pd.DataFrame:
+        return run.save_table(pd.DataFrame(rows), "chaos_rounds", note=note)
+
+    rows = keep(run_chaos(spec, names, given.rounds, say, kept, keep))
+    return bool(run.save_table(summary(rows), "chaos", note=note)["held"].all())
+
+
+def soak(
+    spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable, note: str
+) -> bool:
+    """The soak, saved; whether nothing was lost, wrong or answered twice, and memory stayed as it was."""
+    samples, result = run_soak(spec, names, given.soak, say=say)
+    note = (
+        f"{given.soak:g} minutes, asked at {LOAD:.0%} of what it can answer undisturbed (answered: "
+        f"{result['answered_per_s'] / result['capacity_per_s']:.0%}), a fault a minute. Growth: of memory, after the "
+        f"first {WARM:.0%} of them; promised: {MAX_GROWTH:.0%} at most. {note}"
+    )
+    grown = max(result["front_growth"], result["devices_growth"]) > MAX_GROWTH
+    result = {
+        "minutes": given.soak,
+        **result,
+        "held": not (result["lost"] or result["wrong"] or result["twice"] or grown),
+    }
+    run.save_table(samples, "soak_samples", note=note)
+    shown = pd.DataFrame(result.items(), columns=["what", "obtained"])
+    run.save_table(pd.DataFrame([result]), "soak", note=note, markdown=shown)
+    return result["held"]
+
+
+def on() -> str:
+    return f"On {cpu_model()}, {usable_cores()} cores; emulated devices, computing as fast as that does."
+
+
+if __name__ == "__main__":
+    main()
