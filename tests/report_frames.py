@@ -152,29 +152,6 @@ def calibration_rows() -> pd.DataFrame:
     return frame.assign(tokens_share=frame["tokens"] / 1e8, perplexity=np.exp(frame["valid_loss"]))
 
 
-def throughput_rows() -> pd.DataFrame:
-    speeds = {
-        ("Trainer, default", "float32"): 3000,
-        ("ours, float32", "float32"): 4000,
-        ("ours, fastest", "bf16-weights"): 9000,
-    }
-    return pd.DataFrame(
-        dict(implementation=name, row=row, precision=precision, tokens_per_s=speed / f, speedup=speed / 3000)
-        | dict(steps=30, hardware="1 core")
-        for row, f in (("bert-base original", 1), ("bert-base Nb=4, Ndiv=4", 1.4))
-        for (name, precision), speed in speeds.items()
-    )
-
-
-def throughput_loss_rows() -> pd.DataFrame:
-    return pd.DataFrame(
-        dict(implementation=name, row=row, step=step, loss=10 / step**0.2 + 0.01 * shift * (-1) ** step)
-        for row in ("bert-base original", "bert-base Nb=4, Ndiv=4")
-        for shift, name in enumerate(("ours, fastest", "Trainer, default"))
-        for step in range(1, 31)
-    )
-
-
 def placement_rows() -> pd.DataFrame:
     losses = {"last": 4.0, "first": 4.05, "bottom": 4.2, "middle": 4.1, "top": 3.95}
     place = dict(model="bert-base", num_original_layers=4, num_divisions=4, attention_width="full", num_seeds=2)

@@ -6,13 +6,13 @@ import pytest
 from transformers import AutoModelForMaskedLM, BertConfig, BertForSequenceClassification
 
 from detransformer import cli
+from detransformer.report.accuracy_tables import of_row
 from detransformer.training import (
     ModelRow,
     PretrainConfig,
     export,
     held_out_loss,
     load_masked_lm,
-    of_row,
     open_data,
     pretrain,
     pretraining_table,

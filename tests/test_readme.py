@@ -12,10 +12,10 @@ from detransformer.files import repository_root
 from detransformer.record.published import published
 from detransformer.record.run import RunFolder
 from detransformer.report import coformer_tables
+from detransformer.report.accuracy_tables import table_iii
 from detransformer.report.claims import summarise
 from detransformer.report.peers import methods_table
 from detransformer.report.readme import FILES, REFERENCE, SECTIONS, render
-from detransformer.training.summary import table_iii
 from report_frames import (
     WAIT_S,
     accuracy_rows,
@@ -56,7 +56,6 @@ def test_reference_run_is_complete():
         "accuracy_runs",
         "wire_accuracy",
     )
-    tables += ("wire_accuracy", "training_throughput", "training_throughput_loss")
     tables += ("predictor", "proxy", "search", "policies", "constraints", "decomposition", "coformer", "which_one")
     tables += tuple(f"coformer_{name}" for name in ("runs", "ablation", "aggregators", "devices", "budgets", "rules"))
     tables += tuple(f"coformer_{name}" for name in ("recipes", "equal_flops", "missing", "latency", "text"))
@@ -64,7 +63,7 @@ def test_reference_run_is_complete():
         assert len(run.load_table(name)), name
     figures = ("fig2a", "fig2b", "fig7a", "fig7b", "fig7c", "fig7d", "fig8", "table_iii", "table_iv")
     figures += ("plan_map", "choices", "predicted", "unequal", "trace", "generation", "perplexity", "scale_out")
-    figures += ("pretraining_loss", "placements", "calibration", "table_iii_noise", "wire_accuracy", "throughput")
+    figures += ("pretraining_loss", "placements", "calibration", "table_iii_noise", "wire_accuracy")
     figures += ("predictor", "proxy", "search", "policies", "coformer_aggregators", "coformer_devices")
     figures += ("coformer_bandwidth", "coformer_tradeoff", "coformer_energy")
     for name in (*figures, "bandwidth", "parts", "timeline", "wire"):

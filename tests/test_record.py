@@ -10,8 +10,8 @@ from detransformer.record.intervals import around, bootstrap_median, bootstrap_r
 from detransformer.record.published import published, published_claim
 from detransformer.record.run import RunFolder, to_markdown
 from detransformer.record.verdict import COLUMNS, Verdict, verdicts
+from detransformer.report.accuracy_tables import table_iii
 from detransformer.report.claims import summarise, table_iii_differences, verdict_counts
-from detransformer.training.summary import table_iii
 from report_frames import accuracy_rows, pretraining_rows, row
 
 NAN = float("nan")

@@ -14,12 +14,12 @@ from decomposition_frames import decomposition_frames
 from detransformer.record.published import published
 from detransformer.record.run import RunFolder
 from detransformer.report import adaptive_figures
+from detransformer.report.accuracy_tables import table_iii
 from detransformer.report.adaptive_tables import adaptive_verdicts, choice_cells
 from detransformer.report.figures import FIGURES, draw
 from detransformer.report.latency_figures import EVENTS
 from detransformer.report.tables import METHOD_NAMES, table_iv
 from detransformer.service.promises import NAMED_S, SERVED_S
-from detransformer.training.summary import table_iii
 from report_frames import (
     BANDWIDTHS,
     MEGABITS,
@@ -40,8 +40,6 @@ from report_frames import (
     scale_out_rows,
     service_frames,
     table_iii_rows,
-    throughput_loss_rows,
-    throughput_rows,
     timeline_rows,
     trace_rows,
     unequal_rows,
@@ -60,7 +58,6 @@ def adaptive_frames() -> dict[str, pd.DataFrame]:
 
 def accuracy_frames() -> dict[str, pd.DataFrame]:
     frames = dict(accuracy_runs=accuracy_rows(3), calibration=calibration_rows(), placements=placement_rows())
-    frames |= dict(training_throughput=throughput_rows(), training_throughput_loss=throughput_loss_rows())
     return frames | dict(wire_accuracy=wire_rows())
 
 
@@ -355,16 +352,6 @@ def test_calibration_of_one_method_is_drawn(tmp_path):
     rows = calibration_rows().query("method == 'distilled'").assign(teacher_valid_loss=np.nan)
     run.save_table(rows, "calibration")
     assert [text.get_text() for text in draw(run, "calibration").legends[0].get_texts()] == ["distilled"]
-
-
-def test_throughput_has_bars_and_losses_at_equal_steps(full_run):
-    left, right = draw(full_run, "throughput").axes
-    named = [label.get_text() for label in left.get_yticklabels()]
-    assert named == ["Trainer, default, float32", "ours, float32", "ours, fastest, bf16-weights"]
-    assert left.patches[2].get_width() == 9000 and left.texts[2].get_text() == "9,000 (3.00x), bert-base original"
-    rows = ("bert-base original", "bert-base Nb=4, Ndiv=4")
-    expected = [f"{name}, {row}" for row in rows for name in ("ours, fastest", "Trainer, default")]
-    assert [line.get_label() for line in right.lines] == expected
 
 
 def test_placements_write_the_difference_to_the_published_place(full_run):

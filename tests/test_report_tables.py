@@ -9,6 +9,7 @@ import pytest
 from detransformer.parallel.plan import METHODS
 from detransformer.record.published import published
 from detransformer.report import peers
+from detransformer.report.accuracy_tables import table_iii
 from detransformer.report.canvas import LOOKS
 from detransformer.report.tables import (
     METHOD_NAMES,
@@ -24,7 +25,6 @@ from detransformer.report.tables import (
     table_iv_markdown,
     valid_rows,
 )
-from detransformer.training.summary import table_iii
 from report_frames import (
     MEGABITS,
     SINGLE_S,

@@ -18,16 +18,9 @@ from detransformer.report.accuracy import (
     trend_notes,
     trends,
 )
+from detransformer.report.accuracy_tables import placement_table, table_iii, table_note, width_table, wire_table
 from detransformer.training.config import ModelRow
-from detransformer.training.summary import (
-    accuracy_table,
-    placement_table,
-    pretraining_table,
-    table_iii,
-    table_note,
-    width_table,
-    wire_table,
-)
+from detransformer.training.summary import accuracy_table, pretraining_table
 from report_frames import SPREAD, accuracy_rows, pretraining_rows, table_iii_rows
 
 PUBLISHED = published("table_iii")

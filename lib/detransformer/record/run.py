@@ -39,7 +39,6 @@ TABLE_NOTEBOOKS = {
 TABLE_COMMANDS = {  # which command makes a table that no notebook does
     **dict.fromkeys(("chaos", "chaos_rounds"), "`make chaos`"),
     **dict.fromkeys(("soak", "soak_samples"), "`make soak`"),
-    **dict.fromkeys(("training_throughput", "training_throughput_loss"), "`detransformer bench-training`"),
     "coverage": "`make coverage`",
     "encrypted": "`python -m detransformer.cluster.encrypted`",
 }

@@ -1,4 +1,4 @@
-"""Figures of accuracy and training: Table III with its spread, variants, calibration, throughput. Table in, Figure out.
+"""Figures of accuracy and training: Table III with its spread, variants, calibration. Table in, Figure out.
 
 A published value is hollow, an obtained one filled; error bars are standard errors over seeds unless a legend says
 otherwise.
@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -161,45 +160,6 @@ def calibration(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def throughput(bars: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Tokens a second of each implementation and precision, and the losses they reach at equal steps."""
-    bars = need(bars[bars["tokens_per_s"].notna()], "training_throughput", "tokens_per_s")
-    curves = need(curves[curves["loss"].notna()], "training_throughput_loss", "loss")
-    figure, (left, right) = panels(2, width=5.2, sharey=False)
-    models = list(dict.fromkeys(bars["row"]))
-    ways = [
-        bar.implementation if bar.precision in bar.implementation else f"{bar.implementation}, {bar.precision}"
-        for bar in bars.itertuples()
-    ]
-    names = list(dict.fromkeys(ways))
-    implementations = list(dict.fromkeys([*bars["implementation"], *curves["implementation"]]))
-    colours = dict(zip(implementations, sns.color_palette("colorblind", len(implementations)), strict=True))
-    height = 0.8 / len(models)
-    for index, model in enumerate(models):
-        part = bars.assign(way=ways)[bars["row"] == model]
-        places = [names.index(way) - 0.4 + height * (index + 0.5) for way in part["way"]]
-        fill = [colours[name] for name in part["implementation"]]
-        drawn = left.barh(places, part["tokens_per_s"], 0.9 * height, color=fill, alpha=1 - 0.5 * index / len(models))
-        words = [f"{row.tokens_per_s:,.0f}{_speedup(row.speedup)}" for row in part.itertuples()]
-        words = [f"{word}, {model}" for word in words] if len(models) > 1 else words
-        left.bar_label(drawn, words, fontsize=7.5, padding=3)
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.set_xlim(0, bars["tokens_per_s"].max() * (1.9 if len(models) > 1 else 1.35))
-    left.set_xlabel("Tokens a second")
-    hardware = ", ".join(dict.fromkeys(bars["hardware"].dropna().astype(str))) if "hardware" in bars else ""
-    left.set_title("Speed" + (f", {models[0]}" if len(models) == 1 else "") + (f"\n{hardware}" if hardware else ""))
-    for (model, name), line in curves.groupby(["row", "implementation"], sort=False):
-        line = line.sort_values("step")
-        style = "-" if name == implementations[0] else (implementations.index(name), (2, len(implementations)))
-        marker = "osD^"[models.index(model) % 4] if model in models else None
-        words = f"{name}, {model}" if len(models) > 1 else name
-        right.plot(line["step"], line["loss"], ls=style, lw=1.5, marker=marker, ms=3, color=colours[name], label=words)
-    right.set(xlabel="Optimiser step", ylabel="Training loss (nats a masked token)", title="Loss at equal steps")
-    right.legend(loc="upper right", fontsize=7)
-    return figure
-
-
 def placements(frame: pd.DataFrame) -> Figure:
     """Held-out loss by where the original layers stand, with the difference to "last", as published."""
     rows = need(frame[frame["valid_loss"].notna()], "placements", "valid_loss")
@@ -334,10 +294,6 @@ def _method_label(method: str, start: str, trained: pd.DataFrame, several: bool)
         tokens = f", {trained['tokens'].max():,.0f} tokens" if len(trained) else ""
         return f"from scratch{tokens}"
     return f"{method} from {start}" if several else method
-
-
-def _speedup(speedup: float) -> str:
-    return "" if pd.isna(speedup) else f" ({speedup:.2f}x)"
 
 
 def _count(counts: pd.Series, noun: str) -> str:

@@ -192,7 +192,6 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., Figure]]] = {
     "table_iii": (("table_iii",), accuracy_figures.table_iii),
     "table_iii_noise": (("accuracy_runs",), accuracy_figures.table_iii_noise),
     "calibration": (("calibration",), accuracy_figures.calibration),
-    "throughput": (("training_throughput", "training_throughput_loss"), accuracy_figures.throughput),
     "placements": (("placements",), accuracy_figures.placements),
     "wire_accuracy": (("wire_accuracy",), accuracy_figures.wire_accuracy),
     "fig2a": (("fig2a",), fig2a),

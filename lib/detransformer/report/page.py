@@ -62,8 +62,6 @@ TABLE_CAPTIONS = {
     "placements": "Original layers elsewhere among the decoupled ones",
     "widths": "Full and narrow sub-blocks",
     "calibration": "Held-out loss after slicing, by how a model was trained on",
-    "training_throughput": "Tokens per second beside Hugging Face's Trainer",
-    "training_throughput_loss": "Losses beside Hugging Face's Trainer",
     "accuracy_runs": "Fine-tuning, one row a seed",
     "table_iii": "Table III: accuracy on five tasks",
     "wire_accuracy": "Accuracy with messages in other number formats",

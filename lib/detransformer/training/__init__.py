@@ -1,7 +1,8 @@
-"""Masked-language-model pre-training and fine-tuning (DATE 2024, Section IV-A, Table III).
+"""Training: masked-LM pre-training, calibration and fine-tuning of BERT (DATE 2024, Section IV-A), GPT-2, ViT.
 
-`open_data` finds the text, `pretrain` and `finetune` train (and skip what is finished, resume what was interrupted),
-`summary` turns their results into tables. Knows no plot and no value of the paper.
+`open_data` finds the text; `pretrain`, `calibrate`, `finetune`, `causal.train_row` and `images.train_vit` each build an
+objective and its batches and hand them to `loop.fit`. What is finished is not trained again; what was interrupted goes
+on. Knows no plot and no value of a paper.
 """
 
 from detransformer.training.config import (
@@ -23,17 +24,7 @@ from detransformer.training.evaluation import export, held_out_loss, load_masked
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import PretrainResult, pretrain, pretrain_all
 from detransformer.training.studies import calibration_study, structures
-from detransformer.training.summary import (
-    accuracy_table,
-    loss_table,
-    of_row,
-    placement_table,
-    pretraining_table,
-    table_iii,
-    table_note,
-    width_table,
-    wire_table,
-)
+from detransformer.training.summary import accuracy_table, loss_table, pretraining_table
 
 __all__ = [
     "CalibrationConfig",
@@ -56,16 +47,10 @@ __all__ = [
     "loss_table",
     "make_config",
     "model_rows",
-    "of_row",
     "open_data",
     "pretrain",
     "pretrain_all",
-    "placement_table",
     "pretraining_table",
     "reduced_data",
     "structures",
-    "table_iii",
-    "table_note",
-    "width_table",
-    "wire_table",
 ]

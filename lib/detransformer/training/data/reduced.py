@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from datasets import Dataset
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from detransformer.training.data.sources import Source, TrainingData
 from detransformer.training.data.tasks import Task
@@ -64,21 +64,14 @@ class ReducedVocabulary:
         described["model"]["vocab"] = numbers
         for token in described["added_tokens"]:
             token["id"] = numbers[token["content"]]
-        described["post_processor"] = self._template(numbers)
-        return Tokenizer.from_str(json.dumps(described))
-
-    def _template(self, numbers: dict[str, int]) -> dict:
-        """`[CLS] A [SEP] B [SEP]`, or `[CLS] A B` for a decoder."""
-        start, end, first, second = (
-            *({"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]")),
-            *({"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")),
+        described["post_processor"] = None
+        tokenizer = Tokenizer.from_str(json.dumps(described))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A" if self.decoder else "[CLS] $A [SEP]",
+            pair="[CLS] $A $B" if self.decoder else "[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(name, numbers[name]) for name in ("[CLS]", "[SEP]")],
         )
-        single, pair = [start, first], [start, first, second]
-        if not self.decoder:
-            typed = {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}
-            single, pair = [start, first, end], [start, first, end, *typed]
-        ids = {name: {"id": name, "ids": [numbers[name]], "tokens": [name]} for name in ("[CLS]", "[SEP]")}
-        return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": ids}
+        return tokenizer
 
 
 def reduced_data(data: TrainingData, vocab_size: int | None, decoder: bool = False) -> TrainingData:

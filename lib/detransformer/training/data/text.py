@@ -38,15 +38,13 @@ class TextFiles:
     def articles(self, split: str) -> Iterator[str]:
         """Lines that are not empty: every 20th is of `validation` (of fewer the last one), the others of `train`."""
         held_out = split == "validation"
-        waiting = None  # the last line read, of which it is not known yet whether it is the last of all
-        number = 0
-        for path in self.files:
-            for line in filter(None, open_text(path)):
-                if waiting is not None and (number % VALID_EVERY == 0) == held_out:
-                    yield waiting
-                waiting, number = line, number + 1
-        if waiting is not None and (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
-            yield waiting
+        number, last = 0, None
+        for line in (line for path in self.files for line in open_text(path) if line):
+            if last is not None and (number % VALID_EVERY == 0) == held_out:
+                yield last
+            number, last = number + 1, line
+        if last is not None and (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
+            yield last
 
 
 class Retokenized:
