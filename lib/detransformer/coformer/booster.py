@@ -183,7 +183,7 @@ class TextTask:
         return Batch(rows, {name: batch[name] for name in self._input_names})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BoostConfig(StepRecipe):
     """How each sub-model is calibrated; sub-model n has its own order of samples.
 

@@ -104,7 +104,7 @@ def collect_outputs(
 # Training and scores ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AggregatorConfig(Recipe):
     """How an aggregator is trained on features of frozen sub-models.
 

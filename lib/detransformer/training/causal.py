@@ -48,7 +48,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CausalConfig(StepRecipe):
     """Next-token training of a small GPT-2; the defaults are six rows in about 25 minutes of one x86 core.
 

@@ -152,7 +152,7 @@ def model_rows(rows: Iterable[ModelRow | Sequence]) -> list[ModelRow]:
     return [row if isinstance(row, ModelRow) else ModelRow(*row) for row in rows]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Checked):
     """How a model is optimised.
 
@@ -176,7 +176,7 @@ class Recipe(Checked):
     checkpoint_every_s: float = not_negative(600.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepRecipe(Recipe):
     """A recipe of so many optimizer steps.
 
@@ -202,7 +202,7 @@ class StepRecipe(Recipe):
         return self.global_batch_size // self.micro_batch_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(StepRecipe):
     """Masked-language-model pre-training; the defaults are the paper's recipe (7,038 steps, sequence length 128).
 
@@ -286,7 +286,7 @@ class PretrainConfig(StepRecipe):
         return text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Recipe):
     """Fine-tuning of one task; NVIDIA's values are in the `paper` profile.
 

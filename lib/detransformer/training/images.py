@@ -49,7 +49,7 @@ PREPROCESSOR = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageConfig(StepRecipe):
     """A ViT's sizes and how it is trained.
 
