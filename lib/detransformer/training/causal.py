@@ -54,7 +54,7 @@ class CausalConfig(StepRecipe):
 
     Args:
         num_layers, hidden_size, num_heads: of the original model; its FFN is four times as wide.
-        vocab_size: pieces of the data's vocabulary that are kept (`ReducedVocabulary`): with BERT's 30,522 most of such
+        vocab_size: pieces of the data's vocabulary that are kept (`reduced_data`): with BERT's 30,522 most of such
             a small model's time goes into the LM head; None keeps all.
         seq_len: tokens in a packed sequence, [CLS] and [SEP] included.
         dropout: of embeddings, residuals and attention.

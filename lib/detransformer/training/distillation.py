@@ -252,8 +252,8 @@ def calibration_table(
     """What calibration comes to, one row a training: by row, then method, then tokens.
 
     Columns: row; start (`slices` or `scratch`); method (`none`: slices as they are; `plain`, `distilled`, `from
-    scratch`); tokens trained on, and their share of the teacher's pre-training; valid_loss (nats a masked token), and
-    unigram_loss, that of word frequencies alone; perplexity; teacher_valid_loss; seconds; seed; source; note.
+    scratch`); tokens trained on, and their share of the teacher's pre-training; valid_loss (nats a masked token);
+    perplexity; teacher_valid_loss; seconds; seed; source; note.
 
     Args:
         results: of `calibrate`, any number a row.
@@ -283,7 +283,6 @@ def _line(result: PretrainResult, start: str, method: str, calibrated: Calibrati
         "tokens": result.tokens,
         "tokens_share": result.tokens / calibrated.teacher_tokens if known else math.nan,
         "valid_loss": result.valid_loss,
-        "unigram_loss": result.unigram_loss,
         "perplexity": math.exp(min(result.valid_loss, 700.0)),
         "teacher_valid_loss": calibrated.teacher_valid_loss,
         "seconds": result.seconds,

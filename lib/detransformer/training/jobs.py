@@ -31,7 +31,10 @@ def run_jobs(function: Callable, jobs: Sequence[tuple], num_jobs: int, title: st
                 results.append(function(*job))
                 bar.update()
             return results
-        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads without their state
+        # Workers are forked from a process that has imported the library and done nothing else: a fork of this one
+        # would inherit PyTorch's threads without their state.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["detransformer.training"])
         threads = max(1, torch.get_num_threads() // num_jobs)
         others = multiprocessing.active_children()
         with ProcessPoolExecutor(num_jobs, context, initializer=_start_worker, initargs=(threads,)) as pool:

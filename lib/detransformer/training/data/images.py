@@ -188,11 +188,10 @@ def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.nd
     Raises:
         ValueError: that names the file and the remedy, where it is damaged or holds something else.
     """
-    arrays = {}
+    names = [f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")]
     try:
         with np.load(path, allow_pickle=False) as file:
-            for name in ("train_images", "train_labels", "test_images", "test_labels"):
-                arrays[name] = file[name]
+            arrays = {name: file[name] for name in names}
     except KeyError as error:
         raise ValueError(f"{path} has no array {error}: copy it again from the original.") from error
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -200,21 +199,17 @@ def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.nd
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         shape = (IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
-            raise ValueError(
-                f"{path}: {split}_images is {images.dtype} {list(images.shape)} where uint8 [N, 32, 32, 3] is "
-                "expected; copy it again from the original."
-            )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)} where {len(images)} integers are "
-                "expected; copy it again from the original."
-            )
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"{path}: {split}_labels has {labels.max() if labels.max() >= num_classes else labels.min()}, outside "
-                f"0..{num_classes - 1}; copy it again from the original."
-            )
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            problem = f"{split}_images is {images.dtype} {list(images.shape)} where uint8 [N, 32, 32, 3] is expected"
+        elif labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            found = f"{labels.dtype} {list(labels.shape)}"
+            problem = f"{split}_labels is {found} where {len(images)} integers are expected"
+        elif labels.min() < 0 or labels.max() >= num_classes:
+            outside = labels.max() if labels.max() >= num_classes else labels.min()
+            problem = f"{split}_labels has {outside}, outside 0..{num_classes - 1}"
+        else:
+            continue
+        raise ValueError(f"{path}: {problem}; copy it again from the original.")
     return arrays
 
 

@@ -4,6 +4,7 @@ A source offers `name`, `tokenizer()`, `fingerprint()`, `task_rows(task, split)`
 adds what every source needs: packed text, row counts and the words for reduced sets.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,22 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
     def task_rows(self, task: Task, split: str) -> Dataset: ...
     def articles(self, split: str): ...
+
+
+class Tokenized:
+    """Another source's text and tasks, cut by `tokenizer`."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, name: str | None = None):
+        self.name, self.is_real = name or source.name, source.is_real
+        self.articles, self.task_rows = source.articles, source.task_rows
+        self._source, self._tokenizer = source, tokenizer
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self._tokenizer.to_str())  # a copy: truncation is a tokenizer's state
+
+    def fingerprint(self) -> str:
+        text = self._source.fingerprint() + self._tokenizer.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

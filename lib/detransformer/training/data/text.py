@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 from tokenizers import Tokenizer
 
-from detransformer.training.data.sources import Source, TrainingData
+from detransformer.training.data.sources import Tokenized, TrainingData
 from detransformer.training.data.tasks import Task
 
 VALID_EVERY = 20  # one line of so many is held out; of fewer, the last one
@@ -47,22 +47,6 @@ class TextFiles:
             yield last
 
 
-class Retokenized:
-    """Another source's text, cut by `tokenizer`."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer):
-        self.name, self.is_real = source.name, source.is_real
-        self.articles, self.task_rows = source.articles, source.task_rows
-        self._source, self._tokenizer = source, tokenizer
-
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    def fingerprint(self) -> str:
-        text = self._source.fingerprint() + self._tokenizer.to_str()
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def open_text(path: Path) -> Iterator[str]:
     """A file's lines, stripped; ValueError where it is not UTF-8."""
     try:
@@ -90,4 +74,4 @@ def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str 
 
 def retokenized(data: TrainingData, tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
     """`data`, cut by `tokenizer`."""
-    return TrainingData(Retokenized(data.source, tokenizer), cache_dir, data.note)
+    return TrainingData(Tokenized(data.source, tokenizer), cache_dir, data.note)
