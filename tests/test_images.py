@@ -28,7 +28,6 @@ from detransformer.training.images import (
     ImageConfig,
     ImageLoss,
     evaluate_images,
-    steps_of_epochs,
     train_vit,
 )
 from stopping import Stop, stop_at
@@ -327,11 +326,10 @@ def test_a_wrong_config_says_what_is_wrong(fields, said):
         ImageConfig(**fields)
 
 
-def test_sizes_of_the_model_are_the_configuration_s(generated):
+def test_sizes_of_the_model_are_the_configuration_s():
     config = ImageConfig(hidden_size=48, num_layers=3, num_heads=4, patch_size=4).vit_config(20)
     assert (config.intermediate_size, config.image_size, config.num_labels) == (192, 32, 20)
     assert ImageConfig(patch_size=4).num_tokens == 65 and ImageConfig(patch_size=8).num_tokens == 17
-    assert steps_of_epochs(3, generated, 100) == 60 and steps_of_epochs(0.0001, generated, 100) == 1
 
 
 def test_mixup_mixes_pixels_and_labels_by_the_same_share(generated):

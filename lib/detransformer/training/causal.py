@@ -36,16 +36,9 @@ from detransformer.training.config import (
 from detransformer.training.data import TrainingData, open_data, reduced_data
 from detransformer.training.data.packing import MaskedBatches, count_tokens
 from detransformer.training.hardware import resolve_precision
-from detransformer.training.loop import Run, fit, micro_batches
-from detransformer.training.pretraining import evaluate, pack
-from detransformer.training.results import read_result, write_result
-from detransformer.training.unigram import unigram_loss
-
-COLUMNS = (
-    *("model", "num_layers", "hidden_size", "num_original_layers", "num_divisions", "seed", "parameters"),
-    *("train_tokens", "valid_tokens", "valid_loss", "unigram_loss", "perplexity", "unigram_perplexity", "seconds"),
-    "source",
-)
+from detransformer.training.loop import Run
+from detransformer.training.pretraining import pack, train_on_text
+from detransformer.training.results import read_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,56 +142,41 @@ def train_row(
     config: CausalConfig,
     data: TrainingData,
     output_dir: str | Path,
-    save_weights: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict:
-    """Trains one row into `output_dir/ROW-SEED/` (history.csv, result.json) and returns its row of the table.
+    """Trains one row into `output_dir/ROW-SEED/` (model/, history.csv, result.json) and returns its row of the table.
 
-    `save_weights` also writes model/, a Hugging Face folder in bfloat16. `on_step(step, loss)` is called after each
-    step.
+    `on_step(step, loss)` is called after each step.
 
     Raises:
         ValueError: for sizes that do not divide, damaged data or a damaged checkpoint.
     """
     config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
-    folder = Path(output_dir) / f"{row.key}-seed{config.seed}"
-    run = Run(row.label, folder, config_hash(row, config, data.name, data.fingerprint), on_step)
-    done = read_result(run)
-    if done is not None and (not save_weights or (folder / "model").is_dir()):
-        return {name: done[name] for name in COLUMNS}
-    train, valid = (NextTokenBatches(text.sequences, data, config.seed) for text in pack(data, config))
-    objective = NextTokenLoss(build_model(row, config, data))
-    set_seed(config.seed + 1)  # dropout: the same in every row
-    batches = micro_batches(train.train_batch, config)
-    trained = fit(objective, batches, config, config.num_steps, run)
-    trained.restore_float32()
-    valid_loss = evaluate(objective, valid.valid_batches(config.micro_batch_size))
-    frequencies_loss = unigram_loss(train, valid, config.micro_batch_size)
-    record = {
+    identity = config_hash(row, config, data.name, data.fingerprint)
+    run = Run(row.label, Path(output_dir) / f"{row.key}-seed{config.seed}", identity, on_step)
+    record = read_result(run)
+    if record is None:
+        train, valid = (NextTokenBatches(text.sequences, data, config.seed) for text in pack(data, config))
+        objective = NextTokenLoss(build_model(row, config, data))
+        record = {"parameters": objective.model.num_parameters(), "config": dataclasses.asdict(config)}
+        record = train_on_text(objective, config, data, train, valid, run, record)
+    return {
         "model": f"gpt2-{config.num_layers}x{config.hidden_size}",
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "num_original_layers": row.num_original_layers,
         "num_divisions": row.num_divisions,
         "seed": config.seed,
-        "parameters": objective.model.num_parameters(),
-        "train_tokens": config.num_steps * config.tokens_per_step,
-        "valid_tokens": len(valid.sequences) * (config.seq_len - TOKENS_PER_SPECIAL),
-        "valid_loss": valid_loss,
-        "unigram_loss": frequencies_loss,
-        "perplexity": math.exp(valid_loss),
-        "unigram_perplexity": math.exp(frequencies_loss),
-        "source": data.name,
-        "config": dataclasses.asdict(config),
+        "parameters": record["parameters"],
+        "train_tokens": record["tokens"],
+        "valid_tokens": record["valid_tokens"] // config.seq_len * (config.seq_len - TOKENS_PER_SPECIAL),
+        "valid_loss": record["valid_loss"],
+        "unigram_loss": record["unigram_loss"],
+        "perplexity": math.exp(record["valid_loss"]),
+        "unigram_perplexity": math.exp(record["unigram_loss"]),
+        "seconds": record["seconds"],
+        "source": record["source"],
     }
-
-    def save(place: Path) -> None:
-        objective.model.to(torch.bfloat16).save_pretrained(place)
-        data.save_tokenizer(place)
-
-    kept = save if save_weights else None
-    record = write_result(run, trained, record, "tokens", config.tokens_per_step, kept)
-    return {name: record[name] for name in COLUMNS}
 
 
 def perplexity_table(
@@ -207,9 +185,8 @@ def perplexity_table(
     folder: str | Path,
     data: TrainingData | None = None,
     seeds: Sequence[int] = (0,),
-    save_weights: bool = False,
 ) -> pd.DataFrame:
-    """Trains every row with every seed and tabulates validation loss and perplexity, in `COLUMNS`.
+    """Trains every row with every seed and tabulates validation loss and perplexity, one line a model.
 
     Args:
         rows: `[]` is the original, `[Nb, Ndiv]` a decoupled model.
@@ -217,7 +194,6 @@ def perplexity_table(
         folder: where results and checkpoints are kept; what is finished there is not trained again.
         data: None takes `open_data`'s choice, kept in `folder/cache`.
         seeds: of the weights and the data order.
-        save_weights: also writes each row's model, in bfloat16.
 
     Raises:
         ValueError: for sizes that do not divide, before anything is trained.
@@ -227,10 +203,5 @@ def perplexity_table(
     for row in rows:
         if not row.is_original:
             decoupled_config(settings.original_config(data), *row.structure)
-    results = [
-        train_row(row, dataclasses.replace(settings, seed=seed), data, folder, save_weights)
-        for seed in seeds
-        for row in rows
-    ]
-    table = pd.DataFrame(results, columns=list(COLUMNS))
-    return table.astype({"num_original_layers": "Int64", "num_divisions": "Int64"})
+    lines = [train_row(row, dataclasses.replace(settings, seed=seed), data, folder) for seed in seeds for row in rows]
+    return pd.DataFrame(lines).astype({"num_original_layers": "Int64", "num_divisions": "Int64"})

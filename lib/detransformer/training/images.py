@@ -103,11 +103,6 @@ class ImageConfig(StepRecipe):
         )
 
 
-def steps_of_epochs(num_epochs: float, data: ImageData, batch_size: int) -> int:
-    """Optimizer steps in which each training image is seen `num_epochs` times."""
-    return max(1, round(num_epochs * len(data.train_images) / batch_size))
-
-
 @dataclass(frozen=True)
 class VitResult:
     """A trained ViT: `checkpoint` is a Hugging Face model folder, `history` has a row a step; accuracies times 100."""

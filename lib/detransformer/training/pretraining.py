@@ -12,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate.utils import set_seed
+from torch import nn
 from transformers import BertForMaskedLM
 
 from detransformer.models import decouple
-from detransformer.training.config import ModelRow, PretrainConfig, config_hash
+from detransformer.training.config import ModelRow, PretrainConfig, StepRecipe, config_hash
 from detransformer.training.data import TrainingData
 from detransformer.training.data.packing import MaskedBatches
 from detransformer.training.hardware import resolve_precision
@@ -89,15 +90,18 @@ def pretrain(
 
 
 def train_on_text(
-    objective: MaskedLmLoss,
-    config: PretrainConfig,
+    objective: nn.Module,
+    config: StepRecipe,
     data: TrainingData,
     train: MaskedBatches,
     valid: MaskedBatches,
     run: Run,
     record: dict,
 ) -> dict:
-    """Trains the objective's model, scores it on `valid` and saves it; `record` gets what a `PretrainResult` has."""
+    """Trains the objective's model, scores it on `valid` and saves it; `record` gets what a `PretrainResult` has.
+
+    `config` is a `PretrainConfig` or a decoder's `CausalConfig`.
+    """
     set_seed(config.seed + 1)  # dropout: the same in every row, and with and without a teacher
     batches = micro_batches(train.train_batch, config)
     trained = fit(objective, batches, config, config.num_steps, run)
@@ -159,7 +163,7 @@ def pretrain_all(
 
 
 @torch.no_grad()
-def evaluate(objective: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+def evaluate(objective: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> float:
     """Mean loss of a labelled token over `batches`, in the model's own number format."""
     device = next(objective.parameters()).device
     was_training = objective.training
