@@ -8,27 +8,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from detransformer.training import open_data
+from detransformer.training import ModelRow, open_data
 from detransformer.training.causal import (
-    COLUMNS,
     CausalConfig,
-    CausalRow,
     NextTokenBatches,
     NextTokenLoss,
     build_model,
     causal_rows,
-    make_optimizer,
     perplexity_table,
     reduced_data,
     train_row,
 )
+from detransformer.training.optim import parameter_groups
 from stopping import Stop, stop_at
 
 TINY = CausalConfig(
     **dict(num_layers=2, hidden_size=16, num_heads=2, vocab_size=120, num_steps=4, seq_len=16, global_batch_size=4),
     **dict(micro_batch_size=2, learning_rate=1e-2, dropout=0.1, max_train_tokens=4000, max_valid_tokens=320, seed=5),
 )
-DECOUPLED = CausalRow(1, 2)
+DECOUPLED = ModelRow("gpt2", 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +41,20 @@ def reduced(data):
 
 def test_table_of_rows_and_seeds_is_made_once(data, tmp_path, monkeypatch):
     rows, seeds = [[], [1, 2]], (0, 1)
-    table = perplexity_table(rows, TINY, tmp_path, data, seeds, save_weights=True)
-    assert tuple(table.columns) == COLUMNS and table["seed"].tolist() == [0, 0, 1, 1]
+    table = perplexity_table(rows, TINY, tmp_path, data, seeds)
+    assert table["seed"].tolist() == [0, 0, 1, 1]
     assert table["num_original_layers"].isna().tolist() == [True, False] * 2 and set(table["model"]) == {"gpt2-2x16"}
     assert table["train_tokens"].tolist() == [4 * 4 * 14] * 4 and table["valid_tokens"].tolist() == [320 // 16 * 14] * 4
     assert table["perplexity"].tolist() == [math.exp(loss) for loss in table["valid_loss"]]
-    monkeypatch.setattr("detransformer.training.causal.train_steps", stop_at(None))  # would fail if it trained
-    pd.testing.assert_frame_equal(perplexity_table(rows, TINY, tmp_path, data, seeds, save_weights=True), table)
-    folder = tmp_path / "nb1-ndiv2-seed1" / "model"
+    monkeypatch.setattr("detransformer.training.causal.train_on_text", stop_at(None))  # would fail if it trained
+    pd.testing.assert_frame_equal(perplexity_table(rows, TINY, tmp_path, data, seeds), table)
+    folder = tmp_path / "gpt2-nb1-ndiv2-seed1" / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.dtype == torch.bfloat16 and model.config.num_divisions == 2
-    assert model.num_parameters() == table["parameters"][3]
+    assert model.config.num_divisions == 2 and model.num_parameters() == table["parameters"][3]
     prompt = tokenizer("Anna bought", return_tensors="pt", return_token_type_ids=False)
     assert prompt["input_ids"][0, 0] == tokenizer.cls_token_id == model.config.bos_token_id
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] <= prompt["input_ids"].shape[1] + 3
-    history = pd.read_csv(tmp_path / "original-seed0" / "history.csv")
+    history = pd.read_csv(tmp_path / "gpt2-original-seed0" / "history.csv")
     assert history["tokens"].tolist() == [56, 112, 168, 224]
     assert history["train_loss"][0] == pytest.approx(math.log(TINY.vocab_size), abs=0.7)
 
@@ -70,10 +67,8 @@ def test_interrupted_training_ends_bit_equal(reduced, tmp_path):
     steps = []
     parts = train_row(DECOUPLED, config, reduced, tmp_path / "parts", on_step=lambda step, loss: steps.append(step))
     assert steps == [3, 4] and parts["valid_loss"] == whole["valid_loss"]  # it went on, it did not start again
-    assert sorted(path.name for path in (tmp_path / "parts" / "nb1-ndiv2-seed5").iterdir()) == [
-        "history.csv",
-        "result.json",
-    ]
+    left = sorted(path.name for path in (tmp_path / "parts" / "gpt2-nb1-ndiv2-seed5").iterdir())
+    assert left == ["history.csv", "model", "result.json"]
 
 
 def test_it_learns(reduced, tmp_path):
@@ -97,8 +92,8 @@ def test_loss_is_that_of_the_text_alone(reduced):
 def test_no_weight_decay_on_bias_and_layer_norm_even_when_stacked(reduced):
     model = NextTokenLoss(build_model(DECOUPLED, TINY, reduced))
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, plain = make_optimizer(model, TINY).param_groups
-    assert decayed["weight_decay"] == TINY.weight_decay and plain["weight_decay"] == 0
+    decayed, plain = parameter_groups(model.named_parameters(), 0.01)
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
     assert all(".c_" in names[id(p)] or ".wte" in names[id(p)] or ".wpe" in names[id(p)] for p in decayed["params"])
     assert "model.transformer.h.0.ln_1.weight" in {names[id(p)] for p in plain["params"]}

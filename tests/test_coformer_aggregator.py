@@ -1,5 +1,6 @@
 """Aggregators: Eq. 2 and pooling before sending, votes and ties, missing sub-models, training, costs, files."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -264,9 +265,7 @@ def test_training_with_drops_loses_less_without_a_device():
     config = AggregatorConfig(num_epochs=15, batch_size=100, learning_rate=2e-2)
     plain = train_aggregator("senet", features, labels, config).aggregator
     kept = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    tuned = train_aggregator(
-        "senet", features, labels, AggregatorConfig(15, 100, 2e-2, drop=0.3), start=plain
-    ).aggregator
+    tuned = train_aggregator("senet", features, labels, dataclasses.replace(config, drop=0.3), start=plain).aggregator
     assert all(torch.equal(kept[name], tensor) for name, tensor in plain.state_dict().items())
     before, after = (missing_table(aggregator, test) for aggregator in (plain, tuned))
     assert before.missing.tolist() == [0, 1, 2, 3] and set(before.kind) == {"senet"}

@@ -40,8 +40,6 @@ PROFILES = [path.stem for path in (PACKAGE / "profiles").glob("*.yaml")]
 # By command: what is added, unless it is given, to be done in seconds.
 SHORTER = {
     "bench": "--model my-decoupled-bert/ --repeats 1 --seq-len 16 --time-scale 1",
-    "bench-training": "--rows original --hidden-size 32 --seq-len 16 --batch 4 --steps 1 --repeats 1 --precision no"
-    " --source built-in --output out",
     "calibrate": "--steps 2 --batch-size 4 --seq-len 16 --precision no",
     "decompose": "--source built-in --evaluations 4 --steps 4 --batch-size 16 --train-rows 32 --seq-len 16",
     "decouple": "",
@@ -144,7 +142,7 @@ class Sandbox:
         (folder / "examples").symlink_to(ROOT / "examples")
         for run in ("quick", "reference"):
             (folder / "results" / run / "tables").mkdir(parents=True)
-            for table in (ROOT / "results/reference/tables").glob("training_throughput*"):
+            for table in (ROOT / "results/reference/tables").glob("pretraining_loss*"):
                 shutil.copy(table, folder / "results" / run / "tables")
         (folder / "results/reference/models").symlink_to(ROOT / "results/reference/models")
         written = {option(words, "--output"), *(words[2:3] if words[0] == "calibrate" else ())}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from detransformer.models import DecoupledBertConfig, DecoupledBertForMaskedLM
+from detransformer.report.accuracy_tables import table_iii, table_note
 from detransformer.training import (
     FinetuneConfig,
     ModelRow,
@@ -28,12 +29,10 @@ from detransformer.training import (
     pretrain,
     pretrain_all,
     pretraining_table,
-    table_iii,
-    table_note,
 )
 from detransformer.training.data import TASKS
 from detransformer.training.data.packing import SpecialTokens, mask_tokens
-from detransformer.training.features import best_spans, epoch_batches, question_features
+from detransformer.training.features import LengthGrouped, best_spans, question_features
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.optim import Lamb, learning_rate, parameter_groups
@@ -103,7 +102,7 @@ def test_no_weight_decay_on_bias_and_layer_norm_even_when_stacked():
     )  # fmt: skip
     model = DecoupledBertForMaskedLM(config)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, plain = parameter_groups(model, 0.01)
+    decayed, plain = parameter_groups(model.named_parameters(), 0.01)
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
     assert all(names[id(p)].endswith("weight") and "LayerNorm" not in names[id(p)] for p in decayed["params"])
     assert any(p.ndim == 2 and names[id(p)].endswith("bias") for p in plain["params"])
@@ -203,7 +202,7 @@ def test_damaged_checkpoint_and_result_name_the_remedy(data, tmp_path):
     with pytest.raises(Stop):
         pretrain(ModelRow(), config, data, tmp_path, on_step=stop_at(1))
     folder = tmp_path / ModelRow().key
-    (weights,) = (folder / "checkpoint").glob("pytorch_model*")
+    (weights,) = (folder / "checkpoint").rglob("pytorch_model*")
     weights.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="cannot be read.*delete that folder"):
         pretrain(ModelRow(), config, data, tmp_path)
@@ -292,10 +291,10 @@ def test_metrics_against_known_values():
 
 def test_epoch_batches_cover_all_rows_once():
     lengths = [i % 17 for i in range(100)]
-    batches = epoch_batches(lengths, 8, seed=1, epoch=0)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(100))
-    assert [b.tolist() for b in batches] == [b.tolist() for b in epoch_batches(lengths, 8, seed=1, epoch=0)]
-    assert [b.tolist() for b in batches] != [b.tolist() for b in epoch_batches(lengths, 8, seed=1, epoch=1)]
+    order, again = LengthGrouped(lengths, 8, seed=1), LengthGrouped(lengths, 8, seed=1)
+    first, second = ([order.rows(step).tolist() for step in range(start, start + 13)] for start in (0, 13))
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(100)) and first != second
+    assert again.rows(20).tolist() == second[7] and again.rows(3).tolist() == first[3]
 
 
 # --- configuration and tables ---------------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ def test_epoch_batches_cover_all_rows_once():
         (lambda: PretrainConfig(hidden_size=36, num_heads=4).check_row(ModelRow("bert-base", 4, 8)), "num_divisions=8"),
         (lambda: FinetuneConfig(seq_len=64, doc_stride=40), "doc_stride=40 is outside 0..31"),
         (lambda: FinetuneConfig(max_train_rows=0), "max_train_rows=0 is not above 0"),
-        (lambda: make_config(FinetuneConfig, {"lr": 1}), "has no setting 'lr': choose among learning_rate"),
+        (lambda: make_config(FinetuneConfig, {"lr": 1}), "has no setting 'lr': choose among optimizer, learning_rate"),
         (lambda: finetune_recipes({"CoLA": {"num_seeds": 0}}), "num_seeds=0 for CoLA"),
     ],
 )

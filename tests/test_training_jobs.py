@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW
 
 from detransformer.training import FinetuneConfig, ModelRow, PretrainConfig, finetune_all, open_data, pretrain_all
-from detransformer.training.hardware import autocast_of, resolve_precision
-from detransformer.training.jobs import advance, run_jobs
-from detransformer.training.optim import MasterWeights, make_optimizer, parameter_groups
+from detransformer.training.config import Recipe
+from detransformer.training.hardware import resolve_precision
+from detransformer.training.jobs import run_jobs
+from detransformer.training.optim import MasterWeights, make_optimizer
 
 TINY = PretrainConfig(
     **dict(hidden_size=16, num_heads=2, intermediate_size=32, num_steps=6, seq_len=16, global_batch_size=4),
@@ -30,20 +30,26 @@ def data(tmp_path_factory):
 # --- bfloat16 weights -----------------------------------------------------------------------------------------------
 
 
-def small_pair():
+def small_model() -> nn.Module:
     torch.manual_seed(0)
-    exact = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
-    rounded = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
-    rounded.load_state_dict(exact.state_dict())
-    return exact, rounded.to(torch.bfloat16)
+    return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+
+
+def in_bfloat16(recipe: Recipe):
+    """A model in bfloat16, its float32 copies, and the optimizer that holds these."""
+    model = small_model()
+    copies = MasterWeights(model)
+    names = (name for name, _ in model.named_parameters())
+    optimizer = make_optimizer(zip(names, copies.copies, strict=True), recipe)
+    copies.attach(optimizer)
+    return model, copies, optimizer
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_float32_copies_take_the_steps_of_a_float32_model(name):
-    exact, rounded = small_pair()
-    plain, master = make_optimizer(exact, name, 1e-4, 0.01), make_optimizer(rounded, name, 1e-4, 0.01)
-    assert isinstance(master, MasterWeights)
-    master.set_copies(dict(zip(rounded.parameters(), [p.detach() for p in exact.parameters()], strict=True)))
+    recipe = Recipe(optimizer=name, learning_rate=1e-4)
+    exact, (rounded, copies, master) = small_model(), in_bfloat16(recipe)
+    plain = make_optimizer(exact.named_parameters(), recipe)
     for step in range(20):  # each step is below what bfloat16 resolves at these weights
         torch.manual_seed(step)
         for p, q in zip(exact.parameters(), rounded.parameters(), strict=True):
@@ -51,45 +57,28 @@ def test_float32_copies_take_the_steps_of_a_float32_model(name):
             p.grad = q.grad.float()
         plain.step()
         master.step()
-        master.zero_grad()
-    assert all(q.grad is None for q in rounded.parameters())
+        rounded.zero_grad()
     for p, q in zip(exact.parameters(), rounded.parameters(), strict=True):
-        assert torch.equal(q, p.to(torch.bfloat16))
-    master.restore_float32()
+        assert q.dtype == torch.bfloat16 and torch.equal(q, p.to(torch.bfloat16))
+    copies.restore_float32()
     for p, q in zip(exact.parameters(), rounded.parameters(), strict=True):
         assert q.dtype == torch.float32 and torch.equal(p, q)
 
 
 def test_float32_copies_are_saved_and_loaded():
-    _, one = small_pair()
-    _, two = small_pair()
-    make = lambda model: make_optimizer(model, "adamw", 1e-3, 0.01)  # noqa: E731
-    first, second = make(one), make(two)
+    first, second = (in_bfloat16(Recipe(learning_rate=1e-3)) for _ in range(2))
     for step in range(3):
-        for q in one.parameters():
+        for q in first[0].parameters():
             q.grad = torch.full_like(q, 0.1 * (step + 1))
-        first.step()
-    second.load_state_dict(copy.deepcopy(first.state_dict()))  # as from a file: no shared memory
-    for optimizer, model in ((first, one), (second, two)):
+        first[2].step()
+    for one, two in zip(first[1:], second[1:], strict=True):
+        two.load_state_dict(copy.deepcopy(one.state_dict()))  # as from a file: no shared memory
+    for model, copies, optimizer in (first, second):
         for q in model.parameters():
             q.grad = torch.full_like(q, -0.2)
         optimizer.step()
-        optimizer.restore_float32()
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_rates_and_groups_reach_the_copies():
-    _, rounded = small_pair()
-    optimizer = MasterWeights(parameter_groups(rounded, 0.01), lambda groups: AdamW(groups, lr=1.0))
-    before = [copy.clone() for copy in optimizer.copies]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for q in rounded.parameters():
-        q.grad = torch.ones_like(q)
-    optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, optimizer.copies, strict=True))
-    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.01]
+        copies.restore_float32()
+    assert all(torch.equal(p, q) for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True))
 
 
 def test_training_in_bfloat16_weights_learns_as_in_float32_and_leaves_float32(data, tmp_path):
@@ -109,13 +98,12 @@ def test_training_in_bfloat16_weights_learns_as_in_float32_and_leaves_float32(da
 
 
 def test_auto_is_what_the_machine_has(monkeypatch):
-    assert resolve_precision("no") == "no" and resolve_precision("fp16") == "fp16"
+    assert resolve_precision("no") == "no" and resolve_precision("bf16") == "bf16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for supported, wanted in ((True, "bf16-weights"), (False, "no")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=supported: found)
         assert resolve_precision("auto") == wanted
-    assert autocast_of("bf16-weights") == "no" and autocast_of("bf16") == "bf16"
 
 
 # --- side by side ---------------------------------------------------------------------------------------------------
@@ -123,7 +111,6 @@ def test_auto_is_what_the_machine_has(monkeypatch):
 
 def square(number: int) -> int:
     time.sleep(0.2 / (number + 1))
-    advance()
     return number * number
 
 
@@ -136,19 +123,19 @@ def refuse(number: int) -> int:
 
 @pytest.mark.parametrize("num_jobs", [1, 2])
 def test_results_come_in_the_order_of_the_jobs(num_jobs):
-    assert run_jobs(square, [(n,) for n in range(5)], num_jobs, "squares", 5, "job") == [0, 1, 4, 9, 16]
+    assert run_jobs(square, [(n,) for n in range(5)], num_jobs, "squares") == [0, 1, 4, 9, 16]
 
 
 def test_a_job_that_fails_stops_the_others_and_says_why():
     start_s = time.monotonic()
     with pytest.raises(ValueError, match="number=1 is refused"):
-        run_jobs(refuse, [(0,), (1,), (2,)], 2, "jobs", 3, "job")
+        run_jobs(refuse, [(0,), (1,), (2,)], 2, "jobs")
     assert time.monotonic() - start_s < 100  # two processes start; the other job alone would take longer
 
 
 def test_no_jobs_at_a_time_is_refused():
     with pytest.raises(ValueError, match="num_jobs=0 is below 1"):
-        run_jobs(square, [(1,)], 0, "squares", 1, "job")
+        run_jobs(square, [(1,)], 0, "squares")
 
 
 def test_side_by_side_is_what_one_after_the_other_is(data, tmp_path):

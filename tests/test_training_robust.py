@@ -1,14 +1,10 @@
-"""Training that is killed (SIGKILL, at any moment) goes on to the same result; several processes train as one does."""
+"""Training that is killed (SIGKILL, at any moment) or interrupted goes on to the same result."""
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +13,6 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
@@ -31,6 +26,7 @@ from detransformer.training import (
     pretrain,
     pretrain_all,
 )
+from stopping import Stop, stop_at
 
 SIZES = dict(hidden_size=16, num_heads=2, intermediate_size=32, seq_len=16, micro_batch_size=2, optimizer="adamw")
 TINY = PretrainConfig(
@@ -107,11 +103,9 @@ def finetune_side_by_side(pretrained: list, config: FinetuneConfig, cache: Path,
 
 
 def saved_at(checkpoint: Path) -> int:
-    """When the checkpoint in place was saved, 0 without one."""
-    try:
-        return (checkpoint / "identity.json").stat().st_mtime_ns
-    except OSError:  # none yet, or just now being replaced
-        return 0
+    """The step that the checkpoint in place was saved at, 0 without one."""
+    steps = (path.name.rpartition("-")[2] for path in checkpoint.glob("*-*"))
+    return max(map(int, steps), default=0)
 
 
 def wait_until(condition, process=None, limit_s: float = START_S) -> None:
@@ -192,7 +186,7 @@ def test_finetuning_killed_at_any_moment_ends_equal(precision, context, data, ca
     parts = finetune(small_model, "MRPC", config, data, 1, tmp_path / "parts", lambda step, loss: steps.append(step))
     assert 3 < steps[0] <= whole["num_steps"]
     assert without_seconds(parts) == without_seconds(whole)
-    assert [p.name for p in (tmp_path / "parts").iterdir()] == ["result.json"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["history.csv", "result.json"]
 
 
 def kill_parent(context, function, arguments: tuple, folders: list[Path]) -> None:
@@ -230,62 +224,28 @@ def test_runs_side_by_side_end_with_their_killed_parent_and_go_on(context, data,
     pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
 
 
-# --- several processes ----------------------------------------------------------------------------------------------
+# --- interrupted ----------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_effect_after_a_checkpoint(number, context, data, cache, tmp_path):
+    config = dataclasses.replace(TINY, num_steps=400, checkpoint_every_s=3600)
+    folder = tmp_path / ROW.key
+    process = context.Process(target=pretrain_and_say, args=(config, cache, tmp_path, tmp_path / "started"))
+    with killed_in_the_end(process):
+        wait_until((tmp_path / "started").exists, process)
+        os.kill(process.pid, number)
+        process.join(START_S)
+    assert process.exitcode == (1 if number == signal.SIGINT else -number)  # KeyboardInterrupt, or ended by it
+    (saved,) = (folder / "checkpoint").iterdir()
+    steps = []
+    with pytest.raises(Stop):
+        pretrain(
+            ROW, config, data, tmp_path, on_step=lambda step, loss: steps.append(step) or stop_at(step)(step, loss)
+        )
+    assert steps == [int(saved.name.rpartition("-")[2]) + 1] and steps[0] > 4
 
 
-def pretrain_as_rank(rank: int, port: int, config: PretrainConfig, cache: Path, folder: Path) -> None:
-    """What torchrun starts, but for the import."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
-    pretrain_one(config, cache, folder)
-
-
-def two_ranks(context, *arguments) -> list:
-    port = free_port()
-    return [context.Process(target=pretrain_as_rank, args=(rank, port, *arguments)) for rank in range(2)]
-
-
-# Without dropout, which each process draws by itself. Two processes add the gradients of a step in another order:
-# float32 sums move the loss by 1e-7 of it, sums of bfloat16 gradients (8 bits) by some 1e-4; steps make that grow.
-@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-4), ("bf16-weights", 5e-3)])
-def test_two_killed_processes_go_on_and_learn_as_one(precision, tolerance, context, data, cache, tmp_path):
-    config = dataclasses.replace(
-        TINY, num_steps=40, global_batch_size=8, dropout=0.0, learning_rate=2e-3, mixed_precision=precision
-    )
-    one = pretrain(ROW, config, data, tmp_path / "one")
-    often = dataclasses.replace(config, checkpoint_every_s=0)
-    checkpoint = tmp_path / "two" / ROW.key / "checkpoint"
-    ranks = two_ranks(context, often, cache, tmp_path / "two")
-    with killed_in_the_end(*ranks):
-        wait_until(lambda: saved_at(checkpoint), ranks[0])
-    assert [process.exitcode for process in ranks] == [-signal.SIGKILL] * 2
-    ranks = two_ranks(context, config, cache, tmp_path / "two")
-    with killed_in_the_end(*ranks):
-        for process in ranks:
-            process.join(START_S)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    two = pretrain(ROW, config, data, tmp_path / "two", on_step=lambda step, loss: pytest.fail("trained again"))
-    assert two.history["train_loss"].tolist() == pytest.approx(one.history["train_loss"].tolist(), rel=tolerance)
-    assert two.valid_loss == pytest.approx(one.valid_loss, rel=tolerance)
-
-
-def test_torchrun_trains_as_one_process(data, tmp_path):
-    config = dataclasses.replace(TINY, num_steps=5, global_batch_size=8, dropout=0.0)
-    one = pretrain(ROW, config, data, tmp_path / "one")
-    section = {"source": "built-in", "rows": [["bert-base", 4, 4]], "pretraining": dataclasses.asdict(config)}
-    (tmp_path / "profile.yaml").write_text(yaml.safe_dump({"02_pretraining": section}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "detransformer.training", "--profile", tmp_path / "profile.yaml", "--run-dir", tmp_path]
-    # On a CPU, accelerate takes torchrun's processes together only where it is told to.
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=2 * START_S)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "checkpoints" / ROW.key / "result.json").read_text())
-    assert result["valid_loss"] == pytest.approx(one.valid_loss, rel=1e-4)
+def pretrain_and_say(config: PretrainConfig, cache: Path, folder: Path, started: Path) -> None:
+    torch.set_num_threads(1)
+    pretrain(ROW, config, open_data("built-in", cache), folder, lambda step, loss: step == 4 and started.touch())

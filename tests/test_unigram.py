@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detransformer.training import ModelRow, PretrainConfig, open_data, pretrain
-from detransformer.training.causal import CausalConfig, CausalRow, NextTokenBatches, train_row
+from detransformer.training.causal import CausalConfig, NextTokenBatches, train_row
 from detransformer.training.data import reduced_data
 from detransformer.training.data.packing import IGNORED, MaskedBatches, SpecialTokens, count_tokens
 from detransformer.training.unigram import unigram_loss
@@ -86,6 +86,6 @@ def test_the_perplexity_of_a_decoder_has_it(data, tmp_path):
         **dict(num_layers=1, hidden_size=16, num_heads=2, vocab_size=120, num_steps=1, seq_len=16),
         **dict(max_train_tokens=4000, max_valid_tokens=320),
     )
-    row = train_row(CausalRow(), config, reduced_data(data, 120, decoder=True), tmp_path)
+    row = train_row(ModelRow("gpt2"), config, reduced_data(data, 120, decoder=True), tmp_path)
     assert math.log(row["unigram_perplexity"]) == pytest.approx(row["unigram_loss"])
     assert 2 < row["unigram_loss"] < math.log(120)

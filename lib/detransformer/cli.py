@@ -149,30 +149,6 @@ def evaluate(
     evaluate_command(checkpoint, text, source, seq_len, max_tokens, wire)
 
 
-@app.command("bench-training")
-def bench_training(
-    rows: Annotated[str, typer.Option(help="Models: original and Nb,Ndiv, with spaces between them.")] = "original 4,4",
-    hidden_size: Annotated[str, typer.Option(help="Width of the 12 layers; 768 is BERT-Base.")] = "128",
-    seq_len: Annotated[str, typer.Option(help="Tokens of a sequence.")] = "128",
-    batch: Annotated[str, typer.Option(help="Sequences of a step.")] = "32",
-    steps: Annotated[str, typer.Option(help="Measured steps of a turn, and steps of the losses.")] = "20",
-    repeats: Annotated[str, typer.Option(help="Turns of each implementation.")] = "5",
-    precision: Annotated[
-        str, typer.Option(help="Of our fastest: auto, no (float32), bf16, fp16 or bf16-weights.")
-    ] = "auto",
-    num_threads: Annotated[str | None, typer.Option(help="Of each process; PyTorch's choice where not given.")] = None,
-    source: Annotated[str, typer.Option(help="Text: auto, mirror, hub or built-in.")] = "auto",
-    peak_tflops: Annotated[
-        str | None, typer.Option(help="Of the device, for its utilisation; known GPUs by name where not given.")
-    ] = None,
-    output: Annotated[str, typer.Option(help="Run folder to save the tables in.")] = "results/bench-training",
-) -> None:
-    """Compare pre-training's tokens per second and losses with Hugging Face's Trainer on this machine."""
-    from detransformer.training.benchmark import bench_training_command
-
-    bench_training_command(**locals_without(locals(), "bench_training_command"))
-
-
 @app.command()
 def calibrate(
     teacher: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint with its masked-LM head and tokenizer.")],
@@ -196,7 +172,7 @@ def calibrate(
     kl_weight: Annotated[str, typer.Option(help="Of the divergence from the teacher's probabilities; 0: none.")] = "1",
     hidden_weight: Annotated[str, typer.Option(help="Of the error of the original layers' outputs; 0: none.")] = "1",
     temperature: Annotated[str, typer.Option(help="By which logits are divided in the divergence.")] = "2",
-    precision: Annotated[str, typer.Option(help="auto, no (float32), bf16, fp16 or bf16-weights.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, no (float32), bf16 or bf16-weights.")] = "auto",
     seed: Annotated[str, typer.Option(help="Of the order of text and of masks.")] = "0",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
 ) -> None:

@@ -46,9 +46,3 @@ def cache_folder() -> Path:
 def debugging() -> bool:
     """Whether errors are shown with their traceback: `DETRANSFORMER_DEBUG`."""
     return bool(os.environ.get("DETRANSFORMER_DEBUG"))
-
-
-def launched_processes() -> int:
-    """How many processes torchrun or accelerate started together: `WORLD_SIZE`; 1 where none did."""
-    named = os.environ.get("WORLD_SIZE", "1")
-    return int(named) if named.isdecimal() else 1

@@ -30,6 +30,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -42,33 +43,25 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from detransformer.files import atomic_folder, atomic_write
-from detransformer.training.checkpoints import (
-    Checkpointer,
-    Progress,
-    as_result,
-    read_result,
-    write_history,
-    write_result,
-)
+from detransformer.files import atomic_write
 from detransformer.training.config import (
-    OPTIMIZERS,
     PRECISIONS,
     FinetuneConfig,
-    check_choice,
-    check_fraction,
-    check_micro_batches,
-    check_positive,
+    StepRecipe,
     config_hash,
+    not_negative,
+    one_of,
+    positive,
 )
 from detransformer.training.data import TrainingData
 from detransformer.training.data.images import ImageData
 from detransformer.training.data.tasks import get_task
-from detransformer.training.features import by_length, collate, epoch_batches
+from detransformer.training.features import LengthGrouped, by_length, collate
 from detransformer.training.finetuning import prepared_task
-from detransformer.training.hardware import choose_attention, keep_freed_memory, make_accelerator, resolve_precision
+from detransformer.training.hardware import place, resolve_precision
+from detransformer.training.loop import Run, fit, micro_batches
 from detransformer.training.metrics import classification_scores
-from detransformer.training.pretraining import finish, prepare, train_steps
+from detransformer.training.results import as_result, read_result, write_result
 
 RULES = ("boosting", "published", "none")
 TARGETS = ("hard", "soft")
@@ -164,7 +157,7 @@ class TextTask:
         self._features = {"train": prepared.train, "test": prepared.validation}
         self._pad, self._input_names = data.special.pad, tuple(input_names)
         self._lengths = [len(feature.tokens) for feature in prepared.train]
-        self._epoch: tuple[tuple[int, int, int], list[np.ndarray]] = ((-1, -1, -1), [])
+        self._orders: dict[tuple[int, int], LengthGrouped] = {}
         self.name, self.num_classes, self.metric = task, len(self.task.labels), self.task.metric
         rows = [config.max_train_rows, config.max_eval_rows, config.seq_len, self._input_names]
         self.fingerprint = config_hash(data.name, data.fingerprint, task, *rows)
@@ -174,11 +167,9 @@ class TextTask:
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """Batch `step`; the last of an epoch may be smaller."""
-        epoch, number = divmod(step, math.ceil(len(self._lengths) / batch_size))
-        key = (seed, epoch, batch_size)
-        if self._epoch[0] != key:
-            self._epoch = (key, epoch_batches(self._lengths, batch_size, seed, epoch))
-        return self._batch("train", self._epoch[1][number])
+        key = (batch_size, seed)
+        order = self._orders.setdefault(key, LengthGrouped(self._lengths, *key))
+        return self._batch("train", order.rows(step))
 
     def ordered_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         for rows in by_length(self._features[split], batch_size):
@@ -192,57 +183,25 @@ class TextTask:
         return Batch(rows, {name: batch[name] for name in self._input_names})
 
 
-@dataclass(frozen=True)
-class BoostConfig:
-    """How each sub-model is calibrated.
+@dataclass(frozen=True, kw_only=True)
+class BoostConfig(StepRecipe):
+    """How each sub-model is calibrated; sub-model n has its own order of samples.
 
     Args:
-        num_steps: optimizer steps of one sub-model.
-        global_batch_size, micro_batch_size: samples in one optimizer step, and in one forward pass.
-        learning_rate, warmup, decay_power: linear warm-up over that fraction of the steps, then polynomial decay to 0.
         rule: of the weights, see the module; one of `RULES`.
         strength: of `"boosting"`: how far one round may raise a sample, as an exponent.
         target: the large model's `"hard"` decision (Eq. 14), or its `"soft"` probabilities in place of it (Hinton et
             al. 2015: temperature squared times the divergence).
         temperature: of soft targets.
-        mixed_precision: as in `PretrainConfig`.
-        checkpoint_every_s: seconds between checkpoints.
-        seed: of order and dropout; sub-model n has its own order.
     """
 
-    num_steps: int = 1000
-    global_batch_size: int = 64
-    micro_batch_size: int = 64
-    optimizer: str = "adamw"
-    learning_rate: float = 5e-4
-    warmup: float = 0.1
-    decay_power: float = 1.0
-    weight_decay: float = 0.05
-    max_grad_norm: float = 1.0
-    rule: str = "boosting"
-    strength: float = 1.0
-    target: str = "hard"
-    temperature: float = 2.0
-    mixed_precision: str = "auto"
-    checkpoint_every_s: float = 600.0
-    seed: int = 0
-
-    def __post_init__(self):
-        check_choice(self, "optimizer", OPTIMIZERS)
-        check_choice(self, "mixed_precision", PRECISIONS)
-        check_choice(self, "rule", RULES)
-        check_choice(self, "target", TARGETS)
-        check_positive(
-            self,
-            *("num_steps", "global_batch_size", "micro_batch_size", "learning_rate", "decay_power"),
-            *("strength", "temperature"),
-        )
-        check_fraction(self, "warmup")
-        check_micro_batches(self)
-
-    @property
-    def num_micro_batches(self) -> int:
-        return self.global_batch_size // self.micro_batch_size
+    learning_rate: float = positive(5e-4)
+    weight_decay: float = not_negative(0.05)
+    rule: str = one_of("boosting", RULES)
+    strength: float = positive(1.0)
+    target: str = one_of("hard", TARGETS)
+    temperature: float = positive(2.0)
+    mixed_precision: str = one_of("auto", PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -323,7 +282,7 @@ def sample_losses(
 
 
 class BoostLoss(nn.Module):
-    """A sub-model and the mean of w_i L_i as one module, so that accelerate wraps the whole forward pass."""
+    """A sub-model and the mean of w_i L_i as one module."""
 
     def __init__(self, model: nn.Module, config: BoostConfig):
         super().__init__()
@@ -379,7 +338,6 @@ def boost(
         raise ValueError("there are no sub-models to calibrate: decompose the large model first.")
     precision = resolve_precision(config.mixed_precision)
     resolved = dataclasses.replace(config, mixed_precision=precision)
-    keep_freed_memory()
     taught = teacher_logits(teacher, task, Path(output_dir), precision)
     decided = taught.argmax(-1)
     said = decided if config.target == "hard" else taught
@@ -388,10 +346,12 @@ def boost(
     for number, sub_model in enumerate(sub_models, start=1):
         identity = config_hash(before, number, weights_hash(sub_model))
         folder = Path(output_dir) / f"sub-model-{number}-{identity[:6]}"
-        record = read_result(folder / "result.json", identity)
+        report = None if on_step is None else partial(on_step, number)
+        run = Run(f"sub-model {number}", folder, identity, report)
+        record = read_result(run)
         if record is None:
-            record = _calibrate(sub_model, number, taught, weights, task, resolved, identity, folder, on_step)
-        results.append(as_result(BoostResult, folder, record, weight_range=tuple(record["weight_range"])))
+            record = _calibrate(sub_model, number, taught, weights, task, resolved, run)
+        results.append(as_result(BoostResult, run, record, weight_range=tuple(record["weight_range"])))
         if config.rule != "none":
             losses = _read_array(folder / "losses.npz", "losses", weights.shape, f"delete {folder}")
             weights = update_weights(weights, losses, config.rule, task.num_classes, config.strength)
@@ -399,28 +359,19 @@ def boost(
     return results
 
 
-def _calibrate(sub_model, number, taught, weights, task, config, identity, folder, on_step) -> dict:
-    precision = config.mixed_precision
+def _calibrate(sub_model, number, taught, weights, task, config, run: Run) -> dict:
     model = copy.deepcopy(sub_model)
-    accelerator = make_accelerator(precision)
-    objective, optimizer = prepare(BoostLoss(model, config), model, config, precision, accelerator)
-    progress = Progress()
-    checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)
     seed = config.seed + number - 1
-    set_seed(seed + 1 + accelerator.process_index)  # dropout
-    checkpointer.resume()
-    batches = WeightedBatches(task, taught, weights, seed)
-    report = None if on_step is None else lambda step, loss: on_step(number, step, loss)
-    train_steps(objective, optimizer, batches, config, accelerator, checkpointer, f"sub-model {number}", report)
-    trained = accelerator.unwrap_model(objective).model
-    ours = predict(trained, task, "train")  # in the number format it was trained in, which is the fast one
+    batches = micro_batches(WeightedBatches(task, taught, weights, seed).train_batch, config)
+    set_seed(seed + 1)  # dropout
+    trained = fit(BoostLoss(model, config), batches, config, config.num_steps, run)
+    ours = predict(model, task, "train")  # in the number format it was trained in, which is the fast one
     losses = sample_losses(
         *(torch.from_numpy(array) for array in (ours, task.train_labels, taught)), config.target, config.temperature
     ).numpy()
-    score = task.score(predict(trained, task, "test").argmax(-1))
-    finish(optimizer)
+    score = task.score(predict(model, task, "test").argmax(-1))
+    trained.restore_float32()
     record = {
-        "identity": identity,
         "number": number,
         "score": score,
         "metric": task.metric,
@@ -429,26 +380,17 @@ def _calibrate(sub_model, number, taught, weights, task, config, identity, folde
         "weight_range": [float(weights.min()), float(weights.max())],
         "effective_rows": float(weights.sum() ** 2 / (weights**2).sum()),
         "num_steps": config.num_steps,
-        "num_parameters": trained.num_parameters(),
-        "seconds": round(progress.seconds, 3),
+        "num_parameters": model.num_parameters(),
         "rule": config.rule,
         "target": config.target,
         "seed": config.seed,
-        "precision": precision,
+        "precision": config.mixed_precision,
         "task": task.name,
         "config": dataclasses.asdict(config),
     }
-    if accelerator.is_main_process:
-        (folder / "result.json").unlink(missing_ok=True)
-        with atomic_folder(folder / "model") as temporary:
-            trained.save_pretrained(temporary)
-        with atomic_write(folder / "losses.npz", "wb") as file:
-            np.savez(file, losses=losses.astype(np.float32))
-        write_history(folder, progress, "samples", config.global_batch_size)
-        write_result(folder / "result.json", record)
-    accelerator.wait_for_everyone()
-    checkpointer.remove()
-    return record
+    with atomic_write(run.folder / "losses.npz", "wb") as file:
+        np.savez(file, losses=losses.astype(np.float32))
+    return write_result(run, trained, record, "samples", config.global_batch_size, model.save_pretrained)
 
 
 def load_calibrated(results: Sequence[BoostResult], sub_models: Sequence[PreTrainedModel]) -> list[PreTrainedModel]:
@@ -487,10 +429,10 @@ def teacher_logits(teacher: PreTrainedModel, task: BoostTask, folder: Path, prec
     key = config_hash("teacher", weights_hash(teacher), task.name, task.fingerprint, precision)
     path = folder / f"teacher-{key}.npz"
     if not path.exists():
-        low = precision == "bf16-weights"
-        model = copy.deepcopy(teacher).to(torch.bfloat16) if low else copy.deepcopy(teacher)
-        choose_attention(model, precision)
-        model.to(make_accelerator(precision).device)
+        model = copy.deepcopy(teacher)
+        place(model, precision)
+        if precision == "bf16-weights":
+            model.to(torch.bfloat16)
         with atomic_write(path, "wb") as file:
             np.savez(file, logits=predict(model, task, "train"))
     return _read_array(path, "logits", (len(task.train_labels), task.num_classes), "delete it")

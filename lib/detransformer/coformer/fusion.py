@@ -5,8 +5,9 @@ Shapes: B samples of a batch, M of a split, N sub-models, d_n their widths, C cl
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -27,8 +29,8 @@ from detransformer.coformer.aggregator import (
 )
 from detransformer.coformer.booster import BoostTask, weights_hash
 from detransformer.files import atomic_write
-from detransformer.training.config import config_hash
-from detransformer.training.optim import learning_rate, parameter_groups, set_learning_rate
+from detransformer.training.config import Recipe, config_hash, fraction, not_negative, positive
+from detransformer.training.loop import Run, fit
 
 # What sub-models say, computed once ------------------------------------------------------------------------------
 
@@ -101,35 +103,42 @@ def collect_outputs(
 # Training and scores ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AggregatorConfig:
+@dataclass(frozen=True, kw_only=True)
+class AggregatorConfig(Recipe):
     """How an aggregator is trained on features of frozen sub-models.
 
     Args:
         num_epochs, batch_size: times all samples are seen, samples a step.
-        learning_rate, warmup: AdamW's, linear warm-up over that fraction of the steps, then linear decay to 0.
         label_smoothing: share of a label that is spread over all classes.
         drop: probability that a sub-model is taken for missing, by sample; at least one stays. Above 0, what is
             trained loses less where a device fails.
     """
 
-    num_epochs: float = 40.0
-    batch_size: int = 128
-    learning_rate: float = 3e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.0
+    num_epochs: float = positive(40.0)
+    batch_size: int = positive(128)
+    learning_rate: float = positive(3e-3)
+    weight_decay: float = not_negative(0.05)
+    max_grad_norm: float | None = positive(None)
+    label_smoothing: float = fraction(0.0)
     drop: float = 0.0
 
     def __post_init__(self):
-        for name in ("num_epochs", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not above 0: give a positive number.")
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is outside 0..1: give it as a fraction.")
+        super().__post_init__()
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop={self.drop} is outside 0..1 (1 excluded): sub-models must be there at times.")
+
+
+class AggregatorLoss(nn.Module):
+    """An aggregator and its mean cross-entropy as one module."""
+
+    def __init__(self, model: Aggregator, label_smoothing: float):
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, labels: torch.Tensor, present: torch.Tensor | None = None, **features) -> torch.Tensor:
+        """labels [B], present [B, N] and, by the sub-model's number, pooled features [B, d_n] -> mean loss."""
+        logits = self.model(list(features.values()), present=present)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -185,32 +194,26 @@ def train_aggregator(
     if not aggregator.learned:
         return AggregatorResult(aggregator.eval(), pd.DataFrame({"step": [], "train_loss": []}))
     aggregator.set_means(features)
-    groups = parameter_groups(aggregator, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     per_epoch = math.ceil(len(labels) / config.batch_size)
-    num_steps = max(1, round(config.num_epochs * per_epoch))
-    losses, order = [], np.empty(0)
-    aggregator.train()
-    for step in tqdm(range(num_steps), desc=f"{kind} aggregator", unit="step", leave=False, mininterval=1.0):
+
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, 0, epoch]).permutation(len(labels))
+
+    def batches(step: int) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
         epoch, number = divmod(step, per_epoch)
-        if number == 0:
-            order = np.random.default_rng([seed, 0, epoch]).permutation(len(labels))
-        rows = torch.from_numpy(order[number * config.batch_size : (number + 1) * config.batch_size])
-        set_learning_rate(optimizer, learning_rate(step, num_steps, config.learning_rate, config.warmup))
-        present = random_presence(len(rows), len(features), config.drop, [seed, 1, step]) if config.drop else None
-        logits = aggregator([x[rows] for x in features], present=present)
-        loss = F.cross_entropy(logits, labels[rows], label_smoothing=config.label_smoothing)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"{kind} aggregator: the loss is {loss.item()} at step {step + 1}; lower learning_rate="
-                f"{config.learning_rate}, or look for features that are not finite."
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    history = pd.DataFrame({"step": range(1, num_steps + 1), "train_loss": losses})
-    return AggregatorResult(aggregator.eval(), history)
+        rows = torch.from_numpy(order(epoch)[number * config.batch_size : (number + 1) * config.batch_size])
+        batch = {"labels": labels[rows]} | {str(n): x[rows] for n, x in enumerate(features)}
+        if config.drop:
+            batch["present"] = random_presence(len(rows), len(features), config.drop, [seed, 1, step])
+        yield 1.0, batch
+
+    num_steps = max(1, round(config.num_epochs * per_epoch))
+    objective = AggregatorLoss(aggregator, config.label_smoothing)
+    trained = fit(objective, batches, config, num_steps, Run(f"{kind} aggregator"))
+    trained.restore_float32()
+    history = pd.DataFrame({"step": range(1, num_steps + 1), "train_loss": trained.losses})
+    return AggregatorResult(aggregator.cpu().eval(), history)
 
 
 def random_presence(num_rows: int, num_models: int, drop: float, seed: list[int]) -> torch.Tensor:

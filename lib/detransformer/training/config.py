@@ -1,14 +1,15 @@
-"""What a training run is: the row of Table III, the pre-training recipe, the fine-tuning recipe (DATE 2024, IV-A).
+"""What a training run is: the row of Table III and the recipe (DATE 2024, IV-A), checked when they are made.
 
-All three are frozen and checked when made. A result is found again by the hash of everything that made it.
+`Recipe` holds what all kinds of training have in common; a finished run is found again by the hash of what made it.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import BertConfig
 
@@ -17,17 +18,84 @@ from detransformer.parallel.wire import WIRE_FORMATS
 
 T = TypeVar("T")  # a configuration
 
+MODELS = (*PRESET_SIZES, "gpt2")
 OPTIMIZERS = ("lamb", "adamw")
-PRECISIONS = ("no", "bf16", "fp16", "bf16-weights", "auto")
+PRECISIONS = ("no", "bf16", "bf16-weights", "auto")
 TOKENS_PER_SPECIAL = 2  # [CLS] and [SEP] around a packed sequence
+
+# Fields that are checked -----------------------------------------------------------------------------------------
+
+
+def positive(default) -> Any:
+    """A field whose value is above 0, or None."""
+    return dataclasses.field(default=default, metadata={"check": _check_positive})
+
+
+def not_negative(default) -> Any:
+    """A field whose value is 0 or more."""
+    return dataclasses.field(default=default, metadata={"check": _check_not_negative})
+
+
+def fraction(default) -> Any:
+    """A field whose value is in 0..1."""
+    return dataclasses.field(default=default, metadata={"check": _check_fraction})
+
+
+def one_of(default, choices: Sequence[str]) -> Any:
+    """A field whose value is one of `choices`."""
+
+    def check(name: str, value) -> None:
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def _check_positive(name: str, value) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} is not above 0: give a positive number.")
+
+
+def _check_not_negative(name: str, value) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} is below 0 or not finite: give 0 for none, or more.")
+
+
+def _check_fraction(name: str, value) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} is outside 0..1: give it as a fraction.")
+
+
+def check_positive(config, *names: str) -> None:
+    """Raises ValueError where a named value that is given is not above 0."""
+    for name in names:
+        _check_positive(name, getattr(config, name))
+
+
+class Checked:
+    """A dataclass whose fields are checked when it is made; a ValueError names the field, its value and the limit."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if "check" in field.metadata:
+                field.metadata["check"](field.name, getattr(self, field.name))
+
+
+def check_divides(divisor_name: str, divisor: int, name: str, value: int, why: str) -> None:
+    """Raises ValueError where `divisor` does not divide `value`."""
+    if value % divisor:
+        raise ValueError(f"{divisor_name}={divisor} does not divide {name}={value}: {why}, choose a divisor.")
+
+
+# Rows and recipes ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ModelRow:
+class ModelRow(Checked):
     """One row of Table III: a model and, for decoupled ones, its Nb and Ndiv.
 
     Args:
-        model: `"bert-base"` (12 layers) or `"bert-large"` (24 layers).
+        model: `"bert-base"` (12 layers) or `"bert-large"` (24 layers); `"gpt2"` for a decoder of any size.
         num_original_layers: Nb; None is the original model.
         num_divisions: Ndiv; None for the original model.
         attention_width: of a sub-block, `"full"` (published) or `"narrow"`.
@@ -37,14 +105,13 @@ class ModelRow:
     model: str = "bert-base"
     num_original_layers: int | None = None
     num_divisions: int | None = None
-    attention_width: str = "full"
-    original_placement: str = "last"
+    attention_width: str = one_of("full", ATTENTION_WIDTHS)
+    original_placement: str = one_of("last", ORIGINAL_PLACEMENTS)
 
     def __post_init__(self):
-        if self.model not in PRESET_SIZES:
-            raise ValueError(f"model {self.model!r} is unknown: choose one of {', '.join(PRESET_SIZES)}.")
-        check_choice(self, "attention_width", ATTENTION_WIDTHS)
-        check_choice(self, "original_placement", ORIGINAL_PLACEMENTS)
+        super().__post_init__()
+        if self.model not in MODELS:
+            raise ValueError(f"model {self.model!r} is unknown: choose one of {', '.join(MODELS)}.")
         if (self.num_original_layers is None) != (self.num_divisions is None):
             raise ValueError(
                 f"row {self.model}, {self.num_original_layers}, {self.num_divisions} is half decoupled: "
@@ -70,6 +137,11 @@ class ModelRow:
         return ", ".join([f"{self.model} Nb={self.num_original_layers}, Ndiv={self.num_divisions}", *self._variant])
 
     @property
+    def structure(self) -> tuple[int, int, str, str]:
+        """What `decouple` and `decoupled_config` take after the original model."""
+        return self.num_original_layers, self.num_divisions, self.attention_width, self.original_placement
+
+    @property
     def _variant(self) -> list[str]:
         width = [] if self.attention_width == "full" else [self.attention_width]
         return width + ([] if self.original_placement == "last" else [self.original_placement])
@@ -80,39 +152,58 @@ def model_rows(rows: Iterable[ModelRow | Sequence]) -> list[ModelRow]:
     return [row if isinstance(row, ModelRow) else ModelRow(*row) for row in rows]
 
 
-def check_positive(config, *names: str) -> None:
-    """Raises ValueError where a named value that is given is not above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value} is not above 0: give a positive number.")
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Checked):
+    """How a model is optimised.
+
+    Args:
+        optimizer: `"adamw"`, or `"lamb"` (NVIDIA's recipe for BERT, which the paper follows).
+        learning_rate, warmup, decay_power: linear warm-up over that fraction of the steps, then polynomial decay to 0.
+        weight_decay: of all weights but biases and LayerNorm.
+        max_grad_norm: to which gradients are clipped; None clips none.
+        mixed_precision: `"no"` (float32), `"bf16"` (autocast), `"bf16-weights"` (bfloat16 weights and activations,
+            float32 copies in the optimizer), or `"auto"` for the fastest of this machine.
+        checkpoint_every_s: seconds between checkpoints.
+    """
+
+    optimizer: str = one_of("adamw", OPTIMIZERS)
+    learning_rate: float = positive(1e-3)
+    warmup: float = fraction(0.1)
+    decay_power: float = positive(1.0)
+    weight_decay: float = not_negative(0.01)
+    max_grad_norm: float | None = positive(1.0)
+    mixed_precision: str = one_of("no", PRECISIONS)
+    checkpoint_every_s: float = not_negative(600.0)
 
 
-def check_choice(config, name: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where the value is not one of `choices`."""
-    value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+@dataclass(frozen=True, kw_only=True)
+class StepRecipe(Recipe):
+    """A recipe of so many optimizer steps.
+
+    Args:
+        num_steps: optimizer steps.
+        global_batch_size: samples (sequences, images) in one optimizer step.
+        micro_batch_size: samples in one forward pass; the rest is gradient accumulation.
+        seed: of the weights, the data order, masks and dropout.
+    """
+
+    num_steps: int = positive(1000)
+    global_batch_size: int = positive(64)
+    micro_batch_size: int = positive(64)
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        why = "gradients accumulate over whole micro-batches"
+        check_divides("micro_batch_size", self.micro_batch_size, "global_batch_size", self.global_batch_size, why)
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.global_batch_size // self.micro_batch_size
 
 
-def check_fraction(config, name: str) -> None:
-    """Raises ValueError where the value is outside 0..1."""
-    value = getattr(config, name)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} is outside 0..1: give it as a fraction.")
-
-
-def check_micro_batches(config) -> None:
-    """Raises ValueError where micro-batches do not divide the batch."""
-    if config.global_batch_size % config.micro_batch_size:
-        raise ValueError(
-            f"micro_batch_size={config.micro_batch_size} does not divide global_batch_size={config.global_batch_size}: "
-            "gradients accumulate over whole micro-batches, choose a divisor."
-        )
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(StepRecipe):
     """Masked-language-model pre-training; the defaults are the paper's recipe (7,038 steps, sequence length 128).
 
     Args:
@@ -123,61 +214,32 @@ class PretrainConfig:
             slowly: the shorter the training, the more so.
         frequency_bias: whether the vocabulary's projection starts at the log frequencies of the training text's pieces,
             so that a short training is not spent on them; BERT's starts at 0.
-        num_steps: optimizer steps.
         seq_len: tokens in a packed sequence, [CLS] and [SEP] included.
-        global_batch_size: sequences in one optimizer step over all processes.
-        micro_batch_size: sequences in one forward pass; the rest is gradient accumulation.
-        optimizer: `"lamb"` (NVIDIA's recipe, which the paper follows) or `"adamw"`.
-        learning_rate, warmup, decay_power: linear warm-up over that fraction of the steps, then polynomial decay to 0.
         max_train_tokens, max_valid_tokens: text used; None takes all of it.
         dropout: of hidden states and attention.
-        mixed_precision: `"no"` (float32), `"bf16"` or `"fp16"` (accelerate's autocast), `"bf16-weights"` (bfloat16
-            weights and activations, float32 copies in the optimizer), or `"auto"` for the fastest of this machine.
-        checkpoint_every_s: seconds between checkpoints.
-        seed: of the weights, the data order and the masks: the same for every row.
     """
 
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    intermediate_size: int | None = None
-    initializer_range: float = 0.02
+    hidden_size: int | None = positive(None)
+    num_heads: int | None = positive(None)
+    intermediate_size: int | None = positive(None)
+    initializer_range: float = positive(0.02)
     frequency_bias: bool = False
-    num_steps: int = 7038
+    num_steps: int = positive(7038)
     seq_len: int = 128
-    global_batch_size: int = 65536
-    micro_batch_size: int = 64
-    optimizer: str = "lamb"
-    learning_rate: float = 6e-3
-    warmup: float = 0.2843
-    decay_power: float = 0.5  # NVIDIA's PolyWarmUpScheduler
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    mask_fraction: float = 0.15
-    dropout: float = 0.1
-    max_train_tokens: int | None = None
-    max_valid_tokens: int | None = 2_000_000
-    mixed_precision: str = "no"
-    checkpoint_every_s: float = 600.0
-    seed: int = 0
+    global_batch_size: int = positive(65536)
+    optimizer: str = one_of("lamb", OPTIMIZERS)
+    learning_rate: float = positive(6e-3)
+    warmup: float = fraction(0.2843)
+    decay_power: float = positive(0.5)  # NVIDIA's PolyWarmUpScheduler
+    mask_fraction: float = fraction(0.15)
+    dropout: float = fraction(0.1)
+    max_train_tokens: int | None = positive(None)
+    max_valid_tokens: int | None = positive(2_000_000)
 
     def __post_init__(self):
-        check_choice(self, "optimizer", OPTIMIZERS)
-        check_choice(self, "mixed_precision", PRECISIONS)
-        check_fraction(self, "warmup")
-        check_fraction(self, "dropout")
-        check_fraction(self, "mask_fraction")
-        check_positive(
-            self,
-            *("hidden_size", "num_heads", "intermediate_size", "num_steps", "global_batch_size", "micro_batch_size"),
-            *("learning_rate", "max_train_tokens", "max_valid_tokens", "mask_fraction", "initializer_range"),
-        )
+        super().__post_init__()
         if not 8 <= self.seq_len <= 512:
             raise ValueError(f"seq_len={self.seq_len} is outside 8..512: BERT has 512 positions, choose in that range.")
-        check_micro_batches(self)
-
-    @property
-    def num_micro_batches(self) -> int:
-        return self.global_batch_size // self.micro_batch_size
 
     @property
     def tokens_per_step(self) -> int:
@@ -197,11 +259,8 @@ class PretrainConfig:
             "intermediate_size": self.intermediate_size,
         }
         sizes |= {name: value for name, value in chosen.items() if value is not None}
-        if sizes["hidden_size"] % sizes["num_attention_heads"]:
-            raise ValueError(
-                f"num_heads={sizes['num_attention_heads']} does not divide hidden_size={sizes['hidden_size']}: "
-                "every head takes an equal part, choose a divisor."
-            )
+        heads = sizes["num_attention_heads"]
+        check_divides("num_heads", heads, "hidden_size", sizes["hidden_size"], "every head takes an equal part")
         return BertConfig(
             **sizes,
             initializer_range=self.initializer_range,
@@ -215,9 +274,7 @@ class PretrainConfig:
         """Raises ValueError where `row` cannot be built at this scale."""
         original = self.original_config(row.model, vocab_size=1024)
         if not row.is_original:
-            decoupled_config(
-                original, row.num_original_layers, row.num_divisions, row.attention_width, row.original_placement
-            )
+            decoupled_config(original, *row.structure)
 
     def scale_note(self, row: ModelRow) -> str:
         """The scale in words, so that a reduced one is never taken for the paper's."""
@@ -229,53 +286,40 @@ class PretrainConfig:
         return text
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Recipe):
     """Fine-tuning of one task; NVIDIA's values are in the `paper` profile.
 
     Args:
-        learning_rate, warmup, batch_size, num_epochs: linear warm-up, then linear decay to 0.
-        seq_len: longest input, longer ones are cut (classification) or read in windows (SQuAD).
+        batch_size, num_epochs: rows in one optimizer step, and how often all rows are seen.
         micro_batch_size: rows in one forward pass, the rest is gradient accumulation; None takes the batch at once.
+        seq_len: longest input, longer ones are cut (classification) or read in windows (SQuAD).
         doc_stride: tokens two SQuAD windows share; None is a quarter of seq_len.
         max_train_rows, max_eval_rows: None takes all; a cut set is called reduced in every table.
         wire_formats: number formats of messages that the trained model is scored with besides exact ones.
-        mixed_precision: as in `PretrainConfig`.
-        checkpoint_every_s: seconds between checkpoints.
     """
 
-    learning_rate: float = 5e-5
-    warmup: float = 0.1
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    eval_batch_size: int = 64
-    num_epochs: float = 3.0
+    learning_rate: float = positive(5e-5)
+    batch_size: int = positive(32)
+    micro_batch_size: int | None = positive(None)
+    eval_batch_size: int = positive(64)
+    num_epochs: float = positive(3.0)
     seq_len: int = 128
     doc_stride: int | None = None
-    optimizer: str = "adamw"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    dropout: float = 0.1
-    max_train_rows: int | None = None
-    max_eval_rows: int | None = None
-    max_answer_tokens: int = 30
+    dropout: float = fraction(0.1)
+    max_train_rows: int | None = positive(None)
+    max_eval_rows: int | None = positive(None)
+    max_answer_tokens: int = positive(30)
     wire_formats: tuple[str, ...] = ()
-    mixed_precision: str = "no"
-    checkpoint_every_s: float = 600.0
 
     def __post_init__(self):
-        check_choice(self, "optimizer", OPTIMIZERS)
-        check_choice(self, "mixed_precision", PRECISIONS)
+        super().__post_init__()
         object.__setattr__(self, "wire_formats", tuple(self.wire_formats))  # a profile gives a list
-        for name in self.wire_formats:
-            if name not in WIRE_FORMATS:
-                raise ValueError(
-                    f"wire_formats has {name!r}, which is unknown: choose among {', '.join(WIRE_FORMATS)}."
-                )
-        check_fraction(self, "warmup")
-        check_fraction(self, "dropout")
-        check_positive(self, "learning_rate", "batch_size", "eval_batch_size", "num_epochs", "max_answer_tokens")
-        check_positive(self, "micro_batch_size", "max_train_rows", "max_eval_rows")
+        unknown = [name for name in self.wire_formats if name not in WIRE_FORMATS]
+        if unknown:
+            raise ValueError(
+                f"wire_formats has {unknown[0]!r}, which is unknown: choose among {', '.join(WIRE_FORMATS)}."
+            )
         if not 16 <= self.seq_len <= 512:
             raise ValueError(f"seq_len={self.seq_len} is outside 16..512: BERT has 512 positions.")
         if not 0 <= self.stride < self.seq_len // 2:

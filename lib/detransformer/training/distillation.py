@@ -18,38 +18,28 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate.utils import set_seed
 from torch.nn import functional as F
 from transformers import BertForMaskedLM
 from transformers.utils import logging as transformers_logging
 
 from detransformer.checkpoints import FAMILIES, load_original, read_config
 from detransformer.models import decouple, layer_kinds
-from detransformer.training.checkpoints import Checkpointer, Progress, as_result, read_result, write_result
-from detransformer.training.config import ModelRow, PretrainConfig, config_hash
+from detransformer.training.config import Checked, ModelRow, PretrainConfig, config_hash, not_negative, positive
 from detransformer.training.data import TrainingData
-from detransformer.training.data.packing import IGNORED, MaskedBatches
+from detransformer.training.data.packing import IGNORED
 from detransformer.training.finetuning import source_of
-from detransformer.training.hardware import choose_attention, keep_freed_memory, make_accelerator, resolve_precision
+from detransformer.training.hardware import place, resolve_precision
+from detransformer.training.loop import Run
 from detransformer.training.objective import MaskedLmLoss
-from detransformer.training.pretraining import (
-    PretrainResult,
-    evaluate,
-    finish,
-    pack,
-    prepare,
-    save_trained,
-    text_note,
-    train_steps,
-)
-from detransformer.training.unigram import unigram_loss
+from detransformer.training.pretraining import PretrainResult, evaluate, masked_texts, text_note, train_on_text
+from detransformer.training.results import as_result, read_result
 
 METHODS = ("none", "plain", "distilled", "from scratch")  # as tables list them
 COLUMNS = ["row", "start", "method", "tokens", "tokens_share", "valid_loss", "perplexity", "teacher_valid_loss"]
 
 
 @dataclass(frozen=True)
-class CalibrationConfig:
+class CalibrationConfig(Checked):
     """How a sliced model is trained on.
 
     Args:
@@ -61,19 +51,15 @@ class CalibrationConfig:
     """
 
     pretraining: PretrainConfig
-    ce_weight: float = 1.0
-    kl_weight: float = 1.0
-    hidden_weight: float = 1.0
-    temperature: float = 2.0
+    ce_weight: float = not_negative(1.0)
+    kl_weight: float = not_negative(1.0)
+    hidden_weight: float = not_negative(1.0)
+    temperature: float = positive(2.0)
 
     def __post_init__(self):
-        for name in ("ce_weight", "kl_weight", "hidden_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is no weight: give 0 or more.")
+        super().__post_init__()
         if self.ce_weight + self.kl_weight + self.hidden_weight == 0:
             raise ValueError("ce_weight, kl_weight and hidden_weight are all 0: give at least one loss a weight.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} is not above 0: give a positive number.")
 
     @property
     def asks_teacher(self) -> bool:
@@ -194,74 +180,33 @@ def calibrate(
     weights = {name: value for name, value in vars(config).items() if name != "pretraining"}
     identity = config_hash("calibration", source, row, recipe, weights, data.name, data.fingerprint)
     folder = Path(output_dir) / f"{row.key}-{config.method}-{recipe.num_steps}steps-{identity[:6]}"
-    done = read_result(folder / "result.json", identity)
+    run = Run(f"{row.label} {config.method}", folder, identity, on_step)
+    done = read_result(run)
     if done is not None:
-        return as_result(CalibrationResult, folder, done, row=row)
+        return as_result(CalibrationResult, run, done, row=row)
     original = load_teacher(checkpoint, data)
     student = _student(original, row, recipe.dropout)
-    keep_freed_memory()
-    accelerator = make_accelerator(precision)
-    with accelerator.main_process_first():  # one process packs the text, the others map it
-        train, valid = pack(data, recipe)
-    batches, valid_batches = (
-        MaskedBatches(text.sequences, data.vocab_size, data.special, recipe.num_masked, recipe.seed)
-        for text in (train, valid)
+    train, valid = masked_texts(data, recipe)
+    for model in (original, student):
+        place(model, precision)
+    teacher_loss, sliced_loss = (
+        evaluate(MaskedLmLoss(model), valid.valid_batches(recipe.micro_batch_size)) for model in (original, student)
     )
-
-    def untrained_loss(model: BertForMaskedLM, *structure) -> float:
-        """Kept in a file: calibrations of one teacher share it."""
-        sizes = [recipe.seq_len, recipe.max_valid_tokens, recipe.num_masked, recipe.micro_batch_size, recipe.seed]
-        key = config_hash("untrained", source, *structure, sizes, precision, data.name, data.fingerprint)
-        path = Path(output_dir) / "untrained" / f"{key}.json"
-        known = read_result(path, key)
-        if known is not None:
-            return known["valid_loss"]
-        objective = MaskedLmLoss(model).to(accelerator.device)
-        loss = evaluate(objective, valid_batches, recipe.micro_batch_size, accelerator)
-        if accelerator.is_main_process:
-            write_result(path, {"identity": key, "valid_loss": loss})
-        return loss
-
-    teacher_loss, sliced_loss = untrained_loss(original), untrained_loss(student, row)
-    distillation = DistillationLoss(student, original, config)
-    objective, optimizer = prepare(distillation, student, recipe, precision, accelerator)
-    original.to(accelerator.device, student.dtype)
-    choose_attention(original, precision)
-    progress = Progress()
-    checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, recipe.checkpoint_every_s, identity)
-    set_seed(recipe.seed + 1 + accelerator.process_index)  # dropout: the same with and without a teacher
-    checkpointer.resume()
-    title = f"{row.label} {config.method}"
-    train_steps(objective, optimizer, batches, recipe, accelerator, checkpointer, title, on_step)
-    finish(optimizer)
+    if precision == "bf16-weights":  # as its student will be
+        original.to(torch.bfloat16)
     tokens = recipe.num_steps * recipe.tokens_per_step
-    result = {
-        "identity": identity,
+    record = {
+        "row": dataclasses.asdict(row),
+        "config": dataclasses.asdict(config),
         "method": config.method,
-        "valid_loss": evaluate(objective, valid_batches, recipe.micro_batch_size, accelerator),
-        "unigram_loss": unigram_loss(batches, valid_batches, recipe.micro_batch_size),
         "sliced_valid_loss": sliced_loss,
         "teacher_valid_loss": teacher_loss,
         "teacher_tokens": teacher.tokens if isinstance(teacher, PretrainResult) else None,
-        "valid_tokens": valid.num_tokens,
-        "num_steps": recipe.num_steps,
-        "tokens": tokens,
-        "unique_tokens": train.num_tokens,
-        "seconds": round(progress.seconds, 3),
-        "hidden_size": student.config.hidden_size,
-        "seed": recipe.seed,
-        "precision": precision,
-        "source": data.name,
         "note": f"slices of a trained model of {student.config.num_hidden_layers} layers, hidden "
-        f"{student.config.hidden_size}, {config.method} for {tokens:,} tokens; {text_note(data, train.num_tokens)}",
-        "row": dataclasses.asdict(row),
-        "config": dataclasses.asdict(config),
+        f"{student.config.hidden_size}, {config.method} for {tokens:,} tokens; {text_note(data, train)}",
     }
-    if accelerator.is_main_process:
-        save_trained(folder, accelerator.unwrap_model(objective).model, data, progress, recipe, result)
-    accelerator.wait_for_everyone()
-    checkpointer.remove()
-    return as_result(CalibrationResult, folder, result, row=row)
+    record = train_on_text(DistillationLoss(student, original, config), recipe, data, train, valid, run, record)
+    return as_result(CalibrationResult, run, record, row=row)
 
 
 def load_teacher(folder: Path, data: TrainingData) -> BertForMaskedLM:
@@ -298,7 +243,7 @@ def _vocabulary(data: TrainingData) -> dict[str, int]:
 def _student(teacher: BertForMaskedLM, row: ModelRow, dropout: float) -> BertForMaskedLM:
     """`teacher`'s slices, with this dropout; the teacher's own is never used."""
     teacher.config.hidden_dropout_prob = teacher.config.attention_probs_dropout_prob = dropout
-    return decouple(teacher, row.num_original_layers, row.num_divisions, row.attention_width, row.original_placement)
+    return decouple(teacher, *row.structure)
 
 
 def calibration_table(
@@ -307,8 +252,8 @@ def calibration_table(
     """What calibration comes to, one row a training: by row, then method, then tokens.
 
     Columns: row; start (`slices` or `scratch`); method (`none`: slices as they are; `plain`, `distilled`, `from
-    scratch`); tokens trained on, and their share of the teacher's pre-training; valid_loss (nats a masked token), and
-    unigram_loss, that of word frequencies alone; perplexity; teacher_valid_loss; seconds; seed; source; note.
+    scratch`); tokens trained on, and their share of the teacher's pre-training; valid_loss (nats a masked token);
+    perplexity; teacher_valid_loss; seconds; seed; source; note.
 
     Args:
         results: of `calibrate`, any number a row.
@@ -338,7 +283,6 @@ def _line(result: PretrainResult, start: str, method: str, calibrated: Calibrati
         "tokens": result.tokens,
         "tokens_share": result.tokens / calibrated.teacher_tokens if known else math.nan,
         "valid_loss": result.valid_loss,
-        "unigram_loss": result.unigram_loss,
         "perplexity": math.exp(min(result.valid_loss, 700.0)),
         "teacher_valid_loss": calibrated.teacher_valid_loss,
         "seconds": result.seconds,

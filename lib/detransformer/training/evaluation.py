@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForMaskedLM, BertForMaskedLM
 
 import detransformer.models  # noqa: F401  (AutoModel knows decoupled BERT)
@@ -39,7 +38,7 @@ def held_out_loss(
     model.eval()
     rounded = wired(model, wire_plan(model.config, wire=wire)) if wire else nullcontext()
     with rounded:
-        loss = evaluate(MaskedLmLoss(model), batches, BATCH, Accelerator(cpu=True))
+        loss = evaluate(MaskedLmLoss(model), batches.valid_batches(BATCH))
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": text.num_tokens}
 
 

@@ -1,14 +1,16 @@
 """Task rows as token features: sentences (pairs) with a label, SQuAD as overlapping windows with answer positions.
 
-Batches are a function of (seed, step): shuffled each epoch, rows of like length together, so little is padding.
+Rows of like length stand in one batch, so little is padding.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 
 from detransformer.training.data import TaskRows
 from detransformer.training.data.tasks import Task
@@ -101,32 +103,48 @@ def answer_positions(offsets: np.ndarray, start: int, end: int) -> tuple[int, in
 
 def collate(features: Sequence[Feature], pad: int) -> dict[str, torch.Tensor]:
     """Features as padded tensors [B, T]: input_ids, token_type_ids, attention_mask and the labels."""
-    length = max(len(f.tokens) for f in features)
-    shape = (len(features), length)
-    tokens, types, mask = np.full(shape, pad), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for i, feature in enumerate(features):
-        n = len(feature.tokens)
-        tokens[i, :n], types[i, :n], mask[i, :n] = feature.tokens, feature.types, 1
-    batch = {"input_ids": tokens, "token_type_ids": types, "attention_mask": mask}
-    if isinstance(features[0].label, tuple):
-        positions = np.array([f.label for f in features])
-        batch |= {"start_positions": positions[:, 0], "end_positions": positions[:, 1]}
-    else:
-        batch["labels"] = np.array([f.label for f in features])
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def padded(rows: Iterator[np.ndarray], value: int) -> torch.Tensor:
+        return pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], True, value)
+
+    batch = {
+        "input_ids": padded((f.tokens for f in features), pad),
+        "token_type_ids": padded((f.types for f in features), 0),
+        "attention_mask": padded((np.ones_like(f.tokens) for f in features), 0),
+    }
+    labels = torch.tensor([f.label for f in features])  # [B], or [B, 2] of answers
+    if labels.dim() == 2:
+        return batch | {"start_positions": labels[:, 0], "end_positions": labels[:, 1]}
+    return batch | {"labels": labels}
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Row numbers of each batch of an epoch: shuffled, sorted by length in pools, the batches shuffled again."""
-    rng = np.random.default_rng([seed, epoch])
-    lengths = np.asarray(lengths)
-    order = rng.permutation(len(lengths))
-    batches = []
-    for start in range(0, len(order), batch_size * POOL_BATCHES):
-        pool = order[start : start + batch_size * POOL_BATCHES]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+class LengthGrouped:
+    """Row numbers of each step: epochs are shuffled, sorted by length in pools, and their batches shuffled again.
+
+    A function of (seed, step); the last batch of an epoch may be smaller.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        self.steps_per_epoch = math.ceil(len(lengths) / batch_size)
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def rows(self, step: int) -> np.ndarray:
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self.epoch_batches(epoch))
+        return self._epoch[1][number]
+
+    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        """Row numbers of each batch of an epoch."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), self.batch_size * POOL_BATCHES):
+            pool = order[start : start + self.batch_size * POOL_BATCHES]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def by_length(features: Sequence[Feature], batch_size: int) -> Iterator[list[int]]:

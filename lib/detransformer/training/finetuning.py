@@ -5,44 +5,52 @@ One process per run; many runs may go side by side. A finished run is read from 
 
 import dataclasses
 import hashlib
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from torch import nn
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import detransformer.models  # noqa: F401  (AutoModel knows decoupled BERT)
-from detransformer.files import atomic_folder
 from detransformer.parallel.wire_model import wire_plan, wired
-from detransformer.training.checkpoints import Checkpointer, Progress, read_result, write_result
 from detransformer.training.config import FinetuneConfig, ModelRow, config_hash
 from detransformer.training.data import Task, TrainingData
 from detransformer.training.data.tasks import get_task
 from detransformer.training.features import (
+    LengthGrouped,
     PreparedTask,
     best_spans,
     by_length,
     collate,
-    epoch_batches,
     prepare_task,
 )
-from detransformer.training.hardware import keep_freed_memory, make_accelerator, resolve_precision
-from detransformer.training.jobs import advance, run_jobs
+from detransformer.training.hardware import resolve_precision
+from detransformer.training.jobs import run_jobs
+from detransformer.training.loop import Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
-from detransformer.training.optim import learning_rate, set_learning_rate
-from detransformer.training.pretraining import PretrainResult, finish, prepare
+from detransformer.training.pretraining import PretrainResult
+from detransformer.training.results import read_result, write_result
 from detransformer.training.summary import accuracy_table
 
 # The paper's "Acc" for SQuAD is not defined there; exact match is the share of questions answered right.
 TABLE_METRIC = {"mcc": "mcc", "accuracy": "accuracy", "f1": "exact_match"}
+
+
+class TaskLoss(nn.Module):
+    """A model with a head for a task; the loss is transformers' own."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """What `collate` gives -> mean loss of the rows."""
+        return self.model(**batch).loss
 
 
 def finetune(
@@ -59,7 +67,7 @@ def finetune(
 
     Args:
         checkpoint: what `pretrain` returned, or the folder of a saved model.
-        output_dir: of this one run; holds result.json and, while it runs, a checkpoint.
+        output_dir: of this one run; holds history.csv, result.json and, while it runs, a checkpoint.
         keep_model: leave what was fine-tuned in `output_dir/model`, a Hugging Face folder, too.
 
     Raises:
@@ -67,50 +75,54 @@ def finetune(
     """
     chosen, folder = get_task(task), Path(output_dir)
     model_folder, source_identity = source_of(checkpoint)
-    precision = resolve_precision(config.mixed_precision)
-    resolved = dataclasses.replace(config, mixed_precision=precision)
-    identity = config_hash(resolved, source_identity, task, seed, data.name, data.fingerprint)
-    done = read_result(folder / "result.json", identity)
+    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
+    identity = config_hash(config, source_identity, task, seed, data.name, data.fingerprint)
+    run = Run(task, folder, identity, on_step)
+    done = read_result(run)
     if done is not None and (not keep_model or (folder / "model").is_dir()):
         return done
-    prepared = prepared_task(data, task, config)
+    prepared, pad = prepared_task(data, task, config), data.special.pad
     set_seed(seed)  # the head's weights, then dropout
     model = load_model(model_folder, chosen, config.dropout)
-    keep_freed_memory()
-    accelerator = make_accelerator(precision)
-    model, optimizer = prepare(model, model, config, precision, accelerator)
-    progress = Progress()
-    checkpointer = Checkpointer(folder / "checkpoint", accelerator, progress, config.checkpoint_every_s, identity)
-    checkpointer.resume()
-    _train(model, optimizer, prepared, config, seed, accelerator, checkpointer, data.special.pad, on_step)
-    finish(optimizer)
-    scores = evaluate(model, prepared, config, data.special.pad, accelerator)
-    result = {
-        "identity": identity,
+    order = LengthGrouped([len(feature.tokens) for feature in prepared.train], config.batch_size, seed)
+
+    def batches(step: int) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
+        rows = order.rows(step)
+        size = config.micro_batch_size or len(rows)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield len(part) / len(rows), collate([prepared.train[i] for i in part], pad)
+
+    num_steps = max(1, round(config.num_epochs * order.steps_per_epoch))
+    trained = fit(TaskLoss(model), batches, config, num_steps, run)
+    trained.restore_float32()
+    scores = evaluate(model, prepared, config, pad)
+    metric = TABLE_METRIC[chosen.metric]
+    for name in config.wire_formats:
+        with wired(model, wire_plan(model.config, wire=name)):
+            scores[f"score_{name}"] = evaluate(model, prepared, config, pad)[metric]
+    record = {
         "task": task,
         "seed": seed,
-        "metric": TABLE_METRIC[chosen.metric],
-        "score": scores[TABLE_METRIC[chosen.metric]],
+        "metric": metric,
+        "score": scores[metric],
         "majority_score": _majority(prepared),
         **scores,
-        **_wire_scores(model, prepared, config, data.special.pad, accelerator),
-        "train_loss": float(np.mean(progress.losses[-20:])),
-        "num_steps": progress.step,
+        "train_loss": float(np.mean(trained.losses[-20:])),
+        "num_steps": num_steps,
         "train_rows": len(prepared.rows.train),
         "eval_rows": len(prepared.rows.validation),
-        "seconds": round(progress.seconds, 3),
-        "precision": precision,
+        "precision": config.mixed_precision,
         "source": data.name,
         "note": prepared.rows.note,
         "config": dataclasses.asdict(config),
     }
-    if keep_model:
-        with atomic_folder(folder / "model") as temporary:
-            accelerator.unwrap_model(model).save_pretrained(temporary)
-            data.save_tokenizer(temporary)
-    write_result(folder / "result.json", result)
-    checkpointer.remove()
-    return result
+
+    def save(place: Path) -> None:
+        model.save_pretrained(place)
+        data.save_tokenizer(place)
+
+    return write_result(run, trained, record, "rows", config.batch_size, save if keep_model else None)
 
 
 def finetune_all(
@@ -138,21 +150,9 @@ def finetune_all(
                 folder = Path(output_dir) / result.row.key / task / f"seed{seed}"
                 cells.append((result, task, config, seed, folder))
     jobs = [(*cell[:3], data, *cell[3:]) for cell in cells]
-    if num_jobs == 1:
-        _opened[data.name, data.fingerprint] = data
-    records = run_jobs(_finetune_job, jobs, num_jobs, "fine-tuning", len(jobs), "run")
+    records = run_jobs(finetune, jobs, num_jobs, "fine-tuning")
     models = [dataclasses.asdict(cell[0].row) | {"pretraining": cell[0].note} for cell in cells]
     return accuracy_table([model | record for model, record in zip(models, records, strict=True)])
-
-
-_opened: dict[tuple, TrainingData] = {}  # of this process: a worker reads and tokenises a task once for all its runs
-
-
-def _finetune_job(result: PretrainResult, task, config, data: TrainingData, seed, folder) -> dict:
-    data = _opened.setdefault((data.name, data.fingerprint), data)
-    record = finetune(result, task, config, data, seed, folder)
-    advance()
-    return record
 
 
 def load_model(folder: Path, task: Task, dropout: float):
@@ -189,16 +189,6 @@ def source_of(checkpoint: PretrainResult | str | Path) -> tuple[Path, str]:
         return Path(checkpoint), hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _wire_scores(model, prepared, config, pad, accelerator) -> dict[str, float]:
-    """The task's score when messages between four devices have each of `config.wire_formats`."""
-    scores = {}
-    for name in config.wire_formats:
-        with wired(model, wire_plan(model.config, wire=name)):
-            found = evaluate(model, prepared, config, pad, accelerator)
-        scores[f"score_{name}"] = found[TABLE_METRIC[prepared.rows.task.metric]]
-    return scores
-
-
 def _majority(prepared: PreparedTask) -> float:
     """What guessing scores: the most frequent label, or, of questions, one answer to all, which is right nowhere."""
     task = prepared.rows.task
@@ -206,53 +196,27 @@ def _majority(prepared: PreparedTask) -> float:
 
 
 def prepared_task(data: TrainingData, task: str, config: FinetuneConfig) -> PreparedTask:
-    """The task's features, tokenised once for all rows and seeds."""
-    key = (task, config.max_train_rows, config.max_eval_rows, config.seq_len, config.stride)
-    if key not in data.prepared:
+    """The task's features, tokenised once in this process for all rows and seeds."""
+    key = (
+        data.name,
+        data.fingerprint,
+        task,
+        config.max_train_rows,
+        config.max_eval_rows,
+        config.seq_len,
+        config.stride,
+    )
+    if key not in _prepared:
         rows = data.task(task, config.max_train_rows, config.max_eval_rows)
-        data.prepared[key] = prepare_task(rows, data.tokenizer, config.seq_len, config.stride)
-    return data.prepared[key]
+        _prepared[key] = prepare_task(rows, data.tokenizer, config.seq_len, config.stride)
+    return _prepared[key]
 
 
-def _train(model, optimizer, prepared, config, seed, accelerator, checkpointer, pad, on_step) -> None:
-    progress, features = checkpointer.progress, prepared.train
-    lengths = [len(feature.tokens) for feature in features]
-    per_epoch = math.ceil(len(features) / config.batch_size)
-    num_steps = max(1, round(config.num_epochs * per_epoch))
-    epoch, batches = -1, []
-    model.train()
-    with tqdm(total=num_steps, initial=progress.step, desc=prepared.rows.task.name, unit="step", leave=False) as bar:
-        while progress.step < num_steps:
-            start_s = time.perf_counter()
-            if progress.step // per_epoch != epoch:
-                epoch = progress.step // per_epoch
-                batches = epoch_batches(lengths, config.batch_size, seed, epoch)
-            rate = learning_rate(progress.step, num_steps, config.learning_rate, config.warmup)
-            set_learning_rate(optimizer, rate)
-            rows = batches[progress.step % per_epoch]
-            total = 0.0
-            for start in range(0, len(rows), config.micro_batch_size or len(rows)):
-                part = rows[start : start + (config.micro_batch_size or len(rows))]
-                batch = collate([features[i] for i in part], pad)
-                with accelerator.autocast():
-                    loss = model(**{name: t.to(accelerator.device) for name, t in batch.items()}).loss
-                loss = loss * (len(part) / len(rows))
-                accelerator.backward(loss)
-                total += loss.item()
-            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.losses.append(total)
-            progress.step += 1
-            progress.seconds += time.perf_counter() - start_s
-            bar.update()
-            checkpointer.save_if_due()
-            if on_step is not None:
-                on_step(progress.step, total)
+_prepared: dict[tuple, PreparedTask] = {}
 
 
 @torch.no_grad()
-def evaluate(model, prepared: PreparedTask, config: FinetuneConfig, pad: int, accelerator: Accelerator) -> dict:
+def evaluate(model: PreTrainedModel, prepared: PreparedTask, config: FinetuneConfig, pad: int) -> dict[str, float]:
     """Scores of the validation rows, times 100."""
     model.eval()
     features, task = prepared.validation, prepared.rows.task
@@ -260,14 +224,12 @@ def evaluate(model, prepared: PreparedTask, config: FinetuneConfig, pad: int, ac
     answers: dict[int, tuple[float, int, int]] = {}  # row -> (score, first character, last character)
     for numbers in by_length(features, config.eval_batch_size):
         part = [features[i] for i in numbers]
-        batch = {name: t.to(accelerator.device) for name, t in collate(part, pad).items()}
-        inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
-        with accelerator.autocast():
-            output = model(**inputs)
+        batch = {name: t.to(model.device) for name, t in collate(part, pad).items()}
+        output = model(**{name: batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")})
         if not task.is_question_answering:
             predicted[[f.row for f in part]] = output.logits.argmax(-1).cpu().numpy()
             continue
-        in_context = torch.zeros(batch["input_ids"].shape, dtype=torch.bool, device=accelerator.device)
+        in_context = torch.zeros(batch["input_ids"].shape, dtype=torch.bool, device=model.device)
         for i, feature in enumerate(part):
             in_context[i, : len(feature.tokens)] = torch.from_numpy(feature.offsets[:, 0] >= 0)
         spans = best_spans(output.start_logits.float(), output.end_logits.float(), in_context, config.max_answer_tokens)

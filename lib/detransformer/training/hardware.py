@@ -9,12 +9,10 @@ import ctypes
 import sys
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from torch import nn
 from transformers import PreTrainedModel
 
-from detransformer.settings import launched_processes
-
-AUTOCAST = ("no", "bf16", "fp16")  # what accelerate knows
 _KEPT_BYTES = 2**31 - 1
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -3, -1, -2  # malloc.h
 
@@ -33,24 +31,15 @@ def resolve_precision(precision: str) -> str:
     return "bf16-weights" if fast else "no"
 
 
-def autocast_of(precision: str) -> str:
-    """The setting of accelerate for a resolved `precision`; bfloat16 weights need no casts."""
-    return precision if precision in AUTOCAST else "no"
+def place(model: nn.Module, precision: str) -> None:
+    """Moves `model` to the device, with the attention that is fastest there.
 
-
-def make_accelerator(precision: str) -> Accelerator:
-    """Accelerate for a resolved `precision`; on a CPU one run over all processes that torchrun or accelerate started.
-
-    Without being told, accelerate would take each of several CPU processes for a run of its own.
+    That is plain products and softmax where bfloat16 is trained on a CPU, PyTorch's fused attention elsewhere.
     """
-    together = launched_processes() > 1 and not torch.cuda.is_available()
-    return Accelerator(mixed_precision=autocast_of(precision), cpu=together)
-
-
-def choose_attention(model: PreTrainedModel, precision: str) -> None:
-    """Plain products and softmax where bfloat16 is trained on a CPU, PyTorch's fused attention elsewhere."""
-    plain = precision == "bf16-weights" and not torch.cuda.is_available()
-    model.set_attn_implementation("eager" if plain else "sdpa")
+    device = PartialState().device
+    if isinstance(model, PreTrainedModel):
+        model.set_attn_implementation("eager" if precision == "bf16-weights" and device.type == "cpu" else "sdpa")
+    model.to(device)
 
 
 def keep_freed_memory() -> None:

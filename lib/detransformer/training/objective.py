@@ -13,7 +13,7 @@ from detransformer.training.data.packing import IGNORED
 
 
 class MaskedLmLoss(nn.Module):
-    """`model` and its loss as one module, so that accelerate wraps the whole forward pass."""
+    """`model` and its loss as one module."""
 
     def __init__(self, model: BertForMaskedLM):
         super().__init__()

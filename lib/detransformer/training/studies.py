@@ -9,7 +9,7 @@ import pandas as pd
 from detransformer.training.config import ModelRow, PretrainConfig
 from detransformer.training.data import TrainingData
 from detransformer.training.distillation import CalibrationConfig, calibrate, calibration_table
-from detransformer.training.jobs import StepCounter, run_jobs
+from detransformer.training.jobs import run_jobs
 from detransformer.training.pretraining import PretrainResult, pack, pretrain
 
 PLAIN = {"kl_weight": 0.0, "hidden_weight": 0.0}
@@ -46,8 +46,7 @@ def calibration_study(
         jobs.append((None, row, short, "from scratch", data, place))
     if num_jobs > 1:
         pack(data, config)  # once, before the workers want it
-    total = sum(job[2].num_steps for job in jobs)
-    results = run_jobs(_job, jobs, num_jobs, "calibration", total, "step")
+    results = run_jobs(_job, jobs, num_jobs, "calibration")
     scratched = [result for result, job in zip(results, jobs, strict=True) if job[0] is None]
     calibrated = [result for result, job in zip(results, jobs, strict=True) if job[0] is not None]
     return calibration_table(calibrated, [*scratched, scratch])
@@ -63,8 +62,7 @@ def structures(rows: Iterable[ModelRow]) -> list[ModelRow]:
 
 
 def _job(teacher, row, config, method, data, output_dir) -> PretrainResult:
-    with StepCounter(config.num_steps) as report:
-        if teacher is None:
-            return pretrain(row, config, data, output_dir, report)
-        chosen = CalibrationConfig(config, **(PLAIN if method == "plain" else {}))
-        return calibrate(teacher, row, chosen, data, output_dir, report)
+    if teacher is None:
+        return pretrain(row, config, data, output_dir)
+    chosen = CalibrationConfig(config, **(PLAIN if method == "plain" else {}))
+    return calibrate(teacher, row, chosen, data, output_dir)

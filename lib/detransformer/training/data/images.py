@@ -21,8 +21,7 @@ import torch
 
 from detransformer.files import atomic_write
 from detransformer.settings import data_environment
-from detransformer.training.data.hub import hub_problem
-from detransformer.training.data.sources import SOURCES
+from detransformer.training.data.sources import choose_source
 
 IMAGE_SIZE, NUM_CHANNELS = 32, 3
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100's training set, images in 0..1
@@ -30,10 +29,8 @@ CIFAR_CLASSES, CIFAR_ROWS = 100, {"train": 50_000, "test": 10_000}
 HUB_NAME = "uoft-cs/cifar100"
 MIRROR_FILES = ("cifar100.npz", "cifar100_subset.npz")  # in cifar100/, the first that exists
 
-SHAPES = ("disc", "ring", "square", "cross", "stripes")  # each its own mirror image: batches are flipped
-COLOURS = {"red": (220, 50, 40), "green": (50, 180, 70), "blue": (60, 90, 220), "yellow": (230, 210, 60)}
 GENERATED_ROWS = {"train": 2000, "test": 400}
-GENERATED_SEED = 2025
+GENERATED_CLASSES, GENERATED_SEED = 20, 2025
 
 
 @dataclass(frozen=True)
@@ -169,30 +166,20 @@ def open_images(source: str = "auto", cache_dir: str | Path = "data/cache") -> I
     Raises:
         ValueError: for an unknown source, an explicit one that is not available, or damaged files.
     """
-    if source not in SOURCES:
-        raise ValueError(f"source {source!r} is unknown: choose one of {', '.join(SOURCES)}.")
-    environment = data_environment()
-    paths = [environment.mirror / "cifar100" / name for name in MIRROR_FILES]
-    there = next((path for path in paths if path.is_file()), None)
-    if source == "built-in":
-        return generated_images("generated images, as asked")
-    if source == "mirror" or (source == "auto" and there is not None):
-        if there is None:
-            raise ValueError(
-                f"{paths[-1]} is missing: copy it there, set DETRANSFORMER_DATA to the folder that has it, or choose "
-                "the source hub or built-in."
-            )
-        return _image_data("mirror", f"{there.name} in {environment.mirror_named_by}", read_images(there))
-    skipped = [f"no {paths[-1]}"] if source == "auto" else []
+    paths = [data_environment().mirror / "cifar100" / name for name in MIRROR_FILES]
+    path = next((path for path in paths if path.is_file()), paths[-1])
     cached = Path(cache_dir) / "cifar100-hub.npz"
-    problem = None if cached.is_file() else hub_problem(environment.hub_offline)
-    if problem is None:
-        return _image_data("hub", "; ".join([*skipped, "the Hub"]), _hub_images(cached))
-    if source == "hub":
+    name, why = choose_source(source, path, cached)
+    if name == "built-in":
+        return generated_images(why)
+    if name == "hub":
+        return _image_data("hub", why, _hub_images(cached))
+    if not path.is_file():
         raise ValueError(
-            f"source 'hub' is not available ({problem}): connect to the network, or choose mirror, built-in or auto."
+            f"{path} is missing: copy it there, set DETRANSFORMER_DATA to the folder that has it, or choose "
+            "the source hub or built-in."
         )
-    return generated_images("; ".join([*skipped, f"no Hub ({problem})", "generated images"]))
+    return _image_data("mirror", f"{path.name}, {why}", read_images(path))
 
 
 def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.ndarray]:
@@ -201,11 +188,10 @@ def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.nd
     Raises:
         ValueError: that names the file and the remedy, where it is damaged or holds something else.
     """
-    arrays = {}
+    names = [f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")]
     try:
         with np.load(path, allow_pickle=False) as file:
-            for name in ("train_images", "train_labels", "test_images", "test_labels"):
-                arrays[name] = file[name]
+            arrays = {name: file[name] for name in names}
     except KeyError as error:
         raise ValueError(f"{path} has no array {error}: copy it again from the original.") from error
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -213,21 +199,17 @@ def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.nd
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         shape = (IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
-            raise ValueError(
-                f"{path}: {split}_images is {images.dtype} {list(images.shape)} where uint8 [N, 32, 32, 3] is "
-                "expected; copy it again from the original."
-            )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)} where {len(images)} integers are "
-                "expected; copy it again from the original."
-            )
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"{path}: {split}_labels has {labels.max() if labels.max() >= num_classes else labels.min()}, outside "
-                f"0..{num_classes - 1}; copy it again from the original."
-            )
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            problem = f"{split}_images is {images.dtype} {list(images.shape)} where uint8 [N, 32, 32, 3] is expected"
+        elif labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            found = f"{labels.dtype} {list(labels.shape)}"
+            problem = f"{split}_labels is {found} where {len(images)} integers are expected"
+        elif labels.min() < 0 or labels.max() >= num_classes:
+            outside = labels.max() if labels.max() >= num_classes else labels.min()
+            problem = f"{split}_labels has {outside}, outside 0..{num_classes - 1}"
+        else:
+            continue
+        raise ValueError(f"{path}: {problem}; copy it again from the original.")
     return arrays
 
 
@@ -263,46 +245,27 @@ def normalised(images: np.ndarray) -> torch.Tensor:
 
 
 def generated_images(found: str = "generated images") -> ImageData:
-    """Twenty classes, five shapes in four colours, at random places and sizes over noise: a set that can be learned.
+    """Twenty classes, each a coarse pattern of its own under noise: a set that can be learned.
 
     It stands in for CIFAR-100 in form only: accuracy on it says that the software works.
     """
     rows = {f"full_{split}_rows": count for split, count in GENERATED_ROWS.items()}
-    return ImageData("built-in", found, **_generated_arrays(), num_classes=len(SHAPES) * len(COLOURS), **rows)
+    return ImageData("built-in", found, **_generated_arrays(), num_classes=GENERATED_CLASSES, **rows)
 
 
 @cache
 def _generated_arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(GENERATED_SEED)
+    half = rng.integers(40, 216, size=(GENERATED_CLASSES, 4, 2, NUM_CHANNELS))
+    coarse = np.concatenate([half, half[:, :, ::-1]], axis=2)  # its own mirror image: batches are flipped
+    patterns = coarse.repeat(IMAGE_SIZE // 4, axis=1).repeat(IMAGE_SIZE // 4, axis=2)
     arrays = {}
-    for number, split in enumerate(("train", "test")):
-        labels = np.arange(GENERATED_ROWS[split]) % (len(SHAPES) * len(COLOURS))
-        arrays[f"{split}_images"] = _generated_images(np.random.default_rng([GENERATED_SEED, number]), labels)
+    for split, num in GENERATED_ROWS.items():
+        labels = np.arange(num) % GENERATED_CLASSES
+        noise = rng.normal(0, 40, size=(num, IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS))
+        arrays[f"{split}_images"] = (patterns[labels] + noise).clip(0, 255).astype(np.uint8)
         arrays[f"{split}_labels"] = labels.astype(np.int64)
     return arrays
-
-
-def _generated_images(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-    """Labels [N], shape by shape and within a shape by colour -> images uint8 [N, 32, 32, 3]."""
-    num = len(labels)
-    shape = np.array(SHAPES)[labels // len(COLOURS)][:, None, None]  # [N, 1, 1], as all below
-    radius = rng.uniform(7, 11, size=(num, 1, 1))
-    y, x = (axis - rng.uniform(radius, IMAGE_SIZE - radius) for axis in np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE])  # [N, H, W]
-    distance, reach, near = np.hypot(y, x), np.maximum(abs(y), abs(x)), np.minimum(abs(y), abs(x))
-    inside = np.select(
-        [shape == name for name in SHAPES],
-        [
-            distance < radius,
-            (distance < radius) & (distance > 0.6 * radius),
-            reach < 0.85 * radius,
-            (near < 0.25 * radius) & (reach < radius),
-            (reach < radius) & (np.floor(y / 3) % 2 == 0),
-        ],
-    )
-    colour = np.array(list(COLOURS.values()))[labels % len(COLOURS)] * rng.uniform(0.8, 1.1, size=(num, 1))  # [N, 3]
-    ground = rng.integers(90, 150, size=(num, 1, 1, 1))
-    images = np.where(inside[..., None], colour[:, None, None], ground)
-    images += rng.normal(0, 12, size=images.shape)
-    return images.clip(0, 255).astype(np.uint8)
 
 
 def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:

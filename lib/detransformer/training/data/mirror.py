@@ -103,94 +103,68 @@ def require_file(path: Path) -> Path:
     return path
 
 
-def decoded_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file without its byte order mark; only line feeds end a line."""
-    lines = require_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines and not lines[-1]:
-        lines.pop()
-    decoded = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            decoded.append(line.decode("utf-8").rstrip("\r"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); "
-                "convert the file to UTF-8 or copy it again from the original."
-            ) from error
-    return decoded
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file without its byte order mark."""
+    content = require_file(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise damaged(f"{path}, line {line}", f"not UTF-8 ({error.reason})") from error
+
+
+def damaged(place: str, what: str) -> ValueError:
+    return ValueError(f"{place}: {what}; the file is damaged, copy it again from the original.")
 
 
 def read_tsv(path: Path, layout: TsvLayout, task: Task) -> dict[str, list]:
     """A GLUE TSV file as columns: the task's text columns and `label` (its index in the task's labels)."""
-    lines = decoded_lines(path)
+    lines = read_text(path).removesuffix("\n").split("\n")  # only line feeds end a line
     if layout.num_fields:  # no header: positions
-        first, num_fields, wanted, label_at = 0, layout.num_fields, list(layout.columns), layout.label
+        first, num_fields, wanted = 0, layout.num_fields, [*layout.columns, layout.label]
     else:
-        header = lines[0].split("\t") if lines else []
+        header = lines[0].rstrip("\r").split("\t")
         missing = [name for name in (*layout.columns, layout.label) if name not in header]
         if missing:
-            raise ValueError(
-                f"{path}, line 1: the header has no column {missing[0]!r}; it must be GLUE's file for {task.name}, "
-                "copy it again from the original."
-            )
+            raise damaged(f"{path}, line 1", f"the header has no column {missing[0]!r} of GLUE's file for {task.name}")
         first, num_fields = 1, len(header)
-        wanted, label_at = [header.index(name) for name in layout.columns], header.index(layout.label)
-    columns: dict[str, list] = {name: [] for name in (*task.columns, "label")}
+        wanted = [header.index(name) for name in (*layout.columns, layout.label)]
+    rows = []
     for number, line in enumerate(lines[first:], start=first + 1):
-        fields = line.split("\t")
+        fields = line.rstrip("\r").split("\t")
         if len(fields) != num_fields:
-            raise ValueError(
-                f"{path}, line {number}: {len(fields)} tab-separated fields where {num_fields} are expected; "
-                "the file is damaged, copy it again from the original."
-            )
-        if fields[label_at] not in layout.labels:
-            raise ValueError(
-                f"{path}, line {number}: label {fields[label_at]!r} is none of {', '.join(layout.labels)}; "
-                "the file is damaged, copy it again from the original."
-            )
-        for name, at in zip(task.columns, wanted, strict=True):
-            columns[name].append(fields[at])
-        columns["label"].append(layout.labels.index(fields[label_at]))
-    if not columns["label"]:
+            what = f"{len(fields)} tab-separated fields where {num_fields} are expected"
+            raise damaged(f"{path}, line {number}", what)
+        *texts, label = (fields[at] for at in wanted)
+        if label not in layout.labels:
+            raise damaged(f"{path}, line {number}", f"label {label!r} is none of {', '.join(layout.labels)}")
+        rows.append((*texts, layout.labels.index(label)))
+    if not rows:
         raise ValueError(f"{path} has no rows: the file is empty, copy it again from the original.")
-    return columns
+    return dict(zip((*task.columns, "label"), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def read_squad(path: Path) -> Iterator[dict]:
     """SQuAD v1.1 JSON as rows id, question, context, answers {text, answer_start}; every span is checked."""
-    text = "\n".join(decoded_lines(path))
     try:
-        content = json.loads(text)
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}), the file is damaged; copy it again."
-        ) from error
+        raise damaged(f"{path}, line {error.lineno}", f"not JSON ({error.msg})") from error
     try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                context = paragraph["context"]
-                for question in paragraph["qas"]:
-                    answers = question["answers"]
-                    for answer in answers:
-                        start = answer["answer_start"]
-                        if context[start : start + len(answer["text"])] != answer["text"]:
-                            raise ValueError(
-                                f"{path}, question {question['id']}: the answer {answer['text']!r} is not at character "
-                                f"{start} of its context; the file is damaged, copy it again from the original."
-                            )
-                    yield {
-                        "id": str(question["id"]),
-                        "question": question["question"],
-                        "context": context,
-                        "answers": {
-                            "text": [a["text"] for a in answers],
-                            "answer_start": [a["answer_start"] for a in answers],
-                        },
-                    }
+        for paragraph in (paragraph for article in content["data"] for paragraph in article["paragraphs"]):
+            context = paragraph["context"]
+            for question in paragraph["qas"]:
+                texts = [answer["text"] for answer in question["answers"]]
+                starts = [answer["answer_start"] for answer in question["answers"]]
+                for text, start in zip(texts, starts, strict=True):
+                    if context[start : start + len(text)] != text:
+                        what = f"the answer {text!r} is not at character {start} of its context"
+                        raise damaged(f"{path}, question {question['id']}", what)
+                answers = {"text": texts, "answer_start": starts}
+                row = {"id": str(question["id"]), "question": question["question"]}
+                yield row | {"context": context, "answers": answers}
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}, line 1: not SQuAD v1.1 ({type(error).__name__}: {error}); copy it again from the original."
-        ) from error
+        raise damaged(f"{path}, line 1", f"not SQuAD v1.1 ({type(error).__name__}: {error})") from error
 
 
 def read_articles(path: Path) -> Iterator[str]:
@@ -207,12 +181,8 @@ def read_articles(path: Path) -> Iterator[str]:
                     yield "\n".join(article)
                     article = []
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}, line {number}: not UTF-8 ({error.reason}); convert the text to UTF-8 or copy it again."
-        ) from error
+        raise damaged(f"{path}, line {number}", f"not UTF-8 ({error.reason})") from error
     except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(
-            f"{path}, after line {number}: the xz data is damaged ({error}); copy it again from the original."
-        ) from error
+        raise damaged(f"{path}, after line {number}", f"the xz data is damaged ({error})") from error
     if article:
         yield "\n".join(article)

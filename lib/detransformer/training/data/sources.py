@@ -1,9 +1,10 @@
-"""Which data to use: `auto` tries the mirror folder, then the Hub, then the built-in corpus, and says which.
+"""Which data to use: `auto` tries the mirror folder, then the Hub, then built-in data, and says which.
 
 A source offers `name`, `tokenizer()`, `fingerprint()`, `task_rows(task, split)` and `articles(split)`; `TrainingData`
 adds what every source needs: packed text, row counts and the words for reduced sets.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,22 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
     def task_rows(self, task: Task, split: str) -> Dataset: ...
     def articles(self, split: str): ...
+
+
+class Tokenized:
+    """Another source's text and tasks, cut by `tokenizer`."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, name: str | None = None):
+        self.name, self.is_real = name or source.name, source.is_real
+        self.articles, self.task_rows = source.articles, source.task_rows
+        self._source, self._tokenizer = source, tokenizer
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self._tokenizer.to_str())  # a copy: truncation is a tokenizer's state
+
+    def fingerprint(self) -> str:
+        text = self._source.fingerprint() + self._tokenizer.to_str()
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,6 @@ class TrainingData:
         self.tokenizer.no_padding()
         self.special = SpecialTokens.of(self.tokenizer)
         self._rows: dict[tuple[str, str], Dataset] = {}
-        self.prepared: dict = {}  # tokenised tasks, kept by `finetuning`
 
     def __reduce__(self):
         """Another process opens the source for itself; what was read or tokenised here does not travel."""
@@ -113,31 +129,42 @@ class TrainingData:
         return TaskRows(task, *parts, source=self.name)
 
 
-def open_data(source: str = "auto", cache_dir: str | Path = "data/cache") -> TrainingData:
-    """The data of `source`: `mirror`, `hub`, `built-in`, or `auto` for the first of these that is there.
+def choose_source(source: str, mirror: Path, cached: Path | None = None) -> tuple[str, str]:
+    """Which source to take for `source`, and why: `auto` is the first of mirror, Hub and built-in data that is there.
+
+    Args:
+        mirror: the file or folder of the mirror that has these data.
+        cached: a copy of the Hub's data, with which the Hub need not be asked.
 
     Raises:
-        ValueError: for an unknown source, or an explicit one that is not available.
+        ValueError: for an unknown source, or `hub` where it does not answer.
     """
     if source not in SOURCES:
         raise ValueError(f"source {source!r} is unknown: choose one of {', '.join(SOURCES)}.")
-    environment = data_environment()
-    if source == "mirror":
-        return TrainingData(MirrorSource(environment.mirror), cache_dir, f"mirror folder {environment.mirror}")
-    if source == "built-in":
-        return TrainingData(BuiltInSource(), cache_dir, "built-in corpus, as asked")
-    skipped = []
+    if source in ("mirror", "built-in"):
+        return source, f"{source} data, as asked"
+    environment, skipped = data_environment(), []
     if source == "auto":
-        if environment.mirror.is_dir():
-            found = f"mirror folder ({environment.mirror_named_by})"
-            return TrainingData(MirrorSource(environment.mirror), cache_dir, found)
-        skipped.append(f"no mirror folder {environment.mirror}")
-    problem = hub_problem(environment.hub_offline)
+        if mirror.exists():
+            return "mirror", f"the mirror folder ({environment.mirror_named_by})"
+        skipped = [f"no {mirror}"]
+    problem = None if cached is not None and cached.is_file() else hub_problem(environment.hub_offline)
     if problem is None:
-        return TrainingData(HubSource(), cache_dir, "; ".join([*skipped, "the Hub"]))
+        return "hub", "; ".join([*skipped, "the Hub"])
     if source == "hub":
         raise ValueError(
             f"source 'hub' is not available ({problem}): connect to the network, or choose mirror, built-in or auto."
         )
-    skipped.append(f"no Hub ({problem})")
-    return TrainingData(BuiltInSource(), cache_dir, "; ".join([*skipped, "built-in corpus"]))
+    return "built-in", "; ".join([*skipped, f"no Hub ({problem})", "built-in data"])
+
+
+def open_data(source: str = "auto", cache_dir: str | Path = "data/cache") -> TrainingData:
+    """Text and tasks of `source`: `mirror`, `hub`, `built-in`, or `auto` for the first of these that is there.
+
+    Raises:
+        ValueError: for an unknown source, or an explicit one that is not available.
+    """
+    mirror = data_environment().mirror
+    name, why = choose_source(source, mirror)
+    made = {"mirror": lambda: MirrorSource(mirror), "hub": HubSource, "built-in": BuiltInSource}[name]()
+    return TrainingData(made, cache_dir, why)

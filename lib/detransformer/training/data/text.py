@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 from tokenizers import Tokenizer
 
-from detransformer.training.data.sources import Source, TrainingData
+from detransformer.training.data.sources import Tokenized, TrainingData
 from detransformer.training.data.tasks import Task
 
 VALID_EVERY = 20  # one line of so many is held out; of fewer, the last one
@@ -38,31 +38,13 @@ class TextFiles:
     def articles(self, split: str) -> Iterator[str]:
         """Lines that are not empty: every 20th is of `validation` (of fewer the last one), the others of `train`."""
         held_out = split == "validation"
-        waiting = None  # the last line read, of which it is not known yet whether it is the last of all
-        number = 0
-        for path in self.files:
-            for line in filter(None, open_text(path)):
-                if waiting is not None and (number % VALID_EVERY == 0) == held_out:
-                    yield waiting
-                waiting, number = line, number + 1
-        if waiting is not None and (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
-            yield waiting
-
-
-class Retokenized:
-    """Another source's text, cut by `tokenizer`."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer):
-        self.name, self.is_real = source.name, source.is_real
-        self.articles, self.task_rows = source.articles, source.task_rows
-        self._source, self._tokenizer = source, tokenizer
-
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
-
-    def fingerprint(self) -> str:
-        text = self._source.fingerprint() + self._tokenizer.to_str()
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        number, last = 0, None
+        for line in (line for path in self.files for line in open_text(path) if line):
+            if last is not None and (number % VALID_EVERY == 0) == held_out:
+                yield last
+            number, last = number + 1, line
+        if last is not None and (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
+            yield last
 
 
 def open_text(path: Path) -> Iterator[str]:
@@ -92,4 +74,4 @@ def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str 
 
 def retokenized(data: TrainingData, tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
     """`data`, cut by `tokenizer`."""
-    return TrainingData(Retokenized(data.source, tokenizer), cache_dir, data.note)
+    return TrainingData(Tokenized(data.source, tokenizer), cache_dir, data.note)

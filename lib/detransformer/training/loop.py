@@ -1,0 +1,221 @@
+"""The one training loop: a module whose forward pass is its loss, trained by a recipe, resumed where it was stopped.
+
+The data position and the learning rate are functions of the step, and dropout's random state is in the checkpoint, so a
+run that was interrupted ends as one that was not. SIGINT and SIGTERM take effect between two steps, after a checkpoint.
+"""
+
+import math
+import multiprocessing
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from detransformer.training.config import Recipe, StepRecipe
+from detransformer.training.hardware import keep_freed_memory, place, resolve_precision
+from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer
+
+Batches = Callable[[int], Iterable[tuple[float, dict[str, torch.Tensor]]]]  # step -> its (share, micro-batch) pairs
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Args:
+        title: of the progress bar, and of errors.
+        folder: where it stands; checkpoints are in `folder/checkpoint`. None keeps none.
+        identity: hash of all that makes the run; a checkpoint of something else is not resumed.
+        on_step: `on_step(step, loss)` is called after each step, and after its checkpoint.
+    """
+
+    title: str
+    folder: Path | None = None
+    identity: str = ""
+    on_step: Callable[[int, float], None] | None = None
+
+
+class Progress:
+    """Steps done, seconds spent, the loss of each step; saved with a checkpoint."""
+
+    def __init__(self):
+        self.seconds, self.losses = 0.0, []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.seconds, "losses": list(self.losses)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seconds, self.losses = state["seconds"], list(state["losses"])
+
+
+class Trained:
+    """What `fit` returns: the loss of each step and the seconds they took; the model was trained in place."""
+
+    def __init__(self, progress: Progress, copies: MasterWeights | None):
+        self.losses, self.seconds, self._copies = progress.losses, progress.seconds, copies
+
+    def restore_float32(self) -> None:
+        """Leaves the model in float32; until then it has the number format it was trained in, which is the fast one."""
+        if self._copies is not None:
+            self._copies.restore_float32()
+
+
+def fit(
+    objective: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    num_steps: int,
+    run: Run,
+) -> Trained:
+    """Trains `objective.model` in place.
+
+    Args:
+        objective: `objective(**batch)` is a micro-batch's mean loss; its attribute `model` is what is trained.
+        batches: what a step sees, as a function of its number; the shares of a step add up to 1.
+
+    Raises:
+        ValueError: if the loss is not finite, a checkpoint is damaged, or several processes were launched together.
+    """
+    keep_freed_memory()
+    precision = resolve_precision(recipe.mixed_precision)
+    accelerator = Accelerator(mixed_precision="no")  # of a process: it would not take another one for the next run
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+    if accelerator.num_processes > 1:
+        raise ValueError(f"{accelerator.num_processes} processes were launched: a training run takes one, start one.")
+    model, progress = objective.model, Progress()
+    place(model, precision)
+    copies = MasterWeights(model) if precision == "bf16-weights" else None
+    weights = model.parameters() if copies is None else copies.copies
+    names = (name for name, _ in model.named_parameters())
+    optimizer = make_optimizer(zip(names, weights, strict=True), recipe)
+    if copies is not None:
+        copies.attach(optimizer)
+        accelerator.register_for_checkpointing(copies)
+    accelerator.register_for_checkpointing(progress)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    checkpoints = None if run.folder is None else Checkpoints(run.folder / "checkpoint", run.identity, accelerator)
+    if checkpoints is not None:
+        checkpoints.resume()
+    objective.train()
+    silent = multiprocessing.parent_process() is not None  # of several runs side by side the parent's bar tells
+    bar = tqdm(
+        total=num_steps, initial=progress.step, desc=run.title, unit="step", mininterval=1.0, leave=None, disable=silent
+    )
+    with bar, _signals() as signals:
+        while progress.step < num_steps and not signals:
+            start_s, loss = time.perf_counter(), torch.zeros((), device=accelerator.device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    progress.step, num_steps, recipe.learning_rate, recipe.warmup, recipe.decay_power
+                )
+            for share, batch in batches(progress.step):
+                batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+                with autocast:
+                    part = objective(**batch) * share
+                accelerator.backward(part)
+                loss += part.detach()
+            if recipe.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            optimizer.step()
+            model.zero_grad()
+            progress.losses.append(loss.item())
+            progress.seconds += time.perf_counter() - start_s
+            if not math.isfinite(progress.losses[-1]):
+                raise ValueError(
+                    f"{run.title}: the loss is {progress.losses[-1]} at step {progress.step}; lower "
+                    f"learning_rate={recipe.learning_rate}, or look for inputs that are not finite."
+                )
+            bar.update()
+            bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", refresh=False)
+            if checkpoints is not None and (signals or checkpoints.age_s >= recipe.checkpoint_every_s):
+                checkpoints.save(progress.step)
+            if run.on_step is not None:
+                run.on_step(progress.step, progress.losses[-1])
+    if signals:
+        signal.raise_signal(signals[0])
+    return Trained(progress, copies)
+
+
+def micro_batches(train_batch: Callable[[int, int], dict[str, torch.Tensor]], recipe: StepRecipe) -> Batches:
+    """The stream `train_batch(number, size)`, cut into the equal micro-batches of each step."""
+    count = recipe.num_micro_batches
+
+    def of_step(step: int) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
+        for number in range(step * count, (step + 1) * count):
+            yield 1 / count, train_batch(number, recipe.micro_batch_size)
+
+    return of_step
+
+
+class Checkpoints:
+    """Model, optimizer, random states and progress as accelerate saves them, in `folder/IDENTITY-STEP`.
+
+    A checkpoint is written under another name and renamed when it is whole; then the one before it goes.
+    """
+
+    def __init__(self, folder: Path, identity: str, accelerator: Accelerator):
+        self.folder, self.identity, self.accelerator = folder, identity, accelerator
+        self._last_s = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last checkpoint, or the start."""
+        return time.monotonic() - self._last_s
+
+    def save(self, step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = list(self.folder.iterdir())
+        new = self.folder / "new"
+        shutil.rmtree(new, ignore_errors=True)
+        self.accelerator.save_state(str(new), safe_serialization=False)  # tied weights stay tied
+        new.rename(self.folder / f"{self.identity}-{step}")
+        for path in before:
+            shutil.rmtree(path, ignore_errors=True)
+        self._last_s = time.monotonic()
+
+    def resume(self) -> None:
+        """Loads the last checkpoint of this very run, if there is one.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        saved = self.folder.glob(f"{self.identity}-*")
+        last = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        if last is None:
+            return
+        try:
+            self.accelerator.load_state(str(last))
+        except Exception as error:  # torch and pickle each have their own
+            raise ValueError(
+                f"checkpoint {last} cannot be read ({type(error).__name__}): delete that folder to start again."
+            ) from error
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM while the block runs; in a thread that may not handle signals, nothing."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
