@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoModelForMaskedLM, BertConfig, BertForSequenceClassification
 
 from detransformer import cli
-from detransformer.report.accuracy_tables import of_row
 from detransformer.training import (
     ModelRow,
     PretrainConfig,
