@@ -39,7 +39,7 @@ FINETUNING = FinetuneConfig(
 ROW = ModelRow("bert-base", 4, 4)
 ROWS = [ModelRow(), ROW]
 START_S = 250  # a process that imports everything, on a machine busy with other work
-WORKERS_END_S = 2
+WORKERS_END_S = 30  # the process that they are forked from takes its interpreter down first
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +205,10 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").exists()
 
 
-@pytest.mark.timeout(900)  # four processes import everything
+@pytest.mark.timeout(900)
 def test_runs_side_by_side_end_with_their_killed_parent_and_go_on(context, data, cache, tmp_path):
     """Pre-training, then fine-tuning of what it made."""
-    config = dataclasses.replace(TINY, num_steps=100, checkpoint_every_s=0.1)
+    config = dataclasses.replace(TINY, num_steps=60, checkpoint_every_s=0.1)
     whole = pretrain_all(ROWS, config, data, tmp_path / "whole")
     folders = [tmp_path / "parts" / row.key for row in ROWS]
     kill_parent(context, pretrain_side_by_side, (config, cache, tmp_path / "parts"), folders)
@@ -216,7 +216,7 @@ def test_runs_side_by_side_end_with_their_killed_parent_and_go_on(context, data,
     for one, two in zip(whole, parts, strict=True):
         assert_same_pretraining(one, two)
 
-    tuning = dataclasses.replace(FINETUNING, checkpoint_every_s=0.1)
+    tuning = dataclasses.replace(FINETUNING, checkpoint_every_s=0.1, max_train_rows=320)
     table = finetune_all(whole, {"MRPC": tuning}, {"MRPC": 1}, data, tmp_path / "whole-runs")
     folders = [tmp_path / "runs" / row.key / "MRPC" / "seed0" for row in ROWS]
     kill_parent(context, finetune_side_by_side, (parts, tuning, cache, tmp_path / "runs"), folders)

@@ -60,10 +60,14 @@ def row(task: Task, rng: random.Random, number: int) -> dict:
     if task.name == "MNLI":
         second = (f"{name} {VERBS[verb]} a {thing}.", f"{name} plans to leave soon.", f"{name} never saw a {thing}.")
         return {"sentence1": sentence(*facts[0]), "sentence2": second[label], "label": label}
-    before, asked, after = (sentence(*each) for each in facts)
-    answers = {"text": [facts[1][4]], "answer_start": [len(before) + 1 + asked.rindex(" ") + 1]}
-    question = f"Where was {people[1]} with the {facts[1][3]}?"
-    return {"id": str(number), "question": question, "context": f"{before} {asked} {after}", "answers": answers}
+    texts, asked = [sentence(*each) for each in facts], rng.randrange(3)
+    start = sum(len(text) + 1 for text in texts[:asked]) + texts[asked].rindex(" ") + 1
+    return {
+        "id": str(number),
+        "question": f"Where was {people[asked]} with the {facts[asked][3]}?",
+        "context": " ".join(texts),
+        "answers": {"text": [facts[asked][4]], "answer_start": [start]},
+    }
 
 
 class BuiltInSource:

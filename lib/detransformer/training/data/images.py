@@ -256,13 +256,13 @@ def generated_images(found: str = "generated images") -> ImageData:
 @cache
 def _generated_arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(GENERATED_SEED)
-    half = rng.integers(40, 216, size=(GENERATED_CLASSES, 4, 2, NUM_CHANNELS))
+    half = rng.normal(128, 20, size=(GENERATED_CLASSES, 4, 2, NUM_CHANNELS))
     coarse = np.concatenate([half, half[:, :, ::-1]], axis=2)  # its own mirror image: batches are flipped
     patterns = coarse.repeat(IMAGE_SIZE // 4, axis=1).repeat(IMAGE_SIZE // 4, axis=2)
     arrays = {}
     for split, num in GENERATED_ROWS.items():
         labels = np.arange(num) % GENERATED_CLASSES
-        noise = rng.normal(0, 40, size=(num, IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS))
+        noise = rng.normal(0, 50, size=(num, IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS))
         arrays[f"{split}_images"] = (patterns[labels] + noise).clip(0, 255).astype(np.uint8)
         arrays[f"{split}_labels"] = labels.astype(np.int64)
     return arrays
