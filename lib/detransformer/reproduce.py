@@ -9,9 +9,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
@@ -85,7 +86,8 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
             name: section for name, section in sections.items() if (root / "notebooks" / f"{name}.ipynb").is_file()
         }
         notebooks = [notebook for notebook in find_notebooks(root, known) if "measure" in notebook.names]
-        with this_interpreter() as kernel, ThreadPoolExecutor(min(2, machine.usable_cores())) as pool:
+        workers = dict(max_workers=min(2, machine.usable_cores()), mp_context=get_context("spawn"))
+        with this_interpreter() as kernel, ProcessPoolExecutor(**workers) as pool:  # papermill changes the folder
             drawing = [pool.submit(execute, n, run, root, profile, kernel, measure=False) for n in notebooks]
             for notebook, task in zip(notebooks, drawing, strict=True):
                 try:

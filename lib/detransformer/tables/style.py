@@ -81,7 +81,7 @@ def bandwidth_axis(axis: Axes, bandwidths_mbps: pd.Series) -> None:
     axis.set_xlabel("Bandwidth (Mbps)")
 
 
-def save(run: RunFolder, name: str, figure) -> None:
+def save(run: RunFolder, name: str, figure: object) -> None:
     """Save a matplotlib Figure, Axes or seaborn grid as figures/NAME.png: same table, same bytes."""
     figure = getattr(figure, "figure", figure)
     assert isinstance(figure, matplotlib.figure.Figure)
@@ -90,7 +90,7 @@ def save(run: RunFolder, name: str, figure) -> None:
 
 
 def draw_beside(
-    data: pd.DataFrame, x: str, published: str = "published", obtained: str = "obtained", error: str = "", **look
+    data: pd.DataFrame, x: str, published: str = "published", obtained: str = "obtained", error: str = "", **look: str
 ) -> None:
     """Draw a published column hollow and dashed beside an obtained one, on the current axes of a seaborn grid.
 
