@@ -66,7 +66,6 @@ def test_help_imports_nothing_heavy():
     ("arguments", "words"),
     [
         (["frobnicate"], ["frobnicate", "--help"]),
-        (["figures"], ["run", "figures --help"]),
         (["figures", "--fast"], ["--fast"]),
         (["figures", "/nowhere/at/all"], ["/nowhere/at/all", "results/quick"]),
         (["reproduce", "--profile", "slow"], ["'slow'", "laptop, paper, quick"]),
@@ -296,15 +295,13 @@ def test_atomic_write_onto_a_full_disk_keeps_the_old_file(full_disk):
 
 def test_a_full_disk_anywhere_below_is_recognised(capsys, monkeypatch, tmp_path):
     """Where mounting is not permitted, the same error raised by the writer."""
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "fig2a.csv").write_text("model,device,latency_s,kind\nbert-base,Pi,1.57,published\n")
 
     def fail(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fail)
-    assert_one_sentence(*call(capsys, "figures", tmp_path), "disk is full", "free some space")
-    assert list((tmp_path / "figures").iterdir()) == []
+    assert_one_sentence(*call(capsys, "plan", "--output", tmp_path / "plan.json"), "disk is full", "free some space")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupt_and_defects_are_told_apart(capsys, monkeypatch):

@@ -23,7 +23,7 @@ def write_index(run: RunFolder) -> Path:
     manifest = json.loads(run.manifest_path.read_text(encoding="utf-8")) if run.manifest_path.is_file() else {}
     for path in sorted(run.notebooks.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+        title = next(iter(notebook.cells[0].source.splitlines()), path.stem).lstrip("# ")
         body, _ = exporter.from_notebook_node(notebook)
         with atomic_write(run.path / "html" / f"{path.stem}.html") as file:
             file.write(template.render(title=title, body=body))

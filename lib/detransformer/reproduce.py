@@ -9,9 +9,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from detransformer import machine
 from detransformer.files import PACKAGE, atomic_write, data_folder, repository_root
+from detransformer.index_page import write_index
 from detransformer.notebooks import (
     Notebook,
     NotebookFailed,
@@ -79,8 +81,13 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
         manifest, start, num_drawn = read_manifest(run), time.perf_counter(), 0
         # Of a profile of one's own the manifest has the name alone; drawing needs hardly a setting of it.
         profile = next((p for p in (manifest.get("profile"),) if p in built_in_profiles()), "quick")
-        notebooks = [n for n in find_notebooks(root, load_profile(profile)[1]) if "measure" in n.names]
-        with this_interpreter() as kernel, ThreadPoolExecutor(min(2, machine.usable_cores())) as pool:
+        sections = load_profile(profile)[1]
+        known = {
+            name: section for name, section in sections.items() if (root / "notebooks" / f"{name}.ipynb").is_file()
+        }
+        notebooks = [notebook for notebook in find_notebooks(root, known) if "measure" in notebook.names]
+        workers = dict(max_workers=min(2, machine.usable_cores()), mp_context=get_context("spawn"))
+        with this_interpreter() as kernel, ProcessPoolExecutor(**workers) as pool:  # papermill changes the folder
             drawing = [pool.submit(execute, n, run, root, profile, kernel, measure=False) for n in notebooks]
             for notebook, task in zip(notebooks, drawing, strict=True):
                 try:
@@ -93,8 +100,8 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
             raise ValueError(f"{path} lacks the tables of every notebook; run `detransformer reproduce` first.")
         manifest["drawn"] = {"date": machine.now(), **provenance.commit(root)}
         write_manifest(run, manifest)
-        say(f"{num_drawn} of {len(notebooks)} notebooks drawn in {_duration(time.perf_counter() - start)}")
-        _write_index(run, say)
+        took = _duration(time.perf_counter() - start)
+        say(f"{num_drawn} of {len(notebooks)} notebooks drawn in {took}: {shown(write_index(run))}")
     return run
 
 
@@ -184,8 +191,7 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
             write_manifest(run, manifest)
         tables, figures = (", ".join(entry[kind]) or "none" for kind in ("tables", "figures"))
         say(f"{title}: done in {_duration(entry['duration_s'])}; tables: {tables}; figures: {figures}")
-    say(f"Finished in {_duration(time.perf_counter() - start)}")
-    _write_index(run, say)
+    say(f"Finished in {_duration(time.perf_counter() - start)}: {shown(write_index(run))}")
 
 
 def library_digest(package: Path = PACKAGE) -> str:
@@ -225,12 +231,6 @@ def write_manifest(run: RunFolder, manifest: dict) -> None:
     with atomic_write(run.manifest_path) as file:
         json.dump(manifest, file, indent=2, default=str)
         file.write("\n")
-
-
-def _write_index(run: RunFolder, say: Callable[[str], None]) -> None:
-    from detransformer.index_page import write_index  # late: it loads what converts notebooks
-
-    say(shown(write_index(run)))
 
 
 def _is_finished(run: RunFolder, entry: dict, key: str, name: str) -> bool:

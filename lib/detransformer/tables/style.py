@@ -4,10 +4,13 @@ A notebook draws with seaborn on a tidy table: `sns.relplot(rows, hue="method", 
 markers=MARKERS)`, then `save(run, "fig7a", grid)`. Published values are hollow or dashed, obtained ones filled.
 """
 
+from collections.abc import Sequence
+
 import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from detransformer.files import atomic_write
 from detransformer.record.run import RunFolder
@@ -74,14 +77,21 @@ def use_style() -> None:
 
 def bandwidth_axis(axis: Axes, bandwidths_mbps: pd.Series) -> None:
     """A logarithmic x axis with one labelled tick for each measured bandwidth."""
-    axis.set_xscale("log", base=2)
-    ticks = sorted(bandwidths_mbps.dropna().unique())
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
-    axis.minorticks_off()
+    log_axis(axis, "x", sorted(bandwidths_mbps.dropna().unique()))
+    axis.tick_params(axis="x", rotation=45)  # 750 and 1000 are close on a logarithmic axis
     axis.set_xlabel("Bandwidth (Mbps)")
 
 
-def save(run: RunFolder, name: str, figure) -> None:
+def log_axis(axis: Axes, which: str, ticks: Sequence[float]) -> None:
+    """A logarithmic `x` or `y` axis whose ticks are written out, those of `ticks` that lie on it."""
+    axis.set(**{f"{which}scale": "log"})
+    low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axis.set(**{f"{which}ticks": shown, f"{which}ticklabels": [f"{tick:g}" for tick in shown]})
+    getattr(axis, f"{which}axis").set_minor_locator(NullLocator())
+
+
+def save(run: RunFolder, name: str, figure: object) -> None:
     """Save a matplotlib Figure, Axes or seaborn grid as figures/NAME.png: same table, same bytes."""
     figure = getattr(figure, "figure", figure)
     assert isinstance(figure, matplotlib.figure.Figure)
@@ -90,7 +100,7 @@ def save(run: RunFolder, name: str, figure) -> None:
 
 
 def draw_beside(
-    data: pd.DataFrame, x: str, published: str = "published", obtained: str = "obtained", error: str = "", **look
+    data: pd.DataFrame, x: str, published: str = "published", obtained: str = "obtained", error: str = "", **look: str
 ) -> None:
     """Draw a published column hollow and dashed beside an obtained one, on the current axes of a seaborn grid.
 
