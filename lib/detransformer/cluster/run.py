@@ -86,7 +86,7 @@ def run_command(
 ) -> None:
     """Runs a request over the devices of the file `cluster`; prints the answer and what it took.
 
-    `run_ensemble` (`coformer.ensemble_requests.run_emulated`) answers where `model` is a folder of `detransformer decompose`.
+    `run_ensemble` (`coformer.ensemble_requests.run_emulated`) answers where `model` is what `decompose` wrote.
     """
     if text is not None and tokens is not None:
         raise ValueError(f"--tokens {tokens} stands beside --text; give a text or a number of random tokens.")

@@ -77,7 +77,7 @@ def predicted_rows(
 
 
 def peer_configs(priced: Original) -> dict[str, PretrainedConfig]:
-    """BERT with the layers and as many numbers outside them as `priced` has: `exact`, and `decoupled` (Nb=4, Ndiv=4)."""
+    """BERT with the layers and numbers outside them of `priced`: `exact`, and `decoupled` (Nb=4, Ndiv=4)."""
     config = preset_config("bert-base")
     config.num_hidden_layers, config.hidden_size = priced.num_layers, priced.hidden_size
     config.num_attention_heads, config.intermediate_size = priced.num_heads, priced.ffn_size
