@@ -38,7 +38,7 @@ from detransformer.coformer.predictor import (
 )
 from detransformer.coformer.sampling import sample_policy
 from detransformer.coformer.search import METHODS, SearchConfig, search_policy
-from detransformer.coformer.submodels import CoformerViTModel, sub_model_config
+from detransformer.coformer.submodels import CoformerViTForImageClassification, sub_model_config
 from detransformer.training.config import config_hash
 
 PROXIES = {"loss": 1, "probe_error": 1, "loss_after_steps": 1, "log_flops": -1}  # sign that goes with a larger error
@@ -74,7 +74,7 @@ def timed_pool(config: ViTConfig, num_configs: int, limit_s: float, num_repeats:
         if len(rows) >= 12 and time.perf_counter() - start > limit_s:  # fewer fit no predictor
             break
         layers = list(range(sizes.num_layers))
-        model = CoformerViTModel(sub_model_config(config, sizes, layers), add_pooling_layer=False).eval()
+        model = CoformerViTForImageClassification(sub_model_config(config, sizes, layers)).eval()
         seconds = []
         for _ in range(num_repeats + 1):
             before = time.perf_counter()
