@@ -24,11 +24,9 @@ from detransformer.coformer.policy import (
     Limits,
     Original,
     Policy,
-    SubModelConfig,
     flops,
     memory_bytes,
     scale_policy,
-    violations,
 )
 from detransformer.coformer.predictor import (
     DERIVED_FEATURES,
@@ -39,10 +37,8 @@ from detransformer.coformer.predictor import (
     roofline_s,
 )
 from detransformer.coformer.sampling import sample_policy
-from detransformer.coformer.search import FITTED, METHODS, SearchConfig, search_policy
-from detransformer.coformer.submodels import CoformerViTModel, sub_model_config
-from detransformer.record.published import published
-from detransformer.record.verdict import Verdict
+from detransformer.coformer.search import METHODS, SearchConfig, search_policy
+from detransformer.coformer.submodels import CoformerViTForImageClassification, sub_model_config
 from detransformer.training.config import config_hash
 
 PROXIES = {"loss": 1, "probe_error": 1, "loss_after_steps": 1, "log_flops": -1}  # sign that goes with a larger error
@@ -78,7 +74,7 @@ def timed_pool(config: ViTConfig, num_configs: int, limit_s: float, num_repeats:
         if len(rows) >= 12 and time.perf_counter() - start > limit_s:  # fewer fit no predictor
             break
         layers = list(range(sizes.num_layers))
-        model = CoformerViTModel(sub_model_config(config, sizes, layers), add_pooling_layer=False).eval()
+        model = CoformerViTForImageClassification(sub_model_config(config, sizes, layers)).eval()
         seconds = []
         for _ in range(num_repeats + 1):
             before = time.perf_counter()
@@ -248,78 +244,3 @@ def policy_rows(policies: dict[str, Policy], evaluator) -> pd.DataFrame:
                 "idle_ms": 1e3 * times.idle_s[n], "total_ms": 1e3 * times.total_s,
             })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def constraint_rows(policy: Policy, original: Original) -> pd.DataFrame:
-    """C1 to C6 of Eq. 8 on `policy`, and on one that is broken on purpose: each device has all, and a layer more.
-
-    C5 and C6 are what `policy` itself takes.
-    """
-    costs = [tuple(cost(config, original) for config in policy.sub_models) for cost in (flops, memory_bytes)]
-    layers = original.num_layers + 1
-    heads, ffn = (original.num_heads,) * layers, (original.ffn_size,) * layers
-    broken = Policy((SubModelConfig(layers, original.hidden_size, heads, ffn),) * policy.num_devices)
-    rows = []
-    for name, checked in (("found", policy), ("broken on purpose", broken)):
-        sentences = violations(checked, original, Limits(*costs))
-        for constraint in ("C1", "C2", "C3", "C4", "C5", "C6"):
-            own = [sentence for sentence in sentences if sentence.startswith(constraint)]
-            row = {"policy": name, "constraint": constraint, "violations": len(own)}
-            rows.append(row | {"first": own[0] if own else ""})
-    return pd.DataFrame(rows)
-
-
-# Verdicts ---------------------------------------------------------------------------------------------------------
-
-
-def predictor_claims(errors: pd.DataFrame) -> list[Verdict]:
-    """The published error on a TX2, in ms and as a share of DeiT-B's latency, against ours and a straight line's."""
-    rmse_ms = float(published("coformer_search").set_index("claim")["value"]["latency_predictor_rmse"])
-    whole_ms = float(published("coformer_tables").set_index(["table", "row"]).loc[("V", "1 device"), "latency_ms"])
-    own = errors[errors["predictor"] == "published"]
-    worst, here = own[own["kind"] == "modelled"]["rmse_ms"].max(), own[own["kind"] == "measured"].iloc[0]
-    rivals = errors[(errors["kind"] == "measured") & (errors["predictor"] != "published")]
-    share, over = 100 * rmse_ms / whole_ms, here["rmse_ms"] / rivals["rmse_ms"].min()
-    claim = "RMSE of the latency predictor in % of the whole model's latency, this machine"
-    return [
-        Verdict("RMSE in ms, worst modelled device", rmse_ms, worst, "by construction", side="at most"),
-        Verdict(claim, share, here["rmse_of_whole_pct"], "measured", side="at most"),
-        Verdict("the same over the best rival's", 1.0, over, "measured", side="at most"),
-    ]
-
-
-def proxy_claims(proxies: pd.DataFrame) -> list[Verdict]:
-    """The uncalibrated loss rises with the error after calibration; and no other proxy goes with it better."""
-    made = []
-    for target, part in proxies.groupby("target", sort=False):
-        part = part.set_index("proxy")
-        own, words = part.loc["loss"], target.replace("_", " ")
-        signed = (part["expected_sign"] * part["pearson"]).fillna(-np.inf)  # NaN where all errors are alike
-        interval = dict(low=own["pearson_low"], high=own["pearson_high"])
-        claim = f"correlation of uncalibrated loss with the {words}"
-        made.append(Verdict(claim, 0.0, own["pearson"], "measured", side="above", **interval))
-        lead = signed.drop("loss").max() - signed["loss"]
-        claim = f"lead over it of {signed.drop('loss').idxmax()}"
-        made.append(Verdict(claim, 0.0, lead, "measured", side="at least"))
-    return made
-
-
-def search_claims(searches: pd.DataFrame, policies: pd.DataFrame) -> list[Verdict]:
-    """The search against random policies and against the uniform cut, which searches nothing."""
-    found, made = searches.set_index("method"), []
-    for method in ("bayesian", FITTED):
-        wins, seeds = found.loc[method, ["wins", "num_seeds"]]
-        claim, tested = f"share of seeds in which {method} is at least as good as random", seeds >= 10
-        made.append(Verdict(claim, 0.9, wins / seeds, "predicted", side="at least", tested=tested))
-    own, even = found.loc["bayesian"], found.loc["uniform"]
-    phases = policies.set_index("method")[["backbone_ms", "send_ms", "idle_ms"]]
-    waits = (phases["idle_ms"].groupby(level=0).sum() / phases.sum(axis=1).groupby(level=0).sum())[
-        ["uniform", "bayesian"]
-    ]
-    claims = {
-        "objective of uniform less that of bayesian": (0.0, even["objective"] - own["objective"]),
-        "latency of uniform over bayesian": (1.0, even["latency_ms"] / own["latency_ms"]),
-        "loss of uniform less that of bayesian": (0.0, even["loss"] - own["loss"]),
-        "share of time spent waiting, uniform less bayesian": (0.0, waits["uniform"] - waits["bayesian"]),
-    }
-    return made + [Verdict(claim, limit, value, "predicted", side="above") for claim, (limit, value) in claims.items()]

@@ -2,9 +2,9 @@
 
 What moved, and why: neighbours of a policy, and so what a Bayesian search finds, are drawn in another order; a grown
 policy (`filled`) gets the smallest further layer first, not a copy of the last; the single device's latency has the
-head's product in it (0.003%); intervals of correlations are of another bootstrap; standard errors of differences of
-methods no longer pair the seeds; the best sub-model is the best by its mean, and a latency implied by two published
-speedups is no claim.
+head's product in it (0.003%); intervals of correlations are of another bootstrap; standard errors of differences
+between methods do not pair the seeds any more; the best sub-model is the best by its mean; and a latency implied by two
+published speedups is no claim.
 """
 
 import copy

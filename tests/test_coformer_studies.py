@@ -191,11 +191,6 @@ def test_searches_start_alike_and_go_on(evaluator, limits, tmp_path):
     ends = policies.groupby("method")[["backbone_ms", "send_ms", "idle_ms"]].sum().sum(axis=1) / 3
     times = latency(best["random"], evaluator.original, evaluator.cluster)
     assert policies["device"].tolist()[:3] == ["nano", "tx2", "orin"] and (ends > 0).all() and times.central == 1
-    claims = decomposition.search_claims(decomposition.search_table(history), policies)
-    assert {claim.judged for claim in claims[:2]} == {"not tested"}, "fewer than ten seeds"
-    constraints = decomposition.constraint_rows(best["random"], evaluator.original).set_index("policy")
-    assert (constraints.loc["found", "violations"] == 0).all()
-    assert (constraints.loc["broken on purpose", "violations"] > 0).all()
 
 
 def test_the_search_table_counts_seeds():

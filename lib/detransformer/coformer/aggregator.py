@@ -231,6 +231,7 @@ def make_aggregator(
 
 
 def squeezed_width(widths: Sequence[int]) -> int:
+    """Width of `senet`'s gate between squeezing and exciting."""
     return max(1, sum(widths) // SENET_REDUCTION)
 
 

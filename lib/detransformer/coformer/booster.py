@@ -8,14 +8,11 @@ with y_t the large model's own decision (DeiT's hard distillation), and the weig
 
     w_i <- w_i exp[(1/M - 1) L_i].
 
-As printed, (1/M - 1) is about -1: a sample that sub-model n gets WRONG weighs less for sub-model n+1, and one it gets
-right weighs more. That is the opposite of boosting (Freund and Schapire 1997), which the method is named after. Also as
-printed, L contains W/2 with W = 1/M, which makes every exponent about 0 and the weights stay; L is taken here before
-its weight. The rule is therefore a choice (`RULES`):
+As printed, samples that a sub-model gets wrong weigh less for the next one, which is the opposite of boosting
+(docs/findings.md, "CoFormer's equations"). The rule is therefore a choice (`RULES`):
 
     "boosting"   the sign turned: hard samples weigh more. L is measured in ln C, what guessing among C classes costs,
-                 and cut at 1, so that one round raises a sample exp(strength) times over another at most: with the
-                 bare loss a few mislabelled samples would be all that the next sub-model sees. The default.
+                 and cut at 1, so that one round raises a sample exp(strength) times over another at most. The default.
     "published"  Eq. 13 as printed, with L before its weight.
     "none"       all weights stay: the sub-models are distilled independently of each other.
 

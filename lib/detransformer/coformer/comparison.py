@@ -18,8 +18,8 @@ from transformers import BertForSequenceClassification, PretrainedConfig
 
 from detransformer.cluster.bench import Bench, Cell, RowFile, first_time_scale, usual_devices, why_invalid
 from detransformer.cluster.devices import DeviceSpec, cluster_profile
+from detransformer.cluster.host import lateness
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.cluster.slowdown import lateness
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble
@@ -77,7 +77,7 @@ def predicted_rows(
 
 
 def peer_configs(priced: Original) -> dict[str, PretrainedConfig]:
-    """BERT with the layers and as many numbers outside as `priced` has: `exact` and `decoupled` (Nb=4, Ndiv=4)."""
+    """BERT with the layers and numbers outside them of `priced`: `exact`, and `decoupled` (Nb=4, Ndiv=4)."""
     config = preset_config("bert-base")
     config.num_hidden_layers, config.hidden_size = priced.num_layers, priced.hidden_size
     config.num_attention_heads, config.intermediate_size = priced.num_heads, priced.ffn_size

@@ -10,9 +10,8 @@ rescaled for it, since the sub-models are trained afterwards (the booster). Task
 sub-model can be evaluated alone (Eq. 7); the aggregation takes `features`.
 """
 
-import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,12 +58,12 @@ LAYER_AXES = {
 }
 OUTER_AXES = {  # of all three: outside the layers
     r"embeddings\.\w+_embeddings\.weight|wte\.weight|wpe\.weight": (None, "dims"),
-    r"embeddings\.(cls_token|mask_token|position_embeddings)": (None, None, "dims"),
+    r"embeddings\.(cls_token|position_embeddings)": (None, None, "dims"),
     r"embeddings\.patch_embeddings\.projection\.(weight|bias)": ("dims",),
     r"embeddings\.LayerNorm\.\w+|ln_f\.\w+|layernorm\.\w+": ("dims",),
     r"pooler\.dense\.weight": ("pooled", "dims"),
     r"pooler\.dense\.bias": ("pooled",),
-    r"(classifier|score|lm_head)\.weight": (None, "dims"),
+    r"(classifier|score)\.weight": (None, "dims"),
     r"classifier\.bias": (None,),
 }
 
@@ -93,22 +92,18 @@ class Parts:
 
 def magnitude_importance(model: PreTrainedModel) -> Importance:
     """The L2 norm of the weights that read and write a dimension, a head or an FFN column."""
-    return _importance(model, ((name, value.detach() ** 2) for name, value in model.named_parameters()))
-
-
-def _importance(model: PreTrainedModel, saliency: Iterable[tuple[str, torch.Tensor]]) -> Importance:
-    """Square roots of the sums of a number a weight, over what belongs together."""
     original = Original.of(model.config)
     dims = np.zeros(original.hidden_size)
     heads = np.zeros((original.num_layers, original.num_heads))
     ffn = np.zeros((original.num_layers, original.ffn_size))
-    for name, value in saliency:
+    for name, value in model.named_parameters():
         layer, axes = axes_of(name, model.config.model_type)
         for axis, role in enumerate(axes):
             if role is None or role == "pooled":  # the pooler's outputs are not the embedding's dimensions
                 continue
             others = [other for other in range(value.ndim) if other != axis]
-            sums = (value.sum(others) if others else value).double().cpu().numpy()
+            squares = value.detach() ** 2
+            sums = (squares.sum(others) if others else squares).double().cpu().numpy()
             if role == "dims":
                 dims += sums
             elif role == "ffn":
@@ -219,8 +214,7 @@ def decompose(model: PreTrainedModel, policy: Policy, importance: Importance | N
     `choose_parts`; `check_policy` refuses such policies.
 
     Args:
-        model: a `BertModel`, `BertForSequenceClassification`, `GPT2Model`, `GPT2ForSequenceClassification`,
-            `GPT2LMHeadModel`, `ViTModel` or `ViTForImageClassification`.
+        model: a `BertForSequenceClassification`, `GPT2ForSequenceClassification` or `ViTForImageClassification`.
         importance: `magnitude_importance(model)` unless given.
 
     Raises:
@@ -239,18 +233,10 @@ def decompose(model: PreTrainedModel, policy: Policy, importance: Importance | N
 
 def _sub_model(model: PreTrainedModel, sizes: SubModelConfig, parts: Parts) -> PreTrainedModel:
     config = sub_model_config(model.config, sizes, [int(layer) for layer in parts.layers])
-    kwargs = {}
-    if type(model) is type(model.base_model) and hasattr(model, "pooler"):
-        kwargs["add_pooling_layer"] = model.pooler is not None
-        if getattr(model.embeddings, "mask_token", None) is not None:
-            kwargs["use_mask_token"] = True
     with no_init_weights():  # every weight comes from `model`
-        made = SUB_MODEL_CLASS[type(model)](config, **kwargs)
-    made.tie_weights()
+        made = SUB_MODEL_CLASS[type(model)](config)
     made = made.to(next(model.parameters()).dtype)
     made.load_state_dict(slice_state(model, parts))
-    if model.can_generate():
-        made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).train(model.training)
 
 
@@ -259,8 +245,6 @@ def slice_state(model: PreTrainedModel, parts: Parts) -> dict[str, torch.Tensor]
     config = model.config
     original = Original.of(config)
     number = {int(layer): k for k, layer in enumerate(parts.layers)}  # of a layer in the sub-model
-    # ViT's pooler may have a width of its own; then its outputs stay whole.
-    pooled = getattr(config, "pooler_output_size", config.hidden_size) == config.hidden_size
     sliced = {}
     for name, value in model.state_dict().items():
         layer, axes = axes_of(name, config.model_type)
@@ -272,7 +256,7 @@ def slice_state(model: PreTrainedModel, parts: Parts) -> dict[str, torch.Tensor]
             place = LAYER_NAME.match(name).span(1)
             name = f"{name[: place[0]]}{k}{name[place[1] :]}"
         for axis, role in enumerate(axes):
-            if role == "dims" or (role == "pooled" and pooled):
+            if role in ("dims", "pooled"):
                 kept = parts.dims
             elif role == "heads":
                 kept = columns

@@ -1,4 +1,4 @@
-"""Sub-models of BERT, GPT-2 and ViT as Hugging Face models: heads and FFN widths by layer (CoFormer 2025, Fig. 14).
+"""Sub-models of BERT, GPT-2 and ViT classifiers: heads and FFN widths by layer (CoFormer 2025, Fig. 14).
 
 Only a layer's projections differ from `transformers`' own: it has `layer_heads[k]` heads of the large model's head size
 and `layer_ffn_sizes[k]` FFN columns, and its attention is as wide as its heads, which the embedding need not be. All
@@ -14,24 +14,18 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     BertTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
     GPT2Tokenizer,
     PretrainedConfig,
     ViTConfig,
     ViTForImageClassification,
-    ViTModel,
 )
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
@@ -135,8 +129,6 @@ def sub_model_config(config: PretrainedConfig, sizes: SubModelConfig, source_lay
     fields[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = sizes.num_layers
     if config.model_type == "gpt2":
         fields["n_inner"] = original.ffn_size  # not 4 times the width of the sub-model
-    if fields.get("pooler_output_size") == config.hidden_size:
-        fields["pooler_output_size"] = sizes.hidden_size
     made = SUB_MODEL_CONFIG[config.model_type](
         **fields,
         layer_heads=list(sizes.num_heads),
@@ -163,9 +155,9 @@ class SubModel:
     layer_class: type[nn.Module]
     layers_at: str  # where the original keeps its layers, from the backbone
 
-    def __init__(self, config: CoformerConfig, **options):
+    def __init__(self, config: CoformerConfig):
         count, config.num_hidden_layers = config.num_hidden_layers, 0
-        super().__init__(config, **options)
+        super().__init__(config)
         config.num_hidden_layers = count
         layers = [self.layer_class(config, number) for number in range(count)]
         self.base_model.get_submodule(self.layers_at).extend(layers)
@@ -197,16 +189,10 @@ class CoformerBertLayer(BertLayer):
             output.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
 
-class BertSubModel(SubModel):
-    config_class, layer_class, layers_at = CoformerBertConfig, CoformerBertLayer, "encoder.layer"
-
-
-class CoformerBertModel(BertSubModel, BertModel):
-    """A sub-model of BERT (and its pooler); outputs as `transformers.BertModel`."""
-
-
-class CoformerBertForSequenceClassification(BertSubModel, BertForSequenceClassification):
+class CoformerBertForSequenceClassification(SubModel, BertForSequenceClassification):
     """A sub-model of a BERT with its classification head: input_ids [B, T] to logits [B, C] (CoFormer, Fig. 14)."""
+
+    config_class, layer_class, layers_at = CoformerBertConfig, CoformerBertLayer, "encoder.layer"
 
 
 # GPT-2 -----------------------------------------------------------------------------------------------------------
@@ -228,20 +214,10 @@ class CoformerGPT2Block(GPT2Block):
         self.ln_1, self.ln_2 = (nn.LayerNorm(width, eps=config.layer_norm_epsilon) for _ in range(2))
 
 
-class GPT2SubModel(SubModel):
-    config_class, layer_class, layers_at = CoformerGPT2Config, CoformerGPT2Block, "h"
-
-
-class CoformerGPT2Model(GPT2SubModel, GPT2Model):
-    """A sub-model of GPT-2 without a head; outputs as `transformers.GPT2Model`."""
-
-
-class CoformerGPT2ForSequenceClassification(GPT2SubModel, GPT2ForSequenceClassification):
+class CoformerGPT2ForSequenceClassification(SubModel, GPT2ForSequenceClassification):
     """A sub-model of a GPT-2 with its classification head: input_ids [B, T] to logits [B, C] (CoFormer, Fig. 14)."""
 
-
-class CoformerGPT2LMHeadModel(GPT2SubModel, GPT2LMHeadModel):
-    """A sub-model of GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
+    config_class, layer_class, layers_at = CoformerGPT2Config, CoformerGPT2Block, "h"
 
 
 # ViT -------------------------------------------------------------------------------------------------------------
@@ -255,42 +231,26 @@ class CoformerViTLayer(ViTLayer):
         self.attention.config = self.mlp.config = config
 
 
-class ViTSubModel(SubModel):
+class CoformerViTForImageClassification(SubModel, ViTForImageClassification):
+    """A sub-model of a ViT with its head: pixel_values [B, 3, H, W] to logits [B, C] (CoFormer, Fig. 14)."""
+
     config_class, layer_class, layers_at = CoformerViTConfig, CoformerViTLayer, "layers"
 
 
-class CoformerViTModel(ViTSubModel, ViTModel):
-    """A sub-model of ViT; outputs as `transformers.ViTModel`."""
-
-
-class CoformerViTForImageClassification(ViTSubModel, ViTForImageClassification):
-    """A sub-model of a ViT with its head: pixel_values [B, 3, H, W] to logits [B, C] (CoFormer, Fig. 14)."""
-
-
 SUB_MODEL_CLASS = {
-    BertModel: CoformerBertModel,
     BertForSequenceClassification: CoformerBertForSequenceClassification,
-    GPT2Model: CoformerGPT2Model,
     GPT2ForSequenceClassification: CoformerGPT2ForSequenceClassification,
-    GPT2LMHeadModel: CoformerGPT2LMHeadModel,
-    ViTModel: CoformerViTModel,
     ViTForImageClassification: CoformerViTForImageClassification,
 }
 
 
 def register() -> None:
     """Makes `AutoConfig`, the AutoModel classes and `AutoTokenizer` know the sub-models."""
-    for config in SUB_MODEL_CONFIG.values():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-    for auto in (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForSequenceClassification,
-    ):
-        for original, sub_model in SUB_MODEL_CLASS.items():
-            if auto._model_mapping.get(original.config_class, None) is original:
-                auto.register(sub_model.config_class, sub_model, exist_ok=True)
+    for made in SUB_MODEL_CLASS.values():
+        AutoConfig.register(made.config_class.model_type, made.config_class, exist_ok=True)
+        images = made is CoformerViTForImageClassification
+        auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+        auto.register(made.config_class, made, exist_ok=True)
     AutoTokenizer.register(CoformerBertConfig, BertTokenizer, exist_ok=True)
     AutoTokenizer.register(CoformerGPT2Config, GPT2Tokenizer, exist_ok=True)
 
