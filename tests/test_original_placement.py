@@ -149,21 +149,19 @@ def check(case, plan, results, seq_len=11, batch_size=2):
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
-@pytest.mark.parametrize("reads", ["all", "cls"])
 @pytest.mark.parametrize("method", [*METHODS, "pp"])
 @pytest.mark.parametrize("place_", PLACES)
-def test_plan_equals_single_device(cluster, places, place_, method, reads, num_devices):
+def test_plan_equals_single_device(cluster, places, place_, method, num_devices):
     case = places[place_]
-    plan = published_plan(method, case.config, UNEVEN[num_devices], reads=reads)
+    plan = published_plan(method, case.config, UNEVEN[num_devices])
     check(case, plan, run(cluster, case, plan))
 
 
-@pytest.mark.parametrize("reads", ["all", "cls"])
 @pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
-def test_chunks_and_devices_without_sub_blocks(cluster, places, strategy, reads):
+def test_chunks_and_devices_without_sub_blocks(cluster, places, strategy):
     case = places["first"]
     strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
-    plan = layer_plan("bp+auto", case.config, strategies, UNEVEN[4], reads=reads, num_chunks=3)
+    plan = layer_plan("bp+auto", case.config, strategies, UNEVEN[4], num_chunks=3)
     check(case, plan, run(cluster, case, plan))
     plan = replace(plan, sub_blocks=(2, 0, 1, 1))
     assert max(r["max_abs_error"] for r in run(cluster, case, plan)) < TOLERANCE
@@ -267,16 +265,13 @@ def sizes(placement, decoder=False, num_layers=5, num_original=2):
 
 
 @pytest.mark.parametrize("decoder", [False, True])
-@pytest.mark.parametrize("reads", ["all", "cls"])
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("placement", [*PLACES, "top"])
-def test_compiled_prices_are_the_cost_models(placement, num_chunks, reads, decoder):
-    if decoder and reads == "cls":
-        pytest.skip("a decoder reads its last token")
+def test_compiled_prices_are_the_cost_models(placement, num_chunks, decoder):
     config = sizes(placement, decoder)
     names = ["block" if kind == "decoupled" else "replicate" for kind in layer_kinds(config)]
     profile, request = profiled(config, count=3), dict(seq_len=17, batch_size=2)
-    plan = layer_plan("bp+auto", config, names, [1.0, 1.0, 2.0], "int8", reads, num_chunks=num_chunks)
+    plan = layer_plan("bp+auto", config, names, [1.0, 1.0, 2.0], "int8", num_chunks=num_chunks)
     compiled = Compiled(config, plan, profile, **request)
     every = list(itertools.product(*[[row.name for row in stage] for stage in compiled.stages[1:-1]]))
     for strategies in random.Random(0).choices(every, k=6):
@@ -287,14 +282,13 @@ def test_compiled_prices_are_the_cost_models(placement, num_chunks, reads, decod
         assert priced.memory_bytes == predicted.memory_bytes == tuple(memory_bytes(config, one, **request))
 
 
-@pytest.mark.parametrize("reads", ["all", "cls"])
 @pytest.mark.parametrize("placement", ORIGINAL_PLACEMENTS)
-def test_the_planner_finds_a_plan_wherever_original_layers_stand(placement, reads):
+def test_the_planner_finds_a_plan_wherever_original_layers_stand(placement):
     config = sizes(placement)
     profile = profiled(config)
-    found = place_freely(config, profile, 32, reads=reads)
+    found = place_freely(config, profile, 32)
     found.plan.check(config)
-    published = place(config, profile, 32, reads=reads)
+    published = place(config, profile, 32)
     assert found.chosen.latency_s <= published.chosen.latency_s
     assert "original" in explain(found, config, profile, 32)
 

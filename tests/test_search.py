@@ -41,9 +41,9 @@ def unequal(speeds, mbps=50.0, shares=(), memory_bytes_per_s=4e9, memories=None)
     return ClusterProfile(devices, LinkProfile(mbps * 1e6, shares=shares))
 
 
-def any_plan(config, speeds, num_chunks=1, wire="float32", reads="all", direct=True):
+def any_plan(config, speeds, num_chunks=1, wire="float32", direct=True):
     names = ["block" if kind == "decoupled" else "replicate" for kind in layer_kinds(config)]
-    return layer_plan("bp+auto", config, names, speeds, wire, reads, direct, num_chunks)
+    return layer_plan("bp+auto", config, names, speeds, wire, direct, num_chunks)
 
 
 def all_strategies(compiled):
@@ -63,26 +63,21 @@ REQUESTS = {  # of decoders, `past` counts too
     "one token": dict(seq_len=1, past=20),
 }
 CASES = [
-    (model, request, wire, reads, num_chunks)
-    for model, request, (wire, reads), num_chunks in itertools.product(
-        MODELS,
-        REQUESTS,
-        [("float32", "all"), ("int8", "all"), ("float32", "cls"), ("bfloat16,1.sum=float32,2.kv=int8", "cls")],
-        [1, 2, 4],
-    )
-    if ("decoder" in model and reads == "all") or ("decoder" not in model and request != "one token")
+    (model, request, wire, num_chunks)
+    for model, request, wire, num_chunks in itertools.product(MODELS, REQUESTS, ["float32", "int8"], [1, 2, 4])
+    if "decoder" in model or request != "one token"
 ]
 
 
 def arbitrary(case):
     """(config, plan, profile, request) of a case, with devices and links by chance; the same ones each time."""
-    model, request, wire, reads, num_chunks = case
+    model, request, wire, num_chunks = case
     chance = random.Random(str(case))
     count = chance.choice([2, 3, 4])
     speeds = [chance.choice([1.0, chance.uniform(0.2, 2.0)]) for _ in range(count)]
     shares = chance.choice([(), tuple(chance.uniform(0.3, 1.0) for _ in range(count))])
     profile = unequal(speeds, chance.choice([5, 50, 500]), shares, chance.choice([None, 4e9]))
-    plan = any_plan(MODELS[model], speeds, num_chunks, wire, reads, direct=chance.random() < 0.8)
+    plan = any_plan(MODELS[model], speeds, num_chunks, wire, direct=chance.random() < 0.8)
     return MODELS[model], plan, profile, REQUESTS[request]
 
 

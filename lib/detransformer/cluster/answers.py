@@ -81,8 +81,8 @@ def prepare(
 def prepare_text(request: Request, config: PretrainedConfig, profile: ClusterProfile, inputs: dict) -> Prepared:
     """A prompt's plan and that of the tokens after it."""
     batch_size, seq_len = inputs["input_ids"].shape
-    if request.reads != "all" or request.wires != ("float32",):
-        raise ValueError("a GPT-2 is run with --reads all and --wire float32: leave both options out.")
+    if request.wires != ("float32",):
+        raise ValueError("a GPT-2 is run with --wire float32: leave that option out.")
     if request.method == "auto" and request.plan is None:
         chosen = place_generation(
             config, profile, seq_len, request.max_new_tokens, batch_size, request.memory_budget_bytes
@@ -154,7 +154,7 @@ def plan_of(
     request: Request, config: PretrainedConfig, profile: ClusterProfile, batch_size: int, seq_len: int
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan that `request` asks for, and notes on it."""
-    common = dict(memory_budget_bytes=request.memory_budget_bytes, reads=request.reads)
+    common = dict(memory_budget_bytes=request.memory_budget_bytes)
     if request.plan is not None:
         try:
             plan = Plan.from_dict(request.plan)
@@ -228,7 +228,7 @@ TASKS: dict[str, Callable] = {"classification": classify, "question-answering": 
 
 
 @torch.inference_mode()
-def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict, reads: str) -> dict:
+def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict) -> dict:
     """What the Hugging Face model computes of `inputs` on this host alone."""
     task = task_of(config)
     if task == "classification":
@@ -238,14 +238,14 @@ def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict, r
         result = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
         return {"logits": torch.stack([result.start_logits, result.end_logits], -1)}
     state = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs).last_hidden_state
-    return {"last_hidden_state": state[:, :1] if reads == "cls" else state}
+    return {"last_hidden_state": state}
 
 
 def compare(outputs: dict, expected: dict, wire: str) -> tuple[bool, dict]:
     """Whether `outputs` agree with the single device's, as closely as bench rows must; and by how much they differ."""
     from detransformer.cluster.bench import MAX_ABS_ERROR, MAX_RELATIVE_ERROR
 
-    errors = output_errors(outputs, expected, reads="all")  # `expected` has what was read already
+    errors = output_errors(outputs, expected)
     limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in wire), default=None)
     agrees = errors["max_abs_error"] <= MAX_ABS_ERROR if limit is None else errors["relative_error"] <= limit
     return agrees, errors | {"agrees": agrees}
@@ -360,7 +360,7 @@ def report(
         "notes": list(prepared.notes),
     }
     if request.check:
-        expected = single_device_outputs(folder, config, prepared.inputs, plan.reads)
+        expected = single_device_outputs(folder, config, prepared.inputs)
         agrees, errors = compare(outputs, expected, plan.wire)
         record["check"] = errors
         words = "agrees with" if agrees else "DIFFERS from"

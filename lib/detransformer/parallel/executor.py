@@ -22,7 +22,7 @@ from detransformer.parallel.weights import WeightSource
 
 @dataclass(frozen=True)
 class Output:
-    """last_hidden_state [B, T, D], or [B, 1, D] where the plan reads [CLS] alone; the rest where the model has it.
+    """last_hidden_state [B, T, D]; the rest where the model has it.
 
     `next_token` [B] is the likeliest token after the last one, of a decoder.
     """
@@ -129,10 +129,6 @@ class Executor:
     ):
         plan.check(config)
         decoder = is_decoder(config)
-        if plan.reads == "cls" and decoder:
-            raise ValueError("reads='cls' is for BERT: GPT-2 goes on from its last token; plan with reads='all'.")
-        if plan.reads == "cls" and "qa_outputs.weight" in weights:
-            raise ValueError("reads='cls' leaves out tokens that question answering reads: plan with reads='all'.")
         if comm.num_ranks != plan.num_devices:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         self.config = config
@@ -194,21 +190,17 @@ class Executor:
             x = self.embeddings(input_ids, following)
         else:
             shape, first = (batch_size, seq_len, self.config.hidden_size), self.layers[0][1]
-            x = self.comm.receive(shape, first.out.weight.dtype, self.stage - 1, first.wire("stage"))
+            x = self.comm.receive(shape, first.out.weight.dtype, self.stage - 1, self.plan.wire)
         layout, plan, local = REPLICATE, self.plan, self.local_comm
-        last = len(plan.strategies) - 1
         chunks: Iterable[torch.Tensor] = (x[:, chunk.start : chunk.stop] for chunk in request.chunks)
         for signature, layer in self.layers:
-            arriving = reshard(chunks, layout, signature.in_layout, plan, local, request, layer.layer)
-            if layer.layer == last and plan.reads == "cls":
-                return self.head(layer.cls(arriving, request))
+            arriving = reshard(chunks, layout, signature.in_layout, plan, local, request)
             chunks, layout = layer(arriving, request), signature.out_layout
-        following = layer.layer + 1
-        x = together(list(arrived(reshard(chunks, layout, REPLICATE, plan, local, request, following))))
+        x = together(list(arrived(reshard(chunks, layout, REPLICATE, plan, local, request))))
         if cache:
             cache.num_tokens += seq_len
         if not self.is_last:
-            self.comm.send(x, self.stage + 1, plan.wire_of(following, "stage"))
+            self.comm.send(x, self.stage + 1, plan.wire)
             return None
         # A message's buffer is used again by the next request: what is given out must not lie in it.
         return self.head(x.clone() if layout != REPLICATE else x)

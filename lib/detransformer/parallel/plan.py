@@ -1,4 +1,4 @@
-"""The plan: one strategy a layer, the split sizes a device, the wire format of each collective.
+"""The plan: one strategy a layer, the split sizes a device, the wire format of messages.
 
 A plan is what the executor runs, what the cost model prices and what a row of a table names. The published methods are
 points in this space (`published_plan`); layouts and strategies are those of the README's section on the formalism.
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from detransformer.models.configuration import architecture, ffn_size, layer_kinds
 from detransformer.parallel.partition import bounds, split
-from detransformer.parallel.wire import check_spec, format_of
+from detransformer.parallel.wire import check_wire
 from detransformer.typed_json import from_json
 
 # Layouts of a hidden state X [B, T, D] over devices
@@ -47,7 +47,6 @@ STRATEGIES = {
     "galaxy": Signature("original", SEQ, SEQ, "own", "own", "own"),
     "replicate": Signature("original", REPLICATE, REPLICATE, "all", "all", "all"),
 }
-READS = ("all", "cls")  # what is read of the last layer: all tokens, or [CLS] alone (a classification model)
 # How the devices share a model: each layer together; each some layers (a pipeline); each a whole copy, for requests of
 # its own (data parallelism); or each layer together, by PyTorch's DTensor instead of the strategies.
 RUNS = ("layers", "stages", "copies", "dtensor")
@@ -63,9 +62,7 @@ class Plan:
         heads, tokens_share, ffn_columns, sub_blocks: what each device takes; tokens are split per request, in
             proportion to `tokens_share`, since the sequence length belongs to the request.
         stages: layers a device, in order, where `runs` is `stages`; empty for every other plan.
-        wire: number format of messages, by `parallel.wire.format_of`.
-        reads: `all`, or `cls`: only [CLS] of the last layer is read, so that its queries, projection and FFN are
-            computed for that token alone.
+        wire: number format of messages, one of `parallel.wire.WIRE_FORMATS`.
         direct: whether X goes from one sharded layout to the other by one all_to_all; otherwise through Replicate, as
             published.
         num_chunks: how many parts a request's tokens are cut in, so that one part travels while another is computed;
@@ -82,20 +79,17 @@ class Plan:
     sub_blocks: tuple[int, ...]
     stages: tuple[int, ...] = ()
     wire: str = "float32"
-    reads: str = "all"
     direct: bool = False
     num_chunks: int = 1
     devices: tuple[int, ...] = ()
     runs: str = "layers"
 
     def __post_init__(self):
-        check_spec(self.wire)
+        check_wire(self.wire)
         if self.devices and (len(self.devices) != len(self.heads) or len(set(self.devices)) != len(self.devices)):
             raise ValueError(f"devices={self.devices} must name {len(self.heads)} different ones, one a rank.")
         if self.num_chunks < 1:
             raise ValueError(f"num_chunks={self.num_chunks} is below 1: 1 runs a request's tokens all at once.")
-        if self.reads not in READS:
-            raise ValueError(f"reads={self.reads!r} is unknown: choose one of {', '.join(READS)}.")
         if self.runs not in RUNS:
             raise ValueError(f"runs={self.runs!r} is unknown: choose one of {', '.join(RUNS)}.")
         if bool(self.stages) != (self.runs == "stages"):
@@ -134,10 +128,6 @@ class Plan:
             devices=(),
             runs="layers",
         )
-
-    def wire_of(self, layer: int, role: str) -> str:
-        """Number format of the messages of collective `role` in `layer`; that of a reshard is its next layer's."""
-        return format_of(self.wire, layer, role)
 
     def tokens(self, seq_len: int) -> list[list[int]]:
         """Tokens that each device takes under `shard(seq)`: `[chunk][device]` of a request of `seq_len`."""
@@ -252,7 +242,6 @@ FIELD_KINDS = {  # of a plan as JSON: whether a list, what each item is, in word
     "sub_blocks": _COUNTS,
     "stages": _COUNTS,
     "wire": (False, _is_text, "a text"),
-    "reads": (False, _is_text, "a text"),
     "direct": (False, lambda value: isinstance(value, bool), "true or false"),
     "num_chunks": (False, _is_count, "a whole number"),
     "devices": _COUNTS,
@@ -293,7 +282,7 @@ _SHARDS_LAYERS = ("tp", "sp", "ulysses", "galaxy", "dtensor")
 
 
 def published_plan(
-    method: str, config: PretrainedConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32", reads: str = "all"
+    method: str, config: PretrainedConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32"
 ) -> Plan:
     """The plan that a method's name stands for, on devices of these relative `speeds` (one entry a device).
 
@@ -318,7 +307,7 @@ def published_plan(
     if method == "single":
         speeds = speeds[:1]
     strategies = tuple("block" if kind == "decoupled" else ORIGINAL_LAYER_STRATEGY[method] for kind in kinds)
-    plan = layer_plan(method, config, strategies, speeds, wire, reads, direct=method in DIRECT_METHODS)
+    plan = layer_plan(method, config, strategies, speeds, wire, direct=method in DIRECT_METHODS)
     if method == "pp":
         return replace(plan, runs="stages", stages=tuple(split(len(kinds), speeds)))
     return replace(plan, runs={"dp": "copies", "dtensor": "dtensor"}.get(method, "layers"))
@@ -330,7 +319,6 @@ def layer_plan(
     strategies: Sequence[str],
     speeds: Sequence[float],
     wire: str = "float32",
-    reads: str = "all",
     direct: bool = True,
     num_chunks: int = 1,
     devices: Sequence[int] = (),
@@ -356,7 +344,6 @@ def layer_plan(
         ffn_columns=tuple(split(ffn_size(config), speeds)),
         sub_blocks=tuple(split(blocks, speeds)),
         wire=wire,
-        reads=reads,
         direct=direct,
         num_chunks=num_chunks,
         devices=tuple(devices),

@@ -3,8 +3,7 @@
 A strategy loads its device's weights once and maps X from its in-layout to its out-layout. X comes in chunks of tokens,
 so that one chunk travels while another is computed; with one chunk all runs in turn. A layer takes each chunk when it
 has arrived, needs all of them for its attention, and gives out its own chunks one after another. Where it communicates
-it calls `comm`; everything else is local. `cls` is the last layer of a model of which only [CLS] is read: K and V of
-all tokens, and all else for that one token; it gives [B, 1, D] on every device.
+it calls `comm`; everything else is local.
 
 BERT's LayerNorms stand after the residuals, GPT-2's before attention and FFN; GPT-2 attends to what came before only,
 and keeps K and V of it (`KeyValueCache`).
@@ -16,7 +15,6 @@ width of a sub-block.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch.nn import functional as F
@@ -98,7 +96,7 @@ class Request:
 
 
 class Strategy:
-    """One layer on one device. Subclasses load weights in `load` and compute in `__call__` and `cls`.
+    """One layer on one device. Subclasses load weights in `load` and compute in `__call__`.
 
     `keeps_whole` and `packs` as in `LayerParameters`. `chunks` are X's, in the in-layout, each a `Pending`.
     """
@@ -118,8 +116,7 @@ class Strategy:
         self.comm = comm
         self.layer = layer
         self.head_size = config.hidden_size // config.num_attention_heads
-        reads_part = plan.reads == "cls" and layer == len(plan.strategies) - 1  # K and V of all tokens, Q of one
-        parameters = LayerParameters(config, weights, layer, keeps_whole, packs and not reads_part)
+        parameters = LayerParameters(config, weights, layer, keeps_whole, packs)
         naming = parameters.naming
         self.pre_norm, self.eps = naming.pre_norm, getattr(config, naming.eps)
         self.activation = ACT2FN[getattr(config, naming.activation)]
@@ -131,13 +128,6 @@ class Strategy:
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         """Gives out X's chunks in the out-layout."""
         raise NotImplementedError
-
-    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
-        """-> [B, 1, D], the layer's output for the first token."""
-        raise NotImplementedError
-
-    def wire(self, role: str) -> str:
-        return self.plan.wire_of(self.layer, role)
 
     @property
     def own_heads(self) -> tuple[int, int]:
@@ -190,14 +180,6 @@ class Strategy:
             qkv.append(self.qkv(x))
         return xs, qkv
 
-    def cls_qkv(self, chunks: Iterable[torch.Tensor], x_cls: torch.Tensor | None = None):
-        """(x_cls, q, k, v): of [CLS], the first token of the first chunk unless given [B, 1, D]; k and v of all."""
-        width, keys = self.to_qkv.weight.shape[1] // 3, []
-        for x in chunks:
-            x_cls = x[:, :1] if x_cls is None else x_cls
-            keys.append(self.to_qkv(x, start=width))
-        return x_cls, self.to_qkv(x_cls, stop=width), *together(keys).chunk(2, dim=-1)
-
     def after_attention(self, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Projection, FFN, residuals and LayerNorms of x's tokens, with all weights: [B, t, D] -> [B, t, D]."""
         x = self.add(self.out(context), x, self.attention_norm)
@@ -228,13 +210,13 @@ class Strategy:
         """Own tokens, all heads -> all tokens, own heads, by one all_to_all: [B, t, 3, D] -> [B, T, 3, h*s]."""
         parts = qkv.split([heads * self.head_size for heads in self.plan.heads], dim=-1)
         shapes = [(len(qkv), tokens, 3, parts[self.comm.rank].shape[-1]) for tokens in chunk.tokens]
-        return self.comm.start_all_to_all(parts, shapes, self.wire("qkv"), f"qkv{chunk.index}").then(together)
+        return self.comm.start_all_to_all(parts, shapes, self.plan.wire, f"qkv{chunk.index}").then(together)
 
     def heads_to_tokens(self, context: torch.Tensor, chunk: Chunk) -> Pending:
         """All tokens, own heads -> own tokens, all heads, by one all_to_all: [B, T, h*s] -> [B, t, D]."""
         parts = context.split(list(chunk.tokens), dim=1)
         shapes = [(*parts[self.comm.rank].shape[:2], heads * self.head_size) for heads in self.plan.heads]
-        pending = self.comm.start_all_to_all(parts, shapes, self.wire("context"), f"context{chunk.index}")
+        pending = self.comm.start_all_to_all(parts, shapes, self.plan.wire, f"context{chunk.index}")
         return pending.then(lambda parts: together(parts, dim=-1))
 
 
@@ -271,10 +253,6 @@ class Replicate(Strategy):
         for context, x in zip(self.attended(qkv, request), xs, strict=True):
             yield self.after_attention(context, x)
 
-    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
-        x_cls, q, k, v = self.cls_qkv(arrived(chunks))
-        return self.after_attention(attend(q, k, v, self.head_size, request.mask), x_cls)
-
 
 class SequenceParallel(Replicate):
     """Sequence parallelism (SP): own tokens x all weights, K and V of all tokens by one all_gather. X [B, t, D]."""
@@ -287,7 +265,7 @@ class SequenceParallel(Replicate):
             queries.append(q[:, :, 0])
             shapes = [(2, tokens, len(x), kv.shape[-1]) for tokens in chunk.tokens]
             gathers.append(
-                self.comm.start_all_gather(kv.permute(2, 1, 0, 3), shapes, self.wire("kv"), f"kv{chunk.index}")
+                self.comm.start_all_gather(kv.permute(2, 1, 0, 3), shapes, self.plan.wire, f"kv{chunk.index}")
             )
         k, v = together([part for gather in gathers for part in gather.wait()]).transpose(1, 2)  # [B, T, D] each
         k, v = self.remember(k, v, request)
@@ -295,44 +273,6 @@ class SequenceParallel(Replicate):
             start, stop = chunk.of(self.comm.rank)
             mask = request.mask_of(chunk.start + start, chunk.start + stop)
             yield self.after_attention(attend(q, k, v, self.head_size, mask), x)
-
-    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
-        """Every device attends to its own tokens; their partial softmax sums are put together (as in flash decoding).
-
-        [CLS] goes to all devices first: D numbers a sequence, against the 2 D a token that gathering K and V takes.
-        """
-        comm, first = self.comm, request.chunks[0]
-        holder = next(rank for rank, tokens in enumerate(first.tokens) if tokens)
-        chunks = iter(chunks)
-        x = next(chunks).wait()
-        shapes = [(len(x) if rank == holder else 0, 1, x.shape[-1]) for rank in range(comm.num_ranks)]
-        parts = [x[:, :1] if comm.rank == holder else x.new_empty(0, 1, x.shape[-1])] * comm.num_ranks
-        x_cls = comm.start_all_to_all(parts, shapes, name="cls").wait()[holder]
-        _, q, k, v = self.cls_qkv(chain([x], arrived(chunks)), x_cls)
-        mask = request.mask
-        if mask is not None:
-            parts = [self.own_tokens(mask[:, 0, 0, chunk.start : chunk.stop], chunk) for chunk in request.chunks]
-            mask = together(parts)
-        partial = self.partial_attention(q, k, v, mask)  # [B, H, s + 2]
-        every = comm.start_all_gather(partial, [partial.shape] * comm.num_ranks, name="partial").wait()
-        context, total, highest = torch.stack(every).split((self.head_size, 1, 1), dim=-1)  # [P, B, H, ...]
-        weight = (highest - highest.amax(0)).exp_()
-        context = (weight * context).sum(0) / (weight * total).sum(0)  # [B, H, s]
-        return self.after_attention(context.flatten(1).unsqueeze(1), x_cls)
-
-    def partial_attention(self, q, k, v, mask: torch.Tensor | None) -> torch.Tensor:
-        """Of q [B, 1, D] over own k, v [B, t, D]: sum of exp(score) v, sum of exp(score), and the score taken off."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in (q, k, v))  # [B, H, ., s]
-        lowest = torch.finfo(q.dtype).min
-        if k.shape[2] == 0:  # fewer tokens than devices
-            return torch.cat([q[:, :, 0] * 0, q.new_zeros(*q.shape[:2], 1), q.new_full((*q.shape[:2], 1), lowest)], -1)
-        scores = (q @ k.transpose(-1, -2)).squeeze(2) * self.head_size**-0.5  # [B, H, t]
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], lowest)
-        highest = scores.amax(-1, keepdim=True)
-        weights = (scores - highest).exp_()
-        context = (weights.unsqueeze(2) @ v).squeeze(2)
-        return torch.cat([context, weights.sum(-1, keepdim=True), highest], dim=-1)
 
 
 class Ulysses(SequenceParallel):
@@ -369,12 +309,6 @@ class Heads(Strategy):
         for exchange, x in zip(exchanges, xs, strict=True):
             yield self.after_attention(exchange.wait(), x)
 
-    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
-        x_cls, q, k, v = self.cls_qkv(arrived(chunks))
-        context = attend(q, k, v, self.head_size, request.mask)  # [B, 1, h*s]
-        shapes = [(len(context), 1, heads * self.head_size) for heads in self.plan.heads]
-        return self.after_attention(together(self.comm.start_all_gather(context, shapes, name="cls").wait(), -1), x_cls)
-
 
 class TensorParallel(Strategy):
     """Tensor parallelism (Megatron's TP): own heads and FFN columns, two all_reduces. X [B, T, D]."""
@@ -385,14 +319,11 @@ class TensorParallel(Strategy):
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs, qkv = self.projected(chunks)
-        yield from self.rest(self.attended(qkv, request), xs, self.wire("sum"))  # of contexts [B, T, h*s]
+        yield from self.rest(self.attended(qkv, request), xs)  # of contexts [B, T, h*s]
 
-    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
-        x_cls, q, k, v = self.cls_qkv(arrived(chunks))
-        return next(self.rest([attend(q, k, v, self.head_size, request.mask)], [x_cls], "float32"))
-
-    def rest(self, contexts: Iterable[torch.Tensor], xs: Sequence[torch.Tensor], wire: str) -> Iterator[torch.Tensor]:
+    def rest(self, contexts: Iterable[torch.Tensor], xs: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Partial sums of the projection and of the FFN, each added up over the devices."""
+        wire = self.plan.wire
         sums = [self.comm.start_all_reduce(self.out(context), wire, f"sum{i}") for i, context in enumerate(contexts)]
         ffns = []
         for i, (summed, x) in enumerate(zip(sums, xs, strict=True)):
@@ -424,16 +355,13 @@ class Galaxy(TensorParallel):
         for summed, x in zip(sums, xs, strict=True):
             yield self.add(summed.wait().add_(self.ffn_bias), x, self.ffn_norm)
 
-    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
-        return super().cls(self.gather(list(arrived(chunks)), request), request)
-
     def gather(self, xs: Sequence[torch.Tensor], request: Request) -> list[Pending]:
-        wire = self.wire("tokens")
+        wire = self.plan.wire
         return [gather_tokens(x, self.comm, chunk, wire) for x, chunk in zip(xs, request.chunks, strict=True)]
 
     def scatter(self, partial: torch.Tensor, chunk: Chunk) -> Pending:
         parts = partial.split(list(chunk.tokens), dim=1)
-        return self.comm.start_reduce_scatter(parts, self.wire("sum"), f"sum{chunk.index}")
+        return self.comm.start_reduce_scatter(parts, self.plan.wire, f"sum{chunk.index}")
 
 
 class BlockParallel(Strategy):
@@ -466,24 +394,6 @@ class BlockParallel(Strategy):
         for context, x in zip(self.attended(qkv, request, copies=len(xs[0])), xs, strict=True):  # [p*B, T, A]
             yield self.after_attention(context.reshape(*x.shape[:2], -1), x)
 
-    def cls(self, chunks: Iterable[Pending], request: Request) -> torch.Tensor:
-        batch_size, width, rows, keys = request.batch_size, self.to_qkv.weight.shape[-1] // 3, [], []
-        for x in arrived(chunks):
-            rows.append(x.unflatten(1, (batch_size, -1))[:, :, 0])  # the first token of the chunk [p, B, d]
-            if len(x):
-                projected = self.to_qkv(x, start=width)  # [p, B*T, 2A]
-                keys.append(projected.view(len(x) * batch_size, -1, 2 * width))
-        x_cls = rows[0]
-        if keys:
-            blocks, mask = len(x_cls), request.mask  # [B, 1, 1, T]
-            q = self.to_qkv(x_cls, stop=width).flatten(0, 1).unsqueeze(1)  # [p*B, 1, A]
-            mask = mask if mask is None else mask.repeat(blocks, 1, 1, 1)
-            context = attend(q, *together(keys).chunk(2, dim=-1), self.head_size, mask)
-            x_cls = self.after_attention(context.view(blocks, batch_size, -1), x_cls)
-        shapes = [(blocks, *x_cls.shape[1:]) for blocks in self.plan.sub_blocks]
-        every = self.comm.start_all_gather(x_cls, shapes, name="cls").wait()
-        return merge_hidden(together(every, dim=0), batch_size)
-
 
 STRATEGY_CLASSES = {
     "block": BlockParallel,
@@ -503,34 +413,34 @@ def gather_tokens(x: torch.Tensor, comm: Comm, chunk: Chunk, wire: str) -> Pendi
     return pending.then(lambda parts: joined(parts).transpose(0, 1))
 
 
-def gather_hidden(x: torch.Tensor, plan: Plan, comm: Comm, batch_size: int, chunk: Chunk, wire: str) -> Pending:
+def gather_hidden(x: torch.Tensor, plan: Plan, comm: Comm, batch_size: int, chunk: Chunk) -> Pending:
     """Shard(hidden) -> Replicate: [p, B*T, d] -> [B, T, D] by one all_gather."""
     shapes = [(blocks, *x.shape[1:]) for blocks in plan.sub_blocks]
-    pending = comm.start_all_gather(x, shapes, wire, f"hidden{chunk.index}")
+    pending = comm.start_all_gather(x, shapes, plan.wire, f"hidden{chunk.index}")
     return pending.then(lambda parts: merge_hidden(joined(parts), batch_size))
 
 
-def hidden_to_tokens(x: torch.Tensor, plan: Plan, comm: Comm, batch_size: int, chunk: Chunk, wire: str) -> Pending:
+def hidden_to_tokens(x: torch.Tensor, plan: Plan, comm: Comm, batch_size: int, chunk: Chunk) -> Pending:
     """Shard(hidden) -> Shard(seq): [p, B*T, d] -> [B, t, D] by one all_to_all, 1/P of an all_gather's bytes."""
     parts = x.unflatten(1, (batch_size, -1)).split(list(chunk.tokens), dim=2)  # [p, B, t, d]
     shapes = [(blocks, *parts[comm.rank].shape[1:]) for blocks in plan.sub_blocks]
-    pending = comm.start_all_to_all(parts, shapes, wire, f"hidden{chunk.index}")
+    pending = comm.start_all_to_all(parts, shapes, plan.wire, f"hidden{chunk.index}")
     return pending.then(lambda parts: together(parts, dim=0).permute(1, 2, 0, 3).flatten(2))
 
 
-def tokens_to_hidden(x: torch.Tensor, plan: Plan, comm: Comm, chunk: Chunk, wire: str) -> Pending:
+def tokens_to_hidden(x: torch.Tensor, plan: Plan, comm: Comm, chunk: Chunk) -> Pending:
     """Shard(seq) -> Shard(hidden): [B, t, D] -> [p, B*T, d] by one all_to_all."""
     blocks = x.unflatten(-1, (sum(plan.sub_blocks), -1)).permute(2, 0, 1, 3)  # [P, B, t, d]
     parts = blocks.split(list(plan.sub_blocks))
     shapes = [(*parts[comm.rank].shape[:2], tokens, blocks.shape[-1]) for tokens in chunk.tokens]
-    pending = comm.start_all_to_all(parts, shapes, wire, f"tokens{chunk.index}")
+    pending = comm.start_all_to_all(parts, shapes, plan.wire, f"tokens{chunk.index}")
     return pending.then(lambda parts: together(parts, dim=2).flatten(1, 2))
 
 
 def reshard(
-    chunks: Iterable[torch.Tensor], source: str, target: str, plan: Plan, comm: Comm, request: Request, layer: int
+    chunks: Iterable[torch.Tensor], source: str, target: str, plan: Plan, comm: Comm, request: Request
 ) -> Iterable[Pending]:
-    """Moves X's chunks from one layout to that of `layer`, the next one.
+    """Moves X's chunks from one layout to another, the next layer's.
 
     What needs no message is passed on as it comes, and so computed as late as can be. What needs one is computed at
     once, chunk after chunk, each sent while the next is computed.
@@ -538,17 +448,16 @@ def reshard(
     if source == target or source == REPLICATE or comm.num_ranks == 1:
         pairs = zip(chunks, request.chunks, strict=True)
         return (Pending(_local(x, source, target, plan, comm, chunk)) for x, chunk in pairs)
-    wire = plan.wire_of(layer, "hidden" if source == HIDDEN else "tokens")
 
     def start(x: torch.Tensor, chunk: Chunk) -> Pending:
         if plan.direct and (source, target) == (HIDDEN, SEQ):
-            return hidden_to_tokens(x, plan, comm, request.batch_size, chunk, wire)
+            return hidden_to_tokens(x, plan, comm, request.batch_size, chunk)
         if plan.direct and (source, target) == (SEQ, HIDDEN):
-            return tokens_to_hidden(x, plan, comm, chunk, wire)
+            return tokens_to_hidden(x, plan, comm, chunk)
         if source == HIDDEN:
-            everything = gather_hidden(x, plan, comm, request.batch_size, chunk, wire)
+            everything = gather_hidden(x, plan, comm, request.batch_size, chunk)
         else:
-            everything = gather_tokens(x, comm, chunk, wire)
+            everything = gather_tokens(x, comm, chunk, plan.wire)
         return everything.then(lambda x: _local(x, REPLICATE, target, plan, comm, chunk))
 
     return [start(x, chunk) for x, chunk in zip(chunks, request.chunks, strict=True)]

@@ -21,7 +21,6 @@ from detransformer.models.configuration import layer_kinds
 from detransformer.models.sizes import embedding_parameters, pooler_parameters
 from detransformer.parallel.partition import split
 from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan
-from detransformer.parallel.wire import ROLES
 from detransformer.planning.cost import (
     FLOAT_BYTES,
     LAYER_COSTS,
@@ -61,7 +60,7 @@ class AllRanks(Sizes):
         return Compute(2 * tokens * numbers, weight_bytes=FLOAT_BYTES * numbers * (tokens > 0))
 
     def all_reduce(self, num_tokens, role) -> Arrival:
-        if not role or self.plan.wire_of(self.layer, role) == "float32":
+        if not role or self.plan.wire == "float32":
             return super().all_reduce(num_tokens, role)
         rows, width = np.array(split(self.batch_size * num_tokens, [1.0] * self.ranks)), self.config.hidden_size
         gather = ("all_gather", *self.gather_bytes([(size, width) for size in rows], role))
@@ -151,7 +150,6 @@ class Row:
     name: str
     in_layout: str
     out_layout: str
-    layer: int
     segments: list[list]
     weights: np.ndarray
     kept: np.ndarray
@@ -187,42 +185,19 @@ def _record(z: Sizes, steps: Callable[[Sizes, Iterable], Iterator]) -> list[list
     return [*segments, z.tape.steps]
 
 
-def _then_outputs(steps: Callable[[Sizes, Iterable], None]) -> Callable[[Sizes, Iterable], Iterator]:
-    """A row that gives out nothing (its model reads [CLS] alone) as one that does."""
-
-    def run(z: Sizes, arriving: Iterable) -> Iterator:
-        steps(z, arriving)
-        yield from z.chunks
-
-    return run
-
-
-@_then_outputs
-def _end(z: Sizes, arriving: Iterable) -> None:
+def _end(z: Sizes, arriving: Iterable) -> Iterator:
     """What follows the last layer, as `cost.device_steps` has it."""
     for arrival in arriving:
         arrival.wait()
     end_steps(z)
-
-
-def _together(of_ranks: Sequence[Sequence[Step]]) -> list[Step]:
-    """One rank's steps each -> steps of all ranks."""
-    steps = []
-    for same in zip(*of_ranks, strict=True):
-        if isinstance(same[0], Compute | Start):
-            differing = ("flops", "weight_bytes", "share", "num_bytes", "received_bytes")
-            numbers = [name for name in differing if hasattr(same[0], name)]
-            steps.append(replace(same[0], **{name: np.array([getattr(s, name) for s in same]) for name in numbers}))
-        else:
-            steps.append(same[0])
-    return steps
+    yield from z.chunks
 
 
 class Compiled:
     """All plans that differ from `plan` in the strategies of the original layers alone.
 
     Args:
-        plan: of any strategies; its devices, split, wire, chunks, `direct` and `reads` are those of all plans.
+        plan: of any strategies; its devices, split, wire, chunks and `direct` are those of all plans.
         budgets: bytes that each rank may keep; None: no limits.
     """
 
@@ -284,36 +259,26 @@ class Compiled:
     def _rows(self) -> list[list[Row]]:
         """The rows to choose from: at the start, for each layer, and at the end."""
         nothing = np.zeros(self.z.ranks)
-        known: dict[tuple, Row] = {}
-        stages = [[Row("start", REPLICATE, REPLICATE, 0, [[] for _ in range(self.num_chunks + 1)], nothing, nothing)]]
-        for layer, kind in enumerate([*layer_kinds(self.config), "end"]):
-            reads_cls = self.plan.reads == "cls" and layer == len(self.plan.strategies) - 1
-            formats = tuple(self.plan.wire_of(layer, role) for role in ROLES)
+        known: dict[str, Row] = {}
+        stages = [[Row("start", REPLICATE, REPLICATE, [[] for _ in range(self.num_chunks + 1)], nothing, nothing)]]
+        for kind in [*layer_kinds(self.config), "end"]:
             stages.append([])
-            for key in ((name, formats, reads_cls) for name in self._strategies(kind)):
-                if key not in known:
-                    known[key] = self._row(key[0], layer, reads_cls)
-                stages[-1].append(known[key])
+            for name in self._strategies(kind):
+                if name not in known:
+                    known[name] = self._row(name)
+                stages[-1].append(known[name])
         return stages
 
-    def _row(self, name: str, layer: int, reads_cls: bool) -> Row:
-        z = replace(self.z, layer=layer)
+    def _row(self, name: str) -> Row:
+        z = self.z
         if name == "end":
             nothing = np.zeros(z.ranks)
-            return Row(name, REPLICATE, REPLICATE, layer, self._operations(_record(z, _end)), nothing, nothing)
+            return Row(name, REPLICATE, REPLICATE, self._operations(_record(z, _end)), nothing, nothing)
         cost, signature = LAYER_COSTS[name], STRATEGIES[name]
-        if reads_cls:  # here one rank does what others do not
-            numbers = self.config, self.local
-            sizes = z.batch_size, z.seq_len, Tape(z.ranks), layer
-            alone = [Sizes(*numbers, rank, *sizes, past=z.past) for rank in range(z.ranks)]
-            recorded = [_record(one, _then_outputs(cost.cls_steps)) for one in alone]
-            segments = [_together(same) for same in zip(*recorded, strict=True)]
-        else:
-            segments = _record(z, cost.steps)
+        segments = _record(z, cost.steps)
         weights = np.full(z.ranks, FLOAT_BYTES * cost.parameters(self.config, z.plan, z.rank))
         kept = weights + (self.whole_cache if signature.cache == "all" else 0)
-        out_layout = REPLICATE if reads_cls else signature.out_layout
-        return Row(name, signature.in_layout, out_layout, layer, self._operations(segments), weights, kept)
+        return Row(name, signature.in_layout, signature.out_layout, self._operations(segments), weights, kept)
 
     def _operations(self, segments: Sequence[Sequence[Step]]) -> list[list]:
         number, cut = 0, []
@@ -356,11 +321,11 @@ class Compiled:
 
     def _resharding(self, source: Row, target: Row) -> tuple[list[list], list[list]] | None:
         """What starts each chunk's way between the rows' layouts, and what waits for it; None: X is passed on."""
-        key = source.out_layout, target.in_layout, target.layer
+        key = source.out_layout, target.in_layout
         if key not in self._reshards:
-            z = replace(self.z, layer=target.layer)
+            z = self.z
             z.tape.steps, z.tape.num_started = [], 0
-            arriving = reshard_steps(iter([None] * self.num_chunks), *key[:2], z)
+            arriving = reshard_steps(iter([None] * self.num_chunks), *key, z)
             self._reshards[key] = None
             if isinstance(arriving, list):
                 segments = [[start] for start in z.tape.steps]

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 
 from transformers import PretrainedConfig
 
@@ -109,7 +108,6 @@ class Sizes:
     batch_size: int
     seq_len: int
     tape: Tape
-    layer: int = 0
     itemsize: int = FLOAT_BYTES
     past: int = 0
 
@@ -189,13 +187,12 @@ class Sizes:
 
     def message(self, shape: Sequence[int], role: str | None) -> int:
         """Bytes of a tensor of `shape` in the format that the plan gives `role` (None: as computed)."""
-        number_format = self.plan.wire_of(self.layer, role) if role else "float32"
-        return message_bytes(shape, number_format, self.itemsize)
+        return message_bytes(shape, self.plan.wire if role else "float32", self.itemsize)
 
     def all_reduce(self, num_tokens: int, role: str | None) -> Arrival:
         """Of [batch_size, num_tokens, D]; compressed, it is a reduce_scatter of rows and an all_gather."""
         rows, width = self.batch_size * num_tokens, self.config.hidden_size
-        if not role or self.plan.wire_of(self.layer, role) == "float32":
+        if not role or self.plan.wire == "float32":
             num_bytes = rows * width * self.itemsize
             return self.tape.start("all_reduce", 2 * (self.ranks - 1) * num_bytes // self.ranks)
         shapes = [(size, width) for size in split(rows, [1.0] * self.ranks)]
@@ -239,7 +236,7 @@ class Sizes:
         return self.exchange("all_to_all", shapes, "context", received)
 
 
-# Rows: each follows its strategy's `__call__` and `cls` step by step. `arriving` are X's chunks; a row gives out (None)
+# Rows: each follows its strategy's `__call__` step by step. `arriving` are X's chunks; a row gives out (None)
 # when the strategy would give out a chunk.
 
 Chunks = Iterable[Arrival]
@@ -254,20 +251,6 @@ def _replicate(z: Sizes, arriving: Chunks) -> Iterator[None]:
         total = sum(chunk)
         z.compute("replicate", z.scores(total, width), z.out(total, width), z.ffn(total))
         yield
-
-
-def _replicate_cls(z: Sizes, arriving: Chunks) -> None:
-    width = z.config.hidden_size
-    _cls_keys(z, arriving, width, "replicate")
-    z.compute("replicate", z.scores(1, width), z.out(1, width), z.ffn(1))
-
-
-def _cls_keys(z: Sizes, arriving: Chunks, width: int, strategy: str, own: bool = False) -> None:
-    """K and V of each chunk (of all its tokens, or this device's own) as it comes, then q of [CLS]."""
-    for arrival, chunk in zip(arriving, z.chunks, strict=True):
-        arrival.wait()
-        z.compute(strategy, *z.projections(0, z.own(chunk) if own else sum(chunk), width))
-    z.compute(strategy, *z.projections(1, 0, width))
 
 
 def _tensor(z: Sizes, arriving: Chunks) -> Iterator[None]:
@@ -292,11 +275,6 @@ def _tensor_rest(z: Sizes, tokens: Sequence[int], role: str | None, strategy: st
         yield
 
 
-def _tensor_cls(z: Sizes, arriving: Chunks, strategy: str = "tensor") -> None:
-    _cls_keys(z, arriving, z.own_width, strategy)
-    list(_tensor_rest(z, [1], None, strategy))
-
-
 def _galaxy(z: Sizes, arriving: Chunks) -> Iterator[None]:
     for arrival in arriving:
         arrival.wait()
@@ -317,12 +295,6 @@ def _galaxy(z: Sizes, arriving: Chunks) -> Iterator[None]:
     for summed in sums:
         summed.wait()
         yield
-
-
-def _galaxy_cls(z: Sizes, arriving: Chunks) -> None:
-    for arrival in arriving:
-        arrival.wait()
-    _tensor_cls(z, [z.gather_tokens(chunk) for chunk in z.chunks], "galaxy")
 
 
 def _sequence(z: Sizes, arriving: Chunks) -> Iterator[None]:
@@ -362,36 +334,11 @@ def _by_heads(z: Sizes, strategy: str) -> Iterator[None]:
         yield
 
 
-def _by_tokens_cls(strategy: str) -> Callable[[Sizes, Chunks], None]:
-    """[CLS] to all devices, attention over own tokens, and the partial sums to all devices."""
-
-    def row(z: Sizes, arriving: Chunks) -> None:
-        width, heads, arriving = z.config.hidden_size, z.config.num_attention_heads, iter(arriving)
-        next(arriving).wait()
-        holder = next(rank for rank, tokens in enumerate(z.chunks[0]) if tokens)
-        x_cls = z.message((z.batch_size, 1, width), None)
-        sends = z.rank == holder
-        z.tape.start("all_to_all", (z.ranks - 1) * x_cls if sends else 0, 0 if sends else x_cls).wait()
-        _cls_keys(z, chain([Arrival(z.tape)], arriving), width, strategy, own=True)
-        z.compute(strategy, z.scores(1, width, sum(z.own(chunk) for chunk in z.chunks)))
-        z.all_gather([(z.batch_size, heads, width // heads + 2)] * z.ranks, None).wait()
-        z.compute(strategy, z.out(1, width), z.ffn(1))
-
-    return row
-
-
 def _heads(z: Sizes, arriving: Chunks) -> Iterator[None]:
     for arrival, chunk in zip(arriving, z.chunks, strict=True):
         arrival.wait()
         z.compute("heads", *z.projections(sum(chunk), sum(chunk), z.own_width))
     yield from _by_heads(z, "heads")
-
-
-def _heads_cls(z: Sizes, arriving: Chunks) -> None:
-    _cls_keys(z, arriving, z.own_width, "heads")
-    z.compute("heads", z.scores(1, z.own_width))
-    z.all_gather([(z.batch_size, 1, z.head_width(rank)) for rank in range(z.ranks)], None).wait()
-    z.compute("heads", z.out(1, z.config.hidden_size), z.ffn(1))
 
 
 def _block(z: Sizes, arriving: Chunks) -> Iterator[None]:
@@ -407,21 +354,6 @@ def _block(z: Sizes, arriving: Chunks) -> Iterator[None]:
             z.product(sum(chunk), width, ffn_size(z.config), 2 * blocks),
         )
         yield
-
-
-def _block_cls(z: Sizes, arriving: Chunks) -> None:
-    (width, attention), blocks = _slice_widths(z.config), z.plan.sub_blocks[z.rank]
-    for arrival, chunk in zip(arriving, z.chunks, strict=True):
-        arrival.wait()
-        z.compute("block", z.product(sum(chunk), width, 2 * attention, blocks))
-    z.compute(
-        "block",
-        z.product(1, width, attention, blocks),
-        z.scores(1, blocks * attention),
-        z.product(1, attention, width, blocks),
-        z.product(1, width, ffn_size(z.config), 2 * blocks),
-    )
-    z.all_gather([(b, z.batch_size, width) for b in z.plan.sub_blocks], None).wait()
 
 
 def _slice_widths(config: PretrainedConfig) -> tuple[int, int]:
@@ -464,21 +396,20 @@ def _parameters(strategy: str) -> Callable[[PretrainedConfig, Plan, int], int]:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A strategy's row: its steps for a request, those of a last layer of which [CLS] is read, and its parameters."""
+    """A strategy's row: its steps for a request, and its parameters."""
 
     steps: Callable[[Sizes, Chunks], Iterator[None]]
-    cls_steps: Callable[[Sizes, Chunks], None]
     parameters: Callable[[PretrainedConfig, Plan, int], int]
 
 
 LAYER_COSTS = {
-    "block": LayerCost(_block, _block_cls, _parameters("block")),
-    "tensor": LayerCost(_tensor, _tensor_cls, _parameters("tensor")),
-    "sequence": LayerCost(_sequence, _by_tokens_cls("sequence"), _parameters("sequence")),
-    "ulysses": LayerCost(_ulysses, _by_tokens_cls("ulysses"), _parameters("ulysses")),
-    "heads": LayerCost(_heads, _heads_cls, _parameters("heads")),
-    "galaxy": LayerCost(_galaxy, _galaxy_cls, _parameters("galaxy")),
-    "replicate": LayerCost(_replicate, _replicate_cls, _parameters("replicate")),
+    "block": LayerCost(_block, _parameters("block")),
+    "tensor": LayerCost(_tensor, _parameters("tensor")),
+    "sequence": LayerCost(_sequence, _parameters("sequence")),
+    "ulysses": LayerCost(_ulysses, _parameters("ulysses")),
+    "heads": LayerCost(_heads, _parameters("heads")),
+    "galaxy": LayerCost(_galaxy, _parameters("galaxy")),
+    "replicate": LayerCost(_replicate, _parameters("replicate")),
 }
 
 
@@ -521,30 +452,25 @@ def device_steps(
     layers = range(len(plan.strategies))
     local = plan if plan.splits_layers else plan.on_one_device()
     tape = Tape(local.num_devices)
-    z = Sizes(config, local, rank if plan.splits_layers else 0, batch_size, seq_len, tape, 0, itemsize, past)
+    z = Sizes(config, local, rank if plan.splits_layers else 0, batch_size, seq_len, tape, itemsize, past)
 
-    def stage_message(layer: int) -> int:
-        return replace(z, layer=layer).message((batch_size, seq_len, config.hidden_size), "stage")
+    def stage_message() -> int:
+        return z.message((batch_size, seq_len, config.hidden_size), "stage")
 
     if plan.stages:
         layers = range(*bounds(plan.stages, rank))
         if rank > 0:
-            tape.start("receive", stage_message(layers.start)).wait()
-    layout, last = REPLICATE, len(plan.strategies) - 1
+            tape.start("receive", stage_message()).wait()
+    layout = REPLICATE
     chunks: Iterator[None] = iter([None] * len(z.chunks))
-    reads_cls = plan.reads == "cls" and layers.stop > last
     for i in layers:
-        signature, row, z = STRATEGIES[plan.strategies[i]], LAYER_COSTS[plan.strategies[i]], replace(z, layer=i)
+        signature, row = STRATEGIES[plan.strategies[i]], LAYER_COSTS[plan.strategies[i]]
         arriving = reshard_steps(chunks, layout, signature.in_layout, z)
-        if i == last and reads_cls:
-            row.cls_steps(z, arriving)
-        else:
-            chunks, layout = row.steps(z, arriving), signature.out_layout
-    if not reads_cls:
-        for arrival in reshard_steps(chunks, layout, REPLICATE, replace(z, layer=last + 1)):
-            arrival.wait()
+        chunks, layout = row.steps(z, arriving), signature.out_layout
+    for arrival in reshard_steps(chunks, layout, REPLICATE, z):
+        arrival.wait()
     if plan.stages and rank < plan.num_devices - 1:
-        tape.start("send", stage_message(layers.stop)).wait()
+        tape.start("send", stage_message()).wait()
     else:
         end_steps(z)
     return tape.steps

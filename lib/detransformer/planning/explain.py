@@ -169,7 +169,7 @@ def helps(
     **request: int,
 ) -> list[dict]:
     """What the best plan would take with more of one thing each: `change`, `latency_s`, `speedup`; the best first."""
-    link, reads, wire = profile.link, placement.plan.reads, placement.plan.wire
+    link, wire = profile.link, placement.plan.wire
     fastest = max(range(len(profile.devices)), key=device_speeds(profile).__getitem__)
     one_more = replace(
         profile,
@@ -194,7 +194,7 @@ def helps(
         del changes["twice the memory"]
     rows = []
     for change, (changed, new_wire, budget) in changes.items():
-        best = place_freely(config, changed, memory_budget_bytes=budget, wire=new_wire, reads=reads, **request).chosen
+        best = place_freely(config, changed, memory_budget_bytes=budget, wire=new_wire, **request).chosen
         speedup = placement.chosen.latency_s / best.latency_s
         rows.append({"change": change, "latency_s": best.latency_s, "speedup": speedup, "plan": best.plan.describe()})
     return sorted(rows, key=lambda row: row["latency_s"])

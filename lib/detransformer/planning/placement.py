@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.plan import PAPER_METHODS, Plan, layer_plan, published_plan
-from detransformer.parallel.wire import ROLES, WIRE_FORMATS, format_of
+from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.planning.compiled import Compiled, least_bytes, memory_bytes
 from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.profile import ClusterProfile
@@ -81,7 +81,6 @@ class Problem:
     seq_len: int
     batch_size: int
     past: int = 0
-    reads: str = "all"
     budget: int | None = None
 
     @cached_property
@@ -165,13 +164,13 @@ class Problem:
             for devices in _shrinking(order[:1] if method == "single" else order):
                 alone = len(devices) == 1
                 try:
-                    plan = published_plan(method, self.config, [speeds[i] for i in devices], wire, self.reads)
+                    plan = published_plan(method, self.config, [speeds[i] for i in devices], wire)
                 except ValueError:  # more devices than heads or sub-blocks
                     if alone:
                         raise
                     continue
                 if alone:  # every method computes layers whole
-                    whole = published_plan("single", self.config, [1.0], wire, self.reads)
+                    whole = published_plan("single", self.config, [1.0], wire)
                     plan = replace(whole, method=method, tokens_share=plan.tokens_share)
                 found.append(self.alternative(_on(plan, devices)))
                 break
@@ -195,7 +194,6 @@ def place(
     memory_budget_bytes: int | None = None,
     methods: Sequence[str] | None = None,
     wire: str = "float32",
-    reads: str = "all",
     past: int = 0,
 ) -> Placement:
     """Chooses among `methods` (default: `search_space`) for all devices of `profile`, split by their speeds.
@@ -206,7 +204,7 @@ def place(
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    problem = Problem(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
+    problem = Problem(config, profile, seq_len, batch_size, past, memory_budget_bytes)
     return _choose(problem, problem.published(methods or search_space(config), wire))
 
 
@@ -222,7 +220,6 @@ def place_freely(
     batch_size: int = 1,
     memory_budget_bytes: int | None = None,
     wire: str = "float32",
-    reads: str = "all",
     past: int = 0,
     wires: Sequence[str] = (),
 ) -> Placement:
@@ -238,14 +235,14 @@ def place_freely(
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    problem = Problem(config, profile, seq_len, batch_size, past, reads, memory_budget_bytes)
+    problem = Problem(config, profile, seq_len, batch_size, past, memory_budget_bytes)
     found = [_Candidates(problem, one, order) for one in wires or (wire,) for order in problem.orders]
     fitting = [candidates for candidates in found if candidates.by_count]
     if not fitting:
         raise ValueError(_nothing_fits(problem, [a for candidates in found for a in candidates.smallest()]))
     limit_s = (1 + WIRE_TOLERANCE) * min(candidates.best.latency_s for candidates in fitting)
     near = [candidates for candidates in fitting if candidates.best.latency_s <= limit_s]
-    taken = min(near, key=lambda candidates: (_roughness(candidates.wire), candidates.best.latency_s))
+    taken = min(near, key=lambda candidates: (WIRE_FORMATS.index(candidates.wire), candidates.best.latency_s))
     listed = [taken.best, *taken.by_count.values(), *taken.rivals()]
     published = problem.published(dict.fromkeys((*search_space(config), "single")), taken.wire)
     placement = _choose(problem, [*listed, *published])
@@ -265,7 +262,6 @@ def method_plan(
     config: PretrainedConfig,
     profile: ClusterProfile,
     wire: str = "float32",
-    reads: str = "all",
     **request: int | None,
 ) -> Plan:
     """The plan that a method's name stands for on all devices; one that is planned may leave devices out.
@@ -274,10 +270,10 @@ def method_plan(
         request: seq_len, batch_size and memory_budget_bytes, of which planned methods take account.
     """
     if method in ("auto", "bp+auto"):  # of the unmodified model, of the decoupled one
-        return replace(auto_plan(config, profile, wire=wire, reads=reads, **request), method=method)
+        return replace(auto_plan(config, profile, wire=wire, **request), method=method)
     if method in ("bp+paper", "bp+narrow"):  # bp+narrow: the same on the model of narrow sub-blocks
-        return replace(paper_plan(config, profile, wire=wire, reads=reads, **request), method=method)
-    return published_plan(method, config, device_speeds(profile), wire, reads)
+        return replace(paper_plan(config, profile, wire=wire, **request), method=method)
+    return published_plan(method, config, device_speeds(profile), wire)
 
 
 def first_counts(num_devices: int) -> list[int]:
@@ -289,10 +285,6 @@ def first_counts(num_devices: int) -> list[int]:
 def chunk_counts(seq_len: int, num_devices: int) -> tuple[int, ...]:
     """Those of `CHUNKS` that make sense."""
     return tuple(count for count in CHUNKS if count == 1 or (count <= seq_len and num_devices > 1))
-
-
-def _roughness(wire: str) -> int:
-    return sum(WIRE_FORMATS.index(format_of(wire, 0, role)) for role in ROLES)
 
 
 class _Candidates:
@@ -351,7 +343,7 @@ class _Candidates:
     def rivals(self) -> list[Alternative]:
         """On the devices of the best plan: each strategy for all original layers, and others for the last of them.
 
-        The last one is its own choice because what follows it is: the result is gathered, or only [CLS] is read.
+        The last one is its own choice because what follows it is: the result is gathered.
         """
         tried, alternative = self.tried[self.best.plan.num_devices], self.problem.alternative
         kinds = self.problem.kinds
@@ -406,7 +398,7 @@ def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
 
     def split(strategy: str, shares: Sequence[float]) -> Plan:
         names = ["block" if kind == "decoupled" else strategy for kind in problem.kinds]
-        plan = layer_plan("bp+auto", config, names, shares, wire, problem.reads)
+        plan = layer_plan("bp+auto", config, names, shares, wire)
         return _on(replace(plan, tokens_share=tuple(speeds)), devices)
 
     def within_memory(strategy: str) -> Plan | None:
@@ -426,7 +418,7 @@ def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
     if len(devices) > getattr(config, "num_divisions", len(devices)):
         return []
     if len(devices) == 1:
-        return [_on(published_plan("single", config, wire=wire, reads=problem.reads), devices)]
+        return [_on(published_plan("single", config, wire=wire), devices)]
     plans = [split("replicate", speeds)]
     if problem.lacks(plans[0]):
         keeping = ("replicate", "heads", "tensor")  # a device keeps all of a layer, some of it, its part

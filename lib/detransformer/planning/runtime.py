@@ -39,7 +39,6 @@ def static_plans(
     memory_budget_bytes: int | None = None,
     max_plans: int = 4,
     wire: str = "float32",
-    reads: str = "all",
 ) -> list[Plan]:
     """At most `max_plans` plans to hold at once: the best one alone, then those that add most.
 
@@ -58,9 +57,9 @@ def static_plans(
             f"requests={list(requests)}, bandwidths_bps={list(bandwidths_bps)}, max_plans={max_plans}: "
             "at least one of each is needed."
         )
-    cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes, reads)
+    cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes)
     largest, sets = cells.largest, []
-    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, wire, reads)  # or says why
+    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, wire)  # or says why
     for order in largest.orders:
         singles = [plan for i in order for plan in splits(largest, [i], wire) if not largest.lacks(plan)][:1]
         sets.append(cells.hold(singles, max_plans))
@@ -73,15 +72,15 @@ def static_plans(
 class _Cells:
     """Each kind of request at each bandwidth, and what plans take there."""
 
-    def __init__(self, config, profile, requests, bandwidths_bps, budget, reads):
+    def __init__(self, config, profile, requests, bandwidths_bps, budget):
         links = [_at(profile, bandwidth) for bandwidth in bandwidths_bps]
         self.problems = [
-            Problem(config, at_rate, seq_len, batch_size, reads=reads, budget=budget)
+            Problem(config, at_rate, seq_len, batch_size, budget=budget)
             for batch_size, seq_len in requests
             for at_rate in links
         ]
         batch_size, seq_len = max(requests, key=lambda request: activation_bytes(config, request[1], request[0]))
-        self.largest = Problem(config, profile, seq_len, batch_size, reads=reads, budget=budget)
+        self.largest = Problem(config, profile, seq_len, batch_size, budget=budget)
         self._compiled: dict[tuple[int, Plan], Compiled] = {}
 
     def compiled(self, cell: int, plan: Plan) -> Compiled:

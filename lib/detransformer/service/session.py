@@ -97,7 +97,6 @@ class Session:
         plan: fields of a `Plan` for all devices, taken while all are there; None, or while one is away: planned for
             those that are there. Requests that these cannot hold wait for the others.
         method: as `detransformer run --method`.
-        reads: `all` or `cls`, as `Plan.reads`.
         seq_len: length in tokens that is planned for.
         max_waiting: requests that wait at most; another is refused.
         max_batch: rows of a batch at most.
@@ -111,7 +110,6 @@ class Session:
         model: str,
         plan: dict | None = None,
         method: str = "auto",
-        reads: str = "all",
         seq_len: int = 128,
         max_waiting: int = 64,
         max_batch: int = 8,
@@ -120,7 +118,7 @@ class Session:
     ):
         self.spec, self.model = spec, str(model)
         self.config: PretrainedConfig = open_folder(model).config
-        self.defaults = Request(plan=plan, method=method, reads=reads, repeats=1)
+        self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch = max_batch
         self.post = Post(spec, self.model, seq_len=seq_len, **post)
         self.present: tuple[int, ...] = ()

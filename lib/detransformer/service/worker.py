@@ -279,7 +279,7 @@ class Server:
         """
         if not self._complete:
             request = replace(request, plan=None)
-        key = json.dumps([request.method, request.plan, request.reads, request.max_new_tokens], sort_keys=True)
+        key = json.dumps([request.method, request.plan, request.max_new_tokens], sort_keys=True)
         if key not in self.plans:
             prepared = prepare(request, self.job["model"], self.config, self._profile_now(), self._usual(request))
             job = prepared.job | ({"repeats": 1, "warmup": 0} if prepared.op == "run_plan" else {"warmup": 0})
