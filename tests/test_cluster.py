@@ -42,7 +42,8 @@ from detransformer.cluster.profiler import host_profile, profile_link, profile_o
 from detransformer.cluster.session import DeviceError, DeviceLost, EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.models import preset_config
-from detransformer.parallel.plan import STRATEGIES, published_plan
+from detransformer.parallel.layer import STRATEGIES
+from detransformer.parallel.plan import published_plan
 
 needs_namespaces = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 

@@ -16,7 +16,7 @@ from detransformer.cluster.experiments import (
     save_profiles,
 )
 from detransformer.cluster.network import can_emulate
-from detransformer.parallel.plan import METHODS
+from detransformer.parallel.methods import METHODS
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 

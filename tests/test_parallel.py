@@ -14,7 +14,9 @@ from detransformer.parallel.linear import Linear, StackedLinear, input_major
 from detransformer.parallel.plan import layer_plan, published_plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.parallel.wire import message_bytes
-from detransformer.planning.cost import Start, device_parameters, device_steps
+from detransformer.planning.memory import held_bytes
+from detransformer.planning.recorder import device_steps
+from detransformer.planning.tape import Start
 
 # float64: what is left is the order of summation
 TOLERANCE = 1e-12
@@ -49,13 +51,15 @@ def check(case, plan, results, seq_len=11, batch_size=2):
     assert max(errors) < TOLERANCE
     for rank, result in enumerate(results):
         started = [
-            step for step in device_steps(case.config, plan, rank, seq_len, batch_size, 8) if isinstance(step, Start)
+            step
+            for step in device_steps(case.config, plan, rank, seq_len, batch_size, dtype=torch.float64)
+            if isinstance(step, Start)
         ]
         assert result["counts"] == dict(Counter(step.kind for step in started))
         assert result["bytes"] == {
             kind: sum(step.num_bytes for step in started if step.kind == kind) for kind in result["counts"]
         }
-        assert result["weights_bytes"] == 8 * device_parameters(case.config, plan, rank)
+        assert result["weights_bytes"] == 2 * held_bytes(case.config, [plan], plan.device_ids[rank])
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
@@ -137,7 +141,7 @@ def test_wire_formats(cluster, cases, model, method, wire):
     if results[-1]["counts"]:
         assert error > TOLERANCE  # something was rounded
     for rank, result in enumerate(results):
-        started = [s for s in device_steps(case.config, plan, rank, 11, 2, 8) if isinstance(s, Start)]
+        started = [s for s in device_steps(case.config, plan, rank, 11, 2, dtype=torch.float64) if isinstance(s, Start)]
         assert sum(result["bytes"].values()) == sum(s.num_bytes for s in started)
 
 

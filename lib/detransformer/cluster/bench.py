@@ -39,7 +39,8 @@ from detransformer.models.configuration import (
     decoupled_config,
     preset_config,
 )
-from detransformer.parallel.plan import METHODS, Plan, is_decoder, published_plan
+from detransformer.parallel.methods import METHODS
+from detransformer.parallel.plan import Plan, is_decoder, published_plan
 from detransformer.parallel.wire import check_wire
 from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.placement import method_plan

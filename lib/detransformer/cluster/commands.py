@@ -17,7 +17,7 @@ from detransformer.cluster.devices import PACES
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS, ClusterSpec
 from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESETS
-from detransformer.parallel.plan import METHODS
+from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.parse import number, one_of, whole_number, words
 from detransformer.planning.profile import ClusterProfile, LinkProfile
@@ -301,7 +301,7 @@ def plan_command(
         if explain:
             from detransformer.planning.explain import explain as explanation
 
-            print(explanation(placement, config, planned, tokens, batch, budget))
+            print(explanation(placement, config, planned, tokens, batch))
         else:
             rows = placement_rows(placement).assign(
                 devices=[_listed(a.plan.device_ids) for a in placement.alternatives],

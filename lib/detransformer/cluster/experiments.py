@@ -17,7 +17,8 @@ from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
 from detransformer.cluster.profiler import efficiency_rows, profile_link, single_device_latency
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
-from detransformer.parallel.plan import METHODS, published_plan
+from detransformer.parallel.methods import METHODS
+from detransformer.parallel.plan import published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.placement import place
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from detransformer.parallel.comm import Comm
+from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
 from detransformer.parallel.partition import bounds
-from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan, is_decoder
-from detransformer.parallel.strategies import STRATEGY_CLASSES, KeyValueCache, Request, arrived, reshard, together
+from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.reshard import reshard
 from detransformer.parallel.weights import WeightSource
 
 
@@ -133,11 +134,7 @@ class Executor:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         self.config = config
         self.comm = comm
-        layers = range(len(plan.strategies))
-        self.stage = None
-        if plan.stages:
-            self.stage = comm.rank
-            layers = range(*bounds(plan.stages, comm.rank))
+        self.stage = comm.rank if plan.stages else None
         self.is_first = self.stage in (None, 0)
         self.is_last = self.stage in (None, plan.num_devices - 1)
         self.plan = plan if plan.splits_layers else plan.on_one_device()
@@ -149,14 +146,12 @@ class Executor:
             self.embeddings = DecoderEmbeddings(weights) if decoder else Embeddings(config, weights)
         device = plan.device_ids[comm.rank]
         self.layers = []
-        for i in layers:
-            name = plan.strategies[i]
-            keeps_whole = any("all" in (other.keeps(i, device) or ()) for other in held_with)
-            layer = STRATEGY_CLASSES[name](config, self.plan, local, weights, i, keeps_whole)
-            self.layers.append((STRATEGIES[name], layer))
+        for i in plan.layers(comm.rank):
+            keeps_whole = any(other.keeps_whole(i, device) for other in held_with)
+            self.layers.append(STRATEGIES[plan.strategies[i]](config, self.plan, local, weights, i, keeps_whole))
         if self.is_last:
             self.head = NextToken(config, weights, self.plan, local) if decoder else Head(weights)
-        self.weights_bytes = weights.num_bytes
+        self.dtype, self.weights_bytes = weights.dtype, weights.num_bytes
 
     @torch.inference_mode()
     def __call__(
@@ -189,13 +184,13 @@ class Executor:
         if self.is_first:
             x = self.embeddings(input_ids, following)
         else:
-            shape, first = (batch_size, seq_len, self.config.hidden_size), self.layers[0][1]
-            x = self.comm.receive(shape, first.out.weight.dtype, self.stage - 1, self.plan.wire)
+            shape = (batch_size, seq_len, self.config.hidden_size)
+            x = self.comm.receive(shape, self.dtype, self.stage - 1, self.plan.wire)
         layout, plan, local = REPLICATE, self.plan, self.local_comm
         chunks: Iterable[torch.Tensor] = (x[:, chunk.start : chunk.stop] for chunk in request.chunks)
-        for signature, layer in self.layers:
-            arriving = reshard(chunks, layout, signature.in_layout, plan, local, request)
-            chunks, layout = layer(arriving, request), signature.out_layout
+        for layer in self.layers:
+            arriving = reshard(chunks, layout, layer.in_layout, plan, local, request)
+            chunks, layout = layer(arriving, request), layer.out_layout
         x = together(list(arrived(reshard(chunks, layout, REPLICATE, plan, local, request))))
         if cache:
             cache.num_tokens += seq_len
