@@ -79,7 +79,6 @@ def test_help_imports_nothing_heavy():
         (["bench", "--methods", "tp,magic"], ["magic", "bp+narrow"]),
         (["bench", "--wire", "float8"], ["float8", "int8"]),
         (["bench", "--wire", "int8,nothing=float32"], ["nothing", "qkv"]),
-        (["bench", "--reads", "half"], ["--reads half", "cls, both"]),
         (["bench", "--delay", "-1"], ["--delay -1"]),
         (["bench", "--delay", "5", "--transport", "loopback"], ["delay and jitter", "leave them out"]),
         (["bench", "--devices", "8", "--methods", "bp+tp", "--transport", "loopback"], ["8 devices", "8 divisions"]),
@@ -155,7 +154,7 @@ def test_summary_of_a_bench():
     from detransformer.cluster.commands import summary_lines
 
     def row(method, wire, latency_s, **fields):
-        common = dict(plan="p", bandwidth_mbps=125.0, reads="all", limit_s=0.5, valid=True)
+        common = dict(plan="p", bandwidth_mbps=125.0, limit_s=0.5, valid=True)
         error = dict(max_abs_error=1e-6, relative_error=1e-7)
         return common | error | dict(method=method, wire=wire, latency_s=latency_s, over_limit=latency_s / 0.5) | fields
 

@@ -11,10 +11,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from detransformer.models import decouple
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.generation import check_generation
-from detransformer.parallel.plan import STRATEGIES, layer_plan, published_plan
-from detransformer.planning.cost import Start, cache_bytes, device_steps, held_bytes
-from detransformer.planning.generation import place_generation, price_generation, published_generation
+from detransformer.parallel.layer import STRATEGIES
+from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.planning.generation import place_generation, price_generation
+from detransformer.planning.memory import cache_bytes, held_bytes
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+from detransformer.planning.recorder import device_steps
+from detransformer.planning.tape import Start
 
 NEW_TOKENS = 12
 UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
@@ -111,7 +114,7 @@ def test_text_equals_single_device(cluster, texts, tmp_path, model, strategy, nu
     for rank, result in enumerate(results):
         assert result["tokens"] == text.tokens
         past = 9 + NEW_TOKENS - 2
-        steps = device_steps(text.config, decode, rank, 1, 2, itemsize=8, past=past)
+        steps = device_steps(text.config, decode, rank, 1, 2, past, torch.float64)
         started = [step for step in steps if isinstance(step, Start)]
         assert result["counts"] == dict(Counter(step.kind for step in started))
         assert sum(result["bytes"].values()) == sum(step.num_bytes for step in started)
@@ -173,7 +176,8 @@ def test_prompt_and_tokens_are_planned_apart():
     for mbps in (125, 1000):
         profile = ClusterProfile((PI,) * 4, LinkProfile(1e6 * mbps))
         best = place_generation(config, profile, 128, 64)[0]
-        tensor = price_generation(config, *published_generation("tp", config, [1.0] * 4), profile, 128, 64)
+        plan = published_plan("tp", config, [1.0] * 4)
+        tensor = price_generation(config, plan, plan, profile, 128, 64)
         assert best.total_s < tensor.total_s and best.first_token_s <= tensor.first_token_s
         assert set(best.decode.strategies) == {"tensor"} and set(best.prefill.strategies) != {"tensor"}
 

@@ -473,8 +473,8 @@ def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
     assert set(record["answer"]["text"].split()) <= set(WORDS) and record["answer"]["text"] in shown
     code, _, error = run(capsys, *options, "--new-tokens", "80")
     assert code == 2 and "5 tokens and 80 new ones, and the model takes 64" in error
-    code, _, error = run(capsys, *options, "--new-tokens", "9", "--reads", "cls")
-    assert code == 2 and "GPT-2 is run with --reads all" in error
+    code, _, error = run(capsys, *options, "--new-tokens", "9", "--wire", "int8")
+    assert code == 2 and "GPT-2 is run with --wire float32" in error
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from detransformer.models import preset_config
+from detransformer.parallel.methods import METHODS
 from detransformer.parallel.partition import bounds, split
-from detransformer.parallel.plan import METHODS, Plan, published_plan
+from detransformer.parallel.plan import Plan, published_plan
 
 
 @pytest.mark.parametrize(
@@ -83,14 +84,14 @@ def test_the_name_of_a_plan_decides_nothing():
     del fields["runs"]  # as in files from before there was this field
     plan = Plan.from_dict(fields)
     plan.check(config)
-    assert plan.runs == "layers" and plan.splits_layers and plan.keeps(0, 1) == ("own", "own")
+    assert plan.runs == "layers" and plan.splits_layers and not plan.keeps_whole(0, 1)
 
 
 @pytest.mark.parametrize(
     "method, changes, words",
     [
-        ("tp", {"runs": "whole"}, "runs='whole' is unknown: choose one of layers, stages, copies, dtensor"),
-        ("tp", {"runs": 1}, "runs is 1: it must be a text"),
+        ("tp", {"runs": "whole"}, "the plan's runs is 'whole': input should be 'layers'"),
+        ("tp", {"runs": 1}, "the plan's runs is 1: input should be"),
         ("tp", {"runs": "stages"}, r"stages=\[\] and runs='stages' disagree"),
         ("pp", {"runs": "layers"}, r"stages=\[6, 6\] and runs='layers' disagree"),
         ("sp", {"runs": "dtensor"}, "an unmodified BERT by 'tensor'"),

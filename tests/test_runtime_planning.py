@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 
 from detransformer.models import preset_config
 from detransformer.parallel.plan import Plan
-from detransformer.planning.compiled import Compiled
-from detransformer.planning.cost import activation_bytes, held_bytes, predict
+from detransformer.planning.cost import predict
+from detransformer.planning.memory import activation_bytes, held_bytes
+from detransformer.planning.pieces import Pieces
 from detransformer.planning.placement import place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.planning.runtime import (
@@ -177,7 +178,7 @@ def run(planner, choice, length, rate_bps):
     """Runs a request: its plan's collectives at that rate."""
     plan = planner.plans[choice.index]
     profile = replace(cluster(), link=cluster().link.at(rate_bps))
-    for message in Compiled(CONFIG, plan, profile, length).messages(plan.strategies):
+    for message in Pieces(CONFIG, plan, profile, length).run(plan.strategies).messages:
         planner.observe(message.kind, message.num_bytes, message.seconds)
 
 
@@ -226,8 +227,8 @@ def replay(
     chance = np.random.default_rng(seed)
 
     @cache
-    def compiled(plan: Plan, batch_size: int, seq_len: int, bandwidth_bps: float) -> Compiled:
-        return Compiled(config, plan, replace(profile, link=profile.link.at(bandwidth_bps)), seq_len, batch_size)
+    def compiled(plan: Plan, batch_size: int, seq_len: int, bandwidth_bps: float) -> Pieces:
+        return Pieces(config, plan, replace(profile, link=profile.link.at(bandwidth_bps)), seq_len, batch_size)
 
     def lasts(seconds: float) -> float:
         return seconds * (1 + noise * chance.uniform(-1, 1))
@@ -241,8 +242,8 @@ def replay(
             planner.observe_probe(PROBE_BYTES, probe_s)
         choice = planner.choose(batch_size, seq_len)
         runs = [compiled(plan, batch_size, seq_len, bandwidth_bps) for plan in planner.plans]
-        latencies = [run.price(run.plan.strategies).latency_s for run in runs]
-        for message in runs[choice.index].messages(planner.plans[choice.index].strategies):
+        latencies = [run.price(run.plan.strategies)[0] for run in runs]
+        for message in runs[choice.index].run(planner.plans[choice.index].strategies).messages:
             planner.observe(message.kind, message.num_bytes, lasts(message.seconds))
         best = int(np.argmin(latencies))
         rows.append(

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from detransformer.parallel.plan import METHODS
+from detransformer.parallel.methods import METHODS
 from detransformer.record.published import published
 from detransformer.tables import peers
 from detransformer.tables.latency import (

@@ -25,7 +25,7 @@ TOLERANCE = 1e-12
 UNEVEN = {2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 ORIGINAL = ("tp", "sp", "ulysses", "galaxy")
 BLOCKS = ("bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
-WIRES = ("int8", "bfloat16", "float32", "float32,qkv=int8,hidden=bfloat16,4.sum=int8,4.tokens=int8")
+WIRES = ("float32", "bfloat16", "int8")
 
 
 def on_devices(cluster, case, plan, inputs, folder) -> dict[str, torch.Tensor]:
@@ -65,17 +65,16 @@ def test_it_is_what_devices_compute(cluster, cases, tmp_path, model, method, wir
     ours = check(cluster, case, published_plan(method, case.config, UNEVEN[num_devices], wire), tmp_path)
     plain = case.model(**load_file(case.inputs))
     error = (ours.last_hidden_state - plain.last_hidden_state).abs().max()
-    if "," not in wire:  # of the mixed ones some collectives are in no plan
-        assert error < TOLERANCE if wire == "float32" else error > 1e-6
+    assert error < TOLERANCE if wire == "float32" else error > 1e-6
 
 
 @pytest.mark.parametrize("first, last", [("ulysses", "tensor"), ("heads", "sequence"), ("replicate", "ulysses")])
-@pytest.mark.parametrize("reads, num_chunks", [("all", 1), ("all", 3), ("cls", 2)])
-def test_mixed_plans_as_the_planner_makes_them(cluster, cases, tmp_path, first, last, reads, num_chunks):
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_mixed_plans_as_the_planner_makes_them(cluster, cases, tmp_path, first, last, num_chunks):
     case = cases["decoupled"]
     originals = iter([first, last])
     names = ["block" if kind == "decoupled" else next(originals) for kind in layer_kinds(case.config)]
-    plan = layer_plan("bp+auto", case.config, names, UNEVEN[3], "int8", reads, num_chunks=num_chunks)
+    plan = layer_plan("bp+auto", case.config, names, UNEVEN[3], "int8", num_chunks=num_chunks)
     check(cluster, case, plan, tmp_path)
 
 
@@ -160,7 +159,6 @@ def test_what_cannot_be_wired_is_one_sentence(cases):
         (gpt2, wire_plan(config), "GPT2Model is no BERT"),
         (model, published_plan("pp", config, [1.0] * 2), "share no layer"),
         (model, wire_plan(cases["decoupled"].config), "needs a decoupled layer"),
-        (BertForMaskedLM(config).eval(), published_plan("tp", config, [1.0], reads="cls"), "leaves out tokens"),
     ):
         with pytest.raises(ValueError, match=words), wired(made, plan):
             pass

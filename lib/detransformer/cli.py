@@ -237,10 +237,7 @@ def bench(
     seq_len: Tokens = "128",
     batch_size: Batch = "1",
     device: Preset = None,
-    wire: Annotated[
-        str, typer.Option(help="Number format of messages: float32, bfloat16, int8, or such as float32,qkv=int8.")
-    ] = "float32",
-    reads: Annotated[str, typer.Option(help="What is read of the last layer: all, cls or both.")] = "all",
+    wire: Annotated[str, typer.Option(help="Number format of messages: float32, bfloat16 or int8.")] = "float32",
     delay: Annotated[
         str | None, typer.Option(help="One-way delay between devices in ms, where the kernel has netem.")
     ] = None,
@@ -273,7 +270,6 @@ def run(
     ] = "auto",
     plan: Annotated[str | None, typer.Option(help="JSON file with the plan, of `plan --output`.")] = None,
     wire: Wires = "float32",
-    reads: Annotated[str, typer.Option(help="What is read of the last layer: all, or cls.")] = "all",
     memory: Memory = None,
     repeats: Annotated[str, typer.Option(help="Measured requests.")] = "5",
     new_tokens: Annotated[str, typer.Option(help="Tokens by which a GPT-2 goes on.")] = "64",

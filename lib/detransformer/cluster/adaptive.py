@@ -37,7 +37,6 @@ from detransformer.planning.generation import (
     GenerationPlan,
     place_generation,
     price_generation,
-    published_generation,
 )
 from detransformer.planning.placement import Placement, device_speeds, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
@@ -396,8 +395,8 @@ def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> Generation
     if cell.method in ("auto", "bp+auto"):
         best = place_generation(config, profile, cell.seq_len, max_new_tokens)[0]
         return replace(best, **{n: replace(getattr(best, n), method=cell.method) for n in ("prefill", "decode")})
-    plans = published_generation(cell.method, config, device_speeds(profile))
-    return price_generation(config, *plans, profile, cell.seq_len, max_new_tokens)
+    plan = published_plan(cell.method, config, device_speeds(profile))
+    return price_generation(config, plan, plan, profile, cell.seq_len, max_new_tokens)
 
 
 def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:

@@ -79,8 +79,8 @@ def prepare(
 def prepare_text(request: Request, config: PretrainedConfig, profile: ClusterProfile, inputs: dict) -> Prepared:
     """A prompt's plan and that of the tokens after it."""
     batch_size, seq_len = inputs["input_ids"].shape
-    if request.reads != "all" or request.wires != ("float32",):
-        raise ValueError("a GPT-2 is run with --reads all and --wire float32: leave both options out.")
+    if request.wires != ("float32",):
+        raise ValueError("a GPT-2 is run with --wire float32: leave that option out.")
     if request.method == "auto" and request.plan is None:
         chosen = place_generation(
             config, profile, seq_len, request.max_new_tokens, batch_size, request.memory_budget_bytes
@@ -152,7 +152,7 @@ def plan_of(
     request: Request, config: PretrainedConfig, profile: ClusterProfile, batch_size: int, seq_len: int
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan that `request` asks for, and notes on it."""
-    common = dict(memory_budget_bytes=request.memory_budget_bytes, reads=request.reads)
+    common = dict(memory_budget_bytes=request.memory_budget_bytes)
     if request.plan is not None:
         try:
             plan = Plan.from_dict(request.plan)

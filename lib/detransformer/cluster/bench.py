@@ -39,8 +39,9 @@ from detransformer.models.configuration import (
     decoupled_config,
     preset_config,
 )
-from detransformer.parallel.plan import METHODS, READS, Plan, is_decoder, published_plan
-from detransformer.parallel.wire import check_spec
+from detransformer.parallel.methods import METHODS
+from detransformer.parallel.plan import Plan, is_decoder, published_plan
+from detransformer.parallel.wire import check_wire
 from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, DeviceProfile, LinkProfile
@@ -73,7 +74,7 @@ STREAM_REQUESTS = {"stages": 8, "copies": 2}  # back to back, for throughput: a 
 LINK_CHECK_S = 0.15
 MIN_CHECK_BYTES = 500_000  # on a slow link a shorter transfer shows latency, not rate
 TIMELINE_COLUMNS = (
-    *("model", "method", "wire", "reads", "link", "bandwidth_mbps", "num_devices"),
+    *("model", "method", "wire", "link", "bandwidth_mbps", "num_devices"),
     *("rank", "what", "start_s", "stop_s"),
 )
 PACING_CHECK_S, PACED_SEGMENT_S = 0.1, 0.01  # the latter in the devices' seconds, as short as in fast plans
@@ -97,7 +98,6 @@ class Cell:
     batch_size: int = 1
     repeats: int = 5
     wire: str = "float32"
-    reads: str = "all"
     pace: str = "measured"
     burns: bool = False
 
@@ -110,11 +110,7 @@ class Cell:
             raise ValueError(f"repeats={self.repeats} is below 1: measure at least once.")
         if not self.bandwidth_mbps > 0:
             raise ValueError(f"bandwidth_mbps={self.bandwidth_mbps} must be above 0.")
-        if self.reads not in READS:
-            raise ValueError(f"reads={self.reads!r} is unknown: choose one of {', '.join(READS)}.")
-        if self.method == "dtensor" and self.reads != "all":
-            raise ValueError("dtensor runs Hugging Face's own layers, which compute all tokens: use reads='all'.")
-        check_spec(self.wire)
+        check_wire(self.wire)
         if self.method in FLOAT32_METHODS and self.wire != "float32":
             raise ValueError(f"{self.method} cannot send {self.wire}: use wire='float32'.")
 
@@ -125,7 +121,7 @@ class Cell:
     @property
     def comparison(self) -> tuple:
         """What is alike in cells that stand side by side, and so are measured in turn."""
-        return self.model, self.num_devices, self.bandwidth_mbps, self.seq_len, self.batch_size, self.reads, self.pace
+        return self.model, self.num_devices, self.bandwidth_mbps, self.seq_len, self.batch_size, self.pace
 
 
 @dataclass(frozen=True)
@@ -316,7 +312,6 @@ class Bench:
             batch_size=cell.batch_size,
             memory_budget_bytes=self.memory_budget_bytes,
             wire=cell.wire,
-            reads=cell.reads,
         )
         return plan, predict(config, plan, profile, cell.seq_len, cell.batch_size)
 
@@ -338,7 +333,7 @@ class Bench:
     def limit_s(self, cell: Cell, config: PretrainedConfig, devices: Sequence[int]) -> float:
         """The physical limit: the original model's work over the summed speed of `devices`, nothing ever sent."""
         original, profile = _original(config), self.profile(cell)
-        single = published_plan("single", original, reads=cell.reads)
+        single = published_plan("single", original)
         alone = [replace(single, devices=(device,)) for device in devices]
         return 1 / sum(1 / predict(original, plan, profile, cell.seq_len, cell.batch_size).latency_s for plan in alone)
 
@@ -436,7 +431,6 @@ class Bench:
             "batch_size": cell.batch_size,
             "link": self.cluster.link,
             "wire": plan.wire,
-            "reads": plan.reads,
             "pace": cell.pace,
             "burns": cell.burns,
             "latency_s": latency,
@@ -656,13 +650,12 @@ def grid(
     bandwidths_mbps: Sequence[float],
     num_devices: int = 4,
     wire: str = "float32",
-    reads: str = "all",
     **common: Any,
 ) -> list[Cell]:
     """Cells of `methods` x `bandwidths_mbps`, method by method, so that a device loads each method's weights once.
 
     `single` and `dp` use no link and stand once, at the first bandwidth. Methods that send float32 alone stand with
-    that, and `dtensor`, which computes all tokens, is left out where [CLS] alone is read.
+    that.
     """
     return [
         Cell(
@@ -671,10 +664,8 @@ def grid(
             num_devices,
             mbps,
             wire="float32" if method in FLOAT32_METHODS else wire,
-            reads=reads,
             **common,
         )
         for method in methods
         for mbps in (bandwidths_mbps[:1] if method in ("single", "dp") else bandwidths_mbps)
-        if not (method == "dtensor" and reads != "all")
     ]

@@ -17,8 +17,8 @@ from detransformer.cluster.devices import PACES
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS, ClusterSpec
 from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESETS
-from detransformer.parallel.plan import METHODS, READS
-from detransformer.parallel.wire import WIRE_FORMATS, check_spec
+from detransformer.parallel.methods import METHODS
+from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.parse import number, one_of, whole_number, words
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.record.intervals import MIN_SAMPLES, bootstrap_median, bootstrap_ratio, samples_of
@@ -37,7 +37,6 @@ SHOWN = {  # column of a bench row -> heading in the printed table
     "num_devices": "devices",
     "bandwidth_mbps": "Mbps",
     "wire": "wire",
-    "reads": "reads",
     "latency_s": "latency s",
     "interval": "95% interval",
     "auto_speedup": "BP+Auto is faster by",
@@ -82,7 +81,6 @@ def bench_command(
     batch_size: str,
     device: str | None,
     wire: str,
-    reads: str,
     delay: str | None,
     jitter: str | None,
     memory: str | None,
@@ -113,8 +111,7 @@ def bench_command(
         repeats=count,
         pace=one_of(pace, "--pace", PACES),
     )
-    check_spec(wire)
-    all_reads = READS if one_of(reads, "--reads", (*READS, "both")) == "both" else (reads,)
+    one_of(wire, "--wire", WIRE_FORMATS)
     delay_s, jitter_s = (
         number(text or "0", name, 0, 10_000) / 1e3 for text, name in ((delay, "--delay"), (jitter, "--jitter"))
     )
@@ -126,7 +123,7 @@ def bench_command(
     from detransformer.cluster.bench import Bench, check_cells, measure_grid
     from detransformer.cluster.session import EmulatedCluster
 
-    cells = bench_cells(model, names, bandwidths, num_devices, wire, all_reads, **common)
+    cells = bench_cells(model, names, bandwidths, num_devices, wire, **common)
     if spec:
         emulated = spec.emulate(bandwidth_bps=bandwidths[0] * 1e6, transport=transport)
     else:
@@ -161,7 +158,6 @@ def bench_cells(
     bandwidths: Sequence[float],
     num_devices: int,
     wire: str,
-    reads: Sequence[str],
     **common: Any,
 ) -> list["Cell"]:
     """The rows of one `detransformer bench`; on another wire than float32, with `REFERENCES` in float32 before them.
@@ -173,16 +169,13 @@ def bench_cells(
 
     decoupled = model not in PRESETS and open_folder(model).decoupled
     references = REFERENCES[:1] if decoupled else REFERENCES
-    cells = []
-    for part in reads:
-        if wire != "float32":
-            cells += grid(model, references, bandwidths, num_devices, reads=part, **common)
-        cells += grid(model, methods, bandwidths, num_devices, wire, part, **common)
+    cells = grid(model, references, bandwidths, num_devices, **common) if wire != "float32" else []
+    cells += grid(model, methods, bandwidths, num_devices, wire, **common)
     return list(dict.fromkeys(cells))
 
 
 def shown_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Bench rows as they are printed; `reads` only where it differs, and intervals from `MIN_SAMPLES` requests on."""
+    """Bench rows as they are printed, intervals from `MIN_SAMPLES` requests on."""
     shown = rows.assign(
         interval=[_between(*bootstrap_median(samples_of(text))) for text in rows["samples_s"]],
         auto_speedup=[_auto_speedup(row, rows) for row in rows.to_dict("records")],
@@ -191,8 +184,7 @@ def shown_rows(rows: pd.DataFrame) -> pd.DataFrame:
         weights_mib=rows["weights_bytes"] / 2**20,
         peak_mib=rows["peak_rss_bytes"].astype(float) / 2**20,
     )
-    columns = [name for name in SHOWN if name != "reads" or rows["reads"].nunique() > 1]
-    return shown[columns].rename(columns=SHOWN)
+    return shown[list(SHOWN)].rename(columns=SHOWN)
 
 
 def _between(low: float, high: float) -> str:
@@ -202,7 +194,7 @@ def _between(low: float, high: float) -> str:
 def _auto_speedup(row: dict, rows: pd.DataFrame) -> str:
     """How many times as fast BP+Auto answers as `row` does under the same conditions, such as `2.39 (2.35 to 2.43)`."""
     alike = rows[(rows["method"] == "bp+auto") & (rows["wire"] == row["wire"]) & rows["valid"].astype(bool)]
-    for name in ("bandwidth_mbps", "reads", "time_scale"):
+    for name in ("bandwidth_mbps", "time_scale"):
         alike = alike[alike[name] == row[name]]
     if len(alike) != 1 or row["method"] == "bp+auto" or not row["valid"]:
         return ""
@@ -226,7 +218,7 @@ def summary_lines(rows: pd.DataFrame) -> list[str]:
     lines = []
     valid = rows[rows["valid"].astype(bool)]
     for auto in valid[valid["method"] == "bp+auto"].to_dict("records"):
-        alike = valid[(valid["bandwidth_mbps"] == auto["bandwidth_mbps"]) & (valid["reads"] == auto["reads"])]
+        alike = valid[valid["bandwidth_mbps"] == auto["bandwidth_mbps"]]
         parts = []
         for name in ("tp", "sp"):
             other = alike[(alike["method"] == name) & (alike["wire"] == "float32")]
@@ -241,7 +233,7 @@ def summary_lines(rows: pd.DataFrame) -> list[str]:
         else:
             line += f"; {fastest['method']} ({fastest['wire']}) is faster, {fastest['latency_s']:.3f} s"
         error = f"{auto['max_abs_error']:.1e} at most, {auto['relative_error']:.1e} RMS"
-        lines.append(f"{line}; output error {error}{', [CLS] read alone' if auto['reads'] == 'cls' else ''}.")
+        lines.append(f"{line}; output error {error}.")
     return lines
 
 
@@ -309,7 +301,7 @@ def plan_command(
         if explain:
             from detransformer.planning.explain import explain as explanation
 
-            print(explanation(placement, config, planned, tokens, batch, budget))
+            print(explanation(placement, config, planned, tokens, batch))
         else:
             rows = placement_rows(placement).assign(
                 devices=[_listed(a.plan.device_ids) for a in placement.alternatives],

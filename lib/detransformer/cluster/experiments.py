@@ -17,7 +17,8 @@ from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
 from detransformer.cluster.profiler import efficiency_rows, profile_link, single_device_latency
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
-from detransformer.parallel.plan import METHODS, published_plan
+from detransformer.parallel.methods import METHODS
+from detransformer.parallel.plan import published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.placement import place
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
@@ -144,8 +145,6 @@ def latency_cells(
     wire_formats: Sequence[str] = ("bfloat16", "int8"),
     wire_methods: Sequence[str] = ("tp", "ulysses", "bp+auto"),
     wire_bandwidths_mbps: Sequence[float] = (500, 125),
-    cls_methods: Sequence[str] = (),
-    cls_bandwidths_mbps: Sequence[float] = (125,),
     roofline_bandwidths_mbps: Sequence[float] = (),
 ) -> list[Cell]:
     """All rows of notebook 06 on clean links, model by model.
@@ -153,8 +152,7 @@ def latency_cells(
     Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
     `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8
     (first model): BP+Auto with fewer original layers. Table II (first model): data and pipeline parallelism at the
-    scaling bandwidth. Beyond the paper: `wire_methods` on other wires, `cls_methods` where only [CLS] is read, and
-    (first model) `methods` by the roofline pace.
+    scaling bandwidth. Beyond the paper: `wire_methods` on other wires; `methods` by the roofline pace (first model).
     """
     methods = list(METHODS) if list(methods) == ["all"] else methods
     cells = []
@@ -169,7 +167,6 @@ def latency_cells(
                 cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
         for wire in wire_formats:
             cells += grid(model, wire_methods, wire_bandwidths_mbps, 4, wire, **common)
-        cells += grid(model, cls_methods, cls_bandwidths_mbps, 4, reads="cls", **common)
         for count in scaling_devices:
             divisions = max(count, 4)
             cells += grid(model, scaling_methods, [scaling_bandwidth_mbps], count, num_divisions=divisions, **common)
@@ -186,7 +183,7 @@ def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str 
     run_path = Path(run_path)
     cells = list(dict.fromkeys(cells))
     lowest = min(cell.bandwidth_mbps for cell in cells)
-    plain = dict(model=cells[0].model, bandwidth_mbps=lowest, num_devices=4, wire="float32", reads="all")
+    plain = dict(model=cells[0].model, bandwidth_mbps=lowest, num_devices=4, wire="float32")
     plain |= dict(num_original_layers=4, num_divisions=4, pace=cells[0].pace)
 
     rows_path = run_path / "latency_rows.json"

@@ -24,8 +24,11 @@ from detransformer.parallel.generation import Generator
 from detransformer.parallel.linear import can_pack
 from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
-from detransformer.planning.cost import Compute, compute_seconds, device_steps, launched_seconds, segments
+from detransformer.planning.cost import launched_seconds
+from detransformer.planning.pieces import compute_seconds
 from detransformer.planning.profile import DeviceProfile, LinkProfile
+from detransformer.planning.recorder import device_steps, segments
+from detransformer.planning.tape import Compute
 from detransformer.typed_json import from_json
 
 COLLECTIVE_TIMEOUT_S = 120
@@ -45,10 +48,10 @@ class Loaded:
     segments: dict[tuple, list] = field(default_factory=dict)
 
     def compute(self, plan: Plan, rank: int, seq_len: int, batch_size: int, past: int = 0) -> list[list[Compute]]:
-        """What `rank` computes of a request between its starts and waits, as the cost model lists it."""
+        """What `rank` computes of a request between its starts and waits, by the executor's own tape."""
         key = (_key(plan), seq_len, batch_size, past)
         if key not in self.segments:
-            self.segments[key], _ = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past=past))
+            self.segments[key] = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
         return self.segments[key]
 
     def links(self, plan: Plan, rank: int, link: LinkProfile, seq_len: int, batch_size: int, past: int = 0):
@@ -230,7 +233,7 @@ def run_plan(
         named = ("last_hidden_state", "pooler_output", "logits", "next_token")
         outputs = {name: tensor for name in named if (tensor := getattr(result, name, None)) is not None}
         if reference:
-            record |= output_errors(outputs, load_file(reference), plan_.reads)
+            record |= output_errors(outputs, load_file(reference))
         if output is not None and comm.rank == plan_.num_devices - 1:
             _hand_over(outputs, output)
     return record
@@ -397,10 +400,8 @@ def _touch_libraries() -> None:
         F.scaled_dot_product_attention(x, x, x)
 
 
-def output_errors(outputs: dict, expected: dict, reads: str) -> dict:
+def output_errors(outputs: dict, expected: dict) -> dict:
     """How far `outputs` lie from the single device's: largest absolute error, and RMS error over the output's RMS."""
-    if reads == "cls" and "last_hidden_state" in expected:
-        expected = expected | {"last_hidden_state": expected["last_hidden_state"][:, :1]}
     errors = {name: (outputs[name] - tensor, tensor) for name, tensor in expected.items()}
     return {
         "max_abs_error": max(float(error.abs().max()) for error, _ in errors.values()),

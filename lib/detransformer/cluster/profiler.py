@@ -21,13 +21,14 @@ from detransformer.cluster.devices import EFFICIENCY
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
 from detransformer.models import DecoupledBertModel
-from detransformer.models.configuration import DecoupledBertConfig, config_fields, layer_kinds, preset_config
+from detransformer.models.configuration import DecoupledBertConfig, config_fields, preset_config
 from detransformer.parallel.comm import Comm, Pending
-from detransformer.parallel.plan import HIDDEN, REPLICATE, SEQ, STRATEGIES, layer_plan
-from detransformer.parallel.strategies import STRATEGY_CLASSES, Request
+from detransformer.parallel.layer import STRATEGIES, Request
+from detransformer.parallel.plan import layer_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
-from detransformer.planning.cost import LAYER_COSTS, Arrival, Compute, Sizes, Tape
 from detransformer.planning.profile import CALIBRATION_TOKENS, DeviceProfile, LinkProfile, latency_steps
+from detransformer.planning.recorder import Recorder
+from detransformer.planning.tape import WHOLE, Compute, Tape, TapeComm
 from detransformer.record import provenance
 
 # What one device reduces, contributes, deals out or sends of X [128, 768] on four devices
@@ -43,20 +44,10 @@ _OTHER = torch.ones(2**24)  # 64 MiB, more than the caches of a core hold
 FIT_SHARES = (0.001, 0.25, 1.0, 3.0)  # of the sizes above
 
 
-class LocalComm(Comm):
-    """Stands in for the other ranks while one device is profiled: right shapes, no messages."""
+class LocalComm(TapeComm):
+    """Stands in for the other ranks while one device is profiled: messages of the right size, in this host's memory."""
 
-    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
-        return Pending(x)
-
-    def start_reduce_scatter(self, parts, wire: str = "float32", name: str = "sum") -> Pending:
-        return Pending(parts[self.rank].clone())
-
-    def start_all_gather(self, x: torch.Tensor, shapes, wire: str = "float32", name: str = "gather") -> Pending:
-        return Pending(list(x.new_zeros(sum(s[0] for s in shapes), *x.shape[1:]).split([s[0] for s in shapes])))
-
-    def start_all_to_all(self, parts, shapes, wire: str = "float32", name: str = "exchange") -> Pending:
-        return Pending([parts[0].new_zeros(shape) for shape in shapes])
+    _buffer, _read = Comm._buffer, Comm._read
 
 
 def profile_operations(
@@ -72,7 +63,8 @@ def profile_operations(
 
     All shares are timed in turn, in as many rounds as `repeats` and two to warm up, each with its weights fresh from
     memory, as they are in a model of many layers. The fastest round counts: what else runs on the machine only ever
-    makes a round longer. For an original model `block` is left out. Without `packs` weights lie as for plain products.
+    makes a round longer. For an original model, strategies of decoupled layers are left out. Without `packs`
+    weights lie as for plain products.
 
     Returns rows of strategy, num_devices, share (of the layer), tokens, num_chunks (that they are cut in), gflops (of
     the share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
@@ -93,7 +85,8 @@ def profile_operations(
             for count in num_devices
             for chunks in num_chunks
             for tokens in dict.fromkeys((CALIBRATION_TOKENS, *seq_lens))
-            if (decoupled or strategy != "block") and (strategy != "replicate" or count == min(num_devices))
+            if (decoupled or STRATEGIES[strategy].layer_kind == "original")
+            and (STRATEGIES[strategy].splits or count == min(num_devices))
         ]
         for _ in tqdm(range(repeats + WARM_ROUNDS), desc="profile", unit="round", disable=quiet):
             for share in shares:
@@ -101,7 +94,7 @@ def profile_operations(
     finally:
         torch.set_num_threads(threads)
     frame = pd.DataFrame([share.row() for share in shares])
-    is_whole = (frame["strategy"] == "replicate") & (frame["num_chunks"] == min(num_chunks))
+    is_whole = (frame["strategy"] == WHOLE) & (frame["num_chunks"] == min(num_chunks))
     whole = frame[is_whole & (frame["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
     return frame.assign(efficiency=frame["gflops_per_s"] / whole)
 
@@ -119,26 +112,17 @@ class _Share:
         tokens: int,
         packs: bool,
     ):
-        original = strategy if strategy != "block" else "replicate"
-        strategies = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
+        kind = STRATEGIES[strategy].layer_kind
+        strategies = strategies_for(config, strategy if kind == "original" else WHOLE)
         plan = layer_plan("bp+auto", config, strategies, [1.0] * num_devices, num_chunks=num_chunks)
-        layer = strategies.index(strategy)
-        comm = LocalComm(None, 0, num_devices)
-        self.runner = STRATEGY_CLASSES[strategy](config, plan, comm, source, layer, packs=packs)
-        self.request, self.chunks = Request.of(plan, 1, tokens), []
-        for chunk in self.request.chunks:
-            total = chunk.stop - chunk.start
-            shape = {
-                REPLICATE: (1, total, config.hidden_size),
-                SEQ: (1, chunk.tokens[0], config.hidden_size),
-                HIDDEN: (plan.sub_blocks[0], total, config.hidden_size // sum(plan.sub_blocks)),
-            }[STRATEGIES[strategy].in_layout]
-            self.chunks.append(Pending(torch.randn(shape)))
-        tape = Tape(num_devices)
-        sizes = Sizes(config, plan, 0, 1, tokens, tape)
-        list(LAYER_COSTS[strategy].steps(sizes, [Arrival(tape)] * len(self.chunks)))
-        self.gflops = sum(step.flops for step in tape.steps if isinstance(step, Compute)) / 1e9
-        self.known = {"strategy": strategy, "num_devices": num_devices, "share": sizes.share(strategy)}
+        comm = LocalComm(0, num_devices, Tape())
+        self.runner = STRATEGIES[strategy](config, plan, comm, source, strategies.index(strategy), packs=packs)
+        self.request = Request.of(plan, 1, tokens)
+        recorder = Recorder(config, plan, tokens)
+        self.chunks = [Pending(torch.randn(shape)) for shape in recorder.shapes(strategy, 0)]
+        recorded = [step for part in recorder.layer(strategy, 0).segments for step in part]
+        self.gflops = sum(step.flops for step in recorded if isinstance(step, Compute)) / 1e9
+        self.known = {"strategy": strategy, "num_devices": num_devices, "share": STRATEGIES[strategy].share(plan, 0)}
         self.known |= {"tokens": tokens, "num_chunks": num_chunks}
         self.seconds: list[float] = []
 
@@ -166,7 +150,7 @@ def efficiency_rows(operations: pd.DataFrame) -> tuple[tuple[str, float, int, in
 
 def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
     """This host's rate on a whole layer and the efficiency of shares, from `profile_operations`."""
-    is_whole = (operations["strategy"] == "replicate") & (operations["num_chunks"] == 1)
+    is_whole = (operations["strategy"] == WHOLE) & (operations["num_chunks"] == 1)
     rate = 1e9 * operations[is_whole & (operations["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
     memory, source = psutil.virtual_memory().total, "measured: one layer a strategy, one core, fastest round"
     return DeviceProfile(name, memory, float(rate), source, efficiency=efficiency_rows(operations))

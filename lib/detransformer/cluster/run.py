@@ -18,7 +18,7 @@ from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import atomic_write
-from detransformer.parse import number, one_of, whole_number, words
+from detransformer.parse import number, whole_number, words
 from detransformer.presets import PRESETS
 
 ENSEMBLE_FILE = "ensemble.json"  # in a folder of `detransformer decompose`
@@ -36,7 +36,6 @@ def run_command(
     method: str,
     plan: str | None,
     wire: str,
-    reads: str,
     memory: str | None,
     repeats: str,
     new_tokens: str,
@@ -66,7 +65,6 @@ def run_command(
         method=method,
         plan=read_plan(plan) if plan else None,
         wires=tuple(words(wire, "--wire", ("float32", "bfloat16", "int8"))),
-        reads=one_of(reads, "--reads", ("all", "cls")),
         memory_budget_bytes=None if memory is None else int(number(memory, "--memory", 1) * 2**20),
         repeats=whole_number(repeats, "--repeats", 1),
         max_new_tokens=whole_number(new_tokens, "--new-tokens", 1),

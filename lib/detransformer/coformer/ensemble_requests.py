@@ -67,7 +67,6 @@ def _refuse(request: Request) -> None:
         "--method": request.method != "auto",
         "--plan": request.plan is not None,
         "--wire": request.wires != ("float32",),
-        "--reads": request.reads != "all",
         "--memory": request.memory_budget_bytes is not None,
         "--context": request.context is not None,
     }

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -92,8 +93,10 @@ class Comm:
         self.bytes[kind] += num_bytes
         return self.observer.launch(kind, num_bytes) if self.observer else 0
 
-    def _start(self, kind: str, num_bytes: int, run: Callable[[], None], result: Callable) -> Pending:
-        """`run()` makes the collective; `result()` is what it has brought."""
+    def _start(
+        self, kind: str, num_bytes: int, received_bytes: int, run: Callable[[], None], result: Callable
+    ) -> Pending:
+        """`run()` makes the collective, in which this rank sends and gets so many bytes; `result()` is its value."""
         number = self._launch(kind, num_bytes)
 
         def timed() -> None:
@@ -119,7 +122,8 @@ class Comm:
             return Pending(x)
         if wire == "float32":
             num_bytes = 2 * (self.num_ranks - 1) * x.nbytes // self.num_ranks
-            return self._start("all_reduce", num_bytes, lambda: dist.all_reduce(x, group=self.group), lambda: x)
+            run = partial(dist.all_reduce, x, group=self.group)
+            return self._start("all_reduce", num_bytes, num_bytes, run, lambda: x)
         sizes = split(x.numel() // x.shape[-1], [1.0] * self.num_ranks)
         parts = x.view(-1, x.shape[-1]).split(sizes)
         shapes = [(size, x.shape[-1]) for size in sizes]
@@ -149,12 +153,13 @@ class Comm:
         dtype, sizes = x.dtype, [message_bytes(shape, wire, x.itemsize) for shape in shapes]
         gathered = self._buffer("in", name, sum(sizes)).split(sizes)
         own = gathered[self.rank]
-        encode(x, wire, own)
+        self._write(x, wire, own)
         return self._start(
             "all_gather",
             (self.num_ranks - 1) * len(own),
+            sum(sizes) - len(own),
             lambda: self._swap([own] * self.num_ranks, gathered),
-            lambda: [decode(message, shape, wire, dtype) for message, shape in zip(gathered, shapes, strict=True)],
+            lambda: [self._read(message, shape, wire, dtype) for message, shape in zip(gathered, shapes, strict=True)],
         )
 
     def start_all_to_all(
@@ -177,13 +182,14 @@ class Comm:
         outgoing, incoming = self._buffer("out", name, sum(sent)), self._buffer("in", name, sum(got))
         for rank, message in enumerate(outgoing.split(sent)):
             if rank != self.rank and parts[rank].numel():
-                encode(parts[rank], wire, message)
+                self._write(parts[rank], wire, message)
         return self._start(
             kind,
             sum(sent),
+            sum(got),
             lambda: self._swap(outgoing.split(sent), incoming.split(got)),
             lambda: [
-                own if rank == self.rank else decode(message, shapes[rank], wire, dtype)
+                own if rank == self.rank else self._read(message, shapes[rank], wire, dtype)
                 for rank, message in enumerate(incoming.split(got))
             ],
         )
@@ -225,10 +231,11 @@ class Comm:
         dtype = x.dtype
         if self.rank != root:
             message = self._buffer("out", name, message_bytes(x.shape, wire, x.itemsize))
-            encode(x, wire, message)
+            self._write(x, wire, message)
             return self._start(
                 "gather",
                 len(message),
+                0,
                 lambda: dist.send(message, group=self.group, group_dst=root),
                 lambda: None,
             )
@@ -253,15 +260,15 @@ class Comm:
 
         def result() -> list[torch.Tensor | None]:
             return [
-                x if rank == root else decode(message, shapes[rank], wire, dtype) if came[rank] else None
+                x if rank == root else self._read(message, shapes[rank], wire, dtype) if came[rank] else None
                 for rank, message in enumerate(incoming)
             ]
 
-        return self._start("gather", sum(sizes), collect, result)
+        return self._start("gather", sum(sizes), sum(sizes), collect, result)
 
     def send(self, x: torch.Tensor, to_rank: int, wire: str = "float32") -> None:
         message = self._buffer("out", "send", message_bytes(x.shape, wire, x.itemsize))
-        encode(x, wire, message)
+        self._write(x, wire, message)
         with self.observed("send", message.nbytes):
             dist.send(message, group=self.group, group_dst=to_rank)
 
@@ -270,12 +277,18 @@ class Comm:
         message = self._buffer("in", "send", message_bytes(shape, wire, dtype.itemsize))
         with self.observed("receive", message.nbytes):
             dist.recv(message, group=self.group, group_src=from_rank)
-        return decode(message, shape, wire, dtype)
+        return self._read(message, shape, wire, dtype)
 
     def barrier(self) -> None:
         """Waits for all ranks; neither counted nor observed, as it is no part of inference."""
         if self.num_ranks > 1:
             dist.barrier(group=self.group)
+
+    def _write(self, x: torch.Tensor, wire: str, message: torch.Tensor) -> None:
+        encode(x, wire, message)
+
+    def _read(self, message: torch.Tensor, shape: Sequence[int], wire: str, dtype: torch.dtype) -> torch.Tensor:
+        return decode(message, shape, wire, dtype)
 
     def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
         """Kept memory for messages; zeroed when made, so that padding never holds denormals."""

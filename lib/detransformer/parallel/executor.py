@@ -14,15 +14,16 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from detransformer.parallel.comm import Comm
+from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
 from detransformer.parallel.partition import bounds
-from detransformer.parallel.plan import REPLICATE, STRATEGIES, Plan, is_decoder
-from detransformer.parallel.strategies import STRATEGY_CLASSES, KeyValueCache, Request, arrived, reshard, together
+from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.reshard import reshard
 from detransformer.parallel.weights import WeightSource
 
 
 @dataclass(frozen=True)
 class Output:
-    """last_hidden_state [B, T, D], or [B, 1, D] where the plan reads [CLS] alone; the rest where the model has it.
+    """last_hidden_state [B, T, D]; the rest where the model has it.
 
     `next_token` [B] is the likeliest token after the last one, of a decoder.
     """
@@ -129,19 +130,11 @@ class Executor:
     ):
         plan.check(config)
         decoder = is_decoder(config)
-        if plan.reads == "cls" and decoder:
-            raise ValueError("reads='cls' is for BERT: GPT-2 goes on from its last token; plan with reads='all'.")
-        if plan.reads == "cls" and "qa_outputs.weight" in weights:
-            raise ValueError("reads='cls' leaves out tokens that question answering reads: plan with reads='all'.")
         if comm.num_ranks != plan.num_devices:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         self.config = config
         self.comm = comm
-        layers = range(len(plan.strategies))
-        self.stage = None
-        if plan.stages:
-            self.stage = comm.rank
-            layers = range(*bounds(plan.stages, comm.rank))
+        self.stage = comm.rank if plan.stages else None
         self.is_first = self.stage in (None, 0)
         self.is_last = self.stage in (None, plan.num_devices - 1)
         self.plan = plan if plan.splits_layers else plan.on_one_device()
@@ -153,14 +146,12 @@ class Executor:
             self.embeddings = DecoderEmbeddings(weights) if decoder else Embeddings(config, weights)
         device = plan.device_ids[comm.rank]
         self.layers = []
-        for i in layers:
-            name = plan.strategies[i]
-            keeps_whole = any("all" in (other.keeps(i, device) or ()) for other in held_with)
-            layer = STRATEGY_CLASSES[name](config, self.plan, local, weights, i, keeps_whole)
-            self.layers.append((STRATEGIES[name], layer))
+        for i in plan.layers(comm.rank):
+            keeps_whole = any(other.keeps_whole(i, device) for other in held_with)
+            self.layers.append(STRATEGIES[plan.strategies[i]](config, self.plan, local, weights, i, keeps_whole))
         if self.is_last:
             self.head = NextToken(config, weights, self.plan, local) if decoder else Head(weights)
-        self.weights_bytes = weights.num_bytes
+        self.dtype, self.weights_bytes = weights.dtype, weights.num_bytes
 
     @torch.inference_mode()
     def __call__(
@@ -193,22 +184,18 @@ class Executor:
         if self.is_first:
             x = self.embeddings(input_ids, following)
         else:
-            shape, first = (batch_size, seq_len, self.config.hidden_size), self.layers[0][1]
-            x = self.comm.receive(shape, first.out.weight.dtype, self.stage - 1, first.wire("stage"))
+            shape = (batch_size, seq_len, self.config.hidden_size)
+            x = self.comm.receive(shape, self.dtype, self.stage - 1, self.plan.wire)
         layout, plan, local = REPLICATE, self.plan, self.local_comm
-        last = len(plan.strategies) - 1
         chunks: Iterable[torch.Tensor] = (x[:, chunk.start : chunk.stop] for chunk in request.chunks)
-        for signature, layer in self.layers:
-            arriving = reshard(chunks, layout, signature.in_layout, plan, local, request, layer.layer)
-            if layer.layer == last and plan.reads == "cls":
-                return self.head(layer.cls(arriving, request))
-            chunks, layout = layer(arriving, request), signature.out_layout
-        following = layer.layer + 1
-        x = together(list(arrived(reshard(chunks, layout, REPLICATE, plan, local, request, following))))
+        for layer in self.layers:
+            arriving = reshard(chunks, layout, layer.in_layout, plan, local, request)
+            chunks, layout = layer(arriving, request), layer.out_layout
+        x = together(list(arrived(reshard(chunks, layout, REPLICATE, plan, local, request))))
         if cache:
             cache.num_tokens += seq_len
         if not self.is_last:
-            self.comm.send(x, self.stage + 1, plan.wire_of(following, "stage"))
+            self.comm.send(x, self.stage + 1, plan.wire)
             return None
         # A message's buffer is used again by the next request: what is given out must not lie in it.
         return self.head(x.clone() if layout != REPLICATE else x)

@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
-from detransformer.parallel.plan import STRATEGIES, Plan, is_decoder
-from detransformer.parallel.strategies import KeyValueCache
+from detransformer.parallel.layer import STRATEGIES, KeyValueCache
+from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.parallel.weights import WeightSource
 
 

@@ -93,14 +93,12 @@ class Linear:
             return Linear(self.weight[slice(*inputs)])
         return Linear(self.weight[:, slice(*outputs)], self.bias[slice(*outputs)])
 
-    def __call__(self, x: torch.Tensor, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """The outputs start..stop, or all."""
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # also of no inputs: a device without a head
         if self.packed is not None:
-            y = _product(rows, self.packed, self.bias)[:, start:stop]
+            y = _product(rows, self.packed, self.bias)
             return y.reshape(*x.shape[:-1], y.shape[-1])
-        weight = self.weight[:, start:stop]
-        y = rows @ weight if self.bias is None else torch.addmm(self.bias[start:stop], rows, weight)
+        y = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -126,12 +124,10 @@ class StackedLinear:
         assert self.packed is None, "a packed map has no parts"
         return StackedLinear(self.weight[start:stop], self.bias[start:stop])
 
-    def __call__(self, x: torch.Tensor, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """The outputs start..stop, or all."""
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             ys = [_product(rows, weight, bias) for rows, weight, bias in zip(x, self.packed, self.bias, strict=True)]
-            return (torch.stack(ys) if len(ys) > 1 else ys[0].unsqueeze(0))[..., start:stop]
-        weight, bias = self.weight[..., start:stop], self.bias[:, start:stop]
+            return torch.stack(ys) if len(ys) > 1 else ys[0].unsqueeze(0)
         if len(x) == 1:  # one sub-block a device: a plain product is faster than a batch of one
-            return torch.addmm(bias[0], x[0], weight[0]).unsqueeze(0)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight)
+            return torch.addmm(self.bias[0], x[0], self.weight[0]).unsqueeze(0)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)

@@ -1,56 +1,26 @@
-"""The plan: one strategy a layer, the split sizes a device, the wire format of each collective.
+"""The plan: one strategy a layer, the split sizes a device, the wire format of messages.
 
 A plan is what the executor runs, what the cost model prices and what a row of a table names. The published methods are
 points in this space (`published_plan`); layouts and strategies are those of the README's section on the formalism.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from typing import Annotated, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PretrainedConfig
 
+import detransformer.parallel.strategies  # noqa: F401  registers the strategies
 from detransformer.models.configuration import architecture, ffn_size, layer_kinds
+from detransformer.parallel.layer import STRATEGIES
+from detransformer.parallel.methods import BLOCK_METHODS, DIRECT_METHODS, ORIGINAL_LAYER_STRATEGY, SHARDS_LAYERS
 from detransformer.parallel.partition import bounds, split
-from detransformer.parallel.wire import check_spec, format_of
-from detransformer.typed_json import from_json
+from detransformer.parallel.wire import check_wire
 
-# Layouts of a hidden state X [B, T, D] over devices
-REPLICATE = "replicate"  # every device holds all of X
-HIDDEN = "shard(hidden)"  # its sub-blocks' feature slices, all tokens
-SEQ = "shard(seq)"  # its tokens, all features
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a strategy runs, the layouts it asks for and leaves, and what a device keeps.
-
-    `qkv` and `rest`: the weights of Q, K, V and of all else, `own` part or `all`. `cache`: a decoder's keys and values,
-    those of `own` heads (or sub-blocks) or `all`; strategies that keep the same may take turns in one generation.
-    """
-
-    layer_kind: str
-    in_layout: str
-    out_layout: str
-    qkv: str
-    rest: str
-    cache: str
-
-
-STRATEGIES = {
-    "block": Signature("decoupled", HIDDEN, HIDDEN, "own", "own", "own"),
-    "tensor": Signature("original", REPLICATE, REPLICATE, "own", "own", "own"),
-    "sequence": Signature("original", SEQ, SEQ, "all", "all", "all"),
-    "ulysses": Signature("original", SEQ, SEQ, "all", "all", "own"),
-    "heads": Signature("original", REPLICATE, SEQ, "own", "all", "own"),
-    "galaxy": Signature("original", SEQ, SEQ, "own", "own", "own"),
-    "replicate": Signature("original", REPLICATE, REPLICATE, "all", "all", "all"),
-}
-READS = ("all", "cls")  # what is read of the last layer: all tokens, or [CLS] alone (a classification model)
-# How the devices share a model: each layer together; each some layers (a pipeline); each a whole copy, for requests of
-# its own (data parallelism); or each layer together, by PyTorch's DTensor instead of the strategies.
-RUNS = ("layers", "stages", "copies", "dtensor")
+Counts = tuple[Annotated[int, Field(strict=True, ge=0, lt=2**31)], ...]
+Shares = tuple[Annotated[float, Field(strict=True, ge=0, lt=1e18, allow_inf_nan=False)], ...]
 
 
 @dataclass(frozen=True)
@@ -63,41 +33,36 @@ class Plan:
         heads, tokens_share, ffn_columns, sub_blocks: what each device takes; tokens are split per request, in
             proportion to `tokens_share`, since the sequence length belongs to the request.
         stages: layers a device, in order, where `runs` is `stages`; empty for every other plan.
-        wire: number format of messages, by `parallel.wire.format_of`.
-        reads: `all`, or `cls`: only [CLS] of the last layer is read, so that its queries, projection and FFN are
-            computed for that token alone.
+        wire: number format of messages, one of `parallel.wire.WIRE_FORMATS`.
         direct: whether X goes from one sharded layout to the other by one all_to_all; otherwise through Replicate, as
             published.
         num_chunks: how many parts a request's tokens are cut in, so that one part travels while another is computed;
             1 as published.
         devices: which of the cluster's devices take part, in rank order; empty: the first ones, in theirs.
-        runs: how the devices share the model, one of `RUNS`.
+        runs: how the devices share the model: each layer together (`layers`); each some layers (`stages`, a pipeline);
+            each a whole copy for requests of its own (`copies`, data parallelism); or each layer together by PyTorch's
+            DTensor instead of the strategies (`dtensor`).
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     method: str
     strategies: tuple[str, ...]
-    heads: tuple[int, ...]
-    tokens_share: tuple[float, ...]
-    ffn_columns: tuple[int, ...]
-    sub_blocks: tuple[int, ...]
-    stages: tuple[int, ...] = ()
+    heads: Counts
+    tokens_share: Shares
+    ffn_columns: Counts
+    sub_blocks: Counts
+    stages: Counts = ()
     wire: str = "float32"
-    reads: str = "all"
-    direct: bool = False
-    num_chunks: int = 1
-    devices: tuple[int, ...] = ()
-    runs: str = "layers"
+    direct: Annotated[bool, Field(strict=True)] = False
+    num_chunks: Annotated[int, Field(strict=True, ge=1)] = 1
+    devices: Counts = ()
+    runs: Literal["layers", "stages", "copies", "dtensor"] = "layers"
 
     def __post_init__(self):
-        check_spec(self.wire)
+        check_wire(self.wire)
         if self.devices and (len(self.devices) != len(self.heads) or len(set(self.devices)) != len(self.devices)):
             raise ValueError(f"devices={self.devices} must name {len(self.heads)} different ones, one a rank.")
-        if self.num_chunks < 1:
-            raise ValueError(f"num_chunks={self.num_chunks} is below 1: 1 runs a request's tokens all at once.")
-        if self.reads not in READS:
-            raise ValueError(f"reads={self.reads!r} is unknown: choose one of {', '.join(READS)}.")
-        if self.runs not in RUNS:
-            raise ValueError(f"runs={self.runs!r} is unknown: choose one of {', '.join(RUNS)}.")
         if bool(self.stages) != (self.runs == "stages"):
             raise ValueError(
                 f"stages={list(self.stages)} and runs={self.runs!r} disagree: a pipeline has both runs='stages' and "
@@ -135,9 +100,9 @@ class Plan:
             runs="layers",
         )
 
-    def wire_of(self, layer: int, role: str) -> str:
-        """Number format of the messages of collective `role` in `layer`; that of a reshard is its next layer's."""
-        return format_of(self.wire, layer, role)
+    def layers(self, rank: int) -> range:
+        """The layers that device `rank` runs: its stage of a pipeline, else all."""
+        return range(*bounds(self.stages, rank)) if self.stages else range(len(self.strategies))
 
     def tokens(self, seq_len: int) -> list[list[int]]:
         """Tokens that each device takes under `shard(seq)`: `[chunk][device]` of a request of `seq_len`."""
@@ -173,7 +138,8 @@ class Plan:
                 raise ValueError(
                     f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
                 )
-        if self.runs == "dtensor" and (architecture(config) != "bert" or set(self.strategies) != {"tensor"}):
+        dtensor = {ORIGINAL_LAYER_STRATEGY["dtensor"]}
+        if self.runs == "dtensor" and (architecture(config) != "bert" or set(self.strategies) != dtensor):
             raise ValueError(
                 "runs='dtensor' runs every layer of an unmodified BERT by 'tensor': take another model or strategies, "
                 "or runs='layers'."
@@ -196,15 +162,12 @@ class Plan:
                 "0."
             )
 
-    def keeps(self, layer: int, device: int) -> tuple[str, str] | None:
-        """What the cluster's `device` keeps of `layer`: of Q, K, V and of the rest, `own` or `all`; None: nothing."""
-        if device not in self.device_ids:
-            return None
-        rank = self.device_ids.index(device)
-        if self.stages and layer not in range(*bounds(self.stages, rank)):
-            return None
-        signature = STRATEGIES[self.strategies[layer]]
-        return (signature.qkv, signature.rest) if self.splits_layers else ("all", "all")
+    def keeps_whole(self, layer: int, device: int) -> bool:
+        """Whether the cluster's `device` keeps all of some weights of `layer`."""
+        if device not in self.device_ids or layer not in self.layers(self.device_ids.index(device)):
+            return False
+        strategy = STRATEGIES[self.strategies[layer]]
+        return not self.splits_layers or "all" in (strategy.qkv_weights, strategy.rest_weights)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -216,48 +179,26 @@ class Plan:
         Raises:
             ValueError: for a field that is missing, not known, or of another kind than a plan's.
         """
-        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        for name in (*fields, *required):
-            if name not in FIELD_KINDS:
-                raise ValueError(f"a plan has no field {name!r}: it has {', '.join(FIELD_KINDS)}.")
-            if name not in fields:
-                raise ValueError(f"the plan has no field {name!r}.")
-            of_many, is_valid, words = FIELD_KINDS[name]
-            value = fields[name]
-            items = value if of_many and isinstance(value, (list, tuple)) else None if of_many else [value]
-            if items is None or not all(map(is_valid, items)):
-                raise ValueError(f"the plan's {name} is {value!r}: it must be {words}.")
-        return from_json(cls, fields)
+        try:
+            return _PLAN.validate_python(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            if "error" in first.get("ctx", {}):  # what `__post_init__` says
+                raise ValueError(str(first["ctx"]["error"])) from None
+            if first["type"] == "missing":
+                raise ValueError(f"the plan has no field {place!r}.") from None
+            if first["type"] == "unexpected_keyword_argument":
+                known = ", ".join(cls.__dataclass_fields__)
+                raise ValueError(f"a plan has no field {place!r}: it has {known}.") from None
+            raise ValueError(f"the plan's {place} is {first['input']!r}: {_lowered(first['msg'])}.") from None
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+_PLAN = TypeAdapter(Plan)
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e18
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-_COUNTS = (True, _is_count, "a list of whole numbers, one a device")
-FIELD_KINDS = {  # of a plan as JSON: whether a list, what each item is, in words
-    "method": (False, _is_text, "a text"),
-    "strategies": (True, _is_text, "a list of texts, one a layer"),
-    "heads": _COUNTS,
-    "tokens_share": (True, _is_share, "a list of numbers from 0, one a device"),
-    "ffn_columns": _COUNTS,
-    "sub_blocks": _COUNTS,
-    "stages": _COUNTS,
-    "wire": (False, _is_text, "a text"),
-    "reads": (False, _is_text, "a text"),
-    "direct": (False, lambda value: isinstance(value, bool), "true or false"),
-    "num_chunks": (False, _is_count, "a whole number"),
-    "devices": _COUNTS,
-    "runs": (False, _is_text, "a text"),
-}
+def _lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
@@ -265,35 +206,14 @@ def is_decoder(config: PretrainedConfig) -> bool:
     return architecture(config) == "gpt2"
 
 
-# What each method does with an original layer; decoupled layers go to `block`.
-ORIGINAL_LAYER_STRATEGY = {
-    "single": "replicate",
-    "dp": "replicate",
-    "pp": "replicate",  # EdgeShard's form of a pipeline
-    "tp": "tensor",
-    "sp": "sequence",
-    "ulysses": "ulysses",
-    "galaxy": "galaxy",
-    "dtensor": "tensor",  # PyTorch's own implementation of TP, run by `cluster.dtensor`
-    "bp+tp": "tensor",
-    "bp+sp": "sequence",
-    "bp+allgather": "replicate",
-    "bp+ulysses": "ulysses",
-    "bp+heads": "heads",
-}
-PAPER_METHODS = ("bp+tp", "bp+sp", "bp+allgather")  # the paper's Plans 1 to 3 (Section III-C)
-DIRECT_METHODS = ("bp+ulysses", "bp+heads")  # reshard by one all_to_all, unlike the published plans
-BLOCK_METHODS = (*PAPER_METHODS, *DIRECT_METHODS)
-# Chosen by the planner: the best of all plans for the unmodified model; of the decoupled one the best of the paper's
-# three plans, the best of all, and the paper's best with the smaller sub-block that the authors' released code times.
-PLANNED_METHODS = ("auto", "bp+paper", "bp+auto", "bp+narrow")
-_UNMODIFIED = tuple(method for method in ORIGINAL_LAYER_STRATEGY if method not in BLOCK_METHODS)
-METHODS = (*_UNMODIFIED, "auto", *BLOCK_METHODS, *PLANNED_METHODS[1:])  # as tables list them
-_SHARDS_LAYERS = ("tp", "sp", "ulysses", "galaxy", "dtensor")
+def strategies_for(config: PretrainedConfig, original: str) -> tuple[str, ...]:
+    """One strategy a layer: `original` for original layers, the one for decoupled layers for all others."""
+    (block,) = (name for name, strategy in STRATEGIES.items() if strategy.layer_kind == "decoupled")
+    return tuple(block if kind == "decoupled" else original for kind in layer_kinds(config))
 
 
 def published_plan(
-    method: str, config: PretrainedConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32", reads: str = "all"
+    method: str, config: PretrainedConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32"
 ) -> Plan:
     """The plan that a method's name stands for, on devices of these relative `speeds` (one entry a device).
 
@@ -309,7 +229,7 @@ def published_plan(
     decoupled = "decoupled" in kinds
     if method in BLOCK_METHODS and not decoupled:
         raise ValueError(f"{method} needs a decoupled model: decouple the checkpoint first (`detransformer decouple`).")
-    if method in _SHARDS_LAYERS and decoupled:
+    if method in SHARDS_LAYERS and decoupled:
         raise ValueError(
             f"{method} runs original layers only, and this model is decoupled: use bp+tp, bp+sp or bp+auto."
         )
@@ -317,8 +237,8 @@ def published_plan(
         raise ValueError(f"{len(speeds)} devices cannot share {len(kinds)} layers: use at most {len(kinds)} devices.")
     if method == "single":
         speeds = speeds[:1]
-    strategies = tuple("block" if kind == "decoupled" else ORIGINAL_LAYER_STRATEGY[method] for kind in kinds)
-    plan = layer_plan(method, config, strategies, speeds, wire, reads, direct=method in DIRECT_METHODS)
+    strategies = strategies_for(config, ORIGINAL_LAYER_STRATEGY[method])
+    plan = layer_plan(method, config, strategies, speeds, wire, direct=method in DIRECT_METHODS)
     if method == "pp":
         return replace(plan, runs="stages", stages=tuple(split(len(kinds), speeds)))
     return replace(plan, runs={"dp": "copies", "dtensor": "dtensor"}.get(method, "layers"))
@@ -330,7 +250,6 @@ def layer_plan(
     strategies: Sequence[str],
     speeds: Sequence[float],
     wire: str = "float32",
-    reads: str = "all",
     direct: bool = True,
     num_chunks: int = 1,
     devices: Sequence[int] = (),
@@ -341,12 +260,13 @@ def layer_plan(
         ValueError: where there are more devices than sub-blocks or heads to share.
     """
     blocks = getattr(config, "num_divisions", 1)
-    if "block" in strategies and len(speeds) > blocks:
+    split_by = {name for strategy in set(strategies) for name in STRATEGIES[strategy].splits}
+    if "sub_blocks" in split_by and len(speeds) > blocks:
         raise ValueError(
             f"{len(speeds)} devices cannot share {blocks} sub-blocks: use at most {blocks} devices, "
             f"or a model of at least {len(speeds)} divisions."
         )
-    if {"tensor", "ulysses", "heads", "galaxy"} & set(strategies) and len(speeds) > config.num_attention_heads:
+    if "heads" in split_by and len(speeds) > config.num_attention_heads:
         raise ValueError(f"{len(speeds)} devices cannot share {config.num_attention_heads} heads: use fewer devices.")
     return Plan(
         method=method,
@@ -356,7 +276,6 @@ def layer_plan(
         ffn_columns=tuple(split(ffn_size(config), speeds)),
         sub_blocks=tuple(split(blocks, speeds)),
         wire=wire,
-        reads=reads,
         direct=direct,
         num_chunks=num_chunks,
         devices=tuple(devices),

@@ -121,7 +121,8 @@ class WeightSource:
         first, last, _ = slice(start, stop).indices(tensors[0].shape[dim])
         shapes = [[*tensor.shape[:dim], last - first, *tensor.shape[dim + 1 :]] for tensor in tensors]
         sizes = [shape[axis] for shape in shapes]
-        joined = torch.empty([*shapes[0][:axis], sum(sizes), *shapes[0][axis + 1 :]], dtype=self.dtype)
+        device = None if isinstance(tensors[0], _Stored) else tensors[0].device
+        joined = torch.empty([*shapes[0][:axis], sum(sizes), *shapes[0][axis + 1 :]], dtype=self.dtype, device=device)
         for tensor, out in zip(tensors, joined.split(sizes, axis), strict=True):
             if isinstance(tensor, _Stored):
                 tensor.copy(out, dim, first, last, self._buffer)

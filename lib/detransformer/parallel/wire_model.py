@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from transformers import BertForSequenceClassification, BertModel, PretrainedConfig, PreTrainedModel
+from transformers import BertModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from detransformer.models.configuration import layer_kinds
@@ -42,8 +42,7 @@ def wired(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
 
     The result is the first device's; of a plan that the executor can run all devices have the same (sums of float32
     numbers in another order aside). Weights are those that `model` has when the context is entered, in float64 where
-    they are float64, else in float32. Of outputs only the last hidden state and what is made of it are there. A plan
-    that reads [CLS] alone gives one token.
+    they are float64, else in float32. Of outputs only the last hidden state and what is made of it are there.
 
     Args:
         model: a BERT or decoupled BERT of any head, in eval mode.
@@ -58,8 +57,6 @@ def wired(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
         raise ValueError(f"{type(model).__name__} is no BERT: a wired model is a BERT or decoupled BERT.")
     if plan.num_devices > 1 and not plan.splits_layers:
         raise ValueError(f"plan {plan.method!r}: its devices share no layer; choose one whose devices do, such as tp.")
-    if plan.reads == "cls" and model is not base and not isinstance(model, BertForSequenceClassification):
-        raise ValueError(f"reads='cls' leaves out tokens that {type(model).__name__} reads: plan with reads='all'.")
     before = vars(base).get("forward")  # another's wrapper, where there is one
     with _Devices(base, plan) as devices:
         base.forward = devices.forward  # found before the class's

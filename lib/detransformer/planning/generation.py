@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.plan import STRATEGIES, Plan, layer_plan, published_plan
-from detransformer.planning.cost import cache_bytes, held_bytes, predict
+from detransformer.parallel.layer import REPLICATE, STRATEGIES
+from detransformer.parallel.plan import Plan, layer_plan, strategies_for
+from detransformer.planning.cost import predict
+from detransformer.planning.memory import cache_bytes, held_bytes
 from detransformer.planning.placement import CHUNKS, device_speeds
 from detransformer.planning.profile import ClusterProfile
 
@@ -59,26 +60,21 @@ def price_generation(
     return GenerationPlan(prefill, decode, first.latency_s, further.latency_s, total, memory)
 
 
-def published_generation(method: str, config: PretrainedConfig, speeds: Sequence[float]) -> tuple[Plan, Plan]:
-    """(prefill, decode) of a method's name: the same plan for both, `single` or one that splits layers by columns."""
-    plan = published_plan(method, config, speeds)
-    return plan, plan
-
-
 def generation_candidates(
     config: PretrainedConfig, speeds: Sequence[float], devices: Sequence[int] = ()
 ) -> Iterator[tuple[Plan, Plan]]:
     """All pairs of uniform strategies that keep the same keys and values, chunks in the prompt; splits by `speeds`."""
-    kinds = layer_kinds(config)
-    names = [name for name, signature in STRATEGIES.items() if signature.layer_kind == "original"]
+    original = {name: strategy for name, strategy in STRATEGIES.items() if strategy.layer_kind == "original"}
+    # one token cannot be shared out by tokens
+    single = [name for name, s in original.items() if s.in_layout == s.out_layout == REPLICATE]
 
     def plan(strategy: str, num_chunks: int = 1) -> Plan:
-        strategies = ["block" if kind == "decoupled" else strategy for kind in kinds]
+        strategies = strategies_for(config, strategy)
         return layer_plan("bp+auto", config, strategies, speeds, num_chunks=num_chunks, devices=devices)
 
-    for prompt in names:
-        for further in ("tensor", "replicate"):  # one token cannot be shared out by tokens
-            if STRATEGIES[prompt].cache == STRATEGIES[further].cache:
+    for prompt in original:
+        for further in single:
+            if original[prompt].cache == original[further].cache:
                 for num_chunks in CHUNKS:
                     yield plan(prompt, num_chunks), plan(further)
 

@@ -132,13 +132,22 @@ class LinkProfile:
         return replace(self, bandwidth_bps=bandwidth_bps)
 
     def collective_s(self, kind: str, num_bytes: float, num_devices: int) -> float:
-        """Time of one collective of `num_devices` ranks that send `num_bytes` each; all kinds of `COLLECTIVE_KINDS`.
-
-        Where links differ, `num_bytes` are what the slowest would carry in that time (`cost.collective_seconds`).
-        """
+        """Time of one collective of `num_devices` ranks that send `num_bytes` each; all kinds of `COLLECTIVE_KINDS`."""
         latency = self.step_latency_s.get(kind, self.step_latency_s["*"])
         efficiency = self.efficiency.get(kind, self.efficiency["*"])
         return latency_steps(kind, num_devices) * latency + 8 * num_bytes / (self.bandwidth_bps * efficiency)
+
+    def exchange_s(
+        self, kind: str, sent: Sequence[int], received: Sequence[int], shares: Sequence[float], num_devices: int
+    ) -> float:
+        """Time of one collective whose ranks send and receive so many bytes: until the busiest one is done.
+
+        Where links differ, a rank is busy with what it sends or receives over its `shares` of the bandwidth.
+        """
+        if not self.shares:
+            return self.collective_s(kind, max(sent), num_devices)
+        busiest = max(max(pair) / share for *pair, share in zip(sent, received, shares, strict=True))
+        return self.collective_s(kind, busiest, num_devices)
 
 
 @dataclass(frozen=True)

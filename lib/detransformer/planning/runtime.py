@@ -4,18 +4,18 @@ Static: `static_plans` chooses, before any request, a few plans that one loading
 request, `RuntimePlanner` takes the plan that is fastest at the rate that the links have shown so far.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PretrainedConfig
 
-from detransformer.parallel.plan import Plan
-from detransformer.planning.compiled import Compiled
-from detransformer.planning.cost import activation_bytes, cache_bytes, held_bytes
+from detransformer.parallel.plan import Plan, strategies_for
+from detransformer.planning.memory import activation_bytes, cache_bytes, held_bytes
+from detransformer.planning.pieces import Pieces
 from detransformer.planning.placement import Problem, chunk_counts, first_counts, place_freely, splits
 from detransformer.planning.profile import ClusterProfile, LinkProfile
-from detransformer.planning.search import fastest
 
 WORTH = 0.005  # one plan more is held where it saves so much of the summed latency
 SWITCH_GAIN = 0.05  # a changed rate changes the plan where that is predicted to save more
@@ -39,7 +39,6 @@ def static_plans(
     memory_budget_bytes: int | None = None,
     max_plans: int = 4,
     wire: str = "float32",
-    reads: str = "all",
 ) -> list[Plan]:
     """At most `max_plans` plans to hold at once: the best one alone, then those that add most.
 
@@ -58,9 +57,9 @@ def static_plans(
             f"requests={list(requests)}, bandwidths_bps={list(bandwidths_bps)}, max_plans={max_plans}: "
             "at least one of each is needed."
         )
-    cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes, reads)
+    cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes)
     largest, sets = cells.largest, []
-    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, wire, reads)  # or says why
+    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, wire)  # or says why
     for order in largest.orders:
         singles = [plan for i in order for plan in splits(largest, [i], wire) if not largest.lacks(plan)][:1]
         sets.append(cells.hold(singles, max_plans))
@@ -73,43 +72,38 @@ def static_plans(
 class _Cells:
     """Each kind of request at each bandwidth, and what plans take there."""
 
-    def __init__(self, config, profile, requests, bandwidths_bps, budget, reads):
-        links = [_at(profile, bandwidth) for bandwidth in bandwidths_bps]
+    def __init__(self, config, profile, requests, bandwidths_bps, budget):
         self.problems = [
-            Problem(config, at_rate, seq_len, batch_size, reads=reads, budget=budget)
+            Problem(config, _at(profile, bandwidth_bps), seq_len, batch_size, budget=budget)
             for batch_size, seq_len in requests
-            for at_rate in links
+            for bandwidth_bps in bandwidths_bps
         ]
         batch_size, seq_len = max(requests, key=lambda request: activation_bytes(config, request[1], request[0]))
-        self.largest = Problem(config, profile, seq_len, batch_size, reads=reads, budget=budget)
-        self._compiled: dict[tuple[int, Plan], Compiled] = {}
+        self.largest = Problem(config, profile, seq_len, batch_size, budget=budget)
+        self._pieces: dict[tuple[int, Plan], Pieces] = {}
 
-    def compiled(self, cell: int, plan: Plan) -> Compiled:
+    def pieces(self, cell: int, plan: Plan) -> Pieces:
+        """Prices of all plans of this split in a cell."""
         key = cell, replace(plan, method="", strategies=())
-        if key not in self._compiled:
-            self._compiled[key] = self.problems[cell].compiled(plan)
-        return self._compiled[key]
+        if key not in self._pieces:
+            self._pieces[key] = self.problems[cell].pieces(plan)
+        return self._pieces[key]
 
     def contenders(self, split: Plan) -> list[Plan]:
         """Of each number of chunks: one strategy for all original layers, and the fastest plan in each cell."""
         plans = []
         for num_chunks in chunk_counts(self.largest.seq_len, split.num_devices):
             split = replace(split, num_chunks=num_chunks)
-            for name in [row.name for row in self.compiled(0, split).stages[-2]]:
-                names = ["block" if kind == "decoupled" else name for kind in self.largest.kinds]
-                plans.append(replace(split, strategies=tuple(names)))
-            found = [fastest(self.compiled(cell, split)) for cell in range(len(self.problems))]
-            plans += [replace(split, strategies=pair[0]) for pair in found if pair]
+            for name in self.pieces(0, split).strategies("original"):
+                plans.append(replace(split, strategies=strategies_for(self.largest.config, name)))
+            found = [problem.fastest(self.pieces(cell, split)) for cell, problem in enumerate(self.problems)]
+            plans += [replace(split, strategies=strategies) for strategies in found if strategies]
         return list(dict.fromkeys(plans))
 
     def hold(self, plans: Sequence[Plan], max_plans: int) -> tuple[float, list[Plan]]:
         """(summed latency, plans): one by one those that save most, of those that fit together."""
-        latency_s = np.array(
-            [
-                [self.compiled(cell, plan).price(plan.strategies).latency_s for cell in range(len(self.problems))]
-                for plan in plans
-            ]
-        )
+        cells = range(len(self.problems))
+        latency_s = np.array([[self.pieces(c, plan).price(plan.strategies)[0] for c in cells] for plan in plans])
         held: list[int] = []
         now = np.full(len(self.problems), np.inf)
         while len(held) < max_plans:
@@ -124,12 +118,12 @@ class _Cells:
 
     def _fit(self, plans: Sequence[Plan]) -> bool:
         """Whether weights of all plans, and one largest request, fit each device."""
-        config, seq_len, batch_size = self.largest.config, self.largest.seq_len, self.largest.batch_size
-        activations = activation_bytes(config, seq_len, batch_size)
+        largest, config = self.largest, self.largest.config
+        activations = activation_bytes(config, largest.seq_len, largest.batch_size)
         for device in {device for plan in plans for device in plan.device_ids}:
             own = [(plan, plan.device_ids.index(device)) for plan in plans if device in plan.device_ids]
-            cached = max(cache_bytes(config, plan, rank, seq_len, batch_size) for plan, rank in own)
-            if held_bytes(config, plans, device) + activations + cached > self.largest.budgets[device]:
+            cached = max(cache_bytes(config, plan, rank, largest.seq_len, largest.batch_size) for plan, rank in own)
+            if held_bytes(config, plans, device) + activations + cached > largest.budgets[device]:
                 return False
         return True
 
@@ -206,15 +200,12 @@ class RuntimePlanner:
         self.plans = list(plans)
         self.batch_sizes, self.seq_lens = np.unique(batch_sizes), np.unique(seq_lens)
         self.slowness = np.unique(1 / np.asarray(bandwidths_bps, float))
-        self.latency_s = np.array(
-            [
-                [
-                    [[_latency_s(config, plan, profile, b, t, 1 / s) for s in self.slowness] for t in self.seq_lens]
-                    for b in self.batch_sizes
-                ]
-                for plan in self.plans
-            ]
-        )  # [plans, batch sizes, lengths, bandwidths]
+        axes = self.plans, self.batch_sizes.tolist(), self.seq_lens.tolist(), (1 / self.slowness).tolist()
+        latency_s = [
+            Pieces(config, plan, _at(profile, bandwidth_bps), seq_len, batch_size).price(plan.strategies)[0]
+            for plan, batch_size, seq_len, bandwidth_bps in itertools.product(*axes)
+        ]
+        self.latency_s = np.array(latency_s).reshape([len(axis) for axis in axes])
         self.estimator = BandwidthEstimator(profile.link)
         self._planned_bps = self.estimator.bandwidth_bps
         self._current, self._at_stake_s, self._num_devices = 0, 0.0, len(profile.devices)
@@ -263,11 +254,6 @@ class RuntimePlanner:
         rate = self.estimator.rate("all_gather", num_bytes, seconds, self._num_devices)
         self.estimator.bandwidth_bps = rate or self.bandwidth_bps
         self._at_stake_s = 0.0
-
-
-def _latency_s(config, plan, profile, batch_size, seq_len, bandwidth_bps) -> float:
-    compiled = Compiled(config, plan, _at(profile, bandwidth_bps), int(seq_len), int(batch_size))
-    return compiled.price(plan.strategies).latency_s
 
 
 def _at(profile: ClusterProfile, bandwidth_bps: float) -> ClusterProfile:

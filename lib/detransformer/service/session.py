@@ -57,7 +57,6 @@ class Session:
         plan: fields of a `Plan` for all devices, taken while all are there; None, or while one is away: planned for
             those that are there. Requests that these cannot hold wait for the others.
         method: as `detransformer run --method`.
-        reads: `all` or `cls`, as `Plan.reads`.
         seq_len: length in tokens that is planned for.
         max_waiting: requests that wait at most; another is refused.
         max_batch: rows of a batch at most.
@@ -71,7 +70,6 @@ class Session:
         model: str,
         plan: dict | None = None,
         method: str = "auto",
-        reads: str = "all",
         seq_len: int = 128,
         max_waiting: int = 64,
         max_batch: int = 8,
@@ -80,7 +78,7 @@ class Session:
     ):
         self.spec, self.model = spec, str(model)
         self.config: PretrainedConfig = open_folder(model).config
-        self.defaults = Request(plan=plan, method=method, reads=reads, repeats=1)
+        self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch = max_batch
         spec.profile(model, self.config)  # raises what is wrong, before anything starts
         self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)

@@ -1,0 +1,246 @@
+"""Prices of all plans of one split: recorded layers put together, as a max-plus system.
+
+A device's time moves on by what it computes, and a collective begins when the last device has started it and the one
+before has left the link. What happens from one layer's first output to the next one's depends on the two strategies
+alone, so it is one piece, which is applied to a state: when each device and the link are free, and when collectives
+still under way arrive. Applied to the unit vectors, a piece is a matrix of the max-plus algebra, for `planning.search`.
+
+Devices that are alike and take the same are one of the R that are followed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.layer import REPLICATE, STRATEGIES
+from detransformer.parallel.plan import Plan
+from detransformer.planning.memory import layer_bytes
+from detransformer.planning.profile import ClusterProfile, DeviceProfile
+from detransformer.planning.recorder import Recorder, interleaved
+from detransformer.planning.tape import WHOLE, Compute, Recording, Start, Wait
+
+
+def compute_seconds(step: Compute, device: DeviceProfile) -> float:
+    """How long `device` computes."""
+    return device.compute_s(step.flops, step.strategy, step.weight_bytes, step.share, step.tokens, step.num_chunks)
+
+
+@dataclass(frozen=True)
+class Message:
+    """The `number`-th collective of a layer: bytes that the busiest rank sends, and how long the links are taken."""
+
+    number: int
+    kind: str
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A layer under a strategy: steps (seconds [R], `Message`, `Wait`, `Pull`, `Arrive`), cut where a chunk comes out.
+
+    `kept` [R]: bytes of weights and of keys and values.
+    """
+
+    name: str
+    in_layout: str
+    out_layout: str
+    segments: list[list]
+    kept: np.ndarray
+
+    @cached_property
+    def pending(self) -> list[int]:
+        """Collectives started before the first output and waited for after it."""
+        started = {step.number for step in self.segments[0] if isinstance(step, Message)}
+        return sorted(started & {step.number for part in self.segments[1:] for step in part if isinstance(step, Wait)})
+
+
+@dataclass
+class State:
+    """Times [R, m] at which devices are free, [m] at which the link is, and [m] at which collectives arrive."""
+
+    now: np.ndarray
+    free: np.ndarray
+    done: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    compute_s: np.ndarray | float = 0.0
+    messages: list[Message] = field(default_factory=list)
+
+
+class Pieces:
+    """All plans that differ from `plan` in the strategies of the original layers alone.
+
+    Args:
+        plan: of any strategies; its devices, split, wire, chunks and `direct` are those of all plans.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        plan: Plan,
+        profile: ClusterProfile,
+        seq_len: int = 128,
+        batch_size: int = 1,
+        past: int = 0,
+    ):
+        self.config, self.plan, self.link = config, plan, profile.link
+        local = plan if plan.splits_layers else plan.on_one_device()
+        self.recorder = Recorder(config, local, seq_len, batch_size, past)
+        fields = ("heads", "tokens_share", "ffn_columns", "sub_blocks")
+        first: dict[tuple, int] = {}
+        kinds: list[DeviceProfile] = []  # devices that differ; comparing them is cheaper than hashing them
+        self.ranks, self.devices, self.shares, self.group_of = [], [], [], []
+        for position, device_id in enumerate(plan.device_ids):
+            device, share = profile.devices[device_id], profile.link.share(device_id)
+            kind = next((i for i, known in enumerate(kinds) if known is device or known == device), len(kinds))
+            kinds += [device] if kind == len(kinds) else []
+            rank = position if plan.splits_layers else 0
+            group = first.setdefault((kind, share, *self.recorder.taken(rank, fields)), len(first))
+            if group == len(self.ranks):
+                self.ranks.append(rank)
+                self.devices.append(device)
+                self.shares.append(share)
+            self.group_of.append(group)
+        self.first_of_group = [self.group_of.index(group) for group in range(len(self.ranks))]
+        self.num_ranks = local.num_devices
+        self._rates: dict[tuple, tuple[float, float]] = {}
+        self._rows: dict[str, Row] = {}
+        self._reshards: dict[tuple[str, str], list[list] | None] = {}
+        self._matrices: dict[tuple[str, str, int], np.ndarray] = {}
+
+    # Rows ------------------------------------------------------------------------------------------------------------
+
+    def row(self, name: str) -> Row:
+        """The layer under strategy `name`; `start` and `end` are what stands before and after all layers."""
+        if name not in self._rows:
+            nothing, recorder = np.zeros(len(self.ranks)), self.recorder
+            if name == "start":
+                row = Row(name, REPLICATE, REPLICATE, self._steps([recorder.start()] * len(self.ranks)), nothing)
+            elif name == "end":
+                row = Row(name, REPLICATE, REPLICATE, self._steps(list(map(recorder.end, self.ranks))), nothing)
+            else:
+                recordings = [recorder.layer(name, rank) for rank in self.ranks]
+                weights = [layer_bytes(recorder.sizes, name, recorder.plan, rank) for rank in self.ranks]
+                kept = np.array([w + r.cache_bytes for w, r in zip(weights, recordings, strict=True)], float)
+                strategy = STRATEGIES[name]
+                row = Row(name, strategy.in_layout, strategy.out_layout, self._steps(recordings), kept)
+            self._rows[name] = row
+        return self._rows[name]
+
+    def choices(self) -> list[list[Row]]:
+        """The rows to choose from: at the start, for each layer, and at the end."""
+        by_kind = {kind: [self.row(name) for name in self.strategies(kind)] for kind in set(layer_kinds(self.config))}
+        return [[self.row("start")], *(by_kind[kind] for kind in layer_kinds(self.config)), [self.row("end")]]
+
+    def strategies(self, kind: str) -> list[str]:
+        """Those that can run a layer of this kind on so many devices."""
+        fitting = {name: strategy for name, strategy in STRATEGIES.items() if strategy.layer_kind == kind}
+        if kind == "original" and self.num_ranks == 1:
+            return [WHOLE]  # as fast as all others
+        if self.num_ranks > self.config.num_attention_heads:
+            fitting = {name: strategy for name, strategy in fitting.items() if "heads" not in strategy.splits}
+        return list(fitting)
+
+    def _steps(self, recordings: Sequence[Recording]) -> list[list]:
+        """The recordings of all R as one: seconds, and how long messages take."""
+        number, cut = 0, []
+        for same in zip(*(recording.gaps for recording in recordings), strict=True):
+            (events, *others), products = zip(*same, strict=True)
+            steps: list = []
+            for place in range(len(events) + 1):
+                seconds = np.array([self._seconds(i, own[place]) for i, own in enumerate(products)])
+                if seconds.any():
+                    steps.append(seconds)
+                if place < len(events):
+                    event = events[place]
+                    if isinstance(event, Start):
+                        alike = [event, *(own[place] for own in others)]
+                        event, number = self._message(number, alike), number + 1
+                    steps.append(event)
+            cut.append(steps)
+        return cut
+
+    def _seconds(self, group: int, products: Sequence[Compute]) -> float:
+        """As `compute_seconds` has it."""
+        seconds = 0.0
+        for step in products:
+            key = group, step.strategy, step.num_chunks
+            if key not in self._rates:
+                one = replace_work(step, 1.0, 0.0), replace_work(step, 0.0, 1.0)
+                self._rates[key] = tuple(compute_seconds(each, self.devices[group]) for each in one)
+            per_flop, per_byte = self._rates[key]
+            seconds += max(step.flops * per_flop, step.weight_bytes * per_byte)
+        return seconds
+
+    def _message(self, number: int, starts: Sequence[Start]) -> Message:
+        kind, sent = starts[0].kind, [start.num_bytes for start in starts]
+        received = [start.received_bytes for start in starts]
+        seconds = self.link.exchange_s(kind, sent, received, self.shares, self.num_ranks)
+        return Message(number, kind, max(sent), seconds)
+
+    def _moved(self, source: Row, target: Row) -> list[list] | None:
+        """The resharding between two rows; None where X is passed on."""
+        key = source.out_layout, target.in_layout
+        if key not in self._reshards:
+            alone = self.num_ranks == 1
+            recordings = [None if alone else self.recorder.reshard(*key, rank) for rank in self.ranks]
+            self._reshards[key] = None if recordings[0] is None else self._steps(recordings)
+        return self._reshards[key]
+
+    # Pieces ----------------------------------------------------------------------------------------------------------
+
+    def _advance(self, source: Row, target: Row, state: State) -> State:
+        """From the first output of `source` to that of `target`."""
+        now, free, done = state.now, state.free, {("source", n): at for (_, n), at in state.done.items()}
+        compute_s, messages = state.compute_s, list(state.messages)
+        for owner, steps in interleaved(source.segments, self._moved(source, target), target.segments):
+            for step in steps:
+                if isinstance(step, Message):
+                    free = np.maximum(now.max(0), free) + step.seconds
+                    done[owner, step.number] = free
+                    messages.append(step)
+                elif isinstance(step, Wait):
+                    now = np.maximum(now, done[owner, step.number])
+                else:
+                    now = now + step[:, None]
+                    compute_s = compute_s + step
+        free = np.maximum(free, now.max(0))  # nothing begins before the last device is ready
+        return State(now, free, {("target", n): done["target", n] for n in target.pending}, compute_s, messages)
+
+    def matrix(self, source: Row, target: Row, num_pending: int) -> np.ndarray:
+        """The piece as a max-plus matrix [n, n] over devices, link and `num_pending` collectives: n = R + 1 + K."""
+        key = source.name, target.name, num_pending
+        if key not in self._matrices:
+            ranks = len(self.ranks)
+            units = np.full((ranks + 1 + num_pending,) * 2, -np.inf)
+            np.fill_diagonal(units, 0.0)
+            done = dict(zip((("target", n) for n in source.pending), units[ranks + 1 :], strict=False))
+            after = self._advance(source, target, State(units[:ranks], units[ranks], done))
+            matrix = np.full_like(units, -np.inf)
+            matrix[:ranks], matrix[ranks] = after.now, after.free
+            for place, number in enumerate(target.pending, ranks + 1):
+                matrix[place] = after.done["target", number]
+            self._matrices[key] = matrix
+        return self._matrices[key]
+
+    def run(self, strategies: Sequence[str]) -> State:
+        """The state after a request whose layers run by `strategies`."""
+        state = State(np.zeros((len(self.ranks), 1)), np.zeros(1))
+        for source, target in pairwise(self.row(name) for name in ("start", *strategies, "end")):
+            state = self._advance(source, target, state)
+        return state
+
+    def price(self, strategies: Sequence[str]) -> tuple[float, float, list[tuple[str, int]]]:
+        """(latency, compute of the busiest device, (kind, bytes) of each collective) of one request."""
+        state = self.run(strategies)
+        sent = [(message.kind, message.num_bytes) for message in state.messages]
+        return float(state.now.max()), float(np.max(state.compute_s)), sent
+
+
+def replace_work(step: Compute, flops: float, weight_bytes: float) -> Compute:
+    """A product of another size, of the same strategy, share, tokens and chunks."""
+    return Compute(flops, weight_bytes, step.strategy, step.share, step.tokens, step.num_chunks)

@@ -1,0 +1,343 @@
+"""Recordings of layers, made once for each strategy, part of a layer, request size and wire format, and put together.
+
+`device_steps` is what one device does for a whole request; `planning.pieces` prices all plans of one split. Bandwidth,
+speed and latency are in no recording. Shapes as in `parallel.strategies`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+import detransformer.models  # noqa: F401  registers decoupled models
+from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.comm import Comm
+from detransformer.parallel.executor import Head, NextToken
+from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, Chunk, KeyValueCache, Request, Strategy
+from detransformer.parallel.partition import split
+from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.reshard import reshard
+from detransformer.parallel.weights import WeightSource
+from detransformer.parallel.wire import message_bytes
+from detransformer.planning.tape import (
+    Arrive,
+    Compute,
+    Pull,
+    Recording,
+    Start,
+    Step,
+    Tape,
+    TapeComm,
+    Wait,
+    without_numbers,
+)
+
+MAX_KEPT = 4096  # recordings of each kind, some 10 kB each
+Sizes = tuple[tuple[str, str | int], ...]  # all of a configuration that recordings depend on, by name
+_SIZES = ("model_type", "hidden_size", "num_attention_heads", "intermediate_size", "n_inner", "vocab_size")
+_SIZES += ("max_position_embeddings", "type_vocab_size", "num_divisions", "attention_width")
+
+
+def sizes_of(config: PretrainedConfig) -> Sizes:
+    """The sizes of `config`, as a model that has one layer of each kind."""
+    names = config.attribute_map
+    sizes = [(names.get(name, name), getattr(config, name)) for name in _SIZES if hasattr(config, name)]
+    decoupled = hasattr(config, "num_divisions")
+    one_of_each = {"num_hidden_layers": 2, "num_original_layers": 1} if decoupled else {"num_hidden_layers": 1}
+    return (*sizes, *((names.get(name, name), count) for name, count in one_of_each.items()))
+
+
+@lru_cache(MAX_KEPT)
+def small_model(sizes: Sizes) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+    """The model with one layer of each kind, and its weights without numbers."""
+    fields = dict(sizes)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        return config, AutoModel.from_config(config).state_dict()
+
+
+def load_layer(
+    sizes: Sizes,
+    strategy: type[Strategy],
+    plan: Plan,
+    comm: Comm,
+    weights: WeightSource,
+    keeps_whole: bool = False,
+) -> Strategy:
+    """One layer of the small model under `strategy`."""
+    config, _ = small_model(sizes)
+    layer = layer_kinds(config).index(strategy.layer_kind)
+    return strategy(config, plan, comm, weights, layer, keeps_whole)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One rank's part of a request: the splits that a strategy looks at, and none of the others."""
+
+    rank: int
+    num_ranks: int
+    chunks: tuple[tuple[int, tuple[int, ...]], ...]  # tokens of each chunk, in all and by device
+    heads: tuple[int, ...]
+    tokens_share: tuple[float, ...]
+    ffn_columns: tuple[int, ...]
+    sub_blocks: tuple[int, ...]
+    wire: str
+    direct: bool
+    batch_size: int
+    past: int
+    dtype: torch.dtype
+
+    @property
+    def plan(self) -> Plan:
+        splits = self.heads, self.tokens_share, self.ffn_columns, self.sub_blocks
+        return Plan("", (), *splits, wire=self.wire, direct=self.direct)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(total for total, _ in self.chunks)
+
+    def request(self, cache: KeyValueCache | None = None) -> Request:
+        """The request as its layers see it."""
+        chunks, start = [], 0
+        for index, (total, tokens) in enumerate(self.chunks):
+            chunks.append(Chunk(index, start, start + total, tokens))
+            start += total
+        return Request(self.batch_size, chunks, cache=cache)
+
+    def shapes(self, layout: str, config: PretrainedConfig) -> list[tuple[int, int, int]]:
+        """The shape of each chunk of X in `layout`."""
+        if layout == HIDDEN:
+            width = config.hidden_size // config.num_divisions
+            return [(self.sub_blocks[self.rank], self.batch_size * total, width) for total, _ in self.chunks]
+        if layout == SEQ:
+            return [(self.batch_size, tokens[self.rank], config.hidden_size) for _, tokens in self.chunks]
+        return [(self.batch_size, total, config.hidden_size) for total, _ in self.chunks]
+
+
+@lru_cache(MAX_KEPT)
+def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part) -> Recording:
+    if part.past > 2:  # only attention depends on it, by so many operations a token
+        one, two = (_record_layer(sizes, name, strategy, replace(part, past=past)) for past in (1, 2))
+        pairs = (zip(*same, strict=True) for same in zip(one.segments, two.segments, strict=True))
+        segments = tuple(tuple(_after(a, b, part.past) for a, b in steps) for steps in pairs)
+        per_token = one.cache_bytes // (1 + part.num_tokens)
+        return Recording(segments, per_token * (part.past + part.num_tokens))
+    config, state = small_model(sizes)
+    share = strategy.share(part.plan, part.rank)
+    tape = Tape(strategy=name, share=share, tokens=part.batch_size * part.num_tokens, num_chunks=len(part.chunks))
+    comm = TapeComm(part.rank, part.num_ranks, tape)
+    layer = load_layer(sizes, strategy, part.plan, comm, WeightSource(state, part.dtype))
+    cache = None
+    if is_decoder(config):
+        cache = KeyValueCache(part.past + part.num_tokens)
+        cache.num_tokens = part.past
+    chunks = tape.arriving(part.shapes(strategy.in_layout, config), part.dtype)
+    with torch.inference_mode(), tape:
+        segments = [tape.cut() for _ in layer(chunks, part.request(cache))]
+    return Recording((*segments, tape.cut()), cache.num_bytes if cache else 0)
+
+
+def _after(one: Step, two: Step, past: int) -> Step:
+    """A step after `past` tokens, of what it is after one and after two of them."""
+    if not isinstance(one, Compute):
+        return one
+    return replace(one, flops=one.flops + (past - 1) * (two.flops - one.flops))
+
+
+@lru_cache(MAX_KEPT)
+def _record_reshard(sizes: Sizes, source: str, target: str, part: _Part) -> Recording | None:
+    """Segments: what starts each chunk's way, then what waits for each; None where no message is needed."""
+    tape = Tape()
+    comm, started = TapeComm(part.rank, part.num_ranks, tape), []
+
+    def given_out() -> Iterator[torch.Tensor]:
+        for number, shape in enumerate(part.shapes(source, small_model(sizes)[0])):
+            if number:
+                started.append(tape.cut())
+            yield without_numbers(shape, part.dtype)
+        started.append(tape.cut())
+
+    chunks = reshard(given_out(), source, target, part.plan, comm, part.request())
+    if not isinstance(chunks, list):
+        return None
+    waits = []
+    with tape:
+        for chunk in chunks:
+            chunk.wait()
+            waits.append(tape.cut())
+    return Recording((*started, *waits))
+
+
+@lru_cache(MAX_KEPT)
+def _record_end(sizes: Sizes, part: _Part) -> Recording:
+    """What follows the last layer: the pooler, or a decoder's next token."""
+    tape = Tape(tokens=part.batch_size * part.num_tokens)
+    config, state = small_model(sizes)
+    shapes = part.shapes(REPLICATE, config)
+    xs = [chunk.wait() for chunk in tape.arriving(shapes, part.dtype)]
+    source = WeightSource(state, part.dtype)
+    if is_decoder(config):
+        head = NextToken(config, source, part.plan, TapeComm(part.rank, part.num_ranks, tape))
+    else:
+        head = Head(source)
+    with torch.inference_mode(), tape:
+        head(xs[-1])
+    steps = tape.cut()
+    if not is_decoder(config):  # that it reads its weights is part of the latency that presets are calibrated on
+        steps = tuple(replace(step, weight_bytes=0) if isinstance(step, Compute) else step for step in steps)
+    return Recording((steps, *((),) * len(shapes)))
+
+
+class Recorder:
+    """The recordings of one split of a request: of each rank, under any strategy.
+
+    Args:
+        plan: whose devices share each layer; its strategies do not matter.
+        past: a decoder's tokens before the request's, whose keys and values are kept.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        plan: Plan,
+        seq_len: int,
+        batch_size: int = 1,
+        past: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.config, self.sizes, self.plan = config, sizes_of(config), plan
+        self.tokens = plan.tokens(seq_len)
+        self.common = dict(wire=plan.wire, direct=plan.direct, batch_size=batch_size, past=past, dtype=dtype)
+        self._first: dict[tuple[str, ...], list[int]] = {}
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.tokens)
+
+    def start(self) -> Recording:
+        """What is before the first layer: all chunks are there."""
+        return Recording(((),) * (self.num_chunks + 1))
+
+    def shapes(self, name: str, rank: int) -> list[tuple[int, int, int]]:
+        """The shape of each chunk of X that a layer under strategy `name` takes."""
+        return self._part(rank, STRATEGIES[name].splits).shapes(STRATEGIES[name].in_layout, self.config)
+
+    def layer(self, name: str, rank: int) -> Recording:
+        """One layer under strategy `name`."""
+        return _record_layer(self.sizes, name, STRATEGIES[name], self._part(rank, STRATEGIES[name].splits))
+
+    def reshard(self, source: str, target: str, rank: int) -> Recording | None:
+        """Between two layouts of X; None where no message is needed."""
+        fields = {SEQ: ("tokens_share",), HIDDEN: ("sub_blocks",), REPLICATE: ()}
+        if source == target or source == REPLICATE:
+            return None
+        return _record_reshard(self.sizes, source, target, self._part(rank, (*fields[source], *fields[target])))
+
+    def end(self, rank: int) -> Recording:
+        """What the model ends in."""
+        return _record_end(self.sizes, self._part(rank, ("tokens_share",)))
+
+    def _part(self, rank: int, fields: tuple[str, ...]) -> _Part:
+        """Rank's part by these splits; of ranks that take the same, the first one's."""
+        plan = self.plan
+        if fields not in self._first:
+            first: dict[tuple, int] = {}
+            self._first[fields] = [first.setdefault(self.taken(r, fields), r) for r in range(plan.num_devices)]
+        by_token = "tokens_share" in fields
+        hidden = dict.fromkeys(("heads", "tokens_share", "ffn_columns", "sub_blocks"), ())
+        return _Part(
+            rank=self._first[fields][rank],
+            num_ranks=plan.num_devices,
+            chunks=tuple((sum(tokens), tuple(tokens) if by_token else ()) for tokens in self.tokens),
+            **hidden | {name: getattr(plan, name) for name in fields},
+            **self.common,
+        )
+
+    def taken(self, rank: int, fields: Sequence[str]) -> tuple:
+        """What `rank` takes by these splits: ranks that take the same do the same."""
+        taken = [getattr(self.plan, name)[rank] for name in fields]
+        if "tokens_share" in fields:
+            taken += [tokens[rank] for tokens in self.tokens]
+            if is_decoder(self.config):
+                taken.append(self.plan.vocabulary(self.config.vocab_size)[rank])
+        if self.plan.wire != "float32":  # a compressed all_reduce deals out rows evenly
+            equal = [1.0] * self.plan.num_devices
+            taken += [split(self.common["batch_size"] * sum(tokens), equal)[rank] for tokens in self.tokens]
+        return tuple(taken)
+
+
+def interleaved(
+    source: Sequence[Sequence], moved: Sequence[Sequence] | None, target: Sequence[Sequence]
+) -> Iterator[tuple[str, Sequence]]:
+    """The steps from the first output of one layer to that of the next, in their order, each with its owner.
+
+    Args:
+        source, target: the two layers' segments.
+        moved: those of the resharding between them; None: chunks are passed on as they come.
+    """
+    num_chunks = len(source) - 1
+    if moved:
+        for start, rest in zip(moved[:num_chunks], source[1:], strict=True):
+            yield "moved", start
+            yield "source", rest
+    for step in target[0]:
+        if isinstance(step, Pull):
+            if not moved and step.chunk:
+                yield "source", source[step.chunk]
+        elif isinstance(step, Arrive):
+            if moved:
+                yield "moved", moved[num_chunks + step.chunk]
+        else:
+            yield "target", [step]
+
+
+def device_steps(
+    config: PretrainedConfig,
+    plan: Plan,
+    rank: int,
+    seq_len: int,
+    batch_size: int = 1,
+    past: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> list[Step]:
+    """What device `rank` does for one request, in order: `Compute`, `Start` and `Wait`.
+
+    A decoder's request ends with its next token; with `past` tokens kept, `seq_len` new ones follow them.
+    """
+    local, own = (plan, rank) if plan.splits_layers else (plan.on_one_device(), 0)
+    recorder = Recorder(config, local, seq_len, batch_size, past, dtype)
+    names = [plan.strategies[layer] for layer in plan.layers(rank)]
+    is_last = not plan.stages or rank == plan.num_devices - 1
+    arriving = tuple(step for chunk in range(recorder.num_chunks) for step in (Pull(chunk), Arrive(chunk)))
+    passed_on = Recording(((*arriving, Pull(recorder.num_chunks)),))
+    rows = [(REPLICATE, REPLICATE, recorder.start())]
+    rows += [(STRATEGIES[name].in_layout, STRATEGIES[name].out_layout, recorder.layer(name, own)) for name in names]
+    rows.append((REPLICATE, REPLICATE, recorder.end(own) if is_last else passed_on))
+
+    message = message_bytes((batch_size, seq_len, config.hidden_size), plan.wire, dtype.itemsize)
+    steps: list[Step] = []
+    numbers: dict[tuple, list[int]] = {}  # of each recording, the numbers of its starts
+    num_started = 0
+    if plan.stages and rank > 0:
+        steps, num_started = [Start("receive", message), Wait(0)], 1
+    for i, ((_, layout, source), (wanted, _, target)) in enumerate(pairwise(rows)):
+        moved = recorder.reshard(layout, wanted, own) if local.num_devices > 1 else None
+        for owner, part in interleaved(source.segments, moved and moved.segments, target.segments):
+            started = numbers.setdefault((owner, i) if owner == "moved" else i + (owner == "target"), [])
+            for step in part:
+                if isinstance(step, Start):
+                    started.append(num_started)
+                    num_started += 1
+                steps.append(Wait(started[step.number]) if isinstance(step, Wait) else step)
+    if not is_last:
+        steps += [Start("send", message), Wait(num_started)]
+    return steps
+
+
+def segments(steps: Sequence[Step]) -> list[list[Compute]]:
+    """The products before each start and each wait, and after the last."""
+    (_, products), *_ = Recording((tuple(steps),)).gaps
+    return [list(part) for part in products]

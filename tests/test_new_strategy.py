@@ -1,0 +1,155 @@
+"""A strategy is one class: two are defined here, run over real processes, priced and planned; nothing else is added.
+
+The first is tensor parallelism whose all_reduces are written as a reduce_scatter of equal rows and an all_gather; the
+second is sequence parallelism that gathers X, where the published one gathers K and V.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from detransformer.models import preset_config
+from detransformer.parallel.comm import Pending
+from detransformer.parallel.layer import SEQ, STRATEGIES, Request, Strategy, attend, register, together
+from detransformer.parallel.parameters import LayerParameters
+from detransformer.parallel.partition import split
+from detransformer.parallel.plan import layer_plan, strategies_for
+from detransformer.parallel.reshard import gather_tokens
+from detransformer.parallel.strategies import TensorParallel
+from detransformer.planning.cost import predict
+from detransformer.planning.memory import held_bytes
+from detransformer.planning.placement import place_freely
+from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+from detransformer.planning.recorder import device_steps
+from detransformer.planning.tape import Compute, Start
+
+
+class TwoStepSums(TensorParallel):
+    """TP whose sums go round in two steps of their own: each device adds up its rows, then all gather them."""
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs, qkv = self.projected(chunks)
+        contexts = list(self.attended(qkv, request))
+        for i, (context, x) in enumerate(zip(contexts, xs, strict=True)):
+            x = self.add(self.summed(self.out(context), i).add_(self.out_bias), x, self.attention_norm)
+            yield self.add(self.summed(self.ffn(x), i).add_(self.ffn_bias), x, self.ffn_norm)
+
+    def summed(self, partial: torch.Tensor, index: int) -> torch.Tensor:
+        """The sum over devices of `partial` [B, T, D]."""
+        rows = partial.flatten(0, 1)
+        sizes = split(len(rows), [1.0] * self.comm.num_ranks)
+        own = self.comm.start_reduce_scatter(rows.split(sizes), self.plan.wire, f"rows{index}").wait()
+        shapes = [(size, rows.shape[-1]) for size in sizes]
+        parts = self.comm.start_all_gather(own, shapes, self.plan.wire, f"all{index}").wait()
+        return torch.cat(parts).view(partial.shape)
+
+
+class GatheredX(Strategy):
+    """SP that gathers X and computes K and V of all tokens on every device: half the bytes, more products."""
+
+    in_layout = out_layout = SEQ
+    splits = ("tokens_share",)
+
+    def load(self, parameters: LayerParameters) -> None:
+        self.load_attention(parameters, own_heads=False)
+        self.load_rest(parameters)
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs = [chunk.wait() for chunk in chunks]
+        gathers = [gather_tokens(x, self.comm, c, self.plan.wire) for x, c in zip(xs, request.chunks, strict=True)]
+        qkv = [self.qkv(gather.wait()) for gather in gathers]  # [B, T, 3, D]
+        k, v = together([part[:, :, 1] for part in qkv]), together([part[:, :, 2] for part in qkv])
+        k, v = self.remember(k, v, request)
+        for part, x, chunk in zip(qkv, xs, request.chunks, strict=True):
+            start, stop = chunk.of(self.comm.rank)
+            mask = request.mask_of(chunk.start + start, chunk.start + stop)
+            yield self.after_attention(attend(part[:, start:stop, 0], k, v, self.head_size, mask), x)
+
+
+@pytest.fixture(params=[TwoStepSums, GatheredX])
+def name(request) -> Iterator[str]:
+    """The strategy under a name of its own, forgotten afterwards."""
+    register("own")(request.param)
+    yield "own"
+    del STRATEGIES["own"]
+
+
+RANK = """
+import json, sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+import detransformer.models, test_new_strategy as here
+from detransformer.parallel.comm import Comm
+from detransformer.parallel.executor import Executor
+from detransformer.parallel.layer import register
+from detransformer.parallel.plan import Plan
+from detransformer.parallel.weights import WeightSource
+
+rank, size, store, folder, inputs, plan, strategy, out = sys.argv[1:]
+register("own")(getattr(here, strategy))
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
+comm, weights = Comm(dist.group.WORLD, int(rank), int(size)), WeightSource(folder, torch.float64)
+executor = Executor(AutoConfig.from_pretrained(folder), Plan.from_dict(json.loads(plan)), weights, comm)
+output = executor(**load_file(inputs))
+save_file({"state": output.last_hidden_state.contiguous()}, f"{out}/{rank}.safetensors")
+with open(f"{out}/{rank}.json", "w") as file:
+    json.dump({"sent": [list(t[:2]) for t in comm.transfers], "weights": weights.num_bytes}, file)
+"""
+
+
+@pytest.mark.parametrize("model", ["original", "decoupled"])
+def test_it_runs_over_real_processes(cases, tmp_path, name, model):
+    """Every device has the single device's output, and launched and keeps what its own tape says."""
+    case, size = cases[model], 3
+    plan = layer_plan("own", case.config, strategies_for(case.config, name), [1.0, 1.0, 2.0], num_chunks=2)
+    arguments = [str(size), str(tmp_path / "store"), case.checkpoint, case.inputs, json.dumps(plan.to_dict())]
+    arguments += [STRATEGIES[name].__name__, str(tmp_path)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), *arguments],
+            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in range(size)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0] * size
+    expected = load_file(case.reference)["last_hidden_state"]
+    for rank in range(size):
+        state = load_file(tmp_path / f"{rank}.safetensors")["state"]
+        assert float((state - expected).abs().max()) < 1e-12
+        record = json.loads((tmp_path / f"{rank}.json").read_text())
+        steps = device_steps(case.config, plan, rank, 11, 2, dtype=torch.float64)
+        assert record["sent"] == [[step.kind, step.num_bytes] for step in steps if isinstance(step, Start)]
+        assert record["weights"] == 2 * held_bytes(case.config, [plan], rank)
+
+
+def test_it_is_priced_and_planned(name):
+    """Its operations, bytes and weights are known without a word about it elsewhere, and the planner looks at it."""
+    config = preset_config("bert-base")
+    devices = tuple(DeviceProfile(f"d{i}", 2**32, 1e10, "test") for i in range(4))
+    profile = ClusterProfile(devices, LinkProfile(1e8, {"*": 0.0}))
+    plan = layer_plan("own", config, (name,) * 12, [1.0] * 4)
+    found = predict(config, plan, profile)
+    flops = sum(step.flops for step in device_steps(config, plan, 0, 128) if isinstance(step, Compute))
+    assert found.compute_s == pytest.approx(flops / 1e10)
+    if STRATEGIES[name] is TwoStepSums:
+        assert found.counts == {"reduce_scatter": 24, "all_gather": 24}
+        tensor = predict(config, layer_plan("tp", config, ("tensor",) * 12, [1.0] * 4), profile)
+        assert sum(found.bytes.values()) == sum(tensor.bytes.values())  # an all_reduce is made of these two
+        assert found.weights_bytes == tensor.weights_bytes
+    else:
+        sequence = predict(config, layer_plan("sp", config, ("sequence",) * 12, [1.0] * 4), profile)
+        assert found.counts == sequence.counts == {"all_gather": 13}
+        one_x = 3 * 32 * 768 * 4
+        assert (found.bytes["all_gather"], sequence.bytes["all_gather"]) == (13 * one_x, 25 * one_x)
+    placement = place_freely(config, profile)
+    assert any(set(a.plan.strategies) == {name} for a in placement.alternatives)
