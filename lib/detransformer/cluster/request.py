@@ -18,7 +18,6 @@ class Request:
     method: str = "auto"
     plan: dict | None = None
     wires: tuple[str, ...] = ("float32",)
-    reads: str = "all"
     memory_budget_bytes: int | None = None
     repeats: int = 5
     max_new_tokens: int = 64
