@@ -59,6 +59,11 @@ class Worker:
         return told
 
 
+def said_and_gone(line: Line) -> None:
+    line.send({"error": "it was interrupted", "own": True})
+    line.close()
+
+
 @pytest.fixture
 def started(tmp_path):
     """Makes a fleet of three; all that it says is in its `said`."""
@@ -107,6 +112,7 @@ def test_who_ends_all_is_named(started, monkeypatch):
     for end, words in (
         (lambda at, made: made[2].line.close(), r"c \(10.0.0.3\) is gone: its process ended while starting; the"),
         (lambda at, made: made[1].line.send({"error": "no memory", "own": True}), r"b \(10.0.0.2\) failed .*: no mem"),
+        (lambda at, made: said_and_gone(made[2].line), r"c \(10.0.0.3\) failed while .*: it was interrupted"),
         (lambda at, made: Worker(at, None, monkeypatch).line.send({"ended": 1, "code": -9}), "was killed by SIGKILL"),
     ):
         fleet = started()

@@ -285,8 +285,8 @@ def test_a_host_that_does_not_come_is_named(classifier, tmp_path):
                 assert words in last_sentence(stderr)
     with hosts(tmp_path, 2) as shelf:
         code, _, stderr = ended(shelf.start(1, classifier, "--wait", "2"))
-        assert code == 1 and "waiting for pi1, the first device" in stderr
-        assert "pi1, the first device, does not answer at" in last_sentence(stderr)
+        assert code == 1 and "waiting for pi1 (" in stderr
+        assert "), the first device, does not answer at port" in last_sentence(stderr)
 
 
 def drop_weights(folder: Path) -> None:
@@ -327,7 +327,7 @@ def test_another_model_on_a_host_is_refused(classifier, tmp_path, break_it, word
 def test_an_interrupted_host_is_named(classifier, tmp_path):
     with hosts(tmp_path, 2) as shelf:
         waiting = shelf.start(1, classifier)
-        wait_for(waiting.stderr, "waiting for pi1, the first device")
+        wait_for(waiting.stderr, "waiting for pi1 (")
         waiting.send_signal(signal.SIGINT)
         assert ended(waiting)[0] == 130
         running = [shelf.start(i, classifier, "--method", "bp+tp", "--repeats", "1000000") for i in range(2)]

@@ -35,6 +35,7 @@ from tests.chaos.soak import soak_result
 from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from detransformer.cluster import answering
+from detransformer.cluster.devices import DeviceLost
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
@@ -160,7 +161,9 @@ class Workers:
     def __init__(self, *plans: dict):
         self.plans, self.devices, self.number, self.asked = list(plans), (0, 1), 1, []
 
-    def run(self, job: str, arguments: dict, payload: bytes = b"", **options) -> dict:
+    def run(self, job: str, arguments: dict, payload: bytes = b"", *, number: int, **options) -> dict:
+        if number != self.number:
+            raise DeviceLost(0, "they have met anew")
         self.asked.append((job, arguments))
         if job.endswith(":plan"):
             return {0: (self.plans.pop(0), b"")}

@@ -313,6 +313,7 @@ def report(
         "task": task,
         "request": {"text": request.text, "context": request.context, "seq_len": seq_len, "batch_size": batch_size},
         "answer": fields,
+        **({"max_new_tokens": request.max_new_tokens} if task == "generation" else {}),
         "predicted_s": prepared.predicted_s,
         "weights_bytes": weights,
         "plan": prepared.job if task == "generation" else plan.to_dict(),

@@ -128,6 +128,7 @@ class Fleet:
         devices: Sequence[int] | None = None,
         timeout_s: float = 600.0,
         needed: int | None = None,
+        number: int | None = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[int, tuple[object, bytes]]:
         """Gives each worker of the group one job; returns device -> (result, bytes of its tensors).
@@ -139,6 +140,7 @@ class Fleet:
             devices: those that are asked; None: all.
             needed: the one device without which there is no result. Another that dies, or has not answered a second
                 after that one, is left out from then on (`left_out` says why), and is not in the result.
+            number: of the group that is meant; None: any.
             meanwhile: is called several times a second.
 
         Raises:
@@ -149,17 +151,17 @@ class Fleet:
         with roster.changed:
             self._check(doing)
             group = roster.group
-            if group is None or not group.ready:
+            if group is None or not group.ready or number not in (None, group.number):
                 raise DeviceLost(0, roster.why)
             roster.job += 1
             asked = [d for d in (group.members if devices is None else devices) if d not in roster.left_out]
             roster.asked, roster.needed, roster.answers = set(asked), needed, {}
-            lines, number = {device: group.members[device].line for device in asked}, roster.job
+            lines, job_number = {device: group.members[device].line for device in asked}, roster.job
         try:
             for device, line in lines.items():
                 told = {**(arguments or {}), **(per_device[device] if per_device else {})}
                 with contextlib.suppress(OSError):  # it has gone; the roster says so
-                    line.send({"job": number, "call": job, "arguments": told}, payload)
+                    line.send({"job": job_number, "call": job, "arguments": told}, payload)
             return self._collect(group, doing, timeout_s, meanwhile)
         finally:
             with roster.changed:

@@ -290,7 +290,10 @@ class Roster:
         for device, member in self.group.members.items():
             if device in self.left_out:
                 continue
-            if device in self._ended:
+            text, is_own = self._failed.get(device, ("", False))
+            if member.closed_at and is_own:  # it said why before it ended
+                gone[device] = FAILED + text
+            elif device in self._ended:
                 gone[device] = self._ended[device]
             elif member.closed_at and now - member.closed_at >= (0 if self.stays else CODE_S):
                 gone[device] = "is gone: its process ended"

@@ -257,7 +257,7 @@ class Session:
         told |= {name: self.hosts.job[name] for name in ("paced", "time_scale")}
         answers = self.fleet.run(
             f"{ANSWERING}:answer", told, save(inputs), timeout_s=self._patience.limit_s(kind, num_tokens),
-            meanwhile=self._waiting.drop_expired,
+            number=self._number, meanwhile=self._waiting.drop_expired,
         )  # fmt: skip
         took_s = time.monotonic() - started
         self._patience.took(kind, num_tokens, took_s)
@@ -277,7 +277,8 @@ class Session:
         if key not in self._plans:
             slower = {str(device): factor for device, factor in enumerate(self._speeds.factors)}
             told = {"request": asked, "devices": self._group, "seq_len": self._seq_len, "slower": slower}
-            (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, devices=[0], meanwhile=self._waiting.drop_expired)[0]
+            options = dict(devices=[0], number=self._number, meanwhile=self._waiting.drop_expired)
+            (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, **options)[0]
             if "job" in plan:  # workers warm up by the first requests
                 plan["job"] |= {"warmup": 0, **({"repeats": 1} if plan["op"] == "run_plan" else {})}
             self._plans[key] = plan
