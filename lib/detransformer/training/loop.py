@@ -73,18 +73,14 @@ class Trained:
             self._copies.restore_float32()
 
 
-def fit(
-    objective: nn.Module,
-    batches: Batches,
-    recipe: Recipe,
-    num_steps: int,
-    run: Run,
-) -> Trained:
+def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, run: Run) -> Trained:
     """Trains `objective.model` in place.
 
     Args:
         objective: `objective(**batch)` is a micro-batch's mean loss; its attribute `model` is what is trained.
         batches: what a step sees, as a function of its number; the shares of a step add up to 1.
+        recipe: optimizer, schedule, clipping, number format, seconds between checkpoints.
+        run: what it is called, and where its checkpoints stand; the last one of this very run is resumed.
 
     Raises:
         ValueError: if the loss is not finite, a checkpoint is damaged, or several processes were launched together.
@@ -212,8 +208,13 @@ def _signals() -> Iterator[list[int]]:
         yield received
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, frame) -> None:
+        received.append(number)
+        signal.signal(number, before[number])  # a second one takes effect at once
+
     for number in before:
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, receive)
     try:
         yield received
     finally:
