@@ -120,6 +120,7 @@ def test_draws_from_the_saved_tables_of_the_committed_run(path, tmp_path, monkey
     shutil.copytree(ROOT / "results" / "reference" / "tables", run / "tables")
     shutil.copy(ROOT / "results" / "reference" / "manifest.json", run)
     monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
     matplotlib.use("agg")
     names = {"display": lambda shown: shown}
     for cell in code_cells(nbformat.read(path, as_version=4)):

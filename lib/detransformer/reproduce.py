@@ -207,8 +207,9 @@ def notebook_key(notebook: Notebook, library: str, data: dict, finished: dict[st
     """Digest of everything that made a notebook's result; the same key means that nothing has changed."""
     cells = nbformat.read(notebook.path, as_version=4).cells
     sources = [(c["cell_type"], c["source"], c.get("metadata", {}).get("tags", [])) for c in cells]
+    studies = [path.read_text(encoding="utf-8") for path in sorted(notebook.path.parent.glob("*.py"))]
     used = {name: finished.get(name, {}).get("finished") for name in notebook.uses}
-    made_of = [sources, notebook.settings, library, data, used]
+    made_of = [sources, studies, notebook.settings, library, data, used]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The experiments behind notebook 08: is the chosen plan the fastest, on which devices, and while the link changes?
+"""Experiments of notebooks 09 and 10: is the chosen plan the fastest, on which devices, and while the link changes?
 
 Each function measures on an emulated cluster and returns a frame in the form in which its table is saved.
 """

@@ -1,4 +1,4 @@
-"""The experiments behind notebooks 04 to 06: which rows make the paper's tables and figures, and their profiles.
+"""The experiments behind notebooks 04 to 08: which rows make the paper's tables and figures, and their profiles.
 
 Each function returns frames in the form the tables are saved in; the notebooks argue, this module lists and measures.
 """
@@ -147,7 +147,7 @@ def latency_cells(
     wire_bandwidths_mbps: Sequence[float] = (500, 125),
     roofline_bandwidths_mbps: Sequence[float] = (),
 ) -> list[Cell]:
-    """All rows of notebook 06 on clean links, model by model.
+    """All rows of notebooks 06 to 08 on clean links, model by model.
 
     Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
     `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8
