@@ -24,7 +24,7 @@ from detransformer.coformer.policy import FLOAT_BYTES
 from detransformer.planning.profile import DeviceProfile, LinkProfile
 from detransformer.typed_json import from_json
 
-JOB = "detransformer.coformer.distributed:answer_part"
+ANSWER_PART = "detransformer.coformer.distributed:answer_part"
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
 START_AFTER_S = 0.05  # longer than a job takes to reach its worker
 
@@ -96,11 +96,11 @@ def run_ensemble(
         {"segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator)}
         for rank, (device, config) in enumerate(zip(cluster.devices, ensemble.policy.sub_models, strict=True))
     ]
-    cluster.run(JOB, per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
+    cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
     samples, records = [], []
     for _ in range(repeats):
         told = {"lost": sorted(cluster.lost), "start_at": time.perf_counter() + START_AFTER_S}
-        records = cluster.run(JOB, per_rank, needed=ensemble.central, **job, **told)
+        records = cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job, **told)
         central = records[ensemble.central]
         if central is None:
             raise DeviceError(ensemble.central, f"device {ensemble.central} aggregates and gave no answer.")

@@ -157,13 +157,18 @@ def which_one(latency: pd.DataFrame, large_accuracy: float) -> pd.DataFrame:
 
 
 def difference(
-    claim: str, first, second, side: str = "above", limit: float = 0.0, known: float | None = None
+    claim: str,
+    first: pd.Series | float,
+    second: pd.Series | float,
+    side: str = "above",
+    limit: float = 0.0,
+    known: float | None = None,
 ) -> Verdict:
     """Points of accuracy of `first` over `second`, rows of means over seeds, with two standard errors on each side.
 
     The large model's accuracy may be given as a number, which has no error. `known` is the published difference.
     """
-    rows = [row if isinstance(row, Mapping | pd.Series) else {"accuracy": row} for row in (first, second)]
+    rows = [row if isinstance(row, pd.Series) else {"accuracy": row} for row in (first, second)]
     obtained = rows[0]["accuracy"] - rows[1]["accuracy"]
     error = math.hypot(*(row.get("accuracy_std", 0.0) / row.get("num_seeds", 1) ** 0.5 for row in rows))
     low, high = around(obtained, error)
