@@ -243,11 +243,10 @@ def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict) -
 
 def compare(outputs: dict, expected: dict, wire: str) -> tuple[bool, dict]:
     """Whether `outputs` agree with the single device's, as closely as bench rows must; and by how much they differ."""
-    from detransformer.cluster.bench import MAX_ABS_ERROR, MAX_RELATIVE_ERROR
+    from detransformer.cluster.selfcheck import wrong_output
 
     errors = output_errors(outputs, expected)
-    limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in wire), default=None)
-    agrees = errors["max_abs_error"] <= MAX_ABS_ERROR if limit is None else errors["relative_error"] <= limit
+    agrees = not wrong_output(wire, errors["max_abs_error"], errors["relative_error"])
     return agrees, errors | {"agrees": agrees}
 
 

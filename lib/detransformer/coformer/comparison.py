@@ -330,7 +330,7 @@ def measured_rows(
             for method in methods:
                 for mbps in bandwidths_mbps:
                     cell = Cell(model, method, bandwidth_mbps=mbps, **common)
-                    plan, _ = bench.plan(cell, bench.config(cell))
+                    plan = bench.case(cell).plan
                     plan = replace(plan, devices=(central,)) if method == "single" else plan
                     key = asdict(cell) | {"plan": plan.to_dict(), "specs": [spec.title for spec in specs]}
                     rows.append(kept.get(key) or kept.put(key, bench.measure_plans(cell, [plan])[0]))

@@ -18,7 +18,8 @@ from detransformer.cluster.experiments import load_link
 from detransformer.cluster.spec import BANDWIDTH_LIMITS_MBPS
 from detransformer.models.configuration import PRESETS, preset_config
 from detransformer.parse import number, one_of, whole_number
-from detransformer.planning.placement import Alternative, Problem, place_freely
+from detransformer.planning.placement import place_freely
+from detransformer.planning.problem import Alternative, Problem
 from detransformer.planning.profile import LinkProfile
 from detransformer.report.tables import METHOD_NAMES, MODEL_NAMES, SEQ_LEN, select, valid_rows
 
