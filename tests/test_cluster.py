@@ -17,16 +17,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel, BertConfig, BertModel
 
 from detransformer.cluster import network
-from detransformer.cluster.bench import (
-    Bench,
-    Cell,
-    Check,
-    first_time_scale,
-    grid,
-    measure_grid,
-    transfer_seconds,
-    why_invalid,
-)
+from detransformer.cluster.bench import Bench, measure_grid
+from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.devices import DEVICES, DeviceError, DeviceLost, DeviceSpec, jetson_share, preset_profile
 from detransformer.cluster.jobs import link_rounds
 from detransformer.cluster.network import (
@@ -39,6 +31,7 @@ from detransformer.cluster.network import (
 )
 from detransformer.cluster.pacing import Arrivals, Pacer
 from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
+from detransformer.cluster.selfcheck import Check, first_time_scale, transfer_seconds, why_invalid
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.models import preset_config

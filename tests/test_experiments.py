@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from detransformer.cluster.bench import Cell
+from detransformer.cluster.cells import Cell
 from detransformer.cluster.experiments import (
     collective_counts,
     latency_cells,

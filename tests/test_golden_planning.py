@@ -16,7 +16,8 @@ from detransformer.models.configuration import preset_config
 from detransformer.parallel.plan import is_decoder, published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.memory import held_bytes
-from detransformer.planning.placement import device_speeds, method_plan
+from detransformer.planning.placement import method_plan
+from detransformer.planning.problem import device_speeds
 from detransformer.planning.profile import ClusterProfile
 
 GOLDEN = Path(__file__).parent / "golden"

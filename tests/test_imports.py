@@ -1,4 +1,4 @@
-"""Imports point down only: each room stands on a floor, imports rooms of lower floors, and no files import in a circle."""
+"""Imports point down only: each room imports rooms of lower floors, and no files import in a circle."""
 
 import ast
 

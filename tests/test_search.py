@@ -16,7 +16,8 @@ from detransformer.parallel.plan import layer_plan, strategies_for
 from detransformer.planning.cost import predict
 from detransformer.planning.memory import least_bytes, memory_bytes
 from detransformer.planning.pieces import Pieces
-from detransformer.planning.placement import device_speeds, place, place_freely
+from detransformer.planning.placement import place, place_freely
+from detransformer.planning.problem import device_speeds
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.planning.search import fastest
 

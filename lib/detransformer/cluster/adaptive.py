@@ -1,10 +1,8 @@
-"""Experiments of notebooks 09 and 10: is the chosen plan the fastest, on which devices, and while the link changes?
+"""The experiments behind notebook 09: is the chosen plan the fastest, also while a link changes?
 
 Each function measures on an emulated cluster and returns a frame in the form in which its table is saved.
 """
 
-import itertools
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,34 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
-from detransformer.cluster.bench import (
-    MAX_TIME_SCALE,
-    Bench,
-    Cell,
-    RowFile,
-    first_time_scale,
-    usual_devices,
-)
-from detransformer.cluster.checkpoints import Checkpoint, request
+from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
+from detransformer.cluster.cells import Cell
+from detransformer.cluster.checkpoints import request
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.cluster.experiments import load_efficiency, measured_bench, measured_link
+from detransformer.cluster.experiments import in_words, measured_bench, on_testbed
+from detransformer.cluster.rows import RowFile
+from detransformer.cluster.selfcheck import first_time_scale, usual_devices
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.machine import usable_cores
-from detransformer.models.configuration import preset_config
-from detransformer.parallel.plan import Plan, layer_plan, published_plan
-from detransformer.planning.cost import predict
-from detransformer.planning.generation import (
-    GenerationPlan,
-    place_generation,
-    price_generation,
-)
-from detransformer.planning.placement import Placement, device_speeds, place, place_freely
-from detransformer.planning.profile import ClusterProfile, LinkProfile
+from detransformer.parallel.plan import Plan, layer_plan
+from detransformer.planning.cost import alone_seconds
+from detransformer.planning.placement import Placement, place, place_freely
+from detransformer.planning.profile import ClusterProfile
 from detransformer.planning.runtime import PROBE_BYTES, RuntimePlanner, static_plans
 
 GRID_COLUMNS = (
@@ -142,11 +127,8 @@ def unequal_rows(
             splits = {"planned": planned, "even, same strategies": same, "even, best strategies": believed}
             plans = [replace(plan, method="bp+auto") for plan in splits.values()]
             measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure_plans(cell, plans))
-            single = published_plan("single", config)
-            alone = [
-                predict(config, replace(single, devices=(i,)), profile, seq_len).latency_s for i in range(len(speeds))
-            ]
-            ideal_s = 1 / sum(1 / seconds for seconds in alone)
+            alone_s = alone_seconds(config, profile, range(len(speeds)), seq_len)
+            ideal_s = 1 / sum(1 / seconds for seconds in alone_s)
             for (split, plan), row in zip(splits.items(), measured, strict=True):
                 added = {"split": split, "sizes": sizes_in_words(plan), "devices": str(plan.device_ids)}
                 added |= {"speeds": ":".join(f"{speed:g}" for speed in speeds), "ideal_s": ideal_s}
@@ -229,17 +211,6 @@ def trace_rows(
             key = asdict(cell) | {"policy": policy, "stream": stream, "plans": [plan.to_dict() for plan in plans]}
             rows += kept.get(key) or kept.put(key, _serve(bench, cell, profile, scale, policy, choices, plans, stream))
     return pd.DataFrame(rows)
-
-
-def in_words(plan: Plan) -> str:
-    """The plan and on how many devices it runs."""
-    return f"{plan.describe()} on {plan.num_devices} device{'s' if plan.num_devices > 1 else ''}"
-
-
-def on_testbed(profile: ClusterProfile, time_scale: float) -> ClusterProfile:
-    """`profile` as it is seen at `time_scale`: latency is that of software, which is not slowed, so it is smaller."""
-    steps = {kind: seconds / time_scale for kind, seconds in profile.link.step_latency_s.items()}
-    return replace(profile, link=replace(profile.link, step_latency_s=steps))
 
 
 def _serve(
@@ -336,213 +307,6 @@ def probe_link(cluster: EmulatedCluster) -> tuple[int, float]:
     )
     seconds = max(result["seconds"][0] for result in results) / cluster.time_scale
     return max(result["bytes"] for result in results), seconds
-
-
-# A token is many short segments, each some 0.1 ms late. More slowness would hide that, and the links' latency with it.
-MAX_LATE_TOKENS = 0.1
-GENERATION_METHODS = ("single", "tp", "bp+auto")
-
-
-def generation_rows(
-    run_path: str | Path,
-    model: str = "gpt2",
-    methods: Sequence[str] = GENERATION_METHODS,
-    bandwidths_mbps: Sequence[float] = (1000, 125),
-    num_devices: int = 4,
-    prompt_lens: Sequence[int] = (16, 32, 64),
-    max_new_tokens: int = 64,
-    num_original_layers: int = 4,
-    num_divisions: int = 4,
-    transport: str = "auto",
-) -> pd.DataFrame:
-    """Greedy text after one prompt of each length: seconds to the first token and of each further one.
-
-    `single` and `tp` run the original model, `bp+...` the decoupled one; `equal_tokens` counts those that the single
-    device's Hugging Face model gives too. `auto` and `bp+auto` are `planning.generation.place_generation`'s choice.
-    A message's latency is software's, which a time scale of k makes k times smaller in the devices' seconds:
-    `predicted_...` is the cost model's word with that latency, `predicted_unscaled_...` with the whole of it.
-    """
-    path = Path(run_path) / "generation_rows.json"
-    rows = []
-    with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
-        bench, kept = measured_bench(run_path, cluster), RowFile(path, cluster)
-        cells = [
-            Cell(
-                model,
-                method,
-                1 if method == "single" else num_devices,
-                mbps,
-                num_original_layers,
-                num_divisions,
-                seq_len=length,
-                repeats=1,
-            )
-            for method in methods
-            for mbps in (bandwidths_mbps[:1] if method == "single" else bandwidths_mbps)
-            for length in prompt_lens
-        ]
-        progress = tqdm(cells, unit="text", desc="generation")
-        for cell in progress:
-            progress.set_postfix_str(f"{cell.method} {cell.bandwidth_mbps:g} Mbps, prompt of {cell.seq_len}")
-            key = asdict(cell) | {"max_new_tokens": max_new_tokens}
-            rows.append(kept.get(key) or kept.put(key, measure_generation(bench, cell, max_new_tokens)))
-    return pd.DataFrame(rows)
-
-
-def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> GenerationPlan:
-    """What `cell`'s method runs for a prompt of its length and so many new tokens, and what is predicted of it."""
-    config, profile = bench.config(cell), bench.profile(cell)
-    if cell.method in ("auto", "bp+auto"):
-        best = place_generation(config, profile, cell.seq_len, max_new_tokens)[0]
-        return replace(best, **{n: replace(getattr(best, n), method=cell.method) for n in ("prefill", "decode")})
-    plan = published_plan(cell.method, config, device_speeds(profile))
-    return price_generation(config, plan, plan, profile, cell.seq_len, max_new_tokens)
-
-
-def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
-    """One row of `generation_rows`; one that was late by more than `MAX_LATE_TOKENS` is measured at twice the scale."""
-    cluster, checkpoint, planned = bench.cluster, bench.checkpoint(cell), plan_generation(bench, cell, max_new_tokens)
-    inputs, expected = text_request(checkpoint, cell.seq_len, max_new_tokens, cluster.folder)
-    profile, everybody = bench.profile(cell), bench.cluster_profile(cell, checkpoint.config)
-    sends = planned.prefill.num_devices > 1 and cluster.transport == "namespaces"
-    scale = first_time_scale(
-        cell.bandwidth_mbps * 1e6 * planned.prefill.num_devices if sends else 0.0,
-        planned.prefill.num_devices,
-        usable_cores(),
-    )
-    while True:
-        scale, check = bench.set_link(cell.bandwidth_mbps, planned.prefill.num_devices, scale, sends)
-        results = cluster.run(
-            "generate",
-            per_rank=[{"device": asdict(device)} for device in everybody.devices],
-            checkpoint=str(checkpoint.path),
-            prefill=planned.prefill.to_dict(),
-            decode=planned.decode.to_dict(),
-            inputs=str(inputs),
-            max_new_tokens=max_new_tokens,
-            link=asdict(profile.link) if cluster.transport == "loopback" else None,
-            time_scale=scale,
-        )
-        results = [result for result in results if result]
-        check = check.joined(bench.check(cell.bandwidth_mbps, planned.prefill.num_devices, sends))
-        overrun = max(r["overrun_s"] / r["modelled_s"] for r in results)
-        if overrun <= MAX_LATE_TOKENS or 2 * scale > MAX_TIME_SCALE:
-            break
-        scale *= 2
-    testbed = price_generation(
-        checkpoint.config, planned.prefill, planned.decode, on_testbed(profile, scale), cell.seq_len, max_new_tokens
-    )
-    token_s = [max(r["token_s"][i] for r in results) for i in range(max_new_tokens)]
-    equal = sum(a == b for a, b in zip(results[0]["tokens"][0], expected, strict=True))
-    reasons = check.failures(cell.bandwidth_mbps)
-    if overrun > MAX_LATE_TOKENS:
-        reasons.append(f"host late by {overrun:.1%} of what is modelled")
-    if equal < max_new_tokens:
-        reasons.append(f"{max_new_tokens - equal} of {max_new_tokens} tokens are not the single device's")
-    sent = max((r["bytes"] for r in results), key=lambda sent: sum(sent.values()))
-    return {
-        "model": cell.model,
-        "method": cell.method,
-        "prompt_plan": planned.prefill.describe(),
-        "token_plan": planned.decode.describe(),
-        "num_devices": planned.prefill.num_devices,
-        "bandwidth_mbps": cell.bandwidth_mbps,
-        "prompt_len": cell.seq_len,
-        "new_tokens": max_new_tokens,
-        "equal_tokens": equal,
-        "first_token_s": token_s[0],
-        "token_s": statistics.median(token_s[1:]),
-        "total_s": sum(token_s),
-        "predicted_first_token_s": testbed.first_token_s,
-        "predicted_token_s": testbed.token_s,
-        "predicted_unscaled_first_token_s": planned.first_token_s,
-        "predicted_unscaled_token_s": planned.token_s,
-        "sent_bytes_a_token": sum(sent.values()),
-        "weights_bytes": max(r["weights_bytes"] for r in results),
-        "cache_bytes": max(r["cache_bytes"] for r in results),
-        "link": cluster.link,
-        "device": cluster.profile_name,
-        "time_scale": scale,
-        "pacing_overrun": overrun,
-        "valid": not reasons,
-        "why_invalid": "; ".join(reasons),
-    }
-
-
-def text_request(checkpoint: Checkpoint, prompt_len: int, max_new_tokens: int, folder: Path) -> tuple[Path, list[int]]:
-    """A file with a random prompt [1, prompt_len], and the tokens that Hugging Face's model goes on with, greedily."""
-    path = folder / f"{checkpoint.path.name}-prompt{prompt_len}.safetensors"
-    generator = torch.Generator().manual_seed(prompt_len)
-    ids = torch.randint(checkpoint.config.vocab_size, (1, prompt_len), generator=generator)
-    save_file({"input_ids": ids}, path)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
-    model.generation_config.eos_token_id = None  # go on to the end
-    with torch.inference_mode():
-        text = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
-    return path, text[0, prompt_len:].tolist()
-
-
-def plan_map_rows(
-    run_path: str | Path,
-    models: Sequence[str],
-    bandwidths_mbps: Sequence[float],
-    seq_lens: Sequence[int],
-    device_counts: Sequence[int],
-    device: str = "rpi4b",
-    num_original_layers: int = 4,
-    num_divisions: int = 4,
-) -> pd.DataFrame:
-    """The plan that is chosen for each bandwidth, length and number of devices; nothing is measured."""
-    rows = []
-    for model in models:
-        config = preset_config(model, num_original_layers, num_divisions)
-        for count in device_counts:
-            device_profile = DeviceSpec(device).on(config, efficiency=load_efficiency(run_path).get(model))
-            link = measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0])
-            for mbps in bandwidths_mbps:
-                profile = ClusterProfile((device_profile,) * count, link.at(1e6 * mbps))
-                for length in seq_lens:
-                    best = place_freely(config, profile, seq_len=length).chosen
-                    rows.append(
-                        (model, count, mbps, length, in_words(best.plan), best.prediction.latency_s, "predicted")
-                    )
-    columns = ["model", "num_devices", "bandwidth_mbps", "seq_len", "plan", "predicted_s", "kind"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def scale_out_rows(
-    models: Sequence[str],
-    device_counts: Sequence[int],
-    seq_lens: Sequence[int],
-    bandwidths_mbps: Sequence[float],
-    device: str = "rpi4b",
-    layers_a_group: int = 3,
-) -> pd.DataFrame:
-    """Predictions past this machine: one request, models of as many divisions as there are devices, at least 4.
-
-    `speedup` is over one such device that runs the original model, whether it would fit its memory or not; `fits` says
-    whether the plan does. Memory is not held against the plan: `memory_bytes` is what the fullest device would need.
-    """
-    rows = []
-    for model in models:
-        original = preset_config(model)
-        for count, length, mbps in itertools.product(device_counts, seq_lens, bandwidths_mbps):
-            if length > original.max_position_embeddings:
-                continue
-            layers = max(1, original.num_hidden_layers // layers_a_group)
-            config = preset_config(model, layers, max(4, count))
-            one = DeviceSpec(device).on(config)
-            roomy = replace(one, memory_bytes=2**50)
-            profile = ClusterProfile((roomy,) * count, LinkProfile(1e6 * mbps))
-            single = predict(original, published_plan("single", original), profile, length).latency_s
-            best = place_freely(config, profile, seq_len=length).chosen
-            memory = max(best.prediction.memory_bytes)
-            rows.append(
-                dict(model=model, num_devices=count, seq_len=length, bandwidth_mbps=mbps, plan=in_words(best.plan))
-                | dict(predicted_s=best.prediction.latency_s, single_s=single, kind="predicted", device=one.name)
-                | dict(speedup=single / best.prediction.latency_s, memory_bytes=memory, fits=memory <= one.memory_bytes)
-            )
-    return pd.DataFrame(rows)
 
 
 def sizes_in_words(plan: Plan) -> str:

@@ -22,6 +22,7 @@ from transformers import (
 from detransformer.checkpoints import VOCABULARY_FILES, has_tokenizer
 from detransformer.cluster.jobs import output_errors
 from detransformer.cluster.request import Request
+from detransformer.cluster.selfcheck import wrong_output
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.generation import check_generation
 from detransformer.parallel.plan import Plan, is_decoder
@@ -270,11 +271,8 @@ def compare(outputs: dict, expected: dict, wire: str) -> tuple[dict, str]:
         equal, total = int((outputs["tokens"] == expected["tokens"]).sum()), expected["tokens"].numel()
         words = "all tokens are" if equal == total else f"only {equal} of {total} tokens ARE"
         return {"equal_tokens": equal, "agrees": equal == total}, f"check: {words} the single device's"
-    from detransformer.cluster.bench import MAX_ABS_ERROR, MAX_RELATIVE_ERROR
-
     errors = output_errors(outputs, expected)
-    limit = max((limit for name, limit in MAX_RELATIVE_ERROR.items() if name in wire), default=None)
-    agrees = errors["max_abs_error"] <= MAX_ABS_ERROR if limit is None else errors["relative_error"] <= limit
+    agrees = not wrong_output(wire, errors["max_abs_error"], errors["relative_error"])
     size = f"{errors['max_abs_error']:.1e} at most, {errors['relative_error']:.1e} RMS"
     words = "agrees with" if agrees else "DIFFERS from"
     return errors | {"agrees": agrees}, f"check: the output {words} the single device's ({size})"

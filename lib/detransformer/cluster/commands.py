@@ -24,7 +24,7 @@ from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.record.intervals import MIN_SAMPLES, bootstrap_median, bootstrap_ratio, samples_of
 
 if TYPE_CHECKING:
-    from detransformer.cluster.bench import Cell
+    from detransformer.cluster.cells import Cell
     from detransformer.cluster.devices import DeviceSpec
     from detransformer.planning.placement import Placement
 
@@ -120,7 +120,7 @@ def bench_command(
         if path:
             _check_writable(path, name)
 
-    from detransformer.cluster.bench import Bench, check_cells, measure_grid
+    from detransformer.cluster.bench import Bench, measure_grid
     from detransformer.cluster.session import EmulatedCluster
 
     cells = bench_cells(model, names, bandwidths, num_devices, wire, **common)
@@ -130,7 +130,8 @@ def bench_command(
         alike = dict(device=device or DEFAULT_DEVICE, delay_s=delay_s, jitter_s=jitter_s)
         emulated = EmulatedCluster(num_devices, bandwidth_bps=bandwidths[0] * 1e6, transport=transport, **alike)
     bench = Bench(emulated, time_scale=scale, memory_budget_bytes=_budget(memory))
-    check_cells(bench, cells)
+    for cell in cells:
+        bench.case(cell)  # or says what does not fit
     with emulated:
         rows = measure_grid(bench, cells, f"{output}.rows.json" if output else None, timeline=timeline)
     if output:
@@ -164,7 +165,7 @@ def bench_cells(
 
     Of these a decoupled checkpoint runs on one device alone: TP and SP are for unmodified models.
     """
-    from detransformer.cluster.bench import grid
+    from detransformer.cluster.cells import grid
     from detransformer.cluster.checkpoints import open_folder
 
     decoupled = model not in PRESETS and open_folder(model).decoupled

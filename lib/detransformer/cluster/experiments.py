@@ -3,14 +3,17 @@
 Each function returns frames in the form the tables are saved in; the notebooks argue, this module lists and measures.
 """
 
+import itertools
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 
-from detransformer.cluster.bench import Bench, Cell, grid, measure_grid
+from detransformer.cluster.bench import Bench, measure_grid
+from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.commands import placement_rows
 from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
@@ -18,9 +21,9 @@ from detransformer.cluster.profiler import efficiency_rows, profile_link, single
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.methods import METHODS
-from detransformer.parallel.plan import published_plan
-from detransformer.planning.cost import predict
-from detransformer.planning.placement import place
+from detransformer.parallel.plan import Plan, published_plan
+from detransformer.planning.cost import alone_seconds, predict
+from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
 from detransformer.record.intervals import bootstrap_ratio, samples_of
 from detransformer.record.published import published_claim
@@ -245,4 +248,78 @@ def overlap_rows(
         row |= {"asleep_samples_s": asleep["samples_s"], "busy_samples_s": busy["samples_s"]}
         reasons = [r["why_invalid"] for r in (asleep, busy) if r["why_invalid"]]
         rows.append(row | {"valid": not reasons, "why_invalid": "; ".join(reasons)})
+    return pd.DataFrame(rows)
+
+
+def in_words(plan: Plan) -> str:
+    """The plan and on how many devices it runs."""
+    return f"{plan.describe()} on {plan.num_devices} device{'s' if plan.num_devices > 1 else ''}"
+
+
+def on_testbed(profile: ClusterProfile, time_scale: float) -> ClusterProfile:
+    """`profile` as it is seen at `time_scale`: latency is that of software, which is not slowed, so it is smaller."""
+    steps = {kind: seconds / time_scale for kind, seconds in profile.link.step_latency_s.items()}
+    return replace(profile, link=replace(profile.link, step_latency_s=steps))
+
+
+def plan_map_rows(
+    run_path: str | Path,
+    models: Sequence[str],
+    bandwidths_mbps: Sequence[float],
+    seq_lens: Sequence[int],
+    device_counts: Sequence[int],
+    device: str = "rpi4b",
+    num_original_layers: int = 4,
+    num_divisions: int = 4,
+) -> pd.DataFrame:
+    """The plan that is chosen for each bandwidth, length and number of devices; nothing is measured."""
+    rows = []
+    for model in models:
+        config = preset_config(model, num_original_layers, num_divisions)
+        for count in device_counts:
+            device_profile = DeviceSpec(device).on(config, efficiency=load_efficiency(run_path).get(model))
+            link = measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0])
+            for mbps in bandwidths_mbps:
+                profile = ClusterProfile((device_profile,) * count, link.at(1e6 * mbps))
+                for length in seq_lens:
+                    best = place_freely(config, profile, seq_len=length).chosen
+                    rows.append(
+                        (model, count, mbps, length, in_words(best.plan), best.prediction.latency_s, "predicted")
+                    )
+    columns = ["model", "num_devices", "bandwidth_mbps", "seq_len", "plan", "predicted_s", "kind"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def scale_out_rows(
+    models: Sequence[str],
+    device_counts: Sequence[int],
+    seq_lens: Sequence[int],
+    bandwidths_mbps: Sequence[float],
+    device: str = "rpi4b",
+    layers_a_group: int = 3,
+) -> pd.DataFrame:
+    """Predictions past this machine: one request, models of as many divisions as there are devices, at least 4.
+
+    `speedup` is over one such device that runs the original model, whether it would fit its memory or not; `fits` says
+    whether the plan does. Memory is not held against the plan: `memory_bytes` is what the fullest device would need.
+    """
+    rows = []
+    for model in models:
+        original = preset_config(model)
+        for count, length, mbps in itertools.product(device_counts, seq_lens, bandwidths_mbps):
+            if length > original.max_position_embeddings:
+                continue
+            layers = max(1, original.num_hidden_layers // layers_a_group)
+            config = preset_config(model, layers, max(4, count))
+            one = DeviceSpec(device).on(config)
+            roomy = replace(one, memory_bytes=2**50)
+            profile = ClusterProfile((roomy,) * count, LinkProfile(1e6 * mbps))
+            (single,) = alone_seconds(original, profile, [0], length)
+            best = place_freely(config, profile, seq_len=length).chosen
+            memory = max(best.prediction.memory_bytes)
+            rows.append(
+                dict(model=model, num_devices=count, seq_len=length, bandwidth_mbps=mbps, plan=in_words(best.plan))
+                | dict(predicted_s=best.prediction.latency_s, single_s=single, kind="predicted", device=one.name)
+                | dict(speedup=single / best.prediction.latency_s, memory_bytes=memory, fits=memory <= one.memory_bytes)
+            )
     return pd.DataFrame(rows)

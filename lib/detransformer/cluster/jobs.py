@@ -1,6 +1,5 @@
 """What a worker can be asked to do: run a plan, time collectives, check its link and its clock."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,54 +11,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, PretrainedConfig
+from transformers import BertConfig
 
-import detransformer.models  # noqa: F401  registers decoupled BERT with AutoConfig
 from detransformer import machine
+from detransformer.cluster.loaded import Loaded, executor_of, key_of, load_model, note_peak
 from detransformer.cluster.pacing import Arrivals, Pacer, sleep_until
 from detransformer.cluster.stores import bound_store
 from detransformer.parallel.comm import Comm
-from detransformer.parallel.executor import Executor
 from detransformer.parallel.generation import Generator
 from detransformer.parallel.linear import can_pack
-from detransformer.parallel.plan import Plan
-from detransformer.parallel.weights import WeightSource
-from detransformer.planning.cost import launched_seconds
-from detransformer.planning.pieces import compute_seconds
-from detransformer.planning.profile import DeviceProfile, LinkProfile
-from detransformer.planning.recorder import device_steps, segments
-from detransformer.planning.tape import Compute
-from detransformer.typed_json import from_json
+from detransformer.parallel.plan import Plan, published_plan
+from detransformer.planning.recorder import device_steps
 
 COLLECTIVE_TIMEOUT_S = 120
 START_AFTER_S = 0.01  # longer than ranks take to leave a barrier
-
-
-@dataclass
-class Loaded:
-    """This rank's weights of all plans that are held of a model, the executors made so far, and memory use."""
-
-    config: PretrainedConfig
-    weights: WeightSource | None  # None: the plan's executor loads its own (DTensor)
-    held_with: list[Plan]
-    own_bytes: int | None  # resident before loading: the interpreter and its libraries
-    peak_above: int | None = None  # largest resident size since then, above `own_bytes`
-    runners: dict[str, Executor | Generator] = field(default_factory=dict)
-    segments: dict[tuple, list] = field(default_factory=dict)
-
-    def compute(self, plan: Plan, rank: int, seq_len: int, batch_size: int, past: int = 0) -> list[list[Compute]]:
-        """What `rank` computes of a request between its starts and waits, by the executor's own tape."""
-        key = (_key(plan), seq_len, batch_size, past)
-        if key not in self.segments:
-            self.segments[key] = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
-        return self.segments[key]
-
-    def links(self, plan: Plan, rank: int, link: LinkProfile, seq_len: int, batch_size: int, past: int = 0):
-        """Seconds of each collective that `rank` launches in a request, as the cost model has them."""
-        key = (_key(plan), "links", link.bandwidth_bps, seq_len, batch_size, past)
-        if key not in self.segments:
-            self.segments[key] = launched_seconds(self.config, plan, rank, link, seq_len, batch_size, past)
-        return self.segments[key]
 
 
 @dataclass
@@ -173,22 +138,16 @@ def run_plan(
     resident size while loading and running, above what was resident before; None where it is not told.
     """
     plan_ = Plan.from_dict(plan)
-    loaded = _load(state, checkpoint, held_with or [plan], dtype, keep_models)
+    loaded = load_model(state, checkpoint, held_with or [plan], dtype, keep_models)
     if not state.takes_part(plan_.device_ids):
         return None
     tensors = _read(inputs)
     batch_size, seq_len = tensors["input_ids"].shape
-    is_new = _key(plan_) not in loaded.runners
-    executor = _executor(state, loaded, checkpoint, plan_)
+    is_new = key_of(plan_) not in loaded.runners
+    executor = executor_of(state, loaded, checkpoint, plan_)
     comm = executor.comm
     machine.restart_peak()
-    segment_s = link_s = None
-    if device is not None:
-        segment_s = _seconds(loaded.compute(plan_, comm.rank, seq_len, batch_size), device, time_scale)
-    if link is not None:
-        modelled = from_json(LinkProfile, link)
-        link_s = [time_scale * s for s in loaded.links(plan_, comm.rank, modelled, seq_len, batch_size)]
-
+    segment_s, link_s = loaded.pace(plan_, comm.rank, device, link, time_scale, seq_len, batch_size)
     comm.observer = None
     for _ in range(warmup if is_new else 0):  # one that has run is warm
         executor(**tensors)
@@ -219,7 +178,7 @@ def run_plan(
         "counts": dict(comm.counts),
         "bytes": dict(comm.bytes),
         "weights_bytes": loaded.weights.num_bytes if loaded.weights else executor.weights_bytes,
-        "peak_rss_bytes": _note_peak(state, loaded),
+        "peak_rss_bytes": note_peak(state, loaded),
     }
     if stream:
         comm.barrier()
@@ -260,15 +219,15 @@ def generate(
     `bytes` of the collectives of one decoding step, and the bytes of weights and of keys and values kept.
     """
     plans = Plan.from_dict(prefill), Plan.from_dict(decode)
-    loaded = _load(state, checkpoint, [prefill, decode], dtype)
+    loaded = load_model(state, checkpoint, [prefill, decode], dtype)
     if not state.takes_part(plans[0].device_ids):
         return None
-    key = " ".join(map(_key, plans))
+    key = " ".join(map(key_of, plans))
     is_new = key not in loaded.runners
     if is_new:
         comm = state.comm(plans[0].device_ids)
         loaded.runners[key] = Generator(loaded.config, *plans, loaded.weights, comm)
-        _note_peak(state, loaded)
+        note_peak(state, loaded)
     generator = loaded.runners[key]
     comm = generator.prefill.comm
     tensors = _read(inputs)
@@ -279,24 +238,14 @@ def generate(
     if is_new and warmup:
         generator(ids, mask, min(2, max_new_tokens))
     sizes = [(plans[0], seq_len, 0)] + [(plans[1], 1, seq_len + i) for i in range(max_new_tokens - 1)]
-    steps: list[list[float] | None] = [None] * max_new_tokens  # modelled before, not between, the tokens
-    if device is not None:
-        steps = [
-            _seconds(loaded.compute(plan, comm.rank, length, batch_size, past), device, time_scale)
-            for plan, length, past in sizes
-        ]
-    links: list[list[float] | None] = [None] * max_new_tokens
-    if link is not None:
-        modelled = from_json(LinkProfile, link)
-        links = [
-            [time_scale * s for s in loaded.links(plan, comm.rank, modelled, length, batch_size, past)]
-            for plan, length, past in sizes
-        ]
-    pacer = comm.observer = Pacer(None, links[0], state.arrivals, comm.rank, plans[0].device_ids)
+    paces = [  # modelled before, not between, the tokens
+        loaded.pace(plan, comm.rank, device, link, time_scale, length, batch_size, past) for plan, length, past in sizes
+    ]
+    pacer = comm.observer = Pacer(*paces[0], state.arrivals, comm.rank, plans[0].device_ids)
     pacer.reset()
     state.start_together(comm, plans[0].device_ids, 0)
     made, token_s = [], []
-    for segment_s, link_s in zip(steps, links, strict=True):
+    for segment_s, link_s in paces:
         comm.reset()
         start = time.perf_counter()
         pacer.segment_s, pacer.link_s = segment_s, link_s
@@ -315,7 +264,7 @@ def generate(
         "bytes": dict(comm.bytes),
         "weights_bytes": loaded.weights.num_bytes,
         "cache_bytes": generator.cache.num_bytes,
-        "peak_rss_bytes": _note_peak(state, loaded),
+        "peak_rss_bytes": note_peak(state, loaded),
     }
 
 
@@ -332,64 +281,6 @@ def _hand_over(outputs: Mapping[str, torch.Tensor], where: str | dict[str, torch
         save_file(tensors, where)
 
 
-def _key(plan: Plan) -> str:
-    return json.dumps(plan.to_dict())
-
-
-def _load(state: WorkerState, checkpoint: str, plans: Sequence[dict], dtype: str, keep_models: int = 0) -> Loaded:
-    """What is kept of the model for `plans`, read now where it is new.
-
-    The first `keep_models` that were read stay; after them the last one read makes room for the next. All workers keep
-    the same, since those that read a model anew also run it once to be warm.
-    """
-    key = json.dumps([checkpoint, list(plans), dtype])
-    if key not in state.loaded:
-        while len(state.loaded) > keep_models:
-            state.loaded.popitem()
-        machine.free_unused()
-        held = [Plan.from_dict(plan) for plan in plans]
-        machine.restart_peak()
-        weights = None
-        if held[0].runs != "dtensor":
-            weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
-        config = AutoConfig.from_pretrained(checkpoint)
-        state.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())
-    return state.loaded[key]
-
-
-def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -> Executor:
-    """The plan's executor, made when first asked for; the peak counts from before the first weight is read."""
-    if _key(plan) not in loaded.runners:
-        comm = state.comm(plan.device_ids)
-        with machine.large_blocks_apart():
-            if plan.runs == "dtensor":
-                from detransformer.cluster.dtensor import DTensorExecutor
-
-                executor = DTensorExecutor(checkpoint, plan, comm)
-            else:
-                executor = Executor(loaded.config, plan, loaded.weights, comm, loaded.held_with)
-        loaded.runners[_key(plan)] = executor
-        _note_peak(state, loaded)
-    return loaded.runners[_key(plan)]
-
-
-def _seconds(computes: Sequence[Sequence[Compute]], device: dict, time_scale: float) -> list[float]:
-    """Modelled seconds of each segment on `device`."""
-    profile = from_json(DeviceProfile, device)
-    return [time_scale * sum(compute_seconds(c, profile) for c in part) for part in computes]
-
-
-def _note_peak(state: WorkerState, loaded: Loaded) -> int | None:
-    """Largest resident size so far above what was there before this model was read; None where that is not told.
-
-    Once another model is read, what is resident is no longer this one's, and what was noted before stands.
-    """
-    peak, is_last = machine.peak_bytes(), next(reversed(state.loaded.values())) is loaded
-    if is_last and None not in (peak, loaded.own_bytes):
-        loaded.peak_above = max(loaded.peak_above or 0, peak - loaded.own_bytes)
-    return loaded.peak_above
-
-
 def _touch_libraries() -> None:
     """Runs each kernel once: code and pools that the libraries bring in are the interpreter's own."""
     can_pack()
@@ -398,6 +289,8 @@ def _touch_libraries() -> None:
         F.embedding(torch.zeros(1, 128, dtype=torch.long), weight)
         F.linear(F.gelu(F.layer_norm(x.view(1, 128, 512), (512,))), weight, weight[0])
         F.scaled_dot_product_attention(x, x, x)
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+    device_steps(config, published_plan("single", config), 0, seq_len=1)  # and the tape
 
 
 def output_errors(outputs: dict, expected: dict) -> dict:

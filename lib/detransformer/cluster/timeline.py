@@ -6,9 +6,15 @@ bytes when the last device has launched it, and until then the others wait. A me
 when its sender has launched it.
 """
 
+import json
 from collections.abc import Sequence
 
 from detransformer.cluster.pacing import POINT_TO_POINT
+
+TIMELINE_COLUMNS = (
+    *("model", "method", "wire", "link", "bandwidth_mbps", "num_devices"),
+    *("rank", "what", "start_s", "stop_s"),
+)
 
 Event = tuple[str, float, float, float]
 Part = tuple[str, float, float]  # (compute, wait or a collective, start, stop)
@@ -64,3 +70,32 @@ def timeline_rows(parts: Sequence[Sequence[Part]], time_scale: float = 1.0) -> l
         for rank, own in enumerate(parts)
         for what, start, stop in own
     ]
+
+
+def joined_runs(results: Sequence[Sequence[dict]]) -> list[dict]:
+    """What several runs of one plan gave, as if it had been one: a rank's samples one after another."""
+    joined = []
+    for same in zip(*results, strict=True):
+        samples = [sample for result in same for sample in result["samples"]]
+        peaks = [result["peak_rss_bytes"] for result in same]
+        joined.append(same[-1] | {"samples": samples, "peak_rss_bytes": None if None in peaks else max(peaks)})
+        for error in ("max_abs_error", "relative_error"):
+            if error in same[-1]:
+                joined[-1][error] = max(result[error] for result in same)
+    return joined
+
+
+def slowest_sums(results: list[dict], sample: int, scale: float) -> dict[str, float]:
+    """`compute_s`, `wait_s` and `comm_s` of the rank that took longest, in the devices' seconds."""
+    parts = split_waits([r["samples"][sample]["events"] for r in results])
+    slowest = max(range(len(results)), key=lambda rank: results[rank]["samples"][sample]["latency_s"])
+    return {name: seconds / scale for name, seconds in seconds_of(parts[slowest]).items()}
+
+
+def median_timeline(row: dict, results: list[dict], scale: float) -> list[dict]:
+    """The `timeline` rows of the sample whose latency is the row's median."""
+    samples = json.loads(row["samples_s"])
+    median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
+    conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
+    parts = split_waits([r["samples"][median]["events"] for r in results])
+    return [conditions | part for part in timeline_rows(parts, scale)]

@@ -16,10 +16,13 @@ import pandas as pd
 import torch
 from transformers import BertForSequenceClassification, PretrainedConfig
 
-from detransformer.cluster.bench import Bench, Cell, RowFile, first_time_scale, usual_devices, why_invalid
+from detransformer.cluster.bench import Bench
+from detransformer.cluster.cells import Cell
 from detransformer.cluster.devices import DeviceSpec, cluster_profile
-from detransformer.cluster.host import lateness
+from detransformer.cluster.rows import RowFile
+from detransformer.cluster.selfcheck import first_time_scale, usual_devices, why_invalid
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.cluster.slowdown import lateness
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble
@@ -198,7 +201,7 @@ def measured_rows(
             config, central = bench.config(single), fastest_device(bench.profile(single).devices)
             for method in methods:
                 cell = replace(single, method=method)
-                plan, _ = bench.plan(cell, bench.config(cell))
+                plan = bench.case(cell).plan
                 plan = replace(plan, devices=(central,)) if method == "single" else plan
                 key = asdict(cell) | {"plan": plan.to_dict(), "specs": [spec.title for spec in specs]}
                 rows.append(kept.get(key) or kept.put(key, bench.measure_plans(cell, [plan])[0]))

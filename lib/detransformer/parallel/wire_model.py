@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.executor import Executor, Output
-from detransformer.parallel.plan import Plan, layer_plan
+from detransformer.parallel.plan import Plan, layer_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
 
 
@@ -32,8 +32,8 @@ def wire_plan(config: PretrainedConfig, num_devices: int = 4, wire: str = "int8"
     decoupled = "decoupled" in layer_kinds(config)
     devices = min(num_devices, config.num_divisions) if decoupled else num_devices
     original = "heads" if config.num_attention_heads >= devices else "sequence"
-    names = ["block" if kind == "decoupled" else original for kind in layer_kinds(config)]
-    return layer_plan("bp+auto" if decoupled else "auto", config, names, [1.0] * devices, wire)
+    method = "bp+auto" if decoupled else "auto"
+    return layer_plan(method, config, strategies_for(config, original), [1.0] * devices, wire)
 
 
 @contextmanager
@@ -58,47 +58,32 @@ def wired(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
     if plan.num_devices > 1 and not plan.splits_layers:
         raise ValueError(f"plan {plan.method!r}: its devices share no layer; choose one whose devices do, such as tp.")
     before = vars(base).get("forward")  # another's wrapper, where there is one
-    with _Devices(base, plan) as devices:
-        base.forward = devices.forward  # found before the class's
-        try:
-            yield model
-        finally:
-            del base.forward
-            if before is not None:
-                base.forward = before
+    devices = _Devices(base, plan)
+    base.forward = devices.forward  # found before the class's
+    try:
+        yield model
+    finally:
+        devices.pool.shutdown()
+        del base.forward
+        if before is not None:
+            base.forward = before
 
 
 class _Devices:
-    """The devices of a plan as threads; as many compute at a time as PyTorch has threads, others wait for messages."""
+    """The devices of a plan as threads of one core each."""
 
     def __init__(self, model: BertModel, plan: Plan):
-        self.model, self.plan = model, plan
+        self.model = model
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         weights = WeightSource(model.state_dict(), dtype)  # one: parts that several devices keep are kept once
-        meeting = _Meeting(plan.num_devices, torch.get_num_threads())
-        self.comms = [_InProcessComm(rank, meeting, model.device) for rank in range(plan.num_devices)]
-        with model.device:
-            self.executors = [Executor(model.config, plan, weights, comm) for comm in self.comms]
-        self.meeting = meeting
-
-    def __enter__(self) -> "_Devices":
-        ranks, threads = self.plan.num_devices, torch.get_num_threads()
-        ready = threading.Barrier(ranks + 1)
-
-        def start() -> None:
-            torch.set_num_threads(1)  # of this thread's products, and of threads to come
-            ready.wait()
-
-        self.pool = ThreadPoolExecutor(ranks, "device")
-        started = [self.pool.submit(start) for _ in range(ranks)]
-        ready.wait()
-        for each in started:
-            each.result()
-        torch.set_num_threads(threads)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.pool.shutdown()
+        self.meeting = _Meeting(plan.num_devices)
+        comms = [_InProcessComm(rank, self.meeting, model.device) for rank in range(plan.num_devices)]
+        self.executors = [Executor(model.config, plan, weights, comm) for comm in comms]
+        threads = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(plan.num_devices, "device", torch.set_num_threads, (1,))
+        started = threading.Barrier(plan.num_devices)
+        list(self.pool.map(lambda _: started.wait(), self.executors))
+        torch.set_num_threads(threads)  # of threads to come
 
     def forward(
         self,
@@ -124,49 +109,39 @@ class _Devices:
         if asked:
             raise ValueError(f"a wired model gives its last hidden state only: leave out {asked[0]}.")
         output = self._run(input_ids, attention_mask, token_type_ids)
+        # Tensors of inference mode: copies may be used anywhere.
         hidden, pooled = (
-            output.last_hidden_state,
-            output.pooler_output,
-        )  # of inference mode: copies may be used anywhere
-        hidden = hidden.to(self.model.dtype, copy=True)
-        pooled = None if pooled is None else pooled.to(self.model.dtype, copy=True)
+            None if tensor is None else tensor.to(self.model.dtype, copy=True)
+            for tensor in (output.last_hidden_state, output.pooler_output)
+        )
         if return_dict is False:
             return (hidden, pooled)
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
 
     def _run(self, *request: torch.Tensor | None) -> Output:
         """The first device's output; what one of them raises."""
-        running = [self.pool.submit(self._one, *pair, request) for pair in zip(self.executors, self.comms, strict=True)]
-        errors = [error for each in running if (error := each.exception())]
-        self.meeting.barrier.reset()
-        if errors:  # the others only tell that one does not come
-            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
-        return running[0].result()
 
-    def _one(self, executor: Executor, comm: "_InProcessComm", request: Sequence[torch.Tensor | None]) -> Output:
-        with self.meeting.permits:
+        def one(executor: Executor) -> Output:
             try:
                 return executor(*request)
             except BaseException:
-                self.meeting.barrier.abort()
+                self.meeting.abort()  # the others' barrier breaks
                 raise
 
+        running = [self.pool.submit(one, executor) for executor in self.executors]
+        errors = [error for each in running if (error := each.exception())]
+        self.meeting.reset()
+        if errors:
+            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        return running[0].result()
 
-class _Meeting:
-    """Where the ranks of one process hand each other messages; at most `num_running` of them compute at a time."""
 
-    def __init__(self, num_ranks: int, num_running: int):
-        self.barrier = threading.Barrier(num_ranks)
-        self.permits = threading.Semaphore(num_running)
+class _Meeting(threading.Barrier):
+    """Where the ranks of one process hand each other messages."""
+
+    def __init__(self, num_ranks: int):
+        super().__init__(num_ranks)
         self.brought: list = [None] * num_ranks
-
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.permits.release()
-        try:
-            self.barrier.wait()
-        finally:
-            self.permits.acquire()
 
     def swap(self, rank: int, brings, take) -> None:
         """`take(all that ranks bring)`, which stays as it is until all have taken."""
@@ -180,7 +155,7 @@ class _InProcessComm(Comm):
     """Collectives between threads: run where they are started, which all ranks do in the same order."""
 
     def __init__(self, rank: int, meeting: _Meeting, device: torch.device):
-        super().__init__(None, rank, len(meeting.brought))
+        super().__init__(None, rank, meeting.parties)
         self.meeting, self.device = meeting, device
 
     def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
@@ -190,7 +165,7 @@ class _InProcessComm(Comm):
         self.meeting.swap(self.rank, x, lambda every: sums.append(torch.stack(every).sum(0)))
         return Pending(x.copy_(sums[0]))
 
-    def _start(self, kind: str, num_bytes: int, run, result) -> Pending:
+    def _start(self, kind: str, num_bytes: int, received_bytes: int, run, result) -> Pending:
         self._launch(kind, num_bytes)
         run()
         return Pending(result())

@@ -6,11 +6,11 @@ devices and their links, by the rates of a profile.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.plan import Plan, published_plan
 from detransformer.planning.memory import activation_bytes, memory_bytes, weights_bytes
 from detransformer.planning.pieces import Pieces, compute_seconds
 from detransformer.planning.profile import ClusterProfile, LinkProfile
@@ -95,6 +95,15 @@ def busy_seconds(
         )
         for rank, device in enumerate(plan.device_ids)
     ]
+
+
+def alone_seconds(
+    config: PretrainedConfig, profile: ClusterProfile, devices: Sequence[int], seq_len: int, batch_size: int = 1
+) -> list[float]:
+    """Seconds of one request that each of `devices` answers alone, whether the model fits its memory or not."""
+    single = published_plan("single", config)
+    alone = [replace(single, devices=(device,)) for device in devices]
+    return [predict(config, plan, profile, seq_len, batch_size).latency_s for plan in alone]
 
 
 def launched_seconds(

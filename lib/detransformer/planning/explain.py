@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 from detransformer.parallel.methods import PLANNED_METHODS
 from detransformer.parallel.plan import Plan
 from detransformer.planning.pieces import Pieces
-from detransformer.planning.placement import MIB, Alternative, Placement
+from detransformer.planning.placement import Placement
+from detransformer.planning.problem import MIB, Alternative
 from detransformer.planning.profile import ClusterProfile
 
 MAX_OTHERS = 6  # rows at most beside the published methods

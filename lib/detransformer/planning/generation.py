@@ -14,7 +14,8 @@ from detransformer.parallel.layer import REPLICATE, STRATEGIES
 from detransformer.parallel.plan import Plan, layer_plan, strategies_for
 from detransformer.planning.cost import predict
 from detransformer.planning.memory import cache_bytes, held_bytes
-from detransformer.planning.placement import CHUNKS, device_speeds
+from detransformer.planning.placement import CHUNKS
+from detransformer.planning.problem import device_speeds
 from detransformer.planning.profile import ClusterProfile
 
 

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from detransformer.parallel.plan import Plan, strategies_for
 from detransformer.planning.memory import activation_bytes, cache_bytes, held_bytes
 from detransformer.planning.pieces import Pieces
-from detransformer.planning.placement import Problem, chunk_counts, first_counts, place_freely, splits
+from detransformer.planning.placement import chunk_counts, first_counts, place_freely
+from detransformer.planning.problem import Problem, splits
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 WORTH = 0.005  # one plan more is held where it saves so much of the summed latency

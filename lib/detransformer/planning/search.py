@@ -4,6 +4,10 @@ A label is a partial plan: the times of its devices, links and collectives under
 keeps [R]. It is dropped if what follows cannot fit the memory; if its lower bound (the least time of all that may
 follow, memory left aside) is above the best plan found so far; or if another label of the same strategy is at least as
 early everywhere and keeps no more (Pareto). Of the rest the `BEAM` of least bound stay.
+
+Against an exact search of 200 random cases (BERT-Base and Large, original and decoupled, equal and unequal devices and
+links, 5 to 1000 Mbps, 16 to 256 tokens, 1 to 4 chunks, float32 and int8, two thirds under memory budgets) 191 of the
+194 plans that fit were as fast; the mean loss was 0.005%, the largest 0.5%, all under budgets.
 """
 
 from itertools import pairwise
@@ -12,7 +16,7 @@ import numpy as np
 
 from detransformer.planning.pieces import Pieces
 
-BEAM = 16
+BEAM = 32
 ROUNDING = 1e-12  # relative; smaller differences come from the order of additions
 
 

@@ -1,0 +1,132 @@
+"""What makes a measured row credible: links and pacing are checked, and a row that fails says why.
+
+A shared host is disturbed now and then, and it may be too slow for many devices on fast links: then everything is run
+slower, by the time scale.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from detransformer.cluster.devices import preset_profile
+from detransformer.planning.profile import DeviceProfile
+
+MIN_LINK_SHARE = 0.9  # a link must carry at least this share of its rate, and never more than the rate
+MAX_PACING_ERROR = 0.02  # by which paced segments of an idle device may be longer than modelled
+MAX_OVERRUN_SHARE = 0.03  # of what is modelled, by which the host may be late
+MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output (size 1) by some 1e-6 a layer
+# Largest relative error (RMS) of an output whose messages were rounded. One rounding of a row moves it by some 0.2%
+# (bfloat16, 8 bits of mantissa) or 0.7% (int8: a step of max / 127, and a row's largest number is some three times its
+# RMS), and roundings add up like noise. BERT-Base's 12 layers have 0.2 to 0.5% and 0.8 to 2.0%, by method; twice the
+# layers have up to 1.4 times that.
+MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04}
+MAX_STEAL = 0.3  # of the processors, taken by other guests: above it a row says more about the neighbours
+# What two cores shape and move without making collectives late, summed over the devices' links; above it everything is
+# run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its time.)
+MAX_TOTAL_BPS = 1e9
+# A core computes a layer, whole or in shares, some seven times faster than a device, and messages take their part of
+# it: four devices on two cores are in time at half their speed, most at the first try. All that is compared runs alike.
+DEVICES_A_CORE = 1
+USUAL_DEVICE = "rpi4b"  # of which a core carries so many; a device twice as fast counts as two
+MIN_CHECK_BYTES = 500_000  # on a slow link a shorter transfer shows latency, not rate
+LINK_CHECK_S = 0.15
+PACING_CHECK_S, PACED_SEGMENT_S = 0.1, 0.01  # the latter in the devices' seconds, as short as in fast plans
+CHECK_ATTEMPTS = 10  # of a self-check that fails
+
+
+@dataclass(frozen=True)
+class Check:
+    """One self-check: Mbps of the slowest and fastest link, in the devices' seconds (NaN: none used), and pacing."""
+
+    link_min_mbps: float
+    link_max_mbps: float
+    pacing_error: float
+
+    def failures(self, bandwidth_mbps: float) -> list[str]:
+        """What is wrong, in words."""
+        reasons = []
+        if self.link_min_mbps < MIN_LINK_SHARE * bandwidth_mbps:
+            reasons.append(f"a link carried {self.link_min_mbps:.0f} of {bandwidth_mbps:g} Mbps")
+        if self.link_max_mbps > bandwidth_mbps:
+            reasons.append(f"a link carried {self.link_max_mbps:.1f} Mbps, more than its {bandwidth_mbps:g}")
+        if self.pacing_error > MAX_PACING_ERROR:
+            reasons.append(f"idle devices were paced {self.pacing_error:.1%} too slow")
+        return reasons
+
+    def joined(self, other: "Check") -> "Check":
+        """The worse of both in every respect."""
+        return Check(
+            min(self.link_min_mbps, other.link_min_mbps),
+            max(self.link_max_mbps, other.link_max_mbps),
+            max(self.pacing_error, other.pacing_error),
+        )
+
+
+def check_cluster(cluster: Any, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
+    """A self-check of the running `cluster` that passes, or the last of several that failed."""
+    scale = cluster.time_scale
+    num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * LINK_CHECK_S / 8)) if checks_links else 0
+    segment_s = PACED_SEGMENT_S * scale
+    paced = {"segment_s": segment_s, "num_segments": max(4, round(PACING_CHECK_S / segment_s))}
+    shares = cluster.link_shares or [1.0] * cluster.num_devices
+    for _ in range(CHECK_ATTEMPTS):
+        results = cluster.run("self_check", num_devices=num_devices, link_bytes=num_bytes, **paced)
+        results = [result for result in results if result is not None]
+        rates = [  # of a link that has a share of the bandwidth, over that share
+            8 * num_bytes / seconds * scale / 1e6 / min(shares[source], shares[target])
+            for (source, target), seconds in transfer_seconds(results).items()
+        ]
+        error = max(result["pacing_error"] for result in results)
+        check = Check(min(rates, default=math.nan), max(rates, default=math.nan), error)
+        if not check.failures(bandwidth_mbps):
+            break
+    return check
+
+
+def transfer_seconds(results: Iterable[dict]) -> dict[tuple[int, int], float]:
+    """Seconds of each transfer (from, to) of a self-check, from its sender's start to its receiver's end."""
+    starts = {(source, target): at for result in results for source, target, at in result["sent"]}
+    received = [pair for result in results for pair in result["received"]]
+    return {(source, target): at - starts[source, target] for source, target, at in received}
+
+
+def wrong_output(wire: str, max_abs_error: float, relative_error: float) -> str:
+    """In words, by how much an output differs from the single device's, if that is more than its wire explains."""
+    limit = MAX_RELATIVE_ERROR.get(wire)
+    if limit is None and not max_abs_error <= MAX_ABS_ERROR:
+        return f"output differs from the single device's by {max_abs_error:.1e}"
+    if limit is not None and not relative_error <= limit:
+        return f"output differs from the single device's by {relative_error:.1%} (RMS)"
+    return ""
+
+
+def why_invalid(row: Mapping[str, Any]) -> str:
+    """What a row's checks say against it, in words; empty for a valid row."""
+    check = Check(row["link_min_mbps"], row["link_max_mbps"], row["pacing_error"])
+    reasons = check.failures(row["bandwidth_mbps"])
+    if row["pacing_overrun"] > MAX_OVERRUN_SHARE:
+        reasons.append(f"host late by {row['pacing_overrun']:.1%} of what is modelled")
+    if row["host_steal"] > MAX_STEAL:
+        reasons.append(f"other guests took {row['host_steal']:.0%} of the host's processors")
+    reasons.append(wrong_output(row["wire"], row["max_abs_error"], row["relative_error"]))
+    return "; ".join(filter(None, reasons))
+
+
+def usual_devices(devices: Iterable[DeviceProfile], config: PretrainedConfig) -> float:
+    """As many of `USUAL_DEVICE` as compute what these do, on a model of `config`."""
+    return sum(device.flops_per_s for device in devices) / preset_profile(USUAL_DEVICE, config).flops_per_s
+
+
+def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> float:
+    """The power of two by which all is slowed so that this host carries the links (`total_bps`) and the devices."""
+    needed = max(total_bps / MAX_TOTAL_BPS, num_devices / (DEVICES_A_CORE * num_cores))
+    return 2.0 ** max(0, math.ceil(math.log2(needed)))
+
+
+def stolen_share(before: Any, after: Any) -> float:
+    """Share of processor time between two `psutil.cpu_times()` that a hypervisor gave to others; 0 where unknown."""
+    total = sum(after) - sum(before)
+    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
