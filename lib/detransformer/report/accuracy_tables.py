@@ -24,7 +24,7 @@ from detransformer.report.accuracy import (
 )
 from detransformer.training.config import ModelRow
 from detransformer.training.data.tasks import TASKS
-from detransformer.training.summary import nullable
+from detransformer.training.summary import _nullable
 
 __all__ = [
     "learned",
@@ -75,7 +75,7 @@ def table_iii(
         if pretraining is not None:
             group, original = texts.get((line["model"], nb, ndiv)), texts.get((line["model"], None, None))
             rows.append(place | {"task": MLM, "published": None} | _perplexity(group, original, missing))
-    frame = nullable(pd.DataFrame(rows))
+    frame = _nullable(pd.DataFrame(rows))
     floats = ["published", "obtained_mean", "obtained_std", "difference_std_error", "majority_score", "valid_loss"]
     frame = frame.astype(dict.fromkeys(floats, float) | {"train_rows": "Int64", "eval_rows": "Int64"})
     frame["difference_std_error"] = frame["difference_std_error"].where(frame["num_original_layers"].notna())
@@ -148,7 +148,7 @@ def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
             )
     columns = ["row", *VARIANT_COLUMNS, "task", "metric", "wire", "exact", "change", "change_std_error"]
     frame = pd.DataFrame(rows, columns=[*columns, "largest_change", "num_seeds", "limit", "within"])
-    return nullable(frame).astype({"change_std_error": float})
+    return _nullable(frame).astype({"change_std_error": float})
 
 
 def of_row(frame: pd.DataFrame, row: ModelRow) -> pd.DataFrame:
@@ -206,7 +206,7 @@ def _variant_table(pretraining: pd.DataFrame, varies: str) -> pd.DataFrame:
             )
     columns = ["row", *VARIANT_COLUMNS, "num_seeds", "valid_loss", "valid_loss_std", "unigram_loss", "perplexity"]
     columns.append("difference")
-    frame = nullable(pd.DataFrame(rows, columns=[*columns, "difference_std_error"]))
+    frame = _nullable(pd.DataFrame(rows, columns=[*columns, "difference_std_error"]))
     return frame.astype({"difference_std_error": float})
 
 
@@ -267,7 +267,7 @@ def _groups(rows: pd.DataFrame, keys: list[str]) -> dict[tuple, pd.DataFrame]:
     """Rows by `keys` in order of appearance, with None for the original model's Nb and Ndiv."""
     if not len(rows):
         return {}
-    groups = nullable(rows).groupby(keys, dropna=False, sort=False)
+    groups = _nullable(rows).groupby(keys, dropna=False, sort=False)
     return {tuple(_plain(part) for part in key): group for key, group in groups}
 
 

@@ -1,11 +1,14 @@
-"""Rows of training results: loss curves, pre-trained models, fine-tuning runs."""
+"""Results of training as tables: loss curves, pre-trained models, and every fine-tuning run.
+
+What the rows say together (Table III, its noise, variants) is counted in `tables.accuracy` and `tables.variants`.
+"""
 
 import math
 from collections.abc import Iterable
 
 import pandas as pd
 
-MODEL_COLUMNS = ["model", "num_original_layers", "num_divisions"]
+ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
 VARIANT_COLUMNS = ["attention_width", "original_placement"]
 LOSS_POINTS = 200  # a model, of its training losses
 
@@ -24,7 +27,7 @@ def loss_table(results: Iterable) -> pd.DataFrame:
         frame.insert(1, "num_original_layers", result.row.num_original_layers)
         frame.insert(2, "num_divisions", result.row.num_divisions)
         frames.append(frame)
-    return nullable(pd.concat(frames, ignore_index=True))
+    return _nullable(pd.concat(frames, ignore_index=True))
 
 
 def pretraining_table(results: Iterable) -> pd.DataFrame:
@@ -32,7 +35,7 @@ def pretraining_table(results: Iterable) -> pd.DataFrame:
 
     unigram_loss and unigram_perplexity are those of word frequencies alone on the same held-out tokens.
     """
-    frame = nullable(
+    frame = _nullable(
         pd.DataFrame(
             {
                 "row": r.row.label,
@@ -71,14 +74,14 @@ def accuracy_table(records: list[dict]) -> pd.DataFrame:
     format of training, and `score_FORMAT`, the same trained model scored with that number format on the wire.
     """
     frame = pd.DataFrame(records)
-    columns = [*MODEL_COLUMNS, "task", "metric", "seed", "score", "majority_score"]
+    columns = [*ROW_COLUMNS, "task", "metric", "seed", "score", "majority_score"]
     columns += ["accuracy", "mcc", "exact_match", "f1", "train_loss"]
     columns += ["num_steps", "train_rows", "eval_rows", "seconds", "source", "note", "pretraining"]
     optional = [*VARIANT_COLUMNS, "pretraining_seed", "precision"]
     optional += [name for name in frame.columns if name.startswith("score_")]
-    return nullable(frame.reindex(columns=columns + [name for name in optional if name in frame]))
+    return _nullable(frame.reindex(columns=columns + [name for name in optional if name in frame]))
 
 
-def nullable(frame: pd.DataFrame) -> pd.DataFrame:
+def _nullable(frame: pd.DataFrame) -> pd.DataFrame:
     """Nb and Ndiv as whole numbers, empty for the original model."""
     return frame.astype({"num_original_layers": "Int64", "num_divisions": "Int64"})
