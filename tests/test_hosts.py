@@ -37,6 +37,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.models import decouple
 from detransformer.parallel.plan import published_plan
 
+GOLDEN = json.loads((Path(__file__).parent / "golden/run.json").read_text())  # of the commit before the one worker
 HANG_S = 150.0  # no process of a test lives so long, also where three import everything on a slow machine
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a film of great charm who made it the studio in rome".split()
 SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=70, vocab_size=len(WORDS))
@@ -434,6 +435,24 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as end:
         cli.main(["run", *map(str, arguments)])
     return end.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_answers_bytes_and_weights_are_those_of_earlier_commits(capsys, tmp_path, name):
+    asked = {
+        "qa": ["--text", "who made it", "--context", "the studio in rome made it", "--method", "bp+sp"],
+        "gpt2": ["--text", "a film of", "--new-tokens", "9", "--method", "bp+tp"],
+    }[name]
+    folder = save_decoder(tmp_path / name) if name == "gpt2" else save_model(tmp_path / name, BertForQuestionAnswering)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 3}]"
+    )
+    options = ["--cluster", path, "--model", folder, "--transport", "loopback", "--repeats", "2", *asked]
+    code, _, error = run(capsys, *options, "--output", tmp_path / "out.json")
+    assert code == 0, error
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert {field: record.get(field) for field in GOLDEN[name]} == GOLDEN[name]
 
 
 def test_the_same_command_over_emulated_devices(capsys, tmp_path):

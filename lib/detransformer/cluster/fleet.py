@@ -105,8 +105,9 @@ class Fleet:
                     told, told_at = absent, now
                     sentence = f"waiting for {join_words([self.names[device] for device in absent])}"
                     roster.say("waiting", sentence, absent)
-                    for member in roster.members.values():
-                        member.line.tell({"say": sentence})
+                    for device, member in roster.members.items():
+                        if device:  # the first one's user is the front's
+                            member.line.tell({"say": sentence})
                 roster.changed.wait(0.1)
 
     def say(self, device: int, sentence: str) -> None:
@@ -197,7 +198,8 @@ class Fleet:
             raise ValueError(self._roster.refused)
         if self._roster.lost:
             device, how = self._roster.lost
+            stopped = "; the others were stopped." if len(self.names) > 1 else "."
             if how.startswith(FAILED):
-                raise DeviceError(device, f"{self.names[device]} failed while {doing}: {how.removeprefix(FAILED)}")
-            stopped = "; the others were stopped" if len(self.names) > 1 else ""
-            raise DeviceLost(device, f"{self.names[device]} {how} while {doing}{stopped}.")
+                text = how.removeprefix(FAILED).rstrip(".")
+                raise DeviceError(device, f"{self.names[device]} failed while {doing}: {text}{stopped}")
+            raise DeviceLost(device, f"{self.names[device]} {how} while {doing}{stopped}")

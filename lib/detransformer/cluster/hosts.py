@@ -100,7 +100,7 @@ class Hosts:
         interface: of this host, where it is one of the cluster's.
         secret: what workers have to know, the same on all hosts; one of its own where all are here.
         stays: workers and agents that have ended are started again, as a service wants it.
-        seq_len, paced: see `service.Session`.
+        paced: emulated devices compute no faster than their presets; else as fast as this machine.
         time_scale: emulated links and devices are so many times slower.
         threads: of each device's compute; 0: all cores.
         wait_s: how long a worker waits for the first device; 0: for ever.
@@ -203,12 +203,10 @@ class Hosts:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error is not None and not self.stays:  # the worker tells the front, and with it the other hosts
-            for agent in self.agents.values():
-                agent.terminate()
-            for agent in self.agents.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    agent.wait(END_S)
+        if self.own and isinstance(error, KeyboardInterrupt) and not self.stays:
+            self.agents[self.own].terminate()  # its worker tells the front, and with it the other hosts
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.agents[self.own].wait(END_S)
         self.close()
 
     def close(self) -> None:

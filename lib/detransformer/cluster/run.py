@@ -8,7 +8,7 @@ neither torch nor transformers there: the worker does, and the first device's wo
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,6 +103,11 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
+def _say_who_is_missing(kind: str, sentence: str, names: Sequence[str]) -> None:
+    if kind == "waiting":
+        _say(sentence)
+
+
 def read_plan(path: str) -> dict:
     """The plan in a file that `detransformer plan --output` or `run --output` wrote, or of a plan's fields alone."""
     try:
@@ -193,7 +198,7 @@ def run_on_hosts(
             here.start()
             here.wait()
             return None
-        with Fleet(titles, here.listen(), here.store, on_event=lambda kind, sentence, names: _say(sentence)) as fleet:
+        with Fleet(titles, here.listen(), here.store, on_event=_say_who_is_missing) as fleet:
             here.start()
             reach = f"{titles[0]}, port {spec.port}"
             fleet.wait(wait_s, f": start the same command there, and check that it reaches {reach}")
