@@ -8,7 +8,7 @@ from decomposition_frames import decomposition_frames, policy_rows, predictor_po
 from detransformer.coformer import studies
 from detransformer.record.run import RunFolder
 from detransformer.report.coformer_search import decomposition_verdicts, waiting_share
-from detransformer.report.figures import FIGURES, draw
+from detransformer.report.figures import draw
 
 FIGURE_NAMES = ("predictor", "proxy", "search", "policies")
 
