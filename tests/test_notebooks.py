@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import inspect
 import re
 import shutil
 
@@ -9,9 +10,11 @@ import matplotlib
 import nbformat
 import pytest
 
+from detransformer.cluster import adaptive, experiments
 from detransformer.files import repository_root
 from detransformer.notebooks import USES, find_notebooks
 from detransformer.profiles import built_in_profiles, load_profile, load_settings
+from detransformer.training.causal import CausalConfig
 
 ROOT = repository_root()
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -156,6 +159,27 @@ def test_settings_that_a_notebook_reads_are_in_quick():
     for path in NEW:
         read = set(re.findall(r'settings\[\\"(\w+)\\"\]', path.read_text(encoding="utf-8")))
         assert read <= set(load_settings("quick", path.stem)), path.stem
+
+
+@pytest.mark.parametrize("profile", built_in_profiles())
+def test_settings_fit_the_functions_that_take_them(profile):
+    """The sections that a notebook passes on as keyword arguments."""
+    latency, adaptive_settings = load_settings(profile, "06_latency"), load_settings(profile, "09_adaptive")
+    assert experiments.latency_cells(**latency["published"]) and isinstance(latency["peers"], dict)
+    assert experiments.latency_cells(**latency["peers"])
+    for function, settings in (
+        (adaptive.plan_map_rows, adaptive_settings["plan_map"]),
+        (adaptive.choice_rows, adaptive_settings["choices"]),
+        (adaptive.unequal_rows, adaptive_settings["unequal"]),
+        (
+            adaptive.trace_rows,
+            adaptive_settings["trace"] | {"phases": [adaptive.Phase(*adaptive_settings["phases"][0])]},
+        ),
+        (adaptive.generation_rows, load_settings(profile, "10_generation")["generation"]),
+    ):
+        inspect.signature(function).bind("run", **settings)
+    inspect.signature(adaptive.scale_out_rows).bind(**load_settings(profile, "08_scaling")["scale_out"])
+    assert CausalConfig(**load_settings(profile, "10_generation")["perplexity"])
 
 
 def test_the_uses_table_names_earlier_notebooks():
