@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from detransformer.cluster.answers import SEED, classify, tokens_of
+from detransformer.cluster.answers import SEED, check_length, classify, encode, tokenizer_of
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.request import Request
 from detransformer.cluster.slowdown import lateness, set_time_scale, warn_if_late
@@ -88,7 +88,12 @@ def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) ->
         return {"pixel_values": _pixels(request.image, folder, config)}
     if request.image is not None:
         raise ValueError(f"{folder} reads text: give it by --text, not --image.")
-    inputs = tokens_of(request, str(folder), config)
+    if request.text is None:
+        generator = torch.Generator().manual_seed(SEED)
+        inputs = {"input_ids": torch.randint(config.vocab_size, (1, request.num_tokens), generator=generator)}
+    else:
+        inputs = encode(tokenizer_of(str(folder)), request.text)
+    check_length(config, inputs["input_ids"].shape[1])
     if ensemble.model_type == "gpt2":
         inputs.pop("token_type_ids", None)
     return inputs

@@ -155,10 +155,6 @@ class Limits:
     flops: tuple[float, ...]
     memory_bytes: tuple[float, ...]
 
-    def __post_init__(self):
-        if len(self.flops) != len(self.memory_bytes):
-            raise ValueError(f"flops lists {len(self.flops)} devices and memory_bytes {len(self.memory_bytes)}.")
-
     @classmethod
     def share(cls, original: Original, share: float, num_devices: int) -> "Limits":
         """Each device may spend `share` of the large model's FLOPs (the 30, 40 and 50% of Fig. 13)."""
@@ -210,22 +206,16 @@ def parameters(config: SubModelConfig, original: Original) -> int:
     return layers + original.embedding_rows * width + (width**2 + width if original.has_pooler else 0)
 
 
-def activations(config: SubModelConfig, original: Original) -> int:
-    """Numbers that the largest layer keeps alive at once: X twice, Q, K, V, context, scores, the FFN's inner state.
+def memory_bytes(config: SubModelConfig, original: Original) -> int:
+    """phi(C_n): weights and activations of one request in float32.
 
-    An upper bound, and of the whole model that of `planning.cost.activation_bytes`.
+    Of activations the numbers that the largest layer keeps alive at once count: X twice, Q, K, V, context, scores and
+    the FFN's inner state; an upper bound, and of the whole model that of `planning.cost.activation_bytes`.
     """
     tokens = original.seq_len
-    largest = max(
-        heads * (4 * original.head_size + tokens) + ffn
-        for heads, ffn in zip(config.num_heads, config.ffn_sizes, strict=True)
-    )
-    return tokens * (2 * config.hidden_size + largest)
-
-
-def memory_bytes(config: SubModelConfig, original: Original) -> int:
-    """phi(C_n): weights and activations of one request in float32."""
-    return FLOAT_BYTES * (parameters(config, original) + activations(config, original))
+    layers = zip(config.num_heads, config.ffn_sizes, strict=True)
+    largest = max(heads * (4 * original.head_size + tokens) + ffn for heads, ffn in layers)
+    return FLOAT_BYTES * (parameters(config, original) + tokens * (2 * config.hidden_size + largest))
 
 
 # Constraints -----------------------------------------------------------------------------------------------------
@@ -241,7 +231,7 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
     """
     if limits is not None and len(limits.flops) != policy.num_devices:
         raise ValueError(f"limits are of {len(limits.flops)} devices and the policy of {policy.num_devices}.")
-    configs = policy.sub_models
+    configs, num_layers = policy.sub_models, max(config.num_layers for config in policy.sub_models)
     found = [
         f"C1: sub-model {n} has {c.num_layers} layers, the original {original.num_layers}: give it no more"
         for n, c in enumerate(configs)
@@ -257,13 +247,13 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
         ("C3", "heads", "num_heads", original.num_heads),
         ("C4", "FFN columns", "ffn_sizes", original.ffn_size),
     ):
-        for layer in range(max(c.num_layers for c in configs)):
-            total = sum(getattr(c, field)[layer] for c in configs if layer < c.num_layers)
-            if total > most:
-                found.append(
-                    f"{name}: layer {layer} has {total} {what} over the sub-models, the original {most}: "
-                    f"give some of them fewer {what} there"
-                )
+        totals = [sum(getattr(c, field)[layer] for c in configs if layer < c.num_layers) for layer in range(num_layers)]
+        found += [
+            f"{name}: layer {layer} has {total} {what} over the sub-models, the original {most}: "
+            f"give some of them fewer {what} there"
+            for layer, total in enumerate(totals)
+            if total > most
+        ]
     for n, c in enumerate(configs if limits else ()):
         if flops(c, original) > limits.flops[n]:
             found.append(

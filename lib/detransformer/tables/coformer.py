@@ -125,7 +125,9 @@ def latency_table(predicted: pd.DataFrame, measured: pd.DataFrame, accuracies: M
     rows = pd.concat([predicted, measured], ignore_index=True)
     rows = rows.assign(title=rows["method"].map(METHOD_TITLES), accuracy=rows["method"].map(accuracies))
     passed = rows[rows["valid"].fillna(True).astype(bool)] if "valid" in rows else rows
-    alone = passed[(passed["method"] == "single") & ((passed["kind"] == "measured") | passed["plan"].eq("tx2"))]
+    alone = passed[
+        (passed["method"] == "single") & ((passed["kind"] == "measured") | passed["plan"].eq(REFERENCE_DEVICE))
+    ]
     for name, base, by in (
         ("tx2", alone, ["kind", "size"]),  # on no link: once for all bandwidths
         ("galaxy", passed[passed["method"] == "galaxy"], ["kind", "size", "bandwidth_mbps"]),
