@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from detransformer.tables.accuracy import table_iii
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from detransformer.models import DecoupledBertConfig, DecoupledBertForMaskedLM
+from detransformer.tables.accuracy import table_iii
 from detransformer.training import (
     FinetuneConfig,
     ModelRow,

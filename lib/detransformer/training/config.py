@@ -66,12 +66,6 @@ def _check_fraction(name: str, value) -> None:
         raise ValueError(f"{name}={value} is outside 0..1: give it as a fraction.")
 
 
-def check_positive(config, *names: str) -> None:
-    """Raises ValueError where a named value that is given is not above 0."""
-    for name in names:
-        _check_positive(name, getattr(config, name))
-
-
 class Checked:
     """A dataclass whose fields are checked when it is made; a ValueError names the field, its value and the limit."""
 
