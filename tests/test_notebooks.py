@@ -10,7 +10,7 @@ import matplotlib
 import nbformat
 import pytest
 
-from detransformer.cluster import adaptive, experiments
+from detransformer.cluster import adaptive, experiments, texts
 from detransformer.files import repository_root
 from detransformer.notebooks import USES, find_notebooks
 from detransformer.profiles import built_in_profiles, load_profile, load_settings
@@ -168,17 +168,17 @@ def test_settings_fit_the_functions_that_take_them(profile):
     assert experiments.latency_cells(**latency["published"]) and isinstance(latency["peers"], dict)
     assert experiments.latency_cells(**latency["peers"])
     for function, settings in (
-        (adaptive.plan_map_rows, adaptive_settings["plan_map"]),
+        (experiments.plan_map_rows, adaptive_settings["plan_map"]),
         (adaptive.choice_rows, adaptive_settings["choices"]),
         (adaptive.unequal_rows, adaptive_settings["unequal"]),
         (
             adaptive.trace_rows,
             adaptive_settings["trace"] | {"phases": [adaptive.Phase(*adaptive_settings["phases"][0])]},
         ),
-        (adaptive.generation_rows, load_settings(profile, "10_generation")["generation"]),
+        (texts.generation_rows, load_settings(profile, "10_generation")["generation"]),
     ):
         inspect.signature(function).bind("run", **settings)
-    inspect.signature(adaptive.scale_out_rows).bind(**load_settings(profile, "08_scaling")["scale_out"])
+    inspect.signature(experiments.scale_out_rows).bind(**load_settings(profile, "08_scaling")["scale_out"])
     assert CausalConfig(**load_settings(profile, "10_generation")["perplexity"])
 
 
@@ -186,6 +186,5 @@ def test_the_uses_table_names_earlier_notebooks():
     names = sorted({*USES, *(used for uses in USES.values() for used in uses)})
     for name, used in USES.items():
         assert all(other < name for other in used)
-    missing = {name for name in names if name not in [path.stem for path in PATHS]}
-    assert missing <= {"11_decomposition", "12_comparison", "13_aggregation"}
+    assert set(names) <= {path.stem for path in PATHS}
     assert [n.name for n in find_notebooks(ROOT, {})] == [path.stem for path in PATHS]
