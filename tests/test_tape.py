@@ -19,12 +19,7 @@ from detransformer.planning.tape import Compute, Start, Step, Tape, TapeComm
 
 SIZES = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=6, intermediate_size=20, vocab_size=31)
 GPT2_SIZES = dict(n_embd=24, n_layer=3, n_head=6, n_inner=20, vocab_size=31)
-SPEEDS = {
-    1: ([1.0],),
-    2: ([1.0, 1.0], [1.0, 2.0]),
-    3: ([1.0] * 3, [1.0, 1.0, 2.0]),
-    4: ([1.0] * 4, [1.0, 2.0, 1.0, 1.0]),
-}
+UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 ORIGINAL = [name for name, strategy in STRATEGIES.items() if strategy.layer_kind == "original"]
 SEQ_LEN, BATCH_SIZE = 11, 2
 
@@ -75,16 +70,15 @@ def check(model, plan, past: int = 0) -> None:
 
 @pytest.mark.parametrize("strategy", ORIGINAL)
 @pytest.mark.parametrize("model", ["bert", "bert, decoupled", "bert, narrow", "gpt2", "gpt2, decoupled"])
-@pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_layers_put_together_are_the_whole_request(models, model, strategy, num_devices):
-    """In 1, 2 and 4 chunks, with even and uneven shares; in one chunk also a decoder's further tokens."""
+    """In 1 and 3 chunks, with uneven shares; in one chunk also a decoder's further tokens."""
     config, _ = models[model]
     names = strategies_for(config, strategy)
-    for speeds in SPEEDS[num_devices]:
-        for num_chunks in (1, 2, 4):
-            check(models[model], layer_plan("test", config, names, speeds, num_chunks=num_chunks))
-        if is_decoder(config):
-            check(models[model], layer_plan("test", config, names, speeds), past=7)
+    for num_chunks in (1, 3):
+        check(models[model], layer_plan("test", config, names, UNEVEN[num_devices], num_chunks=num_chunks))
+    if is_decoder(config):
+        check(models[model], layer_plan("test", config, names, UNEVEN[num_devices]), past=7)
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
@@ -95,7 +89,7 @@ def test_compressed_messages_are_recorded_as_they_are_sent(models, strategy, wir
         names = strategies_for(config, strategy)
         check(
             models["bert, decoupled"],
-            layer_plan("test", config, names, SPEEDS[4][1], wire, direct=direct, num_chunks=2),
+            layer_plan("test", config, names, UNEVEN[4], wire, direct=direct, num_chunks=2),
         )
 
 
@@ -105,7 +99,7 @@ def test_any_strategy_after_any_other(models):
         for second in ORIGINAL:
             for direct in (False, True):
                 names = (first, second, first)
-                check(models["bert"], layer_plan("test", config, names, SPEEDS[3][1], direct=direct, num_chunks=2))
+                check(models["bert"], layer_plan("test", config, names, UNEVEN[3], direct=direct, num_chunks=2))
 
 
 @pytest.mark.parametrize("strategy", ORIGINAL)

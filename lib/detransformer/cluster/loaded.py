@@ -42,7 +42,9 @@ class Loaded:
             self.segments[key] = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
         return self.segments[key]
 
-    def links(self, plan: Plan, rank: int, link: LinkProfile, seq_len: int, batch_size: int, past: int = 0):
+    def links(
+        self, plan: Plan, rank: int, link: LinkProfile, seq_len: int, batch_size: int, past: int = 0
+    ) -> list[float]:
         """Seconds of each collective that `rank` launches in a request, as the cost model has them."""
         key = (key_of(plan), "links", link.bandwidth_bps, seq_len, batch_size, past)
         if key not in self.segments:
@@ -69,6 +71,7 @@ class Loaded:
 
 
 def key_of(plan: Plan) -> str:
+    """`plan` as a text, for a key."""
     return json.dumps(plan.to_dict())
 
 

@@ -192,11 +192,12 @@ class _Candidates:
             sentences.append(f"{self._named([i])} left out: {why} of {problem.budgets[i] / MIB:.0f} MiB")
         count = max(self.tried)
         if slower := sorted(set(self.order[:count]) - set(chosen.plan.device_ids)):
+            why = f"with {'it' if len(slower) == 1 else 'them'} "
             if count in self.by_count:
-                why = f"{self.by_count[count].latency_s:.3g} s instead of {chosen.latency_s:.3g} s"
+                why += f"{self.by_count[count].latency_s:.3g} s instead of {chosen.latency_s:.3g} s"
             else:
-                why = "no plan fits the memory" if self.tried[count] else "the model has too few sub-blocks"
-            sentences.append(f"{self._named(slower)} left out: with {'it' if len(slower) == 1 else 'them'} {why}")
+                why = why + "no plan fits the memory" if self.tried[count] else "the model has no more sub-blocks"
+            sentences.append(f"{self._named(slower)} left out: {why}")
         return tuple(sentences)
 
     def _named(self, devices: Sequence[int]) -> str:
