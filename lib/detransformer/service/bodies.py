@@ -67,18 +67,24 @@ def _either(body: Body, name: str, value: str | None) -> Body:
 
 
 class Label(BaseModel):
+    """A classifier's answer."""
+
     label: str
     probabilities: list[float]
     logits: list[float]
 
 
 class Span(BaseModel):
+    """Where the passage answers: its tokens from `start` to `end`, and their text."""
+
     answer: str | None
     start: int
     end: int
 
 
 class Continuation(BaseModel):
+    """What a text goes on with; `text` is null without a tokenizer."""
+
     text: str | None
     tokens: list[int]
 
@@ -94,4 +100,6 @@ class Health(BaseModel):
 
 
 class Problem(BaseModel):
+    """A refusal, in a sentence."""
+
     error: str

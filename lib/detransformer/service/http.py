@@ -105,6 +105,7 @@ class SizeLimit:
 
 
 def problem(status: int, sentence: str, **headers: str) -> JSONResponse:
+    """The answer to a request that is refused."""
     return JSONResponse({"error": sentence}, status, {name.replace("_", "-"): text for name, text in headers.items()})
 
 
@@ -246,7 +247,7 @@ def encode(
     return inputs
 
 
-async def ask(session: Session, inputs: dict[str, torch.Tensor], deadline_s: float, **options) -> dict:
+async def ask(session: Session, inputs: dict[str, torch.Tensor], deadline_s: float, **options: int) -> dict:
     """The session's outputs. Raises what `_add_handlers` turns into an answer."""
     future = asyncio.wrap_future(session.submit(inputs, deadline_s, **options))
     try:
