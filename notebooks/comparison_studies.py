@@ -16,7 +16,7 @@ from detransformer import training
 from detransformer.cluster.devices import cluster_profile
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.aggregator import KINDS, aggregator_flops, message_bytes
-from detransformer.coformer.booster import BoostConfig, ImageTask, TextTask, weights_hash
+from detransformer.coformer.booster import BoostConfig, weights_hash
 from detransformer.coformer.calibration import Calibrated, calibrate_policy
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.evaluator import make_evaluator
@@ -32,6 +32,7 @@ from detransformer.coformer.policy import Limits, Original, Policy, flops, memor
 from detransformer.coformer.predictor import STRATEGY, energy_j, latency, shared_limits, tdp_w
 from detransformer.coformer.sampling import filled, uniform_policy
 from detransformer.coformer.search import SearchConfig, search_policy
+from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.files import repository_root
 from detransformer.models.configuration import preset_config
 from detransformer.tables.coformer import best_recipe

@@ -21,7 +21,7 @@ from detransformer.coformer.aggregator import (
     pool_features,
     save_aggregator,
 )
-from detransformer.coformer.booster import ImageTask, predict
+from detransformer.coformer.booster import predict
 from detransformer.coformer.fusion import (
     AggregatorConfig,
     Outputs,
@@ -31,6 +31,7 @@ from detransformer.coformer.fusion import (
     random_presence,
     train_aggregator,
 )
+from detransformer.coformer.tasks import ImageTask
 from detransformer.training.data.images import generated_images
 from detransformer.training.images import ImageConfig
 

@@ -13,8 +13,6 @@ from detransformer.coformer import booster
 from detransformer.coformer.booster import (
     BoostConfig,
     BoostLoss,
-    ImageTask,
-    TextTask,
     WeightedBatches,
     boost,
     load_calibrated,
@@ -24,6 +22,7 @@ from detransformer.coformer.booster import (
     update_weights,
     weights_hash,
 )
+from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.training import FinetuneConfig, open_data
 from detransformer.training.data.images import generated_images
 from detransformer.training.images import ImageConfig

@@ -12,13 +12,14 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from detransformer.cluster.devices import DeviceSpec
 from detransformer.coformer.aggregator import KINDS
-from detransformer.coformer.booster import BoostConfig, ImageTask
+from detransformer.coformer.booster import BoostConfig
 from detransformer.coformer.evaluator import make_evaluator
 from detransformer.coformer.fusion import AggregatorConfig
 from detransformer.coformer.policy import Limits, Original, violations
 from detransformer.coformer.predictor import latency
 from detransformer.coformer.sampling import sample_policy
 from detransformer.coformer.search import METHODS, SearchConfig
+from detransformer.coformer.tasks import ImageTask
 from detransformer.files import repository_root
 from detransformer.tables import coformer as tables
 from detransformer.training.data.images import generated_images

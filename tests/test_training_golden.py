@@ -15,8 +15,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
-from detransformer.coformer.booster import BoostConfig, ImageTask, boost
+from detransformer.coformer.booster import BoostConfig, boost
 from detransformer.coformer.fusion import AggregatorConfig, train_aggregator
+from detransformer.coformer.tasks import ImageTask
 from detransformer.training import (
     CalibrationConfig,
     FinetuneConfig,

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from detransformer.coformer.aggregator import Aggregator
-from detransformer.coformer.booster import BoostConfig, BoostResult, BoostTask, boost, load_calibrated
+from detransformer.coformer.booster import BoostConfig, BoostResult, boost, load_calibrated
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.fusion import (
     AggregatorConfig,
@@ -21,6 +21,7 @@ from detransformer.coformer.fusion import (
     train_aggregator,
 )
 from detransformer.coformer.policy import Limits, Original, Policy, check_policy
+from detransformer.coformer.tasks import BoostTask
 
 
 @dataclass(frozen=True)

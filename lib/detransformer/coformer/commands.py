@@ -13,16 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from detransformer.checkpoints import has_tokenizer
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.aggregator import KINDS
-from detransformer.coformer.booster import (
-    RULES,
-    TARGETS,
-    BoostConfig,
-    BoostTask,
-    ImageTask,
-    TextTask,
-    predict,
-    weights_hash,
-)
+from detransformer.coformer.booster import RULES, TARGETS, BoostConfig, predict, weights_hash
 from detransformer.coformer.calibration import Calibrated, calibrate_policy
 from detransformer.coformer.ensemble import save_ensemble
 from detransformer.coformer.evaluator import make_evaluator
@@ -31,6 +22,7 @@ from detransformer.coformer.policy import Limits, Original, Policy, flops, memor
 from detransformer.coformer.predictor import Latency, fastest_device, latency, roofline_s
 from detransformer.coformer.sampling import filled
 from detransformer.coformer.search import METHODS, SearchConfig, search_policy
+from detransformer.coformer.tasks import BoostTask, ImageTask, TextTask
 from detransformer.files import atomic_write
 from detransformer.parse import number, one_of, whole_number
 from detransformer.planning.profile import ClusterProfile

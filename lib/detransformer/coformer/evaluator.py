@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from detransformer.coformer.booster import BoostTask
 from detransformer.coformer.decomposer import Importance, decompose, magnitude_importance
 from detransformer.coformer.policy import Original, Policy, scale_policy
 from detransformer.coformer.predictor import Latency, Predict, fastest_device, latency, roofline_s
+from detransformer.coformer.tasks import BoostTask
 from detransformer.planning.profile import ClusterProfile
 
 

@@ -27,7 +27,8 @@ from detransformer.coformer.aggregator import (
     make_aggregator,
     pool_features,
 )
-from detransformer.coformer.booster import BoostTask, weights_hash
+from detransformer.coformer.booster import weights_hash
+from detransformer.coformer.tasks import BoostTask
 from detransformer.files import atomic_write
 from detransformer.training.config import Recipe, config_hash, fraction, not_negative, positive
 from detransformer.training.loop import Run, fit
