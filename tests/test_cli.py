@@ -10,6 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+import typer
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
@@ -80,6 +81,12 @@ def test_help_imports_nothing_heavy():
         (["bench", "--wire", "float8"], ["float8", "int8"]),
         (["bench", "--wire", "int8,nothing=float32"], ["--wire int8,nothing=float32", "bfloat16"]),
         (["bench", "--delay", "-1"], ["--delay -1"]),
+        (["bench", "--devices", "0"], ["--devices 0 is out of range; give 1 or more."]),
+        (["bench", "--repeats", "2.5"], ["--repeats 2.5 is not a whole number; give 1 or more."]),
+        (["bench", "--jitter", "nan"], ["--jitter nan is out of range; give one from 0 to 10000."]),
+        (["bench", "--methods", ","], ["--methods is empty"]),
+        (["bench", "--bandwidth", "125,x"], ["--bandwidth x is not a number"]),
+        (["bench", "--time-scale", "inf"], ["--time-scale inf is out of range; give one from 0.1 to 64."]),
         (["bench", "--delay", "5", "--transport", "loopback"], ["delay and jitter", "leave them out"]),
         (["bench", "--devices", "8", "--methods", "bp+tp", "--transport", "loopback"], ["8 devices", "8 divisions"]),
         (["bench", "--timeline", "/"], ["--timeline /", "file name"]),
@@ -94,6 +101,20 @@ def test_help_imports_nothing_heavy():
 )
 def test_wrong_words_are_one_sentence(capsys, arguments, words):
     assert_one_sentence(*call(capsys, *arguments), *words)
+
+
+def test_choices_are_those_of_the_library():
+    """Where its constants load torch, an option names them once more."""
+    from detransformer.coformer import aggregator, booster, search
+    from detransformer.training.config import PRECISIONS
+    from detransformer.training.data import SOURCES
+
+    known = {"--aggregator": aggregator.KINDS, "--rule": booster.RULES, "--targets": booster.TARGETS}
+    known |= {"--precision": PRECISIONS, "--source": SOURCES}
+    commands = typer.main.get_command(cli.app).commands
+    found = {p.opts[0]: p.type_descriptor.choices for name in ("decompose", "calibrate") for p in commands[name].params}
+    assert {name: set(found[name]) for name in known} == {name: set(words) for name, words in known.items()}
+    assert set(found["--search"]) == set(search.METHODS) - {search.FITTED}
 
 
 def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
@@ -131,7 +152,7 @@ def test_plan_explains_itself(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", "--cluster", str(EXAMPLES / "unequal.yaml"), "--seq-len", "64", "--explain"])
     shown = capsys.readouterr().out
-    assert end.value.code == 0 and "64 tokens" in shown and "Bottleneck: " in shown
+    assert end.value.code == 0 and "bp+sp" in shown and "Bottleneck: " in shown
 
 
 def test_bench_of_a_cluster_file(bert, tmp_path):

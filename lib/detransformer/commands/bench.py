@@ -23,10 +23,6 @@ SHOWN = ("method", "plan", "num_devices", "bandwidth_mbps", "wire", "latency_s",
 SHOWN += ("over_limit", "compute_s", "comm_s", "wait_s", "predicted_s", "collectives", "sent_kib", "weights_mib")
 SHOWN += ("peak_mib", "valid")
 SHORT_KINDS = {"all_reduce": "ar", "all_gather": "ag", "all_to_all": "a2a", "reduce_scatter": "rs", "send": "send"}
-PACE_SENTENCES = {
-    "measured": "Paced by the efficiency that shares of a layer were measured to have on a core (--pace measured).",
-    "roofline": "Paced as if every share of a layer computed at the whole layer's rate (--pace roofline).",
-}
 REFERENCES = ("single", "tp", "sp")  # measured in float32 beside methods on another wire
 
 
@@ -111,7 +107,7 @@ def bench(
         f"batch {batch_size}, median of {repeats}\n"
     )
     print(markdown(shown_rows(rows)))
-    print(PACE_SENTENCES[pace])
+    print(f"Shares of a layer are paced by --pace {pace}.")
     print("ar all_reduce, ag all_gather, a2a all_to_all, rs reduce_scatter; over limit: of single device / devices;")
     print("auto speedup: how many times as fast BP+Auto is; intervals: 95%; peak mib: of resident memory.\n")
     for row in rows[~rows["valid"].astype(bool)].itertuples():

@@ -43,7 +43,7 @@ def calibrate(
 
     While it trains, OUTPUT.work beside the output holds what it goes on from.
     """
-    from detransformer.checkpoints import read_config
+    from detransformer.checkpoints import check_output, read_config
     from detransformer.models.configuration import check_decoupling
     from detransformer.training import distillation
     from detransformer.training.config import ModelRow, PretrainConfig
@@ -72,7 +72,7 @@ def calibrate(
         hidden_weight=hidden_weight,
         temperature=temperature,
     )
-    options.new_folder(output, teacher, force)
+    check_output(output, teacher, force)
     if not teacher.is_dir():
         raise ValueError(f"{teacher} is no folder; give one of a BERT checkpoint.")
     sizes = read_config(str(teacher))

@@ -64,6 +64,7 @@ def decompose(
     Each sub-model is calibrated by --steps optimizer steps. Until all is done, OUTPUT.work beside the output holds
     what an interrupted run goes on from.
     """
+    from detransformer.checkpoints import check_output
     from detransformer.cluster.spec import ClusterSpec
     from detransformer.coformer.booster import BoostConfig, predict, weights_hash
     from detransformer.coformer.calibration import calibrate_policy, score_table
@@ -92,7 +93,7 @@ def decompose(
         checkpoint_every_s=120.0,
         seed=seed,
     )
-    options.new_folder(output, checkpoint, force)
+    check_output(output, checkpoint, force)
     family = family_of(checkpoint)
     model = load_classifier(checkpoint, family)
     work = output.with_name(f"{output.name}.work")

@@ -121,33 +121,19 @@ def _range(least: float | None, most: float | None) -> str:
     return f"give {least} or more" if most is None else f"give one from {least} to {most}"
 
 
-def new_folder(output: Path, source: Path, force: bool) -> None:
-    """ValueError where `output` is there and not to be replaced, or is the checkpoint that is read."""
-    if output.exists() and not (force and output.is_dir()):
-        raise ValueError(f"--output {output} exists already; choose another folder, or replace it with --force.")
-    if output.resolve() == source.resolve():
-        raise ValueError(f"--output {output} is the checkpoint itself; choose another folder.")
-
-
 # --- Options that several commands have -----------------------------------------------------------------------------
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
-Memory = Annotated[
-    float | None, typer.Option(min=1, max=MAX_MEMORY_MIB, help="Of each device in MiB; its own where not given.")
-]
+Memory = Annotated[float | None, typer.Option(min=1, max=MAX_MEMORY_MIB, help="Of each device in MiB; else its own.")]
 Layers = Annotated[int, typer.Option(min=1, help="Nb, the layers that stay original.")]
 Divisions = Annotated[int, typer.Option(min=1, help="Ndiv, the sub-blocks of a decoupled layer.")]
 Width = Annotated[AttentionWidth, typer.Option(help="Of a sub-block; full is published.")]
-Placement = Annotated[
-    OriginalPlacement, typer.Option(help="Original layers: the last of each group (published), or others.")
-]
+Placement = Annotated[OriginalPlacement, typer.Option(help="Original layers; the last of each group is published.")]
 
 # of bench, plan and profile
 _MADE = [name for name in PRESETS if name not in PLANNING_ONLY]
 Model = Annotated[str, typer.Option(help=f"One of {', '.join(_MADE)}, or a checkpoint folder.")]
-ClusterFile = Annotated[
-    Path | None, typer.Option(help="Cluster file (examples/) instead of --devices, --device and --bandwidth.")
-]
+ClusterFile = Annotated[Path | None, typer.Option(help="Cluster file, instead of --devices, --device, --bandwidth.")]
 Devices = Annotated[int | None, typer.Option(min=1, help="How many devices, all alike; 4 where not given.")]
 Bandwidth = Annotated[
     Rates | None,
@@ -164,9 +150,7 @@ Pace = Annotated[
 # of commands on a cluster
 Cluster = Annotated[Path, typer.Option(help="Cluster file; examples/ has some to begin with.")]
 Folder = Annotated[str, typer.Option(help="Folder of the checkpoint, on every host a copy of its own.")]
-Host = Annotated[
-    str | None, typer.Option(help="Which device of the file this host is; by its addresses where not given.")
-]
+Host = Annotated[str | None, typer.Option(help="Which device of the file this host is; else by its addresses.")]
 Plan = Annotated[dict | None, typer.Option(parser=read_plan, help="JSON file with the plan, of `plan --output`.")]
 Wires = Annotated[
     Words, typer.Option(parser=words_of(WIRE_FORMATS), help=f"Formats of messages: some of {','.join(WIRE_FORMATS)}.")
@@ -186,12 +170,10 @@ Output = Annotated[Path | None, typer.Option(parser=file_to_write, help="File to
 
 # of training
 Source = Annotated[
-    Literal["auto", "mirror", "hub", "built-in"],
-    typer.Option(help="Where data come from; text: if no --text is given."),
+    Literal["auto", "mirror", "hub", "built-in"], typer.Option(help="Where data come from, if not from --text.")
 ]
 Texts = Annotated[
-    list[Path] | None,
-    typer.Option(help="Text file (an article a line) or folder of .txt files; may be repeated."),
+    list[Path] | None, typer.Option(help="Text file (an article a line) or folder of them; may be repeated.")
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 Samples = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences or samples of a step.")]

@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from detransformer import __version__
 from detransformer.cluster.devices import DEVICES, DeviceSpec, describe_devices
 from detransformer.commands import options
 from detransformer.presets import PRESETS
@@ -162,22 +164,15 @@ def profile(
         print(markdown(rows))
     link = replace(link, shares=link_shares(spec.device_specs) if spec else ())
     print(f"link: {link.source}")
-    ClusterProfile(computes, link).save(output, _provenance(model))
-    print(f"saved to {output}")
-
-
-def _provenance(model: str) -> dict:
-    from datetime import UTC, datetime
-
-    from detransformer import __version__
-
-    return {
+    provenance = {
         "model": model,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.platform(),
         "python": sys.version.split()[0],
         "detransformer": __version__,
     }
+    ClusterProfile(computes, link).save(output, provenance)
+    print(f"saved to {output}")
 
 
 # --- What bench needs too -------------------------------------------------------------------------------------------
