@@ -10,6 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+import typer
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
@@ -78,8 +79,14 @@ def test_help_imports_nothing_heavy():
         (["decouple", "x", "--output", "y", "--head", "two"], ["two", "masked-lm"]),
         (["bench", "--methods", "tp,magic"], ["magic", "bp+narrow"]),
         (["bench", "--wire", "float8"], ["float8", "int8"]),
-        (["bench", "--wire", "int8,nothing=float32"], ["int8,nothing=float32", "float32, bfloat16, int8"]),
+        (["bench", "--wire", "int8,nothing=float32"], ["--wire int8,nothing=float32", "bfloat16"]),
         (["bench", "--delay", "-1"], ["--delay -1"]),
+        (["bench", "--devices", "0"], ["--devices 0 is out of range; give 1 or more."]),
+        (["bench", "--repeats", "2.5"], ["--repeats 2.5 is not a whole number; give 1 or more."]),
+        (["bench", "--jitter", "nan"], ["--jitter nan is out of range; give one from 0 to 10000."]),
+        (["bench", "--methods", ","], ["--methods is empty"]),
+        (["bench", "--bandwidth", "125,x"], ["--bandwidth x is not a number"]),
+        (["bench", "--time-scale", "inf"], ["--time-scale inf is out of range; give one from 0.1 to 64."]),
         (["bench", "--delay", "5", "--transport", "loopback"], ["delay and jitter", "leave them out"]),
         (["bench", "--devices", "8", "--methods", "bp+tp", "--transport", "loopback"], ["8 devices", "8 divisions"]),
         (["bench", "--timeline", "/"], ["--timeline /", "file name"]),
@@ -96,6 +103,20 @@ def test_wrong_words_are_one_sentence(capsys, arguments, words):
     assert_one_sentence(*call(capsys, *arguments), *words)
 
 
+def test_choices_are_those_of_the_library():
+    """Where its constants load torch, an option names them once more."""
+    from detransformer.coformer import aggregator, booster, search
+    from detransformer.training.config import PRECISIONS
+    from detransformer.training.data import SOURCES
+
+    known = {"--aggregator": aggregator.KINDS, "--rule": booster.RULES, "--targets": booster.TARGETS}
+    known |= {"--precision": PRECISIONS, "--source": SOURCES}
+    commands = typer.main.get_command(cli.app).commands
+    found = {p.opts[0]: p.type_descriptor.choices for name in ("decompose", "calibrate") for p in commands[name].params}
+    assert {name: set(found[name]) for name in known} == {name: set(words) for name, words in known.items()}
+    assert set(found["--search"]) == set(search.METHODS) - {search.FITTED}
+
+
 def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
     """Over loopback, on another wire: TP, SP and one device stand in float32 beside it."""
     options = ["--bandwidth", "100", "--methods", "bp+auto", "--wire", "int8", "--seq-len", "8", "--repeats", "1"]
@@ -107,7 +128,7 @@ def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
     found = list(zip(rows["method"], rows["wire"], strict=True))
     assert found == [("single", "float32"), ("tp", "float32"), ("sp", "float32"), ("bp+auto", "int8")]
     assert {"rank", "what", "start_s", "stop_s"} <= set(pd.read_csv(tmp_path / "timeline.csv").columns)
-    assert "modelled link" in done.stdout and "8 ar" in done.stdout and "x limit" in done.stdout
+    assert "modelled link" in done.stdout and "8 ar" in done.stdout and "over limit" in done.stdout
     assert not (tmp_path / "rows.csv.rows.json").exists()
 
 
@@ -151,7 +172,7 @@ def test_bench_of_a_cluster_file(bert, tmp_path):
 
 def test_summary_of_a_bench():
     """Speedups over float32 rows; the fastest row is named where it is not BP+Auto."""
-    from detransformer.cluster.commands import summary_lines
+    from detransformer.commands.bench import summary_lines
 
     def row(method, wire, latency_s, **fields):
         common = dict(plan="p", bandwidth_mbps=125.0, limit_s=0.5, valid=True)

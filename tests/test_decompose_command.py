@@ -8,10 +8,10 @@ from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig
 
 from detransformer.cli import main
-from detransformer.coformer.commands import PLAN_FILE
 from detransformer.coformer.ensemble import load_ensemble, whole_answer
 from detransformer.coformer.policy import Limits, Original, violations
 from detransformer.coformer.sampling import filled
+from detransformer.commands.decompose import PLAN_FILE
 from detransformer.files import repository_root
 from detransformer.training.data import open_data
 from detransformer.training.data.images import open_images

@@ -32,8 +32,8 @@ from transformers import (
 from detransformer.cluster.facts import model_facts
 from detransformer.cluster.hosts import own_rank
 from detransformer.cluster.network import EmulatedNetwork, can_emulate, inside
-from detransformer.cluster.run import read_plan
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.commands.options import read_plan
 from detransformer.models import decouple
 from detransformer.parallel.plan import published_plan
 

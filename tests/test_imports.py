@@ -6,7 +6,7 @@ from detransformer.files import PACKAGE
 
 # Rooms from the ground up; rooms of one floor may import each other only where BESIDE says so.
 FLOORS = (
-    {"__init__", "files", "settings", "machine", "parse", "presets", "typed_json", "record", "profiles"},
+    {"__init__", "files", "settings", "machine", "presets", "typed_json", "record", "profiles"},
     {"models"},
     {"checkpoints"},
     {"parallel"},
@@ -16,6 +16,7 @@ FLOORS = (
     {"tables"},
     {"notebooks", "index_page", "doctor"},
     {"reproduce"},
+    {"commands"},
     {"cli"},
 )
 BESIDE = {("coformer", "training"), ("settings", "files"), ("record", "files"), ("record", "settings")}

@@ -23,8 +23,8 @@ from detransformer.cluster.devices import cluster_profile, device_specs
 from detransformer.cluster.facts import model_facts
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.request import Request
-from detransformer.cluster.run import read_plan
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.commands.options import read_plan
 from detransformer.parallel.plan import published_plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.service.session import Session

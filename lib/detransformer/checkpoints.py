@@ -96,13 +96,8 @@ def decouple_checkpoint(
         ValueError: for a source that is no whole checkpoint of these, sizes that do not divide, an output in the way.
     """
     output = Path(output)
-    if output.exists() and not force:
-        raise ValueError(f"--output {output} exists already; choose another folder, or replace it with --force.")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; choose a folder.")
+    check_output(output, source, force)
     config = read_config(source)
-    if Path(source).is_dir() and output.resolve() == Path(source).resolve():
-        raise ValueError(f"--output {output} is the checkpoint itself; choose another folder.")
     family = FAMILIES[config["model_type"]]
     if head == "auto":
         head = ARCHITECTURE_HEADS.get((config.get("architectures") or [""])[0], "base")
@@ -130,6 +125,16 @@ def decouple_checkpoint(
         say(f"Not in the checkpoint, so newly initialised: {', '.join(fresh)}")
     say(f"Written to {output}, {'with' if copied else 'without'} tokenizer files.")
     return output
+
+
+def check_output(output: Path, source: str | Path, force: bool) -> None:
+    """ValueError where `output` is there and not to be replaced, or is the checkpoint `source` that is read."""
+    if output.exists() and not force:
+        raise ValueError(f"--output {output} exists already; choose another folder, or replace it with --force.")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; choose a folder.")
+    if Path(source).is_dir() and output.resolve() == Path(source).resolve():
+        raise ValueError(f"--output {output} is the checkpoint itself; choose another folder.")
 
 
 def read_config(source: str) -> dict:

@@ -1,4 +1,9 @@
-"""Names and sizes of the preset models. Plain data: a board's `detransformer run` reads it without loading torch."""
+"""Names and sizes of the preset models, and choices of a decoupled one. Plain data, read without loading torch."""
+
+from typing import Literal
+
+AttentionWidth = Literal["full", "narrow"]
+OriginalPlacement = Literal["last", "first", "bottom", "middle", "top"]
 
 # BERT's presets, which the papers' tables are about.
 PRESET_SIZES = {

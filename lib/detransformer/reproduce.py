@@ -35,8 +35,8 @@ from detransformer.record import provenance
 from detransformer.record.run import RunFolder
 
 DATA = ("published", "measured")
-# Files of the package that no notebook's result depends on.
-FRAME = ("cli.py", "doctor.py", "reproduce.py", "notebooks.py", "index_page.py", "profiles/__init__.py")
+# Files and rooms of the package that no notebook's result depends on.
+FRAME = ("cli.py", "commands", "doctor.py", "reproduce.py", "notebooks.py", "index_page.py", "profiles/__init__.py")
 
 
 def reproduce(
@@ -197,7 +197,8 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
 def library_digest(package: Path = PACKAGE) -> str:
     """Digest of the package's sources and committed data: what notebooks compute with."""
     digest = hashlib.sha256()
-    modules = [p for p in sorted(package.rglob("*.py")) if p.relative_to(package).as_posix() not in FRAME]
+    inside = {path: path.relative_to(package) for path in sorted(package.rglob("*.py"))}
+    modules = [path for path, name in inside.items() if not {name.as_posix(), name.parts[0]} & set(FRAME)]
     for path in [*modules, *(p for name in DATA for p in sorted(data_folder(name, package).glob("*.csv")))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -15,7 +15,6 @@ import pandas as pd
 from detransformer.cluster.bench import Bench, measure_grid
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
-from detransformer.cluster.commands import placement_rows
 from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
 from detransformer.cluster.profiler import efficiency_rows, profile_link, single_device_latency
 from detransformer.cluster.session import EmulatedCluster
@@ -112,7 +111,7 @@ def placement_table(
         link = load_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
         for mbps in bandwidths_mbps:
             profile = ClusterProfile(devices, link.at(mbps * 1e6))
-            rows = placement_rows(place(config, profile, memory_budget_bytes=budget))
+            rows = place(config, profile, memory_budget_bytes=budget).table()
             frames.append(rows.assign(model=model, num_devices=num_devices, bandwidth_mbps=mbps))
     frame = pd.concat(frames, ignore_index=True)
     first = ["model", "num_devices", "bandwidth_mbps"]

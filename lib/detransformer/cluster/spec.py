@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StrictBool, StrictStr, ValidationError
 
-from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
+from detransformer.cluster.devices import BANDWIDTH_LIMITS_MBPS, DEVICES, DeviceSpec, cluster_profile
 from detransformer.planning.profile import ClusterProfile
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from detransformer.cluster.session import EmulatedCluster
 
-BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)
 MAX_DEVICES = 64
 
 

@@ -4,10 +4,11 @@ No test sample is looked at before the last line.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 from transformers import PreTrainedModel
 
 from detransformer.coformer.aggregator import Aggregator
@@ -83,3 +84,15 @@ def calibrate_policy(
     accuracies = [ensemble_accuracy(aggregator, part.features, part.logits, part.labels) for part in (test, *held)]
     accuracy, held_out_accuracy = (*accuracies, math.nan)[:2]
     return Calibrated(policy, tuple(boosted), tuple(calibrated), train, test, aggregator, accuracy, held_out_accuracy)
+
+
+def score_table(
+    made: Calibrated, task: BoostTask, large: float, lost: pd.DataFrame, names: Sequence[str]
+) -> pd.DataFrame:
+    """Scores of the large model and of each sub-model alone, and the accuracies of `fusion.missing_table`."""
+    rows = [("the large model", task.metric, large)]
+    rows += [(f"{name} alone", task.metric, r.score) for name, r in zip(names, made.boosted, strict=True)]
+    for row in lost.itertuples():
+        who = f"all but {names[row.missing - 1]}" if row.missing else f"all {len(names)}, aggregated"
+        rows.append((who, "accuracy", row.accuracy))
+    return pd.DataFrame(rows, columns=["who answers", "metric", "test score"])

@@ -18,6 +18,7 @@ from detransformer.coformer.policy import (
     Policy,
     SubModelConfig,
     flops,
+    memory_bytes,
     parameters,
     products,
 )
@@ -205,3 +206,23 @@ def energy_j(times: Latency, powers_w: Sequence[float]) -> float:
     busy = list(times.backbone_s)
     busy[times.central] += times.aggregate_s
     return sum(power * seconds for power, seconds in zip(powers_w, busy, strict=True))
+
+
+def latency_table(policy: Policy, original: Original, times: Latency, names: Sequence[str]) -> pd.DataFrame:
+    """C_n by device, what it costs, and the predicted milliseconds of each phase."""
+    whole = flops(original.whole, original)
+    return pd.DataFrame(
+        {
+            "device": names[n] + (" (aggregates)" if n == times.central else ""),
+            "layers": c.num_layers,
+            "width": c.hidden_size,
+            "heads (mean)": round(c.mean_heads, 1),
+            "FFN (mean)": round(c.mean_ffn_size),
+            "% of FLOPs": 100 * flops(c, original) / whole,
+            "MiB": memory_bytes(c, original) / 2**20,
+            "compute ms": 1e3 * times.backbone_s[n],
+            "send ms": 1e3 * times.send_s[n],
+            "idle ms": 1e3 * times.idle_s[n],
+        }
+        for n, c in enumerate(policy.sub_models)
+    )

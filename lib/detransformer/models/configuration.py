@@ -5,15 +5,14 @@ of each group is an original Transformer layer; the others are decoupled layers 
 The original layers may stand elsewhere too (`original_placement`), which the papers do not try.
 """
 
-from typing import Literal
+from typing import get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig, GPT2Config, PretrainedConfig
 
-from detransformer.presets import GPT2_SIZES, PRESET_SIZES, PRESETS
+from detransformer.presets import GPT2_SIZES, PRESET_SIZES, PRESETS, AttentionWidth, OriginalPlacement
 
-ATTENTION_WIDTHS = ("full", "narrow")
-ORIGINAL_PLACEMENTS = ("last", "first", "bottom", "middle", "top")
+ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS = get_args(AttentionWidth), get_args(OriginalPlacement)
 
 
 @strict
@@ -39,8 +38,8 @@ class DecoupledBertConfig(BertConfig):
 
     num_original_layers: int = 4
     num_divisions: int = 4
-    attention_width: Literal["full", "narrow"] = "full"
-    original_placement: Literal["last", "first", "bottom", "middle", "top"] = "last"
+    attention_width: AttentionWidth = "full"
+    original_placement: OriginalPlacement = "last"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -59,8 +58,8 @@ class DecoupledGPT2Config(GPT2Config):
 
     num_original_layers: int = 4
     num_divisions: int = 4
-    attention_width: Literal["full", "narrow"] = "full"
-    original_placement: Literal["last", "first", "bottom", "middle", "top"] = "last"
+    attention_width: AttentionWidth = "full"
+    original_placement: OriginalPlacement = "last"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -6,6 +6,7 @@ in how many chunks a request is run, in which format messages travel, and, by `s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -16,6 +17,9 @@ from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.planning.pieces import Pieces
 from detransformer.planning.problem import MIB, Alternative, Problem, device_speeds, search_space, splits
 from detransformer.planning.profile import ClusterProfile
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CHUNKS = (1, 2, 4)  # more save little and cost a real device efficiency: its products become small
 ALL_COUNTS = 8  # of up to so many devices every number is tried; of more, powers of 2 and what lies around the best
@@ -34,6 +38,25 @@ class Placement:
     @property
     def plan(self) -> Plan:
         return self.chosen.plan
+
+    def table(self) -> "pd.DataFrame":
+        """A row an alternative, fastest first."""
+        import pandas as pd  # late: the worker that plans on a board does without
+
+        return pd.DataFrame(
+            {
+                "method": a.plan.method,
+                "plan": a.plan.describe(),
+                "predicted_s": a.prediction.latency_s,
+                "compute_s": a.prediction.compute_s,
+                "comm_s": a.prediction.comm_s,
+                "memory_bytes": max(a.prediction.memory_bytes),
+                "fits": a.fits,
+                "chosen": a is self.chosen,
+                "reason": a.reason,
+            }
+            for a in self.alternatives
+        )
 
 
 def place(

@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, K masked positions a sequence, D hidden, V vocabulary
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 from transformers import BertForMaskedLM
 from transformers.utils import logging as transformers_logging
 
-from detransformer.checkpoints import FAMILIES, load_original, read_config
+from detransformer.checkpoints import FAMILIES, copy_tokenizer, load_original, read_config
+from detransformer.files import atomic_folder
 from detransformer.models import decouple, layer_kinds
 from detransformer.training.config import Checked, ModelRow, PretrainConfig, config_hash, not_negative, positive
 from detransformer.training.data import TrainingData
@@ -244,6 +246,20 @@ def _student(teacher: BertForMaskedLM, row: ModelRow, dropout: float) -> BertFor
     """`teacher`'s slices, with this dropout; the teacher's own is never used."""
     teacher.config.hidden_dropout_prob = teacher.config.attention_probs_dropout_prob = dropout
     return decouple(teacher, *row.structure)
+
+
+def save(result: CalibrationResult, teacher: str | Path, output: str | Path) -> None:
+    """Writes the model as a folder of its own, with the teacher's tokenizer files and how it was made."""
+    facts = {
+        field.name: getattr(result, field.name)
+        for field in dataclasses.fields(result)
+        if field.name not in ("row", "checkpoint", "history")
+    }
+    with atomic_folder(output) as folder:
+        shutil.copytree(result.checkpoint, folder, dirs_exist_ok=True)
+        copy_tokenizer(str(teacher), folder)
+        result.history.to_csv(folder / "calibration.csv", index=False)
+        (folder / "calibration.json").write_text(json.dumps(facts, indent=1))
 
 
 def calibration_table(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
-from detransformer.training.data.sources import Tokenized, TrainingData
+from detransformer.checkpoints import has_tokenizer
+from detransformer.training.data.sources import Tokenized, TrainingData, open_data
 from detransformer.training.data.tasks import Task
 
 VALID_EVERY = 20  # one line of so many is held out; of fewer, the last one
@@ -75,3 +77,24 @@ def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str 
 def retokenized(data: TrainingData, tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
     """`data`, cut by `tokenizer`."""
     return TrainingData(Tokenized(data.source, tokenizer), cache_dir, data.note)
+
+
+def text_for(
+    checkpoint: str | Path, paths: Sequence[str | Path] | None, source: str, cache_dir: str | Path
+) -> TrainingData:
+    """The text of files, or of a data source where there are none, cut by the checkpoint's own tokenizer.
+
+    Raises:
+        ValueError: for a checkpoint without a tokenizer, or one that cannot be read, and as `text_data`.
+    """
+    if not has_tokenizer(checkpoint):
+        raise ValueError(f"{checkpoint} has no tokenizer: copy its tokenizer.json or vocab.txt there.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"the tokenizer of {checkpoint} cannot be read ({error}): copy its files again.") from error
+    return (
+        text_data(paths, tokenizer, cache_dir)
+        if paths
+        else retokenized(open_data(source, cache_dir), tokenizer, cache_dir)
+    )

@@ -6,45 +6,49 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
-from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
-from detransformer.cluster.run import read_plan
-from detransformer.cluster.spec import ClusterSpec
-from detransformer.parse import number, whole_number
+import typer
+
+from detransformer.commands import options
 
 TOKEN = "DETRANSFORMER_TOKEN"  # environment variable: what who asks must show
 
 
-def serve_command(
-    cluster: str,
-    model: str,
-    host: str | None,
-    listen: str,
-    port: str,
-    token_file: str | None,
-    secret_file: str | None,
-    method: str,
-    plan: str | None,
-    seq_len: str,
-    queue: str,
-    batch: str,
-    threads: str | None,
-    time_scale: str,
+def serve(
+    cluster: options.Cluster,
+    model: options.Folder,
+    host: options.Host = None,
+    listen: Annotated[str, typer.Option(help="Address of the HTTP server, on the file's first device.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Its port.")] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help=f"File with the token that requests show; {TOKEN}, or a new one, by default.")
+    ] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="Real hosts: file with the secret of the cluster, the same on all.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="auto (the fastest plan of all), or one by name, as of run.")] = "auto",
+    plan: options.Plan = None,
+    seq_len: Annotated[
+        int, typer.Option(min=1, max=8192, help="Tokens of a usual request, which is planned for.")
+    ] = 128,
+    queue: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Requests that wait at most; further ones are refused with 503.")
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Requests answered together, at most.")] = 8,
+    threads: options.Threads = None,
+    time_scale: Annotated[float, typer.Option(min=0.1, max=64, help="Emulated: how many times slower all runs.")] = 1,
 ) -> None:
-    """Serves until it is interrupted; on a host that is not the file's first, takes part."""
-    asked = dict(
-        plan=read_plan(plan) if plan else None,
-        method=method,
-        max_waiting=whole_number(queue, "--queue", 1, 100_000),
-        max_batch=whole_number(batch, "--batch", 1, 1024),
-        on_event=_say,
-    )
-    asked["seq_len"] = whole_number(seq_len, "--seq-len", 1, 8192)
-    options = dict(
-        time_scale=number(time_scale, "--time-scale", 0.1, 64),
-        threads=whole_number(threads, "--threads", 1, 1024) if threads else 1,
-    )
-    http_port = whole_number(port, "--port", 1, 65_535)
+    """Serve a model over HTTP on a cluster's devices; what comes and goes among them is planned around.
+
+    On real hosts the same command is started on every one. The first device of the file has the HTTP server; while it
+    is there, every request that was accepted is answered, by the devices that are left.
+    """
+    from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
+    from detransformer.cluster.spec import ClusterSpec
+
+    asked = dict(plan=plan, method=method, max_waiting=queue, max_batch=batch, seq_len=seq_len, on_event=_say)
+    options = dict(time_scale=time_scale, threads=threads or 1)
     spec = ClusterSpec.load(cluster)
     if not spec.emulated:
         interfaces = own_interfaces()
@@ -52,8 +56,7 @@ def serve_command(
         if secret_file is None:
             raise ValueError(f"{cluster} is of real hosts: give --secret-file, a file with the same secret on all.")
         options |= {"own": own, "secret": _secret(secret_file), "interface": interface_of(spec, own, interfaces)}
-        if threads is None:
-            options["threads"] = os.cpu_count() or 1
+        options["threads"] = threads or os.cpu_count() or 1
     elif host:
         raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
 
@@ -71,9 +74,9 @@ def serve_command(
     import uvicorn
 
     token = _token(token_file)
-    with _listener(listen, http_port) as listener, Session(spec, model, **asked, **options) as session:
+    with _listener(listen, port) as listener, Session(spec, model, **asked, **options) as session:
         shown = f"[{listen}]" if ":" in listen else listen
-        _say(f"listening on http://{shown}:{http_port}{path}")
+        _say(f"listening on http://{shown}:{port}{path}")
         uvicorn.Server(server_config(build_app(session, token))).run(sockets=[listener])
 
 
@@ -92,10 +95,10 @@ def _listener(address: str, port: int) -> socket.socket:
         ) from None
 
 
-def _token(path: str | None) -> str:
+def _token(file: Path | None) -> str:
     """From a file, the environment, or made anew and shown once."""
-    if path:
-        return _secret(path)
+    if file:
+        return _secret(file)
     if os.environ.get(TOKEN):
         return os.environ[TOKEN]
     token = secrets.token_urlsafe(24)
@@ -103,19 +106,18 @@ def _token(path: str | None) -> str:
     return token
 
 
-def _secret(path: str) -> str:
+def _secret(file: Path) -> str:
     """
     Raises:
         ValueError: where the file is missing, short, or readable by others.
     """
-    file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{path} is no file: make one, such as by `openssl rand -hex 32 > {path}; chmod 600 {path}`.")
+        raise ValueError(f"{file} is no file: make one, such as by `openssl rand -hex 32 > {file}; chmod 600 {file}`.")
     if file.stat().st_mode & 0o077:
-        raise ValueError(f"{path} can be read by others: chmod 600 {path}.")
+        raise ValueError(f"{file} can be read by others: chmod 600 {file}.")
     text = file.read_text(encoding="utf-8", errors="replace").strip()
     if len(text) < 16 or not text.isascii():
-        raise ValueError(f"{path} has {len(text)} characters; give 16 or more, all ASCII.")
+        raise ValueError(f"{file} has {len(text)} characters; give 16 or more, all ASCII.")
     return text
 
 

@@ -1,0 +1,202 @@
+"""`detransformer bench`: methods measured side by side on emulated devices."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from detransformer.commands import options
+from detransformer.commands.plan import bandwidths_of, cluster_file, in_bytes, markdown, on_devices
+from detransformer.parallel.methods import METHODS
+from detransformer.parallel.wire import WIRE_FORMATS
+from detransformer.presets import PRESETS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from detransformer.cluster.cells import Cell
+
+MAX_DEVICES = 8
+USUAL = options.Words(("single", "tp", "sp", "ulysses", "bp+tp", "bp+sp", "bp+allgather", "bp+paper", "bp+auto"))
+SHOWN = ("method", "plan", "num_devices", "bandwidth_mbps", "wire", "latency_s", "interval", "auto_speedup")
+SHOWN += ("over_limit", "compute_s", "comm_s", "wait_s", "predicted_s", "collectives", "sent_kib", "weights_mib")
+SHOWN += ("peak_mib", "valid")
+SHORT_KINDS = {"all_reduce": "ar", "all_gather": "ag", "all_to_all": "a2a", "reduce_scatter": "rs", "send": "send"}
+REFERENCES = ("single", "tp", "sp")  # measured in float32 beside methods on another wire
+
+
+def bench(
+    model: options.Model = "bert-base",
+    cluster: options.ClusterFile = None,
+    devices: options.Devices = None,
+    bandwidth: options.Bandwidth = None,
+    methods: Annotated[
+        options.Words,
+        typer.Option(parser=options.words_of(METHODS, "all"), help=f"all, or some of {', '.join(METHODS)}."),
+    ] = USUAL,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured requests a row.")] = 5,
+    output: options.Output = None,
+    timeline: Annotated[
+        Path | None, typer.Option(parser=options.file_to_write, help="CSV file to save what each device did when to.")
+    ] = None,
+    num_original_layers: options.Layers = 4,
+    num_divisions: options.Divisions = 4,
+    attention_width: options.Width = "full",
+    seq_len: options.Tokens = 128,
+    batch_size: options.Batch = 1,
+    device: options.Preset = None,
+    wire: Annotated[Literal[WIRE_FORMATS], typer.Option(help="Number format of messages.")] = "float32",
+    delay: Annotated[
+        float | None, typer.Option(min=0, max=10_000, help="One-way, of a link in ms, where the kernel has netem.")
+    ] = None,
+    jitter: Annotated[
+        float | None, typer.Option(min=0, max=10_000, help="How far a packet's delay may lie from it, in ms.")
+    ] = None,
+    memory: options.Memory = None,
+    transport: options.Transport = "auto",
+    time_scale: options.TimeScale = None,
+    pace: options.Pace = "measured",
+) -> None:
+    """Measure methods on emulated devices: one row a method and bandwidth, which --output saves as CSV."""
+    spec = cluster_file(cluster, {"devices": devices, "device": device, "delay": delay, "jitter": jitter})
+    if spec and not spec.emulated:
+        raise ValueError(
+            f"{cluster} lists real hosts, and a bench measures emulated ones: set emulated: true in a copy of it, "
+            "or measure requests on the hosts with `detransformer run`."
+        )
+    num_devices = len(spec.members) if spec else devices or 4
+    if num_devices > MAX_DEVICES:
+        raise ValueError(f"{num_devices} devices are more than the {MAX_DEVICES} that a bench emulates.")
+    mbps = bandwidths_of(bandwidth, spec)
+
+    from detransformer.cluster.bench import Bench, measure_grid
+    from detransformer.cluster.session import EmulatedCluster
+    from detransformer.files import atomic_write
+
+    cells = cells_of(
+        model,
+        methods,
+        mbps,
+        num_devices,
+        wire,
+        num_original_layers=num_original_layers,
+        num_divisions=num_divisions,
+        attention_width=attention_width,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        repeats=repeats,
+        pace=pace,
+    )
+    common = dict(bandwidth_bps=mbps[0] * 1e6, transport=transport)
+    if spec:
+        emulated = spec.emulate(**common)
+    else:
+        alike = dict(device=device or "rpi4b", delay_s=(delay or 0) / 1e3, jitter_s=(jitter or 0) / 1e3)
+        emulated = EmulatedCluster(num_devices, **alike, **common)
+    planned = Bench(emulated, time_scale=time_scale, memory_budget_bytes=in_bytes(memory))
+    for cell in cells:
+        planned.case(cell)  # or says what does not fit
+    with emulated:
+        rows = measure_grid(planned, cells, f"{output}.rows.json" if output else None, timeline=timeline)
+    if output:
+        with atomic_write(output) as file:
+            rows.to_csv(file, index=False)
+    print(
+        f"\n{model} on {on_devices(emulated.devices)} (emulated), {emulated.link} link, seq {seq_len}, "
+        f"batch {batch_size}, median of {repeats}\n"
+    )
+    print(markdown(shown_rows(rows)))
+    print(f"Shares of a layer are paced by --pace {pace}.")
+    print("ar all_reduce, ag all_gather, a2a all_to_all, rs reduce_scatter; over limit: of single device / devices;")
+    print("auto speedup: how many times as fast BP+Auto is; intervals: 95%; peak mib: of resident memory.\n")
+    for row in rows[~rows["valid"].astype(bool)].itertuples():
+        print(f"not valid: {row.method} at {row.bandwidth_mbps:g} Mbps, {row.wire}: {row.why_invalid}.")
+    for line in summary_lines(rows):
+        print(line)
+    for path in filter(None, (output, timeline)):
+        print(f"saved to {path}")
+
+
+def cells_of(
+    model: str, methods: Sequence[str], bandwidths: Sequence[float], num_devices: int, wire: str, **common: Any
+) -> list["Cell"]:
+    """The rows of one bench; on another wire than float32, with `REFERENCES` in float32 before them.
+
+    Of these a decoupled checkpoint runs on one device alone: TP and SP are for unmodified models.
+    """
+    from detransformer.cluster.cells import grid
+    from detransformer.cluster.checkpoints import open_folder
+
+    decoupled = model not in PRESETS and open_folder(model).decoupled
+    references = REFERENCES[:1] if decoupled else REFERENCES
+    cells = grid(model, references, bandwidths, num_devices, **common) if wire != "float32" else []
+    cells += grid(model, methods, bandwidths, num_devices, wire, **common)
+    return list(dict.fromkeys(cells))
+
+
+def shown_rows(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """Bench rows as they are printed; `interval` is the median's 95% interval, from `MIN_SAMPLES` requests on."""
+    from detransformer.record.intervals import bootstrap_median, samples_of
+
+    shown = rows.assign(
+        interval=[_between(*bootstrap_median(samples_of(text))) for text in rows["samples_s"]],
+        auto_speedup=[_auto_speedup(row, rows) for row in rows.to_dict("records")],
+        collectives=[_collectives(row) for row in rows.to_dict("records")],
+        sent_kib=rows[[f"{kind}_bytes" for kind in SHORT_KINDS]].sum(axis=1) / 1024,
+        weights_mib=rows["weights_bytes"] / 2**20,
+        peak_mib=rows["peak_rss_bytes"].astype(float) / 2**20,
+    )
+    return shown[list(SHOWN)].rename(columns=lambda name: name.replace("_", " "))
+
+
+def _between(low: float, high: float) -> str:
+    return "" if low != low else f"{low:.3f} to {high:.3f}"
+
+
+def _auto_speedup(row: dict, rows: "pd.DataFrame") -> str:
+    """How many times as fast BP+Auto answers as `row` does under the same conditions, such as `2.39 (2.35 to 2.43)`."""
+    from detransformer.record.intervals import MIN_SAMPLES, bootstrap_ratio, samples_of
+
+    alike = rows[(rows["method"] == "bp+auto") & (rows["wire"] == row["wire"]) & rows["valid"].astype(bool)]
+    for name in ("bandwidth_mbps", "time_scale"):
+        alike = alike[alike[name] == row[name]]
+    if len(alike) != 1 or row["method"] == "bp+auto" or not row["valid"]:
+        return ""
+    auto = alike.iloc[0]
+    slower, faster = samples_of(row["samples_s"]), samples_of(auto["samples_s"])
+    ratio = f"{row['latency_s'] / auto['latency_s']:.2f}"
+    if not len(slower) == len(faster) >= MIN_SAMPLES:
+        return ratio
+    low, high = bootstrap_ratio(slower, faster)
+    return f"{ratio} ({low:.2f} to {high:.2f})"
+
+
+def _collectives(row: dict) -> str:
+    """Such as `4 ag + 8 a2a`."""
+    counts = [(row[f"{kind}_count"], short) for kind, short in SHORT_KINDS.items()]
+    return " + ".join(f"{count} {short}" for count, short in counts if count) or "-"
+
+
+def summary_lines(rows: "pd.DataFrame") -> list[str]:
+    """BP+Auto against float32 TP and SP, the limit and all other rows: a line for each of its valid rows."""
+    lines = []
+    valid = rows[rows["valid"].astype(bool)]
+    for auto in valid[valid["method"] == "bp+auto"].to_dict("records"):
+        alike = valid[valid["bandwidth_mbps"] == auto["bandwidth_mbps"]]
+        parts = []
+        for name in ("tp", "sp"):
+            other = alike[(alike["method"] == name) & (alike["wire"] == "float32")]
+            if len(other):
+                parts.append(f"{other['latency_s'].iloc[0] / auto['latency_s']:.2f}x faster than {name.upper()}")
+        line = f"BP+Auto ({auto['plan']}) at {auto['bandwidth_mbps']:g} Mbps, {auto['wire']}: {auto['latency_s']:.3f} s"
+        line += f", {' and '.join(parts)} in float32" if parts else ""
+        line += f"; {auto['over_limit']:.2f} times the limit of {auto['limit_s']:.3f} s"
+        fastest = alike.loc[alike["latency_s"].idxmin()]
+        if fastest["method"] == "bp+auto":
+            line += f"; the fastest of {len(alike)} rows" if len(alike) > 1 else ""
+        else:
+            line += f"; {fastest['method']} ({fastest['wire']}) is faster, {fastest['latency_s']:.3f} s"
+        error = f"{auto['max_abs_error']:.1e} at most, {auto['relative_error']:.1e} RMS"
+        lines.append(f"{line}; output error {error}.")
+    return lines

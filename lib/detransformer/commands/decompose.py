@@ -1,0 +1,165 @@
+"""`detransformer decompose`: a classifier and a cluster in, an ensemble's folder out."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from detransformer.commands import options
+
+PLAN_FILE = "plan.json"
+IMAGE_FILE = "preprocessor_config.json"
+NUM_INITIAL = 10  # policies that are tried before the search chooses
+
+
+def decompose(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a trained classifier: a BERT, GPT-2 or ViT.")],
+    cluster: options.Cluster,
+    output: Annotated[Path, typer.Option(help="Folder to write sub-models, aggregator and plan to.")],
+    task: Annotated[
+        str | None, typer.Option(help="What it was trained on: CoLA, SST-2, MRPC or MNLI; a ViT: CIFAR-100.")
+    ] = None,
+    source: options.Source = "auto",
+    budget: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of the model's FLOPs that a device may spend.")
+    ] = None,
+    memory: options.Memory = None,
+    search: Annotated[
+        Literal["bayesian", "random", "uniform"], typer.Option(help="How policies to try are chosen.")
+    ] = "bayesian",
+    fill: Annotated[
+        bool, typer.Option("--fill/--no-fill", help="Grow what the search found to --budget or --memory, if given.")
+    ] = True,
+    evaluations: Annotated[int, typer.Option(min=1, help="Policies that are tried.")] = 50,
+    latency_weight: Annotated[
+        float, typer.Option(min=0, max=1e6, help="Loss that the whole model's time on the fastest device counts for.")
+    ] = 1,
+    seq_len: Annotated[
+        int, typer.Option(min=16, max=512, help="Tokens of a request, where the model reads text.")
+    ] = 128,
+    train_rows: Annotated[
+        int | None, typer.Option(min=1, help="Training samples, at most; all where not given.")
+    ] = None,
+    steps: options.Steps = 2000,
+    batch_size: options.Samples = 64,
+    learning_rate: options.LearningRate = 5e-4,
+    rule: Annotated[
+        Literal["boosting", "published", "none"], typer.Option(help="Sample weights; published is Eq. 13 as printed.")
+    ] = "boosting",
+    targets: Annotated[
+        Literal["hard", "soft"], typer.Option(help="The model's decisions (Eq. 14), or its probabilities.")
+    ] = "hard",
+    aggregator: Annotated[
+        Literal["coformer", "attention", "senet", "average", "majority"], typer.Option(help="What joins the answers.")
+    ] = "coformer",
+    seed: options.Seed = 0,
+    force: options.Force = False,
+) -> None:
+    """Decompose a classifier into a sub-model for each device, calibrate them, and train what joins their answers.
+
+    Each sub-model is calibrated by --steps optimizer steps. Until all is done, OUTPUT.work beside the output holds
+    what an interrupted run goes on from.
+    """
+    from detransformer.checkpoints import check_output
+    from detransformer.cluster.spec import ClusterSpec
+    from detransformer.coformer.booster import BoostConfig, predict, weights_hash
+    from detransformer.coformer.calibration import calibrate_policy, score_table
+    from detransformer.coformer.classifiers import POOLING, family_of, learned_task, load_classifier
+    from detransformer.coformer.ensemble import save_ensemble
+    from detransformer.coformer.evaluator import make_evaluator
+    from detransformer.coformer.fusion import AggregatorConfig, missing_table
+    from detransformer.coformer.policy import Limits, Original
+    from detransformer.coformer.predictor import fastest_device, latency, latency_table, roofline_s
+    from detransformer.coformer.sampling import filled
+    from detransformer.coformer.search import SearchConfig, search_policy
+    from detransformer.files import atomic_write
+    from detransformer.training.config import config_hash
+
+    spec = ClusterSpec.load(cluster)
+    searching = SearchConfig(
+        num_initial=min(NUM_INITIAL, evaluations), num_iterations=max(0, evaluations - NUM_INITIAL), seed=seed
+    )
+    boosting = BoostConfig(
+        num_steps=steps,
+        global_batch_size=batch_size,
+        micro_batch_size=batch_size,
+        learning_rate=learning_rate,
+        rule=rule,
+        target=targets,
+        checkpoint_every_s=120.0,
+        seed=seed,
+    )
+    check_output(output, checkpoint, force)
+    family = family_of(checkpoint)
+    model = load_classifier(checkpoint, family)
+    work = output.with_name(f"{output.name}.work")
+    learned = learned_task(checkpoint, family, task, source, work / "data", seq_len, train_rows)
+    if learned.num_classes != model.config.num_labels:
+        raise ValueError(
+            f"{checkpoint} tells {model.config.num_labels} classes apart, and {learned.name} has "
+            f"{learned.num_classes}: give a model that was fine-tuned on it."
+        )
+    original = Original.of(model.config, None if family == "vit" else seq_len)
+    profile = spec.profile(str(checkpoint), model.config)
+    most_bytes = math.inf if memory is None else memory * 2**20
+    limits = Limits(
+        Limits.share(original, budget or math.inf, len(profile.devices)).flops,
+        tuple(min(device.memory_bytes, most_bytes) for device in profile.devices),
+    )
+    print(f"Task: {learned.name}. Until it is done, {work} holds what an interrupted run goes on from.")
+    key = config_hash(
+        *(search, seed, limits, profile, learned.fingerprint, weights_hash(model), searching, latency_weight)
+    )
+    evaluator = make_evaluator(
+        *(model, learned, profile, latency_weight, searching.num_rows, seed), seq_len=original.seq_len
+    )
+    history = work / f"search-{key[:8]}.json"
+    found = search_policy(evaluator, original, len(profile.devices), searching, limits, search, history, progress=True)
+    policy, grown = found.best_policy, fill and bool(budget or memory)
+    if grown:  # the loss that is searched by says little of a size's loss after calibration (notebook 11)
+        policy = filled(policy, original, limits)
+    times = latency(policy, original, profile)
+    print(f"\n{search} search, {len(found.policies)} policies{', the best filled up' if grown else ''}:\n")
+    print(latency_table(policy, original, times, spec.names).to_markdown(index=False, floatfmt=".4g"))
+    fastest = fastest_device(profile.devices)
+    whole_s = roofline_s(original.whole, original, profile.devices[fastest])
+    slower = "" if times.total_s < whole_s else ": to decompose this model does not make it faster here"
+    print(
+        f"\npredicted: {1e3 * times.total_s:.4g} ms a request; the whole model {1e3 * whole_s:.4g} ms on "
+        f"{spec.names[fastest]}, the fastest device{slower}.\n"
+    )
+    aggregation = AggregatorConfig(drop=0.1)  # some answers come without a device
+    made = calibrate_policy(
+        *(model, policy, learned, boosting, aggregation, work / "sub-models", aggregator, POOLING[family], limits),
+        seq_len=original.seq_len,
+    )
+    large = learned.score(predict(model, learned, "test").argmax(-1))
+    lost = missing_table(made.aggregator, made.test)
+    tokenizer_of = None if family == "vit" else checkpoint
+    save_ensemble(output, made.sub_models, made.aggregator, policy, original, times.central, tokenizer_of)
+    if (checkpoint / IMAGE_FILE).is_file():
+        shutil.copyfile(checkpoint / IMAGE_FILE, output / IMAGE_FILE)
+    plan = {
+        "cluster": spec.name,
+        "devices": list(spec.names),
+        "central": spec.names[times.central],
+        "policy": policy.to_dict(),
+        "predicted": asdict(times) | {"total_s": times.total_s},
+        "task": learned.name,
+        "scores": {
+            "metric": learned.metric,
+            "large_model": large,
+            "sub_models": [result.score for result in made.boosted],
+            "ensemble_accuracy": made.accuracy,
+            "without_each": lost["accuracy"].tolist()[1:],
+        },
+    }
+    with atomic_write(output / PLAN_FILE) as file:
+        json.dump(plan, file, indent=1)
+    shutil.rmtree(work)
+    print(score_table(made, learned, large, lost, spec.names).to_markdown(index=False, floatfmt=".2f"))
+    print(f"\nWritten to {output}; ask it by `detransformer run --cluster {cluster} --model {output}`.")

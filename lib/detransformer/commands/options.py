@@ -1,0 +1,181 @@
+"""Options that several commands share, and the sentence for a value that an option does not take.
+
+A command declares an option once, as a typed argument. typer reads and checks it: numbers by `min` and `max`, words by
+a `Literal`. What else there is to read has a parser here; its ValueError begins with the word that is at fault.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from detransformer.cluster.devices import BANDWIDTH_LIMITS_MBPS, DEVICES, PACES
+from detransformer.files import atomic_write
+from detransformer.parallel.wire import WIRE_FORMATS
+from detransformer.presets import PLANNING_ONLY, PRESETS, AttentionWidth, OriginalPlacement
+
+MAX_MEMORY_MIB = 2**24
+
+
+class Words(tuple[str, ...]):
+    """Words that were separated by commas."""
+
+
+FLOAT32 = Words(("float32",))
+
+
+class Rates(tuple[float, ...]):
+    """Link rates in Mbps that were separated by commas."""
+
+
+# --- Parsers ------------------------------------------------------------------------------------------------------
+
+
+def words_of(choices: tuple[str, ...], everything: str | None = None) -> Callable[[str | Words], Words]:
+    """A parser of words separated by commas, each one of `choices`; the word `everything` stands for all of them."""
+
+    def parse(text: str | Words) -> Words:
+        found = [word.strip() for word in text.split(",") if word.strip()] if isinstance(text, str) else text
+        if not found:
+            raise ValueError("is empty; give words separated by commas.")
+        for word in found:
+            if word not in choices and word != everything:
+                raise ValueError(f"{word} is unknown; choose one of {', '.join(choices)}.")
+        return Words(choices if everything in found else found)
+
+    return parse
+
+
+def number_in(text: str, least: float, most: float) -> float:
+    """`text` as a number from `least` to `most`."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text} is not a number; {_range(least, most)}.") from None
+    if not least <= value <= most:
+        raise ValueError(f"{text} is out of range; {_range(least, most)}.")
+    return value
+
+
+def rates(text: str) -> Rates:
+    """A parser of link rates in Mbps, separated by commas."""
+    found = [number_in(word, *BANDWIDTH_LIMITS_MBPS) for word in text.split(",") if word.strip()]
+    if not found:
+        raise ValueError("is empty; give numbers separated by commas.")
+    return Rates(found)
+
+
+def scale_or_auto(text: str) -> float | None:
+    """A parser of a time scale; None is `auto`."""
+    return None if text == "auto" else number_in(text, 0.1, 64)
+
+
+def file_to_write(text: str) -> Path:
+    """A parser of a file's path that fails before an hour of measuring, not after it, where none can be written."""
+    path = Path(text)
+    if path.is_dir():
+        raise ValueError(f"{text} is a folder; give a file name.")
+    probe = path.with_name(f"{path.name}.probe")
+    with atomic_write(probe) as file:
+        file.write("x")
+    os.unlink(probe)
+    return path
+
+
+def read_plan(path: str | Path) -> dict:
+    """A parser of a file of `detransformer plan --output` or `run --output`, or of a plan's fields alone."""
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = fields.get("plan", fields)
+        if not {"strategies", "heads"} <= set(fields):
+            raise ValueError("no strategies or heads in it")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a plan ({error}): make one with `detransformer plan`.") from None
+    return fields
+
+
+# --- Errors -------------------------------------------------------------------------------------------------------
+
+
+def sentence(error: typer.BadParameter) -> str | None:
+    """Such as `--devices 0 is out of range; give 1 or more.`; None where the error is not of an option's value."""
+    if not hasattr(error.__cause__, "errors"):  # pydantic's ValidationError, which typer reads values by
+        return None
+    (found, *_) = error.__cause__.errors(include_url=False)
+    param, kind = error.param, found["type"]
+    name = f"{param.opts[0]} {found['input']}"
+    if choices := param.type_descriptor.choices:
+        return f"{name} is unknown; choose one of {', '.join(choices)}."
+    if kind == "value_error":
+        return f"{param.opts[0]} {found['ctx']['error']}"
+    wrong = {"int": "is not a whole number", "float": "is not a number"}.get(kind.partition("_")[0], "is out of range")
+    return f"{name} {wrong}; {_range(param.min, param.max)}."
+
+
+def _range(least: float | None, most: float | None) -> str:
+    if least is None:
+        return "give a number such as 4"
+    return f"give {least} or more" if most is None else f"give one from {least} to {most}"
+
+
+# --- Options that several commands have -----------------------------------------------------------------------------
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
+Memory = Annotated[float | None, typer.Option(min=1, max=MAX_MEMORY_MIB, help="Of each device in MiB; else its own.")]
+Layers = Annotated[int, typer.Option(min=1, help="Nb, the layers that stay original.")]
+Divisions = Annotated[int, typer.Option(min=1, help="Ndiv, the sub-blocks of a decoupled layer.")]
+Width = Annotated[AttentionWidth, typer.Option(help="Of a sub-block; full is published.")]
+Placement = Annotated[OriginalPlacement, typer.Option(help="Original layers; the last of each group is published.")]
+
+# of bench, plan and profile
+_MADE = [name for name in PRESETS if name not in PLANNING_ONLY]
+Model = Annotated[str, typer.Option(help=f"One of {', '.join(_MADE)}, or a checkpoint folder.")]
+ClusterFile = Annotated[Path | None, typer.Option(help="Cluster file, instead of --devices, --device, --bandwidth.")]
+Devices = Annotated[int | None, typer.Option(min=1, help="How many devices, all alike; 4 where not given.")]
+Bandwidth = Annotated[
+    Rates | None,
+    typer.Option(parser=rates, help="Link rates in Mbps, separated by commas; of --cluster, or 125, where not given."),
+]
+Preset = Annotated[Literal[tuple(DEVICES)] | None, typer.Option(help="Its figures; rpi4b where not given.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a request.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences of a request.")]
+Pace = Annotated[
+    Literal[PACES],
+    typer.Option(help="A share of a layer takes as long as measured on a core, or as its operations and bytes say."),
+]
+
+# of commands on a cluster
+Cluster = Annotated[Path, typer.Option(help="Cluster file; examples/ has some to begin with.")]
+Folder = Annotated[str, typer.Option(help="Folder of the checkpoint, on every host a copy of its own.")]
+Host = Annotated[str | None, typer.Option(help="Which device of the file this host is; else by its addresses.")]
+Plan = Annotated[dict | None, typer.Option(parser=read_plan, help="JSON file with the plan, of `plan --output`.")]
+Wires = Annotated[
+    Words, typer.Option(parser=words_of(WIRE_FORMATS), help=f"Formats of messages: some of {','.join(WIRE_FORMATS)}.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=1024, help="Of each device's compute; all cores of a host, 1 where emulated, by default."),
+]
+Transport = Annotated[
+    Literal["auto", "namespaces", "loopback"], typer.Option(help="How emulated devices reach each other.")
+]
+TimeScale = Annotated[
+    float | None,
+    typer.Option(parser=scale_or_auto, show_default="auto", help="Emulated: auto, or how many times slower all runs."),
+]
+Output = Annotated[Path | None, typer.Option(parser=file_to_write, help="File to save it to.")]
+
+# of training
+Source = Annotated[
+    Literal["auto", "mirror", "hub", "built-in"], typer.Option(help="Where data come from, if not from --text.")
+]
+Texts = Annotated[
+    list[Path] | None, typer.Option(help="Text file (an article a line) or folder of them; may be repeated.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+Samples = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences or samples of a step.")]
+LearningRate = Annotated[float, typer.Option(help="Its peak, of AdamW.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the order of data and of what is drawn.")]

@@ -1,0 +1,219 @@
+"""`detransformer plan` and `profile`: what is predicted of a model on a cluster, and measured to predict it."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from detransformer import __version__
+from detransformer.cluster.devices import DEVICES, DeviceSpec, describe_devices
+from detransformer.commands import options
+from detransformer.presets import PRESETS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PretrainedConfig
+
+    from detransformer.cluster.spec import ClusterSpec
+    from detransformer.planning.placement import Placement
+
+MAX_PROFILED, MAX_LISTED = 8, 8  # devices
+
+
+def plan(
+    model: options.Model = "bert-base",
+    cluster: options.ClusterFile = None,
+    devices: options.Devices = None,
+    bandwidth: options.Bandwidth = None,
+    memory: options.Memory = None,
+    profile: Annotated[Path | None, typer.Option(help="File made by `detransformer profile`.")] = None,
+    device: options.Preset = None,
+    num_original_layers: options.Layers = 4,
+    num_divisions: options.Divisions = 4,
+    attention_width: options.Width = "full",
+    seq_len: options.Tokens = 128,
+    batch_size: options.Batch = 1,
+    wire: options.Wires = options.FLOAT32,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why this plan, and what limits it.")] = False,
+    output: options.Output = None,
+    pace: options.Pace = "measured",
+) -> None:
+    """Predict every plan for a model on a cluster and say which is chosen; --output saves that one as JSON."""
+    spec = cluster_file(cluster, {"devices": devices, "device": device, "profile": profile})
+    num_devices = len(spec.members) if spec else devices or 4
+    rates = bandwidths_of(bandwidth, spec)
+    if output and len(rates) > 1:
+        raise ValueError(f"--output {output} takes the plan of one bandwidth, and --bandwidth names several.")
+
+    from detransformer.cluster.devices import cluster_profile, device_specs
+    from detransformer.files import atomic_write
+    from detransformer.planning.explain import explain as explanation
+    from detransformer.planning.placement import place_freely
+    from detransformer.planning.profile import ClusterProfile
+
+    config = config_of(model, num_original_layers, num_divisions, attention_width)
+    if seq_len > config.max_position_embeddings:
+        raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {config.max_position_embeddings}.")
+    known = ClusterProfile.load(profile) if profile else None
+    if known and len(known.devices) < num_devices:
+        raise ValueError(
+            f"--devices {num_devices} is more than the {len(known.devices)} in {profile}; profile them first."
+        )
+    for mbps in rates:
+        if known:
+            planned, name = known.of(range(num_devices)), f"{num_devices} profiled devices"
+            planned = replace(planned, link=replace(planned.link, bandwidth_bps=mbps * 1e6))
+        elif spec:
+            planned = spec.profile(model, config, pace, mbps * 1e6)
+            name = f"{spec.name}: {on_devices(spec.device_specs)}"
+        else:
+            specs = device_specs(num_devices, device or "rpi4b")
+            planned, name = cluster_profile(specs, model, config, mbps * 1e6, pace=pace), on_devices(specs)
+        started = time.perf_counter()
+        placement = place_freely(config, planned, seq_len, batch_size, in_bytes(memory), wires=wire)
+        planning_s = time.perf_counter() - started
+        print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
+        if explain:
+            print(explanation(placement, config, planned, seq_len, batch_size))
+        else:
+            print("\n".join(_lines(placement, planning_s)))
+        if output:
+            chosen = placement.chosen
+            with atomic_write(output) as file:
+                json.dump({"plan": chosen.plan.to_dict(), "predicted_s": chosen.prediction.latency_s}, file, indent=2)
+            print(f"saved to {output}")
+
+
+def _lines(placement: "Placement", planning_s: float) -> list[str]:
+    rows = placement.table().assign(
+        devices=[_listed(a.plan.device_ids) for a in placement.alternatives],
+        memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
+    )
+    shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
+    chosen = placement.chosen
+    return [
+        markdown(rows.drop_duplicates(["method", "devices"])[shown]),
+        f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
+        f"the fastest of {len(rows)} looked at that fit; planned in {planning_s:.2f} s.",
+        *(f"{sentence}." for sentence in placement.left_out),
+    ]
+
+
+def _listed(devices: Sequence[int]) -> str:
+    """Such as `0+1+3`, or how many they are."""
+    return "+".join(map(str, devices)) if len(devices) <= MAX_LISTED else f"{len(devices)} devices"
+
+
+def profile(
+    output: Annotated[Path, typer.Option(parser=options.file_to_write, help="JSON file to save the profile to.")],
+    model: options.Model = "bert-base",
+    cluster: options.ClusterFile = None,
+    devices: Annotated[
+        int | None, typer.Option(min=2, max=MAX_PROFILED, help="How many devices, all alike; 4 where not given.")
+    ] = None,
+    bandwidth: options.Bandwidth = None,
+    device: Annotated[
+        Literal[("host", *DEVICES)] | None,
+        typer.Option(help="host is measured, and the default; the others have their published figures."),
+    ] = None,
+    num_original_layers: options.Layers = 4,
+    num_divisions: options.Divisions = 4,
+    attention_width: options.Width = "full",
+) -> None:
+    """Measure what the planner needs: operations on this host and collectives over the links.
+
+    Of a cluster file of real hosts, this host is measured, and its links are assumed as the file says; of an emulated
+    one, the rates are those of its devices.
+    """
+    spec = cluster_file(cluster, {"devices": devices, "device": device})
+    num_devices = len(spec.members) if spec else devices or 4
+    if not 2 <= num_devices <= MAX_PROFILED:
+        raise ValueError(f"{cluster} lists {num_devices} devices; a profile is made of 2 to {MAX_PROFILED}.")
+    (mbps, *more) = bandwidths_of(bandwidth, spec)
+    if more:
+        raise ValueError(f"--bandwidth names {len(more) + 1} rates; a profile is made at one.")
+
+    from detransformer.cluster.devices import link_shares, preset_profile
+    from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
+    from detransformer.cluster.session import EmulatedCluster
+    from detransformer.planning.profile import ClusterProfile, LinkProfile
+
+    config = config_of(model, num_original_layers, num_divisions, attention_width)
+    if spec and spec.emulated:
+        computes = spec.profile(model, config).devices
+    elif device in (None, "host"):
+        operations = profile_operations(config)
+        print(markdown(operations))
+        computes = (host_profile(platform.node() or "host", operations),) * num_devices
+    else:
+        computes = (preset_profile(device, config),) * num_devices
+    for name, rate, source in dict.fromkeys((c.name, c.flops_per_s, c.source) for c in computes):
+        print(f"{name}: {rate / 1e9:.1f} GFLOP/s ({source})")
+    link = LinkProfile(mbps * 1e6)
+    emulated = EmulatedCluster(num_devices, bandwidth_bps=mbps * 1e6)  # with equal links, whatever their shares
+    if emulated.transport == "namespaces" and not (spec and not spec.emulated):
+        with emulated:
+            link, rows = profile_link(emulated)
+        print(markdown(rows))
+    link = replace(link, shares=link_shares(spec.device_specs) if spec else ())
+    print(f"link: {link.source}")
+    provenance = {
+        "model": model,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.platform(),
+        "python": sys.version.split()[0],
+        "detransformer": __version__,
+    }
+    ClusterProfile(computes, link).save(output, provenance)
+    print(f"saved to {output}")
+
+
+# --- What bench needs too -------------------------------------------------------------------------------------------
+
+
+def config_of(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> "PretrainedConfig":
+    """The decoupled configuration of a preset, or a folder's own."""
+    from detransformer.cluster.checkpoints import open_folder
+    from detransformer.models.configuration import preset_config
+
+    if model in PRESETS:
+        return preset_config(model, num_original_layers, num_divisions, attention_width)
+    return open_folder(model).config
+
+
+def cluster_file(path: Path | None, beside: Mapping[str, Any]) -> "ClusterSpec | None":
+    """The file of `--cluster`; ValueError where an option `beside` it says what the file says."""
+    from detransformer.cluster.spec import ClusterSpec
+
+    if path is None:
+        return None
+    for name, value in beside.items():
+        if value is not None:
+            raise ValueError(f"--{name} {value} stands beside --cluster, which says that already; leave one out.")
+    return ClusterSpec.load(path)
+
+
+def bandwidths_of(given: Sequence[float] | None, spec: "ClusterSpec | None") -> Sequence[float]:
+    """Link rates in Mbps: of `--bandwidth`, else the file's, else 125."""
+    return given or [spec.bandwidth_bps / 1e6 if spec else 125.0]
+
+
+def on_devices(specs: Sequence[DeviceSpec]) -> str:
+    """Such as `4 x Raspberry Pi 4B`, or a list where they differ."""
+    alike = len({spec.hardware for spec in specs}) == 1
+    return f"{len(specs)} x {describe_devices(specs)}" if alike else describe_devices(specs)
+
+
+def in_bytes(mib: float | None) -> int | None:
+    return None if mib is None else int(mib * 2**20)
+
+
+def markdown(frame: "pd.DataFrame") -> str:
+    return frame.to_markdown(index=False, floatfmt=".4g")
