@@ -1,4 +1,4 @@
-# make reproduce | test | lab | figures | lint | docs | coverage | clean. Each sets up .venv first, once.
+# make smoke | reproduce | test | lab | figures | lint | docs | coverage | clean. Each sets up .venv first, once.
 PYTHON ?= python3
 PROFILE ?= quick
 VENV := .venv
@@ -13,10 +13,12 @@ export DETRANSFORMER_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: chaos soak fuzz help install reproduce test lab figures lint docs coverage clean
+.PHONY: chaos soak fuzz help install smoke reproduce test test-all lab figures lint docs coverage clean
 help:
+	@echo "make smoke       two minutes: this machine, parity on four processes, TP and BP+Auto emulated, one figure"
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
-	@echo "make test        the tests"
+	@echo "make test        the tests, but for those that take long"
+	@echo "make test-all    all tests"
 	@echo "make lab         JupyterLab on the notebooks"
 	@echo "make figures     draw the figures of RUN (results/reference) anew from its saved tables"
 	@echo "make lint        ruff, and notebooks without outputs"
@@ -40,9 +42,19 @@ $(STAMP): pyproject.toml
 reproduce: $(STAMP)
 	$(BIN)/detransformer reproduce --profile $(PROFILE)
 
+smoke: $(STAMP)
+	$(BIN)/detransformer doctor
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_parallel.py -k "plan_equals_single_device and 4 and False"
+	$(BIN)/detransformer bench --methods tp,bp+auto --repeats 1 --output build/smoke/bench.csv
+	$(BIN)/detransformer reproduce --only 01 --output build/smoke
+
 # Two files at a time, and one thread a process: parity tests start up to four processes on what may be two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: $(STAMP)
+	$(PYTEST) $(TESTS)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -63,7 +75,7 @@ docs: $(STAMP)
 # Processes that tests start are counted too, but for emulated devices: they are killed, and write nothing down.
 coverage: $(STAMP)
 	rm -rf build/coverage && mkdir -p build/coverage
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=html:build/coverage $(TESTS); \
+	@$(PYTEST) --cov --cov-report=html:build/coverage $(TESTS); \
 	failed=$$?; \
 	$(BIN)/coverage json -q -o build/coverage/coverage.json && \
 	$(BIN)/python docs/coverage_table.py build/coverage/coverage.json $(or $(RUN),build/coverage) && exit $$failed

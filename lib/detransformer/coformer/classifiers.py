@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from detransformer.coformer.booster import BoostTask, ImageTask, TextTask
+from detransformer.coformer.tasks import BoostTask, ImageTask, TextTask
 from detransformer.training.config import FinetuneConfig
 from detransformer.training.data.images import IMAGE_SIZE, open_images
 from detransformer.training.data.text import text_for
