@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detransformer.commands import options
-from detransformer.commands.plan import bandwidths_of, cluster_file, in_bytes, markdown, on_devices
+from detransformer.commands.plan import bandwidths_of, cluster_file, markdown, on_devices
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.presets import PRESETS
@@ -94,7 +94,7 @@ def bench(
     else:
         alike = dict(device=device or "rpi4b", delay_s=(delay or 0) / 1e3, jitter_s=(jitter or 0) / 1e3)
         emulated = EmulatedCluster(num_devices, **alike, **common)
-    planned = Bench(emulated, time_scale=time_scale, memory_budget_bytes=in_bytes(memory))
+    planned = Bench(emulated, time_scale=time_scale, memory_budget_bytes=options.in_bytes(memory))
     for cell in cells:
         planned.case(cell)  # or says what does not fit
     with emulated:

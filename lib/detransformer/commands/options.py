@@ -97,6 +97,11 @@ def read_plan(path: str | Path) -> dict:
     return fields
 
 
+def in_bytes(mib: float | None) -> int | None:
+    """What `--memory` says, in bytes."""
+    return None if mib is None else int(mib * 2**20)
+
+
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 

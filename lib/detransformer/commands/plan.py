@@ -77,7 +77,7 @@ def plan(
             specs = device_specs(num_devices, device or "rpi4b")
             planned, name = cluster_profile(specs, model, config, mbps * 1e6, pace=pace), on_devices(specs)
         started = time.perf_counter()
-        placement = place_freely(config, planned, seq_len, batch_size, in_bytes(memory), wires=wire)
+        placement = place_freely(config, planned, seq_len, batch_size, options.in_bytes(memory), wires=wire)
         planning_s = time.perf_counter() - started
         print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
         if explain:
@@ -211,9 +211,6 @@ def on_devices(specs: Sequence[DeviceSpec]) -> str:
     return f"{len(specs)} x {describe_devices(specs)}" if alike else describe_devices(specs)
 
 
-def in_bytes(mib: float | None) -> int | None:
-    return None if mib is None else int(mib * 2**20)
-
-
 def markdown(frame: "pd.DataFrame") -> str:
+    """A table with four digits a number."""
     return frame.to_markdown(index=False, floatfmt=".4g")

@@ -78,7 +78,7 @@ def run(
         method=method,
         plan=plan,
         wires=tuple(wire),
-        memory_budget_bytes=None if memory is None else int(memory * 2**20),
+        memory_budget_bytes=options.in_bytes(memory),
         repeats=repeats,
         max_new_tokens=new_tokens,
         check=check,
