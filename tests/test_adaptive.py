@@ -51,6 +51,7 @@ def test_collectives_count_as_the_busiest_device_saw_them():
     assert adaptive.as_transferred([one, other]) == [("all_gather", 100, 0.2), ("all_to_all", 60, 0.3)]
 
 
+@pytest.mark.slow
 def test_choices_are_measured_once(small, tmp_path, monkeypatch):
     """All contenders of each cell, equal to the single device; a second call takes the rows from the run's folder."""
     grid = ([small], [1000, 125], [16], [2])
@@ -74,6 +75,7 @@ def test_every_policy_serves_the_same_requests(small, tmp_path):
     assert len(served[0]) == 6 and (rows["max_abs_error"] < 1e-4).all() and (rows["choosing_s"] < 0.005).all()
 
 
+@pytest.mark.slow
 def test_generated_rows_tell_equal_tokens(tmp_path):
     """On two processes: every token is the single device's."""
     config = GPT2Config(n_embd=64, n_layer=4, n_head=4, vocab_size=101, n_positions=64)

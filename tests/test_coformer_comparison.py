@@ -80,6 +80,7 @@ def test_no_bandwidth_measures_nothing(tmp_path):
     assert not len(comparison.measured_rows(tmp_path, {"coformer": UNIFORM}, SMALL, SPECS, []))
 
 
+@pytest.mark.slow
 def test_an_ensemble_and_a_peer_are_measured_alike_and_kept(tmp_path):
     sizes = dict(hidden_size=96, num_hidden_layers=6, num_attention_heads=6, intermediate_size=384)
     torch.manual_seed(0)

@@ -262,6 +262,7 @@ def gone(pids: list[int], timeout_s: float = 10) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_from_those_who_lose_their_connection(classifier, tmp_path):
     """As when the kernel takes a process for want of memory: its host is named, by all."""
     with hosts(tmp_path, 2) as shelf:
@@ -276,6 +277,7 @@ def test_a_killed_worker_is_told_from_those_who_lose_their_connection(classifier
             assert "pi2 (" in last_sentence(stderr) and "was killed by SIGKILL" in last_sentence(stderr)
 
 
+@pytest.mark.slow
 def test_a_host_that_does_not_come_is_named(classifier, tmp_path):
     with hosts(tmp_path, 3) as shelf:
         running = [shelf.start(i, classifier, "--wait", "9") for i in range(2)]
@@ -305,6 +307,7 @@ def change_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "break_it, words",
     [
@@ -325,6 +328,7 @@ def test_another_model_on_a_host_is_refused(classifier, tmp_path, break_it, word
             assert code == 2 and re.search(r"pi2 \(\S+\) " + words, last_sentence(stderr)), stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_host_is_named(classifier, tmp_path):
     with hosts(tmp_path, 2) as shelf:
         waiting = shelf.start(1, classifier)
@@ -339,6 +343,7 @@ def test_an_interrupted_host_is_named(classifier, tmp_path):
         assert code == 1 and "pi2 (" in last_sentence(stderr) and "it was interrupted" in last_sentence(stderr)
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_ends_all(classifier, tmp_path):
     """What the first device was told counts, not what the others were."""
     with hosts(tmp_path, 2) as shelf:
@@ -545,6 +550,7 @@ def asked(namespace: str, path: str, body: dict | None = None) -> tuple[int, dic
 TOKEN = "a token that nobody guesses"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 def test_two_hosts_serve_over_http_and_one_goes_and_returns(classifier, tmp_path):
     for name, text in (("token", TOKEN), ("secret", "the same on all hosts")):

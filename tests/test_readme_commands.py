@@ -32,6 +32,7 @@ from detransformer.models import decouple
 from detransformer.service.session import Session
 from test_hosts import WORDS, ended, free_ports, hosts, save_decoder, wait_for
 
+pytestmark = pytest.mark.slow
 ROOT = repository_root()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(cli.app).commands

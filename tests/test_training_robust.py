@@ -28,6 +28,7 @@ from detransformer.training import (
 )
 from stopping import Stop, stop_at
 
+pytestmark = pytest.mark.slow
 SIZES = dict(hidden_size=16, num_heads=2, intermediate_size=32, seq_len=16, micro_batch_size=2, optimizer="adamw")
 TINY = PretrainConfig(
     **SIZES, **dict(num_steps=70, global_batch_size=4, learning_rate=1e-2, dropout=0.1, seed=5),
