@@ -53,7 +53,7 @@ def main() -> None:
         held = (soak if given.soak else chaos)(spec, names, given, run, functools.partial(print, flush=True), note)
     except KeyboardInterrupt:
         sys.exit("interrupted" + ("" if given.soak else ": rounds that were played are kept, the same command goes on"))
-    print((run.tables / f"{'soak' if given.soak else 'chaos'}.md").read_text(encoding="utf-8"))
+    print(run.load_table("soak" if given.soak else "chaos").to_markdown(index=False, floatfmt=".3g"))
     sys.exit(0 if held else 1)
 
 
