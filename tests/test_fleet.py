@@ -1,6 +1,8 @@
 """The front's side of a cluster over real sockets; its workers are lines of this process that say what a test wants."""
 
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -274,3 +276,21 @@ def test_a_broken_collective_is_not_blamed_on_who_saw_it():
 
 def test_words_are_joined():
     assert join_words(["a"]) == "a" and join_words(["a", "b", "c"]) == "a, b and c"
+
+
+def test_a_worker_ends_with_its_starter_also_while_it_waits_for_the_front():
+    """A service's worker waits without a limit for the first device; its agent may be killed meanwhile."""
+    code = (
+        "import sys, time\nfrom detransformer.cluster.hello import End, meet\n"
+        "job = {'front': '127.0.0.1:9', 'wait_s': 0, 'secret': '', 'first': 'pi1'}\n"
+        "end = End(job, 0, 1, int(sys.argv[1]))\nmeet(job, None, end)"
+    )
+    with subprocess.Popen(["sleep", "60"]) as starter:
+        worker = subprocess.Popen([sys.executable, "-c", code, str(starter.pid)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert "waiting for pi1" in worker.stdout.readline()
+            starter.kill()
+            assert worker.wait(20) is not None
+        finally:
+            worker.kill()
+            worker.stdout.close()

@@ -9,6 +9,7 @@ import hmac
 import json
 import os
 import secrets
+import select
 import selectors
 import sys
 import time
@@ -110,12 +111,18 @@ def difference(name: str, hello: Mapping[str, Any], first: str, ours: Mapping[st
 class End:
     """What a worker shows on its host: that it runs, sentences for the user, and why it ends. A call ends it."""
 
-    def __init__(self, job: Mapping[str, Any], device: int, words: int):
+    def __init__(self, job: Mapping[str, Any], device: int, words: int, starter: int = 0):
         self._path, self._words = job.get("end"), words
         self._sign = Path(f"{job['alive']}{device}") if job.get("alive") else None
+        try:
+            self._starter = os.pidfd_open(starter) if starter else None
+        except ProcessLookupError:
+            self()
 
     def alive(self) -> None:
-        """A sign of life for the agent, in the times of a file."""
+        """A sign of life for the agent, in the times of a file; ends this process where its starter has ended."""
+        if self._starter is not None and select.select([self._starter], [], [], 0)[0]:
+            self()
         if self._sign:
             with contextlib.suppress(OSError):
                 os.utime(self._sign)

@@ -43,7 +43,7 @@ def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which ends its workers
     words = os.dup(1)  # what the user of this host is to read
     os.dup2(2, 1)  # stray prints of libraries go to the log
-    end = End(job, device, words)
+    end = End(job, device, words, starter)
     signal.signal(signal.SIGTERM, lambda *_: end())
     line = meet(job, device, end)
     heard, wakes = socket.socketpair()  # from now on SIGTERM is heard by the thread, whatever the main one is doing
@@ -51,7 +51,7 @@ def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     orders: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    Lifeline(job, line, orders, end, heard, starter).start()
+    Lifeline(job, line, orders, end, heard).start()
     state = None
     while True:
         header, payload = orders.get()
@@ -124,7 +124,6 @@ class Lifeline(threading.Thread):
         orders: queue.SimpleQueue,
         end: End,
         heard: socket.socket,
-        starter: int,
     ):
         super().__init__(daemon=True)
         self._first, self._silence_s = job["first"], job["silence_s"]
@@ -132,9 +131,6 @@ class Lifeline(threading.Thread):
         self._selector = selectors.DefaultSelector()
         self._selector.register(line, selectors.EVENT_READ, "line")
         self._selector.register(heard, selectors.EVENT_READ, "term")
-        if starter:
-            with contextlib.suppress(ProcessLookupError):
-                self._selector.register(os.pidfd_open(starter), selectors.EVENT_READ, "starter")
 
     def run(self) -> None:
         first = f"{self._first}, the first device,"
@@ -142,9 +138,7 @@ class Lifeline(threading.Thread):
             self._take(message)
         while True:
             for key, _ in self._selector.select(BEAT_S / 2):
-                if key.data == "starter":
-                    self._end()
-                elif key.data == "term":
+                if key.data == "term":
                     self._line.tell({"error": "it was interrupted", "own": True})
                     self._end()
                 else:
