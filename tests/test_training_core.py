@@ -358,7 +358,7 @@ def test_table_iii_has_every_published_cell_and_the_measured_ones(data, tmp_path
         model_rows([["bert-base"], ["bert-base", 4, 4]]), dataclasses.replace(TINY, num_steps=1), data, tmp_path
     )
     config = FinetuneConfig(num_epochs=1, seq_len=16, max_train_rows=32, max_eval_rows=30)
-    runs = finetune_all(pretrained, {"CoLA": config}, {"CoLA": 2}, data, tmp_path / "runs")
+    runs = finetune_all({r.row.label: r for r in pretrained}, {"CoLA": config}, {"CoLA": 2}, data, tmp_path / "runs")
     assert len(runs) == 4 and runs["seed"].tolist() == [0, 1, 0, 1]
     table = table_iii(runs, published, "quick")
     assert len(table) == 15 and (table["status"] == "measured").sum() == 2

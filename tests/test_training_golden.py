@@ -122,9 +122,11 @@ def losses_of_pretraining(row: ModelRow, text: TrainingData, folder: Path, **cha
 
 
 def losses_of_calibration(text: TrainingData, folder: Path) -> list[float]:
-    result = calibrate(
-        teacher(folder / "from", text), ModelRow("bert-base", 2, 2), CalibrationConfig(TEXT), text, folder
+    config = CalibrationConfig(
+        **dict(num_steps=NUM_STEPS, global_batch_size=8, micro_batch_size=4, seq_len=16, seed=3, fit_sequences=60),
+        **dict(max_train_tokens=4000, max_valid_tokens=320),
     )
+    result = calibrate(teacher(folder / "from", text), ModelRow("bert-base", 2, 2), config, text, folder)
     return result.history["train_loss"].tolist()
 
 

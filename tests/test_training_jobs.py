@@ -148,7 +148,14 @@ def test_side_by_side_is_what_one_after_the_other_is(data, tmp_path):
         folder = tmp_path / str(num_jobs)
         results = pretrain_all(ROWS, TINY, data, folder, num_jobs=num_jobs)
         assert [r.row for r in results] == ROWS
-        runs = finetune_all(results, finetuning, {"MRPC": 2, "CoLA": 1}, data, folder / "runs", num_jobs=num_jobs)
+        runs = finetune_all(
+            {r.row.label: r for r in results},
+            finetuning,
+            {"MRPC": 2, "CoLA": 1},
+            data,
+            folder / "runs",
+            num_jobs=num_jobs,
+        )
         tables.append((results, runs.drop(columns="seconds")))
     for one, two in zip(tables[0][0], tables[1][0], strict=True):
         assert one.valid_loss == pytest.approx(two.valid_loss, rel=1e-5)  # sums in another order: other threads

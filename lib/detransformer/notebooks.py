@@ -18,7 +18,6 @@ from detransformer.settings import data_environment
 KERNEL = "detransformer"
 # A notebook is run again when one whose results it reads has been: trained models, the profile of operations, tables.
 USES = {
-    "03_accuracy": ("02_pretraining",),
     "05_placement": ("04_profiling",),
     "06_latency": ("04_profiling",),
     "07_peers": ("04_profiling", "06_latency"),
@@ -27,7 +26,7 @@ USES = {
     "10_generation": ("04_profiling",),
     "12_comparison": ("02_pretraining", "11_decomposition"),
     "13_aggregation": ("02_pretraining", "12_comparison"),
-    "14_summary": ("03_accuracy", "06_latency", "07_peers"),
+    "14_summary": ("02_pretraining", "03_accuracy", "06_latency", "07_peers"),
 }
 
 

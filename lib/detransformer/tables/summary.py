@@ -44,7 +44,7 @@ def summarise(run: RunFolder, tolerance: float = TOLERANCE) -> pd.DataFrame:
     Raises:
         ValueError: for a run that lacks one of the tables, naming the notebook that makes it.
     """
-    latency, scores = run.load_table("latency", "06_latency"), run.load_table("table_iii", "03_accuracy")
+    latency, scores = run.load_table("latency", "06_latency"), run.load_table("table_iii", "02_pretraining")
     parts = [
         text_claims(latency, tolerance),
         table_ii_claims(run.load_table("table_ii", "07_peers")),
@@ -142,7 +142,7 @@ def table_iii_claims(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
                 tolerance=tolerance, tested=cell.learned)
         for cell in _table_iii_cells(table).itertuples()
     ]  # fmt: skip
-    return verdict_table(rows).assign(link="", notebook="03_accuracy")
+    return verdict_table(rows).assign(link="", notebook="02_pretraining")
 
 
 def table_iii_differences(table: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
@@ -160,7 +160,7 @@ def table_iii_differences(table: pd.DataFrame, tolerance: float = TOLERANCE) -> 
         known = dict(low=low, high=high, neutral=0, tolerance=tolerance, tested=base["learned"] and low == low)
         claim, where = f"{cell.claim}, minus original", "Table III (difference)"
         rows.append(Verdict(claim, expected, obtained, "measured", where, **known))
-    return verdict_table(rows).assign(link="", notebook="03_accuracy")
+    return verdict_table(rows).assign(link="", notebook="02_pretraining")
 
 
 def _table_iii_cells(table: pd.DataFrame) -> pd.DataFrame:

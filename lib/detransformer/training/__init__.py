@@ -1,9 +1,16 @@
-"""Masked-language-model pre-training and fine-tuning (DATE 2024, Section IV-A, Table III).
+"""Pre-training, calibration, fine-tuning and probing (DATE 2024, Section IV-A, Table III).
 
 `open_data` finds the text, `pretrain` and `finetune` train (and skip what is finished, resume what was interrupted),
 `summary` turns their results into tables. Knows no plot and no value of the paper.
 """
 
+from detransformer.training.calibration import (
+    CalibrationConfig,
+    CalibrationResult,
+    calibrate,
+    calibration_table,
+    row_config,
+)
 from detransformer.training.config import (
     FinetuneConfig,
     ModelRow,
@@ -13,16 +20,11 @@ from detransformer.training.config import (
     model_rows,
 )
 from detransformer.training.data import TrainingData, open_data, reduced_data
-from detransformer.training.distillation import (
-    CalibrationConfig,
-    CalibrationResult,
-    calibrate,
-    calibration_table,
-)
-from detransformer.training.evaluation import export, held_out_loss, load_masked_lm
+from detransformer.training.evaluation import held_out_loss, load_masked_lm
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import PretrainResult, pretrain, pretrain_all
-from detransformer.training.studies import calibration_study, structures
+from detransformer.training.probing import ProbeConfig, bag_of_words, majority, probe, probe_table
+from detransformer.training.studies import calibration_curve, structures
 from detransformer.training.summary import (
     accuracy_table,
     loss_table,
@@ -36,24 +38,29 @@ __all__ = [
     "ModelRow",
     "PretrainConfig",
     "PretrainResult",
+    "ProbeConfig",
     "TrainingData",
     "accuracy_table",
+    "bag_of_words",
     "calibrate",
     "calibration_table",
-    "calibration_study",
-    "export",
+    "calibration_curve",
     "finetune",
     "finetune_all",
     "finetune_recipes",
     "held_out_loss",
     "load_masked_lm",
     "loss_table",
+    "majority",
     "make_config",
     "model_rows",
     "open_data",
     "pretrain",
     "pretrain_all",
     "pretraining_table",
+    "probe",
+    "probe_table",
     "reduced_data",
+    "row_config",
     "structures",
 ]

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from detransformer.parallel.wire import WIRE_FORMATS
 
 T = TypeVar("T")  # a configuration
 
-MODELS = (*PRESET_SIZES, "gpt2")
+MODELS = (*PRESET_SIZES, "gpt2", "minilm")
 OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("no", "bf16", "bf16-weights", "auto")
 TOKENS_PER_SPECIAL = 2  # [CLS] and [SEP] around a packed sequence
@@ -94,6 +94,7 @@ class ModelRow(Checked):
         num_divisions: Ndiv; None for the original model.
         attention_width: of a sub-block, `"full"` (published) or `"narrow"`.
         original_placement: where the original layers stand, `"last"` of each group (published) or elsewhere.
+        num_layers: of an original model that keeps fewer layers than it had, beside which a decoupled one is judged.
     """
 
     model: str = "bert-base"
@@ -101,11 +102,16 @@ class ModelRow(Checked):
     num_divisions: int | None = None
     attention_width: str = one_of("full", ATTENTION_WIDTHS)
     original_placement: str = one_of("last", ORIGINAL_PLACEMENTS)
+    num_layers: int | None = positive(None)
 
     def __post_init__(self):
         super().__post_init__()
         if self.model not in MODELS:
             raise ValueError(f"model {self.model!r} is unknown: choose one of {', '.join(MODELS)}.")
+        if self.num_layers is not None and self.num_original_layers is not None:
+            raise ValueError(
+                f"row {self.model} has num_layers={self.num_layers} and Nb={self.num_original_layers}: give one."
+            )
         if (self.num_original_layers is None) != (self.num_divisions is None):
             raise ValueError(
                 f"row {self.model}, {self.num_original_layers}, {self.num_divisions} is half decoupled: "
@@ -120,14 +126,14 @@ class ModelRow(Checked):
     def key(self) -> str:
         """The row as a folder name."""
         if self.is_original:
-            return f"{self.model}-original"
+            return f"{self.model}-original" if self.num_layers is None else f"{self.model}-{self.num_layers}layers"
         return "-".join([f"{self.model}-nb{self.num_original_layers}-ndiv{self.num_divisions}", *self._variant])
 
     @property
     def label(self) -> str:
         """The row as people read it."""
         if self.is_original:
-            return f"{self.model} original"
+            return f"{self.model} original" if self.num_layers is None else f"{self.model}, {self.num_layers} layers"
         return ", ".join([f"{self.model} Nb={self.num_original_layers}, Ndiv={self.num_divisions}", *self._variant])
 
     @property
@@ -141,9 +147,9 @@ class ModelRow(Checked):
         return width + ([] if self.original_placement == "last" else [self.original_placement])
 
 
-def model_rows(rows: Iterable[ModelRow | Sequence]) -> list[ModelRow]:
-    """Rows from the profile's lists, e.g. `[["bert-base"], ["bert-base", 4, 4]]`."""
-    return [row if isinstance(row, ModelRow) else ModelRow(*row) for row in rows]
+def model_rows(rows: Iterable[Mapping | Sequence]) -> list[ModelRow]:
+    """Rows from the profile's lists or mappings, e.g. `[["bert-base", 4, 4], {"model": "minilm", "num_layers": 3}]`."""
+    return [ModelRow(**row) if isinstance(row, Mapping) else ModelRow(*row) for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,10 @@ One process per run; many runs may go side by side. A finished run is read from 
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 import detransformer.models  # noqa: F401  (AutoModel knows decoupled BERT)
 from detransformer.parallel.wire_model import wire_plan, wired
-from detransformer.training.config import FinetuneConfig, ModelRow, config_hash
+from detransformer.training.config import FinetuneConfig, config_hash
 from detransformer.training.data import Task, TrainingData
 from detransformer.training.data.tasks import get_task
 from detransformer.training.features import (
@@ -33,7 +35,6 @@ from detransformer.training.hardware import resolve_precision
 from detransformer.training.jobs import run_jobs
 from detransformer.training.loop import Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
-from detransformer.training.pretraining import PretrainResult
 from detransformer.training.results import read_result, write_result
 from detransformer.training.summary import accuracy_table
 
@@ -54,7 +55,7 @@ class TaskLoss(nn.Module):
 
 
 def finetune(
-    checkpoint: PretrainResult | str | Path,
+    checkpoint: Any,
     task: str,
     config: FinetuneConfig,
     data: TrainingData,
@@ -66,7 +67,7 @@ def finetune(
     """Fine-tunes `checkpoint` on `task` with `seed` into `output_dir/` and returns its scores (times 100).
 
     Args:
-        checkpoint: what `pretrain` returned, or the folder of a saved model.
+        checkpoint: a result of training, or the folder of a saved model.
         output_dir: of this one run; holds history.csv, result.json and, while it runs, a checkpoint.
         keep_model: leave what was fine-tuned in `output_dir/model`, a Hugging Face folder, too.
 
@@ -126,33 +127,36 @@ def finetune(
 
 
 def finetune_all(
-    pretrained: Iterable[PretrainResult],
+    models: Mapping[str, Any],
     configs: Mapping[str, FinetuneConfig],
     num_seeds: Mapping[str, int],
     data: TrainingData,
     output_dir: str | Path,
     num_jobs: int = 1,
-    wire_rows: Iterable[ModelRow] | None = None,
+    wire_rows: Iterable[str] | None = None,
 ) -> pd.DataFrame:
-    """Every pre-trained row on every task of `configs`, with seeds 0.. of that task: one row a run.
+    """Every model on every task of `configs`, with seeds 0.. of that task: one row a run (`accuracy_table`).
 
     Args:
+        models: by label, as the table's column `row` has them; folders, or results of training.
         num_jobs: runs side by side.
-        wire_rows: rows that are scored with the `wire_formats` of their task too; None is all.
+        wire_rows: labels of those that are scored with the `wire_formats` of their task too; None is all.
     """
-    wired = None if wire_rows is None else set(wire_rows)
     cells = []
-    for result in pretrained:
+    for label, model in models.items():
+        folder = Path(output_dir) / re.sub(r"[^\w.-]+", "-", label)
         for task, config in configs.items():
-            if wired is not None and result.row not in wired:
+            if wire_rows is not None and label not in wire_rows:
                 config = dataclasses.replace(config, wire_formats=())
-            for seed in range(num_seeds[task]):
-                folder = Path(output_dir) / result.row.key / task / f"seed{seed}"
-                cells.append((result, task, config, seed, folder))
-    jobs = [(*cell[:3], data, *cell[3:]) for cell in cells]
-    records = run_jobs(finetune, jobs, num_jobs, "fine-tuning")
-    models = [dataclasses.asdict(cell[0].row) | {"pretraining": cell[0].note} for cell in cells]
-    return accuracy_table([model | record for model, record in zip(models, records, strict=True)])
+            cells += [
+                (label, model, task, config, seed, folder / task / f"seed{seed}") for seed in range(num_seeds[task])
+            ]
+    records = run_jobs(finetune, [(*cell[1:4], data, *cell[4:]) for cell in cells], num_jobs, "fine-tuning")
+    known = []
+    for label, model, *_ in cells:
+        row = dataclasses.asdict(model.row) if hasattr(model, "row") else {}
+        known.append({"row": label} | row | {"pretraining": getattr(model, "note", "as downloaded")})
+    return accuracy_table([facts | record for facts, record in zip(known, records, strict=True)])
 
 
 def load_model(folder: Path, task: Task, dropout: float):
@@ -178,9 +182,9 @@ def load_model(folder: Path, task: Task, dropout: float):
     return model
 
 
-def source_of(checkpoint: PretrainResult | str | Path) -> tuple[Path, str]:
-    """(model folder, what identifies its weights)."""
-    if isinstance(checkpoint, PretrainResult):
+def source_of(checkpoint: Any) -> tuple[Path, str]:
+    """(model folder, what identifies its weights) of a result of training, or a folder."""
+    if hasattr(checkpoint, "identity"):
         return checkpoint.checkpoint, checkpoint.identity
     weights = Path(checkpoint) / "model.safetensors"
     if not weights.is_file():

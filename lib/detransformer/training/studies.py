@@ -1,55 +1,44 @@
-"""What the papers leave open, as sets of training runs: how little calibration needs, beside training from scratch."""
+"""Sets of training runs: structures with what they vary, and the curve of calibration over tokens."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import pandas as pd
-
-from detransformer.training.config import ModelRow, PretrainConfig
+from detransformer.training.calibration import CalibrationConfig, CalibrationResult, calibrate
+from detransformer.training.config import ModelRow
 from detransformer.training.data import TrainingData
-from detransformer.training.distillation import CalibrationConfig, calibrate, calibration_table
-from detransformer.training.jobs import run_jobs
-from detransformer.training.pretraining import PretrainResult, pack, pretrain
-
-PLAIN = {"kl_weight": 0.0, "hidden_weight": 0.0}
 
 
-def calibration_study(
-    teacher: PretrainResult,
-    scratch: PretrainResult,
-    config: PretrainConfig,
-    shares: Sequence[float],
+def calibration_curve(
+    teacher: str | Path,
+    row: ModelRow,
+    budgets: Sequence[float],
+    config: CalibrationConfig,
     data: TrainingData,
     output_dir: str | Path,
-    num_jobs: int = 1,
-) -> pd.DataFrame:
-    """`teacher` sliced into `scratch`'s structure and trained on, beside training from scratch: `calibration_table`.
+) -> list[CalibrationResult]:
+    """`row` as it is cut, after the closed form, and trained on each number of tokens, one going on from another.
 
-    For each share of the teacher's steps three runs of as many tokens: distilled, plain, from scratch. `scratch` itself
-    is the fourth, at the full budget.
+    Args:
+        budgets: tokens trained on in all, ascending; each has a schedule of its own.
 
     Raises:
-        ValueError: for a share outside 0..1 or below one step, or no shares.
+        ValueError: for budgets that do not ascend, and as `calibrate`.
     """
-    if not shares:
-        raise ValueError("shares is empty: give at least one share of the pre-training tokens, such as 0.1.")
-    row, jobs = scratch.row, []
-    for share in shares:
-        if not 0 < share <= 1 or round(share * config.num_steps) < 1:
+    untrained = dataclasses.replace(config, num_steps=0)
+    found = [calibrate(teacher, row, dataclasses.replace(untrained, fit_sequences=0), data, output_dir)]
+    if not row.is_original and config.fit_sequences:
+        found.append(calibrate(teacher, row, untrained, data, output_dir))
+    for budget in budgets:
+        done = found[-1].tokens
+        steps = round((budget - done) / config.tokens_per_step)
+        if steps < 1:
             raise ValueError(
-                f"share {share} of {config.num_steps} steps is outside 1..{config.num_steps}: give one in that range."
+                f"a budget of {budget:,.0f} tokens is not above {done:,}: give ascending numbers of tokens."
             )
-        short = dataclasses.replace(config, num_steps=round(share * config.num_steps))
-        place = Path(output_dir) / f"{short.num_steps}steps"
-        jobs += [(teacher, row, short, method, data, place) for method in ("distilled", "plain")]
-        jobs.append((None, row, short, "from scratch", data, place))
-    if num_jobs > 1:
-        pack(data, config)  # once, before the workers want it
-    results = run_jobs(_job, jobs, num_jobs, "calibration")
-    scratched = [result for result, job in zip(results, jobs, strict=True) if job[0] is None]
-    calibrated = [result for result, job in zip(results, jobs, strict=True) if job[0] is not None]
-    return calibration_table(calibrated, [*scratched, scratch])
+        chosen = dataclasses.replace(config, num_steps=steps, seed=config.seed + done)
+        found.append(calibrate(teacher, row, chosen, data, output_dir, found[-1]))
+    return found
 
 
 def structures(rows: Iterable[ModelRow]) -> list[ModelRow]:
@@ -59,10 +48,3 @@ def structures(rows: Iterable[ModelRow]) -> list[ModelRow]:
         wanted[ModelRow(row.model, row.num_original_layers, row.num_divisions)] = None
         wanted[row] = None
     return list(wanted)
-
-
-def _job(teacher, row, config, method, data, output_dir) -> PretrainResult:
-    if teacher is None:
-        return pretrain(row, config, data, output_dir)
-    chosen = CalibrationConfig(config, **(PLAIN if method == "plain" else {}))
-    return calibrate(teacher, row, chosen, data, output_dir)

@@ -74,7 +74,7 @@ def accuracy_table(records: list[dict]) -> pd.DataFrame:
     format of training, and `score_FORMAT`, the same trained model scored with that number format on the wire.
     """
     frame = pd.DataFrame(records)
-    columns = [*ROW_COLUMNS, "task", "metric", "seed", "score", "majority_score"]
+    columns = ["row", *ROW_COLUMNS, "task", "metric", "seed", "score", "majority_score"]
     columns += ["accuracy", "mcc", "exact_match", "f1", "train_loss"]
     columns += ["num_steps", "train_rows", "eval_rows", "seconds", "source", "note", "pretraining"]
     optional = [*VARIANT_COLUMNS, "pretraining_seed", "precision"]

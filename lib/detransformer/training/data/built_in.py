@@ -57,7 +57,7 @@ def row(task: Task, rng: random.Random, number: int) -> dict:
         other = thing if label else rng.choice([word for word in THINGS if word != thing])
         second = f"A {colour} {other} was {VERBS[verb]} by {name} in {place}."
         return {"sentence1": sentence(*facts[0]), "sentence2": second, "label": label}
-    if task.name == "MNLI":
+    if task.name in ("MNLI", "RTE"):
         second = (f"{name} {VERBS[verb]} a {thing}.", f"{name} plans to leave soon.", f"{name} never saw a {thing}.")
         return {"sentence1": sentence(*facts[0]), "sentence2": second[label], "label": label}
     texts, asked = [sentence(*each) for each in facts], rng.randrange(3)

@@ -17,7 +17,7 @@ from detransformer.training.data.tasks import Task
 GLUE, SQUAD, WIKIPEDIA = "nyu-mll/glue", "rajpurkar/squad", "wikimedia/wikipedia"
 WIKIPEDIA_SNAPSHOT = "20231101.en"
 TOKENIZER = "google-bert/bert-base-uncased"
-GLUE_CONFIG = {"CoLA": "cola", "SST-2": "sst2", "MRPC": "mrpc", "MNLI": "mnli"}
+GLUE_CONFIG = {"CoLA": "cola", "SST-2": "sst2", "MRPC": "mrpc", "MNLI": "mnli", "RTE": "rte"}
 NUM_VALID_ARTICLES = 500  # the snapshot has one split: its first articles are held out
 
 

@@ -38,6 +38,9 @@ LAYOUTS = {
         *("MNLI", ("train.tsv", "train_subset.tsv"), ("dev_matched.tsv",), ("sentence1", "sentence2"), "gold_label"),
         labels=("entailment", "neutral", "contradiction"),
     ),
+    "RTE": TsvLayout(
+        *("RTE", ("train.tsv",), ("dev.tsv",), ("sentence1", "sentence2"), "label", ("entailment", "not_entailment"))
+    ),
 }
 
 

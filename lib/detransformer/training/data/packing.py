@@ -163,6 +163,29 @@ class MaskedBatches:
         return mask_tokens(tokens, self.vocab_size, self.special, self.num_masked, generator)
 
 
+class CutBatches:
+    """Micro-batches of a packed text as it is, in pieces of several lengths, addressed by number.
+
+    A model that has to read sentences must not see full sequences alone: of a packed sequence's T - 2 tokens batch 0, 1
+    and 2 of three make 1, 2 and 6 pieces (where they divide), each between its own [CLS] and [SEP].
+    """
+
+    PIECES = (1, 2, 6)
+
+    def __init__(self, sequences: np.ndarray, special: SpecialTokens, seed: int):
+        self.special = special
+        self._text = MaskedBatches(sequences, 0, special, 0, seed)
+
+    def train_batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
+        """Micro-batch `index` of the shuffled stream: input_ids [pieces * batch_size, length]."""
+        rows = np.sort(self._text.rows(index * batch_size, batch_size))
+        body = torch.from_numpy(self._text.sequences[rows][:, 1:-1].astype(np.int64))
+        pieces = self.PIECES[index % len(self.PIECES)]
+        body = body.unflatten(1, (pieces if body.shape[1] % pieces == 0 else 1, -1)).flatten(0, 1)
+        ends = (body.new_full((len(body), 1), token) for token in (self.special.cls, self.special.sep))
+        return {"input_ids": torch.cat([next(ends), body, next(ends)], dim=1)}
+
+
 def count_tokens(sequences: np.ndarray, vocab_size: int) -> np.ndarray:
     """How often each token stands in `sequences` [N, T], which may be larger than memory -> [V]."""
     counts = np.zeros(vocab_size, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The five downstream tasks of Table III: their names, columns, labels and metric."""
+"""The five downstream tasks of Table III and RTE: their names, columns, labels and metric."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ TASKS = {
         Task(
             "MNLI", ("sentence1", "sentence2"), ("entailment", "neutral", "contradiction"), "accuracy", 392_702, 9_815
         ),
+        Task("RTE", ("sentence1", "sentence2"), ("entailment", "not_entailment"), "accuracy", 2_490, 277),
         Task("SQuAD", ("question", "context"), (), "f1", 87_599, 10_570),
     )
 }

@@ -1,0 +1,403 @@
+"""Calibration: a trained encoder decoupled (or cut to fewer layers) and fitted to what it was, its own teacher.
+
+The papers pre-train every decoupled model from the start. Here the original's weights are kept, sliced, and brought
+back to the original's function in three steps, each of which needs text but no labels: decoupled layers are fitted in
+closed form (`refit`); then each is trained alone, with the teacher's input and the teacher's output as its target; then
+all layers together, as the model runs. The loss is the error of each layer's output relative to the teacher's (as in
+TinyBERT, Jiao et al. 2020), and, of a model with an LM head or a classifier, the divergence from the teacher's
+probabilities (Hinton et al. 2015, Section 2). Embeddings and heads stay the teacher's.
+
+Shapes: B batch, T tokens, K masked positions a sequence, D hidden, V vocabulary or labels, L layers.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+
+from detransformer.checkpoints import ARCHITECTURE_HEADS, FAMILIES, copy_tokenizer, load_original, read_config
+from detransformer.files import atomic_folder
+from detransformer.models import decouple, layer_kinds
+from detransformer.models.configuration import config_fields, decoupled_config
+from detransformer.training.config import (
+    ModelRow,
+    StepRecipe,
+    config_hash,
+    fraction,
+    not_negative,
+    positive,
+)
+from detransformer.training.data import TrainingData
+from detransformer.training.data.packing import CutBatches, MaskedBatches
+from detransformer.training.finetuning import source_of
+from detransformer.training.hardware import place, resolve_precision
+from detransformer.training.loop import Run, fit, micro_batches
+from detransformer.training.refit import refit
+from detransformer.training.results import as_result, read_result, write_result
+
+MASK_FRACTION = 0.15
+STRUCTURE = ["num_original_layers", "num_divisions", "num_layers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(StepRecipe):
+    """How a sliced model is brought back to its original's function.
+
+    Args:
+        seq_len: tokens of a packed sequence of text.
+        fit_sequences: sequences that the closed form reads; 0 leaves the slices as they are.
+        alone_share: share of the steps in which each decoupled layer is trained alone, before all are together.
+        logits_weight: of the divergence from the teacher's probabilities, where there is a head; layers weigh 1.
+        temperature: both models' logits are divided by it in the divergence.
+        max_train_tokens, max_valid_tokens: text used; None takes all of it.
+    """
+
+    num_steps: int = not_negative(250)
+    global_batch_size: int = positive(32)
+    micro_batch_size: int = positive(32)
+    learning_rate: float = positive(5e-4)
+    seq_len: int = 128
+    fit_sequences: int = not_negative(512)
+    alone_share: float = fraction(0.2)
+    logits_weight: float = not_negative(1.0)
+    temperature: float = positive(2.0)
+    max_train_tokens: int | None = positive(None)
+    max_valid_tokens: int | None = positive(32_768)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 8 <= self.seq_len <= 512:
+            raise ValueError(f"seq_len={self.seq_len} is outside 8..512: choose in that range.")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A calibrated model: `checkpoint` is a Hugging Face folder, `history` has a row a step.
+
+    `tokens` were trained on in all, those of the calibration that this one went on from included, in `seconds`;
+    `fit_tokens` were read by the closed form. `errors` are of each layer's output, first to last: means over held-out
+    tokens of the squared error relative to the teacher's mean square; `cosine` is that of the mean-pooled outputs.
+    """
+
+    row: ModelRow
+    checkpoint: Path
+    history: pd.DataFrame
+    stage: str
+    tokens: int
+    fit_tokens: int
+    seconds: float
+    errors: list[float]
+    cosine: float
+    seed: int
+    precision: str
+    source: str
+    note: str
+    identity: str
+
+    @property
+    def label(self) -> str:
+        """As tables call it, such as `minilm Nb=2, Ndiv=4, 1,000,000 tokens`."""
+        return f"{self.row.label}, {f'{self.tokens:,} tokens' if self.tokens else self.stage}"
+
+
+class LayerErrors(nn.Module):
+    """A student and its distance from its teacher as one module.
+
+    The teacher is kept beside the module: it has no gradients, stays in eval mode, and is in no checkpoint.
+
+    Args:
+        depths: for each layer of the student, how many layers of the teacher it stands for.
+        alone: which of the student's layers are trained alone, in steps that say so.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        depths: Sequence[int],
+        alone: Sequence[int],
+        logits_weight: float = 1.0,
+        temperature: float = 2.0,
+    ):
+        super().__init__()
+        self.model, self.depths, self.alone_layers = student, list(depths), list(alone)
+        self.logits_weight, self.temperature = logits_weight, temperature
+        self._beside = [teacher.eval().requires_grad_(False)]  # in a list, since a module would be registered
+        self.has_head = student.base_model is not student and logits_weight > 0
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._beside[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        alone: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """input_ids [B, T]; alone: whether each layer gets the teacher's input; positions [B, K] masked -> loss."""
+        with torch.no_grad():
+            expected = self.teacher.base_model(input_ids, output_hidden_states=True)
+        targets = expected.hidden_states
+        layers = self.model.base_model.encoder.layer
+        if bool(alone):
+            errors = [
+                relative_error(layers[i](targets[self.depths[i] - 1]), targets[self.depths[i]])
+                for i in self.alone_layers
+            ]
+            return torch.stack(errors).mean()
+        obtained = self.model.base_model(input_ids, output_hidden_states=True)
+        outputs = obtained.hidden_states[1:]
+        errors = [relative_error(x, targets[depth]) for x, depth in zip(outputs, self.depths, strict=True)]
+        loss = torch.stack(errors).mean()
+        return loss + self.logits_weight * self._divergence(obtained, expected, positions) if self.has_head else loss
+
+    def _divergence(self, obtained, expected, positions: torch.Tensor | None) -> torch.Tensor:
+        """KL divergence from the teacher's probabilities, times temperature squared; mean over places."""
+        ours = self._log_probabilities(self.model, obtained, positions)
+        with torch.no_grad():
+            theirs = self._log_probabilities(self.teacher, expected, positions)
+        each = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        return self.temperature**2 * each.mean()
+
+    def _log_probabilities(self, model: PreTrainedModel, output, positions: torch.Tensor | None) -> torch.Tensor:
+        if hasattr(model, "cls"):  # an LM head, at the masked positions only
+            hidden = output.last_hidden_state
+            logits = model.cls(hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
+        else:
+            logits = model.classifier(model.dropout(output.pooler_output))
+        return F.log_softmax(logits.float() / self.temperature, dim=-1)
+
+
+def relative_error(ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared error over the target's mean square [B, T, D]: 1 where all is missing."""
+    ours, target = ours.float(), target.float()
+    scale = target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((ours - target).square().mean(-1) / scale).mean()
+
+
+@torch.no_grad()
+def distance(student: PreTrainedModel, teacher: PreTrainedModel, sequences: torch.Tensor, depths: Sequence[int]):
+    """(relative error of each layer's output, mean cosine of mean-pooled outputs) over sequences [N, T]."""
+    was_training, errors, cosines = student.training, [], []
+    student.eval()
+    for ids in sequences.split(32):
+        ours, theirs = (m.base_model(ids, output_hidden_states=True).hidden_states for m in (student, teacher))
+        errors.append([float(relative_error(x, theirs[d])) for x, d in zip(ours[1:], depths, strict=True)])
+        cosines.append(F.cosine_similarity(ours[-1].float().mean(1), theirs[-1].float().mean(1), dim=-1))
+    student.train(was_training)
+    return np.mean(errors, axis=0).round(5).tolist(), round(float(torch.cat(cosines).mean()), 5)
+
+
+def calibrate(
+    teacher: str | Path,
+    row: ModelRow,
+    config: CalibrationConfig,
+    data: TrainingData,
+    output_dir: str | Path,
+    start: CalibrationResult | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> CalibrationResult:
+    """Cuts `teacher` into `row`'s structure and trains it on, in a folder of its own under `output_dir`.
+
+    A finished calibration is read back, an interrupted one goes on. Without steps it is the closed form alone, without
+    the closed form's sequences too the slices as they are.
+
+    Args:
+        teacher: folder of an original BERT checkpoint, with or without a head.
+        row: a decoupled structure, or an original one of fewer layers.
+        data: the text; its tokenizer must be the teacher's.
+        start: a calibration of the same row to go on from, instead of the slices.
+        on_step: `on_step(step, loss)` is called after each step.
+
+    Raises:
+        ValueError: for an original row, a teacher of another kind or vocabulary, or sizes that do not divide.
+    """
+    teacher = Path(teacher)
+    if row.is_original and row.num_layers is None:
+        raise ValueError(f"row {row.label} is the teacher itself: give num_original_layers and num_divisions.")
+    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
+    before = None if start is None else start.identity
+    identity = config_hash("calibration", source_of(teacher)[1], row, config, data.name, data.fingerprint, before)
+    tokens = config.num_steps * config.tokens_per_step + (0 if start is None else start.tokens)
+    folder = Path(output_dir) / f"{row.key}-{tokens}tokens-{identity[:6]}"
+    run = Run(f"{row.label}, {tokens:,} tokens", folder, identity, on_step)
+    done = read_result(run)
+    if done is not None:
+        return as_result(CalibrationResult, run, done, row=row)
+    original = load_teacher(teacher, data)
+    student, depths = cut(original, row)
+    texts = [data.packed(split, config.seq_len, limit).sequences for split, limit in (
+        ("train", config.max_train_tokens), ("validation", config.max_valid_tokens))]  # fmt: skip
+    valid = torch.from_numpy(texts[1].astype(np.int64))
+    fit_tokens = 0
+    if start is not None:
+        load_weights(student, start.checkpoint)
+        fit_tokens = start.fit_tokens
+    elif not row.is_original and config.fit_sequences:
+        rows = np.random.default_rng([config.seed, 3]).permutation(len(texts[0]))[: int(config.fit_sequences)]
+        refit(student.base_model, original.base_model, torch.from_numpy(texts[0][np.sort(rows)].astype(np.int64)))
+        fit_tokens = len(rows) * config.seq_len
+    record = {"row": dataclasses.asdict(row), "config": dataclasses.asdict(config), "fit_tokens": fit_tokens}
+    student.requires_grad_(False).base_model.encoder.requires_grad_(True)
+    for model in (original, student):
+        place(model, config.mixed_precision)
+    if config.mixed_precision == "bf16-weights":  # as its student will be
+        original.to(torch.bfloat16)
+    alone = [] if row.is_original else [i for i, kind in enumerate(layer_kinds(student.config)) if kind == "decoupled"]
+    objective = LayerErrors(student, original, depths, alone, config.logits_weight, config.temperature)
+    set_seed(config.seed + 1)
+    first = alone and (start is None or not start.tokens)
+    batches = _batches(objective, data, texts[0], config, round(config.alone_share * config.num_steps) if first else 0)
+    trained = fit(objective, batches, config, config.num_steps, run)
+    trained.restore_float32()
+    original.to(torch.float32)
+    errors, cosine = distance(student.to(torch.float32), original, valid, depths)
+    record |= {
+        "stage": "trained" if tokens else "closed form" if fit_tokens else "sliced" if alone else "cut",
+        "tokens": tokens,
+        "errors": errors,
+        "cosine": cosine,
+        "seed": config.seed,
+        "precision": config.mixed_precision,
+        "source": data.name,
+        "note": f"{data.name} text, {texts[0].size:,} different tokens",
+    }
+
+    def save(place: Path) -> None:
+        student.save_pretrained(place)
+        copy_tokenizer(str(teacher), place)
+
+    if start is not None:
+        trained.seconds += start.seconds
+    record = write_result(run, trained, record, "tokens", config.tokens_per_step, save)
+    return as_result(CalibrationResult, run, record, row=row)
+
+
+def _batches(
+    objective: LayerErrors, data: TrainingData, sequences: np.ndarray, config: CalibrationConfig, num_alone: int
+):
+    """What each step sees: masked text for an LM head, else plain text in pieces; the first steps are layers' alone."""
+    masked = objective.has_head and hasattr(objective.model, "cls")
+    num_masked = max(1, round(MASK_FRACTION * (config.seq_len - 2)))
+    text = (
+        MaskedBatches(sequences, data.vocab_size, data.special, num_masked, config.seed)
+        if masked
+        else CutBatches(sequences, data.special, config.seed)
+    )
+    of_step = micro_batches(text.train_batch, config)
+
+    def batches(step: int):
+        alone = torch.tensor(step < num_alone)
+        return ((share, batch | {"alone": alone}) for share, batch in of_step(step))
+
+    return batches
+
+
+def row_config(original: PretrainedConfig, row: ModelRow) -> PretrainedConfig:
+    """The configuration of `row`, made of the original model's; ValueError for sizes that do not divide."""
+    if not row.is_original:
+        return decoupled_config(original, *row.structure)
+    return type(original)(
+        **config_fields(original) | {"num_hidden_layers": row.num_layers or original.num_hidden_layers}
+    )
+
+
+def cut(teacher: PreTrainedModel, row: ModelRow) -> tuple[PreTrainedModel, list[int]]:
+    """The student of `row` with the teacher's weights, and how many of the teacher's layers each of its layers closes.
+
+    A model of n of L layers keeps every L/n-th one, the last among them.
+
+    Raises:
+        ValueError: for sizes that do not divide, or more layers than there are.
+    """
+    num_layers = teacher.config.num_hidden_layers
+    if row.num_layers is None:
+        return decouple(teacher, *row.structure), list(range(1, num_layers + 1))
+    if not 1 <= row.num_layers < num_layers:
+        raise ValueError(
+            f"num_layers={row.num_layers} is outside 1..{num_layers - 1}: keep fewer layers than there are."
+        )
+    depths = [-(-(i + 1) * num_layers // row.num_layers) for i in range(row.num_layers)]
+    student = type(teacher)(row_config(teacher.config, row))
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for layer, depth in zip(student.base_model.encoder.layer, depths, strict=True):
+        layer.load_state_dict(teacher.base_model.encoder.layer[depth - 1].state_dict())
+    return student.eval(), depths
+
+
+def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
+    """The original encoder of `folder`, with the head it was saved with; it must read `data`'s tokens.
+
+    Raises:
+        ValueError: for a folder without a whole BERT, or a vocabulary that is not `data`'s.
+    """
+    config = read_config(str(folder))
+    if config["model_type"] != "bert":
+        raise ValueError(
+            f"{folder} is a {config['model_type']} checkpoint: only encoders of BERT's kind are calibrated."
+        )
+    head = ARCHITECTURE_HEADS.get((config.get("architectures") or [""])[0], "base")
+    head = head if head in ("masked-lm", "classification") else "base"
+    teacher, fresh = load_original(str(folder), FAMILIES["bert"], head)
+    if fresh and head != "base":
+        raise ValueError(f"{folder} has no weights for {fresh[0]}: save the checkpoint with its head, or without one.")
+    tokenizer = folder / "tokenizer.json"
+    known = json.loads(tokenizer.read_text("utf-8"))["model"].get("vocab") if tokenizer.is_file() else None
+    if data.vocab_size > teacher.config.vocab_size or (known and known != data.tokenizer.get_vocab(False)):
+        raise ValueError(
+            f"{folder} has another vocabulary than the {data.name} text is cut into: read the text with its tokenizer."
+        )
+    teacher.config.hidden_dropout_prob = teacher.config.attention_probs_dropout_prob = 0.0  # text is hardly seen twice
+    return teacher.eval()
+
+
+def load_weights(student: PreTrainedModel, folder: Path) -> None:
+    """Gives `student` the weights that were saved in `folder`."""
+    missing, unexpected = student.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    lost = [name for name in (*missing, *unexpected) if "encoder" in name]
+    if lost:
+        raise ValueError(f"{folder} is not of this structure (first difference: {lost[0]}): calibrate it anew.")
+
+
+def save(result: CalibrationResult, teacher: str | Path, output: str | Path) -> None:
+    """Writes the model as a folder of its own, with the teacher's tokenizer files and how it was made."""
+    left_out = ("row", "checkpoint", "history")
+    facts = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in left_out}
+    with atomic_folder(output) as folder:
+        shutil.copytree(result.checkpoint, folder, dirs_exist_ok=True)
+        copy_tokenizer(str(teacher), folder)
+        result.history.to_csv(folder / "calibration.csv", index=False)
+        (folder / "calibration.json").write_text(json.dumps(facts, indent=1))
+
+
+def calibration_table(results: Iterable[CalibrationResult]) -> pd.DataFrame:
+    """One row a model: row, Nb, Ndiv, num_layers, stage, tokens, errors, cosine, seconds of training, source, note.
+
+    stage: `sliced` or `cut` (fewer layers) as they are, `closed form`, `trained`; tokens are those trained on, or what
+    the closed form read. `error` is the last layer's, `mean_error` over layers, held-out and relative to the teacher's.
+    """
+    rows = []
+    for result in results:
+        structure = {name: getattr(result.row, name) for name in STRUCTURE}
+        read = {"stage": result.stage, "tokens": result.tokens or result.fit_tokens}
+        errors = {"error": result.errors[-1], "mean_error": float(np.mean(result.errors)), "cosine": result.cosine}
+        known = {"seconds": result.seconds, "source": result.source, "note": result.note}
+        rows.append({"row": result.row.label} | structure | read | errors | known)
+    return pd.DataFrame(rows).astype(dict.fromkeys(STRUCTURE, "Int64"))

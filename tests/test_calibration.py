@@ -1,0 +1,321 @@
+"""Calibration: the closed form, the losses; that it learns, resumes, is found again, leaves its teacher alone."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+
+from detransformer import cli
+from detransformer.models import decouple, layer_kinds
+from detransformer.training import (
+    CalibrationConfig,
+    FinetuneConfig,
+    ModelRow,
+    PretrainConfig,
+    calibrate,
+    calibration_curve,
+    calibration_table,
+    finetune,
+    open_data,
+    pretrain,
+    structures,
+)
+from detransformer.training.calibration import LayerErrors, distance
+from detransformer.training.data.packing import CutBatches, SpecialTokens, mask_tokens
+from detransformer.training.data.text import text_data
+from detransformer.training.refit import refit
+from stopping import Stop, stop_at
+from test_cli import assert_one_sentence, call
+
+PRETRAINING = PretrainConfig(
+    **dict(hidden_size=32, num_heads=2, intermediate_size=64, num_steps=60, seq_len=16, global_batch_size=16),
+    **dict(micro_batch_size=8, optimizer="adamw", learning_rate=5e-3, warmup=0.1, dropout=0.1),
+    initializer_range=0.15,  # at width 32, so that layers do something before they have learned it
+    **dict(max_train_tokens=20000, max_valid_tokens=640, seed=5),
+)
+TINY = CalibrationConfig(
+    **dict(num_steps=6, global_batch_size=16, micro_batch_size=8, seq_len=16, learning_rate=2e-3, seed=5),
+    **dict(fit_sequences=300, max_train_tokens=20000, max_valid_tokens=640),
+)
+ROW = ModelRow("bert-base", 4, 4)
+SIZES = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Products this small only wait for each other on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return open_data("built-in", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def teacher(data, tmp_path_factory):
+    """Folder of a BERT with its masked-LM head that has learned something."""
+    return pretrain(ModelRow("bert-base"), PRETRAINING, data, tmp_path_factory.mktemp("teacher")).checkpoint
+
+
+@pytest.fixture
+def models():
+    """(teacher, its slices D O D O, both in eval mode, masked tokens) with random weights."""
+    torch.manual_seed(0)
+    original = BertForMaskedLM(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    for parameter in original.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = mask_tokens(torch.randint(5, 60, (3, 20)), 60, SpecialTokens(0, 1, 2, 3), 4, torch.Generator())
+    return original.eval(), decouple(original, 2, 4).eval(), batch
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- closed form ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", ["full", "narrow"])
+def test_the_closed_form_comes_closer_on_text_it_has_not_read(models, width):
+    original = models[0]
+    student = decouple(original, 2, 4, width).eval()
+    seen, unseen = torch.randint(5, 60, (300, 20)), torch.randint(5, 60, (64, 20))
+    depths = range(1, 5)
+    before, after = distance(student, original, unseen, depths), None
+    refit(student.bert, original.bert, seen)
+    after = distance(student, original, unseen, depths)
+    assert after[0][0] < 0.7 * before[0][0] and after[0][-1] < before[0][-1]
+    pairs = zip(*(m.bert.encoder.layer[1].parameters() for m in (student, original)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_closed_form_of_one_division_stays_the_teacher(models):
+    original = models[0]
+    student = decouple(original, 2, 1).eval()
+    ids = torch.randint(5, 60, (300, 20))
+    refit(student.bert, original.bert, ids)
+    errors, cosine = distance(student, original, ids[:32], range(1, 5))
+    assert max(errors) < 1e-3 and cosine > 0.999
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_losses_by_hand(models):
+    original, student, batch = models
+    objective = LayerErrors(student, original, range(1, 5), [0, 2], logits_weight=2.0, temperature=1.5)
+    outputs = [m(batch["input_ids"], output_hidden_states=True) for m in (student, original)]
+    index = batch["positions"].unsqueeze(-1).expand(-1, -1, 60)
+    ours, theirs = ((output.logits.gather(1, index) / 1.5).softmax(-1) for output in outputs)  # [B, K, V]
+    divergence = 1.5**2 * (theirs * (theirs / ours).log()).sum(-1).mean()
+
+    def error(x, y):
+        return ((x - y).norm(dim=-1) / y.norm(dim=-1)).square().mean()
+
+    hidden, targets = (output.hidden_states for output in outputs)
+    together = sum(error(x, y) for x, y in zip(hidden[1:], targets[1:], strict=True)) / 4
+    torch.testing.assert_close(
+        objective(**batch, alone=torch.tensor(False)), together + 2 * divergence, rtol=1e-4, atol=1e-5
+    )
+    layers = student.bert.encoder.layer
+    alone = sum(error(layers[i](targets[i]), targets[i + 1]) for i in (0, 2)) / 2
+    torch.testing.assert_close(objective(**batch, alone=torch.tensor(True)), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_student_is_trained_and_saved(models, dtype):
+    original, student, batch = models
+    objective = LayerErrors(student.to(dtype), original.to(dtype), range(1, 5), [0, 2]).train()
+    loss = objective(**batch, alone=torch.tensor(False))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert len(objective.state_dict()) == len(student.state_dict())
+    assert not original.training and all(p.grad is None for p in original.parameters())
+    assert all(p.grad is not None for p in student.bert.encoder.parameters())
+
+
+def test_batches_have_every_token_in_pieces_of_several_lengths():
+    import numpy as np
+
+    text = np.arange(5, 5 + 8 * 12, dtype=np.uint16).reshape(8, 12).repeat(1, axis=0)
+    sequences = np.concatenate([np.full((8, 1), 1), text, np.full((8, 1), 2)], axis=1).astype(np.uint16)
+    batches = CutBatches(sequences, SpecialTokens(0, 1, 2, 3), seed=4)
+    seen, shapes = [], []
+    for index in range(3):
+        ids = batches.train_batch(index, 2)["input_ids"]
+        assert (ids[:, 0] == 1).all() and (ids[:, -1] == 2).all()
+        shapes.append(tuple(ids.shape))
+        seen += ids[:, 1:-1].flatten().tolist()
+    assert shapes == [(2, 14), (4, 8), (12, 4)] and len(set(seen)) == len(seen) == 6 * 12
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_leaves_the_teacher_alone(data, teacher, tmp_path):
+    before = files(teacher)
+    config = dataclasses.replace(TINY, num_steps=30)
+    curve = calibration_curve(teacher, ROW, [30 * 256], config, data, tmp_path)
+    assert files(teacher) == before
+    assert [r.stage for r in curve] == ["sliced", "closed form", "trained"]
+    assert curve[0].errors[-1] > curve[1].errors[-1] > curve[2].errors[-1] and curve[2].cosine > curve[0].cosine
+    sliced, fitted, trained = curve
+    assert (trained.tokens, trained.fit_tokens, sliced.fit_tokens) == (30 * 256, 300 * 16, 0)
+    model = AutoModelForMaskedLM.from_pretrained(trained.checkpoint)
+    assert model.config.num_divisions == 4 and (trained.checkpoint / "tokenizer.json").is_file()
+    original = AutoModelForMaskedLM.from_pretrained(teacher)
+    assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
+    again = calibrate(teacher, ROW, config, data, tmp_path, fitted, on_step=stop_at(1))  # would raise if it trained
+    assert again.errors == trained.errors and again.identity == trained.identity
+    tuning = FinetuneConfig(max_train_rows=32, max_eval_rows=32, num_epochs=1)
+    assert math.isfinite(finetune(trained, "SST-2", tuning, data, 0, tmp_path / "t")["score"])
+    table = calibration_table(curve)
+    assert table["tokens"].tolist() == [0, 300 * 16, 30 * 256] and (table["row"] == ROW.label).all()
+    assert table["error"].tolist() == [r.errors[-1] for r in curve]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16-weights"])
+def test_interrupted_calibration_ends_bit_equal(data, teacher, tmp_path, precision):
+    config = dataclasses.replace(TINY, num_steps=4, mixed_precision=precision, fit_sequences=0)
+    row = ModelRow("bert-base", 4, 4, "full", "middle")
+    whole = calibrate(teacher, row, config, data, tmp_path / "whole")
+    often = dataclasses.replace(config, checkpoint_every_s=0)
+    with pytest.raises(Stop):
+        calibrate(teacher, row, often, data, tmp_path / "parts", on_step=stop_at(2))
+    steps = []
+    parts = calibrate(teacher, row, often, data, tmp_path / "parts", on_step=lambda step, loss: steps.append(step))
+    assert steps == [3, 4]
+    assert parts.history["train_loss"].tolist() == whole.history["train_loss"].tolist()
+    states = [AutoModelForMaskedLM.from_pretrained(r.checkpoint).state_dict() for r in (whole, parts)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert states[0]["bert.encoder.layer.0.attention.self.query.weight"].dtype == torch.float32
+    assert not list((tmp_path / "parts").glob("*/checkpoint"))
+
+
+def test_one_division_and_no_training_is_the_teacher(data, teacher, tmp_path):
+    config = dataclasses.replace(TINY, num_steps=1, learning_rate=1e-12, fit_sequences=0)
+    result = calibrate(teacher, ModelRow("bert-base", 4, 1), config, data, tmp_path)
+    assert result.history["train_loss"][0] < 1e-6 and max(result.errors) < 1e-5
+
+
+def test_fewer_layers_keep_every_nth_one(data, teacher, tmp_path):
+    row = ModelRow("bert-base", num_layers=4)
+    cut, trained = calibration_curve(teacher, row, [30 * 256], dataclasses.replace(TINY, num_steps=30), data, tmp_path)
+    ours, theirs = (AutoModel.from_pretrained(folder) for folder in (cut.checkpoint, teacher))
+    for i, depth in enumerate((3, 6, 9, 12)):
+        pairs = zip(ours.encoder.layer[i].parameters(), theirs.encoder.layer[depth - 1].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert (cut.stage, trained.stage, row.label) == ("cut", "trained", "bert-base, 4 layers")
+    assert trained.errors[-1] < cut.errors[-1] and len(trained.errors) == 4
+
+
+def test_each_published_structure_stands_before_its_variants_once():
+    narrow = dataclasses.replace(ROW, attention_width="narrow")
+    top = dataclasses.replace(ROW, original_placement="top")
+    other = ModelRow("bert-base", 2, 4, "full", "first")
+    assert structures([narrow, top, other]) == [ROW, narrow, top, ModelRow("bert-base", 2, 4), other]
+    assert len({row.key for row in structures([narrow, top, other])}) == 5
+
+
+def test_what_cannot_be_calibrated_is_one_sentence(data, teacher, tmp_path):
+    for bad, words in ((dict(logits_weight=-1.0), "logits_weight=-1.0"), (dict(temperature=0.0), "temperature=0.0")):
+        with pytest.raises(ValueError, match=words):
+            CalibrationConfig(**bad)
+    with pytest.raises(ValueError, match="not above"):
+        calibration_curve(teacher, ROW, [512, 512], TINY, data, tmp_path)
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "small")
+    decouple(BertForMaskedLM(BertConfig(**SIZES)), 2, 4).save_pretrained(tmp_path / "decoupled")
+    shutil.copytree(teacher, tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for who, row, words in (
+        (teacher, ModelRow("bert-base"), "is the teacher itself"),
+        (teacher, ModelRow("bert-base", num_layers=12), "num_layers=12 is outside 1..11"),
+        (teacher, ModelRow("bert-base", 4, 5), "num_divisions=5 does not divide"),
+        (tmp_path, ROW, "has no model.safetensors"),
+        (tmp_path / "small", ROW, "another vocabulary"),
+        (tmp_path / "other", ROW, "another vocabulary"),
+        (tmp_path / "decoupled", ROW, "decoupled already"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            calibrate(who, row, TINY, data, tmp_path / "out")
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+SHORT = ["--tokens", 192, "--batch-size", 4, "--seq-len", 16, "--fit-sequences", 40, "--precision", "no"]
+
+
+def test_a_checkpoint_and_a_text_file_make_a_calibrated_model(data, teacher, tmp_path, capsys):
+    articles = [article for article, _ in zip(data.source.articles("train"), range(60), strict=False)]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("\n\n".join(articles[:30]))
+    (tmp_path / "b.txt").write_text("\n".join(articles[30:]))
+    texts = ["--text", tmp_path / "texts", "--text", tmp_path / "b.txt"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in ("calibrate", teacher, tmp_path / "ours", *texts, *SHORT)])
+    assert end.value.code == 0
+    assert "trained on 192 tokens" in capsys.readouterr().out
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
+    assert layer_kinds(model.config).count("original") == 4
+    assert json.loads((tmp_path / "ours" / "calibration.json").read_text())["stage"] == "trained"
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").get_vocab() == data.tokenizer.get_vocab()
+    assert not (tmp_path / "ours.work").exists()
+    code, stderr = call(capsys, "calibrate", teacher, tmp_path / "ours", *texts, *SHORT)
+    assert_one_sentence(code, stderr, "exists already", "--force")
+
+
+def test_an_encoder_without_a_head_is_calibrated(data, teacher, tmp_path, capsys):
+    AutoModel.from_pretrained(teacher).save_pretrained(tmp_path / "headless")
+    data.save_tokenizer(tmp_path / "headless")
+    arguments = ("calibrate", tmp_path / "headless", tmp_path / "ours", "--source", "built-in", *SHORT)
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    assert end.value.code == 0
+    assert type(AutoModel.from_pretrained(tmp_path / "ours")).__name__ == "DecoupledBertModel"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--tokens", "many"], ["--tokens many", "number"]),
+        (["--num-divisions", 5], ["num_divisions=5", "hidden_size=32"]),
+        (["--alone-share", 2], ["--alone-share 2"]),
+        (["--original-placement", "outer"], ["--original-placement outer"]),
+        (["--text", "/nowhere.txt"], ["/nowhere.txt", "text file"]),
+        (["--precision", "int4"], ["--precision int4"]),
+    ],
+)
+def test_bad_words_are_one_sentence(teacher, tmp_path, capsys, arguments, words):
+    code, stderr = call(capsys, "calibrate", teacher, tmp_path / "ours", *arguments)
+    assert_one_sentence(code, stderr, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "bare")
+    code, stderr = call(capsys, "calibrate", tmp_path / "bare", tmp_path / "ours", "--source", "built-in")
+    assert_one_sentence(code, stderr, "tokenizer")
+
+
+def test_text_files_hold_out_every_twentieth_line(data, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(45)) + "\n\n")
+    text = text_data([tmp_path], data.tokenizer, tmp_path / "cache").source
+    assert list(text.articles("validation")) == ["line 19", "line 39"]
+    assert len(list(text.articles("train"))) == 43
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree")
+    assert list(text.articles("train")) == ["one", "two"] and list(text.articles("validation")) == ["three"]
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        list(text.articles("train"))

@@ -1,0 +1,81 @@
+"""Probes of frozen vectors: the vectors themselves, what a probe and retrieval find, their table."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel
+
+from detransformer.tables import kept
+from detransformer.training import ProbeConfig, bag_of_words, majority, open_data, probe, probe_table
+from detransformer.training.probing import Outcome, fit_probe, sentence_vectors
+
+TASKS = {
+    "SST-2": ProbeConfig(max_train_rows=200, max_eval_rows=80, seq_len=32),
+    "MRPC": ProbeConfig(max_train_rows=100, max_eval_rows=40, seq_len=32),
+    "retrieval": ProbeConfig(max_train_rows=50, max_eval_rows=40, seq_len=64),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return open_data("built-in", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def encoder(data, tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(BertConfig(**sizes, vocab_size=data.vocab_size, initializer_range=0.2)).save_pretrained(folder)
+    data.save_tokenizer(folder)
+    return folder
+
+
+def test_vectors_do_not_depend_on_the_company(data, encoder):
+    model = AutoModel.from_pretrained(encoder).eval()
+    texts = ["the film is warm and clever.", "Anna bought a red kite in Paris.", "dull"]
+    together = sentence_vectors(model, texts, data, 32)
+    alone = np.concatenate([sentence_vectors(model, [text], data, 32) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    ids = torch.tensor([data.tokenizer.encode(texts[0]).ids])
+    mean = model(ids).last_hidden_state.mean(1)
+    np.testing.assert_allclose(together[0], (mean / mean.norm()).detach().numpy()[0], atol=1e-5)
+
+
+def test_a_probe_finds_what_is_there_and_nothing_in_noise():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    noise = rng.normal(size=(400, 8))
+    there = noise + labels[:, None]
+    found = [(fit_probe(x[:300], labels[:300], x[300:]) == labels[300:]).mean() for x in (there, noise)]
+    assert found[0] > 0.9 and found[1] < 0.65
+
+
+def test_outcomes_are_kept_and_make_a_table(data, encoder, tmp_path):
+    outcomes = {"small original": probe(encoder, TASKS, data, tmp_path)}
+    again = probe(encoder, TASKS, data, tmp_path)
+    assert all(np.array_equal(again[name].predicted, outcomes["small original"][name].predicted) for name in TASKS)
+    outcomes |= {"bag of words": bag_of_words(TASKS, data), "majority": majority(TASKS, data)}
+    table = probe_table(outcomes, "small original")
+    assert list(table["task"].unique()) == ["SST-2", "MRPC", "retrieval@1", "retrieval@10"]
+    own = table[table["row"] == "small original"]
+    assert (own["difference"] == 0).all() and own["difference_low"].isna().all()
+    words = table[(table["row"] == "bag of words") & (table["task"] == "SST-2")].iloc[0]
+    assert words["score"] > 90 and words["difference_low"] <= words["difference"] <= words["difference_high"]
+    guess = table[(table["row"] == "majority") & (table["task"] == "SST-2")].iloc[0]
+    assert guess["score"] <= guess["majority_score"] < 65
+    assert kept.wide(table).loc["bag of words", "SST-2"].startswith(f"{words['score']:.1f}")
+
+
+def test_the_share_kept_is_of_what_the_original_has_learned():
+    labels = np.tile([0, 1], 200)
+    right, half = Outcome(labels, labels, ""), Outcome(np.where(np.arange(400) < 300, labels, 1 - labels), labels, "")
+    blind = Outcome(np.zeros(400, dtype=int), labels, "")
+    outcomes = {"m original": {"SST-2": right, "MRPC": blind}, "m, 3 layers, cut": {"SST-2": half, "MRPC": right}}
+    table = kept.kept(probe_table(outcomes, "m original"), "m original").set_index("row")
+    assert table.loc["m original", "share"] == 100 and table["tasks"].unique().tolist() == ["SST-2"]
+    cut = table.loc["m, 3 layers, cut"]
+    assert cut["share"] == 75 and cut["low"] < 75 < cut["high"] and cut["judged"] == "does not hold"
+    assert kept.structure_of("m Nb=2, Ndiv=4, 1,000,000 tokens") == "m Nb=2, Ndiv=4"
+    assert kept.structure_of("m, 3 layers, cut") == "m, 3 layers"
