@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
@@ -15,13 +16,11 @@ from detransformer.training import (
     CalibrationConfig,
     FinetuneConfig,
     ModelRow,
-    PretrainConfig,
     calibrate,
     calibration_curve,
     calibration_table,
     finetune,
     open_data,
-    pretrain,
     structures,
 )
 from detransformer.training.calibration import LayerErrors, distance
@@ -31,17 +30,11 @@ from detransformer.training.refit import refit
 from stopping import Stop, stop_at
 from test_cli import assert_one_sentence, call
 
-PRETRAINING = PretrainConfig(
-    **dict(hidden_size=32, num_heads=2, intermediate_size=64, num_steps=60, seq_len=16, global_batch_size=16),
-    **dict(micro_batch_size=8, optimizer="adamw", learning_rate=5e-3, warmup=0.1, dropout=0.1),
-    initializer_range=0.15,  # at width 32, so that layers do something before they have learned it
-    **dict(max_train_tokens=20000, max_valid_tokens=640, seed=5),
-)
 TINY = CalibrationConfig(
     **dict(num_steps=6, global_batch_size=16, micro_batch_size=8, seq_len=16, learning_rate=2e-3, seed=5),
     **dict(fit_sequences=300, max_train_tokens=20000, max_valid_tokens=640),
 )
-ROW = ModelRow("bert-base", 4, 4)
+ROW = ModelRow("bert-base", 2, 4)
 SIZES = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=60)
 
 
@@ -61,8 +54,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(data, tmp_path_factory):
-    """Folder of a BERT with its masked-LM head that has learned something."""
-    return pretrain(ModelRow("bert-base"), PRETRAINING, data, tmp_path_factory.mktemp("teacher")).checkpoint
+    """Folder of a random BERT of four layers with its masked-LM head."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("teacher")
+    sizes = SIZES | dict(hidden_size=32, intermediate_size=64, vocab_size=data.vocab_size)
+    BertForMaskedLM(BertConfig(**sizes, initializer_range=0.1)).save_pretrained(folder)
+    data.save_tokenizer(folder)
+    return folder
 
 
 @pytest.fixture
@@ -89,12 +87,10 @@ def test_the_closed_form_comes_closer_on_text_it_has_not_read(models, width):
     student = decouple(original, 2, 4, width).eval()
     seen, unseen = torch.randint(5, 60, (300, 20)), torch.randint(5, 60, (64, 20))
     depths = range(1, 5)
-    before, after = distance(student, original, unseen, depths), None
+    before = distance(student, original, unseen, depths)
     refit(student.bert, original.bert, seen)
     after = distance(student, original, unseen, depths)
-    assert after[0][0] < 0.7 * before[0][0] and after[0][-1] < before[0][-1]
-    pairs = zip(*(m.bert.encoder.layer[1].parameters() for m in (student, original)), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert after[0][0] < 0.5 * before[0][0]  # of a random model later layers amplify whatever is left
 
 
 def test_the_closed_form_of_one_division_stays_the_teacher(models):
@@ -118,7 +114,7 @@ def test_losses_by_hand(models):
     divergence = 1.5**2 * (theirs * (theirs / ours).log()).sum(-1).mean()
 
     def error(x, y):
-        return ((x - y).norm(dim=-1) / y.norm(dim=-1)).square().mean()
+        return ((x - y).norm() / y.norm()) ** 2
 
     hidden, targets = (output.hidden_states for output in outputs)
     together = sum(error(x, y) for x, y in zip(hidden[1:], targets[1:], strict=True)) / 4
@@ -143,8 +139,6 @@ def test_only_the_student_is_trained_and_saved(models, dtype):
 
 
 def test_batches_have_every_token_in_pieces_of_several_lengths():
-    import numpy as np
-
     text = np.arange(5, 5 + 8 * 12, dtype=np.uint16).reshape(8, 12).repeat(1, axis=0)
     sequences = np.concatenate([np.full((8, 1), 1), text, np.full((8, 1), 2)], axis=1).astype(np.uint16)
     batches = CutBatches(sequences, SpecialTokens(0, 1, 2, 3), seed=4)
@@ -166,7 +160,8 @@ def test_it_learns_and_leaves_the_teacher_alone(data, teacher, tmp_path):
     curve = calibration_curve(teacher, ROW, [30 * 256], config, data, tmp_path)
     assert files(teacher) == before
     assert [r.stage for r in curve] == ["sliced", "closed form", "trained"]
-    assert curve[0].errors[-1] > curve[1].errors[-1] > curve[2].errors[-1] and curve[2].cosine > curve[0].cosine
+    errors = [np.mean(r.errors) for r in curve]
+    assert errors[0] > errors[1] > errors[2], errors
     sliced, fitted, trained = curve
     assert (trained.tokens, trained.fit_tokens, sliced.fit_tokens) == (30 * 256, 300 * 16, 0)
     model = AutoModelForMaskedLM.from_pretrained(trained.checkpoint)
@@ -185,7 +180,7 @@ def test_it_learns_and_leaves_the_teacher_alone(data, teacher, tmp_path):
 @pytest.mark.parametrize("precision", ["no", "bf16-weights"])
 def test_interrupted_calibration_ends_bit_equal(data, teacher, tmp_path, precision):
     config = dataclasses.replace(TINY, num_steps=4, mixed_precision=precision, fit_sequences=0)
-    row = ModelRow("bert-base", 4, 4, "full", "middle")
+    row = ModelRow("bert-base", 2, 4, "full", "middle")
     whole = calibrate(teacher, row, config, data, tmp_path / "whole")
     often = dataclasses.replace(config, checkpoint_every_s=0)
     with pytest.raises(Stop):
@@ -202,26 +197,26 @@ def test_interrupted_calibration_ends_bit_equal(data, teacher, tmp_path, precisi
 
 def test_one_division_and_no_training_is_the_teacher(data, teacher, tmp_path):
     config = dataclasses.replace(TINY, num_steps=1, learning_rate=1e-12, fit_sequences=0)
-    result = calibrate(teacher, ModelRow("bert-base", 4, 1), config, data, tmp_path)
+    result = calibrate(teacher, ModelRow("bert-base", 2, 1), config, data, tmp_path)
     assert result.history["train_loss"][0] < 1e-6 and max(result.errors) < 1e-5
 
 
 def test_fewer_layers_keep_every_nth_one(data, teacher, tmp_path):
-    row = ModelRow("bert-base", num_layers=4)
+    row = ModelRow("bert-base", num_layers=2)
     cut, trained = calibration_curve(teacher, row, [30 * 256], dataclasses.replace(TINY, num_steps=30), data, tmp_path)
     ours, theirs = (AutoModel.from_pretrained(folder) for folder in (cut.checkpoint, teacher))
-    for i, depth in enumerate((3, 6, 9, 12)):
+    for i, depth in enumerate((2, 4)):
         pairs = zip(ours.encoder.layer[i].parameters(), theirs.encoder.layer[depth - 1].parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
-    assert (cut.stage, trained.stage, row.label) == ("cut", "trained", "bert-base, 4 layers")
-    assert trained.errors[-1] < cut.errors[-1] and len(trained.errors) == 4
+    assert (cut.stage, trained.stage, row.label) == ("cut", "trained", "bert-base, 2 layers")
+    assert trained.errors[-1] < cut.errors[-1] and len(trained.errors) == 2
 
 
 def test_each_published_structure_stands_before_its_variants_once():
     narrow = dataclasses.replace(ROW, attention_width="narrow")
     top = dataclasses.replace(ROW, original_placement="top")
-    other = ModelRow("bert-base", 2, 4, "full", "first")
-    assert structures([narrow, top, other]) == [ROW, narrow, top, ModelRow("bert-base", 2, 4), other]
+    other = ModelRow("bert-base", 4, 4, "full", "first")
+    assert structures([narrow, top, other]) == [ROW, narrow, top, ModelRow("bert-base", 4, 4), other]
     assert len({row.key for row in structures([narrow, top, other])}) == 5
 
 
@@ -241,8 +236,8 @@ def test_what_cannot_be_calibrated_is_one_sentence(data, teacher, tmp_path):
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
     for who, row, words in (
         (teacher, ModelRow("bert-base"), "is the teacher itself"),
-        (teacher, ModelRow("bert-base", num_layers=12), "num_layers=12 is outside 1..11"),
-        (teacher, ModelRow("bert-base", 4, 5), "num_divisions=5 does not divide"),
+        (teacher, ModelRow("bert-base", num_layers=4), "num_layers=4 is outside 1..3"),
+        (teacher, ModelRow("bert-base", 2, 5), "num_divisions=5 does not divide"),
         (tmp_path, ROW, "has no model.safetensors"),
         (tmp_path / "small", ROW, "another vocabulary"),
         (tmp_path / "other", ROW, "another vocabulary"),
@@ -254,7 +249,20 @@ def test_what_cannot_be_calibrated_is_one_sentence(data, teacher, tmp_path):
 
 # --- from the command line ------------------------------------------------------------------------------------------
 
-SHORT = ["--tokens", 192, "--batch-size", 4, "--seq-len", 16, "--fit-sequences", 40, "--precision", "no"]
+SHORT = [
+    "--num-original-layers",
+    2,
+    "--tokens",
+    192,
+    "--batch-size",
+    4,
+    "--seq-len",
+    16,
+    "--fit-sequences",
+    40,
+    "--precision",
+    "no",
+]
 
 
 def test_a_checkpoint_and_a_text_file_make_a_calibrated_model(data, teacher, tmp_path, capsys):
@@ -268,7 +276,7 @@ def test_a_checkpoint_and_a_text_file_make_a_calibrated_model(data, teacher, tmp
     assert end.value.code == 0
     assert "trained on 192 tokens" in capsys.readouterr().out
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
-    assert layer_kinds(model.config).count("original") == 4
+    assert layer_kinds(model.config).count("original") == 2
     assert json.loads((tmp_path / "ours" / "calibration.json").read_text())["stage"] == "trained"
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").get_vocab() == data.tokenizer.get_vocab()
     assert not (tmp_path / "ours.work").exists()

@@ -17,6 +17,7 @@ from detransformer.models import DecoupledBertConfig, DecoupledBertForMaskedLM
 from detransformer.tables.accuracy import table_iii
 from detransformer.tables.variants import data_note
 from detransformer.training import (
+    CalibrationConfig,
     FinetuneConfig,
     ModelRow,
     PretrainConfig,
@@ -30,6 +31,7 @@ from detransformer.training import (
     pretrain,
     pretrain_all,
     pretraining_table,
+    row_config,
 )
 from detransformer.training.data import TASKS
 from detransformer.training.data.packing import SpecialTokens, mask_tokens
@@ -336,12 +338,14 @@ def test_profiles_hold_runnable_settings(profile):
 
     sections = yaml.safe_load((files("detransformer") / "profiles" / f"{profile}.yaml").read_text())
     accuracy, pretraining = sections["03_accuracy"], sections["02_pretraining"]
-    assert accuracy["pretraining"] == pretraining["pretraining"] and accuracy["rows"] == pretraining["rows"]
     config = make_config(PretrainConfig, pretraining["pretraining"])
     for row in model_rows(pretraining["rows"]):
         config.check_row(row)
-    configs, num_seeds = finetune_recipes(accuracy["finetuning"])
-    assert list(configs) == list(TASKS) and min(num_seeds["CoLA"], num_seeds["MRPC"]) >= 2
+    configs, num_seeds = finetune_recipes(pretraining["finetuning"])
+    assert profile == "quick" or (len(configs) == 5 and min(num_seeds["CoLA"], num_seeds["MRPC"]) >= 2)
+    make_config(CalibrationConfig, accuracy["calibration"])
+    for row in model_rows({"model": "minilm"} | row for row in accuracy["rows"]):
+        row_config(BertConfig(hidden_size=384, num_hidden_layers=6), row)
     assert len(pretraining["rows"]) == {"quick": 2, "laptop": 7, "paper": 11}[profile]
 
 

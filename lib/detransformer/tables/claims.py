@@ -18,7 +18,9 @@ def claims_table(run: RunFolder) -> pd.DataFrame:
     A row whose rows were not measured is left out.
     """
     latency = run.load_table("latency", "06_latency")
-    rows = [*latency_claims(latency), accuracy_claim(run.load_table("kept", "03_accuracy")), same_outputs(latency)]
+    rows = [*latency_claims(latency), same_outputs(latency)]
+    if run.has_table("kept"):
+        rows.insert(-1, accuracy_claim(run.load_table("kept")))
     if run.has_table("chaos"):
         rows.append(under_faults(run.load_table("chaos")))
     return pd.DataFrame([row for row in rows if row], columns=COLUMNS)

@@ -8,7 +8,6 @@ from detransformer.training.calibration import (
     CalibrationConfig,
     CalibrationResult,
     calibrate,
-    calibration_table,
     row_config,
 )
 from detransformer.training.config import (
@@ -20,13 +19,13 @@ from detransformer.training.config import (
     model_rows,
 )
 from detransformer.training.data import TrainingData, open_data, reduced_data
-from detransformer.training.evaluation import held_out_loss, load_masked_lm
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import PretrainResult, pretrain, pretrain_all
 from detransformer.training.probing import ProbeConfig, bag_of_words, majority, probe, probe_table
 from detransformer.training.studies import calibration_curve, structures
 from detransformer.training.summary import (
     accuracy_table,
+    calibration_table,
     loss_table,
     pretraining_table,
 )
@@ -48,8 +47,6 @@ __all__ = [
     "finetune",
     "finetune_all",
     "finetune_recipes",
-    "held_out_loss",
-    "load_masked_lm",
     "loss_table",
     "majority",
     "make_config",

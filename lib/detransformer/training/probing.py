@@ -27,6 +27,7 @@ from detransformer.training.config import Checked, config_hash, positive
 from detransformer.training.data import TrainingData
 from detransformer.training.data.tasks import get_task
 from detransformer.training.finetuning import source_of
+from detransformer.training.hardware import place, resolve_precision
 from detransformer.training.metrics import classification_scores, majority_score
 
 RETRIEVAL = "retrieval"
@@ -125,11 +126,18 @@ def probe(
         identity = config_hash("probe", source, name, config, data.name, data.fingerprint)
         path = Path(output_dir) / f"{name}-{identity}.npz"
         if not path.exists():
-            model = AutoModel.from_pretrained(folder).eval() if model is None else model
+            model = _encoder(folder) if model is None else model
             read = partial(sentence_vectors, model, data=data, seq_len=config.seq_len)
             _save(path, _retrieve(read, config, data) if name == RETRIEVAL else _classify(read, name, config, data))
         found[name] = _load(path)
     return found
+
+
+def _encoder(folder: Path):
+    """The encoder of a checkpoint, in bfloat16 where that is what this processor is fast with."""
+    model, precision = AutoModel.from_pretrained(folder).eval(), resolve_precision("auto")
+    place(model, precision)
+    return model.cpu().to(torch.float32 if precision == "no" else torch.bfloat16)
 
 
 def bag_of_words(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, Outcome]:

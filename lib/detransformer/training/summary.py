@@ -6,10 +6,12 @@ What the rows say together (Table III, its noise, variants) is counted in `table
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
 VARIANT_COLUMNS = ["attention_width", "original_placement"]
+STRUCTURE = ["num_original_layers", "num_divisions", "num_layers"]
 LOSS_POINTS = 200  # a model, of its training losses
 
 
@@ -65,6 +67,22 @@ def pretraining_table(results: Iterable) -> pd.DataFrame:
         )
     )
     return frame if frame["precision"].notna().any() else frame.drop(columns="precision")
+
+
+def calibration_table(results: Iterable) -> pd.DataFrame:
+    """One row a model: row, Nb, Ndiv, num_layers, stage, tokens, errors, cosine, seconds of training, source, note.
+
+    stage: `sliced` or `cut` (fewer layers) as they are, `closed form`, `trained`; tokens are those trained on, or what
+    the closed form read. `error` is the last layer's, `mean_error` over layers, held-out and relative to the teacher's.
+    """
+    rows = []
+    for result in results:
+        structure = {name: getattr(result.row, name) for name in STRUCTURE}
+        read = {"stage": result.stage, "tokens": result.tokens or result.fit_tokens}
+        errors = {"error": result.errors[-1], "mean_error": float(np.mean(result.errors)), "cosine": result.cosine}
+        known = {"seconds": result.seconds, "source": result.source, "note": result.note}
+        rows.append({"row": result.row.label} | structure | read | errors | known)
+    return pd.DataFrame(rows).astype(dict.fromkeys(STRUCTURE, "Int64"))
 
 
 def accuracy_table(records: list[dict]) -> pd.DataFrame:
