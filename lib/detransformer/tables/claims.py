@@ -84,7 +84,7 @@ def accuracy_claim(shares: pd.DataFrame) -> tuple | None:
     rows = shares[shares["how"] == "probe"]
     original = next(iter(rows["row"]), "")
     rows = rows[rows["row"] != original].assign(structure=rows["row"].map(structure_of))
-    best = rows.sort_values("share").groupby("structure", sort=False).tail(1).sort_values("share", ascending=False)
+    best = rows.sort_values("share", ascending=False).drop_duplicates("structure")
     if not len(best):
         return None
     parts = [f"{r.share:.1f}% ({r.low:.1f} to {r.high:.1f}) {r.row}" for r in best.itertuples()]

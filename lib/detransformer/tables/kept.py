@@ -15,6 +15,7 @@ from detransformer.tables.accuracy import learned, paired_std_error
 
 KEPT_PERCENT = 97.0  # of the original's mean over the tasks it has learned
 BASELINES = ("majority", "bag of words")
+RANGE = ["difference_low", "difference_high"]
 
 
 def finetuned_scores(runs: pd.DataFrame, original: str) -> pd.DataFrame:
@@ -38,9 +39,9 @@ def finetuned_scores(runs: pd.DataFrame, original: str) -> pd.DataFrame:
 
 def wide(scores: pd.DataFrame) -> pd.DataFrame:
     """One line a model, one column a score; an arrow where a difference to the original is beyond its interval."""
-    below, above = scores["difference_high"] < 0, scores["difference_low"] > 0
-    marks = above.map({True: " ▲", False: ""}) + below.map({True: " ▼", False: ""})
-    cells = scores.assign(cell=scores["score"].map("{:.1f}".format) + marks)
+    marks = ["▲" if low > 0 else "▼" if high < 0 else "" for low, high in scores[RANGE].itertuples(index=False)]
+    texts = [f"{score:.1f} {mark}".strip() for score, mark in zip(scores["score"], marks, strict=True)]
+    cells = scores.assign(cell=pd.Series(texts, scores.index, dtype=str))
     order = list(dict.fromkeys(scores["row"]))
     return (
         cells.pivot(index="row", columns="task", values="cell")
@@ -56,7 +57,7 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
     adds the tasks' intervals as independent. Not tested where the original has learned nothing.
     """
     base = scores[scores["row"] == original].set_index("task")
-    known = list(base.index[learned(base)])
+    known = list(base.index[learned(base)]) if len(base) else []
     rows = []
     for row, group in scores.groupby("row", sort=False):
         cells = group.set_index("task").reindex(known)
