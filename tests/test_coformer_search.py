@@ -1,6 +1,7 @@
 """The search: on a known objective better than chance, the same when it goes on after a stop, EI as in books."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,9 +9,8 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from threadpoolctl import threadpool_limits
 
-from detransformer.coformer.evaluator import Evaluation
 from detransformer.coformer.policy import Limits, Original, flops
-from detransformer.coformer.search import FITTED, METHODS, SearchConfig, expected_improvement, search_policy
+from detransformer.coformer.search import FITTED, METHODS, Evaluation, SearchConfig, expected_improvement, search_policy
 
 ORIGINAL = Original(num_layers=4, hidden_size=96, num_heads=6, ffn_size=192, seq_len=16)
 LIMITS = Limits.share(ORIGINAL, 0.5, 3)
@@ -50,7 +50,7 @@ def test_the_history_has_the_best_so_far():
     best = frame.iloc[result.best]
     assert synthetic(result.best_policy).objective == best["objective"] == frame["best_objective"].iloc[-1]
     assert frame[["best_loss", "best_latency_s"]].iloc[-1].tolist() == best[["loss", "latency_s"]].tolist()
-    assert json.loads(best["policy"]) == json.loads(json.dumps(result.best_policy.to_dict()))
+    assert json.loads(best["policy"]) == json.loads(json.dumps(asdict(result.best_policy)))
     assert len(set(result.policies)) == 14  # nothing is evaluated twice
 
 

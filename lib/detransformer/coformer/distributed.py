@@ -8,19 +8,19 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from detransformer import machine
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.jobs import Loaded, WorkerState
+from detransformer.cluster.jobs import WorkerState
 from detransformer.cluster.pacing import Pacer, sleep_until
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import Aggregator, aggregator_flops
 from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
 from detransformer.coformer.policy import FLOAT_BYTES
+from detransformer.coformer.predictor import STRATEGY, roofline_s
 from detransformer.planning.profile import DeviceProfile, LinkProfile
 from detransformer.typed_json import from_json
 
@@ -89,18 +89,18 @@ def run_ensemble(
     link = None  # of namespaces it is real
     if cluster.transport != "namespaces":
         link = asdict(LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares))
-    job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits), "link": link}
-    job |= {"time_scale": cluster.time_scale, "deadline_s": deadline_s}
     aggregator, batch_size = ensemble.aggregator(), len(next(iter(inputs.values())))
-    per_rank = [
+    job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits), "link": link}
+    job |= {"time_scale": cluster.time_scale, "deadline_s": deadline_s, "needed": ensemble.central}
+    job["per_rank"] = [
         {"segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator)}
         for rank, (device, config) in enumerate(zip(cluster.devices, ensemble.policy.sub_models, strict=True))
     ]
-    cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
+    cluster.run(ANSWER_PART, **job)  # loads, and runs once to be warm
     samples, records = [], []
     for _ in range(repeats):
-        told = {"lost": sorted(cluster.lost), "start_at": time.perf_counter() + START_AFTER_S}
-        records = cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job, **told)
+        start_at = time.perf_counter() + START_AFTER_S
+        records = cluster.run(ANSWER_PART, **job, lost=sorted(cluster.lost), start_at=start_at)
         central = records[ensemble.central]
         if central is None:
             raise DeviceError(ensemble.central, f"device {ensemble.central} aggregates and gave no answer.")
@@ -113,12 +113,10 @@ def segments(
     ensemble: Ensemble, rank: int, device: DeviceProfile, batch_size: int, aggregator: Aggregator
 ) -> list[float]:
     """Modelled seconds of one device (Eqs. 4, 6): its sub-model, nothing while it waits, and the aggregation."""
-    from detransformer.coformer.predictor import STRATEGY, roofline_s  # and pandas: not on the devices
-
     backbone = batch_size * roofline_s(ensemble.policy.sub_models[rank], ensemble.original, device)
     if rank != ensemble.central:
         return [backbone, 0.0, 0.0]
-    flops = aggregator_flops(aggregator.kind, aggregator.widths, aggregator.num_labels, aggregator.hidden_size)
+    flops = aggregator_flops(aggregator.kind, aggregator.widths, aggregator.num_labels)
     weight_bytes = sum(p.nbytes for p in aggregator.parameters())
     return [backbone, 0.0, device.compute_s(batch_size * flops, STRATEGY, weight_bytes)]
 
@@ -143,8 +141,14 @@ def answer_part(
     All start at `start_at` of the clock that they share: a barrier would wait for a device that hangs. Without it, the
     sub-model is loaded and run once.
     """
-    is_new = folder not in state.loaded
-    ensemble, sub_model, aggregator = _loaded(state, folder)
+    is_new = state.kept.get("ensemble", ("",))[0] != folder
+    if is_new:
+        state.loaded.clear()
+        state.kept.pop("ensemble", None)
+        machine.free_unused()
+        ensemble = load_ensemble(folder)
+        state.kept["ensemble"] = folder, ensemble, ensemble.sub_model(state.rank), ensemble.aggregator()
+    _, ensemble, sub_model, aggregator = state.kept["ensemble"]  # the aggregator is small: each device has it
     tensors = load_file(inputs)
     if start_at is None:
         if is_new:  # one that has run is warm
@@ -153,9 +157,10 @@ def answer_part(
     batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))
     widths = aggregator.widths if aggregator.learned else [aggregator.num_labels] * ensemble.num_devices
     link_s = None
-    if link:
+    if link:  # modelled seconds until this rank's message is sent, or the others' have come over the central one's link
         sizes = [FLOAT_BYTES * batch_size * width for width in widths]
-        link_s = [time_scale * _gather_seconds(from_json(LinkProfile, link), sizes, state.rank, ensemble.central)]
+        busy = sum(sizes) - sizes[state.rank] if state.rank == ensemble.central else sizes[state.rank]
+        link_s = [time_scale * from_json(LinkProfile, link).collective_s("send", busy, 2)]
     comm = state.comm(devices)
     pacer = Pacer([time_scale * seconds for seconds in segment_s], link_s, state.arrivals, comm.rank, devices)
     comm.reset()
@@ -180,20 +185,3 @@ def answer_part(
         record["present"] = [x is not None for x in arrived]
         save_file({"logits": result.contiguous()}, output)
     return record
-
-
-def _loaded(state: WorkerState, folder: str) -> tuple[Ensemble, torch.nn.Module, Aggregator]:
-    """This device's sub-model and, since it is small, the aggregator; kept for the next request."""
-    if folder not in state.loaded:
-        state.loaded.clear()
-        machine.free_unused()
-        ensemble = load_ensemble(Path(folder))
-        kept = Loaded(None, None, [], machine.resident_bytes())
-        kept.runners["ensemble"] = (ensemble, ensemble.sub_model(state.rank), ensemble.aggregator())
-        state.loaded[folder] = kept
-    return state.loaded[folder].runners["ensemble"]
-
-
-def _gather_seconds(link: LinkProfile, sizes: Sequence[int], rank: int, central: int) -> float:
-    """Modelled seconds until this rank's message is sent, or all others' have come over the central device's link."""
-    return link.collective_s("send", sum(sizes) - sizes[rank] if rank == central else sizes[rank], 2)
