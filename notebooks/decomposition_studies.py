@@ -3,6 +3,8 @@
 import json
 import statistics
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,12 @@ import torch
 from comparison_studies import DEIT, Lab
 from method_rows import scale_policy
 from scipy.stats import BootstrapMethod, pearsonr, spearmanr
+from sklearn.compose import TransformedTargetRegressor, make_column_transformer
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import RidgeClassifier
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from threadpoolctl import threadpool_limits
 from transformers import ViTConfig
 
@@ -23,30 +30,78 @@ from detransformer.coformer.calibration import ensemble_accuracy
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.outputs import collect_outputs, weights_hash
 from detransformer.coformer.policy import (
+    FLOAT_BYTES,
     Limits,
     Original,
     Policy,
+    SubModelConfig,
     flops,
     memory_bytes,
+    parameters,
 )
-from detransformer.coformer.predictor import (
-    DERIVED_FEATURES,
-    PUBLISHED_FEATURES,
-    describe,
-    fit_predictor,
-    latency,
-    roofline_s,
-)
+from detransformer.coformer.predictor import latency, roofline_s
 from detransformer.coformer.sampling import sample_policy
-from detransformer.coformer.search import METHODS, Evaluator, search_policy, training_batches, validation_loss
+from detransformer.coformer.search import (
+    METHODS,
+    Evaluator,
+    SearchResult,
+    search_policy,
+    training_batches,
+    validation_loss,
+)
 from detransformer.coformer.submodels import CoformerViTForImageClassification, sub_model_config
 from detransformer.training.config import config_hash
 from detransformer.typed_json import from_json
 
+PUBLISHED_FEATURES = ("num_layers", "hidden_size", "mean_heads", "mean_ffn_size")  # supplementary A
+DERIVED_FEATURES = ("flops", "weight_bytes")
 PROXIES = {"loss": 1, "probe_error": 1, "loss_after_steps": 1, "log_flops": -1}  # sign that goes with a larger error
 
 
 # The latency predictor ------------------------------------------------------------------------------------------
+
+
+def describe(config: SubModelConfig, original: Original) -> dict[str, float]:
+    """What the predictor may look at; FLOPs and weights follow from the four published features."""
+    described = {name: getattr(config, name) for name in PUBLISHED_FEATURES}
+    weight_bytes = FLOAT_BYTES * parameters(config, original)
+    return described | {"flops": flops(config, original), "weight_bytes": weight_bytes}
+
+
+def fit_predictor(
+    frame: pd.DataFrame,
+    features: Sequence[str] = PUBLISHED_FEATURES + DERIVED_FEATURES,
+    hidden_sizes: tuple[int, ...] = (600, 600),
+    max_iterations: int = 500,
+) -> Pipeline:
+    """f(C_n) of Eq. 4: a multi-layer perceptron with ReLU from a sub-model's sizes to its latency on one device.
+
+    As published (supplementary A) it is "a three-layer MLP with 600 hidden dimension", read as three matrices, over
+    l, d and the mean heads and FFN width. FLOPs and weights may be given too: they are products of the four, which a
+    small network learns slowly. Features and latency are taken by their logarithm and standardised.
+
+    Args:
+        frame: rows of `describe` with their `latency_s`.
+
+    Returns:
+        A regressor: `predict(frame)` gives the seconds of each row.
+    """
+    # Adam stops once the training loss stands still; without held-out points, which are few in a small pool.
+    network = MLPRegressor(
+        hidden_layer_sizes=hidden_sizes,
+        learning_rate_init=2e-3,
+        batch_size=min(64, len(frame)),
+        max_iter=max_iterations,
+        tol=1e-6,
+        n_iter_no_change=30,
+        random_state=0,
+    )
+    log_seconds = make_pipeline(FunctionTransformer(np.log, np.exp), StandardScaler())
+    target = TransformedTargetRegressor(network, transformer=log_seconds)
+    chosen = make_column_transformer((FunctionTransformer(np.log), list(features)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the error on held-out points is what counts
+        return make_pipeline(chosen, StandardScaler(), target).fit(frame, frame["latency_s"].to_numpy(float))
 
 
 def model_pool(original: Original, count: int, seed: int = 0) -> list:
@@ -195,6 +250,20 @@ def balanced(lab: Lab, evaluator: Evaluator, limits: Limits, num_policies: int =
     return replace(evaluator, delta=float(np.std([e.loss for e in drawn]) / np.std([e.latency_s for e in drawn])))
 
 
+def evaluation_rows(found: SearchResult) -> pd.DataFrame:
+    """A row an evaluation: `policy` as JSON, `loss`, `latency_s`, `objective`, and the best objective so far.
+
+    `best_loss` and `best_latency_s` are those of the best policy so far (Fig. 11).
+    """
+    frame = pd.DataFrame(map(asdict, found.evaluations))
+    frame.insert(0, "method", found.settings["method"])
+    frame.insert(1, "evaluation", frame.index)
+    frame.insert(2, "policy", [json.dumps(asdict(policy)) for policy in found.policies])
+    leader = [frame["objective"][: i + 1].idxmin() for i in frame.index]
+    best = frame.loc[leader, ["objective", "loss", "latency_s"]].add_prefix("best_")
+    return frame.join(best.reset_index(drop=True))
+
+
 def search_history(lab: Lab, evaluator: Evaluator, limits: Limits, folder: Path, num_seeds: int) -> pd.DataFrame:
     """Searches of each method from each seed, one row an evaluation; an interrupted one goes on."""
     key = config_hash(weights_hash(lab.model), evaluator.delta, limits, lab.search.num_rows)[:8]
@@ -205,7 +274,7 @@ def search_history(lab: Lab, evaluator: Evaluator, limits: Limits, folder: Path,
                 history = folder / key / f"{method.replace(' ', '-')}-{seed}.json"
                 seeded = replace(lab.search, seed=seed)
                 found = search_policy(evaluator, original, count, seeded, limits, method, history)
-                frames.append(found.history.assign(seed=seed))
+                frames.append(evaluation_rows(found).assign(seed=seed))
     return pd.concat(frames, ignore_index=True)
 
 

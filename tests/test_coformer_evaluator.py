@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
@@ -14,13 +13,10 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.policy import Original, Policy, SubModelConfig, flops
 from detransformer.coformer.predictor import (
-    PUBLISHED_FEATURES,
-    describe,
-    fit_predictor,
     latency,
     roofline_s,
 )
-from detransformer.coformer.sampling import sample_policy, uniform_policy
+from detransformer.coformer.sampling import uniform_policy
 from detransformer.coformer.search import Evaluator, validation_loss
 from detransformer.files import repository_root
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
@@ -91,25 +87,6 @@ def test_the_clusters_file_of_coformers_testbed_is_three_jetsons():
     times = latency(uniform_policy(DEIT_B, 3), DEIT_B, cluster)
     assert times.total_s < 0.12348  # faster than DeiT-B on the TX2
     assert np.argmax(times.idle_s) in (1, 2) and times.idle_s[0] == 0  # the Jetson Nano is waited for
-
-
-@pytest.fixture(scope="module")
-def pool():
-    rng, known = np.random.default_rng(0), JETSONS[1].on(DEIT_B.whole)
-    configs = [c for _ in range(130) for c in sample_policy(rng, DEIT_B, None, 3).sub_models]
-    return pd.DataFrame([describe(c, DEIT_B) | {"latency_s": roofline_s(c, DEIT_B, known)} for c in configs])
-
-
-def test_the_predictor_meets_held_out_profiles(pool):
-    fitted, held_out = pool[:300], pool[300:]
-    predictor = fit_predictor(fitted, hidden_sizes=(32, 32), max_iterations=150)
-    error = np.sqrt(np.mean((predictor.predict(held_out) - held_out["latency_s"]) ** 2))
-    assert error < 0.1 * held_out["latency_s"].std()
-
-
-def test_the_published_features_are_four(pool):
-    predictor = fit_predictor(pool, PUBLISHED_FEATURES, hidden_sizes=(8,), max_iterations=5)
-    assert len(PUBLISHED_FEATURES) == 4 and (predictor.predict(pool[list(PUBLISHED_FEATURES)]) > 0).all()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """The search: on a known objective better than chance, the same when it goes on after a stop, EI as in books."""
 
-import json
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 from scipy.integrate import quad
@@ -43,21 +40,17 @@ def test_bayesian_search_is_at_least_as_good_as_chance():
     assert wins >= 4
 
 
-def test_the_history_has_the_best_so_far():
+def test_the_best_policy_has_the_least_objective_and_none_is_evaluated_twice():
     result = search()
-    frame = result.history
-    assert len(frame) == 14 and (frame["best_objective"] == frame["objective"].cummin()).all()
-    best = frame.iloc[result.best]
-    assert synthetic(result.best_policy).objective == best["objective"] == frame["best_objective"].iloc[-1]
-    assert frame[["best_loss", "best_latency_s"]].iloc[-1].tolist() == best[["loss", "latency_s"]].tolist()
-    assert json.loads(best["policy"]) == json.loads(json.dumps(asdict(result.best_policy)))
-    assert len(set(result.policies)) == 14  # nothing is evaluated twice
+    objectives = [evaluation.objective for evaluation in result.evaluations]
+    assert len(set(result.policies)) == 14 == len(objectives)
+    assert synthetic(result.best_policy).objective == min(objectives) == objectives[result.best]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_names_its_rows(method):
+def test_every_method_draws_its_policies(method):
     result = search(method, num_iterations=2)
-    assert (result.history["method"] == method).all() and len(result.policies) == 8
+    assert result.settings["method"] == method and len(result.policies) == 8
     alike = [len(set(policy.sub_models)) == 1 for policy in result.policies]
     assert all(alike) if method == "uniform" else not all(alike)
 

@@ -123,6 +123,11 @@ def test_predictors_are_held_against_sub_models_they_have_not_seen(lab):
     predict = decomposition.predictors_of(lab, predictors)[1]
     assert predict(comparison.DEIT.whole) == pytest.approx(predictors["tx2"].predict(pool[:1])[0])
     assert list(predictors) == ["nano", "tx2", "orin"] and len(points) == 3 * 3 * 10
+    assert (predictors["tx2"].predict(pool) > 0).all()
+    known = pool.query("device == 'tx2'")
+    fitted = decomposition.fit_predictor(known[10:], hidden_sizes=(32, 32), max_iterations=300)
+    error = np.sqrt(np.mean((fitted.predict(known[:10]) - known["latency_s"][:10]) ** 2))
+    assert error < 0.5 * known["latency_s"][:10].std(), "sub-models that no fit has seen"
     table = decomposition.predictor_table(points).set_index(["device", "predictor"])
     part = points[(points["device"] == "tx2") & (points["predictor"] == "published")]
     rmse = np.sqrt(np.mean((part["predicted_s"] - part["latency_s"]) ** 2))
@@ -182,6 +187,10 @@ def test_delta_balances_loss_and_latency(lab, evaluator, limits):
 def test_searches_start_alike_and_go_on(lab, evaluator, limits, tmp_path):
     history = decomposition.search_history(lab, evaluator, limits, tmp_path, num_seeds=2)
     assert history.groupby(["method", "seed"]).size().eq(3).all() and set(history["method"]) == set(METHODS)
+    assert (history["best_objective"] == history.groupby(["method", "seed"])["objective"].cummin()).all()
+    leader = history.loc[history.query("method == 'random' and seed == 1")["objective"].idxmin()]
+    last = history.query("method == 'random' and seed == 1").iloc[-1]
+    assert last[["best_loss", "best_latency_s"]].tolist() == leader[["loss", "latency_s"]].tolist()
     again = decomposition.search_history(lab, evaluator, limits, tmp_path, num_seeds=2)
     pd.testing.assert_frame_equal(history, again)
     best = decomposition.best_policies(history)

@@ -7,7 +7,7 @@ says so. Without the central device there is none.
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,6 @@ from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_en
 from detransformer.coformer.policy import FLOAT_BYTES
 from detransformer.coformer.predictor import STRATEGY, roofline_s
 from detransformer.planning.profile import DeviceProfile, LinkProfile
-from detransformer.typed_json import from_json
 
 ANSWER_PART = "detransformer.coformer.distributed:answer_part"
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
@@ -86,14 +85,16 @@ def run_ensemble(
     given, logits = cluster.folder / "inputs.safetensors", cluster.folder / "logits.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
     logits.unlink(missing_ok=True)
-    link = None  # of namespaces it is real
-    if cluster.transport != "namespaces":
-        link = asdict(LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares))
     aggregator, batch_size = ensemble.aggregator(), len(next(iter(inputs.values())))
-    job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits), "link": link}
+    is_real = cluster.transport == "namespaces"  # the link between the devices
+    link = LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares)
+    job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits)}
     job |= {"time_scale": cluster.time_scale, "deadline_s": deadline_s, "needed": ensemble.central}
     job["per_rank"] = [
-        {"segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator)}
+        {
+            "segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator),
+            "link_s": None if is_real else [gather_seconds(ensemble, rank, link, batch_size, aggregator)],
+        }
         for rank, (device, config) in enumerate(zip(cluster.devices, ensemble.policy.sub_models, strict=True))
     ]
     cluster.run(ANSWER_PART, **job)  # loads, and runs once to be warm
@@ -121,6 +122,17 @@ def segments(
     return [backbone, 0.0, device.compute_s(batch_size * flops, STRATEGY, weight_bytes)]
 
 
+def message_widths(aggregator: Aggregator) -> list[int]:
+    """How many numbers of one sample each device sends: its pooled features, or logits."""
+    return [width if aggregator.learned else aggregator.num_labels for width in aggregator.widths]
+
+
+def gather_seconds(ensemble: Ensemble, rank: int, link: LinkProfile, batch_size: int, aggregator: Aggregator) -> float:
+    """Modelled seconds until the message of `rank` is sent, or all others' have come over the central one's link."""
+    sizes = [FLOAT_BYTES * batch_size * width for width in message_widths(aggregator)]
+    return link.collective_s("send", sum(sizes) - sizes[rank] if rank == ensemble.central else sizes[rank], 2)
+
+
 # On a device ------------------------------------------------------------------------------------------------------
 
 
@@ -130,13 +142,13 @@ def answer_part(
     inputs: str,
     output: str,
     segment_s: list[float],
-    link: dict | None,
+    link_s: list[float] | None,
     time_scale: float,
     deadline_s: float,
     lost: Sequence[int] = (),
     start_at: float | None = None,
 ) -> dict:
-    """The job of one device. Segments of compute: its sub-model, nothing while it waits, and the aggregation.
+    """The job of one device, paced by modelled seconds of its segments and, where links are not real, its message.
 
     All start at `start_at` of the clock that they share: a barrier would wait for a device that hangs. Without it, the
     sub-model is loaded and run once.
@@ -155,28 +167,21 @@ def answer_part(
             answer(sub_model, tensors, aggregator)
         return {}
     batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))
-    widths = aggregator.widths if aggregator.learned else [aggregator.num_labels] * ensemble.num_devices
-    link_s = None
-    if link:  # modelled seconds until this rank's message is sent, or the others' have come over the central one's link
-        sizes = [FLOAT_BYTES * batch_size * width for width in widths]
-        busy = sum(sizes) - sizes[state.rank] if state.rank == ensemble.central else sizes[state.rank]
-        link_s = [time_scale * from_json(LinkProfile, link).collective_s("send", busy, 2)]
     comm = state.comm(devices)
-    pacer = Pacer([time_scale * seconds for seconds in segment_s], link_s, state.arrivals, comm.rank, devices)
+    scaled_s = [None if seconds is None else [time_scale * x for x in seconds] for seconds in (segment_s, link_s)]
+    pacer = Pacer(*scaled_s, state.arrivals, comm.rank, devices)
     comm.reset()
     comm.observer = pacer
     sleep_until(start_at)
     pacer.begin()
     own = answer(sub_model, tensors, aggregator)
-    shapes = [(batch_size, width) for width in widths]
+    shapes = [(batch_size, width) for width in message_widths(aggregator)]
     arrived = comm.start_gather(own, shapes, ensemble.central, timeout_s=deadline_s * time_scale, absent=lost).wait()
     result = aggregate(aggregator, arrived) if state.rank == ensemble.central else None
     pacer.end()
     record = {
         "latency_s": (time.perf_counter() - start_at) / time_scale,
-        "overrun_s": pacer.overrun_s / time_scale,
-        "modelled_s": pacer.modelled_s / time_scale,
-        "compute_s": pacer.compute_s / time_scale,
+        **{name: getattr(pacer, name) / time_scale for name in ("overrun_s", "modelled_s", "compute_s")},
         "bytes": dict(comm.bytes),
         "counts": dict(comm.counts),
         "weights_bytes": sum(p.nbytes for p in sub_model.parameters()),

@@ -5,15 +5,7 @@ from itertools import product
 
 import numpy as np
 
-from detransformer.coformer.policy import (
-    Limits,
-    Original,
-    Policy,
-    SubModelConfig,
-    flops,
-    memory_bytes,
-    violations,
-)
+from detransformer.coformer.policy import Limits, Original, Policy, SubModelConfig, flops, memory_bytes, violations
 
 KINDS = ("width", "ffn", "heads", "layers")  # of changes
 MAX_STEPS = 3  # of one random change
@@ -44,8 +36,8 @@ def sample_policy(rng: np.random.Generator, original: Original, limits: Limits |
             ffn[n].append(ffn_size)
     configs = [SubModelConfig(len(h), int(w), h, f) for w, h, f in zip(widths, heads, ffn, strict=True)]
     if limits is not None:
-        most = zip(configs, limits.flops, limits.memory_bytes, strict=True)
-        configs = [_shrunk(rng, config, original, *room, f"device {n}") for n, (config, *room) in enumerate(most)]
+        most = list(zip(limits.flops, limits.memory_bytes, strict=True))
+        configs = [_shrunk(rng, config, original, most[n], f"device {n}") for n, config in enumerate(configs)]
     return Policy(tuple(configs))
 
 
@@ -99,7 +91,7 @@ def sample_uniform_policy(
     ffn = ffn_step * rng.integers(1, original.ffn_size // ffn_step // num_devices + 1, layers)
     config = SubModelConfig(layers, int(width), heads, ffn)
     if limits is not None:
-        config = _shrunk(rng, config, original, min(limits.flops), min(limits.memory_bytes), "the smallest")
+        config = _shrunk(rng, config, original, (min(limits.flops), min(limits.memory_bytes)), "the smallest")
     return Policy((config,) * num_devices)
 
 
@@ -168,20 +160,15 @@ def _draw(rng: np.random.Generator, num_parts: int, share: np.ndarray) -> np.nda
 
 
 def _shrunk(
-    rng: np.random.Generator,
-    config: SubModelConfig,
-    original: Original,
-    max_flops: float,
-    max_memory: float,
-    device: str,
+    rng: np.random.Generator, config: SubModelConfig, original: Original, most: tuple[float, float], device: str
 ) -> SubModelConfig:
-    """`config` made smaller, an eighth of one of its sizes at a time, until it is within both limits."""
+    """`config` made smaller, an eighth of one of its sizes at a time, until it is within `most` FLOPs and bytes."""
 
     def less(size: int, step: int = 1) -> int:
         parts = size // step
         return step * max(1, parts - max(1, parts // 8))
 
-    while (over := flops(config, original) > max_flops) or memory_bytes(config, original) > max_memory:
+    while (over := flops(config, original) > most[0]) or memory_bytes(config, original) > most[1]:
         layers = max(1, config.num_layers - max(1, (config.num_layers - 1) // 8))
         smaller = [
             # The last layers go: the k-th layers of other sub-models, which C3 and C4 count together, stay the same.

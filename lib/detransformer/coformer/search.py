@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -137,20 +136,6 @@ class SearchResult:
     @property
     def best_policy(self) -> Policy:
         return self.policies[self.best]
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """A row an evaluation: `policy` as JSON, `loss`, `latency_s`, `objective`, and the best objective so far.
-
-        `best_loss` and `best_latency_s` are those of the best policy so far (Fig. 11).
-        """
-        frame = pd.DataFrame(map(asdict, self.evaluations))
-        frame.insert(0, "method", self.settings["method"])
-        frame.insert(1, "evaluation", frame.index)
-        frame.insert(2, "policy", [json.dumps(asdict(policy)) for policy in self.policies])
-        leader = [frame["objective"][: i + 1].idxmin() for i in frame.index]
-        best = frame.loc[leader, ["objective", "loss", "latency_s"]].add_prefix("best_")
-        return frame.join(best.reset_index(drop=True))
 
 
 def search_policy(
