@@ -314,7 +314,7 @@ def text_rows(lab: Lab, run, source: str, study: dict) -> pd.DataFrame:
     for seed in range(case.num_seeds):
         made = calibrate(lab, case, seed)
         with torch.no_grad():
-            decided = made.aggregator(made.test.features, made.test.logits).argmax(-1).numpy()
+            decided = made.aggregator(made.test.answers(made.aggregator)).argmax(-1).numpy()
         rows.append(common | {"part": "all", "seed": seed, "score": text.score(decided)} | costs(lab, case))
         rows += [common | {"part": f"sub-model {b.number}", "seed": seed, "score": b.score} for b in made.boosted]
     return pd.DataFrame(rows)

@@ -211,7 +211,7 @@ def proxy_points(lab: Lab, evaluator: Evaluator, task, folder: Path, limits: Lim
     few = replace(boosting, num_steps=settings["few_steps"])
     for _ in range(settings["num_policies"]):
         policy = sample_policy(rng, lab.original, limits, len(lab.devices))
-        cut = decompose(model, policy, evaluator.importance)
+        cut = decompose(model, policy)
         short, long = (load_calibrated(boost(cut, model, task, recipe, folder), cut) for recipe in (few, boosting))
         outputs = collect_outputs(long, task, "test", folder)
         average = make_aggregator("average", outputs.widths, task.num_classes)

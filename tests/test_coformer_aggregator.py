@@ -60,6 +60,12 @@ def answers(num=7, tokens=None):
     return features, [random(num, CLASSES, seed=10 + n) for n in range(3)]
 
 
+def sent_to(kind):
+    """An aggregator and what seven samples' sub-models send to it."""
+    aggregator, (features, logits) = made(kind), answers()
+    return aggregator, features if aggregator.learned else logits
+
+
 def as_logits(*probabilities):
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
@@ -138,29 +144,26 @@ def test_attention_and_senet_are_what_they_are_called():
 def test_average_is_of_probabilities():
     logits = [as_logits([0.9, 0.1]), as_logits([0.2, 0.8]), as_logits([0.3, 0.7])]
     aggregator = make_aggregator("average", (1, 1, 1), 2)
-    np.testing.assert_allclose(aggregator(None, logits).exp()[0], [1.4 / 3, 1.6 / 3], rtol=1e-6)
-    np.testing.assert_allclose(aggregator(None, logits, [True, True, False]).exp()[0], [0.55, 0.45], rtol=1e-6)
+    np.testing.assert_allclose(aggregator(logits).exp()[0], [1.4 / 3, 1.6 / 3], rtol=1e-6)
+    np.testing.assert_allclose(aggregator(logits, [True, True, False]).exp()[0], [0.55, 0.45], rtol=1e-6)
     sure = [torch.tensor([[0.0, 1e4]])] * 3  # a probability of 0 is no -inf
-    assert torch.isfinite(aggregator(None, sure)).all()
+    assert torch.isfinite(aggregator(sure)).all()
 
 
 def test_majority_counts_votes_and_ties_go_by_probability():
     aggregator = make_aggregator("majority", (1, 1, 1), 3)
     outvoted = [as_logits([0.98, 0.01, 0.01]), as_logits([0.4, 0.6, 0.0]), as_logits([0.4, 0.6, 0.0])]
-    assert (
-        aggregator(None, outvoted).argmax() == 1
-        and make_aggregator("average", (1, 1, 1), 3)(None, outvoted).argmax() == 0
-    )
+    assert aggregator(outvoted).argmax() == 1 and make_aggregator("average", (1, 1, 1), 3)(outvoted).argmax() == 0
     tied = [as_logits([0.5, 0.3, 0.2]), as_logits([0.3, 0.6, 0.1]), as_logits([0.1, 0.2, 0.7])]
-    assert aggregator(None, tied).argmax() == 1  # 0.9, 1.1, 1.0
-    assert aggregator(None, [None, tied[1], tied[2]]).argmax() == 1  # 0.8 and 0.8 + 0.0 for class 2
+    assert aggregator(tied).argmax() == 1  # 0.9, 1.1, 1.0
+    assert aggregator([None, tied[1], tied[2]]).argmax() == 1  # 0.8 and 0.8 + 0.0 for class 2
     certain = [as_logits([1.0, 0.0, 0.0])] * 2 + [as_logits([0.0, 1.0, 0.0])]
-    assert aggregator(None, certain).argmax() == 0
+    assert aggregator(certain).argmax() == 0
 
 
 def test_a_class_without_votes_never_wins_by_probability():
     votes = [as_logits([0.34, 0.33, 0.33])] * 2 + [as_logits([0.0, 0.01, 0.99])]
-    scores = make_aggregator("majority", (1, 1, 1), 3)(None, votes)
+    scores = make_aggregator("majority", (1, 1, 1), 3)(votes)
     assert scores.argmax() == 0 and scores[0, 2] > scores[0, 1]
 
 
@@ -170,7 +173,7 @@ def test_a_class_without_votes_never_wins_by_probability():
 @pytest.mark.parametrize("kind", LEARNED)
 def test_a_missing_sub_model_is_its_training_mean(kind):
     aggregator, (features, _) = made(kind), answers()
-    mean = aggregator.means[1].expand(*features[1].shape)
+    mean = aggregator.mean.split(WIDTHS)[1].expand(*features[1].shape)
     expected = aggregator([features[0], mean, features[2]])
     torch.testing.assert_close(aggregator(features, present=[True, False, True]), expected)
     torch.testing.assert_close(aggregator([features[0], None, features[2]]), expected)
@@ -181,11 +184,11 @@ def test_a_missing_sub_model_is_its_training_mean(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_is_missing_may_differ_by_sample(kind):
-    aggregator, (features, logits) = made(kind), answers()
+    aggregator, sent = sent_to(kind)
     present = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 1, 0]]).bool()
-    found = aggregator(features, logits, present)
+    found = aggregator(sent, present)
     for i in range(7):
-        alone = aggregator([x[i : i + 1] for x in features], [x[i : i + 1] for x in logits], present[i])
+        alone = aggregator([x[i : i + 1] for x in sent], present[i])
         torch.testing.assert_close(found[i : i + 1], alone)
 
 
@@ -193,24 +196,22 @@ def test_who_is_missing_may_differ_by_sample(kind):
 def test_votes_leave_the_missing_out(kind):
     aggregator, (_, logits) = made(kind), answers(50)
     of_two = make_aggregator(kind, WIDTHS[:2], CLASSES)
-    found = aggregator(None, logits, [True, True, False]).argmax(-1)
-    assert torch.equal(found, of_two(None, logits[:2]).argmax(-1))
-    only = aggregator(None, [None, logits[1], None]).argmax(-1)
+    found = aggregator(logits, [True, True, False]).argmax(-1)
+    assert torch.equal(found, of_two(logits[:2]).argmax(-1))
+    only = aggregator([None, logits[1], None]).argmax(-1)
     assert torch.equal(only, logits[1].argmax(-1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_answers_say_what_is_wrong(kind):
-    aggregator, (features, logits) = made(kind), answers()
+    aggregator, sent = sent_to(kind)
     with pytest.raises(ValueError, match="of 2 sub-models for an aggregator of 3"):
-        aggregator(features[:2], logits[:2])
-    with pytest.raises(ValueError, match="of none sub-models"):
-        aggregator(None, None)
+        aggregator(sent[:2])
     for nobody in (dict(present=[False] * 3), dict(present=torch.tensor([[True] * 3] * 6 + [[False] * 3]))):
         with pytest.raises(ValueError, match="at least one must be"):
-            aggregator(features, logits, **nobody)
+            aggregator(sent, **nobody)
     with pytest.raises(ValueError, match="at least one must be"):
-        aggregator([None] * 3, [None] * 3)
+        aggregator([None] * 3)
 
 
 def test_wrong_sizes_and_kinds_say_what_is_wrong():
@@ -241,7 +242,7 @@ def test_a_learned_aggregator_knows_more_than_each_sub_model(kind):
     assert len(losses) == 60 and losses[-1] < losses[0] / 2
     # A sub-model that sees two bits of three is right half the time at best.
     assert ensemble_accuracy(aggregator, learnable(seed=1)) > 65
-    for mean, x in zip(aggregator.means, outputs.features, strict=True):
+    for mean, x in zip(aggregator.mean.split(WIDTHS), outputs.features, strict=True):
         torch.testing.assert_close(mean, x.mean(0))
 
 
@@ -289,7 +290,7 @@ def test_wrong_training_data_says_what_is_wrong():
 
 def test_accuracy_counts_the_samples_that_are_right():
     aggregator, (features, logits) = made("majority"), answers(50)
-    labels = aggregator(None, logits).argmax(-1)
+    labels = aggregator(logits).argmax(-1)
     labels[:10] = (labels[:10] + 1) % CLASSES
     outputs = Outputs(features, logits, labels)
     assert ensemble_accuracy(aggregator, outputs) == 80

@@ -128,9 +128,8 @@ def test_taking_heads_ffn_and_layers_is_switching_the_others_off(model_class):
     """At the full embedding width, for which LayerNorms are the original's."""
     model = random_model(model_class)
     sizes = SubModelConfig(3, 48, (1, 3, 2), (17, 9, 30))
-    importance = magnitude_importance(model)
-    (parts,) = choose_parts(importance, Policy((sizes,)))
-    (sub_model,) = decompose(model, Policy((sizes,)), importance)
+    (parts,) = choose_parts(magnitude_importance(model), Policy((sizes,)))
+    (sub_model,) = decompose(model, Policy((sizes,)))
     layers, writes = {
         "bert": (lambda m: m.base_model.encoder.layer, ("attention.output.dense", "output.dense")),
         "gpt2": (lambda m: m.base_model.h, ("attn.c_proj", "mlp.c_proj")),

@@ -84,8 +84,7 @@ class Aggregator(nn.Module):
         self.widths, self.num_labels, self.pooling = tuple(widths), num_labels, pooling
         self.hidden_size = max(widths)  # d_i, that of the central device
         if self.learned:
-            for number, width in enumerate(self.widths):
-                self.register_buffer(f"mean_{number}", torch.zeros(width))
+            self.register_buffer("mean", torch.zeros(sum(widths)))  # features of the training samples, all sub-models'
             self.build()
 
     @property
@@ -93,51 +92,39 @@ class Aggregator(nn.Module):
         """What `make_aggregator` takes to make one like this."""
         return {name: getattr(self, name) for name in ("kind", "widths", "num_labels", "pooling")}
 
-    @property
-    def means(self) -> list[torch.Tensor]:
-        """Mean features of the training samples, [d_n] each."""
-        return [getattr(self, f"mean_{number}") for number in range(len(self.widths))]
-
     def set_means(self, features: Sequence[torch.Tensor]) -> None:
         """From training samples' pooled features [M, d_n]."""
-        for mean, x in zip(self.means, features, strict=True):
-            mean.copy_(x.mean(0))
+        self.mean.copy_(torch.cat([x.mean(0) for x in features]))
 
     def forward(
-        self,
-        features: Sequence[torch.Tensor | None] | None,
-        logits: Sequence[torch.Tensor | None] | None = None,
-        present: Sequence[bool] | torch.Tensor | None = None,
+        self, answers: Sequence[torch.Tensor | None], present: Sequence[bool] | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits [B, C]; of `average` the log of the mean probabilities, of `majority` votes plus a fraction for ties.
 
         Args:
-            features: pooled, of each sub-model [B, d_n]; None for one that is missing. Read by the learned kinds only.
-            logits: of each sub-model [B, C]; None for one that is missing. Read by the others only.
+            answers: of each sub-model its pooled features [B, d_n] for learned kinds, its logits [B, C] for the others;
+                None for one that is missing.
             present: which sub-models answered, [N] or, by sample, [B, N]; None takes all that are not None.
 
         Raises:
             ValueError: for another number of sub-models, or samples without any sub-model.
         """
-        answers = features if self.learned else logits
-        if answers is None or len(answers) != len(self.widths):
-            number = "none" if answers is None else len(answers)
-            raise ValueError(f"answers of {number} sub-models for an aggregator of {len(self.widths)}: give one each.")
+        if len(answers) != len(self.widths):
+            raise ValueError(
+                f"answers of {len(answers)} sub-models for an aggregator of {len(self.widths)}: give one each."
+            )
         first = next((x for x in answers if x is not None), None)
         here = torch.tensor([x is not None for x in answers]).expand(0 if first is None else len(first), -1)  # [B, N]
         if present is not None:
             here = here & torch.as_tensor(present, dtype=torch.bool).to(here.device)
         if first is None or not here.any(1).all():
             raise ValueError("no sub-model is present for some samples: at least one must be.")
-        here = here.to(first.device)
+        here = here.to(first.device).unsqueeze(-1)  # [B, N, 1]
         if self.learned:
-            pairs = enumerate(zip(answers, self.means, strict=True))
-            return self.fuse([
-                mean.to(first.dtype).expand(len(first), -1) if x is None else torch.where(here[:, n, None], x, mean)
-                for n, (x, mean) in pairs
-            ])  # fmt: skip
+            pairs = enumerate(zip(answers, self.mean.to(first.dtype).split(self.widths), strict=True))
+            return self.fuse([torch.where(here[:, n], mean if x is None else x, mean) for n, (x, mean) in pairs])
         known = [torch.zeros_like(first) if x is None else x for x in answers]
-        return self.vote(torch.stack([x.float().softmax(-1) for x in known], dim=1), here.unsqueeze(-1).float())
+        return self.vote(torch.stack([x.float().softmax(-1) for x in known], dim=1), here.float())
 
 
 class CoFormerAggregator(Aggregator):

@@ -70,7 +70,7 @@ class BoostConfig(StepRecipe):
 class BoostResult:
     """A calibrated sub-model: `checkpoint` is a Hugging Face model folder, `history` has a row a step.
 
-    `score` is of the test samples, times 100.
+    `score` is the task's metric on the test samples, times 100.
     """
 
     number: int

@@ -129,7 +129,7 @@ def random_presence(num_rows: int, num_models: int, drop: float, seed: list[int]
 @torch.no_grad()
 def ensemble_accuracy(aggregator: Aggregator, outputs: Outputs, present: Sequence[bool] | None = None) -> float:
     """Accuracy times 100 over the samples of `outputs`; `present` as in `Aggregator.forward`."""
-    decided = aggregator(outputs.features, outputs.logits, present).argmax(-1)
+    decided = aggregator(outputs.answers(aggregator), present).argmax(-1)
     return 100 * int((decided == outputs.labels).sum()) / len(outputs.labels)
 
 

@@ -2,7 +2,7 @@
 
 First `choose_parts`, a pure function, says which layers, heads, FFN columns and embedding dimensions each sub-model
 takes; then `decompose` slices. The paper removes "unimportant" neurons and "redundant" heads and does not say how it
-tells them; here the size of their weights tells.
+tells them apart; here the parts with the larger weights are the important ones.
 
 LayerNorms: a sub-model keeps the entries of weight and bias of its d_n dimensions, and normalises over these alone. The
 mean and variance of a part of the dimensions differ from those of all, and products read fewer inputs; no weight is
@@ -79,7 +79,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Parts:
-    """What one sub-model takes of the large one, ascending: its layers, its dimensions, its heads and FFN by layer."""
+    """Which parts of the large model one sub-model takes, ascending: layers, dimensions, and heads and FFN by layer."""
 
     layers: np.ndarray
     dims: np.ndarray
@@ -131,9 +131,9 @@ def choose_parts(importance: Importance, policy: Policy) -> list[Parts]:
 
     The parts of a layer, and the embedding dimensions, are *dealt* like cards: ranked by importance, then one to each
     sub-model in turn until each has as many as the policy says. So no two have the same (C2-C4 leave enough for all),
-    each one has important ones, the least important are left over, and a small sub-model has the best few. If the parts
-    were cut in a row, the first sub-model would get all the good ones; if all sub-models had the same ones, they would
-    err alike, and their ensemble would gain nothing. The sub-model that begins changes from layer to layer.
+    each has important ones, a small one has the best few, and the least important are left over. If the parts were cut
+    in a row, the first sub-model would get all the good ones; if all had the same ones, they would err alike, and their
+    ensemble would gain nothing. The sub-model that begins changes from layer to layer.
 
     C3 and C4 count k-th layers, and the k-th layers of two sub-models may come from different layers of the large
     model. Where sub-models ask for more of one layer than it has, the most important parts are given twice.
@@ -158,7 +158,7 @@ def choose_parts(importance: Importance, policy: Policy) -> list[Parts]:
 def choose_layers(num_original: int, num_layers: int) -> np.ndarray:
     """`num_layers` of `num_original` layers, ascending and spread evenly, the first and the last among them.
 
-    A single one is the first: it reads embeddings, as it was trained to.
+    A single one is the first, which was trained to read embeddings.
     """
     return np.round(np.linspace(0, num_original - 1, num_layers)).astype(int)
 
@@ -166,7 +166,7 @@ def choose_layers(num_original: int, num_layers: int) -> np.ndarray:
 def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.ndarray]:
     """`counts[n]` items for each n, ascending: the best in turn, beginning with `first` (modulo their number).
 
-    Items are given twice only when all have been given; no one has the same item twice.
+    An item is given twice only when all have been given, and never to the same n.
     """
     order = [int(item) for item in np.argsort(-scores, kind="stable")]
     hands: list[list[int]] = [[] for _ in counts]
@@ -186,14 +186,13 @@ def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.n
 # Slicing ---------------------------------------------------------------------------------------------------------
 
 
-def decompose(model: PreTrainedModel, policy: Policy, importance: Importance | None = None) -> list[PreTrainedModel]:
+def decompose(model: PreTrainedModel, policy: Policy) -> list[PreTrainedModel]:
     """The sub-models of `policy`, of the same head as `model` and with weights sliced from its own.
 
     A single sub-model of the full size is `model` again.
 
     Args:
         model: a `BertForSequenceClassification`, `GPT2ForSequenceClassification` or `ViTForImageClassification`.
-        importance: `magnitude_importance(model)` unless given.
 
     Raises:
         ValueError: for a model of another class, or a policy outside C1-C4.
@@ -204,7 +203,7 @@ def decompose(model: PreTrainedModel, policy: Policy, importance: Importance | N
             f"load the checkpoint as one of {', '.join(c.__name__ for c in SUB_MODEL_CLASS)}."
         )
     check_policy(policy, Original.of(model.config))
-    parts = choose_parts(importance or magnitude_importance(model), policy)
+    parts = choose_parts(magnitude_importance(model), policy)
     return [_sub_model(model, c, p) for c, p in zip(policy.sub_models, parts, strict=True)]
 
 

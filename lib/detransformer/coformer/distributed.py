@@ -1,7 +1,7 @@
 """Sub-models side by side on a cluster: each device runs its own, sends one message, the central one aggregates.
 
-CoFormer (2025), Fig. 3 and Eqs. 3-6. A device that is lost or late is left out: the answer is made of the others', and
-says so. Without the central device there is none.
+CoFormer (2025), Fig. 3 and Eqs. 3-6. A device that is lost or late is left out: the answer is then made from those of
+the others, and `EnsembleRun.sentence` names the missing one. Without the central device there is no answer.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from detransformer.cluster.jobs import WorkerState
 from detransformer.cluster.pacing import Pacer, sleep_until
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import Aggregator, aggregator_flops
-from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
+from detransformer.coformer.ensemble import Ensemble, answer, load_ensemble
 from detransformer.coformer.policy import FLOAT_BYTES
 from detransformer.coformer.predictor import STRATEGY, roofline_s
 from detransformer.planning.profile import DeviceProfile, LinkProfile
@@ -33,11 +33,11 @@ class EnsembleRun:
     """The answer to one request, and how it was made.
 
     Args:
-        logits: [B, C], of the devices that answered.
-        present: which these were.
+        logits: [B, C], from the devices that answered.
+        present: by device, whether it answered.
         lost: by device, why it was left out.
         samples_s: seconds of each repeat on the devices' clock, from the start to the central device's answer.
-        records: each device's report, None of one that is lost.
+        records: each device's report, None for one that is lost.
     """
 
     logits: torch.Tensor
@@ -70,7 +70,7 @@ def run_ensemble(
 
     Args:
         inputs: input_ids (attention_mask, token_type_ids) [B, T], or pixel_values [B, 3, H, W].
-        repeats: the request is timed so often; a device lost in between is left out of those after it.
+        repeats: how often the request is timed; a device that is lost in between is left out of the later ones.
         deadline_s: how long the central device waits for the others, in the devices' seconds.
 
     Raises:
@@ -177,7 +177,8 @@ def answer_part(
     own = answer(sub_model, tensors, aggregator)
     shapes = [(batch_size, width) for width in message_widths(aggregator)]
     arrived = comm.start_gather(own, shapes, ensemble.central, timeout_s=deadline_s * time_scale, absent=lost).wait()
-    result = aggregate(aggregator, arrived) if state.rank == ensemble.central else None
+    with torch.inference_mode():
+        result = aggregator(arrived) if state.rank == ensemble.central else None
     pacer.end()
     record = {
         "latency_s": (time.perf_counter() - start_at) / time_scale,

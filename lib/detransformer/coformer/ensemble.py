@@ -101,14 +101,9 @@ def answer(sub_model: PreTrainedModel, inputs: dict, aggregator: Aggregator) -> 
 
 
 @torch.inference_mode()
-def aggregate(aggregator: Aggregator, answers: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Logits [B, C] of the answers that have come, None for a device that sent nothing."""
-    return aggregator(answers, answers)
-
-
 def whole_answer(ensemble: Ensemble, inputs: dict, present: Sequence[bool] | None = None) -> torch.Tensor:
     """The ensemble's logits [B, C] in one process: the reference of a distributed run."""
     aggregator = ensemble.aggregator()
     here = [True] * ensemble.num_devices if present is None else present
     answers = [answer(ensemble.sub_model(n), inputs, aggregator) if there else None for n, there in enumerate(here)]
-    return aggregate(aggregator, answers)
+    return aggregator(answers)

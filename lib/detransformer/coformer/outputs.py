@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from detransformer.coformer.aggregator import features_and_logits, pool_features
+from detransformer.coformer.aggregator import Aggregator, features_and_logits, pool_features
 from detransformer.coformer.tasks import BoostTask
 from detransformer.files import atomic_write
 from detransformer.training.config import config_hash
@@ -48,6 +48,10 @@ class Outputs:
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(x.shape[1] for x in self.features)
+
+    def answers(self, aggregator: Aggregator) -> list[torch.Tensor]:
+        """What the sub-models send to an aggregator of this kind."""
+        return self.features if aggregator.learned else self.logits
 
     @property
     def accuracies(self) -> list[float]:

@@ -9,6 +9,7 @@ keep; S tokens; A = h_n^k s the attention width of a sub-model's layer, which is
 
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -224,16 +225,14 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
             f"C2: the sub-models' embeddings are {sum(policy.widths)} wide together, the original's "
             f"{original.hidden_size}: give some of them fewer dimensions"
         )
-    for layer in range(max(c.num_layers for c in configs)):
-        there = [c for c in configs if layer < c.num_layers]
-        heads, ffn = sum(c.num_heads[layer] for c in there), sum(c.ffn_sizes[layer] for c in there)
-        for name, what, total, most in (
-            ("C3", "heads", heads, original.num_heads),
-            ("C4", "FFN columns", ffn, original.ffn_size),
-        ):
-            if total > most:
+    for name, what, field, most in (
+        ("C3", "heads", "num_heads", original.num_heads),
+        ("C4", "FFN columns", "ffn_sizes", original.ffn_size),
+    ):
+        for layer, sizes in enumerate(zip_longest(*(getattr(c, field) for c in configs), fillvalue=0)):
+            if sum(sizes) > most:
                 found.append(
-                    f"{name}: layer {layer} has {total} {what} over the sub-models, the original {most}: "
+                    f"{name}: layer {layer} has {sum(sizes)} {what} over the sub-models, the original {most}: "
                     f"give some of them fewer {what} there"
                 )
     for n, c in enumerate(configs if limits else ()):

@@ -8,9 +8,9 @@ improvement. Where the printed Eqs. 9, 12 and 19 cannot be meant as they stand, 
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from detransformer.coformer.decomposer import Importance, decompose, magnitude_importance
+from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.policy import Limits, Original, Policy, encode
 from detransformer.coformer.predictor import Latency
 from detransformer.coformer.sampling import mutate_policy, sample_policy, sample_uniform_policy
@@ -58,8 +58,8 @@ class Evaluator:
     Args:
         model: the large model, with a task head.
         batches: a small part of the samples, on which all policies are compared.
-        latency: of a policy. Of a small model a device's share of the time is that of its messages alone; then it may
-            be that of the same shares of a larger model.
+        latency: predicts that of a policy. For a small model, whose messages take most of the time, it may price the
+            same shares of a larger one.
         delta: what a second counts in units of loss.
     """
 
@@ -68,24 +68,18 @@ class Evaluator:
     latency: Callable[[Policy], Latency]
     delta: float
 
-    @cached_property
-    def importance(self) -> Importance:
-        """Of the large model's parts."""
-        return magnitude_importance(self.model)
-
     def __call__(self, policy: Policy) -> Evaluation:
-        sub_models = decompose(self.model, policy, self.importance)
+        sub_models = decompose(self.model, policy)
         loss = np.mean([validation_loss(sub_model, self.batches) for sub_model in sub_models])
         return Evaluation.of(loss, self.latency(policy).total_s, self.delta)
 
 
 def training_batches(task: BoostTask, num_rows: int, seed: int = 0, batch_size: int = 64) -> list[dict]:
-    """So many training samples (rounded up to batches) with their labels, as models take them."""
-    size, batches = min(batch_size, len(task.train_labels)), []
-    for step in range(-(-min(num_rows, len(task.train_labels)) // batch_size)):
-        batches.append(task.train_batch(seed, step, size))
-        del batches[-1]["rows"]
-    return batches
+    """`num_rows` training samples, rounded up to whole batches, with their labels, as models take them."""
+    total = len(task.train_labels)
+    steps = range(math.ceil(min(num_rows, total) / batch_size))
+    batches = (task.train_batch(seed, step, min(batch_size, total)) for step in steps)
+    return [{name: tensor for name, tensor in batch.items() if name != "rows"} for batch in batches]
 
 
 @torch.inference_mode()
