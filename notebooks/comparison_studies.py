@@ -10,28 +10,28 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from method_rows import energy_j, scale_policy, tdp_w
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, ViTConfig
 
 from detransformer import training
 from detransformer.cluster.devices import cluster_profile
 from detransformer.cluster.spec import ClusterSpec
-from detransformer.coformer.aggregator import KINDS, aggregator_flops, message_bytes
-from detransformer.coformer.booster import BoostConfig, weights_hash
-from detransformer.coformer.calibration import Calibrated, calibrate_policy
-from detransformer.coformer.decomposer import decompose
-from detransformer.coformer.evaluator import make_evaluator
-from detransformer.coformer.fusion import (
+from detransformer.coformer.aggregator import CLASSES, Aggregator, aggregator_flops
+from detransformer.coformer.booster import BoostConfig
+from detransformer.coformer.calibration import (
     AggregatorConfig,
-    Outputs,
-    collect_outputs,
+    Calibrated,
+    calibrate_policy,
     ensemble_accuracy,
     missing_table,
     train_aggregator,
 )
-from detransformer.coformer.policy import Limits, Original, Policy, flops, memory_bytes, scale_policy
-from detransformer.coformer.predictor import STRATEGY, energy_j, latency, shared_limits, tdp_w
+from detransformer.coformer.decomposer import decompose
+from detransformer.coformer.outputs import Outputs, collect_outputs, weights_hash
+from detransformer.coformer.policy import FLOAT_BYTES, Limits, Original, Policy, flops, memory_bytes
+from detransformer.coformer.predictor import STRATEGY, fastest_device, latency, roofline_s
 from detransformer.coformer.sampling import filled, uniform_policy
-from detransformer.coformer.search import SearchConfig, search_policy
+from detransformer.coformer.search import Evaluator, SearchConfig, search_policy, training_batches
 from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.files import repository_root
 from detransformer.models.configuration import preset_config
@@ -69,6 +69,16 @@ class Lab:
         """Devices and gigabit links, by operations and bytes alone."""
         return cluster_profile(devices or self.devices, "", self.priced, 1e9, pace="roofline")
 
+    def evaluator(self, devices: Sequence = (), predictors: Sequence | None = None) -> Evaluator:
+        """Eq. 8 at the priced sizes; delta is one unit of loss for the whole model's time on the fastest device."""
+        cluster, batches = self.cluster(devices), training_batches(self.task, self.search.num_rows, self.search.seed)
+
+        def priced_latency(policy: Policy):
+            return latency(scale_policy(policy, self.original, self.priced), self.priced, cluster, predictors)
+
+        fastest = cluster.devices[fastest_device(cluster.devices)]
+        return Evaluator(self.model, batches, priced_latency, 1 / roofline_s(self.priced.whole, self.priced, fastest))
+
 
 @dataclass(frozen=True)
 class Case:
@@ -98,20 +108,25 @@ def image_lab(run, settings: dict) -> Lab:
 # Policies ---------------------------------------------------------------------------------------------------------
 
 
+def shared_limits(lab: Lab, devices: Sequence, share: float) -> Limits:
+    """`share` of the large model's FLOPs in all, each device's part by its speed, so that all would end together."""
+    rates = [1 / device.compute_s(1.0, STRATEGY) for device in lab.cluster(devices).devices]
+    total = share * flops(lab.original.whole, lab.original)
+    return Limits(tuple(total * rate / sum(rates) for rate in rates), (float("inf"),) * len(rates))
+
+
 def find_policy(lab: Lab, devices: Sequence, limits: Limits) -> Policy:
     """The best policy that a search finds within `limits`, filled up to them; its history is kept in the folder."""
-    cluster, config = lab.cluster(devices), lab.search
-    key = config_hash(weights_hash(lab.model), lab.task.fingerprint, config, limits, cluster)
-    evaluator = make_evaluator(lab.model, lab.task, cluster, 1.0, config.num_rows, config.seed, priced_as=lab.priced)
+    key = config_hash(weights_hash(lab.model), lab.task.fingerprint, lab.search, limits, lab.cluster(devices))
     history = lab.folder / f"search-{len(devices)}-{key}.json"
-    found = search_policy(evaluator, lab.original, len(devices), config, limits, history=history)
+    found = search_policy(lab.evaluator(devices), lab.original, len(devices), lab.search, limits, history=history)
     return filled(found.best_policy, lab.original, limits)
 
 
 def main_case(lab: Lab, settings: dict, name: str = "coformer", devices: Sequence = ()) -> Case:
     """A policy that takes `total_share` of the FLOPs, each of `devices` (all of the lab) its part by speed."""
     devices = tuple(devices or lab.devices)
-    limits = shared_limits(lab.original, lab.cluster(devices), settings["total_share"])
+    limits = shared_limits(lab, devices, settings["total_share"])
     seeds = settings["num_seeds"]["main" if name == "coformer" else "devices"]
     return Case(name, find_policy(lab, devices, limits), devices, seeds)
 
@@ -146,7 +161,7 @@ def costs(lab: Lab, case: Case) -> dict:
         "latency_ms": 1e3 * times.total_s,
         "energy_mj": 1e3 * energy_j(times, tdp_w(case.devices)),
         "memory_mib": max(memory_bytes(config, lab.priced) for config in scaled.sub_models) / 2**20,
-        "widths": ", ".join(str(config.hidden_size) for config in case.policy.sub_models),
+        "widths": ", ".join(map(str, case.policy.widths)),
         "layers": ", ".join(str(config.num_layers) for config in case.policy.sub_models),
     }
 
@@ -162,22 +177,27 @@ def model_row(lab: Lab) -> dict:
     return {"case": whole.name, "accuracy": accuracy, "train_accuracy": lab.train_accuracy} | costs(lab, whole)
 
 
-def calibrate(lab: Lab, case: Case, seed: int, **recipe) -> Calibrated:
+def recipe_of(lab: Lab, case: Case, seed: int = 0, **changes) -> BoostConfig:
+    """The lab's recipe by the case's rule, with the orders of samples of `seed`."""
+    return make_config(BoostConfig, asdict(lab.boosting) | {"seed": SEED_STEP * seed, "rule": case.rule} | changes)
+
+
+def calibrate(lab: Lab, case: Case, seed: int, **changes) -> Calibrated:
     """One run of a case: its sub-models boosted, the aggregator on top; a finished run is not repeated."""
-    boosting = make_config(BoostConfig, asdict(lab.boosting) | {"seed": SEED_STEP * seed, "rule": case.rule} | recipe)
-    return calibrate_policy(lab.model, case.policy, lab.task, boosting, lab.aggregation, lab.folder)
+    recipe = recipe_of(lab, case, seed, **changes)
+    return calibrate_policy(lab.model, case.policy, lab.task, recipe, lab.aggregation, lab.folder)
 
 
-def run_rows(lab: Lab, case: Case, num_seeds: int | None = None, **recipe) -> pd.DataFrame:
+def run_rows(lab: Lab, case: Case, num_seeds: int | None = None, **changes) -> pd.DataFrame:
     """A row a seed: accuracy (times 100) of all together and of the best sub-model alone, costs and seconds.
 
     `accuracy` is of the test samples; `held_out_accuracy`, of training samples held out, is what recipes are chosen by.
     """
-    rows, price = [], costs(lab, case)
+    rows, price, recipe = [], costs(lab, case), recipe_of(lab, case, **changes)
+    name = f"{recipe.num_steps} steps, {recipe.target} targets"
     for seed in range(min(num_seeds or case.num_seeds, case.num_seeds)):
-        made = calibrate(lab, case, seed, **recipe)
-        steps, target = made.boosted[0].num_steps, made.boosted[0].target
-        row = {"case": case.name, "rule": case.rule, "recipe": f"{steps} steps, {target} targets", "seed": seed}
+        made = calibrate(lab, case, seed, **changes)
+        row = {"case": case.name, "rule": case.rule, "recipe": name, "seed": seed}
         row |= {"accuracy": made.accuracy, "held_out_accuracy": made.held_out_accuracy}
         row |= {"best_alone": max(made.test.accuracies), "seconds": sum(part.seconds for part in made.boosted)}
         rows.append(row | price)
@@ -195,7 +215,7 @@ def all_runs(lab: Lab, cases: dict[str, Case], settings: dict) -> pd.DataFrame:
 
 def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) -> dict[str, Policy]:
     """By method the policies whose latency is compared: those trained, and one of the published share of FLOPs."""
-    limits = shared_limits(lab.original, lab.cluster(), published_share)
+    limits = shared_limits(lab, lab.devices, published_share)
     own = {"coformer": "coformer", "devit": "uniform", "small": "1 device"}
     policies = {method: cases[name].policy for method, name in own.items()}
     return policies | {"coformer-published": find_policy(lab, lab.devices, limits)}
@@ -211,18 +231,12 @@ def method_accuracies(large: float, recipes: pd.DataFrame) -> dict[str, float]:
 # Notebook 13 ------------------------------------------------------------------------------------------------------
 
 
-def trained(lab: Lab, kind: str, outputs: Outputs, seed: int, drop: float = 0.0, start=None):
+def trained(
+    lab: Lab, kind: str, outputs: Outputs, seed: int, drop: float = 0.0, start: Aggregator | None = None
+) -> Aggregator:
     """An aggregator on these outputs of training samples."""
-    return train_aggregator(
-        kind,
-        outputs.features,
-        outputs.labels,
-        replace(lab.aggregation, drop=drop),
-        SEED_STEP * seed,
-        num_labels=lab.task.num_classes,
-        pooling="first",
-        start=start,
-    ).aggregator
+    config = replace(lab.aggregation, drop=drop)
+    return train_aggregator(kind, outputs, lab.task.num_classes, config, SEED_STEP * seed, start)[0]
 
 
 def ablation_rows(lab: Lab, case: Case) -> pd.DataFrame:
@@ -234,7 +248,7 @@ def ablation_rows(lab: Lab, case: Case) -> pd.DataFrame:
     train, test = (collect_outputs(cut, lab.task, split, lab.folder, pooling="first") for split in ("train", "test"))
     for seed in range(case.num_seeds):
         made = calibrate(lab, case, seed)
-        as_cut = ensemble_accuracy(trained(lab, "coformer", train, seed), test.features, test.logits, test.labels)
+        as_cut = ensemble_accuracy(trained(lab, "coformer", train, seed), test)
         both = (False, [*test.accuracies, as_cut]), (True, [*made.test.accuracies, made.accuracy])
         for calibrated, accuracies in both:
             for part, latency_ms, accuracy in zip(parts, latencies, accuracies, strict=True):
@@ -246,17 +260,18 @@ def ablation_rows(lab: Lab, case: Case) -> pd.DataFrame:
 def aggregator_rows(lab: Lab, case: Case) -> pd.DataFrame:
     """Table IV: every aggregator on the same calibrated sub-models; Eq. 3 with its own messages and products."""
     scaled, cluster = scale_policy(case.policy, lab.original, lab.priced), lab.cluster(case.devices)
-    times, widths = latency(scaled, lab.priced, cluster), [config.hidden_size for config in scaled.sub_models]
+    times, widths = latency(scaled, lab.priced, cluster), scaled.widths
     central, classes, rows = times.central, lab.task.num_classes, []
-    for kind in KINDS:
-        sent = [cluster.link.collective_s("send", message_bytes(kind, w, classes), len(widths)) for w in widths]
+    for kind, made_of in CLASSES.items():
+        sizes = [FLOAT_BYTES * (width if made_of.learned else classes) for width in widths]
+        sent = [cluster.link.collective_s("send", size, len(widths)) for size in sizes]
         sent[central] = 0.0
         fused_s = cluster.devices[central].compute_s(aggregator_flops(kind, widths, classes, widths[central]), STRATEGY)
         total_s = max(map(sum, zip(times.backbone_s, sent, strict=True))) + fused_s
         for seed in range(case.num_seeds):
             made = calibrate(lab, case, seed)
             aggregator = made.aggregator if kind == "coformer" else trained(lab, kind, made.train, seed)
-            accuracy = ensemble_accuracy(aggregator, made.test.features, made.test.logits, made.test.labels)
+            accuracy = ensemble_accuracy(aggregator, made.test)
             rows.append({"kind": kind, "seed": seed, "accuracy": accuracy, "latency_ms": 1e3 * total_s})
     return pd.DataFrame(rows)
 
@@ -293,13 +308,13 @@ def text_rows(lab: Lab, run, source: str, study: dict) -> pd.DataFrame:
     priced, boosting = Original.of(preset_config("bert-base"), 128), make_config(BoostConfig, study["boosting"])
     text = TextTask(data, task, config)
     lab = replace(lab, model=model, task=text, devices=devices, folder=folder, boosting=boosting, priced=priced)
-    policy = find_policy(lab, devices, shared_limits(lab.original, lab.cluster(), study.get("total_share", 0.25)))
+    policy = find_policy(lab, devices, shared_limits(lab, devices, study.get("total_share", 0.25)))
     case, common = Case("text", policy, devices, study["num_seeds"]), {"task": task, "metric": text.metric}
     rows = [common | {"part": "BERT", "seed": 0, "score": scores["score"], "majority_score": scores["majority_score"]}]
     for seed in range(case.num_seeds):
         made = calibrate(lab, case, seed)
         with torch.no_grad():
-            decided = made.aggregator(made.test.features, made.test.logits).argmax(-1).numpy()
+            decided = made.aggregator(made.test.answers(made.aggregator)).argmax(-1).numpy()
         rows.append(common | {"part": "all", "seed": seed, "score": text.score(decided)} | costs(lab, case))
         rows += [common | {"part": f"sub-model {b.number}", "seed": seed, "score": b.score} for b in made.boosted]
     return pd.DataFrame(rows)

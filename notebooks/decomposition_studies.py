@@ -3,48 +3,105 @@
 import json
 import statistics
 import time
-from dataclasses import replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from comparison_studies import DEIT, Lab
+from method_rows import scale_policy
 from scipy.stats import BootstrapMethod, pearsonr, spearmanr
+from sklearn.compose import TransformedTargetRegressor, make_column_transformer
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import RidgeClassifier
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from threadpoolctl import threadpool_limits
 from transformers import ViTConfig
 
 from detransformer.coformer.aggregator import features_and_logits, make_aggregator
-from detransformer.coformer.booster import BoostConfig, boost, load_calibrated, weights_hash
+from detransformer.coformer.booster import boost, load_calibrated
+from detransformer.coformer.calibration import ensemble_accuracy
 from detransformer.coformer.decomposer import decompose
-from detransformer.coformer.evaluator import training_batches, validation_loss
-from detransformer.coformer.fusion import collect_outputs, ensemble_accuracy
+from detransformer.coformer.outputs import collect_outputs, weights_hash
 from detransformer.coformer.policy import (
+    FLOAT_BYTES,
     Limits,
     Original,
     Policy,
+    SubModelConfig,
     flops,
     memory_bytes,
-    scale_policy,
+    parameters,
 )
-from detransformer.coformer.predictor import (
-    DERIVED_FEATURES,
-    PUBLISHED_FEATURES,
-    LatencyPredictor,
-    describe,
-    latency,
-    roofline_s,
-)
+from detransformer.coformer.predictor import latency, roofline_s
 from detransformer.coformer.sampling import sample_policy
-from detransformer.coformer.search import METHODS, SearchConfig, search_policy
+from detransformer.coformer.search import (
+    METHODS,
+    Evaluator,
+    SearchResult,
+    search_policy,
+    training_batches,
+    validation_loss,
+)
 from detransformer.coformer.submodels import CoformerViTForImageClassification, sub_model_config
 from detransformer.training.config import config_hash
+from detransformer.typed_json import from_json
 
+PUBLISHED_FEATURES = ("num_layers", "hidden_size", "mean_heads", "mean_ffn_size")  # supplementary A
+DERIVED_FEATURES = ("flops", "weight_bytes")
 PROXIES = {"loss": 1, "probe_error": 1, "loss_after_steps": 1, "log_flops": -1}  # sign that goes with a larger error
 
 
 # The latency predictor ------------------------------------------------------------------------------------------
+
+
+def describe(config: SubModelConfig, original: Original) -> dict[str, float]:
+    """What the predictor may look at; FLOPs and weights follow from the four published features."""
+    described = {name: getattr(config, name) for name in PUBLISHED_FEATURES}
+    weight_bytes = FLOAT_BYTES * parameters(config, original)
+    return described | {"flops": flops(config, original), "weight_bytes": weight_bytes}
+
+
+def fit_predictor(
+    frame: pd.DataFrame,
+    features: Sequence[str] = PUBLISHED_FEATURES + DERIVED_FEATURES,
+    hidden_sizes: tuple[int, ...] = (600, 600),
+    max_iterations: int = 500,
+) -> Pipeline:
+    """f(C_n) of Eq. 4: a multi-layer perceptron with ReLU from a sub-model's sizes to its latency on one device.
+
+    As published (supplementary A) it is "a three-layer MLP with 600 hidden dimension", read as three matrices, over
+    l, d and the mean heads and FFN width. FLOPs and weights may be given too: they are products of the four, which a
+    small network learns slowly. Features and latency are taken by their logarithm and standardised.
+
+    Args:
+        frame: rows of `describe` with their `latency_s`.
+
+    Returns:
+        A regressor: `predict(frame)` gives the seconds of each row.
+    """
+    # Adam stops once the training loss stands still; without held-out points, which are few in a small pool.
+    network = MLPRegressor(
+        hidden_layer_sizes=hidden_sizes,
+        learning_rate_init=2e-3,
+        batch_size=min(64, len(frame)),
+        max_iter=max_iterations,
+        tol=1e-6,
+        n_iter_no_change=30,
+        random_state=0,
+    )
+    log_seconds = make_pipeline(FunctionTransformer(np.log, np.exp), StandardScaler())
+    target = TransformedTargetRegressor(network, transformer=log_seconds)
+    chosen = make_column_transformer((FunctionTransformer(np.log), list(features)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the error on held-out points is what counts
+        return make_pipeline(chosen, StandardScaler(), target).fit(frame, frame["latency_s"].to_numpy(float))
 
 
 def model_pool(original: Original, count: int, seed: int = 0) -> list:
@@ -85,7 +142,7 @@ def timed_pool(config: ViTConfig, num_configs: int, limit_s: float, num_repeats:
     return pd.DataFrame(rows)
 
 
-def predictor_points(pool: pd.DataFrame, original: Original, max_iterations: int) -> tuple[dict, pd.DataFrame]:
+def predictor_points(pool: pd.DataFrame, max_iterations: int) -> tuple[dict, pd.DataFrame]:
     """Predictors by device, of all features, and the predictions for a quarter of its sub-models that no fit has seen.
 
     Besides the published four features and these with FLOPs and weights there is a straight line over FLOPs.
@@ -99,12 +156,21 @@ def predictor_points(pool: pd.DataFrame, original: Original, max_iterations: int
         line = np.polyfit(train["flops"], train["latency_s"], 1)
         predicted = {"straight line over FLOPs": np.polyval(line, test["flops"])}
         for name, chosen in features.items():
-            predictors[device] = LatencyPredictor.fit(train, original, chosen, max_iterations=max_iterations)
+            predictors[device] = fit_predictor(train, chosen, max_iterations=max_iterations)
             predicted[name] = predictors[device].predict(test)
         whole_s = rows.loc[rows["flops"].idxmax(), "latency_s"]
         kept = test[["device", "kind", "source", "flops", "latency_s", "spread_s"]].assign(whole_s=whole_s)
         points += [kept.assign(predictor=name, predicted_s=values) for name, values in predicted.items()]
     return predictors, pd.concat(points, ignore_index=True)
+
+
+def predictors_of(lab: Lab, predictors: dict) -> list:
+    """f of each of the lab's devices: the seconds of a sub-model, at DeiT-B's size."""
+
+    def seconds(fitted, sizes) -> float:
+        return float(fitted.predict(pd.DataFrame([describe(sizes, DEIT)]))[0])
+
+    return [partial(seconds, predictors[device.name]) for device in lab.cluster().devices]
 
 
 def predictor_table(points: pd.DataFrame) -> pd.DataFrame:
@@ -134,29 +200,29 @@ def probe_error(sub_model, batches) -> float:
     return 100 * float((fitted.predict(x[half:] / scale) != y[half:]).mean())
 
 
-def proxy_points(evaluator, task, boosting: BoostConfig, folder, limits: Limits, settings: dict) -> pd.DataFrame:
+def proxy_points(lab: Lab, evaluator: Evaluator, task, folder: Path, limits: Limits, settings: dict) -> pd.DataFrame:
     """Random policies, their proxies, and the errors of their sub-models on test images once calibrated (Fig. 16b).
 
     `error_alone` is the mean over sub-models, `error_together` that of their averaged probabilities, in percent. The
     published error is that of sub-models trained from scratch; here they are calibrated, independently of each other.
     """
-    model, rng, rows = evaluator.model, np.random.default_rng([0, 7]), []
-    boosting, probes = replace(boosting, rule="none"), training_batches(task, settings["probe_rows"])
+    model, rng, rows = lab.model, np.random.default_rng([0, 7]), []
+    boosting, probes = replace(lab.boosting, rule="none"), training_batches(task, settings["probe_rows"])
     few = replace(boosting, num_steps=settings["few_steps"])
     for _ in range(settings["num_policies"]):
-        policy = sample_policy(rng, evaluator.original, limits, len(evaluator.cluster.devices))
-        cut = decompose(model, policy, evaluator.importance)
+        policy = sample_policy(rng, lab.original, limits, len(lab.devices))
+        cut = decompose(model, policy)
         short, long = (load_calibrated(boost(cut, model, task, recipe, folder), cut) for recipe in (few, boosting))
-        outputs = collect_outputs(long, task, "test")
+        outputs = collect_outputs(long, task, "test", folder)
         average = make_aggregator("average", outputs.widths, task.num_classes)
         rows.append({
-            "policy": json.dumps(policy.to_dict()), "num_steps": boosting.num_steps,
-            "loss": np.mean(validation_loss(cut, evaluator.batches)),
+            "policy": json.dumps(asdict(policy)), "num_steps": boosting.num_steps,
+            "loss": np.mean([validation_loss(sub_model, evaluator.batches) for sub_model in cut]),
             "probe_error": np.mean([probe_error(sub_model, probes) for sub_model in cut]),
-            "loss_after_steps": np.mean(validation_loss(short, evaluator.batches)),
-            "log_flops": np.mean([np.log10(flops(config, evaluator.original)) for config in policy.sub_models]),
+            "loss_after_steps": np.mean([validation_loss(sub_model, evaluator.batches) for sub_model in short]),
+            "log_flops": np.mean([np.log10(flops(config, lab.original)) for config in policy.sub_models]),
             "error_alone": 100 - np.mean(outputs.accuracies),
-            "error_together": 100 - ensemble_accuracy(average, None, outputs.logits, outputs.labels),
+            "error_together": 100 - ensemble_accuracy(average, outputs),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -177,24 +243,38 @@ def correlations(points: pd.DataFrame) -> pd.DataFrame:
 # The search -----------------------------------------------------------------------------------------------------
 
 
-def balanced(evaluator, limits: Limits, num_policies: int = 32):
+def balanced(lab: Lab, evaluator: Evaluator, limits: Limits, num_policies: int = 32) -> Evaluator:
     """`evaluator` with the delta for which loss and latency vary alike over random policies; the paper gives none."""
-    rng, count = np.random.default_rng([0, 8]), len(evaluator.cluster.devices)
-    drawn = [evaluator(sample_policy(rng, evaluator.original, limits, count)) for _ in range(num_policies)]
+    rng, count = np.random.default_rng([0, 8]), len(lab.devices)
+    drawn = [evaluator(sample_policy(rng, lab.original, limits, count)) for _ in range(num_policies)]
     return replace(evaluator, delta=float(np.std([e.loss for e in drawn]) / np.std([e.latency_s for e in drawn])))
 
 
-def search_history(evaluator, config: SearchConfig, limits: Limits, folder: Path, num_seeds: int) -> pd.DataFrame:
+def evaluation_rows(found: SearchResult) -> pd.DataFrame:
+    """A row an evaluation: `policy` as JSON, `loss`, `latency_s`, `objective`, and the best objective so far.
+
+    `best_loss` and `best_latency_s` are those of the best policy so far (Fig. 11).
+    """
+    frame = pd.DataFrame(map(asdict, found.evaluations))
+    frame.insert(0, "method", found.settings["method"])
+    frame.insert(1, "evaluation", frame.index)
+    frame.insert(2, "policy", [json.dumps(asdict(policy)) for policy in found.policies])
+    leader = [frame["objective"][: i + 1].idxmin() for i in frame.index]
+    best = frame.loc[leader, ["objective", "loss", "latency_s"]].add_prefix("best_")
+    return frame.join(best.reset_index(drop=True))
+
+
+def search_history(lab: Lab, evaluator: Evaluator, limits: Limits, folder: Path, num_seeds: int) -> pd.DataFrame:
     """Searches of each method from each seed, one row an evaluation; an interrupted one goes on."""
-    key = config_hash(weights_hash(evaluator.model), evaluator.delta, limits, config.num_rows)[:8]
-    frames, original, count = [], evaluator.original, len(evaluator.cluster.devices)
+    key = config_hash(weights_hash(lab.model), evaluator.delta, limits, lab.search.num_rows)[:8]
+    frames, original, count = [], lab.original, len(lab.devices)
     with threadpool_limits(1, user_api="blas"):  # the matrices are small: more threads only wait for each other
         for seed in range(num_seeds):
             for method in METHODS:
                 history = folder / key / f"{method.replace(' ', '-')}-{seed}.json"
-                seeded = replace(config, seed=seed)
+                seeded = replace(lab.search, seed=seed)
                 found = search_policy(evaluator, original, count, seeded, limits, method, history)
-                frames.append(found.history.assign(seed=seed))
+                frames.append(evaluation_rows(found).assign(seed=seed))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -224,17 +304,17 @@ def search_table(history: pd.DataFrame) -> pd.DataFrame:
 def best_policies(history: pd.DataFrame) -> dict[str, Policy]:
     """Of each method the policy of the least objective over all seeds."""
     best = history.loc[history.groupby("method", sort=False)["objective"].idxmin()]
-    return {row.method: Policy.from_dict(json.loads(row.policy)) for row in best.itertuples()}
+    return {row.method: from_json(Policy, json.loads(row.policy)) for row in best.itertuples()}
 
 
-def policy_rows(policies: dict[str, Policy], evaluator) -> pd.DataFrame:
+def policy_rows(policies: dict[str, Policy], lab: Lab, evaluator: Evaluator) -> pd.DataFrame:
     """C_n of each device at the priced sizes, its costs and the phases of Eq. 3; all predicted, none measured."""
-    priced, rows = evaluator.priced_as, []
+    priced, cluster, rows = lab.priced, lab.cluster(), []
     whole = flops(priced.whole, priced)
     for method, policy in policies.items():
-        times, sizes = evaluator.latency(policy), scale_policy(policy, evaluator.original, priced)
-        roofline = latency(sizes, priced, evaluator.cluster)
-        for n, (config, device) in enumerate(zip(sizes.sub_models, evaluator.cluster.devices, strict=True)):
+        times, sizes = evaluator.latency(policy), scale_policy(policy, lab.original, priced)
+        roofline = latency(sizes, priced, cluster)
+        for n, (config, device) in enumerate(zip(sizes.sub_models, cluster.devices, strict=True)):
             rows.append({
                 "method": method, "device": device.name, "num_layers": config.num_layers,
                 "hidden_size": config.hidden_size, "mean_heads": config.mean_heads,

@@ -1,15 +1,21 @@
 """CoFormer beside other methods: what is predicted at DeiT-B's size, and a row that is really measured."""
 
+import sys
+
 import pandas as pd
 import pytest
 import torch
 from transformers import BertConfig, BertModel, ViTConfig
 
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.coformer import comparison
 from detransformer.coformer.policy import Original, Policy, parameters
+from detransformer.coformer.predictor import Latency
 from detransformer.coformer.sampling import uniform_policy
+from detransformer.files import repository_root
 from detransformer.models.sizes import embedding_parameters
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+import method_rows as comparison  # noqa: E402
 
 SPECS = tuple(
     DeviceSpec(preset, name=name)
@@ -70,6 +76,9 @@ def test_parts_add_up_and_kinds_are_named(rows):
 
 
 def test_energy_is_power_times_computing_seconds(rows):
+    times = Latency((1.0, 2.0), (0.5, 0.0), 0.25, central=1)
+    assert comparison.energy_j(times, (10.0, 4.0)) == pytest.approx(10 * 1.0 + 4 * 2.25)
+    assert comparison.tdp_w(SPECS) == (10.0, 15.0, 10.0)  # Table VII
     row = one(rows, "single", 100, "nano")
     assert row["energy_mj"] == pytest.approx(10 * row["latency_ms"])
     whole = one(rows, "pp", 100)

@@ -3,29 +3,21 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
-from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig
 
 from detransformer.cluster.devices import DeviceSpec, jetson_share
 from detransformer.cluster.spec import ClusterSpec
-from detransformer.coformer.decomposer import decompose, magnitude_importance
-from detransformer.coformer.evaluator import Evaluator, validation_loss
+from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.policy import Original, Policy, SubModelConfig, flops
 from detransformer.coformer.predictor import (
-    PUBLISHED_FEATURES,
-    Latency,
-    LatencyPredictor,
-    describe,
-    energy_j,
     latency,
     roofline_s,
-    shared_limits,
-    tdp_w,
 )
-from detransformer.coformer.sampling import sample_policy, uniform_policy
+from detransformer.coformer.sampling import uniform_policy
+from detransformer.coformer.search import Evaluator, validation_loss
 from detransformer.files import repository_root
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
@@ -97,37 +89,6 @@ def test_the_clusters_file_of_coformers_testbed_is_three_jetsons():
     assert np.argmax(times.idle_s) in (1, 2) and times.idle_s[0] == 0  # the Jetson Nano is waited for
 
 
-def test_energy_is_power_times_busy_time():
-    times = Latency((1.0, 2.0), (0.5, 0.0), 0.25, central=1)
-    assert energy_j(times, (10.0, 4.0)) == pytest.approx(10 * 1.0 + 4 * 2.25)
-    assert tdp_w(JETSONS) == (10.0, 15.0, 10.0)  # Table VII
-
-
-def test_limits_are_shared_by_speed():
-    limits = shared_limits(DEIT_B, CLUSTER, 0.35)
-    whole = flops(DEIT_B.whole, DEIT_B)
-    assert limits.flops == pytest.approx((0.05 * whole, 0.1 * whole, 0.2 * whole))
-
-
-@pytest.fixture(scope="module")
-def pool():
-    rng, known = np.random.default_rng(0), JETSONS[1].on(DEIT_B.whole)
-    configs = [c for _ in range(130) for c in sample_policy(rng, DEIT_B, None, 3).sub_models]
-    return pd.DataFrame([describe(c, DEIT_B) | {"latency_s": roofline_s(c, DEIT_B, known)} for c in configs])
-
-
-def test_the_predictor_meets_held_out_profiles(pool):
-    fitted, held_out = pool[:300], pool[300:]
-    predictor = LatencyPredictor.fit(fitted, DEIT_B, hidden_sizes=(32, 32), max_iterations=150)
-    error = np.sqrt(np.mean((predictor.predict(held_out) - held_out["latency_s"]) ** 2))
-    assert error < 0.1 * held_out["latency_s"].std()
-
-
-def test_the_published_features_are_four(pool):
-    predictor = LatencyPredictor.fit(pool, DEIT_B, PUBLISHED_FEATURES, hidden_sizes=(8,), max_iterations=5)
-    assert predictor.features == PUBLISHED_FEATURES and predictor(DEIT_B.whole) > 0
-
-
 @pytest.fixture(scope="module")
 def bert():
     torch.manual_seed(0)
@@ -141,10 +102,8 @@ BATCHES = [
 
 
 def test_validation_loss_is_the_mean_over_samples(bert):
-    bert.train()
-    (loss,) = validation_loss([bert], BATCHES)
-    assert bert.training
-    bert.eval()
+    loss = validation_loss(bert.train(), BATCHES)
+    assert not bert.training
     with torch.no_grad():
         samples = [
             float(bert(input_ids=ids[None], labels=label[None]).loss)
@@ -152,17 +111,15 @@ def test_validation_loss_is_the_mean_over_samples(bert):
             for ids, label in zip(batch["input_ids"], batch["labels"], strict=True)
         ]
     assert loss == pytest.approx(np.mean(samples), rel=1e-5)  # float32
-    with pytest.raises(ValueError, match="no loss"):
-        validation_loss([BertModel(bert.config)], [{"input_ids": BATCHES[0]["input_ids"]}])
 
 
 def test_the_objective_is_loss_and_weighted_latency(bert):
     original = Original.of(bert.config, seq_len=5)
     policy = uniform_policy(original, 2)
     cluster = ClusterProfile((device(1e6), device(2e6)), replace(LINK, shares=()))
-    evaluator = Evaluator(bert, BATCHES, magnitude_importance(bert), original, cluster, delta=3.0)
+    evaluator = Evaluator(bert, BATCHES, lambda policy: latency(policy, original, cluster), delta=3.0)
     found = evaluator(policy)
-    losses = validation_loss(decompose(bert, policy), BATCHES)
+    losses = [validation_loss(sub_model, BATCHES) for sub_model in decompose(bert, policy)]
     assert found.loss == pytest.approx(sum(losses) / 2)
     assert found.latency_s == latency(policy, original, cluster).total_s
     assert found.objective == pytest.approx(found.loss + 3 * found.latency_s)

@@ -10,6 +10,7 @@ published speedups is no claim.
 import copy
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,9 @@ from transformers import (
 from detransformer.cluster.devices import DeviceSpec
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.aggregator import KINDS, aggregator_flops, make_aggregator
-from detransformer.coformer.comparison import predicted_rows
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.distributed import segments
 from detransformer.coformer.ensemble import save_ensemble, whole_answer
-from detransformer.coformer.evaluator import Evaluation
 from detransformer.coformer.policy import (
     Limits,
     Original,
@@ -42,13 +41,16 @@ from detransformer.coformer.policy import (
     flops,
     memory_bytes,
     parameters,
-    scale_policy,
 )
-from detransformer.coformer.predictor import LatencyPredictor, describe, energy_j, latency, roofline_s, tdp_w
+from detransformer.coformer.predictor import latency, roofline_s
 from detransformer.coformer.sampling import filled, sample_policy, sample_uniform_policy, uniform_policy
-from detransformer.coformer.search import SearchConfig, search_policy
+from detransformer.coformer.search import Evaluation, SearchConfig, search_policy
 from detransformer.files import repository_root
 from detransformer.tables import coformer as tables
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+from decomposition_studies import describe, fit_predictor  # noqa: E402
+from method_rows import energy_j, predicted_rows, scale_policy, tdp_w  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "coformer.json").read_text())
 REFERENCE = repository_root() / "results" / "reference" / "tables"
@@ -161,7 +163,7 @@ def test_predictor():
     rows = [describe(c, DEIT) | {"latency_s": roofline_s(c, DEIT, device)} for c in list(pool)[:60]]
     frame = pd.DataFrame(rows)
     np.testing.assert_allclose(frame[["flops", "latency_s"]].to_numpy()[:5], GOLDEN["predictor"]["features"])
-    fitted = LatencyPredictor.fit(frame[:45], DEIT, hidden_sizes=(16, 16), max_iterations=60)
+    fitted = fit_predictor(frame[:45], hidden_sizes=(16, 16), max_iterations=60)
     np.testing.assert_allclose(fitted.predict(frame[45:]), GOLDEN["predictor"]["predicted_s"], rtol=1e-6)
 
 
@@ -177,8 +179,9 @@ def test_aggregators(kind):
     if aggregator.learned:
         aggregator.set_means([drawn(9, width, seed=90 + width) for width in (6, 10, 4)])
     with torch.no_grad():
-        np.testing.assert_allclose(aggregator(features, logits), known[kind]["all"], rtol=1e-6)
-        lost = aggregator(features, logits, [True, False, True])
+        answers = features if aggregator.learned else logits
+        np.testing.assert_allclose(aggregator(answers), known[kind]["all"], rtol=1e-6)
+        lost = aggregator(answers, [True, False, True])
     np.testing.assert_allclose(lost, known[kind]["without_second"], rtol=1e-6)
     assert aggregator_flops(kind, (6, 10, 4), 5) == known[kind]["flops"]
 
@@ -190,7 +193,7 @@ def test_ensemble(profile, tmp_path):
     model = BertForSequenceClassification(config).eval()
     original = Original.of(config, seq_len=12)
     policy = uniform_policy(original, 3)
-    aggregator = make_aggregator("coformer", [c.hidden_size for c in policy.sub_models], 4)
+    aggregator = make_aggregator("coformer", policy.widths, 4)
     aggregator.set_means([torch.randn(9, 16) for _ in range(3)])
     ensemble = save_ensemble(tmp_path / "made", decompose(model, policy), aggregator, policy, original, 1)
     ids = {"input_ids": torch.arange(1, 25).view(2, 12)}

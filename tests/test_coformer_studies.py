@@ -13,9 +13,8 @@ from transformers import ViTConfig, ViTForImageClassification
 from detransformer.cluster.devices import DeviceSpec
 from detransformer.coformer.aggregator import KINDS
 from detransformer.coformer.booster import BoostConfig
-from detransformer.coformer.evaluator import make_evaluator
-from detransformer.coformer.fusion import AggregatorConfig
-from detransformer.coformer.policy import Limits, Original, violations
+from detransformer.coformer.calibration import AggregatorConfig
+from detransformer.coformer.policy import Limits, Original, flops, violations
 from detransformer.coformer.predictor import latency
 from detransformer.coformer.sampling import sample_policy
 from detransformer.coformer.search import METHODS, SearchConfig
@@ -70,6 +69,8 @@ def test_every_case_has_a_policy_within_its_limits_and_the_same_total(lab, cases
     assert list(cases) == ["1 device", "2 devices", "coformer", "4 devices", "uniform", "limit 50%"]
     for case in cases.values():
         assert not violations(case.policy, lab.original) and case.policy.num_devices == len(case.devices)
+    limits = comparison.shared_limits(lab, lab.devices, 0.25)
+    assert sum(limits.flops) == pytest.approx(0.25 * flops(lab.original.whole, lab.original))
     assert all(0.15 < comparison.costs(lab, case)["flops_share"] <= 0.25 for case in list(cases.values())[:4])
     assert comparison.main_case(lab, SETTINGS) == cases["coformer"], "found again"
     assert set(comparison.method_policies(lab, cases, 0.4)) == {"coformer", "coformer-published", "devit", "small"}
@@ -107,7 +108,7 @@ def test_parts_aggregators_and_lost_devices(lab, cases):
 
 @pytest.fixture(scope="module")
 def evaluator(lab):
-    return make_evaluator(lab.model, lab.task, lab.cluster(), num_rows=16, priced_as=comparison.DEIT)
+    return lab.evaluator()
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +119,15 @@ def limits(lab):
 def test_predictors_are_held_against_sub_models_they_have_not_seen(lab):
     pool = decomposition.modelled_pool(lab, 40)
     assert len(pool) == 120 and pool["flops"].iloc[0] == pool["flops"].max(), "the whole model is first"
-    predictors, points = decomposition.predictor_points(pool, comparison.DEIT, 20)
+    predictors, points = decomposition.predictor_points(pool, 20)
+    predict = decomposition.predictors_of(lab, predictors)[1]
+    assert predict(comparison.DEIT.whole) == pytest.approx(predictors["tx2"].predict(pool[:1])[0])
     assert list(predictors) == ["nano", "tx2", "orin"] and len(points) == 3 * 3 * 10
+    assert (predictors["tx2"].predict(pool) > 0).all()
+    known = pool.query("device == 'tx2'")
+    fitted = decomposition.fit_predictor(known[10:], hidden_sizes=(32, 32), max_iterations=300)
+    error = np.sqrt(np.mean((fitted.predict(known[:10]) - known["latency_s"][:10]) ** 2))
+    assert error < 0.5 * known["latency_s"][:10].std(), "sub-models that no fit has seen"
     table = decomposition.predictor_table(points).set_index(["device", "predictor"])
     part = points[(points["device"] == "tx2") & (points["predictor"] == "published")]
     rmse = np.sqrt(np.mean((part["predicted_s"] - part["latency_s"]) ** 2))
@@ -158,7 +166,7 @@ def test_a_probe_reads_features():
 
 def test_proxies_of_policies_and_their_correlations(lab, evaluator, limits, tmp_path):
     settings = dict(num_policies=3, few_steps=1, probe_rows=64)
-    points = decomposition.proxy_points(evaluator, lab.task, lab.boosting, tmp_path, limits, settings)
+    points = decomposition.proxy_points(lab, evaluator, lab.task, tmp_path, limits, settings)
     assert len(points) == 3 == points["policy"].nunique() and points[list(decomposition.PROXIES)].notna().all(axis=None)
     assert points[["error_alone", "error_together"]].stack().between(0, 100).all()
     error = np.random.default_rng(0).uniform(50, 90, 40)
@@ -170,23 +178,26 @@ def test_proxies_of_policies_and_their_correlations(lab, evaluator, limits, tmp_
     assert table.loc["loss", "pearson_low"] < 0 < table.loc["loss", "pearson_high"]
 
 
-def test_delta_balances_loss_and_latency(evaluator, limits):
-    weighted, rng = decomposition.balanced(evaluator, limits, 4), np.random.default_rng([0, 8])
-    found = [weighted(sample_policy(rng, evaluator.original, limits, 3)) for _ in range(4)]
+def test_delta_balances_loss_and_latency(lab, evaluator, limits):
+    weighted, rng = decomposition.balanced(lab, evaluator, limits, 4), np.random.default_rng([0, 8])
+    found = [weighted(sample_policy(rng, lab.original, limits, 3)) for _ in range(4)]
     assert np.std([e.loss for e in found]) == pytest.approx(weighted.delta * np.std([e.latency_s for e in found]))
 
 
-def test_searches_start_alike_and_go_on(evaluator, limits, tmp_path):
-    config = SearchConfig(num_initial=2, num_iterations=1)
-    history = decomposition.search_history(evaluator, config, limits, tmp_path, num_seeds=2)
+def test_searches_start_alike_and_go_on(lab, evaluator, limits, tmp_path):
+    history = decomposition.search_history(lab, evaluator, limits, tmp_path, num_seeds=2)
     assert history.groupby(["method", "seed"]).size().eq(3).all() and set(history["method"]) == set(METHODS)
-    again = decomposition.search_history(evaluator, config, limits, tmp_path, num_seeds=2)
+    assert (history["best_objective"] == history.groupby(["method", "seed"])["objective"].cummin()).all()
+    leader = history.loc[history.query("method == 'random' and seed == 1")["objective"].idxmin()]
+    last = history.query("method == 'random' and seed == 1").iloc[-1]
+    assert last[["best_loss", "best_latency_s"]].tolist() == leader[["loss", "latency_s"]].tolist()
+    again = decomposition.search_history(lab, evaluator, limits, tmp_path, num_seeds=2)
     pd.testing.assert_frame_equal(history, again)
     best = decomposition.best_policies(history)
     assert set(best) == set(METHODS) and len(set(best["uniform"].sub_models)) == 1
-    policies = decomposition.policy_rows(best, evaluator)
+    policies = decomposition.policy_rows(best, lab, evaluator)
     ends = policies.groupby("method")[["backbone_ms", "send_ms", "idle_ms"]].sum().sum(axis=1) / 3
-    times = latency(best["random"], evaluator.original, evaluator.cluster)
+    times = latency(best["random"], lab.original, lab.cluster())
     assert policies["device"].tolist()[:3] == ["nano", "tx2", "orin"] and (ends > 0).all() and times.central == 1
 
 

@@ -1,6 +1,7 @@
 """`detransformer decompose` and `run` of what it wrote: pictures and text, over real processes, and what is refused."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_writes_sub_models_aggregator_and_plan(ensemble, vit):
     made = load_ensemble(ensemble)
     plan = json.loads((ensemble / PLAN_FILE).read_text())
     assert made.num_devices == 3 and plan["devices"] == ["nano", "tx2", "orin"]
-    assert plan["policy"] == json.loads(json.dumps(made.policy.to_dict()))
+    assert plan["policy"] == json.loads(json.dumps(asdict(made.policy)))
     assert plan["central"] == plan["devices"][made.central] == "tx2"  # the fastest
     assert plan["predicted"]["total_s"] > 0 and len(plan["scores"]["without_each"]) == 3
     assert made.aggregator().kind == "coformer"

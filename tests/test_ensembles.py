@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from detransformer.cluster.devices import DeviceLost
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.coformer.aggregator import make_aggregator
+from detransformer.coformer.aggregator import KINDS, make_aggregator
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.distributed import run_ensemble
 from detransformer.coformer.ensemble import load_ensemble, save_ensemble, whole_answer
@@ -30,10 +30,9 @@ def make_ensemble(kind, folder):
     original = Original.of(config, seq_len=12)
     policy = uniform_policy(original, 3)
     sub_models = decompose(model, policy)
-    widths = [c.hidden_size for c in policy.sub_models]
-    aggregator = make_aggregator(kind, widths, 4)
+    aggregator = make_aggregator(kind, policy.widths, 4)
     if aggregator.learned:
-        aggregator.set_means([torch.randn(9, width) for width in widths])
+        aggregator.set_means([torch.randn(9, width) for width in policy.widths])
     return save_ensemble(folder, sub_models, aggregator, policy, original, CENTRAL)
 
 
@@ -50,6 +49,20 @@ def inputs():
     return {"input_ids": torch.randint(1, 60, (2, 12)), "attention_mask": mask}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_aggregator_comes_back_from_its_files(kind, tmp_path):
+    for _ in range(2):  # the second time over the first
+        ensemble = make_ensemble(kind, tmp_path / kind)
+    one, two = ensemble.aggregator(), load_ensemble(tmp_path / kind).aggregator()
+    assert (one.kind, one.widths, one.num_labels, one.pooling) == (kind, (16, 16, 16), 4, "mean") and not one.training
+    generator = torch.Generator().manual_seed(2)
+    answers = [torch.randn(5, 16 if one.learned else 4, generator=generator), None]
+    answers.append(answers[0] + 1)
+    assert torch.equal(one(answers), two(answers))
+    if one.learned:
+        assert all(mean.abs().sum() > 0 for mean in two.mean.split(16))
+
+
 @pytest.mark.parametrize("kind", ["coformer", "average"])
 def test_devices_answer_as_one_process_does(kind, inputs, tmp_path):
     ensemble = make_ensemble(kind, tmp_path / kind)
@@ -59,7 +72,7 @@ def test_devices_answer_as_one_process_does(kind, inputs, tmp_path):
     torch.testing.assert_close(run.logits, whole_answer(ensemble, inputs), rtol=1e-5, atol=1e-5)
     learned = ensemble.aggregator().learned
     for number, record in enumerate(run.records):
-        width = ensemble.policy.sub_models[number].hidden_size if learned else 4
+        width = ensemble.policy.widths[number] if learned else 4
         if number != CENTRAL:  # one message, pooled features or logits of two samples
             assert record["counts"] == {"gather": 1} and record["bytes"] == {"gather": 2 * 4 * width}
     assert len(run.samples_s) == 2 and 0 < run.latency_s < 1
@@ -107,6 +120,17 @@ def test_what_does_not_belong_together_is_refused(ensemble, inputs, tmp_path):
     (tmp_path / "ensemble.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         load_ensemble(tmp_path)
+    made = make_ensemble("senet", tmp_path / "senet")
+    weights, described = made.folder / "aggregator.safetensors", made.folder / "ensemble.json"
+    kept = weights.read_bytes()
+    for content in (kept[:40], b""):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match="aggregator.safetensors is missing, damaged"):
+            made.aggregator()
+    weights.write_bytes(kept)
+    described.write_text(described.read_text().replace('"num_labels": 4', '"num_labels": 5'))
+    with pytest.raises(ValueError, match="aggregator.safetensors is missing, damaged or of other sizes"):
+        load_ensemble(made.folder).aggregator()
     with EmulatedCluster(2, JETSONS[:2], 100e6) as cluster:
         with pytest.raises(ValueError, match="3 sub-models, the cluster 2 devices"):
             run_ensemble(cluster, ensemble, inputs)

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClassification
 
 from detransformer.coformer.booster import BoostConfig, boost
-from detransformer.coformer.fusion import AggregatorConfig, train_aggregator
+from detransformer.coformer.calibration import AggregatorConfig, train_aggregator
+from detransformer.coformer.outputs import Outputs
 from detransformer.coformer.tasks import ImageTask
 from detransformer.training import (
     CalibrationConfig,
@@ -162,7 +163,7 @@ def losses_of_an_aggregator() -> list[float]:
     features = [torch.randn(64, width, generator=generator) for width in (8, 12)]
     labels = torch.randint(5, (64,), generator=generator)
     config = AggregatorConfig(num_epochs=5, batch_size=16, drop=0.3, label_smoothing=0.1)
-    return train_aggregator("attention", features, labels, config, seed=3).history["train_loss"].tolist()
+    return train_aggregator("attention", Outputs(features, [], labels), 5, config, seed=3)[1]
 
 
 KINDS = {

@@ -8,8 +8,8 @@
 | `average` | mean of the sub-models' probabilities | logits | no |
 | `majority` | most votes; of classes with as many votes the one of the largest summed probability | logits | no |
 
-Pool is the mean over S tokens and the projection is linear, so they commute: a device pools before it sends, which is
-exact and S times fewer bytes (`pool_features`). Published is the mean (`POOLINGS`). Classifiers of BERT and ViT read
+Pool is the mean over S tokens and the projection is linear, so they commute: a device pools before
+it sends, which is exact and S times fewer bytes. Published is the mean (`POOLINGS`). Classifiers of BERT and ViT read
 the first token only and those of GPT-2 the last, so features of calibrated classifiers say most there; to pick a token
 is linear as well and commutes alike.
 
@@ -19,21 +19,13 @@ with the weights; for `average` and `majority` it is left out.
 Shapes: B samples, S tokens, N sub-models, d_n their widths, d_agg their sum, d_i the width after projection, C classes.
 """
 
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from detransformer.files import atomic_folder, atomic_write
-
-Present = Sequence[bool] | torch.Tensor | None
 POOLINGS = ("mean", "first", "last")
 SENET_REDUCTION = 16  # Hu et al. 2018, Section 3.2
 
@@ -48,30 +40,40 @@ def pool_features(
         pooling: their `"mean"`, or the `"first"` (BERT's and ViT's [CLS]) or `"last"` of them (GPT-2's).
     """
     _check_pooling(pooling)
-    if attention_mask is None:
-        return features.mean(1) if pooling == "mean" else features[:, 0 if pooling == "first" else -1]
-    if pooling != "mean":
-        counts = attention_mask.long()
-        at = counts.argmax(1) if pooling == "first" else counts.shape[1] - 1 - counts.flip(1).argmax(1)
-        return features[torch.arange(len(features), device=features.device), at]
-    counts = attention_mask.to(features.dtype).unsqueeze(-1)  # [B, S, 1]
-    return (features * counts).sum(1) / counts.sum(1).clamp(min=1)
+    mask = features.new_ones(features.shape[:2]) if attention_mask is None else attention_mask.to(features.dtype)
+    if pooling == "mean":
+        return (features * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    at = mask.argmax(1) if pooling == "first" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return features[torch.arange(len(features), device=features.device), at]
+
+
+def features_and_logits(sub_model: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(X_n [B, S, d_n], logits [B, C]) of one forward pass of a classifier of transformers."""
+    seen = []
+    handle = sub_model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        logits = sub_model(**inputs).logits
+    finally:
+        handle.remove()
+    return seen[0], logits
 
 
 class Aggregator(nn.Module):
     """The common part of all kinds: which sub-models are present, and a stand-in for those that are not.
 
+    A learned kind has `build`, which makes its layers, and `fuse`: pooled features of all sub-models [B, d_n] to logits
+    [B, C]. The others have `vote`: probabilities [B, N, C] and weights [B, N, 1], 1 where present, to logits [B, C].
+
     Args:
         widths: d_n of each sub-model.
         num_labels: C.
-        hidden_size: d_i; None is the widest sub-model's, which is then the central device.
         pooling: of the features that devices send, as in `pool_features`.
     """
 
     kind: str
     learned = True
 
-    def __init__(self, widths: Sequence[int], num_labels: int, hidden_size: int | None = None, pooling: str = "mean"):
+    def __init__(self, widths: Sequence[int], num_labels: int, pooling: str = "mean"):
         super().__init__()
         _check_pooling(pooling)
         if not widths or min(widths) < 1 or num_labels < 2:
@@ -80,67 +82,49 @@ class Aggregator(nn.Module):
                 "sub-models, and two classes or more."
             )
         self.widths, self.num_labels, self.pooling = tuple(widths), num_labels, pooling
-        self.hidden_size = hidden_size or max(widths)
+        self.hidden_size = max(widths)  # d_i, that of the central device
         if self.learned:
-            for number, width in enumerate(self.widths):
-                self.register_buffer(f"mean_{number}", torch.zeros(width))
+            self.register_buffer("mean", torch.zeros(sum(widths)))  # features of the training samples, all sub-models'
             self.build()
 
     @property
-    def means(self) -> list[torch.Tensor]:
-        """Mean features of the training samples, [d_n] each."""
-        return [getattr(self, f"mean_{number}") for number in range(len(self.widths))]
+    def sizes(self) -> dict:
+        """What `make_aggregator` takes to make one like this."""
+        return {name: getattr(self, name) for name in ("kind", "widths", "num_labels", "pooling")}
 
     def set_means(self, features: Sequence[torch.Tensor]) -> None:
         """From training samples' pooled features [M, d_n]."""
-        for mean, x in zip(self.means, features, strict=True):
-            mean.copy_(x.mean(0))
+        self.mean.copy_(torch.cat([x.mean(0) for x in features]))
 
     def forward(
-        self,
-        features: Sequence[torch.Tensor | None] | None,
-        logits: Sequence[torch.Tensor | None] | None = None,
-        present: Present = None,
+        self, answers: Sequence[torch.Tensor | None], present: Sequence[bool] | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits [B, C]; of `average` the log of the mean probabilities, of `majority` votes plus a fraction for ties.
 
         Args:
-            features: pooled, of each sub-model [B, d_n]; None for one that is missing. Read by the learned kinds only.
-            logits: of each sub-model [B, C]; None for one that is missing. Read by the others only.
+            answers: of each sub-model its pooled features [B, d_n] for learned kinds, its logits [B, C] for the others;
+                None for one that is missing.
             present: which sub-models answered, [N] or, by sample, [B, N]; None takes all that are not None.
 
         Raises:
             ValueError: for another number of sub-models, or samples without any sub-model.
         """
-        answers = features if self.learned else logits
-        if answers is None or len(answers) != len(self.widths):
-            number = "none" if answers is None else len(answers)
-            raise ValueError(f"answers of {number} sub-models for an aggregator of {len(self.widths)}: give one each.")
+        if len(answers) != len(self.widths):
+            raise ValueError(
+                f"answers of {len(answers)} sub-models for an aggregator of {len(self.widths)}: give one each."
+            )
         first = next((x for x in answers if x is not None), None)
         here = torch.tensor([x is not None for x in answers]).expand(0 if first is None else len(first), -1)  # [B, N]
         if present is not None:
             here = here & torch.as_tensor(present, dtype=torch.bool).to(here.device)
         if first is None or not here.any(1).all():
             raise ValueError("no sub-model is present for some samples: at least one must be.")
-        here = here.to(first.device)
+        here = here.to(first.device).unsqueeze(-1)  # [B, N, 1]
         if self.learned:
-            means = [mean.to(first.dtype).expand(len(first), -1) for mean in self.means]
-            pairs = enumerate(zip(answers, means, strict=True))
-            return self.fuse([m if x is None else torch.where(here[:, n, None], x, m) for n, (x, m) in pairs])
+            pairs = enumerate(zip(answers, self.mean.to(first.dtype).split(self.widths), strict=True))
+            return self.fuse([torch.where(here[:, n], mean if x is None else x, mean) for n, (x, mean) in pairs])
         known = [torch.zeros_like(first) if x is None else x for x in answers]
-        return self.vote(torch.stack([x.float().softmax(-1) for x in known], dim=1), here)
-
-    def build(self) -> None:
-        """Makes the layers of a learned kind."""
-        raise NotImplementedError
-
-    def fuse(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Of the learned kinds: pooled features of all sub-models [B, d_n] -> logits [B, C]."""
-        raise NotImplementedError
-
-    def vote(self, probabilities: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Of the others: probabilities [B, N, C], present [B, N] -> logits [B, C]."""
-        raise NotImplementedError
+        return self.vote(torch.stack([x.float().softmax(-1) for x in known], dim=1), here.float())
 
 
 class CoFormerAggregator(Aggregator):
@@ -169,9 +153,8 @@ class AttentionAggregator(Aggregator):
 
     def fuse(self, features: list[torch.Tensor]) -> torch.Tensor:
         x = torch.stack([project(x) for project, x in zip(self.projections, features, strict=True)], 1)  # [B, N, d_i]
-        scores = self.query(x) @ self.key(x).transpose(1, 2) / math.sqrt(self.hidden_size)  # [B, N, N]
-        x = x + self.output(scores.softmax(-1) @ self.value(x))
-        return self.head(x.mean(1))
+        attended = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        return self.head((x + self.output(attended)).mean(1))
 
 
 class SENetAggregator(Aggregator):
@@ -196,8 +179,7 @@ class AverageAggregator(Aggregator):
 
     kind, learned = "average", False
 
-    def vote(self, probabilities: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        weights = present.to(probabilities.dtype).unsqueeze(-1)  # [B, N, 1]
+    def vote(self, probabilities: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         mean = (probabilities * weights).sum(1) / weights.sum(1)
         return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
 
@@ -207,11 +189,9 @@ class MajorityAggregator(Aggregator):
 
     kind, learned = "majority", False
 
-    def vote(self, probabilities: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        weights = present.to(probabilities.dtype).unsqueeze(-1)  # [B, N, 1]
+    def vote(self, probabilities: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         votes = F.one_hot(probabilities.argmax(-1), self.num_labels) * weights  # [B, N, C]
-        summed = (probabilities * weights).sum(1)
-        return votes.sum(1) + summed / (len(self.widths) + 1)
+        return votes.sum(1) + (probabilities * weights).sum(1) / (len(self.widths) + 1)
 
 
 CLASSES = {
@@ -221,13 +201,11 @@ CLASSES = {
 KINDS = tuple(CLASSES)
 
 
-def make_aggregator(
-    kind: str, widths: Sequence[int], num_labels: int, hidden_size: int | None = None, pooling: str = "mean"
-) -> Aggregator:
+def make_aggregator(kind: str, widths: Sequence[int], num_labels: int, pooling: str = "mean") -> Aggregator:
     """A new aggregator of `kind`, one of `KINDS`."""
     if kind not in CLASSES:
         raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
-    return CLASSES[kind](widths, num_labels, hidden_size, pooling)
+    return CLASSES[kind](widths, num_labels, pooling)
 
 
 def squeezed_width(widths: Sequence[int]) -> int:
@@ -253,52 +231,6 @@ def aggregator_flops(kind: str, widths: Sequence[int], num_labels: int, hidden_s
     }[kind]
 
 
-def message_bytes(kind: str, width: int, num_labels: int) -> int:
-    """Float32 bytes that one device sends for one sample: pooled features [d_n], or logits [C] where those do.
-
-    Votes alone would be one number, and could not decide ties.
-    """
-    return 4 * (width if CLASSES[kind].learned else num_labels)
-
-
 def _check_pooling(pooling: str) -> None:
     if pooling not in POOLINGS:
         raise ValueError(f"pooling {pooling!r} is unknown: choose one of {', '.join(POOLINGS)}.")
-
-
-def features_and_logits(sub_model: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(X_n [B, S, d_n], logits [B, C]) of one forward pass of a classifier of transformers."""
-    seen = []
-    handle = sub_model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    try:
-        logits = sub_model(**inputs).logits
-    finally:
-        handle.remove()
-    return seen[0], logits
-
-
-def save_aggregator(aggregator: Aggregator, folder: str | Path) -> None:
-    """Writes aggregator.json (kind, sizes, pooling) and aggregator.safetensors (weights and means) into `folder`."""
-    names = ("kind", "widths", "num_labels", "hidden_size", "pooling")
-    with atomic_folder(folder) as temporary:
-        save_file(aggregator.state_dict(), temporary / "aggregator.safetensors")
-        with atomic_write(temporary / "aggregator.json") as file:
-            json.dump({name: getattr(aggregator, name) for name in names}, file, indent=1)
-
-
-def load_aggregator(folder: str | Path) -> Aggregator:
-    """The aggregator that `save_aggregator` wrote, in eval mode.
-
-    Raises:
-        ValueError: that names the file and the remedy, where it is missing or damaged.
-    """
-    described, weights = Path(folder) / "aggregator.json", Path(folder) / "aggregator.safetensors"
-    try:
-        aggregator = make_aggregator(**json.loads(described.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{described} is missing or damaged ({error}): train the aggregator again.") from error
-    try:
-        aggregator.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{weights} is missing, damaged or of other sizes ({error}): train it again.") from error
-    return aggregator.eval()

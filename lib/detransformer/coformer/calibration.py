@@ -1,28 +1,144 @@
 """Calibration of a policy's sub-models, and their aggregator (CoFormer 2025, Algorithm 1, lines 11 to 16).
 
-No test sample is looked at before the last line.
+An aggregator is trained on what frozen sub-models say, and scored with sub-models missing.
+
+Shapes: B samples of a batch, M of a split, N sub-models, d_n their widths, C classes.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from detransformer.coformer.aggregator import Aggregator
+from detransformer.coformer.aggregator import Aggregator, make_aggregator
 from detransformer.coformer.booster import BoostConfig, BoostResult, boost, load_calibrated
 from detransformer.coformer.decomposer import decompose
-from detransformer.coformer.fusion import (
-    AggregatorConfig,
-    Outputs,
-    collect_outputs,
-    ensemble_accuracy,
-    train_aggregator,
-)
-from detransformer.coformer.policy import Limits, Original, Policy, check_policy
+from detransformer.coformer.outputs import Outputs, collect_outputs
+from detransformer.coformer.policy import Policy
 from detransformer.coformer.tasks import BoostTask
+from detransformer.training.config import Recipe, fraction, not_negative, positive
+from detransformer.training.loop import Run, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregatorConfig(Recipe):
+    """How an aggregator is trained on features of frozen sub-models.
+
+    Args:
+        num_epochs, batch_size: times all samples are seen, samples a step.
+        label_smoothing: share of a label that is spread over all classes.
+        drop: probability that a sub-model is taken for missing, by sample; at least one stays. Above 0, what is
+            trained loses less where a device fails.
+    """
+
+    num_epochs: float = positive(40.0)
+    batch_size: int = positive(128)
+    learning_rate: float = positive(3e-3)
+    weight_decay: float = not_negative(0.05)
+    max_grad_norm: float | None = positive(None)
+    label_smoothing: float = fraction(0.0)
+    drop: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop={self.drop} is outside 0..1 (1 excluded): sub-models must be there at times.")
+
+
+class AggregatorLoss(nn.Module):
+    """An aggregator and its mean cross-entropy as one module."""
+
+    def __init__(self, model: Aggregator, label_smoothing: float):
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, labels: torch.Tensor, present: torch.Tensor | None = None, **features) -> torch.Tensor:
+        """labels [B], present [B, N] and, by the sub-model's number, pooled features [B, d_n] -> mean loss."""
+        logits = self.model(list(features.values()), present=present)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+def train_aggregator(
+    kind: str,
+    outputs: Outputs,
+    num_labels: int,
+    config: AggregatorConfig,
+    seed: int = 0,
+    start: Aggregator | None = None,
+) -> tuple[Aggregator, list[float]]:
+    """An aggregator trained on the features and labels of `outputs`, in eval mode, and the loss of each step.
+
+    `average` and `majority` have nothing to learn and come back as they are made.
+
+    Args:
+        num_labels: C.
+        start: a trained aggregator to go on from, e.g. with `drop` above 0; it stays as it is.
+
+    Raises:
+        ValueError: for an aggregator to start from that is another one.
+    """
+    widths, pooling = outputs.widths, outputs.pooling
+    if start is not None and (start.kind, start.widths, start.pooling) != (kind, widths, pooling):
+        raise ValueError(
+            f"the aggregator to start from is {start.kind} of {list(start.widths)}, pooling {start.pooling}, not "
+            f"{kind} of {list(widths)}, pooling {pooling}: give one of this kind."
+        )
+    set_seed(seed)
+    aggregator = make_aggregator(kind, widths, num_labels, pooling=pooling) if start is None else copy.deepcopy(start)
+    if not aggregator.learned:
+        return aggregator.eval(), []
+    aggregator.set_means(outputs.features)
+    num_rows = len(outputs.labels)
+    per_epoch = math.ceil(num_rows / config.batch_size)
+
+    def batches(step: int) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
+        epoch, number = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, 0, epoch]).permutation(num_rows)
+        rows = torch.from_numpy(order[number * config.batch_size : (number + 1) * config.batch_size])
+        batch = {"labels": outputs.labels[rows]} | {str(n): x[rows] for n, x in enumerate(outputs.features)}
+        if config.drop:
+            batch["present"] = random_presence(len(rows), len(widths), config.drop, [seed, 1, step])
+        yield 1.0, batch
+
+    num_steps = max(1, round(config.num_epochs * per_epoch))
+    objective = AggregatorLoss(aggregator, config.label_smoothing)
+    trained = fit(objective, batches, config, num_steps, Run(f"{kind} aggregator"))
+    trained.restore_float32()
+    return aggregator.cpu().eval(), trained.losses
+
+
+def random_presence(num_rows: int, num_models: int, drop: float, seed: list[int]) -> torch.Tensor:
+    """[B, N] of which each is False with probability `drop`; where all would be, one stays."""
+    rng = np.random.default_rng(seed)
+    present = rng.random((num_rows, num_models)) >= drop
+    kept = rng.integers(num_models, size=num_rows)
+    nobody = ~present.any(1)
+    present[nobody, kept[nobody]] = True
+    return torch.from_numpy(present)
+
+
+@torch.no_grad()
+def ensemble_accuracy(aggregator: Aggregator, outputs: Outputs, present: Sequence[bool] | None = None) -> float:
+    """Accuracy times 100 over the samples of `outputs`; `present` as in `Aggregator.forward`."""
+    decided = aggregator(outputs.answers(aggregator), present).argmax(-1)
+    return 100 * int((decided == outputs.labels).sum()) / len(outputs.labels)
+
+
+def missing_table(aggregator: Aggregator, outputs: Outputs) -> pd.DataFrame:
+    """Accuracy with all sub-models and without each: columns missing (0 for none, else from 1) and accuracy."""
+    num = len(aggregator.widths)
+    present = [[number != missing for number in range(1, num + 1)] for missing in range(num + 1 if num > 1 else 1)]
+    accuracies = [ensemble_accuracy(aggregator, outputs, here) for here in present]
+    return pd.DataFrame({"missing": range(len(present)), "accuracy": accuracies})
 
 
 @dataclass(frozen=True)
@@ -37,9 +153,8 @@ class Calibrated:
         held_out_accuracy: on training samples that nothing was trained on; NaN where the task holds none out.
     """
 
-    policy: Policy
-    boosted: tuple[BoostResult, ...]
-    sub_models: tuple[PreTrainedModel, ...]
+    boosted: list[BoostResult]
+    sub_models: list[PreTrainedModel]
     train: Outputs
     test: Outputs
     aggregator: Aggregator
@@ -56,43 +171,25 @@ def calibrate_policy(
     output_dir: str | Path,
     kind: str = "coformer",
     pooling: str = "first",
-    limits: Limits | None = None,
-    seq_len: int | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
 ) -> Calibrated:
     """Decomposes `model` by `policy`, boosts its sub-models, trains an aggregator; resumable, kept in `output_dir`.
 
     Args:
         kind, pooling: of the aggregator.
-        seq_len: tokens of a request, by which `limits` are checked, as in `Original.of`.
-        on_step: as in `boost`.
 
     Raises:
-        ValueError: for a policy outside C1-C6, or what `boost` refuses.
+        ValueError: for a policy outside C1-C4, or what `boost` refuses.
     """
-    check_policy(policy, Original.of(model.config, seq_len), limits)
-    folder = Path(output_dir)
-    cut = decompose(model, policy)
-    boosted = boost(cut, model, task, boosting, folder, on_step)
+    folder, cut = Path(output_dir), decompose(model, policy)
+    boosted = boost(cut, model, task, boosting, folder)
     calibrated = load_calibrated(boosted, cut)
-    splits = ("train", "test") if task.held_labels is None else ("train", "test", "held")
-    train, test, *held = (collect_outputs(calibrated, task, split, folder, pooling=pooling) for split in splits)
-    classes, seed = task.num_classes, boosting.seed
-    aggregator = train_aggregator(
-        kind, train.features, train.labels, aggregation, seed, num_labels=classes, pooling=pooling
-    ).aggregator
-    accuracies = [ensemble_accuracy(aggregator, part.features, part.logits, part.labels) for part in (test, *held)]
-    accuracy, held_out_accuracy = (*accuracies, math.nan)[:2]
-    return Calibrated(policy, tuple(boosted), tuple(calibrated), train, test, aggregator, accuracy, held_out_accuracy)
 
+    def outputs(split: str) -> Outputs:
+        return collect_outputs(calibrated, task, split, folder, pooling)
 
-def score_table(
-    made: Calibrated, task: BoostTask, large: float, lost: pd.DataFrame, names: Sequence[str]
-) -> pd.DataFrame:
-    """Scores of the large model and of each sub-model alone, and the accuracies of `fusion.missing_table`."""
-    rows = [("the large model", task.metric, large)]
-    rows += [(f"{name} alone", task.metric, r.score) for name, r in zip(names, made.boosted, strict=True)]
-    for row in lost.itertuples():
-        who = f"all but {names[row.missing - 1]}" if row.missing else f"all {len(names)}, aggregated"
-        rows.append((who, "accuracy", row.accuracy))
-    return pd.DataFrame(rows, columns=["who answers", "metric", "test score"])
+    train = outputs("train")
+    aggregator, _ = train_aggregator(kind, train, task.num_classes, aggregation, boosting.seed)
+    held_out = math.nan if task.held_labels is None else ensemble_accuracy(aggregator, outputs("held"))
+    test = outputs("test")
+    accuracy = ensemble_accuracy(aggregator, test)
+    return Calibrated(boosted, calibrated, train, test, aggregator, accuracy, held_out)

@@ -2,7 +2,7 @@
 
 First `choose_parts`, a pure function, says which layers, heads, FFN columns and embedding dimensions each sub-model
 takes; then `decompose` slices. The paper removes "unimportant" neurons and "redundant" heads and does not say how it
-tells them: here by the size of their weights, or of the loss's change without them (Taylor).
+tells them apart; here the parts with the larger weights are the important ones.
 
 LayerNorms: a sub-model keeps the entries of weight and bias of its d_n dimensions, and normalises over these alone. The
 mean and variance of a part of the dimensions differ from those of all, and products read fewer inputs; no weight is
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.coformer.policy import Original, Policy, SubModelConfig
+from detransformer.coformer.policy import Original, Policy, SubModelConfig, check_policy
 from detransformer.coformer.submodels import SUB_MODEL_CLASS, sub_model_config
 
 LAYER_NAME = re.compile(r"^(?:bert\.|transformer\.|vit\.)?(?:encoder\.layer|layers|h)\.(\d+)\.(.+)$")
@@ -79,7 +79,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Parts:
-    """What one sub-model takes of the large one, ascending: its layers, its dimensions, its heads and FFN by layer."""
+    """Which parts of the large model one sub-model takes, ascending: layers, dimensions, and heads and FFN by layer."""
 
     layers: np.ndarray
     dims: np.ndarray
@@ -131,35 +131,26 @@ def choose_parts(importance: Importance, policy: Policy) -> list[Parts]:
 
     The parts of a layer, and the embedding dimensions, are *dealt* like cards: ranked by importance, then one to each
     sub-model in turn until each has as many as the policy says. So no two have the same (C2-C4 leave enough for all),
-    each one has important ones, what is left over is the least important, and a small sub-model, which has few, has
-    the best few. Were the parts cut in a row instead, the first sub-model would get all the good ones; were all given
-    the same ones, the sub-models would err alike, and their ensemble would gain nothing. Who begins changes from layer
-    to layer.
+    each has important ones, a small one has the best few, and the least important are left over. If the parts were cut
+    in a row, the first sub-model would get all the good ones; if all had the same ones, they would err alike, and their
+    ensemble would gain nothing. The sub-model that begins changes from layer to layer.
 
     C3 and C4 count k-th layers, and the k-th layers of two sub-models may come from different layers of the large
     model. Where sub-models ask for more of one layer than it has, the most important parts are given twice.
 
     Layers are spread over the depth: the norms of a layer's weights say little of its worth.
-
-    Raises:
-        ValueError: for a sub-model larger than the large model.
     """
-    num_layers, num_heads = importance.heads.shape
-    _check_sizes(policy, num_layers, len(importance.dims), num_heads, importance.ffn.shape[1])
-    configs = policy.sub_models
-    dims = deal(importance.dims, [c.hidden_size for c in configs])
+    num_layers, configs = len(importance.heads), policy.sub_models
+    dims = deal(importance.dims, policy.widths)
     sources = [choose_layers(num_layers, c.num_layers) for c in configs]
-    heads: list[list[np.ndarray]] = [[] for _ in configs]
-    ffn: list[list[np.ndarray]] = [[] for _ in configs]
+    heads, ffn = ([[] for _ in configs] for _ in range(2))  # of each sub-model, by layer
     for layer in range(num_layers):
-        # (sub-model, its own number of this layer)
-        users = [(n, int(np.flatnonzero(s == layer)[0])) for n, s in enumerate(sources) if layer in s]
-        for hands, scores, field in (
-            (heads, importance.heads[layer], "num_heads"),
-            (ffn, importance.ffn[layer], "ffn_sizes"),
+        users = [(n, list(own).index(layer)) for n, own in enumerate(sources) if layer in own]  # and their layer k
+        for hands, scores, counts in (
+            (heads, importance.heads[layer], [configs[n].num_heads[k] for n, k in users]),
+            (ffn, importance.ffn[layer], [configs[n].ffn_sizes[k] for n, k in users]),
         ):
-            dealt = deal(scores, [getattr(configs[n], field)[k] for n, k in users], first=layer)
-            for (n, _), hand in zip(users, dealt, strict=True):
+            for (n, _), hand in zip(users, deal(scores, counts, first=layer), strict=True):
                 hands[n].append(hand)
     return [Parts(s, d, tuple(h), tuple(f)) for s, d, h, f in zip(sources, dims, heads, ffn, strict=True)]
 
@@ -167,7 +158,7 @@ def choose_parts(importance: Importance, policy: Policy) -> list[Parts]:
 def choose_layers(num_original: int, num_layers: int) -> np.ndarray:
     """`num_layers` of `num_original` layers, ascending and spread evenly, the first and the last among them.
 
-    A single one is the first: it reads embeddings, as it was trained to.
+    A single one is the first, which was trained to read embeddings.
     """
     return np.round(np.linspace(0, num_original - 1, num_layers)).astype(int)
 
@@ -175,64 +166,49 @@ def choose_layers(num_original: int, num_layers: int) -> np.ndarray:
 def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.ndarray]:
     """`counts[n]` items for each n, ascending: the best in turn, beginning with `first` (modulo their number).
 
-    Items are given twice only when all have been given; no one has the same item twice.
+    An item is given twice only when all have been given, and never to the same n.
     """
     order = [int(item) for item in np.argsort(-scores, kind="stable")]
     hands: list[list[int]] = [[] for _ in counts]
-    turn = [(first + i) % len(counts) for i in range(len(counts))] if counts else []
+    turn = [(first + i) % len(counts) for i in range(len(counts))]
     deck = iter(order)
     while wanting := [n for n in turn if len(hands[n]) < counts[n]]:
         for n in wanting:
             item = next(deck, None)
             if item is None:
-                held = set(hands[n])
-                hands[n] += [i for i in order if i not in held][: counts[n] - len(hands[n])]
+                rest = [i for i in order if i not in hands[n]]
+                hands[n] += rest[: counts[n] - len(hands[n])]
             else:
                 hands[n].append(item)
     return [np.sort(np.array(hand, dtype=int)) for hand in hands]
 
 
-def _check_sizes(policy: Policy, num_layers: int, width: int, num_heads: int, ffn_size: int) -> None:
-    for n, c in enumerate(policy.sub_models):
-        for what, size, most in (
-            ("layers", c.num_layers, num_layers),
-            ("embedding dimensions", c.hidden_size, width),
-            ("heads in a layer", max(c.num_heads), num_heads),
-            ("FFN columns in a layer", max(c.ffn_sizes), ffn_size),
-        ):
-            if size > most:
-                raise ValueError(f"sub-model {n} has {size} {what}, the model to decompose {most}: give it no more.")
-
-
 # Slicing ---------------------------------------------------------------------------------------------------------
 
 
-def decompose(model: PreTrainedModel, policy: Policy, importance: Importance | None = None) -> list[PreTrainedModel]:
+def decompose(model: PreTrainedModel, policy: Policy) -> list[PreTrainedModel]:
     """The sub-models of `policy`, of the same head as `model` and with weights sliced from its own.
 
-    A single sub-model of the full size is `model` again. Sub-models larger together than C2-C4 allow share parts: see
-    `choose_parts`; `check_policy` refuses such policies.
+    A single sub-model of the full size is `model` again.
 
     Args:
         model: a `BertForSequenceClassification`, `GPT2ForSequenceClassification` or `ViTForImageClassification`.
-        importance: `magnitude_importance(model)` unless given.
 
     Raises:
-        ValueError: for a model of another class, or a sub-model larger than `model`.
+        ValueError: for a model of another class, or a policy outside C1-C4.
     """
     if type(model) not in SUB_MODEL_CLASS:
         raise ValueError(
             f"{type(model).__name__} cannot be decomposed: "
             f"load the checkpoint as one of {', '.join(c.__name__ for c in SUB_MODEL_CLASS)}."
         )
-    if importance is None:
-        importance = magnitude_importance(model)
-    parts = choose_parts(importance, policy)
+    check_policy(policy, Original.of(model.config))
+    parts = choose_parts(magnitude_importance(model), policy)
     return [_sub_model(model, c, p) for c, p in zip(policy.sub_models, parts, strict=True)]
 
 
 def _sub_model(model: PreTrainedModel, sizes: SubModelConfig, parts: Parts) -> PreTrainedModel:
-    config = sub_model_config(model.config, sizes, [int(layer) for layer in parts.layers])
+    config = sub_model_config(model.config, sizes, parts.layers.tolist())
     with no_init_weights():  # every weight comes from `model`
         made = SUB_MODEL_CLASS[type(model)](config)
     made = made.to(next(model.parameters()).dtype)
@@ -242,35 +218,22 @@ def _sub_model(model: PreTrainedModel, sizes: SubModelConfig, parts: Parts) -> P
 
 def slice_state(model: PreTrainedModel, parts: Parts) -> dict[str, torch.Tensor]:
     """The state dict of the sub-model that takes `parts` of `model`."""
-    config = model.config
-    original = Original.of(config)
+    original = Original.of(model.config)
     number = {int(layer): k for k, layer in enumerate(parts.layers)}  # of a layer in the sub-model
     sliced = {}
     for name, value in model.state_dict().items():
-        layer, axes = axes_of(name, config.model_type)
+        layer, axes = axes_of(name, model.config.model_type)
+        kept = {"dims": parts.dims, "pooled": parts.dims}
         if layer is not None:
             if layer not in number:
                 continue
-            k = number[layer]
-            columns = _head_columns(parts.heads[k], original)
-            place = LAYER_NAME.match(name).span(1)
-            name = f"{name[: place[0]]}{k}{name[place[1] :]}"
+            k, (start, stop) = number[layer], LAYER_NAME.match(name).span(1)
+            name = f"{name[:start]}{k}{name[stop:]}"
+            columns = (parts.heads[k][:, None] * original.head_size + np.arange(original.head_size)).ravel()  # [h_n s]
+            packed = np.concatenate([columns + i * original.hidden_size for i in range(3)])
+            kept |= {"heads": columns, "qkv": packed, "ffn": parts.ffn[k]}
         for axis, role in enumerate(axes):
-            if role in ("dims", "pooled"):
-                kept = parts.dims
-            elif role == "heads":
-                kept = columns
-            elif role == "qkv":
-                kept = np.concatenate([columns + i * original.hidden_size for i in range(3)])
-            elif role == "ffn":
-                kept = parts.ffn[k]
-            else:
-                continue
-            value = value.index_select(axis, torch.as_tensor(kept, device=value.device))
+            if role is not None:
+                value = value.index_select(axis, torch.as_tensor(kept[role], device=value.device))
         sliced[name] = value.contiguous()
     return sliced
-
-
-def _head_columns(heads: np.ndarray, original: Original) -> np.ndarray:
-    """Columns of these heads: [h_n] -> [h_n s]."""
-    return (heads[:, None] * original.head_size + np.arange(original.head_size)).ravel()

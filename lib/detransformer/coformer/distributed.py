@@ -1,28 +1,27 @@
 """Sub-models side by side on a cluster: each device runs its own, sends one message, the central one aggregates.
 
-CoFormer (2025), Fig. 3 and Eqs. 3-6. A device that is lost or late is left out: the answer is made of the others', and
-says so. Without the central device there is none.
+CoFormer (2025), Fig. 3 and Eqs. 3-6. A device that is lost or late is left out: the answer is then made from those of
+the others, and `EnsembleRun.sentence` names the missing one. Without the central device there is no answer.
 """
 
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from detransformer import machine
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.jobs import Loaded, WorkerState
+from detransformer.cluster.jobs import WorkerState
 from detransformer.cluster.pacing import Pacer, sleep_until
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import Aggregator, aggregator_flops
-from detransformer.coformer.ensemble import Ensemble, aggregate, answer, load_ensemble
+from detransformer.coformer.ensemble import Ensemble, answer, load_ensemble
 from detransformer.coformer.policy import FLOAT_BYTES
+from detransformer.coformer.predictor import STRATEGY, roofline_s
 from detransformer.planning.profile import DeviceProfile, LinkProfile
-from detransformer.typed_json import from_json
 
 ANSWER_PART = "detransformer.coformer.distributed:answer_part"
 DEADLINE_S = 5.0  # in the devices' seconds: how long the central device waits for the others
@@ -34,11 +33,11 @@ class EnsembleRun:
     """The answer to one request, and how it was made.
 
     Args:
-        logits: [B, C], of the devices that answered.
-        present: which these were.
+        logits: [B, C], from the devices that answered.
+        present: by device, whether it answered.
         lost: by device, why it was left out.
         samples_s: seconds of each repeat on the devices' clock, from the start to the central device's answer.
-        records: each device's report, None of one that is lost.
+        records: each device's report, None for one that is lost.
     """
 
     logits: torch.Tensor
@@ -71,7 +70,7 @@ def run_ensemble(
 
     Args:
         inputs: input_ids (attention_mask, token_type_ids) [B, T], or pixel_values [B, 3, H, W].
-        repeats: the request is timed so often; a device lost in between is left out of those after it.
+        repeats: how often the request is timed; a device that is lost in between is left out of the later ones.
         deadline_s: how long the central device waits for the others, in the devices' seconds.
 
     Raises:
@@ -86,21 +85,23 @@ def run_ensemble(
     given, logits = cluster.folder / "inputs.safetensors", cluster.folder / "logits.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
     logits.unlink(missing_ok=True)
-    link = None  # of namespaces it is real
-    if cluster.transport != "namespaces":
-        link = asdict(LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares))
-    job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits), "link": link}
-    job |= {"time_scale": cluster.time_scale, "deadline_s": deadline_s}
     aggregator, batch_size = ensemble.aggregator(), len(next(iter(inputs.values())))
-    per_rank = [
-        {"segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator)}
+    is_real = cluster.transport == "namespaces"  # the link between the devices
+    link = LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares)
+    job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits)}
+    job |= {"time_scale": cluster.time_scale, "deadline_s": deadline_s, "needed": ensemble.central}
+    job["per_rank"] = [
+        {
+            "segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator),
+            "link_s": None if is_real else [gather_seconds(ensemble, rank, link, batch_size, aggregator)],
+        }
         for rank, (device, config) in enumerate(zip(cluster.devices, ensemble.policy.sub_models, strict=True))
     ]
-    cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job)  # loads, and runs once to be warm
+    cluster.run(ANSWER_PART, **job)  # loads, and runs once to be warm
     samples, records = [], []
     for _ in range(repeats):
-        told = {"lost": sorted(cluster.lost), "start_at": time.perf_counter() + START_AFTER_S}
-        records = cluster.run(ANSWER_PART, per_rank, needed=ensemble.central, **job, **told)
+        start_at = time.perf_counter() + START_AFTER_S
+        records = cluster.run(ANSWER_PART, **job, lost=sorted(cluster.lost), start_at=start_at)
         central = records[ensemble.central]
         if central is None:
             raise DeviceError(ensemble.central, f"device {ensemble.central} aggregates and gave no answer.")
@@ -113,14 +114,23 @@ def segments(
     ensemble: Ensemble, rank: int, device: DeviceProfile, batch_size: int, aggregator: Aggregator
 ) -> list[float]:
     """Modelled seconds of one device (Eqs. 4, 6): its sub-model, nothing while it waits, and the aggregation."""
-    from detransformer.coformer.predictor import STRATEGY, roofline_s  # and pandas: not on the devices
-
     backbone = batch_size * roofline_s(ensemble.policy.sub_models[rank], ensemble.original, device)
     if rank != ensemble.central:
         return [backbone, 0.0, 0.0]
-    flops = aggregator_flops(aggregator.kind, aggregator.widths, aggregator.num_labels, aggregator.hidden_size)
+    flops = aggregator_flops(aggregator.kind, aggregator.widths, aggregator.num_labels)
     weight_bytes = sum(p.nbytes for p in aggregator.parameters())
     return [backbone, 0.0, device.compute_s(batch_size * flops, STRATEGY, weight_bytes)]
+
+
+def message_widths(aggregator: Aggregator) -> list[int]:
+    """How many numbers of one sample each device sends: its pooled features, or logits."""
+    return [width if aggregator.learned else aggregator.num_labels for width in aggregator.widths]
+
+
+def gather_seconds(ensemble: Ensemble, rank: int, link: LinkProfile, batch_size: int, aggregator: Aggregator) -> float:
+    """Modelled seconds until the message of `rank` is sent, or all others' have come over the central one's link."""
+    sizes = [FLOAT_BYTES * batch_size * width for width in message_widths(aggregator)]
+    return link.collective_s("send", sum(sizes) - sizes[rank] if rank == ensemble.central else sizes[rank], 2)
 
 
 # On a device ------------------------------------------------------------------------------------------------------
@@ -132,46 +142,47 @@ def answer_part(
     inputs: str,
     output: str,
     segment_s: list[float],
-    link: dict | None,
+    link_s: list[float] | None,
     time_scale: float,
     deadline_s: float,
     lost: Sequence[int] = (),
     start_at: float | None = None,
 ) -> dict:
-    """The job of one device. Segments of compute: its sub-model, nothing while it waits, and the aggregation.
+    """The job of one device, paced by modelled seconds of its segments and, where links are not real, its message.
 
     All start at `start_at` of the clock that they share: a barrier would wait for a device that hangs. Without it, the
     sub-model is loaded and run once.
     """
-    is_new = folder not in state.loaded
-    ensemble, sub_model, aggregator = _loaded(state, folder)
+    is_new = state.kept.get("ensemble", ("",))[0] != folder
+    if is_new:
+        state.loaded.clear()
+        state.kept.pop("ensemble", None)
+        machine.free_unused()
+        ensemble = load_ensemble(folder)
+        state.kept["ensemble"] = folder, ensemble, ensemble.sub_model(state.rank), ensemble.aggregator()
+    _, ensemble, sub_model, aggregator = state.kept["ensemble"]  # the aggregator is small: each device has it
     tensors = load_file(inputs)
     if start_at is None:
         if is_new:  # one that has run is warm
             answer(sub_model, tensors, aggregator)
         return {}
     batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))
-    widths = aggregator.widths if aggregator.learned else [aggregator.num_labels] * ensemble.num_devices
-    link_s = None
-    if link:
-        sizes = [FLOAT_BYTES * batch_size * width for width in widths]
-        link_s = [time_scale * _gather_seconds(from_json(LinkProfile, link), sizes, state.rank, ensemble.central)]
     comm = state.comm(devices)
-    pacer = Pacer([time_scale * seconds for seconds in segment_s], link_s, state.arrivals, comm.rank, devices)
+    scaled_s = [None if seconds is None else [time_scale * x for x in seconds] for seconds in (segment_s, link_s)]
+    pacer = Pacer(*scaled_s, state.arrivals, comm.rank, devices)
     comm.reset()
     comm.observer = pacer
     sleep_until(start_at)
     pacer.begin()
     own = answer(sub_model, tensors, aggregator)
-    shapes = [(batch_size, width) for width in widths]
+    shapes = [(batch_size, width) for width in message_widths(aggregator)]
     arrived = comm.start_gather(own, shapes, ensemble.central, timeout_s=deadline_s * time_scale, absent=lost).wait()
-    result = aggregate(aggregator, arrived) if state.rank == ensemble.central else None
+    with torch.inference_mode():
+        result = aggregator(arrived) if state.rank == ensemble.central else None
     pacer.end()
     record = {
         "latency_s": (time.perf_counter() - start_at) / time_scale,
-        "overrun_s": pacer.overrun_s / time_scale,
-        "modelled_s": pacer.modelled_s / time_scale,
-        "compute_s": pacer.compute_s / time_scale,
+        **{name: getattr(pacer, name) / time_scale for name in ("overrun_s", "modelled_s", "compute_s")},
         "bytes": dict(comm.bytes),
         "counts": dict(comm.counts),
         "weights_bytes": sum(p.nbytes for p in sub_model.parameters()),
@@ -180,20 +191,3 @@ def answer_part(
         record["present"] = [x is not None for x in arrived]
         save_file({"logits": result.contiguous()}, output)
     return record
-
-
-def _loaded(state: WorkerState, folder: str) -> tuple[Ensemble, torch.nn.Module, Aggregator]:
-    """This device's sub-model and, since it is small, the aggregator; kept for the next request."""
-    if folder not in state.loaded:
-        state.loaded.clear()
-        machine.free_unused()
-        ensemble = load_ensemble(Path(folder))
-        kept = Loaded(None, None, [], machine.resident_bytes())
-        kept.runners["ensemble"] = (ensemble, ensemble.sub_model(state.rank), ensemble.aggregator())
-        state.loaded[folder] = kept
-    return state.loaded[folder].runners["ensemble"]
-
-
-def _gather_seconds(link: LinkProfile, sizes: Sequence[int], rank: int, central: int) -> float:
-    """Modelled seconds until this rank's message is sent, or all others' have come over the central device's link."""
-    return link.collective_s("send", sum(sizes) - sizes[rank] if rank == central else sizes[rank], 2)

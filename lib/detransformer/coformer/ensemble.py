@@ -1,9 +1,9 @@
 """An ensemble on disk: sub-models, aggregator and policy of one decomposed model, to be served (CoFormer, Fig. 3).
 
-FOLDER/ensemble.json      policy, the large model's sizes, which device aggregates
-FOLDER/sub_model_0/ ..    Hugging Face model folders, one a device
-FOLDER/aggregator/        what makes one answer of their features or logits
-FOLDER/tokenizer files    where the model reads text
+FOLDER/ensemble.json            policy, sizes of the large model and of the aggregator, which device aggregates
+FOLDER/sub_model_0/ ..          Hugging Face model folders, one a device
+FOLDER/aggregator.safetensors   weights and means of what makes one answer of their features or logits
+FOLDER/tokenizer files          where the model reads text
 """
 
 import json
@@ -12,21 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
 from detransformer.checkpoints import copy_tokenizer
-from detransformer.coformer.aggregator import (
-    Aggregator,
-    features_and_logits,
-    load_aggregator,
-    pool_features,
-    save_aggregator,
-)
+from detransformer.coformer.aggregator import Aggregator, features_and_logits, make_aggregator, pool_features
 from detransformer.coformer.policy import Original, Policy
 from detransformer.files import atomic_folder
 from detransformer.typed_json import from_json
 
-DESCRIPTION = "ensemble.json"
+DESCRIPTION, WEIGHTS = "ensemble.json", "aggregator.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class Ensemble:
     original: Original
     central: int
     model_type: str
+    aggregator_sizes: dict
 
     @property
     def num_devices(self) -> int:
@@ -50,7 +47,13 @@ class Ensemble:
         return auto.from_pretrained(self.folder / f"sub_model_{number}").eval()
 
     def aggregator(self) -> Aggregator:
-        return load_aggregator(self.folder / "aggregator")
+        """What makes one answer, in eval mode; ValueError that names the file where its weights are not there."""
+        aggregator, weights = make_aggregator(**self.aggregator_sizes), self.folder / WEIGHTS
+        try:
+            aggregator.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights} is missing, damaged or of other sizes ({error}): train it again.") from error
+        return aggregator.eval()
 
 
 def save_ensemble(
@@ -65,11 +68,12 @@ def save_ensemble(
     """Writes an ensemble; `tokenizer_of` is the large model's folder where it reads text."""
     assert len(sub_models) == len(aggregator.widths) == policy.num_devices > central >= 0
     model_type = sub_models[0].config.model_type.removeprefix("coformer_")
-    described = {"policy": policy.to_dict(), "original": asdict(original), "central": central, "model_type": model_type}
+    described = {"policy": asdict(policy), "original": asdict(original), "central": central, "model_type": model_type}
+    described["aggregator_sizes"] = aggregator.sizes
     with atomic_folder(Path(folder)) as temporary:
         for number, sub_model in enumerate(sub_models):
             sub_model.save_pretrained(temporary / f"sub_model_{number}")
-        save_aggregator(aggregator, temporary / "aggregator")
+        save_file(aggregator.state_dict(), temporary / WEIGHTS)
         if tokenizer_of is not None:
             copy_tokenizer(str(tokenizer_of), temporary)
         (temporary / DESCRIPTION).write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -80,9 +84,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     """The ensemble of `folder`; ValueError that names the file and the remedy where it is missing or damaged."""
     path = Path(folder) / DESCRIPTION
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        policy, original = Policy.from_dict(known["policy"]), from_json(Original, known["original"])
-        return Ensemble(Path(folder), policy, original, known["central"], known["model_type"])
+        return from_json(Ensemble, json.loads(path.read_text(encoding="utf-8")) | {"folder": Path(folder)})
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {DESCRIPTION}: make an ensemble with `detransformer decompose`.") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -99,14 +101,9 @@ def answer(sub_model: PreTrainedModel, inputs: dict, aggregator: Aggregator) -> 
 
 
 @torch.inference_mode()
-def aggregate(aggregator: Aggregator, answers: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Logits [B, C] of the answers that have come, None for a device that sent nothing."""
-    return aggregator(answers, answers)
-
-
 def whole_answer(ensemble: Ensemble, inputs: dict, present: Sequence[bool] | None = None) -> torch.Tensor:
     """The ensemble's logits [B, C] in one process: the reference of a distributed run."""
     aggregator = ensemble.aggregator()
     here = [True] * ensemble.num_devices if present is None else present
     answers = [answer(ensemble.sub_model(n), inputs, aggregator) if there else None for n, there in enumerate(here)]
-    return aggregate(aggregator, answers)
+    return aggregator(answers)

@@ -1,9 +1,8 @@
 """`detransformer run` of an ensemble: text, picture or random input to the sub-models, and their common answer."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
@@ -18,7 +17,6 @@ from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answe
 from detransformer.coformer.predictor import latency
 
 MAX_ABS_ERROR = 1e-5  # between devices and one process, which compute alike
-IMAGE_DEFAULTS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # a ViT's own, where its folder does not say
 
 
 def run_emulated(
@@ -100,23 +98,23 @@ def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) ->
 
 
 def _pixels(image: str | None, folder: Path, config: PretrainedConfig) -> torch.Tensor:
+    """A picture as the processor of `folder` makes it, ViT's own where there is none."""
     size = config.image_size
     if image is None:
-        generator = torch.Generator().manual_seed(SEED)
-        return torch.randn(1, config.num_channels, size, size, generator=generator)
+        return torch.randn(1, config.num_channels, size, size, generator=torch.Generator().manual_seed(SEED))
     from PIL import Image, UnidentifiedImageError
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    path = folder / "preprocessor_config.json"
-    known = IMAGE_DEFAULTS | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    has_own = (folder / "preprocessor_config.json").is_file()
+    processor = ViTImageProcessorPil.from_pretrained(folder) if has_own else ViTImageProcessorPil()
     try:
         with Image.open(image) as picture:
-            pixels = np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+            sizes = {"height": size, "width": size}
+            return processor(picture.convert("RGB"), size=sizes, return_tensors="pt")["pixel_values"]
     except FileNotFoundError:
         raise ValueError(f"--image {image} is not there: give a picture file.") from None
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"--image {image} is no picture ({error}): give a PNG or JPEG file.") from None
-    mean, std = (np.array(known[name], dtype=np.float32) for name in ("image_mean", "image_std"))
-    return torch.from_numpy((pixels.astype(np.float32) / 255 - mean) / std).permute(2, 0, 1)[None]
 
 
 def _record(run: EnsembleRun, ensemble: Ensemble, spec: ClusterSpec, request: Request, predicted_s: float) -> dict:
@@ -134,7 +132,7 @@ def _record(run: EnsembleRun, ensemble: Ensemble, spec: ClusterSpec, request: Re
         "predicted_s": predicted_s,
         "sent_bytes": {name: sum(record["bytes"].values()) for name, record in reported.items()},
         "weights_bytes": {name: record["weights_bytes"] for name, record in reported.items()},
-        "policy": ensemble.policy.to_dict(),
+        "policy": asdict(ensemble.policy),
     }
 
 

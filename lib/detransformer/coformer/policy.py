@@ -1,23 +1,22 @@
 """Decomposition policies: into which sub-models a large transformer is cut (CoFormer 2025, Section III-B, Eq. 8).
 
-A policy names one sub-model a device, C_n = {l_n, d_n, h_n^{1:l_n}, D_n^{1:l_n}}. Here are its constraints, its costs
-and its encoding for the Gaussian process, all pure functions of sizes.
+A policy names one sub-model a device, C_n = {l_n, d_n, h_n^{1:l_n}, D_n^{1:l_n}}. This file holds its constraints, its
+costs and its encoding for the Gaussian process, all pure functions of sizes.
 
 Letters: L, d, h, D layers, embedding width, heads and FFN width of the large model; s its head size, which sub-models
 keep; S tokens; A = h_n^k s the attention width of a sub-model's layer, which is not its embedding width d_n.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from transformers import PretrainedConfig
 
-from detransformer.typed_json import from_json
-
 FLOAT_BYTES = 4
 NUM_STEPS = 24  # in which widths are divided where policies are drawn
+SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size")  # L, d, h, D
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class SubModelConfig:
             object.__setattr__(self, name, sizes)
         if min(self.num_layers, self.hidden_size, *self.num_heads, *self.ffn_sizes) < 1:
             raise ValueError(f"{self} has a size below 1: every layer needs a head and an FFN column.")
+
+    @classmethod
+    def alike(cls, num_layers: int, hidden_size: int, num_heads: int, ffn_size: int) -> "SubModelConfig":
+        """A sub-model whose layers are all of the same sizes."""
+        return cls(num_layers, hidden_size, (num_heads,) * num_layers, (ffn_size,) * num_layers)
 
     @property
     def mean_heads(self) -> float:
@@ -66,13 +70,10 @@ class Policy:
     def num_devices(self) -> int:
         return len(self.sub_models)
 
-    def to_dict(self) -> dict:
-        """For JSON; `from_dict` reads it."""
-        return {"sub_models": [asdict(config) for config in self.sub_models]}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping) -> "Policy":
-        return from_json(cls, {"sub_models": fields["sub_models"]})
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """d_n of each sub-model."""
+        return tuple(config.hidden_size for config in self.sub_models)
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ class Original:
     @property
     def whole(self) -> SubModelConfig:
         """The large model as a sub-model of itself."""
-        layers = self.num_layers
-        return SubModelConfig(layers, self.hidden_size, (self.num_heads,) * layers, (self.ffn_size,) * layers)
+        return SubModelConfig.alike(*(getattr(self, name) for name in SIZES))
 
     @classmethod
     def of(cls, config: PretrainedConfig, seq_len: int | None = None) -> "Original":
@@ -135,17 +135,11 @@ class Original:
             rows = config.vocab_size + config.max_position_embeddings + 2
             return cls(layers, hidden, heads, config.n_inner or 4 * hidden, seq_len or 128, rows)
         if config.model_type == "vit":
-            tall, wide = _pair(config.image_size)
-            patch_tall, patch_wide = _pair(config.patch_size)
-            tokens = (tall // patch_tall) * (wide // patch_wide) + 1
-            values = config.num_channels * patch_tall * patch_wide
+            image, patch = np.broadcast_to(config.image_size, 2), np.broadcast_to(config.patch_size, 2)
+            tokens, values = int(np.prod(image // patch)) + 1, config.num_channels * int(np.prod(patch))
             rows = tokens + 1 + values + 1 + 2  # positions, class token, patch weights and bias, last LayerNorm
             return cls(layers, hidden, heads, config.intermediate_size, seq_len or tokens, rows, values)
         raise ValueError(f"model type {config.model_type!r} cannot be decomposed: choose a BERT, GPT-2 or ViT.")
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 @dataclass(frozen=True)
@@ -164,39 +158,28 @@ class Limits:
 # Costs -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MatrixProduct:
-    """One matrix product of a request: its operations, and the bytes of the weights that it reads."""
-
-    flops: int
-    weight_bytes: int
-
-
-def products(config: SubModelConfig, original: Original) -> list[MatrixProduct]:
-    """The matrix products of one request (batch 1) through a sub-model's backbone, in their order.
+def products(config: SubModelConfig, original: Original) -> list[tuple[int, int]]:
+    """(operations, bytes of weights) of each matrix product of one request through a sub-model's backbone, in order.
 
     A multiply-add counts as two operations; LayerNorm, GELU and softmax, below 2%, are left out, as in `models.sizes`.
     Task heads stand outside the decomposition (Section III-A, footnote 1) and outside its costs.
     """
     tokens, width = original.seq_len, config.hidden_size
 
-    def linear(num_tokens: int, num_in: int, num_out: int) -> MatrixProduct:
-        return MatrixProduct(2 * num_tokens * num_in * num_out, FLOAT_BYTES * num_in * num_out)
+    def linear(num_tokens: int, num_in: int, num_out: int) -> tuple[int, int]:
+        return 2 * num_tokens * num_in * num_out, FLOAT_BYTES * num_in * num_out
 
     listed = [linear(tokens - 1, original.patch_values, width)] if original.patch_values else []
     for heads, ffn in zip(config.num_heads, config.ffn_sizes, strict=True):
         attention = heads * original.head_size
-        listed += [linear(tokens, width, 3 * attention), MatrixProduct(4 * tokens * tokens * attention, 0)]
+        listed += [linear(tokens, width, 3 * attention), (4 * tokens * tokens * attention, 0)]
         listed += [linear(tokens, attention, width), linear(tokens, width, ffn), linear(tokens, ffn, width)]
     return listed + ([linear(1, width, width)] if original.has_pooler else [])
 
 
 def flops(config: SubModelConfig, original: Original) -> int:
-    """omega(C_n): operations of one request, the sum of `products`."""
-    tokens, width, attention = original.seq_len, config.hidden_size, sum(config.num_heads) * original.head_size
-    layers = 2 * tokens * (4 * width * attention + 2 * width * sum(config.ffn_sizes)) + 4 * tokens**2 * attention
-    patches = 2 * (tokens - 1) * original.patch_values * width if original.patch_values else 0
-    return layers + patches + (2 * width**2 if original.has_pooler else 0)
+    """omega(C_n): operations of one request."""
+    return sum(operations for operations, _ in products(config, original))
 
 
 def parameters(config: SubModelConfig, original: Original) -> int:
@@ -209,8 +192,8 @@ def parameters(config: SubModelConfig, original: Original) -> int:
 def memory_bytes(config: SubModelConfig, original: Original) -> int:
     """phi(C_n): weights and activations of one request in float32.
 
-    Of activations the numbers that the largest layer keeps alive at once count: X twice, Q, K, V, context, scores and
-    the FFN's inner state; an upper bound, and of the whole model that of `planning.cost.activation_bytes`.
+    Activations are those that the largest layer keeps alive at once: X twice, Q, K, V, context, scores and the FFN's
+    inner state. This is an upper bound; for the whole model it is that of `planning.cost.activation_bytes`.
     """
     tokens = original.seq_len
     layers = zip(config.num_heads, config.ffn_sizes, strict=True)
@@ -231,29 +214,27 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
     """
     if limits is not None and len(limits.flops) != policy.num_devices:
         raise ValueError(f"limits are of {len(limits.flops)} devices and the policy of {policy.num_devices}.")
-    configs, num_layers = policy.sub_models, max(config.num_layers for config in policy.sub_models)
+    configs = policy.sub_models
     found = [
         f"C1: sub-model {n} has {c.num_layers} layers, the original {original.num_layers}: give it no more"
         for n, c in enumerate(configs)
         if c.num_layers > original.num_layers
     ]
-    width = sum(c.hidden_size for c in configs)
-    if width > original.hidden_size:
+    if sum(policy.widths) > original.hidden_size:
         found.append(
-            f"C2: the sub-models' embeddings are {width} wide together, the original's {original.hidden_size}: "
-            "give some of them fewer dimensions"
+            f"C2: the sub-models' embeddings are {sum(policy.widths)} wide together, the original's "
+            f"{original.hidden_size}: give some of them fewer dimensions"
         )
     for name, what, field, most in (
         ("C3", "heads", "num_heads", original.num_heads),
         ("C4", "FFN columns", "ffn_sizes", original.ffn_size),
     ):
-        totals = [sum(getattr(c, field)[layer] for c in configs if layer < c.num_layers) for layer in range(num_layers)]
-        found += [
-            f"{name}: layer {layer} has {total} {what} over the sub-models, the original {most}: "
-            f"give some of them fewer {what} there"
-            for layer, total in enumerate(totals)
-            if total > most
-        ]
+        for layer, sizes in enumerate(zip_longest(*(getattr(c, field) for c in configs), fillvalue=0)):
+            if sum(sizes) > most:
+                found.append(
+                    f"{name}: layer {layer} has {sum(sizes)} {what} over the sub-models, the original {most}: "
+                    f"give some of them fewer {what} there"
+                )
     for n, c in enumerate(configs if limits else ()):
         if flops(c, original) > limits.flops[n]:
             found.append(
@@ -274,41 +255,6 @@ def check_policy(policy: Policy, original: Original, limits: Limits | None = Non
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise ValueError(f"{found[0]}{more}.")
-
-
-# Other sizes -----------------------------------------------------------------------------------------------------
-
-
-def scale_policy(policy: Policy, original: Original, other: Original) -> Policy:
-    """The policy for `other` that takes of it what `policy` takes of `original`: the same shares of everything.
-
-    Layers that `other` has more of repeat the heads and FFN widths of those there are. So a policy that was found on a
-    small model of the same kind can be priced at the size of a large one.
-
-    Raises:
-        ValueError: where `other` is not `original` a whole number of times, in layers, width, heads and FFN.
-    """
-    ratios = []
-    for name in ("num_layers", "hidden_size", "num_heads", "ffn_size"):
-        ratio, rest = divmod(getattr(other, name), getattr(original, name))
-        if rest or not ratio:
-            raise ValueError(
-                f"{name}={getattr(other, name)} is not a multiple of {getattr(original, name)}: "
-                "give sizes that are multiples of the model's own."
-            )
-        ratios.append(ratio)
-    layers, width, heads, ffn = ratios
-    return Policy(
-        tuple(
-            SubModelConfig(
-                layers * c.num_layers,
-                width * c.hidden_size,
-                tuple(heads * h for h in c.num_heads for _ in range(layers)),
-                tuple(ffn * f for f in c.ffn_sizes for _ in range(layers)),
-            )
-            for c in policy.sub_models
-        )
-    )
 
 
 # Encoding --------------------------------------------------------------------------------------------------------

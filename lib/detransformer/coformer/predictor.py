@@ -1,114 +1,23 @@
-"""Latency and energy of a policy: profiles, the learned predictor, the three phases (CoFormer 2025, Eqs. 3-6).
+"""Latency of a policy: a sub-model on a device, and the three phases of a request (CoFormer 2025, Eqs. 3-6).
 
 Devices and links are `planning`'s profiles. Profiles of emulated devices are rooflines, as the emulated cluster paces
-them: a prediction from them is a model of a model, and says so. Energy is modelled from thermal design power.
+them: a prediction from them is a model of a model.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
-
-from detransformer.cluster.devices import DEVICES, DeviceSpec
-from detransformer.coformer.policy import (
-    FLOAT_BYTES,
-    Limits,
-    Original,
-    Policy,
-    SubModelConfig,
-    flops,
-    memory_bytes,
-    parameters,
-    products,
-)
+from detransformer.coformer.policy import FLOAT_BYTES, Original, Policy, SubModelConfig, products
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 
 STRATEGY = "replicate"  # whole products on one device: the name under which profiles list their rate
-PUBLISHED_FEATURES = ("num_layers", "hidden_size", "mean_heads", "mean_ffn_size")  # supplementary A
-DERIVED_FEATURES = ("flops", "weight_bytes")
 
 Predict = Callable[[SubModelConfig], float]  # seconds of a sub-model on one device
 
 
 def roofline_s(config: SubModelConfig, original: Original, device: DeviceProfile) -> float:
     """Seconds of a sub-model's backbone on a device: each product takes what computing or reading its weights takes."""
-    listed = products(config, original)
-    return sum(device.compute_s(product.flops, STRATEGY, product.weight_bytes) for product in listed)
-
-
-def describe(config: SubModelConfig, original: Original) -> dict[str, float]:
-    """What the predictor may look at; FLOPs and weights follow from the four published features."""
-    return {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "mean_heads": config.mean_heads,
-        "mean_ffn_size": config.mean_ffn_size,
-        "flops": flops(config, original),
-        "weight_bytes": FLOAT_BYTES * parameters(config, original),
-    }
-
-
-@dataclass(frozen=True)
-class LatencyPredictor:
-    """f(C_n) of Eq. 4: a multi-layer perceptron with ReLU from a sub-model's sizes to its latency on one device.
-
-    As published (supplementary A) it is "a three-layer MLP with 600 hidden dimension", read as three matrices, over
-    l, d and the mean heads and FFN width. FLOPs and weights may be given too: they are products of the four, which a
-    small network learns slowly. Features and latency are taken by their logarithm and standardised.
-    """
-
-    original: Original
-    features: tuple[str, ...]
-    regressor: object = field(repr=False)
-
-    @classmethod
-    def fit(
-        cls,
-        frame: pd.DataFrame,
-        original: Original,
-        features: Sequence[str] = PUBLISHED_FEATURES + DERIVED_FEATURES,
-        hidden_sizes: tuple[int, ...] = (600, 600),
-        max_iterations: int = 500,
-        seed: int = 0,
-    ) -> "LatencyPredictor":
-        """Fits rows of `describe` with their `latency_s`."""
-        import warnings
-
-        from sklearn.compose import TransformedTargetRegressor
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.neural_network import MLPRegressor
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import FunctionTransformer, StandardScaler
-
-        # Adam stops once the training loss stands still; without held-out points, which are few in a small pool.
-        network = MLPRegressor(
-            hidden_layer_sizes=hidden_sizes,
-            learning_rate_init=2e-3,
-            batch_size=min(64, len(frame)),
-            max_iter=max_iterations,
-            tol=1e-6,
-            n_iter_no_change=30,
-            random_state=seed,
-        )
-        log_seconds = make_pipeline(FunctionTransformer(np.log, np.exp), StandardScaler())
-        target = TransformedTargetRegressor(network, transformer=log_seconds)
-        regressor = make_pipeline(FunctionTransformer(np.log), StandardScaler(), target)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the error on held-out points is what counts
-            regressor.fit(frame[list(features)].to_numpy(float), frame["latency_s"].to_numpy(float))
-        return cls(original, tuple(features), regressor)
-
-    def predict(self, frame: pd.DataFrame) -> np.ndarray:
-        """Seconds of each row."""
-        return self.regressor.predict(frame[list(self.features)].to_numpy(float))
-
-    def __call__(self, config: SubModelConfig) -> float:
-        """Seconds of one sub-model."""
-        return float(self.predict(pd.DataFrame([describe(config, self.original)]))[0])
-
-
-# Latency and energy of a policy -----------------------------------------------------------------------------------
+    return sum(device.compute_s(operations, STRATEGY, size) for operations, size in products(config, original))
 
 
 @dataclass(frozen=True)
@@ -142,10 +51,9 @@ def latency(
 ) -> Latency:
     """Eqs. 3-6 for one request.
 
-    Average pooling over the tokens and the linear map of Eq. 2 can change places: W Pool(X) + b = Pool(W X + b). So the
-    "down-sampled features" that the paper sends may be the pooled ones, one token each, with the same result; Eq. 6 as
-    printed multiplies M of them, which is read as all tokens. Which is sent is `sent_tokens`. Eq. 5 lets each device
-    send at its link's rate r_n: that all of them share the central node's link is not in it, and not here.
+    The "down-sampled features" that the paper sends may be the pooled ones, one token each, with the same result
+    (`aggregator`); Eq. 6 as printed multiplies M of them, which is read as all tokens. Eq. 5 lets each device send at
+    its link's rate r_n: that all of them share the central node's link is not in it, and not here.
 
     Args:
         cluster: devices in the policy's order and their link; r_n is its bandwidth times the device's share and the
@@ -170,11 +78,11 @@ def latency(
     else:
         backbone = [float(predict(c)) for c, predict in zip(policy.sub_models, predictors, strict=True)]
     link, send = cluster.link, []
-    for n, config in enumerate(policy.sub_models):
-        num_bytes = FLOAT_BYTES * tokens * config.hidden_size / link.share(n)
+    for n, width in enumerate(policy.widths):
+        num_bytes = FLOAT_BYTES * tokens * width / link.share(n)
         send.append(0.0 if n == central else link.collective_s("send", num_bytes, policy.num_devices))
-    own, together = policy.sub_models[central].hidden_size, sum(c.hidden_size for c in policy.sub_models)
-    aggregate = cluster.devices[central].compute_s(2 * tokens * own * together, STRATEGY)
+    operations = 2 * tokens * policy.widths[central] * sum(policy.widths)
+    aggregate = cluster.devices[central].compute_s(operations, STRATEGY)
     return Latency(tuple(backbone), tuple(send), aggregate, central)
 
 
@@ -182,47 +90,3 @@ def fastest_device(devices: Sequence[DeviceProfile]) -> int:
     """By what it takes for the same product; of equals the first."""
     seconds = [device.compute_s(1e9, STRATEGY) for device in devices]
     return seconds.index(min(seconds))
-
-
-def shared_limits(original: Original, cluster: ClusterProfile, share: float) -> Limits:
-    """`share` of the large model's FLOPs in all, each device's part by its speed, so that all would end together."""
-    rates = [1 / device.compute_s(1.0, STRATEGY) for device in cluster.devices]
-    total = share * flops(original.whole, original)
-    return Limits(tuple(total * rate / sum(rates) for rate in rates), (float("inf"),) * len(rates))
-
-
-def tdp_w(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
-    """Thermal design power of each device (Table VII)."""
-    return tuple(DEVICES[spec.preset].power_w for spec in specs)
-
-
-def energy_j(times: Latency, powers_w: Sequence[float]) -> float:
-    """Modelled energy of one request over all devices: power times the time in which a device computes.
-
-    Nothing is published on sending, and idle power is left out, as the paper subtracts it. With thermal design power
-    this is too high: the published 760.64 mJ of DeiT-B in 123.48 ms on a Jetson TX2 are 6.2 W of its 15 W (Table V).
-    Ratios between policies are what it is good for.
-    """
-    busy = list(times.backbone_s)
-    busy[times.central] += times.aggregate_s
-    return sum(power * seconds for power, seconds in zip(powers_w, busy, strict=True))
-
-
-def latency_table(policy: Policy, original: Original, times: Latency, names: Sequence[str]) -> pd.DataFrame:
-    """C_n by device, what it costs, and the predicted milliseconds of each phase."""
-    whole = flops(original.whole, original)
-    return pd.DataFrame(
-        {
-            "device": names[n] + (" (aggregates)" if n == times.central else ""),
-            "layers": c.num_layers,
-            "width": c.hidden_size,
-            "heads (mean)": round(c.mean_heads, 1),
-            "FFN (mean)": round(c.mean_ffn_size),
-            "% of FLOPs": 100 * flops(c, original) / whole,
-            "MiB": memory_bytes(c, original) / 2**20,
-            "compute ms": 1e3 * times.backbone_s[n],
-            "send ms": 1e3 * times.send_s[n],
-            "idle ms": 1e3 * times.idle_s[n],
-        }
-        for n, c in enumerate(policy.sub_models)
-    )

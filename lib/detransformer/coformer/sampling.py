@@ -5,15 +5,11 @@ from itertools import product
 
 import numpy as np
 
-from detransformer.coformer.policy import (
-    Limits,
-    Original,
-    Policy,
-    SubModelConfig,
-    flops,
-    memory_bytes,
-    violations,
-)
+from detransformer.coformer.policy import Limits, Original, Policy, SubModelConfig, flops, memory_bytes, violations
+
+KINDS = ("width", "ffn", "heads", "layers")  # of changes
+MAX_STEPS = 3  # of one random change
+NUM_TRIES = 20  # random changes of a policy, until one breaks no constraint
 
 
 def sample_policy(rng: np.random.Generator, original: Original, limits: Limits | None, num_devices: int) -> Policy:
@@ -39,20 +35,28 @@ def sample_policy(rng: np.random.Generator, original: Original, limits: Limits |
             heads[n].append(num_heads)
             ffn[n].append(ffn_size)
     configs = [SubModelConfig(len(h), int(w), h, f) for w, h, f in zip(widths, heads, ffn, strict=True)]
-    return _within(rng, configs, original, limits)
+    if limits is not None:
+        most = list(zip(limits.flops, limits.memory_bytes, strict=True))
+        configs = [_shrunk(rng, config, original, most[n], f"device {n}") for n, config in enumerate(configs)]
+    return Policy(tuple(configs))
 
 
 def mutate_policy(rng: np.random.Generator, policy: Policy, original: Original, limits: Limits | None) -> Policy:
-    """A valid policy near `policy`: one to three changes of a sub-model's layers, width, heads or FFN.
+    """A valid policy near `policy`: one to four random changes of a sub-model's layers, width, heads or FFN.
 
-    What the sub-models then have too much of together (C2-C4) is taken from the one that has most of it.
+    Changes that together break a constraint are drawn again, `NUM_TRIES` times at most; then `policy` is returned.
     """
-    configs = list(policy.sub_models)
-    for _ in range(rng.integers(1, 4)):
-        n = int(rng.integers(len(configs)))
-        configs[n] = _mutated(rng, configs[n], original)
-        configs = _shared_out(configs, n, original)
-    return _within(rng, configs, original, limits)
+    for _ in range(NUM_TRIES):
+        configs = list(policy.sub_models)
+        for _ in range(rng.integers(1, 5)):
+            n, kind = rng.integers(len(configs)), KINDS[rng.integers(len(KINDS))]
+            first, last = sorted(rng.integers(0, configs[n].num_layers, 2))
+            steps = rng.integers(1, MAX_STEPS + 1) * rng.choice((-1, 1))
+            configs[n] = _changed(configs[n], kind, range(first, last + 1), int(steps), original)
+        mutated = Policy(tuple(configs))
+        if not violations(mutated, original, limits):
+            return mutated
+    return policy
 
 
 def uniform_policy(original: Original, num_devices: int, limits: Limits | None = None) -> Policy:
@@ -65,10 +69,10 @@ def uniform_policy(original: Original, num_devices: int, limits: Limits | None =
     """
     _check_room(original, num_devices)
     width = original.hidden_size // num_devices // original.hidden_step * original.hidden_step
-    heads = original.num_heads // num_devices
     ffn = original.ffn_size // num_devices // original.ffn_step * original.ffn_step
     for layers in range(original.num_layers, 0, -1):
-        policy = Policy((SubModelConfig(layers, width, (heads,) * layers, (ffn,) * layers),) * num_devices)
+        config = SubModelConfig.alike(layers, width, original.num_heads // num_devices, ffn)
+        policy = Policy((config,) * num_devices)
         found = violations(policy, original, limits)
         if not found:
             return policy
@@ -87,8 +91,43 @@ def sample_uniform_policy(
     ffn = ffn_step * rng.integers(1, original.ffn_size // ffn_step // num_devices + 1, layers)
     config = SubModelConfig(layers, int(width), heads, ffn)
     if limits is not None:
-        config = _shrunk(rng, config, original, min(limits.flops), min(limits.memory_bytes), "the smallest")
+        config = _shrunk(rng, config, original, (min(limits.flops), min(limits.memory_bytes)), "the smallest")
     return Policy((config,) * num_devices)
+
+
+def filled(policy: Policy, original: Original, limits: Limits) -> Policy:
+    """`policy` grown step by step until it is at its limits or nothing is left to give (C1-C6).
+
+    A search is free to stay below its limits; rows that are compared at equal FLOPs should not.
+    """
+    grows = True
+    while grows:
+        grows = False
+        for number, kind in product(range(policy.num_devices), KINDS):
+            for layer in range(policy.sub_models[number].num_layers if kind in ("ffn", "heads") else 1):
+                larger = _changed(policy.sub_models[number], kind, [layer], 1, original)
+                grown = Policy((*policy.sub_models[:number], larger, *policy.sub_models[number + 1 :]))
+                if not violations(grown, original, limits):
+                    policy, grows = grown, True
+    return policy
+
+
+def _changed(config: SubModelConfig, kind: str, layers, steps: int, original: Original) -> SubModelConfig:
+    """`config` by so many steps wider (narrower, if negative), with more heads or FFN columns in `layers`, or deeper.
+
+    Nothing falls below one step. Layers are added, the smallest there are, and taken away at the end.
+    """
+    if kind == "width":
+        return replace(config, hidden_size=max(config.hidden_size + steps * original.hidden_step, original.hidden_step))
+    heads, ffn_sizes = list(config.num_heads), list(config.ffn_sizes)
+    if kind == "layers":
+        heads, ffn_sizes = heads + [1] * steps, ffn_sizes + [original.ffn_step] * steps
+        count = max(config.num_layers + steps, 1)
+        return SubModelConfig(count, config.hidden_size, heads[:count], ffn_sizes[:count])
+    sizes, step = (heads, 1) if kind == "heads" else (ffn_sizes, original.ffn_step)
+    for layer in layers:
+        sizes[layer] = max(sizes[layer] + steps * step, step)
+    return replace(config, num_heads=heads, ffn_sizes=ffn_sizes)
 
 
 def _check_room(original: Original, num_devices: int) -> None:
@@ -120,80 +159,23 @@ def _draw(rng: np.random.Generator, num_parts: int, share: np.ndarray) -> np.nda
     return 1 + rng.multinomial(used - len(share), share / share.sum())
 
 
-def _mutated(rng: np.random.Generator, config: SubModelConfig, original: Original) -> SubModelConfig:
-    """One change of up to three steps of one sub-model, within the original's own sizes."""
-    kind = ("layers", "width", "heads", "ffn")[rng.integers(4)]
-    change = (-3, -2, -1, 1, 2, 3)[rng.integers(6)]
-    if kind == "width":
-        widest = original.hidden_size // original.hidden_step * original.hidden_step
-        width = int(np.clip(config.hidden_size + change * original.hidden_step, original.hidden_step, widest))
-        return replace(config, hidden_size=width)
-    if kind == "layers":  # some are left out, or come twice: layers are like others near them
-        wanted = int(np.clip(config.num_layers + change, 1, original.num_layers))
-        kept = np.sort(rng.choice(config.num_layers, wanted, replace=wanted > config.num_layers))
-        heads, ffn = ([sizes[layer] for layer in kept] for sizes in (config.num_heads, config.ffn_sizes))
-        return SubModelConfig(wanted, config.hidden_size, heads, ffn)
-    start, stop = sorted(rng.integers(0, config.num_layers + 1, 2))
-    start, stop = (start, stop) if start < stop else (0, config.num_layers)
-    name, step, most = "num_heads", 1, original.num_heads
-    if kind == "ffn":
-        name, step, most = "ffn_sizes", original.ffn_step, original.ffn_size // original.ffn_step * original.ffn_step
-    sizes = np.array(getattr(config, name))
-    sizes[start:stop] = np.clip(sizes[start:stop] + change * step, step, most)
-    return replace(config, **{name: tuple(sizes)})
-
-
-def _shared_out(configs: list[SubModelConfig], changed: int, original: Original) -> list[SubModelConfig]:
-    """C2-C4 again after sub-model `changed` grew: what is too much is taken from the others that have most."""
-    widths = _lowered([c.hidden_size for c in configs], changed, original.hidden_step, original.hidden_size)
-    heads, ffn = [list(c.num_heads) for c in configs], [list(c.ffn_sizes) for c in configs]
-    for sizes, step, most in ((heads, 1, original.num_heads), (ffn, original.ffn_step, original.ffn_size)):
-        for layer in range(max(map(len, sizes))):
-            there = [n for n, own in enumerate(sizes) if layer < len(own)]
-            spared = there.index(changed) if changed in there else -1
-            lowered = _lowered([sizes[n][layer] for n in there], spared, step, most)
-            for n, size in zip(there, lowered, strict=True):
-                sizes[n][layer] = size
-    return [SubModelConfig(len(h), w, h, f) for w, h, f in zip(widths, heads, ffn, strict=True)]
-
-
-def _lowered(sizes: list[int], spared: int, step: int, most: int) -> list[int]:
-    """`sizes` with a sum of at most `most`, none below `step`; the one at `spared` is lowered last."""
-    sizes = list(sizes)
-    while sum(sizes) > most:
-        # `_check_room` made sure that there is one above a step.
-        largest = max(range(len(sizes)), key=lambda n: (sizes[n] > step, n != spared, sizes[n]))
-        sizes[largest] -= step
-    return sizes
-
-
-def _within(
-    rng: np.random.Generator, configs: list[SubModelConfig], original: Original, limits: Limits | None
-) -> Policy:
-    """The policy of `configs`, those above their device's limits (C5, C6) made smaller."""
-    if limits is not None:
-        room = enumerate(zip(configs, limits.flops, limits.memory_bytes, strict=True))
-        configs = [_shrunk(rng, config, original, *most, f"device {n}") for n, (config, *most) in room]
-    return Policy(tuple(configs))
-
-
 def _shrunk(
-    rng: np.random.Generator,
-    config: SubModelConfig,
-    original: Original,
-    max_flops: float,
-    max_memory: float,
-    device: str,
+    rng: np.random.Generator, config: SubModelConfig, original: Original, most: tuple[float, float], device: str
 ) -> SubModelConfig:
-    """`config` made smaller, an eighth of one of its sizes at a time, until it is within both limits."""
-    while (over := flops(config, original) > max_flops) or memory_bytes(config, original) > max_memory:
+    """`config` made smaller, an eighth of one of its sizes at a time, until it is within `most` FLOPs and bytes."""
+
+    def less(size: int, step: int = 1) -> int:
+        parts = size // step
+        return step * max(1, parts - max(1, parts // 8))
+
+    while (over := flops(config, original) > most[0]) or memory_bytes(config, original) > most[1]:
         layers = max(1, config.num_layers - max(1, (config.num_layers - 1) // 8))
         smaller = [
             # The last layers go: the k-th layers of other sub-models, which C3 and C4 count together, stay the same.
             SubModelConfig(layers, config.hidden_size, config.num_heads[:layers], config.ffn_sizes[:layers]),
-            replace(config, hidden_size=_eighth_less(config.hidden_size, original.hidden_step)),
-            replace(config, num_heads=tuple(_eighth_less(heads, 1) for heads in config.num_heads)),
-            replace(config, ffn_sizes=tuple(_eighth_less(size, original.ffn_step) for size in config.ffn_sizes)),
+            replace(config, hidden_size=less(config.hidden_size, original.hidden_step)),
+            replace(config, num_heads=tuple(map(less, config.num_heads))),
+            replace(config, ffn_sizes=tuple(less(size, original.ffn_step) for size in config.ffn_sizes)),
         ]
         smaller = [other for other in smaller if other != config]
         if not smaller:
@@ -201,38 +183,3 @@ def _shrunk(
             raise ValueError(f"{name}: the smallest sub-model is above the limit of {device}: raise it.")
         config = smaller[rng.integers(len(smaller))]
     return config
-
-
-def _eighth_less(size: int, step: int) -> int:
-    """In steps, and one step at least stays."""
-    parts = size // step
-    return step * max(1, parts - max(1, parts // 8))
-
-
-def filled(policy: Policy, original: Original, limits: Limits) -> Policy:
-    """`policy` grown step by step until it is at its limits or nothing is left to give (C1-C6).
-
-    A search is free to stay below its limits; rows that are compared at equal FLOPs should not.
-    """
-    grows = True
-    while grows:
-        grows = False
-        for number, kind in product(range(policy.num_devices), ("width", "ffn", "heads", "layers")):
-            for layer in range(policy.sub_models[number].num_layers if kind in ("ffn", "heads") else 1):
-                larger = _one_step_more(policy.sub_models[number], kind, layer, original)
-                grown = Policy((*policy.sub_models[:number], larger, *policy.sub_models[number + 1 :]))
-                if not violations(grown, original, limits):
-                    policy, grows = grown, True
-    return policy
-
-
-def _one_step_more(config: SubModelConfig, kind: str, layer: int, original: Original) -> SubModelConfig:
-    """`config` wider, or with more FFN columns or heads in one layer, or with one more layer, the smallest."""
-    heads, ffn_sizes = list(config.num_heads), list(config.ffn_sizes)
-    if kind == "width":
-        return replace(config, hidden_size=config.hidden_size + original.hidden_step)
-    if kind == "layers":
-        return SubModelConfig(len(heads) + 1, config.hidden_size, [*heads, 1], [*ffn_sizes, original.ffn_step])
-    sizes, step = (heads, 1) if kind == "heads" else (ffn_sizes, original.ffn_step)
-    sizes[layer] += step
-    return replace(config, num_heads=heads, ffn_sizes=ffn_sizes)

@@ -1,23 +1,31 @@
-"""Bayesian search of the decomposition policy (CoFormer 2025, Algorithm 1 lines 1-10, Eqs. 9-12 and 15-19).
+"""Bayesian search of the decomposition policy (CoFormer 2025, Algorithm 1 lines 1-10, Eqs. 7-12 and 15-19).
 
-A Gaussian process with a Matern kernel (nu = 1.5, length scale 1) is fitted to the policies that were evaluated, and
-the next one is the candidate with the largest expected improvement. Where the printed Eqs. 9, 12 and 19 cannot
-be meant as they stand, the standard form is used (docs/findings.md, "CoFormer's equations").
+The objective is the validation loss plus the weighted latency (Eq. 8); the loss of the uncalibrated sub-models stands
+in for the error that they have once they are calibrated. A Gaussian process with a Matern kernel (nu = 1.5, length
+scale 1) is fitted to the policies that were evaluated, and the next one is the candidate with the largest expected
+improvement. Where the printed Eqs. 9, 12 and 19 cannot be meant as they stand, the standard form is used
+(docs/findings.md, "CoFormer's equations").
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from detransformer.coformer.evaluator import Evaluation
+from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.policy import Limits, Original, Policy, encode
+from detransformer.coformer.predictor import Latency
 from detransformer.coformer.sampling import mutate_policy, sample_policy, sample_uniform_policy
+from detransformer.coformer.tasks import BoostTask
 from detransformer.files import atomic_write
+from detransformer.training.config import Checked, not_negative, positive
+from detransformer.typed_json import from_json
 
 NOISE = 1e-6  # variance of the white noise epsilon, of standardised observations: evaluations are repeatable
 LENGTH_SCALES = (0.05, 20.0)  # between which a fitted length scale is looked for
@@ -26,11 +34,72 @@ NUM_PARENTS = 5
 FITTED = "bayesian, fitted length scale"
 METHODS = ("bayesian", FITTED, "random", "uniform")  # of a search (Fig. 11)
 
-Objective = Callable[[Policy], Evaluation]
+
+# The objective ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class Evaluation:
+    """Psi(C) = L_val + delta T of one policy, and its two terms."""
+
+    loss: float
+    latency_s: float
+    objective: float
+
+    @classmethod
+    def of(cls, loss: float, latency_s: float, delta: float) -> "Evaluation":
+        return cls(float(loss), float(latency_s), float(loss + delta * latency_s))
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Eq. 8 as a function of the policy: decomposes, measures the validation loss, predicts the latency.
+
+    Args:
+        model: the large model, with a task head.
+        batches: a small part of the samples, on which all policies are compared.
+        latency: predicts that of a policy. For a small model, whose messages take most of the time, it may price the
+            same shares of a larger one.
+        delta: what a second counts in units of loss.
+    """
+
+    model: PreTrainedModel
+    batches: Sequence[Mapping[str, torch.Tensor]]
+    latency: Callable[[Policy], Latency]
+    delta: float
+
+    def __call__(self, policy: Policy) -> Evaluation:
+        sub_models = decompose(self.model, policy)
+        loss = np.mean([validation_loss(sub_model, self.batches) for sub_model in sub_models])
+        return Evaluation.of(loss, self.latency(policy).total_s, self.delta)
+
+
+def training_batches(task: BoostTask, num_rows: int, seed: int = 0, batch_size: int = 64) -> list[dict]:
+    """`num_rows` training samples, rounded up to whole batches, with their labels, as models take them."""
+    total = len(task.train_labels)
+    steps = range(math.ceil(min(num_rows, total) / batch_size))
+    batches = (task.train_batch(seed, step, min(batch_size, total)) for step in steps)
+    return [{name: tensor for name, tensor in batch.items() if name != "rows"} for batch in batches]
+
+
+@torch.inference_mode()
+def validation_loss(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    """The validation loss L_n of a sub-model, the mean over samples; Eq. 7 is the mean over sub-models.
+
+    Eq. 7 sums over samples, which scales the loss with the size of the data set and so delta with it; the text calls it
+    the average. The model is put in eval mode for it.
+    """
+    model.eval()
+    sizes = [len(batch["labels"]) for batch in batches]
+    losses = [float(model(**{name: x.to(model.device) for name, x in batch.items()}).loss) for batch in batches]
+    return float(np.average(losses, weights=sizes))
+
+
+# The search ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SearchConfig(Checked):
     """How a policy is looked for.
 
     Args:
@@ -39,28 +108,19 @@ class SearchConfig:
         seed: of policies and samples.
     """
 
-    num_initial: int = 10
-    num_iterations: int = 40
-    num_rows: int = 256
+    num_initial: int = positive(10)
+    num_iterations: int = not_negative(40)
+    num_rows: int = positive(256)
     seed: int = 0
-
-    def __post_init__(self):
-        for name, least in (("num_initial", 1), ("num_iterations", 0), ("num_rows", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is below {least}: give a larger number.")
-
-    @property
-    def num_evaluations(self) -> int:
-        return self.num_initial + self.num_iterations
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The policies that a search evaluated, in order."""
+    """The policies that a search evaluated, in order; `settings` are all that they depend on besides the objective."""
 
-    method: str
-    policies: tuple[Policy, ...]
-    evaluations: tuple[Evaluation, ...]
+    settings: dict
+    policies: tuple[Policy, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
     @property
     def best(self) -> int:
@@ -71,26 +131,9 @@ class SearchResult:
     def best_policy(self) -> Policy:
         return self.policies[self.best]
 
-    @property
-    def history(self) -> pd.DataFrame:
-        """A row an evaluation: `policy` as JSON, `loss`, `latency_s`, `objective`, and the best objective so far.
-
-        `best_loss` and `best_latency_s` are those of the best policy so far (Fig. 11).
-        """
-        rows = [
-            {"method": self.method, "evaluation": i, "policy": json.dumps(p.to_dict()), **asdict(e)}
-            for i, (p, e) in enumerate(zip(self.policies, self.evaluations, strict=True))
-        ]
-        frame = pd.DataFrame(rows)
-        frame["best_objective"] = frame["objective"].cummin()
-        leader = [int(np.argmin(frame["objective"][: i + 1])) for i in range(len(frame))]
-        frame["best_loss"] = frame["loss"].to_numpy()[leader]
-        frame["best_latency_s"] = frame["latency_s"].to_numpy()[leader]
-        return frame
-
 
 def search_policy(
-    objective: Objective,
+    objective: Callable[[Policy], Evaluation],
     original: Original,
     num_devices: int,
     config: SearchConfig,
@@ -99,7 +142,7 @@ def search_policy(
     history: str | Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """The policy of the least objective (Eq. 8) among `config.num_evaluations`.
+    """The policy of the least objective (Eq. 8) among `num_initial` + `num_iterations`.
 
     Args:
         objective: an `Evaluator`, or another function of a policy.
@@ -118,25 +161,26 @@ def search_policy(
     draw = sample_uniform_policy if method == "uniform" else sample_policy
     chooses = method in ("bayesian", FITTED)
     settings = {"method": method, "seed": config.seed} | ({"num_initial": config.num_initial} if chooses else {})
-    policies, evaluations = _load(history, settings)
-    total, done = config.num_evaluations, len(policies)
+    found = _load(history, settings)
+    total, done = config.num_initial + config.num_iterations, len(found.policies)
     for i in tqdm(range(done, total), method, total, initial=done, unit="policy", disable=not progress):
         rng = np.random.default_rng([config.seed, i])  # of this evaluation alone, so that a search can go on anywhere
         if i < config.num_initial or not chooses:
             policy = draw(rng, original, limits, num_devices)
         else:
-            best = np.argsort([e.objective for e in evaluations], kind="stable")[:NUM_PARENTS]
-            parents = [policies[best[i % len(best)]] for i in range(NUM_CANDIDATES // 2)]
+            observed = np.array([e.objective for e in found.evaluations])
+            best = np.argsort(observed, kind="stable")[:NUM_PARENTS]
+            parents = [found.policies[best[i % len(best)]] for i in range(NUM_CANDIDATES // 2)]
             candidates = [mutate_policy(rng, parent, original, limits) for parent in parents]
             candidates += [draw(rng, original, limits, num_devices) for _ in parents]
-            candidates = [policy for policy in candidates if policy not in policies] or candidates
-            vectors = (np.array([encode(policy, original) for policy in part]) for part in (policies, candidates))
-            observed = np.array([e.objective for e in evaluations])
+            candidates = [policy for policy in candidates if policy not in found.policies] or candidates
+            vectors = (np.array([encode(p, original) for p in part]) for part in (found.policies, candidates))
             policy = candidates[int(np.argmax(expected_improvement(*vectors, observed, method == FITTED)))]
-        policies.append(policy)
-        evaluations.append(objective(policy))
-        _save(history, settings, policies, evaluations)
-    return SearchResult(method, tuple(policies[:total]), tuple(evaluations[:total]))
+        found = SearchResult(settings, (*found.policies, policy), (*found.evaluations, objective(policy)))
+        if history is not None:
+            with atomic_write(history) as file:
+                json.dump(asdict(found), file)
+    return SearchResult(settings, found.policies[:total], found.evaluations[:total])
 
 
 def expected_improvement(
@@ -162,25 +206,16 @@ def expected_improvement(
     return improvement * norm.cdf(z) + deviation * norm.pdf(z)
 
 
-def _load(path: str | Path | None, settings: dict) -> tuple[list[Policy], list[Evaluation]]:
+def _load(path: str | Path | None, settings: dict) -> SearchResult:
+    """What the history at `path` has, nothing where it is not there."""
     if path is None or not Path(path).exists():
-        return [], []
+        return SearchResult(settings)
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = record["settings"]
-        policies = [Policy.from_dict(row.pop("policy")) for row in record["evaluations"]]
-        evaluations = [Evaluation(**row) for row in record["evaluations"]]
+        found = from_json(SearchResult, json.loads(Path(path).read_text(encoding="utf-8")))
+        known = dict(found.settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the history of a search ({error}): remove it, or give another.") from error
-    if found != settings:
-        others = ", ".join(f"{name}={found.get(name)!r}" for name in settings if found.get(name) != settings[name])
+    if known != settings:
+        others = ", ".join(f"{name}={known.get(name)!r}" for name in settings if known.get(name) != settings[name])
         raise ValueError(f"{path} is of a search with {others}: give another file, or search as it did.")
-    return policies, evaluations
-
-
-def _save(path: str | Path | None, settings: dict, policies: list[Policy], evaluations: list[Evaluation]) -> None:
-    if path is None:
-        return
-    rows = [{"policy": p.to_dict(), **asdict(e)} for p, e in zip(policies, evaluations, strict=True)]
-    with atomic_write(path) as file:
-        json.dump({"settings": settings, "evaluations": rows}, file)
+    return found

@@ -9,6 +9,7 @@ Shapes: B batch, S tokens, d embedding width, A = heads x head size, D FFN colum
 """
 
 import copy
+from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -38,82 +39,65 @@ from detransformer.models.configuration import config_fields
 # Configurations --------------------------------------------------------------------------------------------------
 
 
-@strict
-class CoformerBertConfig(BertConfig):
-    """`BertConfig` of a sub-model; without the four fields it describes a plain BERT.
+@dataclass(kw_only=True, repr=False, eq=False)
+class SubModelSizes:
+    """The fields that a sub-model's configuration adds to the original class's; without them it is a plain model's.
 
     Args:
         layer_heads: heads of each layer; `num_attention_heads` is the large model's, h.
-        layer_ffn_sizes: FFN columns of each layer; `intermediate_size` is the large model's, D.
+        layer_ffn_sizes: FFN columns of each layer; `intermediate_size` (GPT-2's `n_inner`) is the large model's, D.
         head_dim: size of a head, the large model's.
         source_layers: the large model's layers that this one's were cut from.
 
     Raises:
-        ValueError: for lists that are not one entry a layer, or a size below 1.
+        ValueError: for lists that are not one entry a layer, a size below 1, or a decoder where an encoder is meant.
     """
+
+    layer_heads: list[int] | None = None
+    layer_ffn_sizes: list[int] | None = None
+    head_dim: int | None = None
+    source_layers: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.model_type == "coformer_bert" and (self.is_decoder or self.add_cross_attention):
+            raise ValueError("a sub-model of BERT is an encoder: set is_decoder=False and add_cross_attention=False.")
+        if self.model_type == "coformer_gpt2" and self.add_cross_attention:
+            raise ValueError("a sub-model of GPT-2 attends to its own tokens only: set add_cross_attention=False.")
+        layers = self.num_hidden_layers
+        ffn_size = self.n_inner or 4 * self.n_embd if self.model_type == "coformer_gpt2" else self.intermediate_size
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.layer_heads = self.layer_heads or [self.num_attention_heads] * layers
+        self.layer_ffn_sizes = self.layer_ffn_sizes or [ffn_size] * layers
+        self.source_layers = self.source_layers or list(range(layers))
+        if len(self.source_layers) != layers:
+            raise ValueError(f"source_layers lists {len(self.source_layers)} layers and the model has {layers}.")
+        sizes_of(self)
+
+
+@strict
+class CoformerBertConfig(SubModelSizes, BertConfig):
+    """`BertConfig` of a sub-model."""
 
     model_type = "coformer_bert"
 
-    layer_heads: list[int] | None = None
-    layer_ffn_sizes: list[int] | None = None
-    head_dim: int | None = None
-    source_layers: list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.is_decoder or self.add_cross_attention:
-            raise ValueError("a sub-model of BERT is an encoder: set is_decoder=False and add_cross_attention=False.")
-        _complete(self, self.intermediate_size)
-
 
 @strict
-class CoformerGPT2Config(GPT2Config):
-    """`GPT2Config` of a sub-model, as `CoformerBertConfig`; `n_inner` is the large model's D."""
+class CoformerGPT2Config(SubModelSizes, GPT2Config):
+    """`GPT2Config` of a sub-model."""
 
     model_type = "coformer_gpt2"
 
-    layer_heads: list[int] | None = None
-    layer_ffn_sizes: list[int] | None = None
-    head_dim: int | None = None
-    source_layers: list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.add_cross_attention:
-            raise ValueError("a sub-model of GPT-2 attends to its own tokens only: set add_cross_attention=False.")
-        _complete(self, self.n_inner or 4 * self.n_embd)
-
 
 @strict
-class CoformerViTConfig(ViTConfig):
-    """`ViTConfig` of a sub-model, as `CoformerBertConfig`."""
+class CoformerViTConfig(SubModelSizes, ViTConfig):
+    """`ViTConfig` of a sub-model."""
 
     model_type = "coformer_vit"
-
-    layer_heads: list[int] | None = None
-    layer_ffn_sizes: list[int] | None = None
-    head_dim: int | None = None
-    source_layers: list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        _complete(self, self.intermediate_size)
 
 
 CoformerConfig = CoformerBertConfig | CoformerGPT2Config | CoformerViTConfig
 SUB_MODEL_CONFIG = {"bert": CoformerBertConfig, "gpt2": CoformerGPT2Config, "vit": CoformerViTConfig}
-
-
-def _complete(config: CoformerConfig, ffn_size: int) -> None:
-    """What is not given is the plain model's; ValueError for what cannot be."""
-    layers = config.num_hidden_layers
-    config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    config.layer_heads = config.layer_heads or [config.num_attention_heads] * layers
-    config.layer_ffn_sizes = config.layer_ffn_sizes or [ffn_size] * layers
-    config.source_layers = config.source_layers or list(range(layers))
-    if len(config.source_layers) != layers:
-        raise ValueError(f"source_layers lists {len(config.source_layers)} layers and the model has {layers}.")
-    sizes_of(config)
 
 
 def sizes_of(config: CoformerConfig) -> SubModelConfig:
@@ -244,15 +228,10 @@ SUB_MODEL_CLASS = {
 }
 
 
-def register() -> None:
-    """Makes `AutoConfig`, the AutoModel classes and `AutoTokenizer` know the sub-models."""
-    for made in SUB_MODEL_CLASS.values():
-        AutoConfig.register(made.config_class.model_type, made.config_class, exist_ok=True)
-        images = made is CoformerViTForImageClassification
-        auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-        auto.register(made.config_class, made, exist_ok=True)
-    AutoTokenizer.register(CoformerBertConfig, BertTokenizer, exist_ok=True)
-    AutoTokenizer.register(CoformerGPT2Config, GPT2Tokenizer, exist_ok=True)
-
-
-register()
+for made in SUB_MODEL_CLASS.values():  # so that the Auto classes know the sub-models
+    AutoConfig.register(made.config_class.model_type, made.config_class, exist_ok=True)
+    images = made is CoformerViTForImageClassification
+    auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    auto.register(made.config_class, made, exist_ok=True)
+AutoTokenizer.register(CoformerBertConfig, BertTokenizer, exist_ok=True)
+AutoTokenizer.register(CoformerGPT2Config, GPT2Tokenizer, exist_ok=True)

@@ -3,13 +3,22 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from detransformer.commands import options
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from detransformer.coformer.calibration import Calibrated
+    from detransformer.coformer.policy import Original, Policy
+    from detransformer.coformer.predictor import Latency
 
 PLAN_FILE = "plan.json"
 IMAGE_FILE = "preprocessor_config.json"
@@ -66,16 +75,15 @@ def decompose(
     """
     from detransformer.checkpoints import check_output
     from detransformer.cluster.spec import ClusterSpec
-    from detransformer.coformer.booster import BoostConfig, predict, weights_hash
-    from detransformer.coformer.calibration import calibrate_policy, score_table
-    from detransformer.coformer.classifiers import POOLING, family_of, learned_task, load_classifier
+    from detransformer.coformer.booster import BoostConfig
+    from detransformer.coformer.calibration import AggregatorConfig, calibrate_policy, missing_table
     from detransformer.coformer.ensemble import save_ensemble
-    from detransformer.coformer.evaluator import make_evaluator
-    from detransformer.coformer.fusion import AggregatorConfig, missing_table
+    from detransformer.coformer.outputs import predict, weights_hash
     from detransformer.coformer.policy import Limits, Original
-    from detransformer.coformer.predictor import fastest_device, latency, latency_table, roofline_s
+    from detransformer.coformer.predictor import fastest_device, latency, roofline_s
     from detransformer.coformer.sampling import filled
-    from detransformer.coformer.search import SearchConfig, search_policy
+    from detransformer.coformer.search import Evaluator, SearchConfig, search_policy, training_batches
+    from detransformer.commands.classifiers import POOLING, family_of, learned_task, load_classifier
     from detransformer.files import atomic_write
     from detransformer.training.config import config_hash
 
@@ -114,9 +122,11 @@ def decompose(
     key = config_hash(
         *(search, seed, limits, profile, learned.fingerprint, weights_hash(model), searching, latency_weight)
     )
-    evaluator = make_evaluator(
-        *(model, learned, profile, latency_weight, searching.num_rows, seed), seq_len=original.seq_len
-    )
+    fastest = fastest_device(profile.devices)
+    whole_s = roofline_s(original.whole, original, profile.devices[fastest])
+    batches = training_batches(learned, searching.num_rows, seed)
+    predicted = partial(latency, original=original, cluster=profile)
+    evaluator = Evaluator(model, batches, predicted, latency_weight / whole_s)
     history = work / f"search-{key[:8]}.json"
     found = search_policy(evaluator, original, len(profile.devices), searching, limits, search, history, progress=True)
     policy, grown = found.best_policy, fill and bool(budget or memory)
@@ -125,8 +135,6 @@ def decompose(
     times = latency(policy, original, profile)
     print(f"\n{search} search, {len(found.policies)} policies{', the best filled up' if grown else ''}:\n")
     print(latency_table(policy, original, times, spec.names).to_markdown(index=False, floatfmt=".4g"))
-    fastest = fastest_device(profile.devices)
-    whole_s = roofline_s(original.whole, original, profile.devices[fastest])
     slower = "" if times.total_s < whole_s else ": to decompose this model does not make it faster here"
     print(
         f"\npredicted: {1e3 * times.total_s:.4g} ms a request; the whole model {1e3 * whole_s:.4g} ms on "
@@ -134,10 +142,9 @@ def decompose(
     )
     aggregation = AggregatorConfig(drop=0.1)  # some answers come without a device
     made = calibrate_policy(
-        *(model, policy, learned, boosting, aggregation, work / "sub-models", aggregator, POOLING[family], limits),
-        seq_len=original.seq_len,
+        *(model, policy, learned, boosting, aggregation, work / "sub-models", aggregator, POOLING[family])
     )
-    large = learned.score(predict(model, learned, "test").argmax(-1))
+    large = learned.score(predict(model, learned, "test").argmax(-1).numpy())
     lost = missing_table(made.aggregator, made.test)
     tokenizer_of = None if family == "vit" else checkpoint
     save_ensemble(output, made.sub_models, made.aggregator, policy, original, times.central, tokenizer_of)
@@ -147,7 +154,7 @@ def decompose(
         "cluster": spec.name,
         "devices": list(spec.names),
         "central": spec.names[times.central],
-        "policy": policy.to_dict(),
+        "policy": asdict(policy),
         "predicted": asdict(times) | {"total_s": times.total_s},
         "task": learned.name,
         "scores": {
@@ -161,5 +168,43 @@ def decompose(
     with atomic_write(output / PLAN_FILE) as file:
         json.dump(plan, file, indent=1)
     shutil.rmtree(work)
-    print(score_table(made, learned, large, lost, spec.names).to_markdown(index=False, floatfmt=".2f"))
+    print(score_table(made, learned.metric, large, lost, spec.names).to_markdown(index=False, floatfmt=".2f"))
     print(f"\nWritten to {output}; ask it by `detransformer run --cluster {cluster} --model {output}`.")
+
+
+def latency_table(policy: "Policy", original: "Original", times: "Latency", names: Sequence[str]) -> "pd.DataFrame":
+    """C_n by device, what it costs, and the predicted milliseconds of each phase."""
+    import pandas as pd
+
+    from detransformer.coformer.policy import flops, memory_bytes
+
+    whole = flops(original.whole, original)
+    return pd.DataFrame(
+        {
+            "device": names[n] + (" (aggregates)" if n == times.central else ""),
+            "layers": c.num_layers,
+            "width": c.hidden_size,
+            "heads (mean)": round(c.mean_heads, 1),
+            "FFN (mean)": round(c.mean_ffn_size),
+            "% of FLOPs": 100 * flops(c, original) / whole,
+            "MiB": memory_bytes(c, original) / 2**20,
+            "compute ms": 1e3 * times.backbone_s[n],
+            "send ms": 1e3 * times.send_s[n],
+            "idle ms": 1e3 * times.idle_s[n],
+        }
+        for n, c in enumerate(policy.sub_models)
+    )
+
+
+def score_table(
+    made: "Calibrated", metric: str, large: float, lost: "pd.DataFrame", names: Sequence[str]
+) -> "pd.DataFrame":
+    """Scores of the large model and of each sub-model alone, and the accuracies of `missing_table`."""
+    import pandas as pd
+
+    rows = [("the large model", metric, large)]
+    rows += [(f"{name} alone", metric, result.score) for name, result in zip(names, made.boosted, strict=True)]
+    for row in lost.itertuples():
+        who = f"all but {names[row.missing - 1]}" if row.missing else f"all {len(names)}, aggregated"
+        rows.append((who, "accuracy", row.accuracy))
+    return pd.DataFrame(rows, columns=["who answers", "metric", "test score"])

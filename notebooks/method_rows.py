@@ -18,7 +18,7 @@ from transformers import BertForSequenceClassification, PretrainedConfig
 
 from detransformer.cluster.bench import Bench
 from detransformer.cluster.cells import Cell
-from detransformer.cluster.devices import DeviceSpec, cluster_profile
+from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
 from detransformer.cluster.rows import RowFile
 from detransformer.cluster.selfcheck import first_time_scale, usual_devices, why_invalid
 from detransformer.cluster.session import EmulatedCluster
@@ -27,17 +27,61 @@ from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, save_ensemble, whole_answer
-from detransformer.coformer.policy import FLOAT_BYTES, Original, Policy, flops, memory_bytes, scale_policy
-from detransformer.coformer.predictor import STRATEGY, energy_j, fastest_device, latency, tdp_w
+from detransformer.coformer.policy import FLOAT_BYTES, SIZES, Original, Policy, SubModelConfig, flops, memory_bytes
+from detransformer.coformer.predictor import STRATEGY, Latency, fastest_device, latency
 from detransformer.machine import usable_cores
 from detransformer.models.configuration import decoupled_config, preset_config
-from detransformer.parallel.plan import Plan
-from detransformer.planning.cost import Compute, compute_seconds, device_steps, predict
+from detransformer.planning.cost import busy_seconds, predict
 from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile
 
 PEERS = {"galaxy": "exact", "pp": "exact", "auto": "exact", "bp+paper": "decoupled", "bp+auto": "decoupled"}
 NUM_CLASSES = 2
+
+
+def tdp_w(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
+    """Thermal design power of each device (Table VII)."""
+    return tuple(DEVICES[spec.preset].power_w for spec in specs)
+
+
+def scale_policy(policy: Policy, original: Original, other: Original) -> Policy:
+    """The policy for `other` that takes the same shares of it as `policy` takes of `original`.
+
+    Where `other` has more layers, each repeats its heads and FFN widths. So a policy that was found on a small model of
+    the same kind can be priced at the size of a large one.
+
+    Raises:
+        ValueError: where `other` is not `original` a whole number of times, in layers, width, heads and FFN.
+    """
+    ratios = []
+    for name in SIZES:
+        ratio, rest = divmod(getattr(other, name), getattr(original, name))
+        if rest or not ratio:
+            raise ValueError(
+                f"{name}={getattr(other, name)} is not a multiple of {getattr(original, name)}: "
+                "give sizes that are multiples of the model's own."
+            )
+        ratios.append(ratio)
+    layers, width, heads, ffn = ratios
+
+    def scaled(c: SubModelConfig) -> SubModelConfig:
+        more_heads = [heads * size for size in c.num_heads for _ in range(layers)]
+        more_ffn = [ffn * size for size in c.ffn_sizes for _ in range(layers)]
+        return SubModelConfig(layers * c.num_layers, width * c.hidden_size, more_heads, more_ffn)
+
+    return Policy(tuple(map(scaled, policy.sub_models)))
+
+
+def energy_j(times: Latency, powers_w: Sequence[float]) -> float:
+    """Modelled energy of one request over all devices: power times the time in which a device computes.
+
+    Nothing is published on sending, and idle power is left out, as the paper subtracts it. With thermal design power
+    this is too high: the published 760.64 mJ of DeiT-B in 123.48 ms on a Jetson TX2 are 6.2 W of its 15 W (Table V). It
+    serves to compare policies.
+    """
+    busy = list(times.backbone_s)
+    busy[times.central] += times.aggregate_s
+    return sum(power * seconds for power, seconds in zip(powers_w, busy, strict=True))
 
 
 def answers_of(method: str) -> str:
@@ -110,7 +154,7 @@ def _ensemble_row(
         profile, specs = ClusterProfile(profile.devices[number : number + 1], profile.link), specs[number : number + 1]
     times = latency(policy, priced, profile, sent_tokens=sent_tokens)
     tokens = priced.seq_len if sent_tokens is None else sent_tokens
-    sent = [FLOAT_BYTES * tokens * c.hidden_size for n, c in enumerate(policy.sub_models) if n != times.central]
+    sent = [FLOAT_BYTES * tokens * width for n, width in enumerate(policy.widths) if n != times.central]
     share = sum(flops(config, priced) for config in policy.sub_models) / flops(priced.whole, priced)
     compute_s, what = max(times.backbone_s) + times.aggregate_s, "all tokens" if tokens > 1 else "pooled features"
     return {
@@ -130,7 +174,7 @@ def _ensemble_row(
 def _peer_row(
     method: str, config: PretrainedConfig, profile: ClusterProfile, specs: Sequence[DeviceSpec], priced: Original
 ) -> dict:
-    """The cost model's prediction for a method; energy by the rule of `predictor.energy_j`.
+    """The cost model's prediction for a method; energy by the rule of `energy_j`.
 
     BERT looks tokens up where a ViT multiplies patches: every device of a plan does that for itself, of a pipeline the
     first alone.
@@ -140,7 +184,7 @@ def _peer_row(
     work = 2 * (priced.seq_len - 1) * priced.patch_values * priced.hidden_size
     patches = [profile.devices[device].compute_s(work, STRATEGY) for device in plan.device_ids]
     patches = [*patches[:1], *(0.0 for _ in patches[1:])] if plan.stages else patches
-    busy = zip(plan.device_ids, _busy_s(config, plan, profile, priced.seq_len), patches, strict=True)
+    busy = zip(plan.device_ids, busy_seconds(config, plan, profile, priced.seq_len), patches, strict=True)
     return {
         "method": method,
         "plan": plan.describe(),
@@ -153,15 +197,6 @@ def _peer_row(
         "sent_kib": sum(prediction.bytes.values()) / 2**10,
         "rounds": sum(prediction.counts.values()),
     }
-
-
-def _busy_s(config: PretrainedConfig, plan: Plan, profile: ClusterProfile, seq_len: int) -> list[float]:
-    """Seconds in which each device of `plan` computes, in rank order."""
-    steps = [device_steps(config, plan, rank, seq_len) for rank in range(plan.num_devices)]
-    return [
-        sum(compute_seconds(step, profile.devices[device]) for step in own if isinstance(step, Compute))
-        for device, own in zip(plan.device_ids, steps, strict=True)
-    ]
 
 
 # Measured ---------------------------------------------------------------------------------------------------------
@@ -206,7 +241,7 @@ def measured_rows(
                 key = asdict(cell) | {"plan": plan.to_dict(), "specs": [spec.title for spec in specs]}
                 rows.append(kept.get(key) or kept.put(key, bench.measure_plans(cell, [plan])[0]))
             for method, policy in policies.items():
-                key = asdict(single) | {"ensemble": method, "policy": policy.to_dict()}
+                key = asdict(single) | {"ensemble": method, "policy": asdict(policy)}
                 if (row := kept.get(key)) is None:
                     folder = Path(run_path) / "ensembles" / method
                     ensemble = random_ensemble(folder, config, policy, original, central, seq_len)
@@ -225,8 +260,7 @@ def random_ensemble(
         torch.manual_seed(0)
         config = type(config)(**config.to_dict() | {"num_labels": NUM_CLASSES})
         sub_models = decompose(BertForSequenceClassification(config).eval(), scaled)
-        widths = [c.hidden_size for c in scaled.sub_models]
-        aggregator = make_aggregator("coformer", widths, NUM_CLASSES, pooling="first").eval()
+        aggregator = make_aggregator("coformer", scaled.widths, NUM_CLASSES, pooling="first").eval()
     return save_ensemble(folder, sub_models, aggregator, scaled, sizes, central)
 
 
