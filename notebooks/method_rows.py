@@ -20,9 +20,8 @@ from detransformer.cluster.bench import Bench
 from detransformer.cluster.cells import Cell
 from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
 from detransformer.cluster.rows import RowFile
-from detransformer.cluster.selfcheck import first_time_scale, usual_devices, why_invalid
+from detransformer.cluster.selfcheck import first_time_scale, lateness, usual_devices, why_invalid
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.cluster.slowdown import lateness
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import BertModel
 
 from detransformer.cluster.devices import preset_profile
-from detransformer.cluster.dtensor import DTensorExecutor, check_shards
 from detransformer.models import preset_config
 from detransformer.parallel.comm import Comm
+from detransformer.parallel.dtensor import DTensorExecutor, check_shards
 from detransformer.parallel.plan import published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.profile import ClusterProfile, LinkProfile
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoConfig
-from detransformer.cluster.dtensor import DTensorExecutor
+from detransformer.parallel.dtensor import DTensorExecutor
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.plan import published_plan
 

@@ -29,7 +29,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from detransformer.cluster.facts import model_facts
+from detransformer.cluster.hello import model_facts
 from detransformer.cluster.hosts import own_rank
 from detransformer.cluster.network import EmulatedNetwork, can_emulate, inside
 from detransformer.cluster.spec import ClusterSpec

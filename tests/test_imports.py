@@ -10,7 +10,7 @@ FLOORS = (
     {"models"},
     {"checkpoints"},
     {"parallel"},
-    {"planning"},
+    {"planning", "answers"},
     {"cluster"},
     {"training", "coformer", "service"},
     {"tables"},

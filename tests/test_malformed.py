@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tests.chaos.rounds import small_model
 from transformers import BertConfig
 
-from detransformer.cluster.answers import plan_of
+from detransformer.cluster.answering import plan_of
 from detransformer.cluster.checkpoints import open_folder
 from detransformer.cluster.devices import cluster_profile, device_specs
-from detransformer.cluster.facts import model_facts
+from detransformer.cluster.hello import model_facts
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec

@@ -5,18 +5,23 @@ import builtins
 import inspect
 import re
 import shutil
+import sys
 
 import matplotlib
 import nbformat
 import pytest
 
-from detransformer.cluster import adaptive, experiments, texts
 from detransformer.files import repository_root
 from detransformer.notebooks import USES, find_notebooks
 from detransformer.profiles import built_in_profiles, load_profile, load_settings
 from detransformer.training.causal import CausalConfig
 
 ROOT = repository_root()
+sys.path.insert(0, str(ROOT / "notebooks"))
+import adaptive_studies as adaptive  # noqa: E402
+import latency_studies as latency  # noqa: E402
+from generation_studies import generation_rows  # noqa: E402
+
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NEW = [path for path in PATHS if "load_settings" in path.read_text(encoding="utf-8")]
 LITERALS = (ast.Constant, ast.List, ast.Dict, ast.UnaryOp)
@@ -123,7 +128,6 @@ def test_draws_from_the_saved_tables_of_the_committed_run(path, tmp_path, monkey
     shutil.copytree(ROOT / "results" / "reference" / "tables", run / "tables")
     shutil.copy(ROOT / "results" / "reference" / "manifest.json", run)
     monkeypatch.chdir(ROOT / "notebooks")
-    monkeypatch.syspath_prepend(ROOT / "notebooks")
     matplotlib.use("agg")
     names = {"display": lambda shown: shown}
     for cell in code_cells(nbformat.read(path, as_version=4)):
@@ -164,21 +168,21 @@ def test_settings_that_a_notebook_reads_are_in_quick():
 @pytest.mark.parametrize("profile", built_in_profiles())
 def test_settings_fit_the_functions_that_take_them(profile):
     """The sections that a notebook passes on as keyword arguments."""
-    latency, adaptive_settings = load_settings(profile, "06_latency"), load_settings(profile, "09_adaptive")
-    assert experiments.latency_cells(**latency["published"]) and isinstance(latency["peers"], dict)
-    assert experiments.latency_cells(**latency["peers"])
+    rows, adaptive_settings = load_settings(profile, "06_latency"), load_settings(profile, "09_adaptive")
+    assert latency.latency_cells(**rows["published"]) and isinstance(rows["peers"], dict)
+    assert latency.latency_cells(**rows["peers"])
     for function, settings in (
-        (experiments.plan_map_rows, adaptive_settings["plan_map"]),
+        (latency.plan_map_rows, adaptive_settings["plan_map"]),
         (adaptive.choice_rows, adaptive_settings["choices"]),
         (adaptive.unequal_rows, adaptive_settings["unequal"]),
         (
             adaptive.trace_rows,
             adaptive_settings["trace"] | {"phases": [adaptive.Phase(*adaptive_settings["phases"][0])]},
         ),
-        (texts.generation_rows, load_settings(profile, "10_generation")["generation"]),
+        (generation_rows, load_settings(profile, "10_generation")["generation"]),
     ):
         inspect.signature(function).bind("run", **settings)
-    inspect.signature(experiments.scale_out_rows).bind(**load_settings(profile, "08_scaling")["scale_out"])
+    inspect.signature(latency.scale_out_rows).bind(**load_settings(profile, "08_scaling")["scale_out"])
     assert CausalConfig(**load_settings(profile, "10_generation")["perplexity"])
 
 

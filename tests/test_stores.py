@@ -10,11 +10,9 @@ from datetime import timedelta
 import psutil
 import pytest
 
-from detransformer.cluster.stores import bound_store
+from detransformer.cluster.worker import bound_store
 
 ADDRESS, OTHER = "127.0.0.1", "127.0.0.2"  # both this host's, as all of 127/8
-OWN = "import json, os, psutil; c = psutil.Process({}).net_connections('tcp'); "
-OWN += "print(json.dumps([list(x.laddr) for x in c if x.status == psutil.CONN_LISTEN]), flush=True); "
 
 
 def free_port() -> int:
@@ -22,24 +20,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def listening(code: str, *arguments: str) -> list:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def test_a_store_is_not_to_be_had_at_another_address_of_the_host():
-    port = free_port()
-    store = bound_store(ADDRESS, port, None, True, timedelta(seconds=10), wait_for_workers=False)
+    port, wait = free_port(), timedelta(seconds=10)
+    store = bound_store(f"{ADDRESS}:{port}", None, True, wait)
     store.set("key", "value")
-    other = bound_store(ADDRESS, port, None, False, timedelta(seconds=10), wait_for_workers=False)
-    assert other.get("key") == b"value"
+    assert bound_store(f"{ADDRESS}:{port}", None, False, wait).get("key") == b"value"
     with pytest.raises(OSError):
         socket.create_connection((OTHER, port), 2)
     found = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.laddr.port == port}
@@ -48,7 +33,16 @@ def test_a_store_is_not_to_be_had_at_another_address_of_the_host():
 
 def test_what_a_worker_listens_at_is_the_clusters_address():
     port = free_port()
-    code = "from detransformer.cluster.jobs import WorkerState; "
-    code += f"WorkerState.join(0, 1, '{ADDRESS}:{port}', True, 'lo', 1); "
-    found = listening(code + OWN.format(""))
+    code = (
+        "import json, psutil\nfrom detransformer.cluster.worker import join\n"
+        "job = {'interface': 'lo', 'threads': 1, 'message_s': 60.0}\n"
+        f"state = join(job, 0, {{'devices': [0], 'group': 1, 'store': '{ADDRESS}:{port}'}})\n"
+        "found = psutil.Process().net_connections('tcp')\n"
+        "print(json.dumps([list(c.laddr) for c in found if c.status == psutil.CONN_LISTEN]))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = dict(capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
     assert [ADDRESS, port] in found and {address for address, _ in found} == {ADDRESS}

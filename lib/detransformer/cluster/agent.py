@@ -1,7 +1,7 @@
 """torchrun's elastic agent on one host: it starts the worker of this host's device, and another when one has ended.
 
-The agent is torch's own, with its static rendezvous of this host alone. Who belongs to the group is said by the front
-(`fleet`): torch's dynamic rendezvous unpickles what anyone writes into its store, and compares the clocks of hosts.
+The agent is torch's own, with its static rendezvous of this host alone; the front (`fleet`) decides who belongs to the
+group. torch's dynamic rendezvous unpickles what anyone writes into its store, and compares the clocks of hosts.
 Workers are forked from a server that has imported torch already, which takes seconds off every recovery.
 """
 
@@ -20,13 +20,13 @@ from pathlib import Path
 from detransformer.cluster.hello import ENDED, await_message, meet, write_end
 from detransformer.machine import die_with_parent
 
-HUNG_S = 10.0  # a worker that gives no sign of life for so long is killed
-MAX_FAILURES, FAILURES_S = 2, 20.0  # then this agent ends: whoever keeps it starts another one after a while
+HUNG_S = 10.0  # a worker without a sign of life for so long is killed
+MAX_FAILURES, FAILURES_S = 2, 20.0  # then this agent ends; its keeper starts another one after a while
 MONITOR_S = 0.1
 
 
 def main() -> None:
-    """The process that `hosts` starts: the job's file and the device are on the command line."""
+    """The process that `hosts` starts, with the job's file and the device on the command line."""
     die_with_parent()
     path, device = sys.argv[1], int(sys.argv[2])
     job = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -34,16 +34,16 @@ def main() -> None:
     os.environ |= {
         "OMP_NUM_THREADS": str(job["threads"] or os.cpu_count()),
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # ranks are not asked from a store
+        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # the agent then reads no ranks from a store
         "DETRANSFORMER_PRELOADED_MODEL": job["model"],
     }
     multiprocessing.set_forkserver_preload(["detransformer.cluster.preload"])
-    forkserver.ensure_running()  # and imports; meanwhile
+    forkserver.ensure_running()  # it imports while this process does
     keep(job, device)
 
 
 def keep(job: dict, device: int) -> None:
-    """Runs the worker of `device`, and where it `stays` another one when that has ended."""
+    """Runs the worker of `device`; a job that `stays` gets another one when that has ended."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -55,26 +55,25 @@ def keep(job: dict, device: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     here = RendezvousParameters("static", endpoint, f"device{device}", 1, 1, rank=0)
-    handler = get_rendezvous_handler(here)
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=1,
+        entrypoint=work,
+        args=(job, device, os.getpid()),
+        rdzv_handler=get_rendezvous_handler(here),
+        max_restarts=0,  # each worker is a run of the agent, so that its exit code is known
+        monitor_interval=MONITOR_S,
+    )
     sign = Path(f"{job['alive']}{device}")
     failed_at: list[float] = []
     with tempfile.TemporaryDirectory(prefix="detransformer-") as logs:
         while True:
             sign.touch()
-            spec = WorkerSpec(
-                role="worker",
-                local_world_size=1,
-                entrypoint=work,
-                args=(job, device, os.getpid()),
-                rdzv_handler=handler,
-                max_restarts=0,  # each worker is a run of the agent, so that its exit code is known
-                monitor_interval=MONITOR_S,
-            )
             agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs), "forkserver", shutdown_timeout=2)
-            watching = threading.Event()
-            threading.Thread(target=_watch, args=(agent, sign, watching), daemon=True).start()
+            ended = threading.Event()
+            threading.Thread(target=_watch, args=(agent, sign, ended), daemon=True).start()
             failures = agent.run().failures
-            watching.set()
+            ended.set()
             code = next(iter(failures.values())).exitcode if failures else ENDED
             if not job["stays"]:
                 return _report(job, device, code) if code != ENDED else None
@@ -100,13 +99,13 @@ def _watch(agent, sign: Path, ended: threading.Event) -> None:
 
 
 def _report(job: dict, device: int, code: int) -> None:
-    """Tells the front how the worker of this host ended, and leaves the front's answer for the user of this host."""
+    """Reports the worker's exit code to the front, and writes the front's answer for the user of this host."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     try:
         line = meet(job, None, lambda *_: sys.exit(1))
         line.send({"ended": device, "code": code})
-        told = await_message(line)
-        write_end(job["end"], told["end"], told["sentence"])
+        answer = await_message(line)
+        write_end(job["end"], answer["end"], answer["sentence"])
     except (OSError, LookupError):
         write_end(job["end"], "lost", f"the worker of this host {how}.")
 

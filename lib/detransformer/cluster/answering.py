@@ -5,31 +5,66 @@ The front needs no torch for them: the first device's worker plans and reports, 
 
 import functools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from detransformer.cluster.answers import own_part, prepare, report
+from detransformer.answers import (
+    TASKS,
+    check_length,
+    encode,
+    random_tokens,
+    single_device_outputs,
+    task_of,
+    tokenizer_of,
+)
 from detransformer.cluster.checkpoints import open_folder
-from detransformer.cluster.jobs import WorkerState, generate, run_plan
+from detransformer.cluster.jobs import generate, output_errors, run_plan
 from detransformer.cluster.request import Request
+from detransformer.cluster.selfcheck import wrong_output
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.cluster.state import WorkerState
+from detransformer.models.configuration import layer_kinds
+from detransformer.parallel.generation import check_generation
 from detransformer.parallel.plan import Plan, is_decoder
-from detransformer.planning.cost import compute_seconds
+from detransformer.planning.cost import compute_seconds, predict
+from detransformer.planning.generation import place_generation, price_generation
+from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 from detransformer.typed_json import from_json
 
 JOBS = {"run_plan": run_plan, "generate": generate}
-PLANS = ("plan", "prefill", "decode")  # arguments of them that are plans
+PLANS = ("plan", "prefill", "decode")  # their arguments that are plans
+KEPT = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # of a sample; only a timeline needs the rest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A planned request: `op` of `JOBS` with the arguments `job` (JSON), on the tensors `inputs`.
+
+    `notes` are sentences about the plan, such as which devices it leaves out.
+    """
+
+    op: str
+    job: dict
+    inputs: dict[str, torch.Tensor]
+    plan: Plan
+    predicted_s: float
+    notes: tuple[str, ...] = ()
 
 
 @functools.cache
 def _opened(cluster: str, model: str) -> tuple[ClusterSpec, PretrainedConfig, ClusterProfile]:
     spec, config = ClusterSpec.load(cluster), open_folder(model).config
     return spec, config, spec.profile(model, config)
+
+
+# --- Planning ----------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -39,28 +74,38 @@ def plan(
     seq_len: int | None = None,
     slower: Mapping[str, float] | None = None,
 ) -> dict:
-    """How `devices` of the cluster file answer a request.
+    """Plans how `devices` of the cluster file answer a request.
 
     Args:
-        seq_len: for a service, the length that is planned for; None: that of the request's own text.
-        slower: device -> by how much it is slower than its profile at the moment.
+        seq_len: for a service, the length to plan for; None: that of the request's own text.
+        slower: device -> factor by which it is slower than its profile at the moment.
 
     Returns:
         `op` and `job` of a run on ranks of the group, `last`, the device that has the result, and words on the plan;
         its tensors are the request's inputs. Or a sentence why not: `postponed` if all devices of the file together
         could answer, else `refused`.
     """
-    asked = from_json(Request, request)
-    spec, config, whole = _opened(state.home["cluster"], state.home["model"])
-    ranks = {device: rank for rank, device in enumerate(sorted(state.home["group"]))}
-    inputs = None if seq_len is None else _usual(asked, config, seq_len)
+    asked, folder = from_json(Request, request), state.home["model"]
+    _, config, whole = _opened(state.home["cluster"], folder)
+    inputs = None
+    if seq_len is not None:
+        limit = config.max_position_embeddings - (asked.max_new_tokens if is_decoder(config) else 0)
+        inputs = {"input_ids": torch.zeros(1, max(1, min(seq_len, limit)), dtype=torch.int64)}
     slowed = [_slowed(whole.devices[d], (slower or {}).get(str(d), 1.0)) for d in devices]
     profile = replace(whole.of(devices), devices=tuple(slowed))
     try:
-        prepared = prepare(asked, state.home["model"], config, profile, inputs)
+        prepared = prepare(asked, folder, config, profile, inputs)
     except ValueError as error:
-        return {_why(asked, state.home["model"], config, whole, devices, inputs): str(error)}
+        why = "refused"
+        if len(devices) < len(whole.devices):
+            try:
+                prepare(asked, folder, config, whole, inputs)
+                why = "postponed"
+            except ValueError:
+                pass
+        return {why: str(error)}
     state.kept["prepared"] = prepared, asked, config
+    ranks = {device: rank for rank, device in enumerate(sorted(state.home["group"]))}
     job = dict(prepared.job)
     for name in job.keys() & set(PLANS):
         made = Plan.from_dict(job[name])
@@ -76,26 +121,105 @@ def plan(
     }
 
 
-def _why(request: Request, model: str, config: PretrainedConfig, whole: ClusterProfile, devices, inputs) -> str:
-    """Whether a request that `devices` cannot answer has to wait for the others, or is refused."""
-    if len(devices) < len(whole.devices):
-        try:
-            prepare(request, model, config, whole, inputs)
-            return "postponed"
-        except ValueError:
-            pass
-    return "refused"
-
-
-def _usual(request: Request, config: PretrainedConfig, seq_len: int) -> dict[str, torch.Tensor]:
-    new = request.max_new_tokens if is_decoder(config) else 0
-    length = min(seq_len, config.max_position_embeddings - new)
-    return {"input_ids": torch.zeros(1, max(1, length), dtype=torch.int64)}
-
-
 def _slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
     memory = device.memory_bytes_per_s and device.memory_bytes_per_s / factor
     return replace(device, flops_per_s=device.flops_per_s / factor, memory_bytes_per_s=memory)
+
+
+def prepare(
+    request: Request,
+    folder: str,
+    config: PretrainedConfig,
+    profile: ClusterProfile,
+    inputs: dict[str, torch.Tensor] | None = None,
+) -> Prepared:
+    """Tokens (unless `inputs` are given) and plan of `request` for the model in `folder` on `profile`.
+
+    Raises:
+        ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit model or devices.
+    """
+    inputs = _inputs(request, folder, config) if inputs is None else inputs
+    batch_size, seq_len = inputs["input_ids"].shape
+    if not is_decoder(config):
+        chosen, notes = plan_of(request, config, profile, batch_size, seq_len)
+        predicted_s = predict(config, chosen, profile, seq_len, batch_size).latency_s
+        job = {"plan": chosen.to_dict(), "repeats": request.repeats}
+        return Prepared("run_plan", job, inputs, chosen, predicted_s, notes)
+    if request.wires != ("float32",):
+        raise ValueError("a GPT-2 is run with --wire float32: leave that option out.")
+    new, budget = request.max_new_tokens, request.memory_budget_bytes
+    if request.method == "auto" and request.plan is None:
+        best = place_generation(config, profile, seq_len, new, batch_size, budget)[0]
+    else:
+        chosen, _ = plan_of(request, config, profile, batch_size, seq_len)
+        check_generation(config, chosen, chosen)
+        best = price_generation(config, chosen, chosen, profile, seq_len, new, batch_size)
+    job = {"prefill": best.prefill.to_dict(), "decode": best.decode.to_dict(), "max_new_tokens": new}
+    return Prepared("generate", job, inputs, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
+
+
+def _inputs(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """The request's text, or random tokens: input_ids and, of a text, its mask and types, [1, T] each."""
+    generates = is_decoder(config)
+    if request.text is None:
+        inputs = random_tokens(config, request.num_tokens)
+    elif task_of(config) == "question-answering" and request.context is None:
+        raise ValueError("the model answers questions about a passage: give the question by --text, it by --context.")
+    else:
+        inputs = encode(tokenizer_of(folder), request.text, request.context, generates)
+    check_length(config, inputs["input_ids"].shape[1], request.max_new_tokens if generates else 0)
+    return inputs
+
+
+def plan_of(
+    request: Request, config: PretrainedConfig, profile: ClusterProfile, batch_size: int, seq_len: int
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan that `request` asks for, and notes on it.
+
+    Raises:
+        ValueError: for a plan that does not fit the model or the devices.
+    """
+    common = dict(memory_budget_bytes=request.memory_budget_bytes)
+    if request.plan is not None:
+        try:
+            given = Plan.from_dict(request.plan)
+        except ValueError as error:
+            raise ValueError(f"--plan is no plan ({error}): make it with `detransformer plan`.") from None
+        given.check(config)
+        if max(given.device_ids) >= len(profile.devices):
+            raise ValueError(
+                f"the plan is for device {max(given.device_ids)}, and the cluster has {len(profile.devices)} devices, "
+                "0 and up: plan for this cluster."
+            )
+        return given, ()
+    if request.method == "auto":
+        placement = place_freely(config, profile, seq_len, batch_size, wires=request.wires, **common)
+        method = "bp+auto" if "decoupled" in layer_kinds(config) else "auto"
+        best = placement.plan if placement.plan.num_devices == 1 else replace(placement.plan, method=method)
+        return best, placement.left_out
+    methods = None if request.method == "bp+paper" else [request.method]
+    (wire, *more) = request.wires
+    if more:
+        raise ValueError(f"--wire names several formats to choose from, and {request.method} takes one: give one.")
+    return place(config, profile, seq_len, batch_size, methods=methods, wire=wire, **common).plan, ()
+
+
+def own_part(plan: Plan, rank: int) -> str:
+    """The part of device `rank` in `plan`, in words."""
+    if rank not in plan.device_ids:
+        return "the plan leaves this device out; it waits"
+    place = plan.device_ids.index(rank)
+    if plan.stages:
+        return f"{plan.stages[place]} of {sum(plan.stages)} layers"
+    if plan.num_devices == 1:
+        return "the whole model"
+    blocks, heads = plan.sub_blocks, plan.heads
+    share = plan.tokens_share[place] / sum(plan.tokens_share)
+    words = f"{blocks[place]} of {sum(blocks)} sub-blocks, " if sum(blocks) > 1 else ""
+    return f"{words}{heads[place]} of {sum(heads)} heads, {share:.0%} of the tokens"
+
+
+# --- Answering ---------------------------------------------------------------------------------------------------
 
 
 def answer(
@@ -110,8 +234,9 @@ def answer(
 ) -> dict:
     """This device's part of a request; its tensors are the outputs, on the device `last`.
 
-    `paced`: as slow as the device of the cluster file; `modelled_link`: so is the link. `expected_s` and `spent_s` are
-    what the device's profile says of the compute, and what that took; NaN without a part, or of generated text.
+    `paced`: compute is as slow as the device of the cluster file; `modelled_link`: so are messages. `expected_s` and
+    `spent_s` are the seconds of compute by the device's profile and as measured; NaN without a part, or of generated
+    text.
     """
     _, _, profile = _opened(state.home["cluster"], state.home["model"])
     own, outputs = profile.devices[state.device], {}
@@ -127,27 +252,95 @@ def answer(
     )
     spent_s = expected_s = math.nan
     if record and op == "run_plan":
-        spent_s, expected_s = _compute(state, job["plan"], record, own, *inputs["input_ids"].shape)
-        spent_s = spent_s / time_scale + record["samples"][-1]["overrun_s"]
-        kept = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # the rest only a timeline needs
-        record["samples"] = [{name: sample[name] for name in kept} for sample in record["samples"]]
+        made, sample = Plan.from_dict(job["plan"]), record["samples"][-1]
+        batch_size, seq_len = inputs["input_ids"].shape
+        loaded = next(reversed(state.loaded.values()))
+        parts = loaded.compute(made, made.device_ids.index(state.rank), seq_len, batch_size)
+        expected_s = sum(compute_seconds(step, own) for part in parts for step in part)
+        computed_s = sum(stop - start for what, start, stop, _ in sample["events"] if what == "compute")
+        spent_s = computed_s / time_scale + sample["overrun_s"]
+        record["samples"] = [{name: sample[name] for name in KEPT} for sample in record["samples"]]
     tensors = outputs if state.device == last else {}
     return {"record": record, "spent_s": spent_s, "expected_s": expected_s, "tensors": tensors}
 
 
-def _compute(state: WorkerState, plan: Mapping, record: dict, own: DeviceProfile, batch_size: int, seq_len: int):
-    """Seconds of compute of the last sample, on the host's clock, and those that the profile `own` says."""
-    made = Plan.from_dict(plan)
-    loaded = next(reversed(state.loaded.values()))
-    parts = loaded.compute(made, made.device_ids.index(state.rank), seq_len, batch_size)
-    expected_s = sum(compute_seconds(c, own) for part in parts for c in part)
-    sample = record["samples"][-1]
-    return sum(stop - start for what, start, stop, _ in sample["events"] if what == "compute"), expected_s
+# --- Reporting ---------------------------------------------------------------------------------------------------
 
 
 def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mapping[str, torch.Tensor]) -> dict:
-    """Lines to print and the record of the request that was planned last; `inputs` are the outputs of its devices."""
+    """Lines to print and the record of `--output` of the request that was planned last.
+
+    Args:
+        results: the records of `answer`, one a device of the cluster file.
+        inputs: the outputs of the devices.
+    """
     prepared, request, config = state.kept["prepared"]
-    spec = ClusterSpec.load(state.home["cluster"])
-    lines, record = report(request, prepared, config, state.home["model"], spec.names, results, dict(inputs))
+    plan, folder, outputs, task = prepared.plan, state.home["model"], dict(inputs), task_of(config)
+    names = _opened(state.home["cluster"], folder)[0].names
+    taking_part = {name: result for name, result in zip(names, results, strict=True) if result is not None}
+    found, fields = TASKS[task](config, prepared.inputs, outputs, folder)
+    batch_size, seq_len = prepared.inputs["input_ids"].shape
+    timed, times = (_generation_times if task == "generation" else _times)(request, prepared, taking_part)
+    weights = {name: result["weights_bytes"] for name, result in taking_part.items()}
+    lines = [
+        f"plan: {plan.method}, {plan.describe()}, on {', '.join(names[i] for i in plan.device_ids)}; {plan.wire}",
+        *(f"{note}." for note in prepared.notes),
+        f"weights: {', '.join(f'{name} {size / 2**20:.0f} MiB' for name, size in weights.items())}",
+        f"{(request.text or f'{seq_len} random tokens')!r} -> {found}",
+        timed,
+    ]
+    record = {
+        "devices": list(names),
+        "model": str(Path(folder).resolve()),
+        "task": task,
+        "request": {"text": request.text, "context": request.context, "seq_len": seq_len, "batch_size": batch_size},
+        "answer": fields,
+        **({"max_new_tokens": request.max_new_tokens} if task == "generation" else {}),
+        "predicted_s": prepared.predicted_s,
+        "weights_bytes": weights,
+        "plan": prepared.job if task == "generation" else plan.to_dict(),
+        "notes": list(prepared.notes),
+        **times,
+    }
+    if request.check:
+        expected = single_device_outputs(folder, config, prepared.inputs, request.max_new_tokens)
+        record["check"], words = compare(outputs, expected, plan.wire)
+        lines.append(words)
     return {"lines": lines, "record": record}
+
+
+def compare(outputs: dict, expected: dict, wire: str) -> tuple[dict, str]:
+    """The errors of `outputs` against the single device's and whether they agree, as fields and in words."""
+    if "tokens" in expected:
+        equal, total = int((outputs["tokens"] == expected["tokens"]).sum()), expected["tokens"].numel()
+        words = "all tokens are" if equal == total else f"only {equal} of {total} tokens ARE"
+        return {"equal_tokens": equal, "agrees": equal == total}, f"check: {words} the single device's"
+    errors = output_errors(outputs, expected)
+    agrees = not wrong_output(wire, errors["max_abs_error"], errors["relative_error"])
+    size = f"{errors['max_abs_error']:.1e} at most, {errors['relative_error']:.1e} RMS"
+    words = "agrees with" if agrees else "DIFFERS from"
+    return errors | {"agrees": agrees}, f"check: the output {words} the single device's ({size})"
+
+
+def _times(request: Request, prepared: Prepared, results: Mapping[str, dict]) -> tuple[str, dict]:
+    """Latency of each repeat, the slowest device's, and the bytes that a device sends, in words and as fields."""
+    samples = [max(r["samples"][i]["latency_s"] for r in results.values()) for i in range(request.repeats)]
+    latency_s, sent = statistics.median(samples), max(sum(r["bytes"].values()) for r in results.values())
+    words = (
+        f"latency: {latency_s:.4g} s, median of {len(samples)} ({min(samples):.4g} to {max(samples):.4g}); "
+        f"predicted {prepared.predicted_s:.4g} s; a device sends {sent / 1024:.0f} KiB at most"
+    )
+    return words, {"latency_s": latency_s, "samples_s": samples, "sent_bytes": sent}
+
+
+def _generation_times(request: Request, prepared: Prepared, results: Mapping[str, dict]) -> tuple[str, dict]:
+    """Seconds of each token, the slowest device's, and the bytes of keys and values, in words and as fields."""
+    token_s = [max(r["token_s"][i] for r in results.values()) for i in range(request.max_new_tokens)]
+    further_s = statistics.median(token_s[1:]) if len(token_s) > 1 else float("nan")
+    cached = {name: result["cache_bytes"] for name, result in results.items()}
+    words = (
+        f"first token {token_s[0]:.4g} s, each further one {further_s:.4g} s (median), {len(token_s)} tokens in "
+        f"{sum(token_s):.4g} s; predicted {prepared.predicted_s:.4g} s; keys and values "
+        f"{max(cached.values()) / 2**20:.1f} MiB at most"
+    )
+    return words, {"token_s": token_s, "cache_bytes": cached}

@@ -1,7 +1,7 @@
 """Latency bench: one row for every (model, method, devices, bandwidth, wire), measured on an emulated cluster.
 
 Rows that are compared are measured together: at one time scale, and a request of each in turn, again and again, so that
-what disturbs the host disturbs all of them. Rows carry their conditions and their self-check: links and pacing are
+a disturbance of the host affects all of them. Rows carry their conditions and their self-check: links and pacing are
 checked before each round and after the last (`cluster.selfcheck`). A case is planned once, before it is measured.
 """
 
@@ -32,6 +32,7 @@ from detransformer.cluster.selfcheck import (
     Check,
     check_cluster,
     first_time_scale,
+    lateness,
     stolen_share,
     usual_devices,
     why_invalid,
@@ -47,19 +48,19 @@ from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
 
 MAX_TIME_SCALE = 32
-SLOWER = 1.5  # the next time scale to try, over one at which the host was late
-KEPT_SHARE = 0.5  # of the free memory, for models that are measured in turn: what does not fit is read each time
-ATTEMPTS = 2  # at one time scale, of a request that was disturbed
-DISTURBING_STEAL = 0.1  # of the processors, taken by other guests of the same machine: worth another attempt
+SLOWER = 1.5  # factor to the next time scale, where the host was late
+KEPT_SHARE = 0.5  # of the free memory, for models that are measured in turn; others are read again each time
+ATTEMPTS = 2  # at one time scale, of a disturbed request
+DISTURBING_STEAL = 0.1  # share of the processors taken by other guests of this machine that makes a row be repeated
 STREAM_REQUESTS = {"stages": 8, "copies": 2}  # back to back, for throughput: a pipeline has to fill and drain
 
 
 @dataclass(frozen=True)
 class Case:
-    """A cell with all that is decided before it is measured; `profile` is of all the cluster's devices.
+    """A cell with everything that is decided before it is measured; `profile` has all devices of the cluster.
 
-    `limit_s` is the physical limit: the original model's work over the summed speed of the plan's devices, nothing ever
-    sent.
+    `limit_s` is the physical limit: the original model's work over the summed speed of the plan's devices, without any
+    message.
     """
 
     cell: Cell
@@ -71,7 +72,14 @@ class Case:
 
 
 class Bench:
-    """Measures cells on one running cluster; `timelines` keeps the events of each cell's median sample."""
+    """Measures cells on one running cluster; `timelines` keeps the events of each cell's median sample.
+
+    Args:
+        link: a measured profile for predictions.
+        time_scale: None lets the bench choose.
+        memory_budget_bytes: of each device.
+        efficiency: rows by model, as measured on this host (`profiler.efficiency_rows`); by default the package's.
+    """
 
     def __init__(
         self,
@@ -81,22 +89,16 @@ class Bench:
         memory_budget_bytes: int | None = None,
         efficiency: Mapping[str, Sequence] | None = None,
     ):
-        """`link` is a measured profile for predictions; `time_scale` None lets the bench choose.
-
-        `efficiency` has rows by model, as measured on this host (`profiler.efficiency_rows`); without, those that come
-        with the package are taken.
-        """
-        self.cluster = cluster
-        self.link = link
-        self.efficiency = efficiency or {}
-        self.fixed_time_scale = time_scale
-        self.memory_budget_bytes = memory_budget_bytes
+        self.cluster, self.link, self.efficiency = cluster, link, efficiency or {}
+        self.fixed_time_scale, self.memory_budget_bytes = time_scale, memory_budget_bytes
         self.timelines: dict[Cell, list[dict]] = {}
+        self.on_round: Callable[[], Any] = lambda: None
         self._cases: dict[tuple[Cell, Plan | None], Case] = {}
-        self.on_round: Callable[[int], Any] | None = None
+
+    # --- Planning ---
 
     def case(self, cell: Cell, plan: Plan | None = None) -> Case:
-        """`cell`, planned for: under `plan`, or under that of its method.
+        """`cell` with its plan: `plan`, or that of its method.
 
         Raises:
             ValueError: where the plan does not fit the model or the memory budget.
@@ -109,8 +111,7 @@ class Bench:
             alone_s = alone_seconds(_original(config), profile, taken.device_ids, **sizes)
             limit_s = 1 / sum(1 / seconds for seconds in alone_s)
             prediction = predict(config, taken, profile, **sizes)
-            everything = self.every_device(cell)
-            self._cases[cell, plan] = Case(cell, config, everything, taken, prediction, limit_s)
+            self._cases[cell, plan] = Case(cell, config, self.every_device(cell), taken, prediction, limit_s)
         return self._cases[cell, plan]
 
     def config(self, cell: Cell) -> PretrainedConfig:
@@ -142,6 +143,8 @@ class Bench:
         profile = self.cluster.profile(cell.model, self.config(cell), self.link, cell.pace, efficiency)
         return replace(profile, link=profile.link.at(cell.bandwidth_mbps * 1e6))
 
+    # --- Measuring ---
+
     def measure(self, cells: Sequence[Cell]) -> list[dict]:
         """A row for each of `cells`, which are measured in turn."""
         return self._compare([self.case(cell) for cell in cells])
@@ -160,11 +163,16 @@ class Bench:
         num_devices = max(max(case.plan.device_ids) + 1 for case in cases)
         room = KEPT_SHARE * psutil.virtual_memory().available / self.cluster.num_devices
         needed = itertools.accumulate(max(case.prediction.weights_bytes) for case in cases)
-        keep_models = 0 if held_with else sum(num_bytes <= room for num_bytes in needed)
+        options = dict(held_with=[held.to_dict() for held in held_with])
+        options["keep_models"] = 0 if held_with else sum(num_bytes <= room for num_bytes in needed)
         scale = self.fixed_time_scale or max(self._first_scale(case, checks_links) for case in cases)
 
         def measure(number: int, is_last: bool) -> list[dict]:
-            return self._run(cases[number], checkpoints[number], held_with, is_last, keep_models)
+            case, cell = cases[number], cases[number].cell
+            stream = STREAM_REQUESTS.get(case.plan.runs, 0) if is_last else 0
+            sizes = (cell.seq_len, cell.batch_size)
+            more = dict(stream=stream, burns=cell.burns, **options)
+            return self.run_plan(case.profile, checkpoints[number], case.plan, *sizes, **more)
 
         def make_row(number: int, results: list, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
             joined = joined_runs(results)
@@ -177,9 +185,32 @@ class Bench:
         self.timelines |= {case.cell: timeline for case, (_, timeline) in zip(cases, best, strict=True)}
         return [row for row, _ in best]
 
+    def run_plan(
+        self, profile: ClusterProfile, checkpoint: Checkpoint, plan: Plan, seq_len: int, batch_size: int, **options: Any
+    ) -> list[dict]:
+        """One request at the cluster's time scale: the results of `jobs.run_plan` of the devices that take part.
+
+        `profile` has all devices of the cluster; `options` are further arguments of the job.
+        """
+        cluster = self.cluster
+        files = request(checkpoint, seq_len, batch_size, cluster.folder)
+        results = cluster.run(
+            "run_plan",
+            per_rank=[{"device": asdict(device)} for device in profile.devices],
+            checkpoint=str(checkpoint.path),
+            plan=plan.to_dict(),
+            inputs=str(files.inputs),
+            reference=str(files.reference),
+            repeats=1,
+            link=asdict(profile.link) if cluster.transport == "loopback" else None,
+            time_scale=cluster.time_scale,
+            **options,
+        )
+        return [result for result in results if result is not None]
+
     def _first_scale(self, case: Case, checks_links: bool) -> float:
         """The time scale to begin with, so that this host carries the links and the devices of the plan."""
-        # Layers that run whole are large products, and what travels between them is one message at a time.
+        # Layers that run whole are large products, and their messages travel one at a time.
         worth = [usual_devices([device], case.config) for device in case.profile.devices]
         busy = (sum if case.plan.splits_layers else max)(worth[device] for device in case.plan.device_ids)
         if self.cluster.transport == "loopback":  # the host need not carry modelled links in time
@@ -200,13 +231,13 @@ class Bench:
         """Rows of several trials, in rounds of one request of each, links and pacing being checked before each round.
 
         A host that shares its processors is disturbed now and then: a request that was late, or during which other
-        guests took much of the processors, is run again, and the less disturbed one counts. Where one is late each time
-        in the first round, all trials start anew at `SLOWER` times the time scale.
+        guests took much of the processors, is run again, and the less disturbed one counts. Where a request is late at
+        every attempt in the first round, all trials start anew at `SLOWER` times the time scale.
 
         Args:
             scale: the time scale to begin with.
-            measure: runs a request of trial `number`, links and time scale being set; told whether it is its last.
-            make_row: a row, and what belongs to it, of (number, what `measure` gave, time scale, check, host steal).
+            measure: (number, is_last) -> result of one request of a trial; links and time scale are set.
+            make_row: (number, results, time scale, check, host steal) -> a row, and whatever belongs to it.
             repeats: requests of each trial.
         """
         while True:
@@ -235,8 +266,7 @@ class Bench:
                     late |= is_late
                 if late and not turn and not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE:
                     break
-                if self.on_round:
-                    self.on_round(turn)
+                self.on_round()
             else:
                 check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
                 return [make_row(n, found[n], scale, check, steals[n]) for n in range(len(repeats))]
@@ -255,29 +285,6 @@ class Bench:
         """`selfcheck.check_cluster` of the bench's cluster."""
         return check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links)
 
-    def _run(
-        self, case: Case, checkpoint: Checkpoint, held_with: Sequence[Plan], is_last: bool, keep_models: int
-    ) -> list[dict]:
-        """One request, and after the last one the stream that throughput is taken from."""
-        cluster, cell = self.cluster, case.cell
-        files = request(checkpoint, cell.seq_len, cell.batch_size, cluster.folder)
-        results = cluster.run(
-            "run_plan",
-            per_rank=[{"device": asdict(device)} for device in case.profile.devices],
-            checkpoint=str(checkpoint.path),
-            plan=case.plan.to_dict(),
-            inputs=str(files.inputs),
-            reference=str(files.reference),
-            repeats=1,
-            link=asdict(case.profile.link) if cluster.transport == "loopback" else None,
-            time_scale=cluster.time_scale,
-            stream=STREAM_REQUESTS.get(case.plan.runs, 0) if is_last else 0,
-            held_with=[held.to_dict() for held in held_with],
-            burns=cell.burns,
-            keep_models=keep_models,
-        )
-        return [result for result in results if result is not None]
-
     def _row(self, case: Case, results: list[dict], scale: float, check: Check, steal: float) -> dict:
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         cell, plan, config = case.cell, case.plan, case.config
@@ -285,10 +292,6 @@ class Bench:
         latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(repeats)]
         sums = [slowest_sums(results, i, scale) for i in range(repeats)]
         compute_s, wait_s = (statistics.median(s[name] for s in sums) for name in ("compute_s", "wait_s"))
-        overrun = max(
-            sum(s["overrun_s"] for s in r["samples"]) / max(sum(s["modelled_s"] for s in r["samples"]), 1e-9)
-            for r in results
-        )
         sender = max(results, key=lambda r: sum(r["bytes"].values()))
         latency, peaks = statistics.median(latencies), [r["peak_rss_bytes"] for r in results]
         throughput = 1 / latency
@@ -329,7 +332,7 @@ class Bench:
             "predicted_s": case.prediction.latency_s,
             "time_scale": scale,
             **asdict(check),
-            "pacing_overrun": overrun,
+            "pacing_overrun": lateness(results),
             "host_steal": steal,
             "max_abs_error": max(r["max_abs_error"] for r in results if "max_abs_error" in r),
             "relative_error": max(r["relative_error"] for r in results if "relative_error" in r),
@@ -357,36 +360,35 @@ def measure_grid(
     in_timeline: Callable[[Cell], bool] = lambda cell: True,
     keep: bool = False,
 ) -> pd.DataFrame:
-    """Measures `cells`, one row each, and returns them in this order; those that are compared in turn.
+    """Measures `cells`, those that are compared in turn, and returns a row each in this order.
 
-    With `path`, rows are written there when they are measured, and a call after an interruption goes on from there, as
-    long as code and conditions are the same. The file goes when all are measured, unless `keep`: the frame is the
+    With `path`, measured rows are written to that file, and a call after an interruption goes on from there, as long as
+    code and conditions are the same. The file is removed when all cells are measured, unless `keep`: the frame is the
     record. With `timeline`, the events of the cells that `in_timeline` picks are saved to that file as CSV.
     """
     cells = list(dict.fromkeys(cells))
     kept = RowFile(path, bench.cluster)
-    known: dict[Cell, dict] = {cell: row for cell in cells if (row := kept.get(asdict(cell))) is not None}
-    missing = [cell for cell in cells if cell not in known]
-    missing += [
-        cell for cell in cells if timeline and in_timeline(cell) and cell in known and not known[cell]["timeline"]
-    ]
+    traced = {cell for cell in cells if timeline and in_timeline(cell)}
+    known: dict[Cell, dict] = {}
     groups: dict[tuple, list[Cell]] = {}
-    for cell in missing:
-        groups.setdefault(cell.comparison, []).append(cell)
-    with tqdm(total=sum(max(c.repeats for c in g) for g in groups.values()), disable=quiet, unit="round") as progress:
-        progress.set_description("bench")
+    for cell in cells:
+        record = kept.get(asdict(cell))
+        if record is not None and (record["timeline"] or cell not in traced):
+            known[cell] = record
+        else:
+            groups.setdefault(cell.comparison, []).append(cell)
+    rounds = sum(max(cell.repeats for cell in group) for group in groups.values())
+    with tqdm(total=rounds, disable=quiet, unit="round", desc="bench") as progress:
+        bench.on_round = progress.update
         for group in groups.values():
             first, methods = group[0], " ".join(dict.fromkeys(cell.method for cell in group))
-            progress.set_postfix_str(
-                f"{first.model} {first.num_devices} devices {first.bandwidth_mbps:g} Mbps: {methods}"
-            )
-            bench.on_round = lambda _: progress.update()
+            where = f"{first.num_devices} devices {first.bandwidth_mbps:g} Mbps"
+            progress.set_postfix_str(f"{first.model} {where}: {methods}")
             for cell, row in zip(group, bench.measure(group), strict=True):
-                wanted = timeline is not None and in_timeline(cell)
-                record = {"row": row, "timeline": bench.timelines[cell] if wanted else []}
+                record = {"row": row, "timeline": bench.timelines[cell] if cell in traced else []}
                 known[cell] = kept.put(asdict(cell), record)
-    events = [event for cell in cells if timeline and in_timeline(cell) for event in known[cell]["timeline"]]
-    if timeline is not None:
+    if timeline:
+        events = [event for cell in cells if cell in traced for event in known[cell]["timeline"]]
         with atomic_write(timeline) as file:
             pd.DataFrame(events, columns=TIMELINE_COLUMNS).to_csv(file, index=False)
     if not keep:

@@ -1,4 +1,4 @@
-"""What a row measures: its conditions, and grids of them."""
+"""The conditions of a measured row, and grids of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from detransformer.cluster.devices import PACES
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import check_wire
 
-FLOAT32_METHODS = ("single", "dp", "dtensor")  # send nothing, or by PyTorch's own means: float32 on any wire
+FLOAT32_METHODS = ("single", "dp", "dtensor")  # they send nothing, or PyTorch sends float32
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row measures. `num_original_layers` and `num_divisions` matter to BP methods only.
+    """The conditions of one row. `num_original_layers` and `num_divisions` matter to BP methods only.
 
-    `burns`: paced devices compute where they would sleep (`Pacer`), to see what messages cost beside that.
+    `burns`: paced devices compute instead of sleeping (`Pacer`), to measure the cost of messages beside compute.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def comparison(self) -> tuple:
-        """What is alike in cells that stand side by side, and so are measured in turn."""
+        """The conditions that compared cells share: such cells are measured in turn."""
         return self.model, self.num_devices, self.bandwidth_mbps, self.seq_len, self.batch_size, self.pace
 
 
@@ -65,18 +65,10 @@ def grid(
 ) -> list[Cell]:
     """Cells of `methods` x `bandwidths_mbps`, method by method, so that a device loads each method's weights once.
 
-    `single` and `dp` use no link and stand once, at the first bandwidth. Methods that send float32 alone stand with
-    that.
+    `single` and `dp` use no link: they have one cell, at the first bandwidth. `FLOAT32_METHODS` keep float32.
     """
     return [
-        Cell(
-            model,
-            method,
-            num_devices,
-            mbps,
-            wire="float32" if method in FLOAT32_METHODS else wire,
-            **common,
-        )
+        Cell(model, method, num_devices, mbps, wire="float32" if method in FLOAT32_METHODS else wire, **common)
         for method in methods
         for mbps in (bandwidths_mbps[:1] if method in ("single", "dp") else bandwidths_mbps)
     ]

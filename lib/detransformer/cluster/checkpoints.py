@@ -1,7 +1,7 @@
-"""Checkpoints that latency runs load: presets with random weights of the real size, or a user's own folder.
+"""Checkpoints for latency runs: presets with random weights of the real size, or a user's folder.
 
-Latency does not depend on the values, but parity does: presets get non-zero biases and LayerNorm parameters, and every
-checkpoint's single-device output, computed by its Hugging Face model, is kept beside it to compare plans with.
+Latency does not depend on the weights' values, but parity checks do: presets get non-zero biases and LayerNorm
+parameters, and the output of each checkpoint's Hugging Face model on one device is kept, to compare plans with.
 """
 
 import hashlib
@@ -71,24 +71,20 @@ def original_checkpoint(model: str) -> Checkpoint:
 
 
 def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> Checkpoint:
-    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself where it already is one."""
-    original = original_checkpoint(model)
+    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself where it is decoupled."""
+    original, sizes = original_checkpoint(model), (num_original_layers, num_divisions, attention_width)
     if original.decoupled:
         return original
-    config = original.config
     name = model
     if model not in PRESETS:
         stamp = (original.path / "model.safetensors").stat()
         name = "folder-" + hashlib.sha256(f"{original.path.resolve()} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
-    # checks the sizes before a large model is loaded for nothing
-    decoupled_config(config, num_original_layers, num_divisions, attention_width)
-    name += f"-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}"
+    decoupled_config(original.config, *sizes)  # checks the sizes before a large model is loaded
 
     def build() -> PreTrainedModel:
-        loaded = MODEL_CLASS[architecture(config)].from_pretrained(original.path)
-        return decouple(loaded, num_original_layers, num_divisions, attention_width)
+        return decouple(MODEL_CLASS[architecture(original.config)].from_pretrained(original.path), *sizes)
 
-    return _cached(name, build)
+    return _cached(f"{name}-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}", build)
 
 
 def open_folder(folder: str | Path) -> Checkpoint:
@@ -98,7 +94,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
         raise ValueError(f"model {str(folder)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder that exists.")
     try:
         config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # transformers raises anything for what is not a configuration
+    except Exception as error:  # transformers raises errors of many kinds for a broken configuration
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ValueError(f"{path} holds no readable config.json ({lines[0]}): save the model there.") from None
     if not isinstance(config, BertConfig | GPT2Config):
@@ -115,7 +111,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
 
 
 def check_sizes(path: Path, config: PretrainedConfig) -> None:
-    """Raises ValueError where a model of `config` cannot be: a size is none, or heads do not divide the width."""
+    """Raises ValueError for an impossible `config`: a size is no positive integer, or heads do not divide the width."""
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
         size = getattr(config, name, None)
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
@@ -148,7 +144,7 @@ class Request:
 def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path) -> Request:
     """Random tokens [batch_size, seq_len], unmasked as published, and the Hugging Face model's output for them.
 
-    A user's own checkpoint may change, so its request is made anew for each session, in `folder`.
+    A user's checkpoint may change, so its request is made anew for each session, in `folder`.
 
     Raises:
         ValueError: if the model has fewer positions than `seq_len`.
@@ -158,7 +154,7 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
         raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the positions that the model has.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1: choose how many sequences a request has.")
-    if cache_folder() in checkpoint.path.parents:  # ours, and never changed: kept for the next session too
+    if cache_folder() in checkpoint.path.parents:  # a preset never changes: its request is kept for later sessions
         folder = cache_folder() / "requests"
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{checkpoint.path.name}-seq{seq_len}-batch{batch_size}"
@@ -168,11 +164,9 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
         ids = torch.randint(checkpoint.config.vocab_size, (batch_size, seq_len), generator=generator)
         model = AutoModel.from_pretrained(checkpoint.path).eval()
         with torch.inference_mode():
-            output = model(input_ids=ids)
-        for path, tensors in (
-            (made.inputs, {"input_ids": ids}),
-            (made.reference, {"last_hidden_state": output.last_hidden_state.contiguous()}),
-        ):
+            output = model(input_ids=ids).last_hidden_state.contiguous()
+        files = {made.inputs: {"input_ids": ids}, made.reference: {"last_hidden_state": output}}
+        for path, tensors in files.items():
             with atomic_write(path, "wb") as file:
                 file.write(save(tensors))
     return made

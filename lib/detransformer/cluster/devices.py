@@ -1,13 +1,14 @@
 """Devices: presets from the papers as profiles for the cost model and the pacer, and devices made from them.
 
 A Raspberry Pi is calibrated on published latency. Of the Jetsons only the peak is published, and one latency on one of
-them: all three are given the share of their peak that this one achieves, which is a model, and is called so.
-What needs torch loads in the functions that do: `detransformer run` reads a cluster's file without it.
+them: all three get the share of their peak that this one achieves, which is modelled, and named so. Loads without torch
+where no profile is asked for: `detransformer run` reads a cluster file on a board.
 """
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -16,18 +17,17 @@ from detransformer.files import data_folder
 from detransformer.planning.profile import CALIBRATION_TOKENS, ClusterProfile, DeviceProfile, LinkProfile
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformers import PretrainedConfig
 
-PACES = ("measured", "roofline")  # a share of a layer takes as long as measured, or as its operations and bytes say
+PACES = ("measured", "roofline")  # seconds of a share of a layer: as measured, or by its operations and bytes
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)  # of a link
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
 EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
-MEASURED_JETSON = "Jetson TX2"  # of CoFormer 2025, Table V, where one device runs the whole DeiT-B
+MEASURED_JETSON = "Jetson TX2"  # runs the whole DeiT-B in CoFormer 2025, Table V
 
 
 class DeviceError(RuntimeError):
-    """A device could not do its part; `rank` says which."""
+    """The device `rank` failed."""
 
     def __init__(self, rank: int, message: str):
         super().__init__(message)
@@ -40,63 +40,47 @@ class DeviceLost(DeviceError):
 
 @dataclass(frozen=True)
 class Device:
-    """A device of the papers, its figures in data/published/devices.csv.
+    """A device of the papers: a row of data/published/devices.csv.
 
     `latency_claims` maps a model to the published claim of its single-device latency; without, the rate is modelled.
+    `power_w` is the thermal design power.
     """
 
     name: str
-    latency_claims: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: int
+    memory_bytes_per_s: float
+    peak_flops_per_s: float
+    power_w: float
+    latency_claims: Mapping[str, str]
 
-    @property
-    def memory_bytes(self) -> int:
-        return int(self._figure("memory_gib") * 2**30)
-
-    @property
-    def memory_bytes_per_s(self) -> float:
-        return 1e9 * self._figure("memory_gb_per_s")
-
-    @property
-    def peak_flops_per_s(self) -> float:
-        return 1e9 * self._figure("peak_gflops")
-
-    @property
-    def power_w(self) -> float:
-        """Thermal design power."""
-        return self._figure("tdp_w")
-
-    def _figure(self, column: str) -> float:
-        return float(_figures().loc[self.name, column])
+    @classmethod
+    def published(cls, name: str, latency_claims: Mapping[str, str] | None = None) -> "Device":
+        """The device `name` of the table, which is read without pandas, since a board reads it too."""
+        with open(data_folder("published") / "devices.csv", encoding="utf-8") as file:
+            (row,) = (r for r in csv.DictReader(line for line in file if line[0] != "#") if r["device"] == name)
+        memory, bandwidth = int(float(row["memory_gib"]) * 2**30), 1e9 * float(row["memory_gb_per_s"])
+        return cls(name, memory, bandwidth, 1e9 * float(row["peak_gflops"]), float(row["tdp_w"]), latency_claims or {})
 
 
+_LATENCIES = {"bert-base": "single_device_latency_bert_base", "bert-large": "single_device_latency_bert_large"}
 DEVICES = {
-    "rpi4b": Device(
-        "Raspberry Pi 4B",
-        {"bert-base": "single_device_latency_bert_base", "bert-large": "single_device_latency_bert_large"},
-    ),
-    "jetson-nano": Device("Jetson Nano"),
-    "jetson-tx2": Device("Jetson TX2"),
-    "jetson-orin-nano": Device("Jetson Orin Nano"),
+    "rpi4b": Device.published("Raspberry Pi 4B", _LATENCIES),
+    "jetson-nano": Device.published("Jetson Nano"),
+    "jetson-tx2": Device.published("Jetson TX2"),
+    "jetson-orin-nano": Device.published("Jetson Orin Nano"),
 }
-
-
-@cache
-def _figures() -> "pd.DataFrame":
-    from detransformer.record.published import published
-
-    return published("devices").set_index("device")
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One device of a cluster: a preset, and by what it differs from it.
+    """One device of a cluster: a preset, and its differences from it.
 
     Args:
         preset: of `DEVICES`.
         speed: 2.0 computes, and reads its weights, twice as fast.
-        memory_bytes: its memory; None: the preset's.
+        memory_bytes: None: the preset's.
         link_share: its link's rate, as a part of the cluster's bandwidth.
-        name: what messages call it; empty: by its hardware.
+        name: its name in messages; empty: its hardware.
         profile: rates measured on the device, used instead of the preset's.
     """
 
@@ -118,7 +102,7 @@ class DeviceSpec:
 
     @property
     def hardware(self) -> str:
-        """What it is, in words: such as `Raspberry Pi 4B at 2x speed`."""
+        """The device in words, such as `Raspberry Pi 4B at 2x speed`."""
         words = self.profile.name if self.profile else DEVICES[self.preset].name
         words += f" at {self.speed:g}x speed" if self.speed != 1 else ""
         words += f" with {self.memory_bytes / 2**20:g} MiB" if self.memory_bytes is not None else ""
@@ -136,7 +120,7 @@ class DeviceSpec:
         if pace == "roofline":
             known = replace(known, efficiency=())
         elif not known.efficiency:
-            known = replace(known, efficiency=host_efficiency(config) if efficiency is None else efficiency)
+            known = replace(known, efficiency=host_efficiency(config.hidden_size) if efficiency is None else efficiency)
         reads = known.memory_bytes_per_s
         return replace(
             known,
@@ -161,7 +145,7 @@ def device_specs(num_devices: int, device: str | DeviceSpec | Sequence[str | Dev
 
 
 def describe_devices(specs: Sequence[DeviceSpec]) -> str:
-    """Such as `2 x Raspberry Pi 4B, Jetson TX2`; of devices that are all alike, one's hardware."""
+    """Devices in words, such as `2 x Raspberry Pi 4B, Jetson TX2`; the hardware alone where all are alike."""
     runs = [(hardware, len(list(run))) for hardware, run in groupby(spec.hardware for spec in specs)]
     if len(runs) == 1:
         return runs[0][0]
@@ -169,7 +153,7 @@ def describe_devices(specs: Sequence[DeviceSpec]) -> str:
 
 
 def link_shares(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
-    """Each device's part of the cluster's bandwidth; empty where all have all of it."""
+    """Each device's part of the cluster's bandwidth; empty where all have the whole of it."""
     shares = tuple(spec.link_share for spec in specs)
     return shares if set(shares) != {1.0} else ()
 
@@ -187,10 +171,10 @@ def cluster_profile(
     """Devices and links on `model` (a preset's name or a folder) of `config`.
 
     Args:
-        link: the figures that were measured on one.
-        pace: `measured`: a share of a layer is as much slower than the whole layer as it was where that was measured,
-            on the device itself, where it has a profile, or else on a core as in `efficiency`; `roofline`: all shares
-            compute at the whole layer's rate, but no product is faster than its weights are read.
+        link: measured figures of a link.
+        pace: `measured`: a share of a layer has the efficiency, relative to the whole layer, that was measured on the
+            device itself, where it has a profile, or else on a core as in `efficiency`; `roofline`: all shares compute
+            at the whole layer's rate, but no product is faster than its weights are read.
         efficiency: rows of `DeviceProfile.efficiency`; None: those that come with the package.
     """
     if pace not in PACES:
@@ -239,13 +223,9 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
     return DeviceProfile(device.name, device.memory_bytes, rate, source, device.memory_bytes_per_s)
 
 
-def host_efficiency(config: "PretrainedConfig") -> tuple[tuple[str, float, int, int, float], ...]:
-    """How fast shares of a layer were on the core where that was measured, at the hidden size nearest to `config`'s."""
-    return _measured_efficiency(config.hidden_size)
-
-
 @cache
-def _measured_efficiency(hidden_size: int) -> tuple[tuple[str, float, int, int, float], ...]:
+def host_efficiency(hidden_size: int) -> tuple[tuple[str, float, int, int, float], ...]:
+    """Rows of `DeviceProfile.efficiency` as measured on one core, at the nearest hidden size in the package's table."""
     import pandas as pd
 
     table = pd.read_csv(EFFICIENCY, comment="#")

@@ -1,11 +1,14 @@
-"""How a worker and its front get to know each other, and what a worker shows on its host. Loads without torch.
+"""How a worker and its front identify each other, and what a worker shows on its host. Loads without torch.
 
-Each proves to the other that it knows the cluster's secret, by the HMAC of a challenge. The worker says what it has of
-the model, and the front compares that with what the first device has.
+Each proves to the other that it knows the cluster's secret, by the HMAC of a challenge. The worker reports its versions
+and digests of its copy of the model, and the front compares these with the first device's.
 """
 
 import contextlib
+import functools
+import hashlib
 import hmac
+import importlib.metadata
 import json
 import os
 import secrets
@@ -17,13 +20,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from detransformer.cluster.facts import host_facts
+from detransformer import __version__
 from detransformer.cluster.line import Line, connect
 
 ENDED = 4  # exit code of a worker that was told to end, or has lost its front
 RETRY_S = 0.3  # between two attempts to reach the front
 REACH_S = 5.0  # for the front to answer a hello
-COMPARED = {  # what a hello says of a host -> (in words, what to do where two differ)
+COMPARED = {  # field of a hello -> (in words, what to do where two hosts differ)
     "devices": ("a cluster file of other devices ({})", "use the same file on all hosts"),
     "versions": ("{}", "install the same versions on all hosts"),
     "config": ("a config.json whose digest is {}", "copy the model's folder anew"),
@@ -32,24 +35,27 @@ COMPARED = {  # what a hello says of a host -> (in words, what to do where two d
 }
 
 
+# --- The handshake -----------------------------------------------------------------------------------------------
+
+
 def prove(secret: str, challenge: str) -> str:
-    """What only who knows `secret` can answer to `challenge`."""
+    """The answer to `challenge` that only a process that knows `secret` can give."""
     return hmac.digest(secret.encode(), challenge.encode(), "sha256").hex()
 
 
 def is_proof(shown: Any, secret: str, challenge: str) -> bool:
-    """Whether `shown` is what `prove` says."""
+    """Whether `shown` equals `prove(secret, challenge)`, in constant time."""
     return hmac.compare_digest(str(shown).encode(), prove(secret, challenge).encode())
 
 
 def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -> Line:
-    """A line to the front, which knows this one and is known: each has shown the other that it knows the secret.
+    """A line to the front, after both ends have proved that they know the secret.
 
-    Ends this process (`end`) where the front does not answer within the job's `wait_s` (0: it is waited for).
+    Ends this process (`end`) where the front does not answer within the job's `wait_s` (0: waits without limit).
     """
     deadline = time.monotonic() + (job["wait_s"] or float("inf"))
     facts = host_facts(job) if device is not None else {}
-    told = False
+    announced = False
     while True:
         try:
             line = connect(job["front"], 2.0)
@@ -57,8 +63,7 @@ def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -
             nonce = secrets.token_hex(16)
             hello = {"device": device, "pid": os.getpid(), "proof": prove(job["secret"], challenge), "nonce": nonce}
             line.send(hello | facts)
-            welcome = await_message(line).get("welcome", "")
-            if not is_proof(welcome, job["secret"], nonce):
+            if not is_proof(await_message(line).get("welcome", ""), job["secret"], nonce):
                 raise ConnectionError("it has another secret")
             return line
         except (OSError, LookupError) as error:
@@ -71,8 +76,8 @@ def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -
                 "through its firewall.",
             )
         if isinstance(end, End):
-            if not told:
-                told = True
+            if not announced:
+                announced = True
                 end.say(f"waiting for {job['first']}, the first device")
             end.alive()
         time.sleep(RETRY_S)
@@ -98,18 +103,84 @@ def await_message(line: Line) -> dict:
     raise ConnectionError("no answer")
 
 
+# --- What all hosts must have alike ------------------------------------------------------------------------------
+
+
 def difference(name: str, hello: Mapping[str, Any], first: str, ours: Mapping[str, Any]) -> str:
-    """In what the host `name` differs from the `first` one, by their hellos, as a sentence; empty where in nothing."""
+    """How the host `name` differs from the `first` one, by their hellos, as a sentence; empty where they are alike."""
     if hello.get("problem"):
         return f"{name} cannot take part: {hello['problem']}"
-    for what, (words, remedy) in COMPARED.items():
-        if ours.get(what) != hello.get(what):
-            return f"{name} has {words.format(hello.get(what))}, and {first} {words.format(ours.get(what))}: {remedy}."
+    for field, (words, remedy) in COMPARED.items():
+        if ours.get(field) != hello.get(field):
+            theirs, own = words.format(hello.get(field)), words.format(ours.get(field))
+            return f"{name} has {theirs}, and {first} {own}: {remedy}."
     return ""
 
 
+def host_facts(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `COMPARED` for this host, or its `problem`; empty where all devices are on one machine."""
+    if not job.get("listed"):
+        return {}
+    torch = importlib.metadata.version("torch").partition("+")[0]
+    facts = {"devices": job["listed"], "versions": f"detransformer {__version__} and torch {torch}"}
+    try:
+        return facts | model_facts(job["model"])
+    except ValueError as error:
+        return facts | {"problem": str(error)}
+
+
+def model_facts(folder: str) -> dict[str, Any]:
+    """Digests of a model's config.json and weights, and the weights' size in bytes.
+
+    Raises:
+        ValueError: if config.json or model.safetensors is missing or unreadable.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"model folder {folder} does not exist on this host: copy the checkpoint there.")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json: copy the whole checkpoint there.") from None
+    except ValueError:
+        raise ValueError(f"{folder}/config.json is damaged: copy the checkpoint there again.") from None
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no model.safetensors: copy the whole checkpoint there.")
+    kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    try:
+        size = sum(file.stat().st_size for file in files)
+        digests = "".join(_file_digest(file, *_stamp(file)) for file in files)
+    except OSError as error:
+        raise ValueError(f"the weights in {folder} cannot be read ({error.strerror}): copy them there again.") from None
+    config_digest, weights_digest = (
+        hashlib.sha256(text.encode()).hexdigest()[:12] for text in (json.dumps(kept, sort_keys=True), digests)
+    )
+    return {"config": config_digest, "weights_bytes": size, "weights": weights_digest}
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@functools.cache
+def _file_digest(file: Path, *stamp: int) -> str:
+    """SHA-256 of a file, kept in memory while its `stamp` is the same: workers are started again and again."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# --- What a worker shows on its host -----------------------------------------------------------------------------
+
+
 class End:
-    """What a worker shows on its host: that it runs, sentences for the user, and why it ends. A call ends it."""
+    """Ends this worker when called; until then shows its host that it runs, and sentences for the user.
+
+    Args:
+        words: file descriptor for the user's sentences.
+        starter: process id of the agent; 0: none. The worker ends with it.
+    """
 
     def __init__(self, job: Mapping[str, Any], device: int, words: int, starter: int = 0):
         self._path, self._words = job.get("end"), words
@@ -120,7 +191,7 @@ class End:
             self()
 
     def alive(self) -> None:
-        """A sign of life for the agent, in the times of a file; ends this process where its starter has ended."""
+        """Touches the file that the agent watches; ends this process where the agent has ended."""
         if self._starter is not None and select.select([self._starter], [], [], 0)[0]:
             self()
         if self._sign:
@@ -136,11 +207,11 @@ class End:
         write_end(self._path, kind, sentence)
         with contextlib.suppress(OSError):
             sys.stderr.flush()
-        os._exit(ENDED)  # gloo's threads would otherwise wait for peers that are gone
+        os._exit(ENDED)  # gloo's threads would otherwise wait for lost peers
 
 
 def write_end(path: str | None, kind: str, sentence: str) -> None:
-    """Leaves why this host's part has ended for the process that started it; the first reason stays."""
+    """Writes why this host's part has ended, for the process that started it; the first reason stays."""
     if path and kind:
         with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
             json.dump({"end": kind, "sentence": sentence}, file)

@@ -1,10 +1,11 @@
-"""Real hosts: which device of the cluster file this host is, what it has, and the agents that start its worker.
+"""Real hosts: the device of the cluster file that this host is, and the agents that start its worker.
 
-Loads without torch: `detransformer run` on a host reads the file, finds itself in it and starts an agent. Emulated
-hosts, each a network namespace of this machine, are started in the same way.
+Loads without torch: `detransformer run` on a host reads the file, finds itself in it and starts an agent. The emulated
+devices of a service, each a network namespace of this machine, are started in the same way.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -28,16 +29,16 @@ from detransformer.cluster.roster import REFUSED, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
-RETURN_S, MAX_RETURN_S = 1.0, 60.0  # an agent that has ended is started again after this long, doubled each time
-LASTING_S = 60.0  # an agent that ran longer counts as new
-END_S = 5.0  # for a worker to say farewell
+RETURN_S, MAX_RETURN_S = 1.0, 60.0  # delay until an agent that has ended is started again, doubled each time
+LASTING_S = 60.0  # an agent that ran longer is started again after RETURN_S
+END_S = 5.0  # wait for an interrupted worker to tell the front
 
 
-# --- What this host is -------------------------------------------------------------------------------------------
+# --- This host ---------------------------------------------------------------------------------------------------
 
 
 def own_rank(spec: ClusterSpec, host: str | None, interfaces: Mapping[str, list[str]]) -> int:
-    """Which device of the file this host is, by `host`, a device's name, or else by the addresses of its `interfaces`.
+    """This host's device in the file, by its name `host`, or else by the addresses of the host's `interfaces`.
 
     Raises:
         ValueError: if it is none of them, or could be several.
@@ -72,7 +73,7 @@ def own_interfaces() -> dict[str, list[str]]:
 
 
 def interface_of(spec: ClusterSpec, rank: int, interfaces: Mapping[str, list[str]]) -> str:
-    """The interface that carries the collectives of this host, which is device `rank`."""
+    """The network interface for the collectives of this host, which is device `rank`."""
     address = resolve(spec.members[rank].address)
     return spec.interface or next(name for name, found in interfaces.items() if address in found)
 
@@ -96,18 +97,18 @@ class Hosts:
     """Keeps agents running, each with the worker of one device, until `close`; a context manager.
 
     Args:
-        own: the device of the file that this host is; None: all are emulated here, in namespaces of their own.
-        interface: of this host, where it is one of the cluster's.
-        secret: what workers have to know, the same on all hosts; one of its own where all are here.
-        stays: workers and agents that have ended are started again, as a service wants it.
+        own: this host's device in the file; None: all devices are emulated here, each in a namespace.
+        interface: network interface of this host's collectives.
+        secret: shared by all hosts; made here where all devices are emulated.
+        stays: workers and agents that have ended are started again, for a service.
+        time_scale: factor by which emulated links and devices are slower.
         paced: emulated devices compute no faster than their presets; else as fast as this machine.
-        time_scale: emulated links and devices are so many times slower.
         threads: of each device's compute; 0: all cores.
-        wait_s: how long a worker waits for the first device; 0: for ever.
-        silence_s: without a sign of the front, after which a worker ends.
-        models: device -> a folder of its own, where a device has another copy of the model.
-        variables: device -> environment variables of its processes, beside this one's.
-        words: where workers write what the user is to read; None: into the log.
+        wait_s: limit for a worker to wait for the first device; 0: none.
+        silence_s: a worker ends after so long without a sign of the front.
+        models: device -> folder, for devices with another copy of the model.
+        variables: device -> further environment variables of its processes.
+        words: stream for workers' sentences to the user; None: the log.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Hosts:
         self.spec, self.own, self.stays = spec, own, stays
         self.variables, self._words = variables or {}, words
         self.agents: dict[int, subprocess.Popen] = {}
-        self.kept = set(range(len(spec.members))) if own is None else {own}  # whose agents are to run
+        self.kept = set(range(len(spec.members))) if own is None else {own}  # devices whose agents are to run
         self.network: EmulatedNetwork | None = None
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -150,7 +151,7 @@ class Hosts:
             "time_scale": time_scale,
             "paced": paced and own is None,
             "stays": stays,
-            "jobs": "detransformer.cluster.answering",  # whoever takes the front's place can ask for no others
+            "jobs": "detransformer.cluster.answering",  # an impostor of the front can ask for no other jobs
             "wait_s": wait_s,
             "silence_s": silence_s,
             "message_s": 60.0 if stays else 120.0,
@@ -158,38 +159,40 @@ class Hosts:
             "end": None if stays else str(self.folder / "end.json"),
         }
 
+    @property
+    def address(self) -> str:
+        """The first device's IPv4 address."""
+        return self.network.addresses[0] if self.network else resolve(self.spec.members[0].address)
+
     def listen(self) -> socket.socket:
-        """Where the workers come to: a socket at the first device's address.
+        """A socket at the first device's address, which workers connect to. Makes the emulated network.
 
         Raises:
             ValueError: if the address or port cannot be had.
             OSError: where this machine does not permit network namespaces.
         """
-        address = resolve(self.spec.members[0].address)
         if self.own is None:
             rate_bps = self.spec.bandwidth_bps / self.job["time_scale"]
             self.network = EmulatedNetwork(len(self.spec.members), rate_bps).__enter__()
-            address = self.network.addresses[0]
             self.job["listed"] = ", ".join(self.spec.names)
-            return inside(self.network.namespaces[0], lambda: listen(f"{address}:{self.spec.port}"))
+            return inside(self.network.namespaces[0], lambda: listen(f"{self.address}:{self.spec.port}"))
         try:
-            return listen(f"{address}:{self.spec.port}")
+            return listen(f"{self.address}:{self.spec.port}")
         except OSError as error:
-            why = "is in use, perhaps by another run" if error.errno == 98 else f"({error.strerror})"
+            why = "is in use, perhaps by another run" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
             raise ValueError(
-                f"port {self.spec.port} of {address} {why}: end that, or choose another rendezvous.port on all hosts."
+                f"port {self.spec.port} of {self.address} {why}: end that, or choose another rendezvous.port on all "
+                "hosts."
             ) from None
 
     @property
     def store(self) -> str:
-        """Where the first device's worker keeps the store of the process group: the next port."""
-        address = self.network.addresses[0] if self.network else resolve(self.spec.members[0].address)
-        return f"{address}:{self.spec.port + 1}"
+        """ADDRESS:PORT of the process group's store, which the first device's worker keeps: the next port."""
+        return f"{self.address}:{self.spec.port + 1}"
 
     def start(self) -> None:
-        """Starts the agents; `listen` came before, on the first device."""
-        address = self.network.addresses[0] if self.network else resolve(self.spec.members[0].address)
-        self.job["front"] = f"{address}:{self.spec.port}"
+        """Starts the agents; on the first device after `listen`."""
+        self.job["front"] = f"{self.address}:{self.spec.port}"
         path = self.folder / "job.json"
         path.touch(0o600)
         path.write_text(json.dumps(self.job), encoding="utf-8")
@@ -215,7 +218,7 @@ class Hosts:
         if self._keeper:
             self._keeper.join(10)
         for agent in self.agents.values():
-            end(agent)
+            kill(agent)
         if self.network:
             self.network.close()
         self._folder.cleanup()
@@ -224,24 +227,24 @@ class Hosts:
         """Waits, on a host that is not the first, until its part has ended.
 
         Raises:
-            ValueError, DeviceError: with the sentence in which the front, or the worker, said why.
+            ValueError, DeviceError: with the front's or the worker's sentence on the reason.
         """
         (agent,) = self.agents.values()
         agent.wait()
         try:
-            told = json.loads((self.folder / "end.json").read_text(encoding="utf-8"))
+            end = json.loads((self.folder / "end.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DeviceLost(0, f"the worker of this host ended ({last_words(self._log(self.own))}).") from None
-        if told["end"] == REFUSED:
-            raise ValueError(told["sentence"])
-        if told["sentence"]:
-            raise DeviceError(0, told["sentence"])
+        if end["end"] == REFUSED:
+            raise ValueError(end["sentence"])
+        if end["sentence"]:
+            raise DeviceError(0, end["sentence"])
 
     def _log(self, device: int) -> Path:
         return self.folder / f"agent{device}.log"
 
     def _start_agent(self, device: int) -> None:
-        """The agent of one device, in its namespace where it is emulated."""
+        """Starts the agent of one device, in its namespace where it is emulated."""
         command = [sys.executable, "-m", "detransformer.cluster.agent", str(self.folder / "job.json"), str(device)]
         namespace = self.network.namespaces[device] if self.network else None
         with open(self._log(device), "ab") as log:
@@ -267,7 +270,7 @@ class Hosts:
                     due[device] = now + wait_s[device]
                 elif now >= due[device]:
                     del due[device]
-                    end(self.agents[device])
+                    kill(self.agents[device])
                     self._start_agent(device)
                     started[device] = now
 
@@ -276,8 +279,8 @@ class Hosts:
         return "; ".join(filter(None, (last_words(path) for path in sorted(self.folder.glob("agent*.log")))))
 
 
-def end(agent: subprocess.Popen) -> None:
-    """Kills an agent with all that it started."""
+def kill(agent: subprocess.Popen) -> None:
+    """Kills an agent with all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)
     agent.wait()

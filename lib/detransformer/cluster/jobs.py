@@ -1,11 +1,7 @@
-"""What a worker can be asked to do: run a plan, time collectives, check its link and its clock."""
+"""The jobs of a worker: run a plan, generate text, time collectives, check its link and its clock."""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,98 +10,22 @@ from torch.nn import functional as F
 from transformers import BertConfig
 
 from detransformer import machine
-from detransformer.cluster.loaded import Loaded, executor_of, key_of, load_model, note_peak
-from detransformer.cluster.pacing import Arrivals, Pacer, sleep_until
-from detransformer.cluster.stores import bound_store
-from detransformer.parallel.comm import Comm
+from detransformer.cluster.pacing import Pacer
+from detransformer.cluster.state import Loaded, WorkerState
+from detransformer.parallel.executor import Executor
 from detransformer.parallel.generation import Generator
 from detransformer.parallel.linear import can_pack
 from detransformer.parallel.plan import Plan, published_plan
 from detransformer.planning.recorder import device_steps
 
-COLLECTIVE_TIMEOUT_S = 120
-START_AFTER_S = 0.01  # longer than ranks take to leave a barrier
-
-
-@dataclass
-class WorkerState:
-    """A worker's place in the cluster, and its groups by the devices in them. The last model is kept for the next."""
-
-    rank: int
-    num_ranks: int
-    interface: str
-    groups: dict[tuple[int, ...], dist.ProcessGroup]
-    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT_S)  # of a message in these groups
-    loaded: dict[str, Loaded] = field(default_factory=dict)
-    arrivals: Arrivals | None = None  # of this session, where all workers share one host
-    device: int = 0  # of the cluster file; `rank` counts those that are there
-    home: Mapping[str, Any] = field(default_factory=dict)  # what this host was started with: model, cluster, ...
-    kept: dict[str, Any] = field(default_factory=dict)  # what one job leaves for the next
-
-    @classmethod
-    def join(
-        cls,
-        rank: int,
-        num_ranks: int,
-        master: str,
-        keeps: bool,
-        interface: str,
-        threads: int,
-        arrivals: str = "",
-        name: str = "workers",
-        wait: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    ) -> "WorkerState":
-        """Makes this process one of a group; `master`: ADDRESS:PORT of the store where all meet.
-
-        `keeps`: whether this process has that store, rather than another one at that address. `name` is the group's,
-        `wait` how long a message may take.
-        """
-        torch.set_num_threads(threads)
-        address, _, port = master.rpartition(":")
-        found = bound_store(address, int(port), num_ranks, keeps, wait, wait_for_workers=False)
-        store = dist.PrefixStore(name, found)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=wait)
-        groups = {tuple(range(n)): dist.new_group(list(range(n)), timeout=wait) for n in range(2, num_ranks + 1)}
-        _touch_libraries()
-        shared = Arrivals(arrivals, num_ranks) if arrivals else None
-        return cls(rank, num_ranks, interface, groups, wait, arrivals=shared)
-
-    def takes_part(self, devices: tuple[int, ...]) -> bool:
-        """Whether this device is one of `devices`. All workers ask alike, since new groups are made by all of them."""
-        if len(devices) > 1 and devices not in self.groups:
-            self.groups[devices] = dist.new_group(list(devices), timeout=self.timeout, sort_ranks=False)
-        return self.rank in devices
-
-    def comm(self, devices: tuple[int, ...]) -> Comm:
-        """The collectives of `devices`, of which this is one."""
-        return Comm(self.groups.get(devices), devices.index(self.rank), len(devices))
-
-    def start_together(self, comm: Comm, devices: Sequence[int], count: int) -> None:
-        """Returns on all of `devices` at the same moment, as far as they share a clock; `count` numbers the starts.
-
-        A barrier lets ranks go some milliseconds apart, which would count as waiting.
-        """
-        if self.arrivals is None:
-            comm.barrier()
-            return
-        self.arrivals.write("start", self.rank, count, time.perf_counter())
-        comm.barrier()
-        sleep_until(self.arrivals.last("start", devices, count) + START_AFTER_S)
-
-    def sent_bytes(self) -> int:
-        """Bytes that the kernel has sent on this device's interface."""
-        for line in Path("/proc/self/net/dev").read_text().splitlines():
-            name, _, numbers = line.partition(":")
-            if name.strip() == self.interface:
-                return int(numbers.split()[8])
-        return 0
+Tensors = Mapping[str, torch.Tensor]
 
 
 def run_plan(
     state: WorkerState,
     checkpoint: str,
     plan: dict,
-    inputs: str | Mapping[str, torch.Tensor],
+    inputs: str | Tensors,
     repeats: int,
     warmup: int = 1,
     device: dict | None = None,
@@ -127,37 +47,36 @@ def run_plan(
         device: this rank's `DeviceProfile` as a dict, to pace by; None runs at the host's own speed.
         link: `LinkProfile` as a dict, where the link is modelled; None where it is real.
         time_scale: everything modelled lasts this many times longer; times are reported in the device's seconds.
-        stream: so many requests back to back are timed as well, for throughput (pipeline, data parallel).
+        stream: number of requests that are timed back to back as well, for throughput (pipeline, data parallel).
         reference: safetensors file of the single-device output to compare with, on the rank that has the result.
         output: file to write that result to, or a dict to put it into.
         held_with: all plans that are held at once, this one among them: their weights stay when another is run.
         burns: a paced segment is spent in products, not asleep.
-        keep_models: so many of the models read before stay in memory.
+        keep_models: number of models read before that stay in memory.
 
     A sample's `events` are the pacer's, on the host's clock, which all workers share. `peak_rss_bytes` is the largest
-    resident size while loading and running, above what was resident before; None where it is not told.
+    resident size while loading and running, above that before; None where the system does not report it.
     """
-    plan_ = Plan.from_dict(plan)
-    loaded = load_model(state, checkpoint, held_with or [plan], dtype, keep_models)
-    if not state.takes_part(plan_.device_ids):
+    made = Plan.from_dict(plan)
+    loaded = state.load(checkpoint, held_with or [plan], dtype, keep_models)
+    if not state.takes_part(made.device_ids):
         return None
     tensors = _read(inputs)
     batch_size, seq_len = tensors["input_ids"].shape
-    is_new = key_of(plan_) not in loaded.runners
-    executor = executor_of(state, loaded, checkpoint, plan_)
+    executor, is_new = state.runner(loaded, made, lambda: _executor(state, loaded, checkpoint, made))
     comm = executor.comm
     machine.restart_peak()
-    segment_s, link_s = loaded.pace(plan_, comm.rank, device, link, time_scale, seq_len, batch_size)
+    segment_s, link_s = loaded.pace(made, comm.rank, device, link, time_scale, seq_len, batch_size)
     comm.observer = None
-    for _ in range(warmup if is_new else 0):  # one that has run is warm
+    for _ in range(warmup if is_new else 0):
         executor(**tensors)
-    pacer = comm.observer = Pacer(segment_s, link_s, state.arrivals, comm.rank, plan_.device_ids, burns)
+    pacer = comm.observer = Pacer(segment_s, link_s, state.arrivals, comm.rank, made.device_ids, burns)
     samples = []
     for sample in range(repeats):
         comm.reset()
         pacer.reset()
         sent = state.sent_bytes()
-        state.start_together(comm, plan_.device_ids, sample)
+        state.start_together(comm, made.device_ids, sample)
         start = time.perf_counter()
         pacer.begin()
         result = executor(**tensors)
@@ -178,7 +97,7 @@ def run_plan(
         "counts": dict(comm.counts),
         "bytes": dict(comm.bytes),
         "weights_bytes": loaded.weights.num_bytes if loaded.weights else executor.weights_bytes,
-        "peak_rss_bytes": note_peak(state, loaded),
+        "peak_rss_bytes": state.note_peak(loaded),
     }
     if stream:
         comm.barrier()
@@ -193,7 +112,7 @@ def run_plan(
         outputs = {name: tensor for name in named if (tensor := getattr(result, name, None)) is not None}
         if reference:
             record |= output_errors(outputs, load_file(reference))
-        if output is not None and comm.rank == plan_.num_devices - 1:
+        if output is not None and comm.rank == made.num_devices - 1:
             _hand_over(outputs, output)
     return record
 
@@ -203,13 +122,12 @@ def generate(
     checkpoint: str,
     prefill: dict,
     decode: dict,
-    inputs: str | Mapping[str, torch.Tensor],
+    inputs: str | Tensors,
     max_new_tokens: int,
     device: dict | None = None,
     link: dict | None = None,
     time_scale: float = 1.0,
     dtype: str = "float32",
-    warmup: int = 1,
     output: str | dict[str, torch.Tensor] | None = None,
 ) -> dict | None:
     """Generates text greedily, the prompt by plan `prefill`, each further token by `decode`; None if left out.
@@ -219,31 +137,26 @@ def generate(
     `bytes` of the collectives of one decoding step, and the bytes of weights and of keys and values kept.
     """
     plans = Plan.from_dict(prefill), Plan.from_dict(decode)
-    loaded = load_model(state, checkpoint, [prefill, decode], dtype)
-    if not state.takes_part(plans[0].device_ids):
+    devices = plans[0].device_ids
+    loaded = state.load(checkpoint, [prefill, decode], dtype)
+    if not state.takes_part(devices):
         return None
-    key = " ".join(map(key_of, plans))
-    is_new = key not in loaded.runners
-    if is_new:
-        comm = state.comm(plans[0].device_ids)
-        loaded.runners[key] = Generator(loaded.config, *plans, loaded.weights, comm)
-        note_peak(state, loaded)
-    generator = loaded.runners[key]
+    parts = loaded.config, *plans, loaded.weights
+    generator, is_new = state.runner(loaded, plans, lambda: Generator(*parts, state.comm(devices)))
     comm = generator.prefill.comm
     tensors = _read(inputs)
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     batch_size, seq_len = ids.shape
 
     comm.observer = None
-    if is_new and warmup:
+    if is_new:  # warm up
         generator(ids, mask, min(2, max_new_tokens))
     sizes = [(plans[0], seq_len, 0)] + [(plans[1], 1, seq_len + i) for i in range(max_new_tokens - 1)]
     paces = [  # modelled before, not between, the tokens
         loaded.pace(plan, comm.rank, device, link, time_scale, length, batch_size, past) for plan, length, past in sizes
     ]
-    pacer = comm.observer = Pacer(*paces[0], state.arrivals, comm.rank, plans[0].device_ids)
-    pacer.reset()
-    state.start_together(comm, plans[0].device_ids, 0)
+    pacer = comm.observer = Pacer(*paces[0], state.arrivals, comm.rank, devices)
+    state.start_together(comm, devices, 0)
     made, token_s = [], []
     for segment_s, link_s in paces:
         comm.reset()
@@ -253,10 +166,11 @@ def generate(
         made.append(generator.step(made[-1]) if made else generator.start(ids, mask, max_new_tokens))
         pacer.end()
         token_s.append((time.perf_counter() - start) / time_scale)
+    tokens = torch.stack(made, dim=1)  # [B, max_new_tokens]
     if output is not None and comm.rank == plans[0].num_devices - 1:
-        _hand_over({"tokens": torch.stack(made, dim=1)}, output)
+        _hand_over({"tokens": tokens}, output)
     return {
-        "tokens": torch.stack(made, dim=1).tolist(),
+        "tokens": tokens.tolist(),
         "token_s": token_s,
         "overrun_s": pacer.overrun_s / time_scale,
         "modelled_s": pacer.modelled_s / time_scale,
@@ -264,25 +178,35 @@ def generate(
         "bytes": dict(comm.bytes),
         "weights_bytes": loaded.weights.num_bytes,
         "cache_bytes": generator.cache.num_bytes,
-        "peak_rss_bytes": note_peak(state, loaded),
+        "peak_rss_bytes": state.note_peak(loaded),
     }
 
 
-def _read(inputs: str | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """A job's inputs: a safetensors file's, or given as they are."""
+def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -> Executor:
+    comm = state.comm(plan.device_ids)
+    if plan.runs == "dtensor":
+        from detransformer.parallel.dtensor import DTensorExecutor
+
+        return DTensorExecutor(checkpoint, plan, comm)
+    return Executor(loaded.config, plan, loaded.weights, comm, loaded.held_with)
+
+
+def _read(inputs: str | Tensors) -> Tensors:
+    """A job's inputs: the tensors themselves, or those in a safetensors file."""
     return load_file(inputs) if isinstance(inputs, str) else inputs
 
 
-def _hand_over(outputs: Mapping[str, torch.Tensor], where: str | dict[str, torch.Tensor]) -> None:
+def _hand_over(outputs: Tensors, target: str | dict[str, torch.Tensor]) -> None:
+    """Writes `outputs` to the file `target`, or puts them into it."""
     tensors = {name: tensor.contiguous() for name, tensor in outputs.items()}
-    if isinstance(where, dict):
-        where.update(tensors)
+    if isinstance(target, dict):
+        target.update(tensors)
     else:
-        save_file(tensors, where)
+        save_file(tensors, target)
 
 
-def _touch_libraries() -> None:
-    """Runs each kernel once: code and pools that the libraries bring in are the interpreter's own."""
+def warm_up_libraries() -> None:
+    """Runs each kernel once, so that the code and pools of libraries do not count as a model's memory."""
     can_pack()
     x, weight = torch.zeros(1, 8, 128, 64), torch.zeros(512, 512)
     with torch.inference_mode():
@@ -293,8 +217,8 @@ def _touch_libraries() -> None:
     device_steps(config, published_plan("single", config), 0, seq_len=1)  # and the tape
 
 
-def output_errors(outputs: dict, expected: dict) -> dict:
-    """How far `outputs` lie from the single device's: largest absolute error, and RMS error over the output's RMS."""
+def output_errors(outputs: Tensors, expected: Tensors) -> dict[str, float]:
+    """Errors of `outputs` against the single device's: the largest absolute one, and RMS over the output's RMS."""
     errors = {name: (outputs[name] - tensor, tensor) for name, tensor in expected.items()}
     return {
         "max_abs_error": max(float(error.abs().max()) for error, _ in errors.values()),
@@ -309,9 +233,9 @@ def self_check(
 ) -> dict | None:
     """Sends `link_bytes` over every link (0: over none), then paces `num_segments` segments that compute nothing.
 
-    Links are checked one direction at a time: both at once would measure something else too, acknowledgements that wait
-    behind data. Returns `sent` and `received`, (from, to, seconds on the host's clock) of each transfer's start and end
-    as this device saw it, and `pacing_error`, by how much longer the segments took, relative.
+    Links are checked one direction at a time: with both at once, acknowledgements would wait behind data. Returns
+    `sent` and `received`, (from, to, seconds on the host's clock) of each transfer's start and end as this device saw
+    it, and `pacing_error`, the relative excess of the segments' time.
     """
     n = num_devices
     if state.rank >= n:

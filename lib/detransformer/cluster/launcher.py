@@ -1,8 +1,8 @@
-"""Starts the workers of an emulated cluster: imports once what all of them need, then forks them.
+"""Starts the workers of an emulated cluster: imports once all that they need, then forks them.
 
-Importing torch and transformers keeps a processor busy for seconds, so four or eight workers that each did so would
-take a session's first minute. Forking is safe here because nothing has started a thread, or opened a socket, before.
-Tells the front with which code each worker ended.
+Importing torch and transformers takes seconds of a processor, so four or eight workers that each did so would take a
+session's first minute. Forking is safe here because nothing has started a thread, or opened a socket, before. Reports
+each worker's exit code to the front.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ def main() -> None:
 
     import detransformer.cluster.worker  # noqa: F401  what the workers need
 
-    gc.freeze()  # what was imported stays: workers need not search it for garbage, which takes half a second
+    gc.freeze()  # workers need not search what was imported for garbage, which takes half a second
 
     places = job.pop("places")
     devices = {}
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _work(job: dict, device: int, place: dict) -> None:
-    """The forked process: its own namespace, core and log, then the worker. Does not return."""
+    """The forked process: enters its namespace, core and log, then works. Does not return."""
     from detransformer.cluster.network import enter_namespace
     from detransformer.cluster.worker import work
 
@@ -55,7 +55,7 @@ def _work(job: dict, device: int, place: dict) -> None:
         os.dup2(log, 2)
         if place["core"] is not None:
             os.sched_setaffinity(0, {place["core"]})
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)  # ns; the default lets every sleep last 50 us longer
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)  # ns; by default every sleep lasts 50 us longer
         if place["namespace"]:
             enter_namespace(place["namespace"])
         work(job, device)

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 HEAD = struct.Struct("!IQ")  # bytes of the header and of the payload
-STRANGER_BYTES, MEMBER_BYTES = 2**16, 2**30  # of a message, before and after its sender is known
+STRANGER_BYTES, MEMBER_BYTES = 2**16, 2**30  # limit of a message, before and after its sender is known
 BEAT_S = 0.5  # between two heartbeats
-SEND_S = 60.0  # for one message to leave
+SEND_S = 60.0  # limit for sending one message
 
 
 class Message(NamedTuple):
-    """What came over a line."""
+    """One received message."""
 
     header: dict
     payload: bytes
@@ -31,12 +31,14 @@ class Line:
 
     def __init__(self, connection: socket.socket, limit_bytes: int = STRANGER_BYTES):
         connection.settimeout(SEND_S)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket, self.limit_bytes = connection, limit_bytes
         self.heard_at = time.monotonic()
         self._sent_at = 0.0
         self._sending = threading.Lock()
         self._pending = bytearray()
-        self.unread: list[Message] = []  # what came together with a message that was awaited
+        self.unread: list[Message] = []  # messages that arrived together with an awaited one
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -45,38 +47,39 @@ class Line:
         """Sends one message.
 
         Raises:
-            OSError: when the other end has gone, or took nothing for a minute.
+            OSError: when the other end is closed, or accepted no bytes for a minute.
         """
-        words = json.dumps(header).encode()
         with self._sending:
-            self.socket.sendall(HEAD.pack(len(words), len(payload)) + words)
-            if payload:
-                self.socket.sendall(payload)
-            self._sent_at = time.monotonic()
+            self._write(header, payload)
 
     def tell(self, header: Mapping) -> bool:
         """Sends a short message if that is possible without waiting; returns whether it was sent."""
         if not self._sending.acquire(blocking=False):
             return False
         try:
-            words = json.dumps(header).encode()
             if not select.select([], [self.socket], [], 0)[1]:
                 return False
-            self.socket.sendall(HEAD.pack(len(words), 0) + words)
-            self._sent_at = time.monotonic()
+            self._write(header)
             return True
         except (OSError, ValueError):  # a closed line shows when it is read from
             return False
         finally:
             self._sending.release()
 
+    def _write(self, header: Mapping, payload: bytes = b"") -> None:
+        words = json.dumps(header).encode()
+        self.socket.sendall(HEAD.pack(len(words), len(payload)) + words)
+        if payload:
+            self.socket.sendall(payload)
+        self._sent_at = time.monotonic()
+
     def beat(self) -> None:
-        """Sends a heartbeat, unless another message was sent a moment ago."""
+        """Sends a heartbeat, unless another message was sent less than `BEAT_S` ago."""
         if time.monotonic() - self._sent_at >= BEAT_S:
             self.tell({})
 
     def receive(self) -> list[Message] | None:
-        """The messages that are complete, heartbeats left out; None when the line is closed or carries no messages."""
+        """The complete messages without heartbeats; None when the line is closed or the bytes are no messages."""
         try:
             data = self.socket.recv(2**20)
         except OSError:
@@ -114,7 +117,7 @@ def connect(address: str, timeout_s: float) -> Line:
     """A line to the front, which listens at `address`: ADDRESS:PORT, or the path of a Unix socket.
 
     Raises:
-        OSError: where nothing answers there.
+        OSError: where nothing listens there.
     """
     if address.startswith("/"):
         connection = socket.socket(socket.AF_UNIX)
@@ -126,7 +129,6 @@ def connect(address: str, timeout_s: float) -> Line:
     if connection.getsockname() == connection.getpeername():  # TCP can connect to itself where nobody listens
         connection.close()
         raise ConnectionRefusedError("connection refused")
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Line(connection, MEMBER_BYTES)
 
 

@@ -1,13 +1,13 @@
 """An emulated network of devices on one Linux machine: namespaces on a bridge, links shaped by the kernel.
 
-Each device is a network namespace with one interface; its cable ends at a bridge in a namespace of its own. A token
-bucket (tbf) stands at both ends of the cable, so a device sends and receives at most at the link's rate, as on a
-full-duplex switch port. Latency and jitter are netem's, where the kernel has it: what a device sends is held back
-before it reaches the bucket. Nothing touches the host's own interfaces.
+Each device is a network namespace with one interface; its cable ends at a bridge in a separate namespace. A token
+bucket (tbf) shapes both ends of the cable, so a device sends and receives at most at the link's rate, as on a
+full-duplex switch port. Latency and jitter are netem's, where the kernel has it: it delays a device's packets before
+they reach the bucket. Nothing touches the host's own interfaces.
 
-The namespaces belong to a small keeper process (this module run with `-m`), which removes them when its input closes:
-also when the process that asked for them was killed. Names start with `dtf<pid of the keeper>`; should a keeper itself
-have been killed, its leftovers are removed at the next start.
+The namespaces belong to a small keeper process (this module run with `-m`), which removes them when its input closes,
+also when the process that asked for them was killed. Names start with `dtf<pid of the keeper>`; the leftovers of a
+killed keeper are removed at the next start.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,9 +32,9 @@ Result = TypeVar("Result")
 PREFIX = "dtf"
 INTERFACE = "eth0"
 SUBNET = "10.77.0"
-BURST_BYTES = 10_000  # a few MTU: small messages must not pass above the line rate (a 32 kB bucket lets them)
+BURST_BYTES = 10_000  # a few MTU: with a 32 kB bucket small messages exceed the line rate
 QUEUE_BYTES = 4_000_000  # deep enough that an all_to_all's incast is delayed, not dropped
-DELAYED_PACKETS = 10_000  # what netem may hold back: more than fits in QUEUE_BYTES
+DELAYED_PACKETS = 10_000  # netem's queue, longer than fits in QUEUE_BYTES
 _CLONE_NEWNET = 0x40000000
 
 
@@ -48,7 +48,7 @@ def enter_namespace(name: str) -> None:
 
 
 def inside(namespace: str, action: Callable[[], Result]) -> Result:
-    """What `action` returns in the network namespace `namespace`, or raises there; it runs in a thread of its own."""
+    """Runs `action` in a thread in the network namespace `namespace`; returns its result, or raises its error."""
 
     def enter() -> Result:
         enter_namespace(namespace)  # of this thread alone
@@ -60,7 +60,7 @@ def inside(namespace: str, action: Callable[[], Result]) -> Result:
 
 @functools.cache
 def can_emulate() -> tuple[bool, str]:
-    """Whether this machine lets us make namespaces and shaped links, by trying, and why not."""
+    """Whether this machine permits namespaces and shaped links, by trying, and the reason."""
     try:
         with EmulatedNetwork(2, 100e6) as network:
             network.set_rate(200e6)
@@ -71,24 +71,26 @@ def can_emulate() -> tuple[bool, str]:
 
 @functools.cache
 def can_delay() -> tuple[bool, str]:
-    """Whether this kernel can add latency to links (netem), by trying, and why not."""
+    """Whether this kernel can add latency to links (netem), by trying, and the reason."""
     permitted, why = can_emulate()
     if not permitted:
         return False, why
     try:
         with EmulatedNetwork(2, 100e6, delay_s=0.001, jitter_s=0.0001):
-            pass
+            return True, "netem adds latency and jitter"
     except OSError as error:
         return False, f"this kernel has no netem queueing discipline ({error})"
-    return True, "netem adds latency and jitter"
 
 
 class EmulatedNetwork:
     """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
 
-    `shares` are the links' parts of that rate, one a device; empty: all have all of it.
-    `delay_s` (one way, between any two devices) and `jitter_s` (how far a packet's delay may lie from it,
-    which can reorder packets) want netem. `namespaces`, `addresses` and `switch` are known once entered.
+    `namespaces` and `switch`, the bridge's, are known once entered; `addresses` before.
+
+    Args:
+        delay_s: one way, between any two devices; needs netem.
+        jitter_s: largest deviation of a packet's delay, which can reorder packets; needs netem.
+        shares: each link's part of the rate, one a device; empty: all have the whole of it.
 
     Raises:
         OSError: on entering, where the kernel does not permit it, with the reason.
@@ -112,7 +114,7 @@ class EmulatedNetwork:
     def __enter__(self) -> "EmulatedNetwork":
         command = [sys.executable, "-m", "detransformer.cluster.network", str(self.num_devices), self.shape.to_line()]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        # A session of its own: a kernel is killed with its whole process group, and the keeper must outlive it.
+        # A new process group: Jupyter kills a kernel with its whole group, and the keeper must outlive it.
         self._keeper = subprocess.Popen(command, start_new_session=True, **pipes)
         try:
             names = self._answer()
@@ -133,11 +135,8 @@ class EmulatedNetwork:
         return answer["names"]
 
     def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
-        """Changes the rate, of which every link keeps its share, and, on a network made with a delay, its latency.
-
-        Connections stay open.
-        """
-        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, self.shape.shares)
+        """Changes the rate, and the latency of a network that was made with a delay. Connections stay open."""
+        self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, delay_s=delay_s, jitter_s=jitter_s)
         self._keeper.stdin.write(f"{self.shape.to_line()}\n")
         self._keeper.stdin.flush()
         self._answer()
@@ -154,7 +153,7 @@ class EmulatedNetwork:
 
 @dataclass(frozen=True)
 class Shape:
-    """What links are set to; `shares` as in `EmulatedNetwork`."""
+    """The links' rate and latency; `shares` as in `EmulatedNetwork`."""
 
     bandwidth_bps: float
     delay_s: float = 0.0
@@ -162,9 +161,9 @@ class Shape:
     shares: tuple[float, ...] = ()
 
     def of(self, device: int) -> "Shape":
-        """That of one device's link."""
+        """The shape of one device's link."""
         share = self.shares[device] if self.shares else 1.0
-        return Shape(share * self.bandwidth_bps, self.delay_s, self.jitter_s)
+        return replace(self, bandwidth_bps=share * self.bandwidth_bps, shares=())
 
     def to_line(self) -> str:
         return json.dumps(asdict(self))
@@ -174,77 +173,53 @@ class Shape:
         return from_json(cls, json.loads(line))
 
 
-class _Namespaces:
-    """What the keeper makes, shapes and removes."""
+def _build(switch: str, devices: Sequence[str], shape: Shape) -> None:
+    """Makes the namespaces: a bridge in `switch`, and one interface in each of `devices`, joined by a cable."""
+    from pyroute2 import NetNS, netns
 
-    def __init__(self, num_devices: int):
-        prefix = f"{PREFIX}{os.getpid()}"
-        self.switch = f"{prefix}-sw"
-        self.devices = [f"{prefix}-d{i}" for i in range(num_devices)]
+    for name in (switch, *devices):
+        netns.create(name)
+    with NetNS(switch) as space:
+        space.link("add", ifname="br0", kind="bridge")
+        bridge = _index(space, "br0")
+        space.link("set", index=bridge, state="up")
+        for i, name in enumerate(devices):
+            space.link("add", ifname=f"port{i}", kind="veth", peer={"ifname": INTERFACE, "net_ns_fd": name})
+            space.link("set", index=_index(space, f"port{i}"), master=bridge, state="up")
+    for i, name in enumerate(devices):
+        with NetNS(name) as space:
+            interface = _index(space, INTERFACE)
+            space.addr("add", index=interface, address=f"{SUBNET}.{i + 1}", prefixlen=24)
+            space.link("set", index=interface, state="up")
+            space.link("set", index=_index(space, "lo"), state="up")
+    _set_shape("add", switch, devices, shape)
 
-    def build(self, shape: Shape) -> None:
-        from pyroute2 import NetNS, netns
 
-        netns.create(self.switch)
-        for name in self.devices:
-            netns.create(name)
-        with NetNS(self.switch) as switch:
-            switch.link("add", ifname="br0", kind="bridge")
-            bridge = _index(switch, "br0")
-            switch.link("set", index=bridge, state="up")
-            for i, name in enumerate(self.devices):
-                switch.link("add", ifname=f"port{i}", kind="veth", peer={"ifname": INTERFACE, "net_ns_fd": name})
-                switch.link("set", index=_index(switch, f"port{i}"), master=bridge, state="up")
-        for i, name in enumerate(self.devices):
-            with NetNS(name) as device:
-                interface = _index(device, INTERFACE)
-                device.addr("add", index=interface, address=f"{SUBNET}.{i + 1}", prefixlen=24)
-                device.link("set", index=interface, state="up")
-                device.link("set", index=_index(device, "lo"), state="up")
-        self.set("add", shape)
+def _set_shape(action: str, switch: str, devices: Sequence[str], shape: Shape) -> None:
+    """Shapes both ends of every cable (`action` add or change).
 
-    def set(self, action: str, shape: Shape) -> None:
-        """Shapes both ends of every cable, or changes how they are (`add`, `change`).
+    Only the device's end delays, so that the delay counts once on the way from any device to any other.
+    """
+    from pyroute2 import NetNS
 
-        A delay stands at the device's end only: then it is that of the way from any device to any other.
-        """
-        from pyroute2 import NetNS
-
-        delayed = shape.delay_s > 0 or shape.jitter_s > 0
-        with NetNS(self.switch) as space:
-            for i in range(len(self.devices)):
-                self._set(space, action, f"port{i}", shape.of(i), delayed=False)
-        for i, name in enumerate(self.devices):
-            with NetNS(name) as space:
-                self._set(space, action, INTERFACE, shape.of(i), delayed)
-
-    @staticmethod
-    def _set(space, action: str, interface: str, shape: Shape, delayed: bool) -> None:
-        index = _index(space, interface)
-        for discipline in disciplines(shape, delayed):
-            space.tc(action, index=index, **discipline)
-
-    def remove(self) -> None:
-        from pyroute2 import netns
-
-        for name in [*self.devices, self.switch]:
-            if Path("/var/run/netns", name).exists():
-                with contextlib.suppress(OSError):
-                    netns.remove(name)
+    delayed = shape.delay_s > 0 or shape.jitter_s > 0
+    ends = {switch: [(f"port{i}", i, False) for i in range(len(devices))]}
+    ends |= {name: [(INTERFACE, i, delayed)] for i, name in enumerate(devices)}
+    for namespace, interfaces in ends.items():
+        with NetNS(namespace) as space:
+            for interface, i, delays in interfaces:
+                index = _index(space, interface)
+                for discipline in disciplines(shape.of(i), delays):
+                    space.tc(action, index=index, **discipline)
 
 
 def disciplines(shape: Shape, delayed: bool) -> list[dict]:
     """The queueing disciplines of one interface, outermost first, as arguments of pyroute2's `tc`.
 
-    Token bucket alone, or netem with the token bucket in it: packets are held back, then sent at the rate.
+    A token bucket alone, or netem with the token bucket in it: packets are delayed, then sent at the rate.
     """
-    bucket = {
-        "kind": "tbf",
-        "handle": "2:",
-        "rate": int(shape.bandwidth_bps / 8),  # bytes per second
-        "burst": BURST_BYTES,
-        "limit": QUEUE_BYTES,
-    }
+    rate = int(shape.bandwidth_bps / 8)  # bytes per second
+    bucket = {"kind": "tbf", "handle": "2:", "rate": rate, "burst": BURST_BYTES, "limit": QUEUE_BYTES}
     if not delayed:
         return [bucket]
     microseconds = {"delay": round(shape.delay_s * 1e6), "jitter": round(shape.jitter_s * 1e6)}
@@ -252,24 +227,30 @@ def disciplines(shape: Shape, delayed: bool) -> list[dict]:
 
 
 def _keep(num_devices: int, shape: Shape) -> None:
-    """The keeper: builds, then takes a new rate a line until its input closes, then removes everything."""
+    """The keeper: builds, then reads a new shape a line until its input closes, then removes everything."""
+    from pyroute2 import netns
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our input
     remove_stale_namespaces()
-    made = _Namespaces(num_devices)
+    prefix = f"{PREFIX}{os.getpid()}"
+    switch, devices = f"{prefix}-sw", [f"{prefix}-d{i}" for i in range(num_devices)]
     try:
-        made.build(shape)
-        print(json.dumps({"names": [made.switch, *made.devices]}), flush=True)
+        _build(switch, devices, shape)
+        print(json.dumps({"names": [switch, *devices]}), flush=True)
         for line in sys.stdin:
-            made.set("change", Shape.from_line(line))
+            _set_shape("change", switch, devices, Shape.from_line(line))
             print(json.dumps({"names": []}), flush=True)
-    except Exception as error:  # NetlinkError, PermissionError, a missing module: the parent says it in its own words
+    except Exception as error:  # NetlinkError, PermissionError, a missing module: the parent reports it
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
     finally:
-        made.remove()
+        for name in (*devices, switch):
+            if Path("/var/run/netns", name).exists():
+                with contextlib.suppress(OSError):
+                    netns.remove(name)
 
 
 def _index(space, name: str) -> int:
-    """Index of interface `name` in a namespace; a new one can take a moment to be seen."""
+    """Index of interface `name` in a namespace; a new interface can take a moment to appear."""
     for _ in range(40):
         found = space.link_lookup(ifname=name)
         if found:

@@ -1,25 +1,26 @@
-"""Pacing and timing: how a fast host stands in for a slow device.
+"""Pacing and timing: how a fast host emulates a slow device.
 
-A compute segment between two collectives ends no sooner than the device's profile says it would on that device: the
-pacer sleeps for the rest. The host's contention disappears in that sleep, as long as the host is faster; where it is
-not, the excess is an *overrun*, which is recorded and makes the row invalid if it is large. The time of a collective is
-the real network's. On a modelled link the real collective runs too, over loopback, and ends no sooner than the link's
-profile says, counted from the moment when the last rank had arrived (`Arrivals`).
+A compute segment between two collectives ends no sooner than the device's profile says: the pacer sleeps for the rest
+of it. The host's contention disappears in that sleep, as long as the host is faster; where it is not, the excess is an
+*overrun*, which is recorded and makes the row invalid if it is large. The time of a collective is the real network's.
+On a modelled link the real collective runs too, over loopback, and ends no sooner than the link's profile says, counted
+from the moment when the last rank had arrived (`Arrivals`).
 
 All workers of an emulated session share one host and so one clock: `time.perf_counter` is CLOCK_MONOTONIC there.
 """
 
-import mmap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-_SPIN_S = 0.0002  # time.sleep wakes this much late; the last part is waited for awake
+import numpy as np
+
+_SPIN_S = 0.0002  # time.sleep wakes this much late, so the last part of a wait is a busy loop
 POINT_TO_POINT = ("send", "receive")
 
 
 def sleep_until(deadline: float) -> None:
-    """Returns at `deadline`, of `time.perf_counter`, to some microseconds; the last moments are spent awake."""
+    """Returns at `deadline`, of `time.perf_counter`, to some microseconds."""
     remaining = deadline - time.perf_counter()
     if remaining > _SPIN_S:
         time.sleep(remaining - _SPIN_S)
@@ -28,8 +29,8 @@ def sleep_until(deadline: float) -> None:
 
 
 def burn_until(deadline: float) -> None:
-    """Returns at `deadline` as `sleep_until`, having computed products all the while, each some 50 microseconds."""
-    import torch  # late: what only sleeps need not load it
+    """Returns at `deadline` as `sleep_until`, and computes products until then, of some 50 microseconds each."""
+    import torch  # not at the top: most users of this module only sleep
 
     x, y = torch.ones(32, 256), torch.ones(256, 256)
     while time.perf_counter() < deadline - 1e-4:
@@ -39,7 +40,7 @@ def burn_until(deadline: float) -> None:
 
 
 class Arrivals:
-    """When each rank came to its n-th collective, send or start: a small file that all workers of a session map.
+    """The time at which each rank came to its n-th collective, send or start: a small file that all workers map.
 
     A rank writes before it enters the real collective, and reads the others' entries after it: by then all have
     written. Entries are used in turn, so a sender may be far ahead of its receiver.
@@ -48,48 +49,35 @@ class Arrivals:
     NUM_SLOTS = 4096
     FAMILIES = ("group", "send", "start")
 
-    def __init__(self, path: str | Path, num_ranks: int):
-        """Opens the file; `create` makes it."""
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), self._size(num_ranks))
-        self._times = memoryview(self._map).cast("d", (len(self.FAMILIES), num_ranks, self.NUM_SLOTS))
-
-    @classmethod
-    def _size(cls, num_ranks: int) -> int:
-        return 8 * len(cls.FAMILIES) * num_ranks * cls.NUM_SLOTS
-
-    @classmethod
-    def create(cls, path: str | Path, num_ranks: int) -> None:
-        with open(path, "wb") as file:
-            file.truncate(cls._size(num_ranks))
+    def __init__(self, path: str | Path, num_ranks: int, create: bool = False):
+        """Opens the file at `path`, or makes it."""
+        shape = (len(self.FAMILIES), num_ranks, self.NUM_SLOTS)
+        self._times = np.memmap(path, np.float64, "w+" if create else "r+", shape=shape)
 
     def write(self, family: str, rank: int, count: int, seconds: float) -> None:
-        """The `count`-th of this family begins on `rank` at `seconds`."""
+        """Notes that the `count`-th collective of `family` began on `rank` at `seconds`."""
         self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS] = seconds
 
-    def read(self, family: str, rank: int, count: int) -> float:
-        return self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS]
-
     def last(self, family: str, ranks: Sequence[int], count: int) -> float:
-        """When the last of `ranks` came."""
-        return max(self.read(family, rank, count) for rank in ranks)
+        """When the last of `ranks` began its `count`-th collective of `family`."""
+        return max(float(self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS]) for rank in ranks)
 
 
 class Pacer:
-    """Observes one device's collectives; sleeps where it is told to and keeps the events.
+    """Observes one device's collectives, sleeps as the device's profile says, and keeps the events.
 
     Args:
         segment_s: modelled seconds of each compute segment, between launches and waits; None paces nothing
             (real hosts, and warm-up).
         link_s: modelled seconds of each collective, in the order of their launches; None where the network is real.
-        arrivals: with `link_s`: the session's, from which the transfer's start is read.
-        rank, devices: this device's place among `devices`, which `arrivals` numbers. Sends go to the next one, receives
-            come from the one before.
-        burns: the rest of a segment is spent in products, not asleep: what else runs on this core then competes with
-            compute, as it does on a device, which is busy for the whole segment.
+        arrivals: with `link_s`: the session's file, which has each transfer's start.
+        rank, devices: this device's place among `devices`, the ranks in `arrivals`. It sends to the next one, and
+            receives from the one before.
+        burns: the rest of a segment is spent in products, not asleep: other threads on this core then compete with
+            compute, as they do on a device, which is busy for the whole segment.
 
-    `events` are (what, start, stop, launched) of this request on the host's clock; a collective's are its wait and when
-    it was launched. `overrun_s` is by how much what was modelled (`modelled_s`) came late.
+    `events` are (what, start, stop, launched) of this request on the host's clock; a collective's are the start and end
+    of its wait, and its launch. `modelled_s` sums the modelled seconds, `overrun_s` by how much they were exceeded.
     """
 
     def __init__(
@@ -102,22 +90,21 @@ class Pacer:
         burns: bool = False,
     ):
         assert link_s is None or arrivals is not None, "a modelled transfer starts when the last rank has arrived"
-        self.segment_s = segment_s
-        self.link_s = link_s
-        self.arrivals = arrivals
-        self.rank, self.devices = rank, devices
+        self.segment_s, self.link_s = segment_s, link_s
+        self.arrivals, self.rank, self.devices = arrivals, rank, devices
         self._pass = burn_until if burns else sleep_until
         self._counts = {"group": 0, "send": 0, "receive": 0}  # over all requests, alike on all ranks
         self.reset()
 
     def reset(self) -> None:
+        """Forgets the events and sums of earlier requests."""
         self.compute_s = self.overrun_s = self.modelled_s = 0.0
         self.events: list[tuple[str, float, float, float]] = []
         self.launched: list[tuple[str, int, float, int]] = []  # (kind, bytes, when, its count) of this request
         self._link_free_at: list[float] = []  # on a modelled link: when each group collective has left it
 
     def begin(self) -> None:
-        """A request starts."""
+        """Starts a request."""
         self.launched.clear()
         self._link_free_at.clear()
         self._segment = 0
@@ -125,14 +112,14 @@ class Pacer:
         self._since = time.perf_counter()
 
     def _end_segment(self) -> None:
-        """Ends compute no sooner than modelled. What came late may be caught up in the next segment of compute."""
+        """Ends compute no sooner than modelled. The next segment of compute may make up for a late one."""
         start, now = self._since, time.perf_counter()
         if self.segment_s is not None:
             assert self._segment < len(self.segment_s), "the executor made more collectives than the cost model lists"
             seconds = self.segment_s[self._segment]
             self.modelled_s += seconds
             late_s = max(0.0, now - start - seconds)
-            self.overrun_s += max(0.0, late_s - self._late_s)  # what it was late already is not counted again
+            self.overrun_s += max(0.0, late_s - self._late_s)  # the lateness of the segment before counts once
             self._late_s = late_s
             self._pass(start + seconds)
             now = start + seconds
@@ -142,6 +129,7 @@ class Pacer:
         self._since = now
 
     def launch(self, kind: str, num_bytes: int) -> int:
+        """A collective is launched; returns its number in this request."""
         self._end_segment()
         family = kind if kind in POINT_TO_POINT else "group"
         count, now = self._counts[family], time.perf_counter()
@@ -152,10 +140,12 @@ class Pacer:
         return len(self.launched) - 1
 
     def before_wait(self, number: int) -> None:
+        """Compute begins to wait for collective `number`."""
         self._end_segment()
         self._since, self._late_s = time.perf_counter(), 0.0
 
     def after_wait(self, number: int) -> None:
+        """Collective `number` has ended; on a modelled link its result arrives no sooner than modelled."""
         kind, _, launched, _ = self.launched[number]
         if self.link_s is not None:
             deadline = self._arrives_at(number)
@@ -167,7 +157,7 @@ class Pacer:
         self._since = now
 
     def _arrives_at(self, number: int) -> float:
-        """When collective `number` of this request is through, on a modelled link: one after another, as launched.
+        """When collective `number` of this request ends on a modelled link, which carries them in launch order.
 
         A message from one device to the next travels also while its receiver is still busy.
         """
@@ -175,15 +165,14 @@ class Pacer:
         if kind == "send":
             return launched + self.link_s[number]
         if kind == "receive":
-            return self.arrivals.read("send", self.devices[self.rank - 1], count) + self.link_s[number]
+            return self.arrivals.last("send", [self.devices[self.rank - 1]], count) + self.link_s[number]
         for n in range(len(self._link_free_at), number + 1):
             begins = max([self.arrivals.last("group", self.devices, self.launched[n][3]), *self._link_free_at[-1:]])
             self._link_free_at.append(begins + self.link_s[n])
         return self._link_free_at[number]
 
     def end(self) -> None:
-        """The request is answered."""
+        """Ends a request."""
         self._end_segment()
-        assert self.segment_s is None or self._segment == len(self.segment_s), (
-            "fewer collectives than the cost model lists"
-        )
+        all_made = self.segment_s is None or self._segment == len(self.segment_s)
+        assert all_made, "the executor made fewer collectives than the cost model lists"

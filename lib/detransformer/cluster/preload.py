@@ -1,18 +1,18 @@
-"""What a host's fork server imports: all that its workers need, kept out of their garbage collections.
+"""Imported by a host's fork server: loads all that its workers need, kept out of their garbage collections.
 
-A collection writes into every object that it looks at, and so copies what a worker shares with the fork server: tens of
-MiB a worker, at times of its own. The model's digests are taken here once, and are known to all workers.
+A collection writes into every object that it visits, and so copies the pages that a worker shares with the fork server:
+tens of MiB a worker. The model's digests are computed here once, and every worker inherits them.
 """
 
 import contextlib
 import gc
 import os
 
-from detransformer.cluster import answers, worker  # noqa: F401
-from detransformer.cluster.facts import model_facts
+from detransformer.cluster import answering, worker  # noqa: F401
+from detransformer.cluster.hello import model_facts
 
 if folder := os.environ.get("DETRANSFORMER_PRELOADED_MODEL"):
-    with contextlib.suppress(ValueError):  # the worker says what is wrong with it
+    with contextlib.suppress(ValueError):  # the worker reports what is wrong with the model
         model_facts(folder)
 gc.collect()
 gc.freeze()

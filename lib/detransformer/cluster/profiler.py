@@ -1,7 +1,7 @@
-"""Measures what the cost model needs (DATE 2024, Section III-C): operations on this host, collectives on a cluster.
+"""Measures the cost model's inputs (DATE 2024, Section III-C): operations on this host, collectives on a cluster.
 
-Operations: one layer of each kind is timed as each strategy's share of it, on one core, without peers; repeated layers
-are measured once. Collectives: a few sizes of each kind, fitted by a latency a ring step and a share of the bandwidth.
+Operations: each strategy's share of one layer is timed on one core, without peers; a model's layers are alike, so one
+is enough. Collectives: a few sizes of each kind, fitted by a latency a ring step and a share of the bandwidth.
 """
 
 import statistics
@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from detransformer import machine
 from detransformer.cluster.devices import EFFICIENCY
@@ -31,17 +31,13 @@ from detransformer.planning.recorder import Recorder
 from detransformer.planning.tape import WHOLE, Compute, Tape, TapeComm
 from detransformer.record import provenance
 
-# What one device reduces, contributes, deals out or sends of X [128, 768] on four devices
-COLLECTIVE_FLOATS = {
-    "all_reduce": 98_304,
-    "all_gather": 24_576,
-    "all_to_all": 24_576,
-    "reduce_scatter": 98_304,
-    "send": 98_304,
-}
+# Elements of X [128, 768] that one of four devices reduces, contributes, deals out or sends
+WHOLE_X, QUARTER_X = 98_304, 24_576
+COLLECTIVE_FLOATS = {"all_reduce": WHOLE_X, "all_gather": QUARTER_X, "all_to_all": QUARTER_X}
+COLLECTIVE_FLOATS |= {"reduce_scatter": WHOLE_X, "send": WHOLE_X}
+FIT_SHARES = (0.001, 0.25, 1.0, 3.0)  # of these sizes
 WARM_ROUNDS = 2
 _OTHER = torch.ones(2**24)  # 64 MiB, more than the caches of a core hold
-FIT_SHARES = (0.001, 0.25, 1.0, 3.0)  # of the sizes above
 
 
 class LocalComm(TapeComm):
@@ -61,10 +57,10 @@ def profile_operations(
 ) -> pd.DataFrame:
     """Times each strategy's share of one layer on this host, on one core, batch 1.
 
-    All shares are timed in turn, in as many rounds as `repeats` and two to warm up, each with its weights fresh from
-    memory, as they are in a model of many layers. The fastest round counts: what else runs on the machine only ever
-    makes a round longer. For an original model, strategies of decoupled layers are left out. Without `packs`
-    weights lie as for plain products.
+    All shares are timed in turn, in `repeats` rounds after two that warm up, each with its weights fresh from memory,
+    as they are in a model of many layers. The fastest round counts: other processes only make a round longer. For an
+    original model, strategies of decoupled layers are left out. Without `packs`, weights are laid out for plain
+    products.
 
     Returns rows of strategy, num_devices, share (of the layer), tokens, num_chunks (that they are cut in), gflops (of
     the share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
@@ -100,7 +96,7 @@ def profile_operations(
 
 
 class _Share:
-    """One device's share of a layer under a strategy, and how long it took in each round."""
+    """One device's share of a layer under a strategy, and its seconds in each round."""
 
     def __init__(
         self,
@@ -135,11 +131,7 @@ class _Share:
 
     def row(self) -> dict:
         latency = min(self.seconds[WARM_ROUNDS:])
-        return self.known | {
-            "gflops": self.gflops,
-            "latency_s": latency,
-            "gflops_per_s": self.gflops / latency,
-        }
+        return self.known | {"gflops": self.gflops, "latency_s": latency, "gflops_per_s": self.gflops / latency}
 
 
 def efficiency_rows(operations: pd.DataFrame) -> tuple[tuple[str, float, int, int, float], ...]:
@@ -154,24 +146,6 @@ def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
     rate = 1e9 * operations[is_whole & (operations["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
     memory, source = psutil.virtual_memory().total, "measured: one layer a strategy, one core, fastest round"
     return DeviceProfile(name, memory, float(rate), source, efficiency=efficiency_rows(operations))
-
-
-def single_device_latency(checkpoint: str | Path, seq_len: int = 128, repeats: int = 3, threads: int = 1) -> float:
-    """Median seconds of one forward pass of the model in the folder `checkpoint` on this host."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        model = AutoModel.from_pretrained(checkpoint).eval()
-        ids = torch.randint(model.config.vocab_size, (1, seq_len))
-        seconds = []
-        with torch.inference_mode():
-            for _ in range(repeats + 1):
-                start = time.perf_counter()
-                model(input_ids=ids)
-                seconds.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(before)
-    return statistics.median(seconds[1:])
 
 
 def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfile, pd.DataFrame]:
@@ -192,9 +166,8 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
     rows = []
     for kind, floats in COLLECTIVE_FLOATS.items():
         for share in FIT_SHARES:
-            results = cluster.run(
-                "time_collective", kind=kind, num_floats=max(1, int(floats * share)), num_devices=n, repeats=repeats
-            )
+            job = dict(kind=kind, num_floats=max(1, int(floats * share)), num_devices=n, repeats=repeats)
+            results = cluster.run("time_collective", **job)
             seconds = [max(r["seconds"][i] for r in results) for i in range(repeats)]
             num_bytes = max(r["bytes"] for r in results)
             rows.append((kind, num_bytes, statistics.median(seconds) / cluster.time_scale))
@@ -203,9 +176,8 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
     for kind, part in frame.groupby("kind"):
         # Relative errors count: a millisecond matters more on a small message than on a large one.
         weight = 1 / part["latency_s"].to_numpy()
-        columns = np.stack(
-            [np.full(len(part), float(latency_steps(kind, n))), 8 * part["num_bytes"].to_numpy()], axis=1
-        )
+        steps = np.full(len(part), latency_steps(kind, n), float)
+        columns = np.stack([steps, 8 * part["num_bytes"].to_numpy()], axis=1)
         (step_s, s_per_bit), *_ = np.linalg.lstsq(columns * weight[:, None], np.ones(len(part)), rcond=None)
         latency[kind] = max(float(step_s), 0.0)
         efficiency[kind] = float(min(1.0, 1 / (s_per_bit * cluster.bandwidth_bps)))
@@ -217,7 +189,7 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
 
 
 def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "bert-large")) -> None:
-    """Measures the efficiency of shares that planner and pacer take where nobody has measured it on the device itself.
+    """Measures the efficiency of shares that planner and pacer assume of a device where it was not measured there.
 
     A row a hidden size, strategy, share of the layer, tokens of the request and chunks.
     """

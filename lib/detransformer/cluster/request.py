@@ -1,4 +1,4 @@
-"""What is asked of a model, in one record that crosses the line to the workers."""
+"""A user's request to a model, as one record that crosses the line to the workers."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Request:
     """A text, an image, or `num_tokens` random tokens; how often it is run and how it is planned.
 
-    A GPT-2 goes on by `max_new_tokens`, once. `wires` are the formats that messages may have. `plan` (fields of a
-    `Plan`) goes before `method`.
+    A GPT-2 generates `max_new_tokens`, once. `wires` are the permitted formats of messages. `plan` (fields of a
+    `Plan`) takes precedence over `method`.
     """
 
     text: str | None = None

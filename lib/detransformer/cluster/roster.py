@@ -1,7 +1,7 @@
-"""Who is there: a thread of the front that lets workers in, notices who is lost, and forms the group that computes.
+"""The front's thread that admits workers, notices losses, and forms the group that computes.
 
-Each worker keeps one line to the front. Where workers come back (a service), a group that breaks is formed anew of
-those that are there; else (a bench, one request) the first loss ends all.
+Each worker keeps one line to the front. Where workers come back (a service), a broken group is formed anew of the
+workers that are present; elsewhere (a bench, one request) the first loss ends all.
 """
 
 import contextlib
@@ -17,28 +17,28 @@ from dataclasses import dataclass, field
 from detransformer.cluster.hello import difference, is_proof, prove
 from detransformer.cluster.line import BEAT_S, MEMBER_BYTES, Line, Message
 
-STRANGER_S, MAX_STRANGERS = 5.0, 64  # for who connects to say who it is, and how many may be about to
-LAST_CALL_S = 1.5  # for further devices, once those that were expected have come
-RETURN_S = 8.0  # for the workers of a broken group to return, before a group is formed without them
-EVIDENCE_S = 1.0  # for a death to show, after a collective broke or a job failed
-CODE_S = 2.0  # for whoever started a worker to tell how it ended, after its line was closed
-REFUSED = "refused"  # why all ends, as workers are told it: a user has to act
-FAILED = "failed: "  # how a device is lost begins with it, where it has said so itself
+STRANGER_S, MAX_STRANGERS = 5.0, 64  # limits of connections without a valid hello: their age and number
+LAST_CALL_S = 1.5  # wait for further devices, once the expected ones have come
+RETURN_S = 8.0  # wait for the workers of a broken group, before a group is formed without them
+EVIDENCE_S = 1.0  # wait for a death to show, after a collective broke or a job failed
+CODE_S = 2.0  # wait for the exit code of a worker, after its line was closed
+REFUSED, LOST, DONE = "refused", "lost", "done"  # why all ends, as workers are told it; REFUSED: a user has to act
+FAILED = "failed: "  # prefix of a loss that the device reported itself
 MEET_ANEW = "the devices meet anew"
 
 
 @dataclass(eq=False)
 class Member:
-    """A worker that has come: what it said of itself (`hello`) and the number of its group, 0 while it waits."""
+    """A worker that has come: its hello and the number of its group, 0 while it waits for one."""
 
     device: int
     line: Line
     hello: dict
     group: int = 0
     ready: bool = False
-    leaves: bool = False  # it was told to start anew
+    leaves: bool = False  # it was told to end or to start anew
     closed_at: float | None = None
-    noted: bool = False  # that its host differs was said
+    noted: bool = False  # the user knows that its host differs
 
 
 @dataclass(eq=False)
@@ -57,7 +57,16 @@ class Group:
 class Roster:
     """The workers of a cluster. All fields are read and written under the lock of `changed`.
 
-    Args: as of `fleet.Fleet`.
+    Args:
+        names: the devices' names in sentences, in order.
+        listener: the socket that workers connect to.
+        store: ADDRESS:PORT at which the first device's worker keeps the store of the process group.
+        secret: shared by front and workers.
+        stays: lost workers come back, and the others go on meanwhile; else the first loss ends all.
+        silence_s: a worker is lost after so long without a sign of life.
+        form_s: limit for a group to form.
+        on_event: called with (kind, sentence, names) when devices come, are lost or are back. Kinds: waiting, lost,
+            meeting, differing, serving.
     """
 
     def __init__(
@@ -65,31 +74,31 @@ class Roster:
         names: Sequence[str],
         listener: socket.socket,
         store: str,
-        secret: str,
-        stays: bool,
-        silence_s: float,
-        form_s: float,
-        on_event: Callable[[str, str, tuple[str, ...]], None] | None,
+        secret: str = "",
+        stays: bool = False,
+        silence_s: float = 10.0,
+        form_s: float = 120.0,
+        on_event: Callable[[str, str, tuple[str, ...]], None] | None = None,
     ):
         self.names, self.stays = tuple(names), stays
         self.changed = threading.Condition()
         self.members: dict[int, Member] = {}
         self.group: Group | None = None
-        self.devices: tuple[int, ...] = ()  # of the group that is ready
-        self.left_out: dict[int, str] = {}  # devices that jobs can do without, and why
-        self.lost: tuple[int, str] | None = None  # which device ended all, and how
-        self.refused = ""  # what a user has to put right first
-        self.why = "the devices have not met yet"  # there is no group
-        self.job, self.asked, self.needed = 0, set(), None  # the job that is under way: number, devices, `Fleet.run`
+        self.devices: tuple[int, ...] = ()  # of the ready group; none while the workers meet
+        self.left_out: dict[int, str] = {}  # devices that jobs have done without (`Fleet.run`, `needed`), and why
+        self.lost: tuple[int, str] | None = None  # the device that ended all, and how
+        self.refused = ""  # the sentence of what a user has to put right first
+        self.why = "the devices have not met yet"  # why there is no group
+        self.job, self.asked, self.needed = 0, set(), None  # the current job: number, devices, `needed` of `Fleet.run`
         self.answers: dict[int, tuple[object, bytes]] = {}
-        self.first_came_at = 0.0  # the first device's worker
+        self.first_came_at = 0.0  # when the first device's worker came
         self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
         self._on_event, self._listener = on_event, listener
         self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge, and when it came
-        self._observers: list[Line] = []  # who start workers, and tell how these ended
+        self._observers: list[Line] = []  # launcher and agents, which report exit codes
         self._count = 0  # of groups
         self._ended: dict[int, str] = {}  # how a worker ended, in words
-        self._failed: dict[int, tuple[str, bool]] = {}  # what it reported, and whether the fault is its own
+        self._failed: dict[int, tuple[str, bool]] = {}  # a worker's error, and whether the fault is its own
         self._failed_at = 0.0
         self._expected, self._since, self._came_at = set(range(len(names))), 0.0, 0.0
         self._missed: set[int] = set()  # devices that were lost and are not back
@@ -100,7 +109,7 @@ class Roster:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def close(self, kind: str, sentence: str, wait_s: float) -> None:
+    def close(self, kind: str = DONE, sentence: str = "", wait_s: float = 2.0) -> None:
         """Tells all workers to end and why, and gives them `wait_s` to read it; safe to call twice."""
         if self._stop.is_set():
             return
@@ -110,16 +119,14 @@ class Roster:
             self.group, self.devices = None, ()
             for member in self.members.values():
                 member.leaves = True
-            deadline = time.monotonic() + wait_s
-            while (self.members or self._observers) and time.monotonic() < deadline:
-                self.changed.wait(0.1)
+            self.changed.wait_for(lambda: not (self.members or self._observers), wait_s)
         self._stop.set()
         self._thread.join()
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()
         self._selector.close()
 
-    def say(self, kind: str, sentence: str, devices: Collection[int]) -> None:
+    def announce(self, kind: str, sentence: str, devices: Collection[int]) -> None:
         """Tells the front's user of an event."""
         if self._on_event:
             self._on_event(kind, sentence, tuple(self.names[device] for device in devices))
@@ -130,22 +137,23 @@ class Roster:
         self._failed.pop(device, None)
 
     def regroup(self, gone: Mapping[int, str], why: str = MEET_ANEW) -> None:
-        """The group breaks: `gone` are lost, and how; all others start anew."""
+        """Breaks the group: `gone` are lost, and how; all others start anew."""
         group, self.group, self.devices = self.group, None, ()
         self._failed, self._failed_at = {}, 0.0
-        for device, member in group.members.items() if group else ():
+        members = group.members if group else {}
+        for device, member in members.items():
             if self.members.get(device) is member:
                 lives = device not in gone or gone[device].startswith(FAILED)
                 member.leaves = lives and member.line.tell({"again": why})
                 if not member.leaves:
                     self._forget(member)
-        self._expected = set(group.members if group else ()) - set(gone) | {0}
+        self._expected = set(members) - set(gone) | {0}
         self._since = time.monotonic()
         self._missed |= set(gone)
         self.why = "; ".join(f"{self.names[device]} {how}" for device, how in gone.items()) or why
-        self.say("lost" if gone else "meeting", self.why, gone)
+        self.announce("lost" if gone else "meeting", self.why, gone)
 
-    # --- What comes ---
+    # --- Messages ---
 
     def _watch(self) -> None:
         while not self._stop.is_set():
@@ -166,12 +174,9 @@ class Roster:
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
-        except OSError:  # who connected has gone again
+            line = Line(self._listener.accept()[0])
+        except OSError:  # the connection was closed again
             return
-        if connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        line = Line(connection)
         if len(self._strangers) >= MAX_STRANGERS:
             return line.close()
         challenge = secrets.token_hex(16)
@@ -202,13 +207,13 @@ class Roster:
         line.close()
 
     def _forget(self, member: Member) -> None:
-        """Its line is closed, or another one has taken its place."""
+        """Removes a member whose line is closed, or whose place another worker has taken."""
         self._drop(member.line)
         if self.members.get(member.device) is member:
             del self.members[member.device]
 
     def _meet(self, line: Line, hello: dict) -> None:
-        """Lets in who knows the secret: a worker, or who tells of workers."""
+        """Admits a worker or an observer that has proved that it knows the secret."""
         challenge, _ = self._strangers[line]
         device = hello.get("device")
         if not is_proof(hello.get("proof"), self._secret, challenge) or device not in (None, *range(len(self.names))):
@@ -244,14 +249,14 @@ class Roster:
             if "ready" in header:
                 member.ready = header["ready"] == member.group
                 if self.group and member.ready and self.group.ready:
-                    self._tell_serving()
+                    self._announce_serving()
             elif "result" in header and header["job"] == self.job:
                 self.answers[member.device] = header["result"], payload
             elif "error" in header and header.get("job", self.job) == self.job:
                 self._failed[member.device] = str(header["error"]), bool(header.get("own"))
                 self._failed_at = self._failed_at or time.monotonic()
 
-    # --- Who is lost ---
+    # --- Losses ---
 
     def _look(self, now: float) -> None:
         for line in [line for line, (_, since) in self._strangers.items() if now - since > STRANGER_S]:
@@ -262,7 +267,7 @@ class Roster:
             own = {device: FAILED + text for device, (text, is_own) in self._failed.items() if is_own}
             if own or not self.stays:
                 self._lose(own or {device: FAILED + text for device, (text, _) in self._failed.items()})
-            else:  # a message was lost, and nobody is to blame
+            else:  # a message was lost, and no device is at fault
                 self.regroup({})
         elif self.group and not self.group.ready and now - self.group.began > self._form_s:
             self._lose({d: "did not join the group" for d, m in self.group.members.items() if not m.ready})
@@ -278,12 +283,12 @@ class Roster:
             member.line.beat()
 
     def _all_heard(self) -> bool:
-        """Whether all of the group have given a sign of life since a collective broke."""
+        """Whether all devices of the group have given a sign of life since a collective broke."""
         members = self.group.members.values() if self.group else ()
         return all(m.line.heard_at > self._failed_at for m in members if m.device not in self.left_out)
 
     def _gone(self, now: float) -> dict[int, str]:
-        """The devices of the group (before the first one: all) that have ended or fallen silent, and how."""
+        """The devices of the group (before the first group: of all) that have ended or fallen silent, and how."""
         gone = {}
         if not self.group:
             return {} if self.stays else dict(self._ended)
@@ -291,7 +296,7 @@ class Roster:
             if device in self.left_out:
                 continue
             text, is_own = self._failed.get(device, ("", False))
-            if member.closed_at and is_own:  # it said why before it ended
+            if member.closed_at and is_own:  # it reported an error before it ended
                 gone[device] = FAILED + text
             elif device in self._ended:
                 gone[device] = self._ended[device]
@@ -302,7 +307,7 @@ class Roster:
         return gone
 
     def _lose(self, gone: Mapping[int, str]) -> None:
-        """What becomes of it that devices are lost: they are left out, or all meet anew, or all ends."""
+        """Handles losses: the devices are left out, or all meet anew, or all ends."""
         spared = {device: how for device, how in gone.items() if not how.startswith(FAILED)}
         if spared and self.needed not in (None, *gone):
             for device, how in spared.items():
@@ -313,10 +318,10 @@ class Roster:
             self.lost = self.lost or min(gone.items())
             self._failed.clear()
 
-    # --- Who computes together ---
+    # --- Groups ---
 
     def _form(self, waiting: Mapping[int, Member], now: float) -> None:
-        """Makes a group of those that wait, once all are there or no more are to be expected."""
+        """Makes a group of the waiting workers, once all are present or no more can be expected."""
         everyone = len(waiting) == len(self.names)
         if self.lost or self.refused:
             return
@@ -336,7 +341,7 @@ class Roster:
             member.line.tell({"group": self._count, "devices": sorted(waiting), "store": self._store})
 
     def _difference(self, member: Member) -> str:
-        """In what a worker's host differs from the first device's, as a sentence; empty where in nothing."""
+        """How a worker's host differs from the first device's, as a sentence; empty where they are alike."""
         first = self.members.get(0, member)
         return difference(self.names[member.device], member.hello, self.names[0], first.hello)
 
@@ -344,19 +349,19 @@ class Roster:
         for device, member in waiting.items():
             if not member.noted and (found := self._difference(member)):
                 member.noted = True
-                self.say("differing", f"{found} It is left out.", [device])
+                self.announce("differing", f"{found} It is left out.", [device])
 
-    def _tell_serving(self) -> None:
+    def _announce_serving(self) -> None:
         self.devices = tuple(self.group.members)
         unnamed = (self._expected & self._seen) - set(self.devices) - self._missed
         if unnamed:
             self._missed |= unnamed
-            self.say("lost", f"{join_words([self.names[device] for device in unnamed])} did not return", unnamed)
+            self.announce("lost", f"{join_words([self.names[device] for device in unnamed])} did not return", unnamed)
         back = [self.names[device] for device in self.devices if device in self._missed]
         self._missed -= set(self.devices)
         self._seen |= set(self.devices)
         words = f"serving on {join_words([self.names[device] for device in self.devices])}"
-        self.say("serving", f"{join_words(back)} back; {words}" if back else words, self.devices)
+        self.announce("serving", f"{join_words(back)} back; {words}" if back else words, self.devices)
 
 
 def _how(code: int, words: str) -> str:
@@ -366,5 +371,5 @@ def _how(code: int, words: str) -> str:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Such as `a, b and c`."""
+    """Words in a sentence, such as `a, b and c`."""
     return " and ".join([", ".join(words[:-1]), *words[-1:]] if len(words) > 2 else words)

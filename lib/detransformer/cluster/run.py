@@ -1,9 +1,9 @@
-"""A request of `detransformer run`: a session of one, over a cluster's devices, real hosts or emulated ones.
+"""`detransformer run`: one request over a cluster's devices, real hosts or emulated ones.
 
-On real hosts the same command runs on every one: it finds which device of the file this host is and starts the agent of
-its worker (`hosts`). The first one is the front (`fleet`): it waits until all are there, and asks. This process loads
-neither torch nor transformers there: the worker does, and the first device's worker plans. On an emulated cluster
-(`session`) the same request goes the same way.
+On real hosts the same command runs on every one: it finds its device in the file and starts the agent of its worker
+(`hosts`). The first host is the front (`fleet`): it waits until all are there, and asks. This process loads neither
+torch nor transformers there: the worker does, and the first device's worker plans. On an emulated cluster (`session`)
+the same request takes the same jobs.
 """
 
 import sys
@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.fleet import DONE, Fleet
+from detransformer.cluster.fleet import Fleet
 from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 
-ANSWERING = "detransformer.cluster.answering"  # where the jobs of a request are
+ANSWERING = "detransformer.cluster.answering"  # the module of a request's jobs
 
 
 def _say(sentence: str) -> None:
@@ -32,9 +32,9 @@ def _say_who_is_missing(kind: str, sentence: str, names: Sequence[str]) -> None:
 def ask(
     fleet: Fleet, request: Request, title: str, pace: Callable[[Mapping], Mapping] = lambda plan: {}
 ) -> tuple[dict, list]:
-    """One request to the workers of `fleet`: planned, answered, printed; returns its record and the workers' own.
+    """Gives one request to the workers of `fleet`: planned, answered, printed; returns its record and the workers' own.
 
-    `pace` says, of the plan, how the answer is paced: arguments of `answering.answer`.
+    `pace` maps the plan to further arguments of `answering.answer`: how the answer is paced.
 
     Raises:
         ValueError: where no plan fits, or the request is at fault.
@@ -48,8 +48,8 @@ def ask(
     names = [name.partition(" (")[0] for name in fleet.names]
     for device, part in enumerate(plan["parts"]):
         fleet.say(device, f"{names[device]}: {part}")
-    told = {name: plan[name] for name in ("op", "job", "last")}
-    answers = fleet.run(f"{ANSWERING}:answer", {**told, **pace(plan)}, inputs)
+    job = {name: plan[name] for name in ("op", "job", "last")}
+    answers = fleet.run(f"{ANSWERING}:answer", {**job, **pace(plan)}, inputs)
     results = [answers[device][0]["record"] for device in everyone]
     (made, _) = fleet.run(f"{ANSWERING}:report_on", {"results": results}, answers[plan["last"]][1], devices=[0])[0]
     record = {"cluster": title, **made["record"]}
@@ -68,7 +68,7 @@ def run_emulated(
         ValueError, DeviceError: as `ask`.
     """
     from detransformer.cluster.checkpoints import open_folder
-    from detransformer.cluster.slowdown import lateness, set_time_scale, warn_if_late
+    from detransformer.cluster.selfcheck import lateness, set_time_scale, warn_if_late
 
     config = open_folder(model).config
     profile = spec.profile(model, config)
@@ -93,7 +93,7 @@ def run_on_hosts(
     """This host's part of a request; returns its record on the first device, which prints the answer.
 
     Raises:
-        ValueError: for what is to be put right on this host or another.
+        ValueError: for faults that a user has to put right on this host or another.
         DeviceError: where a host does not come, is lost or fails; the sentence names it.
     """
     interfaces = own_interfaces()
@@ -115,5 +115,4 @@ def run_on_hosts(
             for device, name in enumerate(spec.names):
                 if device:
                     fleet.say(device, f"{name}: done; the answer is on {spec.names[0]}")
-            fleet.close(DONE)
         return record

@@ -1,22 +1,24 @@
 """What makes a measured row credible: links and pacing are checked, and a row that fails says why.
 
 A shared host is disturbed now and then, and it may be too slow for many devices on fast links: then everything is run
-slower, by the time scale.
+slower, by the time scale, so that the host keeps up.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from detransformer.cluster.devices import preset_profile
-from detransformer.planning.profile import DeviceProfile
+from detransformer.cluster.session import EmulatedCluster
+from detransformer.machine import usable_cores
+from detransformer.planning.profile import ClusterProfile, DeviceProfile
 
 MIN_LINK_SHARE = 0.9  # a link must carry at least this share of its rate, and never more than the rate
-MAX_PACING_ERROR = 0.02  # by which paced segments of an idle device may be longer than modelled
-MAX_OVERRUN_SHARE = 0.03  # of what is modelled, by which the host may be late
+MAX_PACING_ERROR = 0.02  # relative excess of an idle device's paced segments over the modelled time
+MAX_OVERRUN_SHARE = 0.03  # share of the modelled time by which the host may be late
 MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output (size 1) by some 1e-6 a layer
 # Largest relative error (RMS) of an output whose messages were rounded. One rounding of a row moves it by some 0.2%
 # (bfloat16, 8 bits of mantissa) or 0.7% (int8: a step of max / 127, and a row's largest number is some three times its
@@ -24,29 +26,30 @@ MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output 
 # layers have up to 1.4 times that.
 MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04}
 MAX_STEAL = 0.3  # of the processors, taken by other guests: above it a row says more about the neighbours
-# What two cores shape and move without making collectives late, summed over the devices' links; above it everything is
-# run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its time.)
+# The rate that two cores shape and move without making collectives late, summed over the devices' links; above it
+# everything is run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its
+# time.)
 MAX_TOTAL_BPS = 1e9
-# A core computes a layer, whole or in shares, some seven times faster than a device, and messages take their part of
-# it: four devices on two cores are in time at half their speed, most at the first try. All that is compared runs alike.
+# A core computes a layer, whole or in shares, some seven times faster than a device, and messages take part of its
+# time: four devices on two cores are in time at half their speed, most at the first try.
 DEVICES_A_CORE = 1
-USUAL_DEVICE = "rpi4b"  # of which a core carries so many; a device twice as fast counts as two
+USUAL_DEVICE = "rpi4b"  # the device that is counted; one twice as fast counts as two
 MIN_CHECK_BYTES = 500_000  # on a slow link a shorter transfer shows latency, not rate
 LINK_CHECK_S = 0.15
 PACING_CHECK_S, PACED_SEGMENT_S = 0.1, 0.01  # the latter in the devices' seconds, as short as in fast plans
-CHECK_ATTEMPTS = 10  # of a self-check that fails
+CHECK_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class Check:
-    """One self-check: Mbps of the slowest and fastest link, in the devices' seconds (NaN: none used), and pacing."""
+    """One self-check: Mbps of the slowest and fastest link in the devices' seconds (NaN: no link), and pacing error."""
 
     link_min_mbps: float
     link_max_mbps: float
     pacing_error: float
 
     def failures(self, bandwidth_mbps: float) -> list[str]:
-        """What is wrong, in words."""
+        """The failed criteria, in words."""
         reasons = []
         if self.link_min_mbps < MIN_LINK_SHARE * bandwidth_mbps:
             reasons.append(f"a link carried {self.link_min_mbps:.0f} of {bandwidth_mbps:g} Mbps")
@@ -65,7 +68,7 @@ class Check:
         )
 
 
-def check_cluster(cluster: Any, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
+def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
     """A self-check of the running `cluster` that passes, or the last of several that failed."""
     scale = cluster.time_scale
     num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * LINK_CHECK_S / 8)) if checks_links else 0
@@ -75,7 +78,7 @@ def check_cluster(cluster: Any, bandwidth_mbps: float, num_devices: int, checks_
     for _ in range(CHECK_ATTEMPTS):
         results = cluster.run("self_check", num_devices=num_devices, link_bytes=num_bytes, **paced)
         results = [result for result in results if result is not None]
-        rates = [  # of a link that has a share of the bandwidth, over that share
+        rates = [  # over the link's share of the bandwidth
             8 * num_bytes / seconds * scale / 1e6 / min(shares[source], shares[target])
             for (source, target), seconds in transfer_seconds(results).items()
         ]
@@ -94,7 +97,7 @@ def transfer_seconds(results: Iterable[dict]) -> dict[tuple[int, int], float]:
 
 
 def wrong_output(wire: str, max_abs_error: float, relative_error: float) -> str:
-    """In words, by how much an output differs from the single device's, if that is more than its wire explains."""
+    """The error of an output against the single device's in words, if its wire does not explain it; else empty."""
     limit = MAX_RELATIVE_ERROR.get(wire)
     if limit is None and not max_abs_error <= MAX_ABS_ERROR:
         return f"output differs from the single device's by {max_abs_error:.1e}"
@@ -104,7 +107,7 @@ def wrong_output(wire: str, max_abs_error: float, relative_error: float) -> str:
 
 
 def why_invalid(row: Mapping[str, Any]) -> str:
-    """What a row's checks say against it, in words; empty for a valid row."""
+    """Why a row's checks reject it, in words; empty for a valid row."""
     check = Check(row["link_min_mbps"], row["link_max_mbps"], row["pacing_error"])
     reasons = check.failures(row["bandwidth_mbps"])
     if row["pacing_overrun"] > MAX_OVERRUN_SHARE:
@@ -116,12 +119,12 @@ def why_invalid(row: Mapping[str, Any]) -> str:
 
 
 def usual_devices(devices: Iterable[DeviceProfile], config: PretrainedConfig) -> float:
-    """As many of `USUAL_DEVICE` as compute what these do, on a model of `config`."""
+    """The number of `USUAL_DEVICE` that compute as fast as `devices` together, on a model of `config`."""
     return sum(device.flops_per_s for device in devices) / preset_profile(USUAL_DEVICE, config).flops_per_s
 
 
 def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> float:
-    """The power of two by which all is slowed so that this host carries the links (`total_bps`) and the devices."""
+    """The power of two by which everything is slowed so that `num_cores` carry the links (`total_bps`) and devices."""
     needed = max(total_bps / MAX_TOTAL_BPS, num_devices / (DEVICES_A_CORE * num_cores))
     return 2.0 ** max(0, math.ceil(math.log2(needed)))
 
@@ -130,3 +133,35 @@ def stolen_share(before: Any, after: Any) -> float:
     """Share of processor time between two `psutil.cpu_times()` that a hypervisor gave to others; 0 where unknown."""
     total = sum(after) - sum(before)
     return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
+
+
+def set_time_scale(
+    cluster: EmulatedCluster,
+    bandwidth_bps: float,
+    profile: ClusterProfile,
+    devices: Sequence[int],
+    config: PretrainedConfig,
+    time_scale: float | None,
+) -> float:
+    """Sets the links' rate and the time scale of `cluster`: the given one, or the first that suits this host.
+
+    `devices` of `profile` are those that compute a model of `config`. Returns the time scale.
+    """
+    busy = usual_devices([profile.devices[i] for i in devices], config)
+    total_bps = bandwidth_bps * sum(profile.link.share(i) for i in range(len(profile.devices)))
+    shaped = cluster.transport == "namespaces"
+    scale = time_scale or first_time_scale(total_bps if shaped else 0.0, busy, usable_cores())
+    cluster.set_link(bandwidth_bps, scale)
+    return scale
+
+
+def lateness(results: Sequence[dict | None]) -> float:
+    """The share of the modelled time by which the host was late, on the device where it was worst."""
+    samples = [result.get("samples", [result]) for result in results if result is not None]
+    return max(sum(s["overrun_s"] for s in own) / max(sum(s["modelled_s"] for s in own), 1e-9) for own in samples)
+
+
+def warn_if_late(late: float, scale: float) -> None:
+    """Prints a remedy where this host was too late."""
+    if late > MAX_OVERRUN_SHARE:
+        print(f"this host was late by {late:.0%} of what is modelled: slow all down by --time-scale {2 * scale:g}")

@@ -1,8 +1,8 @@
-"""A cluster of worker processes that stays up for many jobs, emulated on this machine.
+"""An emulated cluster: worker processes on this machine that stay up for many jobs.
 
 Transport `namespaces`: every worker in its own network namespace, links shaped by the kernel, real TCP between them.
-Transport `loopback`: the same workers over 127.0.0.1, links modelled in the process: where namespaces are not
-permitted. Compute is paced by the device profile in both. A worker that dies or falls silent ends the session with an
+Transport `loopback`, where namespaces are not permitted: the same workers over 127.0.0.1, links modelled in the
+process. Compute is paced by the device profile in both. A worker that dies or falls silent ends the session with an
 error that names it (`fleet`).
 """
 
@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from detransformer.cluster.devices import (
     DeviceError,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 TRANSPORTS = ("auto", "namespaces", "loopback")
 MAX_DEVICES = 64
 START_TIMEOUT_S = 120
-MESSAGE_S = 120.0  # of a message between two devices
+MESSAGE_S = 120.0  # limit of a message between two devices
 _STORE_PORT = 29500
 
 
@@ -53,7 +55,7 @@ class EmulatedCluster:
         threads: of each worker's compute.
         delay_s, jitter_s: of a packet between two devices, one way; on shaped links where the kernel has netem.
         pins: each device keeps to one core, in turn, and so do the threads that send its messages.
-        home: what jobs find in `WorkerState.home`, such as the model's folder and the cluster file.
+        home: settings that jobs find in `WorkerState.home`, such as the model's folder and the cluster file.
 
     Raises:
         ValueError: for bad arguments, or what is not permitted or not available here.
@@ -79,7 +81,7 @@ class EmulatedCluster:
             raise ValueError(f"bandwidth_bps={bandwidth_bps} must be above 0.")
         if transport not in TRANSPORTS:
             raise ValueError(f"transport={transport!r} is unknown: choose one of {', '.join(TRANSPORTS)}.")
-        devices = device_specs(num_devices, device)
+        self.devices = device_specs(num_devices, device)
         if not (delay_s >= 0 and jitter_s >= 0):
             raise ValueError(f"delay_s={delay_s} and jitter_s={jitter_s} must be 0 or above.")
         if transport != "loopback":
@@ -96,39 +98,28 @@ class EmulatedCluster:
             delays, why = can_delay()
             if not delays:
                 raise ValueError(f"{why}: leave delay and jitter out, or run on a kernel with sch_netem.")
-        self.num_devices = num_devices
-        self.devices = devices
-        self.bandwidth_bps = bandwidth_bps
-        self.time_scale = 1.0
-        self.transport = transport
-        self.threads = threads
-        self.pins = pins
+        self.num_devices, self.bandwidth_bps, self.time_scale = num_devices, bandwidth_bps, 1.0
+        self.transport, self.threads, self.pins = transport, threads, pins
         self.delay_s, self.jitter_s = delay_s, jitter_s
         self.folder: Path | None = None  # for files that live as long as the session
-        self.lost: dict[int, str] = {}  # who was left out of jobs that can do without, and why
         self.fleet: Fleet | None = None
         self._home = dict(home or {})
         self._network: EmulatedNetwork | None = None
-        self._launcher: subprocess.Popen | None = None
-
-    @property
-    def device(self) -> str:
-        """The preset of the first device, which is that of all where they are alike."""
-        return self.devices[0].preset
+        self._launcher: psutil.Popen | None = None
 
     @property
     def profile_name(self) -> str:
-        """What table rows call these devices: `Raspberry Pi 4B (emulated)`, or a list where they differ."""
+        """The devices' name in table rows: `Raspberry Pi 4B (emulated)`, or a list where they differ."""
         return f"{describe_devices(self.devices)} (emulated)"
 
     @property
     def link_shares(self) -> tuple[float, ...]:
-        """Each device's part of `bandwidth_bps`; empty where all have all of it."""
+        """Each device's part of `bandwidth_bps`; empty where all have the whole of it."""
         return link_shares(self.devices)
 
     @property
     def link(self) -> str:
-        """What table rows call this link: `line-rate`, shaped by the kernel, or `modelled` in the process."""
+        """The links' name in table rows: `line-rate`, shaped by the kernel, or `modelled` in the process."""
         return "line-rate" if self.transport == "namespaces" else "modelled"
 
     def profile(
@@ -139,10 +130,7 @@ class EmulatedCluster:
         pace: str = "measured",
         efficiency: Sequence | None = None,
     ) -> ClusterProfile:
-        """The devices of this cluster on `model` (a preset's name or a folder) of `config`, and its link at its rate.
-
-        Arguments as in `cluster_profile`.
-        """
+        """The devices of this cluster and its link at its present rate; arguments as in `cluster_profile`."""
         where = self.bandwidth_bps, self.delay_s, link
         return cluster_profile(self.devices, model, config, *where, pace, efficiency)
 
@@ -150,11 +138,9 @@ class EmulatedCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
         try:
             if self.transport == "namespaces":
-                network = EmulatedNetwork(
-                    self.num_devices, self.bandwidth_bps, self.delay_s, self.jitter_s, self.link_shares
-                )
-                self._network = network.__enter__()
-            Arrivals.create(self.folder / "arrivals", self.num_devices)
+                latency = self.delay_s, self.jitter_s, self.link_shares
+                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, *latency).__enter__()
+            Arrivals(self.folder / "arrivals", self.num_devices, create=True)
             self._start()
         except BaseException:
             self.close()
@@ -166,7 +152,7 @@ class EmulatedCluster:
 
     def _start(self) -> None:
         network, folder = self._network, self.folder
-        listener = listen(str(folder / "front"))  # not over the emulated links, which jobs have to themselves
+        listener = listen(str(folder / "front"))  # a Unix socket: jobs have the emulated links to themselves
         store = f"{network.addresses[0]}:{_STORE_PORT}" if network else f"127.0.0.1:{_free_port()}"
         names = [f"device {i} of {self.num_devices} ({device.title})" for i, device in enumerate(self.devices)]
         self.fleet = Fleet(names, listener, store)
@@ -193,25 +179,25 @@ class EmulatedCluster:
         }
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
         environment["OPENBLAS_NUM_THREADS"] = "1"  # no thread may exist when it forks
+        command = [sys.executable, "-m", "detransformer.cluster.launcher", json.dumps(job | self._home)]
         with open(folder / "launcher.log", "wb") as log:
-            self._launcher = subprocess.Popen(
-                [sys.executable, "-m", "detransformer.cluster.launcher", json.dumps(job | self._home)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
+            self._launcher = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         self.fleet.wait(START_TIMEOUT_S)
 
     def set_link(self, bandwidth_bps: float, time_scale: float = 1.0) -> None:
-        """Sets the rate that links have their share of, in the devices' own seconds.
+        """Sets the links' rate (times each device's share) in the devices' own seconds, and the time scale.
 
-        With `time_scale` k all runs k times slower.
+        With time scale k, links and compute are k times slower on the host's clock.
         """
         self.bandwidth_bps = bandwidth_bps
         self.time_scale = time_scale
         if self._network:
             self._network.set_rate(bandwidth_bps / time_scale, self.delay_s * time_scale, self.jitter_s * time_scale)
+
+    @property
+    def lost(self) -> dict[int, str]:
+        """Devices that jobs have done without (`needed` of `run`), and why."""
+        return self.fleet.left_out if self.fleet else {}
 
     @property
     def pids(self) -> list[int]:
@@ -221,7 +207,7 @@ class EmulatedCluster:
     def run(
         self, op: str, per_rank: list[dict] | None = None, timeout_s: float = 600, needed: int | None = None, **job
     ) -> list:
-        """Gives every worker one job (`per_rank` adds what differs) and returns their results in rank order.
+        """Gives every worker one job (`per_rank` adds arguments that differ) and returns their results in rank order.
 
         Args:
             op: a function of `cluster.jobs`, or "package.module:function".
@@ -232,25 +218,25 @@ class EmulatedCluster:
             DeviceLost: if a worker died, or was silent for 10 s.
             DeviceError: if a worker reports an error.
         """
-        pids = self.pids if needed is not None else []
+        pids, before = self.pids if needed is not None else [], set(self.lost)
         try:
             answers = self.fleet.run(op, job, per_device=per_rank, timeout_s=timeout_s, needed=needed)
         except DeviceError:
             self.close()
             raise
-        for rank in self.fleet.left_out.keys() - self.lost.keys():
+        for rank in self.lost.keys() - before:
             _kill(pids[rank])
-        self.lost = dict(self.fleet.left_out)
         return [answers[rank][0] if rank in answers else None for rank in range(self.num_devices)]
 
     def close(self) -> None:
         """Ends all workers and removes the network; safe to call twice."""
         if self._launcher:
-            for child in _children(self._launcher.pid):
-                _kill(child)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for worker in self._launcher.children():
+                    _kill(worker.pid)
             try:
                 self._launcher.wait(timeout=10)  # until it has seen all of them ending
-            except subprocess.TimeoutExpired:
+            except psutil.TimeoutExpired:
                 self._launcher.kill()
                 self._launcher.wait()
             self._launcher = None
@@ -261,13 +247,6 @@ class EmulatedCluster:
             self._network = None
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _children(pid: int) -> list[int]:
-    """The processes that `pid` has forked."""
-    with contextlib.suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
 
 
 def _kill(pid: int) -> None:

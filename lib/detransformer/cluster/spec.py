@@ -1,7 +1,7 @@
 """cluster.yaml: the devices of a cluster, real or emulated, and the links between them.
 
-Read strictly: a key that is not known, a device listed twice or a number out of range is refused, with the file's name
-and the key. Loads without torch, since every host of a cluster reads it before anything else.
+Reading is strict: an unknown key, a device listed twice or a number out of range is refused, with the file's name and
+the key. Loads without torch, since every host of a cluster reads the file first.
 """
 
 import ipaddress
@@ -32,13 +32,13 @@ Delay = Annotated[Number, Field(ge=0, le=10_000)]
 
 
 class _Keys(BaseModel):
-    """A mapping of the file, each key of which is known."""
+    """A mapping of the file, with known keys only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Link(_Keys):
-    """The links between the devices, all alike but for a device's own `bandwidth_mbps`."""
+    """The links between the devices, alike except for a device's `bandwidth_mbps`."""
 
     bandwidth_mbps: Bandwidth = 125
     delay_ms: Delay = 0
@@ -46,7 +46,7 @@ class Link(_Keys):
 
 
 class Rendezvous(_Keys):
-    """Where the devices meet: a port of the first one. The next port is that of the process group's store."""
+    """The port of the first device where the devices meet. The process group's store has the next port."""
 
     port: Annotated[int, Field(ge=1, le=65_534, strict=True)] = 29_400
 
@@ -64,7 +64,7 @@ class Device(_Keys):
 
 
 class ClusterSpec(_Keys):
-    """What a cluster.yaml says. The order of `devices` is that of their ranks; the first one is where all meet.
+    """The contents of a cluster.yaml. The order of `devices` is that of their ranks; all meet at the first one.
 
     `interface` is the network interface of every host; empty: the one that has the host's address.
     """
@@ -82,7 +82,7 @@ class ClusterSpec(_Keys):
         """Reads a cluster.yaml.
 
         Raises:
-            ValueError: for what is wrong in it, in one sentence that names the file and the key.
+            ValueError: for a faulty file, in one sentence that names the file and the key.
         """
         path = Path(path)
         fields = _read_yaml(path)
@@ -110,7 +110,7 @@ class ClusterSpec(_Keys):
 
     @property
     def bandwidth_bps(self) -> float:
-        """Of each link, times its device's `link_share`."""
+        """The rate of each link, times its device's `link_share`."""
         return self.link.bandwidth_mbps * 1e6
 
     @property
@@ -127,7 +127,7 @@ class ClusterSpec(_Keys):
 
     @cached_property
     def device_specs(self) -> tuple[DeviceSpec, ...]:
-        """The devices in rank order, with the profiles that were measured on them."""
+        """The devices in rank order, with the profiles measured on them."""
         return tuple(map(self._device_spec, self.devices))
 
     def _device_spec(self, device: Device) -> DeviceSpec:
@@ -151,7 +151,7 @@ class ClusterSpec(_Keys):
     ) -> ClusterProfile:
         """Devices and links on `model` (a preset's name or a folder) of `config`, for the planner.
 
-        `bandwidth_bps`: another one than the file's.
+        `bandwidth_bps`: instead of the file's.
         """
         where = bandwidth_bps or self.bandwidth_bps, self.delay_s
         return cluster_profile(self.device_specs, model, config, *where, pace=pace)
@@ -160,17 +160,11 @@ class ClusterSpec(_Keys):
         """This cluster emulated on one machine, whether the file is of real hosts or not; as in `EmulatedCluster`."""
         from detransformer.cluster.session import EmulatedCluster
 
-        fields = dict(
-            num_devices=len(self.members),
-            device=self.device_specs,
-            bandwidth_bps=self.bandwidth_bps,
-            delay_s=self.delay_s,
-            jitter_s=self.jitter_s,
-        )
-        return EmulatedCluster(**fields | overrides)
+        links = dict(bandwidth_bps=self.bandwidth_bps, delay_s=self.delay_s, jitter_s=self.jitter_s)
+        return EmulatedCluster(len(self.members), self.device_specs, **links | overrides)
 
     def _wrong(self) -> str:
-        """What no single field shows: a device without name, address or hardware, or the same one twice."""
+        """Faults that no single field shows: a device without name, address or hardware, or listed twice."""
         for i, device in enumerate(self.devices):
             key = f"devices[{i}] ({device.name})"
             if not device.name and not self.emulated:
@@ -192,7 +186,7 @@ class ClusterSpec(_Keys):
 
 
 def _sentence(error: ValidationError, fields: Any) -> str:
-    """The first thing that is wrong, by its key, in pydantic's words."""
+    """The first fault, by its key, in pydantic's words."""
     found = error.errors(include_url=False)[0]
     *above, last = place = found["loc"] or ("the file",)
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")

@@ -1,9 +1,9 @@
-"""From the events of all devices to waiting and transfer: who waited for whom in one request. Pure functions.
+"""Waiting and transfer in one request, from the events of all devices. Pure functions.
 
-An event is (what, start, stop, launched) in seconds of one clock; that of a collective is the time that compute waited
-for it, and when it was launched before. The n-th collective launched is the same one on each device: it begins to move
-bytes when the last device has launched it, and until then the others wait. A message from one device to the next begins
-when its sender has launched it.
+An event is (what, start, stop, launched) in seconds of one clock; a collective's start and stop are those of compute's
+wait for it. The n-th collective launched is the same one on each device: it begins to move bytes when the last device
+has launched it, and until then the others wait. A message from one device to the next begins when its sender has
+launched it.
 """
 
 import json
@@ -24,9 +24,9 @@ def split_waits(events: Sequence[Sequence[Event]]) -> list[list[Part]]:
     """Cuts each collective of each device (rank order) into `wait`, until the last had launched it, and the transfer.
 
     Raises:
-        ValueError: if the devices do not tell of the same collectives.
+        ValueError: if the devices report different collectives.
     """
-    events = [[tuple(event) for event in own] for own in events]  # lists, where they came as JSON
+    events = [[tuple(event) for event in own] for own in events]  # JSON makes them lists
     group = [sorted((e for e in own if e[0] not in ("compute", *POINT_TO_POINT)), key=lambda e: e[3]) for own in events]
     active = [own for own in group if own]
     if any([e[0] for e in own] != [e[0] for e in active[0]] for own in active):
@@ -36,16 +36,13 @@ def split_waits(events: Sequence[Sequence[Event]]) -> list[list[Part]]:
     for rank, own in enumerate(events[1:], start=1):
         sent = [e[3] for e in events[rank - 1] if e[0] == "send"]
         began[rank].update(zip((e for e in own if e[0] == "receive"), sent, strict=False))
-    return [_split_own(own, began[rank]) for rank, own in enumerate(events)]
-
-
-def _split_own(own: Sequence[Event], began: dict[Event, float]) -> list[Part]:
-    parts: list[Part] = []
-    for event in own:
-        what, start, stop, _ = event
-        moved = min(max(began.get(event, start), start), stop)
-        parts += [("wait", start, moved)] if moved > start else []
-        parts += [(what, moved, stop)] if stop > moved else []
+    parts: list[list[Part]] = [[] for _ in events]
+    for rank, own in enumerate(events):
+        for event in own:
+            what, start, stop, _ = event
+            moved = min(max(began[rank].get(event, start), start), stop)
+            parts[rank] += [("wait", start, moved)] if moved > start else []
+            parts[rank] += [(what, moved, stop)] if stop > moved else []
     return parts
 
 
@@ -60,20 +57,19 @@ def seconds_of(parts: Sequence[Part]) -> dict[str, float]:
 def timeline_rows(parts: Sequence[Sequence[Part]], time_scale: float = 1.0) -> list[dict]:
     """Rows of rank, what, start_s, stop_s from the parts of all devices, in their own seconds from the first start."""
     first = min((own[0][1] for own in parts if own), default=0.0)
+
+    def since(seconds: float) -> float:
+        return round((seconds - first) / time_scale, 6)
+
     return [
-        {
-            "rank": rank,
-            "what": what,
-            "start_s": round((start - first) / time_scale, 6),
-            "stop_s": round((stop - first) / time_scale, 6),
-        }
+        {"rank": rank, "what": what, "start_s": since(start), "stop_s": since(stop)}
         for rank, own in enumerate(parts)
         for what, start, stop in own
     ]
 
 
 def joined_runs(results: Sequence[Sequence[dict]]) -> list[dict]:
-    """What several runs of one plan gave, as if it had been one: a rank's samples one after another."""
+    """The results of several runs of one plan as those of a single run: a rank's samples one after another."""
     joined = []
     for same in zip(*results, strict=True):
         samples = [sample for result in same for sample in result["samples"]]
@@ -86,14 +82,14 @@ def joined_runs(results: Sequence[Sequence[dict]]) -> list[dict]:
 
 
 def slowest_sums(results: list[dict], sample: int, scale: float) -> dict[str, float]:
-    """`compute_s`, `wait_s` and `comm_s` of the rank that took longest, in the devices' seconds."""
+    """`compute_s`, `wait_s` and `comm_s` of the rank with the largest latency, in the devices' seconds."""
     parts = split_waits([r["samples"][sample]["events"] for r in results])
     slowest = max(range(len(results)), key=lambda rank: results[rank]["samples"][sample]["latency_s"])
     return {name: seconds / scale for name, seconds in seconds_of(parts[slowest]).items()}
 
 
 def median_timeline(row: dict, results: list[dict], scale: float) -> list[dict]:
-    """The `timeline` rows of the sample whose latency is the row's median."""
+    """The `timeline` rows of the sample whose latency is nearest to the row's median."""
     samples = json.loads(row["samples_s"])
     median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
     conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}

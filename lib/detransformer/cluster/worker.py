@@ -1,8 +1,8 @@
-"""The worker of one device: joins the group that the front forms, takes a job, answers; until it is told to end.
+"""The worker of one device: it joins the group that the front forms, takes jobs and answers them until told to end.
 
-It is started by `launcher` (forked, on an emulated cluster) or by `agent` (torchrun's elastic agent, on a real host).
-One thread of it keeps the line to the front: heartbeats, orders, and the end when the front has gone. A worker belongs
-to one group in its life: where the group breaks, it ends and another one is started.
+The launcher forks it (emulated cluster), or torchrun's elastic agent starts it (real host). One thread keeps the line
+to the front: heartbeats, orders, and the end of this process when the front is gone. A worker belongs to one group in
+its life: when the group breaks, the worker ends and another one is started.
 """
 
 import contextlib
@@ -21,37 +21,39 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load, save
 
 from detransformer.cluster.hello import End, meet
-from detransformer.cluster.jobs import WorkerState
-from detransformer.cluster.line import BEAT_S, Line, Message
+from detransformer.cluster.jobs import WorkerState, warm_up_libraries
+from detransformer.cluster.line import BEAT_S, Line, Message, listen
+from detransformer.cluster.pacing import Arrivals
 from detransformer.machine import die_with_parent
 
-COLLECTIVE_ERRORS = ("peer", "gloo", "timed out", "timeout", "broken pipe", "connection")  # words in them
+COLLECTIVE_ERRORS = ("peer", "gloo", "timed out", "timeout", "broken pipe", "connection")  # words in their messages
 
 
 def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
-    """What a worker does; never returns.
+    """Runs this worker; never returns.
 
     Args:
-        job: what whoever starts workers says to all of a host, as `hosts.Hosts` and `session` make it.
-        device: which device of the cluster this is.
-        starter: the process with which this one has to end, where that is not its parent.
+        job: settings common to all workers of a host, as `hosts.Hosts` and `session.EmulatedCluster` make them.
+        device: this worker's device in the cluster.
+        starter: id of the process with which this one has to end, where that is not its parent.
     """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which ends its workers
-    words = os.dup(1)  # what the user of this host is to read
+    words = os.dup(1)  # for the user of this host
     os.dup2(2, 1)  # stray prints of libraries go to the log
     end = End(job, device, words, starter)
     signal.signal(signal.SIGTERM, lambda *_: end())
     line = meet(job, device, end)
-    heard, wakes = socket.socketpair()  # from now on SIGTERM is heard by the thread, whatever the main one is doing
+    heard, wakes = socket.socketpair()  # from now on the thread hears SIGTERM, also while the main thread computes
     wakes.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     orders: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    Lifeline(job, line, orders, end, heard).start()
+    threading.Thread(target=keep_line, args=(job, line, orders, end, heard), daemon=True).start()
     state = None
     while True:
         header, payload = orders.get()
@@ -71,21 +73,39 @@ def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
                 line.send({"error": sentence, "own": own, **({"job": header["job"]} if "job" in header else {})})
 
 
-def join(job: Mapping[str, Any], device: int, told: Mapping[str, Any]) -> WorkerState:
-    """This worker's place in the group of the devices that `told` lists."""
-    devices, rank = told["devices"], told["devices"].index(device)
+def join(job: Mapping[str, Any], device: int, order: Mapping[str, Any]) -> WorkerState:
+    """This worker's place in a group, by the front's `order`: the group's number, devices by rank, store's address."""
+    devices, wait = order["devices"], timedelta(seconds=job["message_s"])
+    rank, num_ranks = devices.index(device), len(devices)
     os.environ["GLOO_SOCKET_IFNAME"] = job["interface"]
-    threads = job["threads"] or torch.get_num_threads()
-    state = WorkerState.join(
-        rank, len(devices), told["store"], rank == 0, job["interface"], threads, job.get("arrivals", ""),
-        f"group{told['group']}", timedelta(seconds=job["message_s"]),
-    )  # fmt: skip
-    state.device, state.home = device, {**job, "group": devices}
-    return state
+    torch.set_num_threads(job["threads"] or torch.get_num_threads())
+    store = bound_store(order["store"], num_ranks, rank == 0, wait)
+    named = dist.PrefixStore(f"group{order['group']}", store)
+    dist.init_process_group("gloo", store=named, rank=rank, world_size=num_ranks, timeout=wait)
+    groups = {tuple(range(n)): dist.new_group(list(range(n)), timeout=wait) for n in range(2, num_ranks + 1)}
+    warm_up_libraries()
+    arrivals = Arrivals(job["arrivals"], num_ranks) if job.get("arrivals") else None
+    home = {**job, "group": devices}
+    return WorkerState(rank, num_ranks, job["interface"], groups, wait, arrivals=arrivals, device=device, home=home)
+
+
+def bound_store(where: str, num_processes: int | None, keeps: bool, wait: timedelta) -> dist.TCPStore:
+    """The store at `where` (ADDRESS:PORT), kept by one process, which listens at that address alone.
+
+    TCPStore itself would listen at all addresses of the host.
+
+    Raises:
+        OSError: where the address or port cannot be had.
+        torch.distributed.DistError: where nothing answers there.
+    """
+    address, _, port = where.rpartition(":")
+    listener = listen(where).detach() if keeps else None
+    options = dict(master_listen_fd=listener, wait_for_workers=False)
+    return dist.TCPStore(address, int(port), num_processes, keeps, wait, **options)
 
 
 def perform(state: WorkerState, header: Mapping[str, Any], payload: bytes) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The result of a job and, apart, its tensors."""
+    """A job's result and, apart, its tensors."""
     arguments = dict(header["arguments"])
     if payload:
         arguments["inputs"] = load(payload)
@@ -108,58 +128,42 @@ def resolve(name: str, allowed: str = "detransformer.") -> Callable[..., Any]:
 
 
 def blame(error: Exception) -> tuple[str, bool]:
-    """An error in a sentence, and whether it is this worker's own; that of a collective is a peer's, or the link's."""
+    """An error in a sentence, and whether this worker caused it; a peer or the link causes a failed collective."""
     text = " ".join(str(error).split())
     own = not (isinstance(error, RuntimeError) and any(word in text.lower() for word in COLLECTIVE_ERRORS))
     return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:300]}"), own
 
 
-class Lifeline(threading.Thread):
-    """Keeps the line to the front while the main thread computes: beats, passes orders on, and ends this worker."""
+def keep_line(job: Mapping[str, Any], line: Line, orders: queue.SimpleQueue, end: End, heard: socket.socket) -> None:
+    """The thread that keeps the line to the front while the main thread computes; ends the process with the front."""
+    first = f"{job['first']}, the first device,"
 
-    def __init__(
-        self,
-        job: Mapping[str, Any],
-        line: Line,
-        orders: queue.SimpleQueue,
-        end: End,
-        heard: socket.socket,
-    ):
-        super().__init__(daemon=True)
-        self._first, self._silence_s = job["first"], job["silence_s"]
-        self._line, self._orders, self._end = line, orders, end
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(line, selectors.EVENT_READ, "line")
-        self._selector.register(heard, selectors.EVENT_READ, "term")
+    def take(messages: list[Message]) -> None:
+        for message in messages:
+            header = message.header
+            if "again" in header:
+                end()
+            elif "end" in header:
+                end(header["end"], header["sentence"])
+            elif "say" in header:
+                end.say(header["say"])
+            else:
+                orders.put(message)
 
-    def run(self) -> None:
-        first = f"{self._first}, the first device,"
-        for message in self._line.unread:
-            self._take(message)
-        while True:
-            for key, _ in self._selector.select(BEAT_S / 2):
-                if key.data == "term":
-                    self._line.tell({"error": "it was interrupted", "own": True})
-                    self._end()
-                else:
-                    messages = self._line.receive()
-                    if messages is None:
-                        self._end("lost", f"{first} is lost: its process ended.")
-                    for message in messages:
-                        self._take(message)
-            self._line.beat()
-            self._end.alive()
-            if time.monotonic() - self._line.heard_at > self._silence_s:
-                why = f"{first} has been silent for {self._silence_s:g} s: it is off, or its network is down."
-                self._end("lost", why)
-
-    def _take(self, message: Message) -> None:
-        header = message.header
-        if "again" in header:
-            self._end()
-        elif "end" in header:
-            self._end(header["end"], header["sentence"])
-        elif "say" in header:
-            self._end.say(header["say"])
-        else:
-            self._orders.put(message)
+    selector = selectors.DefaultSelector()
+    selector.register(line, selectors.EVENT_READ)
+    selector.register(heard, selectors.EVENT_READ)
+    take(line.unread)
+    while True:
+        for key, _ in selector.select(BEAT_S / 2):
+            if key.fileobj is heard:
+                line.tell({"error": "it was interrupted", "own": True})
+                end()
+            elif (messages := line.receive()) is None:
+                end("lost", f"{first} is lost: its process ended.")
+            else:
+                take(messages)
+        line.beat()
+        end.alive()
+        if time.monotonic() - line.heard_at > job["silence_s"]:
+            end("lost", f"{first} has been silent for {job['silence_s']:g} s: it is off, or its network is down.")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from detransformer import machine
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.jobs import WorkerState
 from detransformer.cluster.pacing import Pacer, sleep_until
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.cluster.state import WorkerState
 from detransformer.coformer.aggregator import Aggregator, aggregator_flops
 from detransformer.coformer.ensemble import Ensemble, answer, load_ensemble
 from detransformer.coformer.policy import FLOAT_BYTES

@@ -7,10 +7,10 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from detransformer.cluster.answers import SEED, check_length, classify, encode, tokenizer_of
+from detransformer.answers import SEED, check_length, classify, encode, tokenizer_of
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.request import Request
-from detransformer.cluster.slowdown import lateness, set_time_scale, warn_if_late
+from detransformer.cluster.selfcheck import lateness, set_time_scale, warn_if_late
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answer

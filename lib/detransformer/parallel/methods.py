@@ -9,7 +9,7 @@ ORIGINAL_LAYER_STRATEGY = {
     "sp": "sequence",
     "ulysses": "ulysses",
     "galaxy": "galaxy",
-    "dtensor": "tensor",  # PyTorch's own implementation of TP, run by `cluster.dtensor`
+    "dtensor": "tensor",  # PyTorch's own implementation of TP, run by `parallel.dtensor`
     "bp+tp": "tensor",
     "bp+sp": "sequence",
     "bp+allgather": "replicate",

@@ -23,9 +23,8 @@ from starlette.types import Message, Receive, Scope, Send
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from detransformer import __version__
+from detransformer import __version__, answers
 from detransformer.checkpoints import has_tokenizer
-from detransformer.cluster import answers
 from detransformer.parallel.plan import is_decoder
 from detransformer.service.bodies import Answer, Classify, Continuation, Generate, Health, Label, Problem, Span
 from detransformer.service.session import Session

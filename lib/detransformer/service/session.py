@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, save
 from transformers import PretrainedConfig
 
-from detransformer.cluster.answers import check_length
+from detransformer.answers import check_length
 from detransformer.cluster.checkpoints import open_folder
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.fleet import Fleet

@@ -1,17 +1,22 @@
 """The experiments of notebooks 09 and 10 at small size, with real processes: what they list, measure and keep."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from detransformer.cluster import adaptive, texts
 from detransformer.cluster.bench import Bench
+from detransformer.files import repository_root
 from detransformer.models import decouple
 from detransformer.models.configuration import preset_config
 from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.tables.adaptive import choice_cells
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+import adaptive_studies as adaptive  # noqa: E402
+from generation_studies import generation_rows  # noqa: E402
 
 PI = DeviceProfile("pi", 4 * 2**30, 14e9, "assumed", 4.8e9)
 
@@ -82,10 +87,10 @@ def test_generated_rows_tell_equal_tokens(tmp_path):
     folder = tmp_path / "gpt2"
     decouple(GPT2LMHeadModel(config).eval(), num_original_layers=2, num_divisions=4).save_pretrained(folder)
     sizes = dict(prompt_lens=[4], max_new_tokens=6, transport="loopback")
-    rows = texts.generation_rows(tmp_path, str(folder), ["bp+auto"], [1000], 2, **sizes)
+    rows = generation_rows(tmp_path, str(folder), ["bp+auto"], [1000], 2, **sizes)
     assert rows["equal_tokens"].tolist() == rows["new_tokens"].tolist() == [6]
     original = tmp_path / "original"
     GPT2LMHeadModel(config).eval().save_pretrained(original)
-    single = texts.generation_rows(tmp_path, str(original), ["single"], [1000], 2, **sizes)
+    single = generation_rows(tmp_path, str(original), ["single"], [1000], 2, **sizes)
     assert single["equal_tokens"].tolist() == [6], "one device works, the cluster has two"
     assert rows["token_plan"].tolist() and (rows["predicted_token_s"] < rows["predicted_first_token_s"]).all()

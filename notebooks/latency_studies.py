@@ -1,22 +1,27 @@
-"""The experiments behind notebooks 04 to 08: which rows make the paper's tables and figures, and their profiles.
+"""The studies of notebooks 04 to 09 on latency: which rows make the paper's tables and figures, and the link's profile.
 
-Each function returns frames in the form the tables are saved in; the notebooks argue, this module lists and measures.
+Each function returns a frame in the form in which its table is saved; the notebooks argue, this module lists and
+measures.
 """
 
 import itertools
 import platform
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+import torch
+from transformers import AutoModel
 
 from detransformer.cluster.bench import Bench, measure_grid
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
-from detransformer.cluster.profiler import efficiency_rows, profile_link, single_device_latency
+from detransformer.cluster.profiler import efficiency_rows, profile_link
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.methods import METHODS
@@ -30,18 +35,38 @@ from detransformer.record.published import published_claim
 TIMELINE = "timeline.csv"  # in a run's folder
 
 
+# --- Notebook 04: one device, and links --------------------------------------------------------------------------
+
+
 def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats: int) -> pd.DataFrame:
     """Fig. 2a: published, emulated and this host's single-device latency of each model, seq 128, batch 1."""
-    device = DEVICES[cluster.device]
+    device = DEVICES[cluster.devices[0].preset]
     emulated = measure_grid(Bench(cluster), [Cell(m, "single", 1, repeats=repeats) for m in models])
     rows = []
     for model, latency in zip(models, emulated["latency_s"], strict=True):
         published = published_claim(device.latency_claims[model])
         rows.append((model, device.name, published, "published"))
         rows.append((model, cluster.profile_name, latency, "measured"))
-        own = single_device_latency(original_checkpoint(model).path, repeats=repeats)
-        rows.append((model, "this host, one core", own, "measured"))
+        rows.append((model, "this host, one core", host_latency(model, repeats), "measured"))
     return pd.DataFrame(rows, columns=["model", "device", "latency_s", "kind"])
+
+
+@torch.inference_mode()
+def host_latency(model: str, repeats: int, seq_len: int = 128) -> float:
+    """Median seconds of one forward pass of a preset model on one core of this host."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        loaded = AutoModel.from_pretrained(original_checkpoint(model).path).eval()
+        ids = torch.randint(loaded.config.vocab_size, (1, seq_len))
+        seconds = []
+        for _ in range(repeats + 1):  # the first pass warms up
+            start = time.perf_counter()
+            loaded(input_ids=ids)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(seconds[1:])
 
 
 def save_profiles(
@@ -65,13 +90,16 @@ def save_profiles(
     return rows.assign(source=link.source)
 
 
-def load_link(folder: str | Path, model: str) -> LinkProfile | None:
-    """The link figures of a profile that `save_profiles` wrote; None where there is none."""
-    path = Path(folder) / f"{model}.json"
-    return ClusterProfile.load(path).link if path.is_file() else None
+# --- What later notebooks take from notebook 04 --------------------------------------------------------------------
 
 
-def load_efficiency(run_path: str | Path) -> dict[str, tuple]:
+def measured_link(profiles: str | Path, model: str = "*") -> LinkProfile | None:
+    """The link's figures in the folder that `save_profiles` wrote, for `model` or any; None where there are none."""
+    path = next(iter(sorted(Path(profiles).glob(f"{model}.json"))), None)
+    return ClusterProfile.load(path).link if path else None
+
+
+def measured_efficiency(run_path: str | Path) -> dict[str, tuple]:
     """How efficient shares of each model's layers are on this host, as notebook 04 of the run measured it; by model."""
     path = Path(run_path) / "tables" / "profile.csv"
     operations = pd.read_csv(path) if path.is_file() else pd.DataFrame()
@@ -80,15 +108,19 @@ def load_efficiency(run_path: str | Path) -> dict[str, tuple]:
     return {model: efficiency_rows(rows) for model, rows in operations.groupby("model")}
 
 
-def measured_link(run_path: str | Path) -> LinkProfile | None:
-    """The link as notebook 04 of this run has measured it, whatever model it profiled beside it."""
-    path = next(iter(sorted(Path(run_path, "profiles").glob("*.json"))), None)
-    return ClusterProfile.load(path).link if path else None
-
-
 def measured_bench(run_path: str | Path, cluster: EmulatedCluster, time_scale: float | None = None) -> Bench:
     """A bench on `cluster` that knows links and the efficiency of shares as notebook 04 of the run measured them."""
-    return Bench(cluster, measured_link(run_path), time_scale, efficiency=load_efficiency(run_path))
+    link = measured_link(Path(run_path) / "profiles")
+    return Bench(cluster, link, time_scale, efficiency=measured_efficiency(run_path))
+
+
+def on_testbed(profile: ClusterProfile, time_scale: float) -> ClusterProfile:
+    """`profile` as it is seen at `time_scale`: latency is that of software, which is not slowed, so it is smaller."""
+    steps = {kind: seconds / time_scale for kind, seconds in profile.link.step_latency_s.items()}
+    return replace(profile, link=replace(profile.link, step_latency_s=steps))
+
+
+# --- Notebook 05: predictions --------------------------------------------------------------------------------------
 
 
 def placement_table(
@@ -103,12 +135,11 @@ def placement_table(
 ) -> pd.DataFrame:
     """The paper's three plans for each model and bandwidth: predicted seconds, memory, which is chosen and why not."""
     budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
-    frames = []
+    efficiency, frames = measured_efficiency(Path(profiles).parent), []
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        efficiency = load_efficiency(Path(profiles).parent).get(model)
-        devices = (DeviceSpec(device).on(config, efficiency=efficiency),) * num_devices
-        link = load_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
+        devices = (DeviceSpec(device).on(config, efficiency=efficiency.get(model)),) * num_devices
+        link = measured_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
         for mbps in bandwidths_mbps:
             profile = ClusterProfile(devices, link.at(mbps * 1e6))
             rows = place(config, profile, memory_budget_bytes=budget).table()
@@ -131,6 +162,9 @@ def collective_counts(model: str, num_original_layers: int, num_divisions: int, 
         sent = sum(prediction.bytes.values()) / 2**20
         rows.append({"model": model, "method": method, **counts, "sent_mib": sent})
     return pd.DataFrame(rows)
+
+
+# --- Notebooks 06 to 08: rows on clean links -----------------------------------------------------------------------
 
 
 def latency_cells(
@@ -250,15 +284,12 @@ def overlap_rows(
     return pd.DataFrame(rows)
 
 
+# --- Notebooks 08 and 09: predictions ------------------------------------------------------------------------------
+
+
 def in_words(plan: Plan) -> str:
-    """The plan and on how many devices it runs."""
+    """A plan and the number of devices that it runs on."""
     return f"{plan.describe()} on {plan.num_devices} device{'s' if plan.num_devices > 1 else ''}"
-
-
-def on_testbed(profile: ClusterProfile, time_scale: float) -> ClusterProfile:
-    """`profile` as it is seen at `time_scale`: latency is that of software, which is not slowed, so it is smaller."""
-    steps = {kind: seconds / time_scale for kind, seconds in profile.link.step_latency_s.items()}
-    return replace(profile, link=replace(profile.link, step_latency_s=steps))
 
 
 def plan_map_rows(
@@ -273,18 +304,15 @@ def plan_map_rows(
 ) -> pd.DataFrame:
     """The plan that is chosen for each bandwidth, length and number of devices; nothing is measured."""
     rows = []
+    efficiency = measured_efficiency(run_path)
+    link = measured_link(Path(run_path) / "profiles") or LinkProfile(1e6 * bandwidths_mbps[0])
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        for count in device_counts:
-            device_profile = DeviceSpec(device).on(config, efficiency=load_efficiency(run_path).get(model))
-            link = measured_link(run_path) or LinkProfile(1e6 * bandwidths_mbps[0])
-            for mbps in bandwidths_mbps:
-                profile = ClusterProfile((device_profile,) * count, link.at(1e6 * mbps))
-                for length in seq_lens:
-                    best = place_freely(config, profile, seq_len=length).chosen
-                    rows.append(
-                        (model, count, mbps, length, in_words(best.plan), best.prediction.latency_s, "predicted")
-                    )
+        one = DeviceSpec(device).on(config, efficiency=efficiency.get(model))
+        for count, mbps, length in itertools.product(device_counts, bandwidths_mbps, seq_lens):
+            profile = ClusterProfile((one,) * count, link.at(1e6 * mbps))
+            best = place_freely(config, profile, seq_len=length).chosen
+            rows.append((model, count, mbps, length, in_words(best.plan), best.prediction.latency_s, "predicted"))
     columns = ["model", "num_devices", "bandwidth_mbps", "seq_len", "plan", "predicted_s", "kind"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -1,8 +1,9 @@
-"""The experiments behind notebook 09: is the chosen plan the fastest, also while a link changes?
+"""The studies of notebook 09: is the chosen plan the fastest, also while a link changes?
 
 Each function measures on an emulated cluster and returns a frame in the form in which its table is saved.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from latency_studies import in_words, measured_bench, on_testbed
 from tqdm.auto import tqdm
 
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
 from detransformer.cluster.cells import Cell
-from detransformer.cluster.checkpoints import request
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.cluster.experiments import in_words, measured_bench, on_testbed
 from detransformer.cluster.rows import RowFile
 from detransformer.cluster.selfcheck import first_time_scale, usual_devices
 from detransformer.cluster.session import EmulatedCluster
@@ -63,34 +63,23 @@ def choice_rows(
     One row a plan (`GRID_COLUMNS`), the chosen one marked. All plans of a model on so many devices are held at once, so
     that none waits for weights. Rows are kept in the run's folder as they come: an interrupted call goes on from there.
     """
-    path = Path(run_path) / "choice_rows.json"
     rows = []
-    progress = tqdm(
-        total=len(models) * len(bandwidths_mbps) * len(seq_lens) * len(device_counts), unit="cell", desc="choices"
-    )
     for count in device_counts:
         with EmulatedCluster(count, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
-            kept = RowFile(path, cluster)
+            bench = measured_bench(run_path, cluster)
+            kept = RowFile(Path(run_path) / "choice_rows.json", cluster, [__file__])
             for model in models:
-                bench = measured_bench(run_path, cluster)
                 plans = {}
-                for mbps in bandwidths_mbps:
-                    for seq_len in seq_lens:
-                        cell = Cell(model, "bp+auto", count, mbps, seq_len=seq_len, repeats=repeats)
-                        config, profile = bench.config(cell), bench.profile(cell)
-                        best = place_freely(config, profile, seq_len=seq_len)
-                        paper = place(config, profile, seq_len=seq_len)
-                        plans[cell] = contenders(best, paper, num_rivals)
+                for mbps, seq_len in itertools.product(bandwidths_mbps, seq_lens):
+                    cell = Cell(model, "bp+auto", count, mbps, seq_len=seq_len, repeats=repeats)
+                    config, profile = bench.config(cell), bench.profile(cell)
+                    best, paper = (choose(config, profile, seq_len=seq_len) for choose in (place_freely, place))
+                    plans[cell] = contenders(best, paper, num_rivals)
                 held = list(dict.fromkeys(plan for part in plans.values() for plan in part))
-                for cell, part in plans.items():
-                    progress.set_postfix_str(f"{model} {count} devices {cell.bandwidth_mbps:g} Mbps {cell.seq_len}")
+                for cell, part in tqdm(plans.items(), unit="cell", desc=f"choices {model} {count} devices"):
                     key = asdict(cell) | {"plans": [plan.to_dict() for plan in part]}
-                    measured = kept.get(key)
-                    if measured is None:
-                        measured = kept.put(key, bench.measure_plans(cell, part, held))
+                    measured = kept.get(key) or kept.put(key, bench.measure_plans(cell, part, held))
                     rows += [row | {"chosen": i == 0} for i, row in enumerate(measured)]
-                    progress.update()
-    progress.close()
     return pd.DataFrame(rows)[list(GRID_COLUMNS)]
 
 
@@ -110,15 +99,14 @@ def unequal_rows(
     equal. `ideal_s` is the work of the model over the speed of all devices, nothing sent; `over_ideal` the latency over
     it and what communication could not be hidden.
     """
-    path = Path(run_path) / "unequal_rows.json"
     rows = []
     specs = [DeviceSpec(speed=speed) for speed in speeds]
     with EmulatedCluster(len(speeds), specs, bandwidths_mbps[0] * 1e6, transport) as cluster:
-        bench, kept = measured_bench(run_path, cluster), RowFile(path, cluster)
+        bench = measured_bench(run_path, cluster)
+        kept = RowFile(Path(run_path) / "unequal_rows.json", cluster, [__file__])
         for mbps in tqdm(bandwidths_mbps, unit="rate", desc="unequal devices"):
-            cell = Cell(
-                model, "bp+auto", len(speeds), mbps, num_divisions=num_divisions, seq_len=seq_len, repeats=repeats
-            )
+            sizes = dict(num_divisions=num_divisions, seq_len=seq_len, repeats=repeats)
+            cell = Cell(model, "bp+auto", len(speeds), mbps, **sizes)
             config, profile = bench.config(cell), bench.profile(cell)
             planned = place_freely(config, profile, seq_len=seq_len).plan
             alike = replace(profile, devices=(profile.devices[0],) * len(speeds))
@@ -178,25 +166,12 @@ def trace_rows(
     path = Path(run_path) / "trace_rows.json"
     rates = sorted({phase.bandwidth_mbps for phase in phases}, reverse=True)
     num_requests = sum(phase.num_requests for phase in phases)
-    stream = list(
-        zip(
-            request_lengths(num_requests, seq_lens),
-            [phase.bandwidth_mbps for phase in phases for _ in range(phase.num_requests)],
-            strict=True,
-        )
-    )
+    rate_of_each = [phase.bandwidth_mbps for phase in phases for _ in range(phase.num_requests)]
+    stream = list(zip(request_lengths(num_requests, seq_lens), rate_of_each, strict=True))
     with EmulatedCluster(num_devices, device, rates[0] * 1e6, transport) as cluster:
-        bench, kept = measured_bench(run_path, cluster, time_scale=time_scale), RowFile(path, cluster)
-        cell = Cell(
-            model,
-            "bp+auto",
-            num_devices,
-            rates[0],
-            num_original_layers,
-            num_divisions,
-            seq_len=max(seq_lens),
-            repeats=1,
-        )
+        bench, kept = measured_bench(run_path, cluster, time_scale=time_scale), RowFile(path, cluster, [__file__])
+        sizes = (num_original_layers, num_divisions)
+        cell = Cell(model, "bp+auto", num_devices, rates[0], *sizes, seq_len=max(seq_lens), repeats=1)
         config = bench.config(cell)
         total_speed = usual_devices(bench.profile(cell).devices, config)
         links_bps = rates[0] * 1e6 * num_devices if cluster.transport == "namespaces" else 0.0
@@ -228,7 +203,6 @@ def _serve(
     seq_lens, rates = sorted({length for length, _ in stream}), sorted({mbps for _, mbps in stream})
     bandwidths = np.geomspace(0.5e6 * rates[0], 2e6 * rates[-1], 12).tolist()
     planner = RuntimePlanner(bench.config(cell), choices, profile, seq_lens, (1,), bandwidths)
-    files = {length: request(checkpoint, length, 1, cluster.folder) for length in seq_lens}
     rows, mbps = [], None
     for number, (length, rate) in enumerate(tqdm(stream, unit="request", desc=policy)):
         if rate != mbps:
@@ -242,19 +216,9 @@ def _serve(
         choice = planner.choose(1, length)
         chosen_s = time.perf_counter() - started
         plan = choices[choice.index]
-        results = cluster.run(
-            "run_plan",
-            per_rank=[{"device": asdict(device)} for device in profile.devices],
-            checkpoint=str(checkpoint.path),
-            plan=plan.to_dict(),
-            inputs=str(files[length].inputs),
-            reference=str(files[length].reference),
-            repeats=1,
-            link=asdict(profile.link.at(rate * 1e6)) if cluster.transport == "loopback" else None,
-            time_scale=scale,
-            held_with=[other.to_dict() for other in held],
-        )
-        samples = [result["samples"][0] for result in results if result]
+        now = replace(profile, link=profile.link.at(rate * 1e6))
+        results = bench.run_plan(now, checkpoint, plan, length, 1, held_with=[other.to_dict() for other in held])
+        samples = [result["samples"][0] for result in results]
         estimate_bps = planner.bandwidth_bps
         for transfer in as_transferred([sample["transfers"] for sample in samples]):
             planner.observe(*transfer)
@@ -272,7 +236,7 @@ def _serve(
                 "probe_s": probe_s,
                 "predicted_s": choice.predicted_s,
                 "choosing_s": chosen_s,
-                "max_abs_error": max(r["max_abs_error"] for r in results if r and "max_abs_error" in r),
+                "max_abs_error": max(r["max_abs_error"] for r in results if "max_abs_error" in r),
                 "pacing_overrun": overrun,
                 "model": cell.model,
                 "device": cluster.profile_name,
@@ -298,13 +262,8 @@ def as_transferred(transfers: Sequence[Sequence[tuple[str, int, float]]]) -> lis
 
 def probe_link(cluster: EmulatedCluster) -> tuple[int, float]:
     """One all_gather of `PROBE_BYTES` a device: (bytes that one sends, seconds)."""
-    results = cluster.run(
-        "time_collective",
-        kind="all_gather",
-        num_floats=PROBE_BYTES // 4,
-        num_devices=cluster.num_devices,
-        repeats=1,
-    )
+    job = dict(kind="all_gather", num_floats=PROBE_BYTES // 4, num_devices=cluster.num_devices, repeats=1)
+    results = cluster.run("time_collective", **job)
     seconds = max(result["seconds"][0] for result in results) / cluster.time_scale
     return max(result["bytes"] for result in results), seconds
 

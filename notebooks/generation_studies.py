@@ -1,4 +1,4 @@
-"""The experiment behind the notebook on text generation: seconds to the first token and of each further one."""
+"""The study of notebook 10, on text generation: seconds to the first token and of each further one."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from latency_studies import measured_bench, on_testbed
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
+from detransformer.answers import single_device_outputs
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
 from detransformer.cluster.cells import Cell
 from detransformer.cluster.checkpoints import Checkpoint
-from detransformer.cluster.experiments import measured_bench, on_testbed
 from detransformer.cluster.rows import RowFile
 from detransformer.cluster.selfcheck import first_time_scale
 from detransformer.cluster.session import EmulatedCluster
@@ -50,18 +50,10 @@ def generation_rows(
     path = Path(run_path) / "generation_rows.json"
     rows = []
     with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
-        bench, kept = measured_bench(run_path, cluster), RowFile(path, cluster)
+        bench, kept = measured_bench(run_path, cluster), RowFile(path, cluster, [__file__])
+        sizes = (num_original_layers, num_divisions)
         cells = [
-            Cell(
-                model,
-                method,
-                1 if method == "single" else num_devices,
-                mbps,
-                num_original_layers,
-                num_divisions,
-                seq_len=length,
-                repeats=1,
-            )
+            Cell(model, method, 1 if method == "single" else num_devices, mbps, *sizes, seq_len=length, repeats=1)
             for method in methods
             for mbps in (bandwidths_mbps[:1] if method == "single" else bandwidths_mbps)
             for length in prompt_lens
@@ -160,8 +152,5 @@ def text_request(checkpoint: Checkpoint, prompt_len: int, max_new_tokens: int, f
     generator = torch.Generator().manual_seed(prompt_len)
     ids = torch.randint(checkpoint.config.vocab_size, (1, prompt_len), generator=generator)
     save_file({"input_ids": ids}, path)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
-    model.generation_config.eos_token_id = None  # go on to the end
-    with torch.inference_mode():
-        text = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
-    return path, text[0, prompt_len:].tolist()
+    outputs = single_device_outputs(str(checkpoint.path), checkpoint.config, {"input_ids": ids}, max_new_tokens)
+    return path, outputs["tokens"][0].tolist()

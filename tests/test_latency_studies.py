@@ -1,23 +1,28 @@
 """What notebooks 04 to 06 ask for: the rows of the paper's tables, profiles on any transport, placements."""
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoModel
 
 from detransformer.cluster.cells import Cell
-from detransformer.cluster.experiments import (
+from detransformer.cluster.network import can_emulate
+from detransformer.files import repository_root
+from detransformer.parallel.methods import METHODS
+from detransformer.planning.profile import ClusterProfile, LinkProfile
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+from latency_studies import (  # noqa: E402
     collective_counts,
     latency_cells,
-    load_link,
     measure_latency,
+    measured_link,
     overlap_rows,
     placement_table,
     read_timeline,
     save_profiles,
 )
-from detransformer.cluster.network import can_emulate
-from detransformer.parallel.methods import METHODS
-from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 
 def test_cells_make_every_table_and_figure():
@@ -68,8 +73,8 @@ def test_profiles_where_links_are_modelled(cluster, tmp_path):
     assert set(rows["link"]) == {"modelled"} and rows["latency_s"].isna().all()
     profile = ClusterProfile.load(tmp_path / "bert-base.json")
     assert len(profile.devices) == 4 and profile.link.source.startswith("assumed")
-    assert load_link(tmp_path, "bert-base") == profile.link
-    assert load_link(tmp_path, "bert-large") is None
+    assert measured_link(tmp_path, "bert-base") == profile.link
+    assert measured_link(tmp_path, "bert-large") is None
 
 
 def test_a_measured_link_changes_the_choice(tmp_path):
