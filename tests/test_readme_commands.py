@@ -41,11 +41,10 @@ PROFILES = [path.stem for path in (PACKAGE / "profiles").glob("*.yaml")]
 # By command: what is added, unless it is given, to be done in seconds.
 SHORTER = {
     "bench": "--model my-decoupled-bert/ --repeats 1 --seq-len 16 --time-scale 1",
-    "calibrate": "--steps 2 --batch-size 4 --seq-len 16 --precision no",
+    "calibrate": "--tokens 128 --batch-size 4 --seq-len 16 --fit-sequences 8 --precision no",
     "decompose": "--source built-in --evaluations 4 --steps 4 --batch-size 16 --train-rows 32 --seq-len 16",
     "decouple": "",
     "doctor": "",
-    "evaluate": "--source built-in --max-tokens 2000",
     "figures": "",
     "plan": "",
     "profile": "--model my-decoupled-bert/",
@@ -145,7 +144,6 @@ class Sandbox:
             (folder / "results" / run / "tables").mkdir(parents=True)
             for table in (ROOT / "results/reference/tables").glob("pretraining_loss*"):
                 shutil.copy(table, folder / "results" / run / "tables")
-        (folder / "results/reference/models").symlink_to(ROOT / "results/reference/models")
         written = {option(words, "--output"), *(words[2:3] if words[0] == "calibrate" else ())}
         for word in set(words) - written:
             name = word.rstrip("/")
