@@ -83,10 +83,11 @@ def accuracy_claim(shares: pd.DataFrame) -> tuple | None:
     """What real weights keep of their scores after decoupling: the best row of each structure, beside fewer layers."""
     rows = shares[shares["how"] == "probe"]
     original = next(iter(rows["row"]), "")
-    rows = rows[rows["row"] != original].assign(structure=rows["row"].map(structure_of))
-    best = rows.sort_values("share", ascending=False).drop_duplicates("structure")
-    if not len(best):
+    rows = rows[rows["row"] != original]
+    if not len(rows):
         return None
+    rows = rows.assign(structure=rows["row"].map(structure_of))
+    best = rows.sort_values("share", ascending=False).drop_duplicates("structure")
     parts = [f"{r.share:.1f}% ({r.low:.1f} to {r.high:.1f}) {r.row}" for r in best.itertuples()]
     sure = f"linear probes on frozen vectors, {best['num_tasks'].iloc[0]} scores ({best['tasks'].iloc[0]}); one "
     sure += "calibration each, intervals over validation rows"

@@ -91,7 +91,7 @@ def structure_of(label: str) -> str:
     return re.sub(r", (sliced|cut|closed form|[\d,]+ tokens)$", "", label)
 
 
-def draw_differences(data: pd.DataFrame, **style) -> None:
+def draw_differences(data: pd.DataFrame, **style: object) -> None:
     """One panel of a seaborn FacetGrid: a dot a model at its difference to the original, with its interval."""
     spread = [data["difference"] - data["difference_low"], data["difference_high"] - data["difference"]]
     plt.gca().errorbar(data["difference"], data["row"], xerr=spread, fmt="o", ms=4, lw=1, color="0.2")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -115,7 +116,7 @@ def fit_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.nda
 
 
 def probe(
-    checkpoint, tasks: Mapping[str, ProbeConfig], data: TrainingData, output_dir: str | Path
+    checkpoint: Any, tasks: Mapping[str, ProbeConfig], data: TrainingData, output_dir: str | Path
 ) -> dict[str, Outcome]:
     """What the encoder of `checkpoint` (a folder, or a result that has one) predicts for each task; kept and read back.
 
