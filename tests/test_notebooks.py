@@ -78,7 +78,7 @@ def test_imports_then_parameters_then_short_cells(notebook):
     assert not first, "the first code cell only imports"
     for cell in cells[2:]:
         tree = ast.parse(cell.source)
-        limit = 22 if "plot" in tags(cell) else 15
+        limit = 15 if "plot" in tags(cell) else 10
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
         assert len(lines) <= limit and max(map(len, lines)) <= 130, cell.source
         assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))], cell.source
