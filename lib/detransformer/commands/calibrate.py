@@ -15,9 +15,7 @@ SeqLen = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a sequence.
 
 
 def calibrate(
-    teacher: Annotated[
-        str, typer.Argument(help="Folder of a BERT checkpoint with its tokenizer, or minilm.")
-    ],
+    teacher: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint with its tokenizer, or minilm.")],
     output: Annotated[Path, typer.Argument(help="Folder to write the decoupled and trained model to.")],
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
