@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from detransformer.files import repository_root
+from detransformer.files import repository_root, with_home
 
 TRUE_WORDS = {"1", "on", "yes", "true"}
 
@@ -23,7 +23,7 @@ def data_environment(root: Path | None = None) -> DataEnvironment:
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE_WORDS
     named = os.environ.get("DETRANSFORMER_DATA", "")
     if named:
-        return DataEnvironment(Path(named).expanduser().resolve(), "DETRANSFORMER_DATA", offline)
+        return DataEnvironment(Path(with_home(named)).resolve(), "DETRANSFORMER_DATA", offline)
     if root is None:
         try:
             root = repository_root()
@@ -35,12 +35,17 @@ def data_environment(root: Path | None = None) -> DataEnvironment:
 
 
 def cache_folder() -> Path:
-    """Where generated checkpoints are kept: `DETRANSFORMER_CACHE`, else the user's cache folder."""
-    named = os.environ.get("DETRANSFORMER_CACHE")
-    if named:
-        return Path(named).expanduser().resolve()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "detransformer"
+    """Where generated checkpoints are kept: `DETRANSFORMER_CACHE`, else the user's cache folder.
+
+    Raises:
+        ValueError: where neither is known: no HOME, and no user of this number.
+    """
+    if named := os.environ.get("DETRANSFORMER_CACHE"):
+        return Path(with_home(named)).resolve()
+    try:
+        return Path(with_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "detransformer")
+    except ValueError as error:
+        raise ValueError(f"there is no cache folder: set DETRANSFORMER_CACHE to one ({error})") from None
 
 
 def debugging() -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from detransformer.commands import options
+from detransformer.files import with_home
 
 MICRO_BATCH = 32  # sequences in one forward pass, at most
 
@@ -15,8 +16,12 @@ SeqLen = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a sequence.
 
 
 def calibrate(
-    teacher: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint with its tokenizer, or minilm.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write the decoupled and trained model to.")],
+    teacher: Annotated[
+        str, typer.Argument(parser=with_home, help="Folder of a BERT checkpoint with its tokenizer, or minilm.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(parser=options.path, help="Folder to write the decoupled and trained model to.")
+    ],
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
     attention_width: options.Width = "full",

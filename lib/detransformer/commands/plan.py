@@ -33,7 +33,9 @@ def plan(
     devices: options.Devices = None,
     bandwidth: options.Bandwidth = None,
     memory: options.Memory = None,
-    profile: Annotated[Path | None, typer.Option(help="File made by `detransformer profile`.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(parser=options.path, help="File made by `detransformer profile`.")
+    ] = None,
     device: options.Preset = None,
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,

@@ -22,10 +22,14 @@ def serve(
     listen: Annotated[str, typer.Option(help="Address of the HTTP server, on the file's first device.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Its port.")] = 8000,
     token_file: Annotated[
-        Path | None, typer.Option(help=f"File with the token that requests show; {TOKEN}, or a new one, by default.")
+        Path | None,
+        typer.Option(
+            parser=options.path, help=f"File with the token that requests show; {TOKEN}, or a new one, by default."
+        ),
     ] = None,
     secret_file: Annotated[
-        Path | None, typer.Option(help="Real hosts: file with the secret of the cluster, the same on all.")
+        Path | None,
+        typer.Option(parser=options.path, help="Real hosts: file with the secret of the cluster, the same on all."),
     ] = None,
     method: Annotated[str, typer.Option(help="auto (the fastest plan of all), or one by name, as of run.")] = "auto",
     plan: options.Plan = None,
