@@ -142,6 +142,27 @@ def test_a_damaged_file_is_named_with_line_and_remedy(mirror, name, content, tas
     assert "copy it" in str(error.value)
 
 
+def test_questions_without_an_answer_are_left_out(mirror):
+    """SQuAD 2.0's files under the names of 1.1; one without any answer is refused."""
+    path = mirror / "squad" / "train-v1.1-a.json"
+    content = json.loads(path.read_text())
+    (paragraph, *_) = content["data"][0]["paragraphs"]
+    known = rows(mirror, "SQuAD").to_list()
+    without = [
+        {"id": f"{i}", "question": "Why?", "answers": a} for i, a in enumerate(([], [{"text": "", "answer_start": 0}]))
+    ]
+    plausible = [{"text": paragraph["context"][:3], "answer_start": 0}]
+    without.append({"id": "2", "question": "Who?", "answers": plausible, "is_impossible": True})
+    paragraph["qas"] = without + paragraph["qas"]
+    path.write_text(json.dumps(content))
+    assert rows(mirror, "SQuAD").to_list() == known
+    for part in (mirror / "squad").glob("train*.json"):
+        only = {"data": [{"paragraphs": [paragraph | {"qas": without}]}]}
+        part.write_text(json.dumps(only))
+    with pytest.raises(ValueError, match="train-v1.1-a.json has no question with an answer"):
+        rows(mirror, "SQuAD")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

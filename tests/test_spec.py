@@ -113,6 +113,10 @@ ONE = "devices: [{name: a, address: 10.0.0.1, device: rpi4b}]\n"
         (ONE + ONE, "line 2: devices stands there twice"),
         ("devices: [{name: a, name: b}]", "line 1: name stands there twice"),
         ("devices: [{name: a", "not readable YAML, line 1"),
+        ("devices:\n\t- {name: a}", "not readable YAML, line 2"),
+        ("[" * 100_000, "nested too deeply"),
+        ("? [a]\n: b", "line 1: a key is not a word"),
+        ("devices: {a: 10.0.0.1}", "devices is missing or empty"),
         ("devices: [{address: 10.0.0.1, device: rpi4b}]", r"devices[0].name is missing"),
         ("devices: [{name: a, device: rpi4b}]", r"devices[0] (a).address is missing; give its IP address"),
         ("devices: [{name: a, address: 10.0.0.1}]", r"devices[0] (a).device is missing; give one of rpi4b"),
@@ -143,6 +147,18 @@ def test_what_is_wrong_is_named(tmp_path, text, words):
     with pytest.raises(ValueError, match="cluster.yaml.*" + re.escape(words)) as caught:
         load(tmp_path, text)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["worker_1", "pi1", "pi-1.local", "_dns.example", "10.0.0.1"])
+def test_addresses_are_ipv4_or_host_names(tmp_path, address):
+    (device,) = load(tmp_path, f"devices:\r\n  - {{name: a, address: {address}, device: rpi4b}}\r\n").members
+    assert device.address == address
+
+
+@pytest.mark.parametrize("address", ["fe80::1", "10.0.0.256", "a b", "größe", "host.", "-a"])
+def test_other_addresses_are_refused(tmp_path, address):
+    with pytest.raises(ValueError, match="is neither an IPv4 address nor a host name"):
+        load(tmp_path, f"devices: [{{name: a, address: '{address}', device: rpi4b}}]")
 
 
 def test_loopback_addresses_may_be_shared(tmp_path):

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from detransformer.files import repository_root, with_home
 
+GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GROUP += ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")
+GROUP_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
 TRUE_WORDS = {"1", "on", "yes", "true"}
 
 
@@ -46,6 +49,16 @@ def cache_folder() -> Path:
         return Path(with_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "detransformer")
     except ValueError as error:
         raise ValueError(f"there is no cache folder: set DETRANSFORMER_CACHE to one ({error})") from None
+
+
+def leave_group() -> str:
+    """Deletes what a launcher (torchrun, MPI, accelerate) left in the environment for the processes of another job.
+
+    accelerate would wait for that job's other processes. Returns the sizes that were set, such as `WORLD_SIZE=8`.
+    """
+    left = [name for name in os.environ if name in GROUP or name.startswith(GROUP_PREFIXES)]
+    values = {name: os.environ.pop(name) for name in left}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if "SIZE" in name and value not in ("", "1"))
 
 
 def debugging() -> bool:

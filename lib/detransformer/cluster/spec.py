@@ -210,6 +210,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
         seen.add(key.value)
@@ -226,6 +228,8 @@ def _read_yaml(path: Path) -> Mapping | Any:
         raise ValueError(f"{path} does not exist; examples/ has cluster files to begin with.") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; give a cluster file, such as examples/four-pis.yaml.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a cluster file: its brackets are nested too deeply.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -237,7 +241,7 @@ def _is_address(text: str) -> bool:
         return isinstance(ipaddress.ip_address(text), ipaddress.IPv4Address)
     except ValueError:
         numbers_alone = re.fullmatch(r"[\d.]+", text)
-        return not numbers_alone and bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text))
+        return not numbers_alone and bool(re.fullmatch(r"\w([\w.-]*\w)?", text, re.ASCII))  # _ as in Docker's names
 
 
 def _is_loopback(address: str) -> bool:

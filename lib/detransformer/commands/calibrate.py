@@ -28,7 +28,7 @@ def calibrate(
     original_placement: options.Placement = "last",
     text: options.Texts = None,
     source: options.Source = "auto",
-    tokens: Annotated[float, typer.Option(min=1, help="Text to train on, such as 1e6.")] = 1e6,
+    steps: options.Steps = 1000,
     batch_size: options.Samples = 8,
     seq_len: SeqLen = 128,
     learning_rate: options.LearningRate = 1e-3,
@@ -62,7 +62,7 @@ def calibrate(
             *(sizes[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")), *structure
         )
     config = calibration.CalibrationConfig(
-        num_steps=max(1, round(tokens / (batch_size * seq_len))),
+        num_steps=steps,
         seq_len=seq_len,
         global_batch_size=batch_size,
         micro_batch_size=max(size for size in range(1, MICRO_BATCH + 1) if batch_size % size == 0),
