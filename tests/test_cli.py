@@ -1,11 +1,14 @@
 """The command line: wrong input is one sentence with exit code 2, no traceback, and nothing half-written."""
 
 import errno
+import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -14,7 +17,9 @@ import typer
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
+from detransformer.commands import options
 from detransformer.files import atomic_write, repository_root
+from detransformer.settings import cache_folder
 
 EXAMPLES = repository_root() / "examples"
 SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
@@ -200,6 +205,101 @@ def test_a_real_process_prints_no_traceback_unless_asked():
     assert done.stdout == ""
     debug = run_cli("figures", "/nowhere/at/all", DETRANSFORMER_DEBUG="1")
     assert "Traceback" in debug.stderr and debug.returncode == 1
+
+
+# --- The surroundings ---------------------------------------------------------------------------------------------
+
+
+def path_options() -> list:
+    """(command, option, its parser) of every option and argument that is a path."""
+    found = []
+    for command in cli.app.registered_commands:
+        for name, parameter in inspect.signature(command.callback).parameters.items():
+            kind, info = get_args(parameter.annotation)
+            if "Path" in str(kind):
+                found.append((command.callback.__name__, name, info.parser))
+    return found
+
+
+def test_every_path_knows_the_home_folder():
+    assert len(path_options()) > 15
+    for command, name, parser in path_options():
+        assert parser in (options.path, options.file_to_write), f"{command}: {name}"
+
+
+def test_a_tilde_that_no_shell_expanded_is_the_home_folder(capsys, bert, tmp_path, monkeypatch):
+    """As in --output=~/x, in quotes, in a Makefile; and never a folder named ~."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, stderr = call(capsys, "decouple", "~/bert", "--output=~/out", "--num-original-layers", 2)
+    assert code == 0 and (tmp_path / "out" / "config.json").is_file(), stderr
+    for words in (["~/bert", "--output=~nobody-of-this-name/out"], ["~nobody-of-this-name/bert", "--output=out"]):
+        assert_one_sentence(*call(capsys, "decouple", *words), "~nobody-of-this-name", "write the whole path")
+    assert_one_sentence(*call(capsys, "plan", "--cluster=~/c.yaml"), f"{tmp_path}/c.yaml does not exist")
+    monkeypatch.setenv("DETRANSFORMER_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_what_another_launcher_left_is_not_used(capsys, monkeypatch):
+    """Of torchrun, MPI or accelerate: accelerate would wait for that job's other processes."""
+    left = {"WORLD_SIZE": "8", "RANK": "5", "MASTER_ADDR": "10.1.2.3", "TORCHELASTIC_RUN_ID": "x", "PMI_SIZE": "1"}
+    for name, value in (left | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}).items():
+        monkeypatch.setenv(name, value)
+    code, stderr = call(capsys, "--version")
+    assert code == 0 and stderr == "detransformer: WORLD_SIZE=8 of another launcher is not used: this is one process.\n"
+    assert not {*left, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"} & set(os.environ)
+    assert call(capsys, "--version") == (0, "")
+
+
+def run_in_shell(command: str, **environment) -> subprocess.CompletedProcess:
+    """`detransformer` as a shell's script calls it, `$D` in `command`."""
+    environment = os.environ | {"D": f"{sys.executable} -m detransformer.cli"} | environment
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    return subprocess.run(shell, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize(
+    "command, code, words",
+    [
+        ("$D --help >&-", 0, ""),
+        ("$D --help <&- >&- 2>&-", 0, ""),
+        ("$D figures /nowhere/at/all >&-", 2, "/nowhere/at/all"),
+        ("(sleep 1; $D --help) | true", 1, ""),
+        ("$D --help >/dev/full", 2, "disk is full"),
+        ("unset HOME; $D --version", 0, ""),
+        ("TMPDIR=/nowhere $D --version", 0, ""),
+        ("OMP_NUM_THREADS=many COLUMNS=x LC_ALL=C $D --version", 0, ""),
+    ],
+)
+def test_streams_and_variables_are_as_they_come(command, code, words):
+    done = run_in_shell(command)
+    assert done.returncode == code and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert len(done.stderr.splitlines()) == bool(words)
+
+
+def test_an_encoding_that_lacks_a_letter_is_no_fault():
+    done = run_cli("doctor", PYTHONIOENCODING="ascii", DETRANSFORMER_DATA="/nowhere/中")
+    assert done.returncode == 0 and "/nowhere/\\u4e2d" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "number, code, word", [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "closed")], ids=["TERM", "HUP"]
+)
+def test_a_signal_is_a_sentence_and_an_exit_code(number, code, word, tmp_path):
+    """While it waits for a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "c.yaml")
+    command = [sys.executable, "-m", "detransformer.cli", "plan", "--cluster", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "c.yaml", "w"):  # waits until it is read
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr.count("\n")) == (code, 1) and word in stderr, stderr
+
+
+# --- decouple -----------------------------------------------------------------------------------------------------
 
 
 def test_decouple_writes_a_checkpoint_that_loads(bert, tmp_path):
