@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import get_args
 
@@ -297,6 +298,24 @@ def test_a_signal_is_a_sentence_and_an_exit_code(number, code, word, tmp_path):
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr.count("\n")) == (code, 1) and word in stderr, stderr
+
+
+def test_a_long_temporary_folder_leaves_room_for_the_names_of_sockets(capsys, monkeypatch, tmp_path):
+    (tmp_path / ("x" * 90)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 90)))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert call(capsys, "--version")[0] == 0
+    assert os.environ["TMPDIR"] == tempfile.gettempdir() == "/tmp"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert call(capsys, "--version")[0] == 0
+    assert tempfile.gettempdir() == (str(tmp_path) if len(str(tmp_path)) <= 64 else "/tmp")
+
+
+@pytest.mark.parametrize("output", ["/proc/plan.json", "/dev/null/plan.json"])
+def test_a_place_that_cannot_be_written_is_named_at_once(capsys, output):
+    code, stderr = call(capsys, "plan", "--output", output)
+    assert_one_sentence(code, stderr, output)
 
 
 # --- decouple -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ from detransformer.commands.run import run
 from detransformer.commands.serve import serve
 from detransformer.settings import debugging, leave_group
 
+MAX_TEMPORARY = 64  # bytes of the temporary folder's path
 ENDS = {129: "its terminal was closed", 130: "interrupted", 143: "terminated"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
@@ -60,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     if left := leave_group():
         print(f"detransformer: {left} of another launcher is not used: this is one process.", file=sys.stderr)
     try:
+        _shorten_temporary_folder()
         command = typer.main.get_command(app)
         code = command.main(arguments or ["--help"], prog_name="detransformer", standalone_mode=False)
         sys.stdout.flush()
@@ -94,6 +97,12 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _shorten_temporary_folder() -> None:
+    """Lets a temporary folder with a long path be /tmp: workers' sockets lie there, whose paths have 107 bytes."""
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
 
 
 def _unwind_on_signals() -> None:

@@ -49,7 +49,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where it is full
+        if error.filename in (None, str(temporary)):  # a full disk does not say where it is full
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

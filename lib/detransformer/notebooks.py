@@ -13,7 +13,7 @@ import nbformat
 
 from detransformer.files import atomic_write
 from detransformer.record.run import RunFolder
-from detransformer.settings import data_environment
+from detransformer.settings import named_folders
 
 KERNEL = "detransformer"
 # A notebook is run again when one whose results it reads has been: trained models, the profile of operations, tables.
@@ -151,9 +151,8 @@ def this_interpreter() -> Iterator[str]:
 
     env = {"TOKENIZERS_PARALLELISM": "false"}
     env["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads of a kernel must not spin beside the workers
-    environment = data_environment()
-    if environment.mirror_named_by == "DETRANSFORMER_DATA":  # relative to the user's folder, not to notebooks/
-        env["DETRANSFORMER_DATA"] = str(environment.mirror).replace("$", "$$")  # a spec fills in ${NAME}
+    for name, path in named_folders().items():  # relative to the user's folder, not to notebooks/
+        env[name] = str(path).replace("$", "$$")  # a spec fills in ${NAME}
     # Nobody watches an executed notebook: tqdm writes its bars as text, where a saved widget could not be shown.
     options = ["--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None"]
     options.append("--IPKernelApp.log_level=50")  # warnings about its own sockets

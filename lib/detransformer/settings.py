@@ -21,12 +21,17 @@ class DataEnvironment:
     hub_offline: bool
 
 
+def named_folders() -> dict[str, Path]:
+    """DETRANSFORMER_DATA and DETRANSFORMER_CACHE, where they are set, as whole paths; a kernel is in another folder."""
+    names = ("DETRANSFORMER_DATA", "DETRANSFORMER_CACHE")
+    return {name: Path(with_home(os.environ[name])).resolve() for name in names if os.environ.get(name)}
+
+
 def data_environment(root: Path | None = None) -> DataEnvironment:
     """DETRANSFORMER_DATA, else `data/mirror` in the repository (`root`) or the current folder; HF_HUB_OFFLINE."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE_WORDS
-    named = os.environ.get("DETRANSFORMER_DATA", "")
-    if named:
-        return DataEnvironment(Path(with_home(named)).resolve(), "DETRANSFORMER_DATA", offline)
+    if named := named_folders().get("DETRANSFORMER_DATA"):
+        return DataEnvironment(named, "DETRANSFORMER_DATA", offline)
     if root is None:
         try:
             root = repository_root()
@@ -43,8 +48,8 @@ def cache_folder() -> Path:
     Raises:
         ValueError: where neither is known: no HOME, and no user of this number.
     """
-    if named := os.environ.get("DETRANSFORMER_CACHE"):
-        return Path(with_home(named)).resolve()
+    if named := named_folders().get("DETRANSFORMER_CACHE"):
+        return named
     try:
         return Path(with_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "detransformer")
     except ValueError as error:

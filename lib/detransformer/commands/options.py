@@ -84,8 +84,12 @@ def file_to_write(text: str) -> Path:
     if file.is_dir():
         raise ValueError(f"{text} is a folder; give a file name.")
     probe = file.with_name(f"{file.name}.probe")
-    with atomic_write(probe) as written:
-        written.write("x")
+    try:
+        with atomic_write(probe) as written:
+            written.write("x")
+    except OSError as error:
+        error.filename = text
+        raise
     os.unlink(probe)
     return file
 
