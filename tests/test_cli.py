@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
 from detransformer.commands import options
+from detransformer.commands.serve import _listener
 from detransformer.files import atomic_write, repository_root
 from detransformer.settings import cache_folder
 
@@ -89,6 +91,7 @@ def test_help_imports_nothing_heavy():
         (["bench", "--wire", "int8,nothing=float32"], ["--wire int8,nothing=float32", "bfloat16"]),
         (["bench", "--delay", "-1"], ["--delay -1"]),
         (["bench", "--devices", "0"], ["--devices 0 is out of range; give 1 or more."]),
+        (["bench", "--devices", "9"], ["9 devices are more than the 8 that a bench emulates"]),
         (["bench", "--repeats", "2.5"], ["--repeats 2.5 is not a whole number; give 1 or more."]),
         (["bench", "--jitter", "nan"], ["--jitter nan is out of range; give one from 0 to 10000."]),
         (["bench", "--methods", ","], ["--methods is empty"]),
@@ -310,6 +313,14 @@ def test_a_long_temporary_folder_leaves_room_for_the_names_of_sockets(capsys, mo
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert call(capsys, "--version")[0] == 0
     assert tempfile.gettempdir() == (str(tmp_path) if len(str(tmp_path)) <= 64 else "/tmp")
+
+
+def test_an_address_or_port_that_cannot_be_had_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        taken = busy.getsockname()[1]
+        for address, port in (("127.0.0.1", taken), ("192.0.2.1", 0), ("no-such-host.invalid", 0), ("x" * 70, 0)):
+            with pytest.raises(ValueError, match=f"cannot listen at {address} port {port} .*choose another --listen"):
+                _listener(address, port)
 
 
 @pytest.mark.parametrize("output", ["/proc/plan.json", "/dev/null/plan.json"])

@@ -13,7 +13,7 @@ import yaml
 from detransformer.notebooks import NotebookFailed
 from detransformer.profiles import load_profile
 from detransformer.record.run import RunFolder
-from detransformer.reproduce import redraw, reproduce
+from detransformer.reproduce import locked, redraw, reproduce
 
 PARAMETERS = 'run_dir = "../results/local"\nvalue = 1\nseed = 3'
 SAVE = (
@@ -298,6 +298,12 @@ def test_paths_may_hold_braces_and_dollars(clone, tmp_path, monkeypatch):
     assert run.path == tmp_path / "run {value} b" and manifest["notebooks"]["01_first"]["status"] == "done"
     executed = nbformat.read(run.notebooks / "01_first.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text.strip() == f"{tmp_path}/data ${{HOME}} {{x}} $$"
+
+
+def test_two_runs_into_one_folder_are_refused(clone, tmp_path):
+    with locked(RunFolder(tmp_path / "run")):
+        with pytest.raises(ValueError, match="is in use by another reproduce"):
+            run_all(clone, output=tmp_path / "run")
 
 
 def test_damaged_manifest_names_the_file(clone):

@@ -92,8 +92,8 @@ def _listener(address: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         return socket.create_server((address, port), family=family)
-    except OSError as error:
-        why = error.strerror or error
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host name can be so long
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
             f"cannot listen at {address} port {port} ({why}): choose another --listen or --port."
         ) from None
