@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
 from detransformer.commands import options
-from detransformer.commands.serve import _listener
+from detransformer.commands.serve import _listener, _token
 from detransformer.files import atomic_write, repository_root
 from detransformer.settings import cache_folder
 
@@ -321,6 +321,15 @@ def test_an_address_or_port_that_cannot_be_had_is_named():
         for address, port in (("127.0.0.1", taken), ("192.0.2.1", 0), ("no-such-host.invalid", 0), ("x" * 70, 0)):
             with pytest.raises(ValueError, match=f"cannot listen at {address} port {port} .*choose another --listen"):
                 _listener(address, port)
+
+
+def test_a_token_of_the_environment_is_checked_like_one_of_a_file(monkeypatch):
+    for wrong in ("short", "ü" * 20, " " * 20):
+        monkeypatch.setenv("DETRANSFORMER_TOKEN", wrong)
+        with pytest.raises(ValueError, match="DETRANSFORMER_TOKEN has .* characters; give 16 or more, all ASCII"):
+            _token(None)
+    monkeypatch.setenv("DETRANSFORMER_TOKEN", f"{'t' * 20}\r\n")
+    assert _token(None) == "t" * 20
 
 
 @pytest.mark.parametrize("output", ["/proc/plan.json", "/dev/null/plan.json"])

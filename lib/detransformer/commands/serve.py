@@ -103,8 +103,8 @@ def _token(file: Path | None) -> str:
     """From a file, the environment, or made anew and shown once."""
     if file:
         return _secret(file)
-    if os.environ.get(TOKEN):
-        return os.environ[TOKEN]
+    if given := os.environ.get(TOKEN):
+        return _checked(given, TOKEN)
     token = secrets.token_urlsafe(24)
     _say(f"token: {token}")
     return token
@@ -119,10 +119,15 @@ def _secret(file: Path) -> str:
         raise ValueError(f"{file} is no file: make one, such as by `openssl rand -hex 32 > {file}; chmod 600 {file}`.")
     if file.stat().st_mode & 0o077:
         raise ValueError(f"{file} can be read by others: chmod 600 {file}.")
-    text = file.read_text(encoding="utf-8", errors="replace").strip()
-    if len(text) < 16 or not text.isascii():
-        raise ValueError(f"{file} has {len(text)} characters; give 16 or more, all ASCII.")
-    return text
+    return _checked(file.read_text(encoding="utf-8", errors="replace"), file)
+
+
+def _checked(text: str, place: str | Path) -> str:
+    """A secret from `place`, without white space around it; ValueError where it is short or not ASCII."""
+    secret = text.strip()
+    if len(secret) < 16 or not secret.isascii():
+        raise ValueError(f"{place} has {len(secret)} characters; give 16 or more, all ASCII.")
+    return secret
 
 
 def _say(sentence: str) -> None:
