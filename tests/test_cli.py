@@ -104,6 +104,7 @@ def test_help_imports_nothing_heavy():
         (["bench", "--cluster", EXAMPLES / "four-pis.yaml"], ["real hosts", "detransformer run"]),
         (["bench", "--cluster", EXAMPLES / "unequal.yaml", "--delay", "5"], ["--delay 5", "leave one out"]),
         (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "beside --cluster"]),
+        (["run", "--cluster", "c", "--model", "m", "--text", "caf\udce9"], [r"--text 'caf\udce9' is not UTF-8 text"]),
         (["plan", "--wire", "float8"], ["--wire float8", "bfloat16"]),
         (["plan", "--bandwidth", "125,500", "--output", "x.json"], ["--output x.json", "several"]),
         (["profile", "--output", "x", "--device", "toaster"], ["--device toaster", "jetson-tx2"]),

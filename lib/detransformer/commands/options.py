@@ -39,6 +39,15 @@ def path(text: str) -> Path:
     return Path(with_home(text))
 
 
+def utf8(text: str) -> str:
+    """A parser of text for a model; ValueError for bytes of another encoding, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{ascii(text)} is not UTF-8 text; convert it first.") from None
+    return text
+
+
 def words_of(choices: tuple[str, ...], everything: str | None = None) -> Callable[[str | Words], Words]:
     """A parser of words separated by commas, each one of `choices`; the word `everything` stands for all of them."""
 
