@@ -107,7 +107,6 @@ class Pieces:
             self.group_of.append(group)
         self.first_of_group = [self.group_of.index(group) for group in range(len(self.ranks))]
         self.num_ranks = local.num_devices
-        self._rates: dict[tuple, tuple[float, float]] = {}
         self._rows: dict[str, Row] = {}
         self._reshards: dict[tuple[str, str], list[list] | None] = {}
         self._matrices: dict[tuple[str, str, int], np.ndarray] = {}
@@ -152,7 +151,8 @@ class Pieces:
             (events, *others), products = zip(*same, strict=True)
             steps: list = []
             for place in range(len(events) + 1):
-                seconds = np.array([self._seconds(i, own[place]) for i, own in enumerate(products)])
+                pairs = zip(products, self.devices, strict=True)
+                seconds = np.array([sum(compute_seconds(step, d) for step in own[place]) for own, d in pairs], float)
                 if seconds.any():
                     steps.append(seconds)
                 if place < len(events):
@@ -163,18 +163,6 @@ class Pieces:
                     steps.append(event)
             cut.append(steps)
         return cut
-
-    def _seconds(self, group: int, products: Sequence[Compute]) -> float:
-        """As `compute_seconds` has it."""
-        seconds = 0.0
-        for step in products:
-            key = group, step.strategy, step.num_chunks
-            if key not in self._rates:
-                one = replace_work(step, 1.0, 0.0), replace_work(step, 0.0, 1.0)
-                self._rates[key] = tuple(compute_seconds(each, self.devices[group]) for each in one)
-            per_flop, per_byte = self._rates[key]
-            seconds += max(step.flops * per_flop, step.weight_bytes * per_byte)
-        return seconds
 
     def _message(self, number: int, starts: Sequence[Start]) -> Message:
         kind, sent = starts[0].kind, [start.num_bytes for start in starts]
@@ -239,8 +227,3 @@ class Pieces:
         state = self.run(strategies)
         sent = [(message.kind, message.num_bytes) for message in state.messages]
         return float(state.now.max()), float(np.max(state.compute_s)), sent
-
-
-def replace_work(step: Compute, flops: float, weight_bytes: float) -> Compute:
-    """A product of another size, of the same strategy, share, tokens and chunks."""
-    return Compute(flops, weight_bytes, step.strategy, step.share, step.tokens, step.num_chunks)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from detransformer.files import atomic_write
-from detransformer.typed_json import from_json
+from detransformer.typed_json import STRICT, from_json
 
 VERSION = 2
 
@@ -53,15 +53,14 @@ class DeviceProfile:
             tokens of the request, chunks, efficiency), as `cluster.profiler` measures them. Empty: as fast as it.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
     memory_bytes: int
     flops_per_s: float
     source: str
     memory_bytes_per_s: float | None = None
     efficiency: tuple[tuple[str, float, int, int, float], ...] = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "efficiency", tuple(map(tuple, self.efficiency)))  # lists, where they were JSON
 
     def compute_s(
         self,
@@ -81,6 +80,12 @@ class DeviceProfile:
 
         Of chunks the next larger number that was measured counts, or the largest.
         """
+        asked = strategy, share, tokens, num_chunks
+        if asked not in self._known:
+            self._known[asked] = self._interpolated(*asked)
+        return self._known[asked]
+
+    def _interpolated(self, strategy: str, share: float, tokens: int, num_chunks: int) -> float:
         table = self._tables.get(strategy)
         if not table or not share > 0:
             return 1.0
@@ -89,6 +94,10 @@ class DeviceProfile:
             (math.log(n), float(np.interp(math.log(share), *shares))) for n, shares in sorted(table[chunks].items())
         ]
         return float(np.interp(math.log(tokens), *zip(*by_tokens, strict=True)))
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, float, int, int], float]:
+        return {}
 
     @cached_property
     def _tables(self) -> dict[str, dict[int, dict[int, tuple[list[float], list[float]]]]]:
@@ -113,6 +122,8 @@ class LinkProfile:
         source: where the figures come from, in words.
         shares: each device's part of `bandwidth_bps`, in the cluster's order; empty: all have all of it.
     """
+
+    __pydantic_config__ = STRICT
 
     bandwidth_bps: float
     step_latency_s: Mapping[str, float] = field(default_factory=lambda: {"*": 2e-4})
