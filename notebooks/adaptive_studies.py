@@ -18,9 +18,8 @@ from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
 from detransformer.cluster.cells import Cell
 from detransformer.cluster.devices import DeviceSpec
 from detransformer.cluster.rows import RowFile
-from detransformer.cluster.selfcheck import first_time_scale, usual_devices
+from detransformer.cluster.selfcheck import host_time_scale
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.machine import usable_cores
 from detransformer.parallel.plan import Plan, layer_plan
 from detransformer.planning.cost import alone_seconds
 from detransformer.planning.placement import Placement, place, place_freely
@@ -173,9 +172,8 @@ def trace_rows(
         sizes = (num_original_layers, num_divisions)
         cell = Cell(model, "bp+auto", num_devices, rates[0], *sizes, seq_len=max(seq_lens), repeats=1)
         config = bench.config(cell)
-        total_speed = usual_devices(bench.profile(cell).devices, config)
-        links_bps = rates[0] * 1e6 * num_devices if cluster.transport == "namespaces" else 0.0
-        scale = time_scale or min(MAX_TIME_SCALE, first_time_scale(links_bps, total_speed, usable_cores()))
+        everyone = range(num_devices)
+        scale = time_scale or min(MAX_TIME_SCALE, host_time_scale(cluster, config, bench.profile(cell), everyone))
         profile = on_testbed(bench.profile(cell), scale)
         plans = static_plans(
             config, profile, [(1, n) for n in seq_lens], [1e6 * mbps for mbps in rates], max_plans=max_plans

@@ -20,7 +20,7 @@ from detransformer.cluster.bench import Bench
 from detransformer.cluster.cells import Cell
 from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
 from detransformer.cluster.rows import RowFile
-from detransformer.cluster.selfcheck import first_time_scale, lateness, usual_devices, why_invalid
+from detransformer.cluster.selfcheck import host_time_scale, lateness, why_invalid
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
@@ -28,7 +28,6 @@ from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, save_ensemble, whole_answer
 from detransformer.coformer.policy import FLOAT_BYTES, SIZES, Original, Policy, SubModelConfig, flops, memory_bytes
 from detransformer.coformer.predictor import STRATEGY, Latency, fastest_device, latency
-from detransformer.machine import usable_cores
 from detransformer.models.configuration import decoupled_config, preset_config
 from detransformer.planning.cost import busy_seconds, predict
 from detransformer.planning.placement import method_plan
@@ -274,9 +273,7 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
     inputs = {"input_ids": torch.randint(1, config.vocab_size, shape, generator=generator)}
     expected = whole_answer(ensemble, inputs)
     checks_links = cluster.transport == "namespaces"
-    busy = usual_devices(profile.devices, config) / (1 if checks_links else 2)
-    total_bps = cell.bandwidth_mbps * 1e6 * cell.num_devices if checks_links else 0.0
-    scale = bench.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
+    scale = bench.fixed_time_scale or host_time_scale(cluster, config, profile, range(cell.num_devices))
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
 
     def measure(number: int, is_last: bool) -> EnsembleRun:

@@ -126,7 +126,7 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
     cells = grid(str(tmp_path / "model"), ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=3)
     path = tmp_path / "rows.json"
-    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, quiet=True, timeline=tmp_path / "timeline.csv")
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, timeline=tmp_path / "timeline.csv")
     row = frame.set_index("method").loc["tp"]
     assert (row["all_reduce_count"], row["num_devices"], row["link"]) == (10, 3, "modelled")
     assert 0 < row["max_abs_error"] < 1e-4
@@ -152,7 +152,7 @@ def test_bench_on_other_wires(cluster, cases, tmp_path):
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
     folder, common = str(tmp_path / "model"), dict(seq_len=16, repeats=1)
     cells = grid(folder, ["single", "tp", "ulysses"], [100.0], 2, "int8", **common)
-    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, quiet=True)
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells)
     assert frame["wire"].tolist() == ["float32", "int8", "int8"]
     rounded = frame[frame["wire"] == "int8"]
     assert (rounded["relative_error"] > 1e-4).all() and (rounded["relative_error"] < 0.2).all()
@@ -178,15 +178,15 @@ def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
-        measure_grid(bench, cells, path, quiet=True)
+        measure_grid(bench, cells, path)
     assert len(json.loads(path.read_text())) == 2
-    frame = measure_grid(bench, cells, path, quiet=True)
+    frame = measure_grid(bench, cells, path)
     assert measured == [["tp", "sp"], "interrupted", ["tp", "sp"]]
     assert frame[["method", "bandwidth_mbps"]].values.tolist() == [[c.method, c.bandwidth_mbps] for c in cells]
     assert all(len(json.loads(samples)) == 2 for samples in frame["samples_s"])
     path.write_text("{")
     with pytest.raises(ValueError, match="not a bench's row file"):
-        measure_grid(bench, cells, path, quiet=True)
+        measure_grid(bench, cells, path)
 
 
 def test_bench_names_what_makes_a_row_invalid():

@@ -31,16 +31,14 @@ from detransformer.cluster.selfcheck import (
     MAX_OVERRUN_SHARE,
     Check,
     check_cluster,
-    first_time_scale,
+    host_time_scale,
     lateness,
     stolen_share,
-    usual_devices,
     why_invalid,
 )
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.timeline import TIMELINE_COLUMNS, joined_runs, median_timeline, slowest_sums
 from detransformer.files import atomic_write
-from detransformer.machine import usable_cores
 from detransformer.models.configuration import PRESETS, config_fields, decoupled_config, preset_config
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.planning.cost import Prediction, alone_seconds, predict
@@ -165,7 +163,12 @@ class Bench:
         needed = itertools.accumulate(max(case.prediction.weights_bytes) for case in cases)
         options = dict(held_with=[held.to_dict() for held in held_with])
         options["keep_models"] = 0 if held_with else sum(num_bytes <= room for num_bytes in needed)
-        scale = self.fixed_time_scale or max(self._first_scale(case, checks_links) for case in cases)
+        scale = self.fixed_time_scale or max(
+            host_time_scale(
+                self.cluster, case.config, case.profile, case.plan.device_ids, sends, case.plan.splits_layers
+            )
+            for case in cases
+        )
 
         def measure(number: int, is_last: bool) -> list[dict]:
             case, cell = cases[number], cases[number].cell
@@ -208,16 +211,6 @@ class Bench:
         )
         return [result for result in results if result is not None]
 
-    def _first_scale(self, case: Case, checks_links: bool) -> float:
-        """The time scale to begin with, so that this host carries the links and the devices of the plan."""
-        # Layers that run whole are large products, and their messages travel one at a time.
-        worth = [usual_devices([device], case.config) for device in case.profile.devices]
-        busy = (sum if case.plan.splits_layers else max)(worth[device] for device in case.plan.device_ids)
-        if self.cluster.transport == "loopback":  # the host need not carry modelled links in time
-            busy /= 2
-        total_bps = case.cell.bandwidth_mbps * 1e6 * busy if checks_links else 0.0
-        return first_time_scale(total_bps, busy, usable_cores())
-
     def in_turn(
         self,
         bandwidth_mbps: float,
@@ -246,7 +239,7 @@ class Bench:
             scale, check = self.set_link(bandwidth_mbps, num_devices, scale, checks_links)
             for turn in range(max(repeats)):
                 if turn:
-                    check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
+                    check = check.joined(check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links))
                 late = False
                 for number, count in enumerate(repeats):
                     if turn >= count:
@@ -268,7 +261,7 @@ class Bench:
                     break
                 self.on_round()
             else:
-                check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
+                check = check.joined(check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links))
                 return [make_row(n, found[n], scale, check, steals[n]) for n in range(len(repeats))]
             scale *= SLOWER
 
@@ -276,14 +269,10 @@ class Bench:
         """Sets and checks the links; doubles the time scale until the check passes. Returns (scale, check)."""
         while True:
             self.cluster.set_link(bandwidth_mbps * 1e6, scale)
-            check = self.check(bandwidth_mbps, num_devices, checks_links)
+            check = check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links)
             if not check.failures(bandwidth_mbps) or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
                 return scale, check
             scale *= 2
-
-    def check(self, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
-        """`selfcheck.check_cluster` of the bench's cluster."""
-        return check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links)
 
     def _row(self, case: Case, results: list[dict], scale: float, check: Check, steal: float) -> dict:
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
@@ -355,7 +344,6 @@ def measure_grid(
     bench: Bench,
     cells: Iterable[Cell],
     path: str | Path | None = None,
-    quiet: bool = False,
     timeline: str | Path | None = None,
     in_timeline: Callable[[Cell], bool] = lambda cell: True,
     keep: bool = False,
@@ -378,7 +366,7 @@ def measure_grid(
         else:
             groups.setdefault(cell.comparison, []).append(cell)
     rounds = sum(max(cell.repeats for cell in group) for group in groups.values())
-    with tqdm(total=rounds, disable=quiet, unit="round", desc="bench") as progress:
+    with tqdm(total=rounds, unit="round", desc="bench") as progress:
         bench.on_round = progress.update
         for group in groups.values():
             first, methods = group[0], " ".join(dict.fromkeys(cell.method for cell in group))

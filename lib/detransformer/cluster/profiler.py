@@ -53,7 +53,6 @@ def profile_operations(
     repeats: int = 10,
     num_chunks: Sequence[int] = (1, 2, 4),
     packs: bool = True,
-    quiet: bool = True,
 ) -> pd.DataFrame:
     """Times each strategy's share of one layer on this host, on one core, batch 1.
 
@@ -84,7 +83,7 @@ def profile_operations(
             if (decoupled or STRATEGIES[strategy].layer_kind == "original")
             and (STRATEGIES[strategy].splits or count == min(num_devices))
         ]
-        for _ in tqdm(range(repeats + WARM_ROUNDS), desc="profile", unit="round", disable=quiet):
+        for _ in tqdm(range(repeats + WARM_ROUNDS), desc="profile", unit="round"):
             for share in shares:
                 share.time()
     finally:
@@ -196,7 +195,7 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
     frames = []
     for model in models:
         config = preset_config(model, 4, 4)
-        operations = profile_operations(config, seq_lens=(32, 128, 512), quiet=False)
+        operations = profile_operations(config, seq_lens=(32, 128, 512))
         frames.append(operations.assign(hidden_size=config.hidden_size))
     columns = ["hidden_size", "strategy", "share", "tokens", "num_chunks", "efficiency"]
     made = f"one core of {machine.cpu_model()}, torch {torch.__version__}, {machine.now()[:10]}"
