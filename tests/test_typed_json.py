@@ -41,9 +41,9 @@ def test_a_record_that_crossed_json_is_the_one_that_was_sent(record):
 @pytest.mark.parametrize(
     "kind, fields, words",
     [
-        (Plan, PLAN.to_dict() | {"heads": 12}, "heads: input should be a valid tuple"),
-        (ClusterProfile, {"devices": [3], "link": asdict(LINK)}, "devices.0: input should be a dictionary"),
-        (Request, {"colour": 1}, "colour: unexpected keyword argument"),
+        (Plan, PLAN.to_dict() | {"heads": 12}, "the Plan's heads is 12: input should be a valid tuple"),
+        (ClusterProfile, {"devices": [3], "link": asdict(LINK)}, "devices.0 is 3: input should be a dictionary"),
+        (Request, {"colour": 1}, "a Request has no field 'colour': it has text, image"),
     ],
 )
 def test_what_cannot_be_restored_is_refused(kind, fields, words):

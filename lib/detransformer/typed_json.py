@@ -1,6 +1,7 @@
 """Dataclasses that cross JSON: a file, a pipe, a socket. JSON knows lists alone; what comes back has tuples again."""
 
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from functools import cache
 from typing import Any, TypeVar
 
@@ -11,16 +12,25 @@ Record = TypeVar("Record")
 _adapter = cache(TypeAdapter)
 
 
-def from_json(kind: type[Record], fields: Mapping[str, Any]) -> Record:
+def from_json(kind: type[Record], fields: Mapping[str, Any], what: str = "") -> Record:
     """The dataclass `kind` of `fields`, as `dataclasses.asdict` gave them before they crossed JSON.
 
     Raises:
         ValueError: for a field that is missing, or is not what it is declared; in a dataclass whose
-            `__pydantic_config__` is `STRICT` also for one that is not known.
+            `__pydantic_config__` is `STRICT` also for one that is not known. The sentence is on `what`.
     """
+    what = what or kind.__name__
     try:
         return _adapter(kind).validate_python(fields)
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        place = ".".join(map(str, found["loc"])) or kind.__name__
-        raise ValueError(f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}") from None
+        first = error.errors(include_url=False)[0]
+        place, msg = ".".join(map(str, first["loc"])), first["msg"]
+        if "error" in first.get("ctx", {}):  # what `__post_init__` says
+            raise ValueError(str(first["ctx"]["error"])) from None
+        if first["type"] == "missing":
+            raise ValueError(f"the {what} has no field {place!r}.") from None
+        if first["type"] == "unexpected_keyword_argument":
+            known = ", ".join(field.name for field in fields_of(kind))
+            raise ValueError(f"a {what} has no field {place!r}: it has {known}.") from None
+        owner = f"the {what}'s {place}" if place else f"the {what}"
+        raise ValueError(f"{owner} is {first['input']!r}: {msg[0].lower()}{msg[1:]}.") from None

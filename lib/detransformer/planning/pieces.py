@@ -30,6 +30,15 @@ def compute_seconds(step: Compute, device: DeviceProfile) -> float:
     return device.compute_s(step.flops, step.strategy, step.weight_bytes, step.share, step.tokens, step.num_chunks)
 
 
+def strategies_of(config: PretrainedConfig, kind: str, num_devices: int) -> list[str]:
+    """The strategies that can run a layer of this kind on so many devices."""
+    if kind == "original" and num_devices == 1:
+        return [WHOLE]  # as fast as all others
+    fitting = [name for name, strategy in STRATEGIES.items() if strategy.layer_kind == kind]
+    too_many = num_devices > config.num_attention_heads
+    return [name for name in fitting if not (too_many and "heads" in STRATEGIES[name].splits)]
+
+
 @dataclass(frozen=True)
 class Message:
     """The `number`-th collective of a layer: bytes that the busiest rank sends, and how long the links are taken."""
@@ -137,12 +146,7 @@ class Pieces:
 
     def strategies(self, kind: str) -> list[str]:
         """Those that can run a layer of this kind on so many devices."""
-        fitting = {name: strategy for name, strategy in STRATEGIES.items() if strategy.layer_kind == kind}
-        if kind == "original" and self.num_ranks == 1:
-            return [WHOLE]  # as fast as all others
-        if self.num_ranks > self.config.num_attention_heads:
-            fitting = {name: strategy for name, strategy in fitting.items() if "heads" not in strategy.splits}
-        return list(fitting)
+        return strategies_of(self.config, kind, self.num_ranks)
 
     def _steps(self, recordings: Sequence[Recording]) -> list[list]:
         """The recordings of all R as one: seconds, and how long messages take."""

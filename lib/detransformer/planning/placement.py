@@ -78,7 +78,8 @@ def place(
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
     problem = Problem(config, profile, seq_len, batch_size, past, memory_budget_bytes)
-    return _choose(problem, problem.published(methods or search_space(config), wire))
+    alternatives = problem.published(methods or search_space(config), wire)
+    return Placement(_fastest(alternatives), _sorted(alternatives))
 
 
 def place_freely(
@@ -108,14 +109,14 @@ def place_freely(
     fitting = [candidates for candidates in found if candidates.by_count]
     published = dict.fromkeys((*search_space(config), "single"))
     if not fitting:
-        raise ValueError(_nothing_fits(problem, problem.published(published, found[0].wire)))
+        return place(config, profile, seq_len, batch_size, memory_budget_bytes, published, found[0].wire, past)
     limit_s = (1 + WIRE_TOLERANCE) * min(candidates.best.latency_s for candidates in fitting)
     near = [candidates for candidates in fitting if candidates.best.latency_s <= limit_s]
     taken = min(near, key=lambda candidates: (WIRE_FORMATS.index(candidates.wire), candidates.best.latency_s))
     listed = [taken.best, *taken.by_count.values(), *taken.rivals(), *problem.published(published, taken.wire)]
-    placement = _choose(problem, listed)
     others = [candidates.best for candidates in fitting if candidates is not taken]
-    return Placement(placement.chosen, _sorted([*placement.alternatives, *others]), taken.left_out(placement.chosen))
+    chosen = _fastest(listed)
+    return Placement(chosen, _sorted([*listed, *others]), taken.left_out(chosen))
 
 
 def method_plan(
@@ -231,12 +232,21 @@ class _Candidates:
         return f"devices {', '.join(names)} and {last} are" if names else f"device {last} is"
 
 
-def _choose(problem: Problem, alternatives: Sequence[Alternative]) -> Placement:
-    """The fastest that fits, the first of equals; ValueError if none does."""
+def _fastest(alternatives: Sequence[Alternative]) -> Alternative:
+    """The fastest that fits, the first of equals.
+
+    Raises:
+        ValueError: if none fits, saying what the plan lacks that lacks least, and what would help.
+    """
     fitting = [a for a in alternatives if a.fits]
-    if not fitting:
-        raise ValueError(_nothing_fits(problem, alternatives))
-    return Placement(min(fitting, key=lambda a: a.latency_s), _sorted(alternatives))
+    if fitting:
+        return min(fitting, key=lambda a: a.latency_s)
+    smallest = min(alternatives, key=lambda a: a.over_bytes)
+    activations = smallest.prediction.activation_bytes / MIB
+    raise ValueError(
+        f"no plan fits: even the smallest, {smallest.plan.method}, {smallest.reason}. Give the devices more memory, "
+        f"take more devices or a smaller model, or shorten requests ({activations:.0f} MiB of it are activations)."
+    )
 
 
 def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
@@ -247,13 +257,3 @@ def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
         key = replace(alternative.plan, method="", **({"wire": "float32", "direct": False} if alone else {}))
         distinct.setdefault(key, alternative)
     return tuple(sorted(distinct.values(), key=lambda a: (not a.fits, a.latency_s)))
-
-
-def _nothing_fits(problem: Problem, alternatives: Sequence[Alternative]) -> str:
-    """What the plan lacks that lacks least, and what would help."""
-    smallest = min(alternatives, key=lambda a: problem.lacking(a.plan, a.prediction)[0])
-    activations = smallest.prediction.activation_bytes / MIB
-    return (
-        f"no plan fits: even the smallest, {smallest.plan.method}, {smallest.reason}. Give the devices more memory, "
-        f"take more devices or a smaller model, or shorten requests ({activations:.0f} MiB of it are activations)."
-    )
