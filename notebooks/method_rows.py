@@ -110,7 +110,7 @@ def predicted_rows(
     scaled = {method: scale_policy(policy, original, priced) for method, policy in policies.items()}
     size = f"{priced.num_layers} layers of {priced.hidden_size}, {priced.seq_len} tokens"
     for mbps in bandwidths_mbps:
-        profile = cluster_profile(specs, "bert-base", configs["exact"], mbps * 1e6, pace="roofline")
+        profile = cluster_profile(specs, configs["exact"], mbps * 1e6, pace="roofline")
         found = [_single_row(priced, profile, specs, number) for number in range(len(specs))]
         found += [_peer_row(method, configs[kind], profile, specs, priced) for method, kind in PEERS.items()]
         for method, policy in scaled.items():

@@ -302,13 +302,13 @@ UNEQUAL = ["rpi4b", DeviceSpec(speed=2.0, memory_bytes=2**29, name="desk"), Devi
 def test_unequal_devices_have_their_own_profiles():
     config = preset_config("bert-base")
     cluster = EmulatedCluster(3, UNEQUAL, transport="loopback")
-    pi, desk, jetson = cluster.profile("bert-base", config).devices
+    pi, desk, jetson = cluster.profile(config).devices
     assert replace(pi, efficiency=()) == preset_profile("rpi4b", config) and jetson.name == "Jetson TX2 on a 0.5x link"
     assert (desk.name, desk.memory_bytes) == ("desk", 2**29)
     assert desk.flops_per_s == 2 * pi.flops_per_s
     assert desk.compute_s(1.0, "*", 48e6) == pi.compute_s(1.0, "*", 24e6) == 0.005  # reading weights, too
-    assert cluster.profile("bert-base", config).link.shares == (1.0, 1.0, 0.5)
-    assert EmulatedCluster(2, transport="loopback").profile("bert-base", config).link.shares == ()
+    assert cluster.profile(config).link.shares == (1.0, 1.0, 0.5)
+    assert EmulatedCluster(2, transport="loopback").profile(config).link.shares == ()
     assert cluster.profile_name == (
         "Raspberry Pi 4B, Raspberry Pi 4B at 2x speed with 512 MiB, Jetson TX2 on a 0.5x link (emulated)"
     )
@@ -345,7 +345,7 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
             for source, target, at in (pair for result in results for pair in result["received"]):
                 limit = half if 2 in (source, target) else bandwidth_bps
                 assert 0.6 * limit < 8e6 / (at - starts[source, target]) <= limit, (source, target)
-        profile = session.profile("", case.config)
+        profile = session.profile(case.config)
         slowed = [dict(asdict(device), flops_per_s=device.flops_per_s / 1000) for device in profile.devices]
         results = session.run(
             "run_plan",

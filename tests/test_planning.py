@@ -138,7 +138,7 @@ def test_small_shares_are_as_much_slower_as_was_measured():
 def test_the_measured_pace_is_slower_for_small_shares_alone():
     """One device takes the published time under both paces; shares in chunks take longer than operations say."""
     config, specs = preset_config("bert-base"), device_specs(4, "rpi4b")
-    paced = {pace: cluster_profile(specs, "bert-base", config, 125e6, pace=pace) for pace in PACES}
+    paced = {pace: cluster_profile(specs, config, 125e6, pace=pace) for pace in PACES}
     seconds = {}
     for name, plan in {
         "single": published_plan("single", config),
@@ -150,7 +150,7 @@ def test_the_measured_pace_is_slower_for_small_shares_alone():
     whole, chunked = (seconds[name][0] / seconds[name][1] for name in ("heads", "heads, 4 chunks"))
     assert 1.05 < whole < 1.2 * whole < chunked
     with pytest.raises(ValueError, match="pace='fast' is unknown: choose one of measured, roofline"):
-        cluster_profile(specs, "bert-base", config, 125e6, pace="fast")
+        cluster_profile(specs, config, 125e6, pace="fast")
 
 
 def test_chunks_hide_communication_behind_compute():
@@ -337,7 +337,7 @@ def test_a_modelled_link_is_paced_by_what_is_priced(shares):
 def test_one_device_is_planned_for_too(method):
     """What is left of a cluster may be one device: every method then runs layers whole."""
     config = preset_config("bert-base")
-    profile = cluster_profile(device_specs(1, "rpi4b"), "bert-base", config, 125e6)
+    profile = cluster_profile(device_specs(1, "rpi4b"), config, 125e6)
     freely, named = place_freely(config, profile).plan, place(config, profile, methods=[method]).plan
     assert freely.num_devices == named.num_devices == 1
     assert set(freely.strategies) == set(named.strategies) == {"replicate"}

@@ -61,7 +61,7 @@ class Prepared:
 @functools.cache
 def _opened(cluster: str, model: str) -> tuple[ClusterSpec, PretrainedConfig, ClusterProfile]:
     spec, config = ClusterSpec.load(cluster), open_folder(model).config
-    return spec, config, spec.profile(model, config)
+    return spec, config, spec.profile(config)
 
 
 # --- Planning ----------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class Bench:
     def every_device(self, cell: Cell) -> ClusterProfile:
         """All devices of the cluster, also those that `cell` leaves out: each worker gets its job."""
         efficiency = self.efficiency.get(cell.model)
-        profile = self.cluster.profile(cell.model, self.config(cell), self.link, cell.pace, efficiency)
+        profile = self.cluster.profile(self.config(cell), self.link, cell.pace, efficiency)
         return replace(profile, link=profile.link.at(cell.bandwidth_mbps * 1e6))
 
     # --- Measuring ---

@@ -160,7 +160,6 @@ def link_shares(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
 
 def cluster_profile(
     specs: Sequence[DeviceSpec],
-    model: str,
     config: "PretrainedConfig",
     bandwidth_bps: float,
     delay_s: float = 0.0,
@@ -168,7 +167,7 @@ def cluster_profile(
     pace: str = "measured",
     efficiency: Sequence | None = None,
 ) -> ClusterProfile:
-    """Devices and links on `model` (a preset's name or a folder) of `config`.
+    """Devices and links on a model of `config`.
 
     Args:
         link: measured figures of a link.

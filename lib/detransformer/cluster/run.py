@@ -71,7 +71,7 @@ def run_emulated(
     from detransformer.cluster.selfcheck import lateness, set_time_scale, warn_if_late
 
     config = open_folder(model).config
-    profile = spec.profile(model, config)
+    profile = spec.profile(config)
     home = {"cluster": str(spec.path.resolve()), "model": str(Path(model).resolve())}
     with spec.emulate(transport=transport, threads=threads, home=home) as cluster:
 

@@ -38,7 +38,7 @@ def run_emulated(
         )
     config = ensemble.sub_model(ensemble.central).config
     inputs = inputs_of(request, ensemble, config)
-    profile = spec.profile(model, config)
+    profile = spec.profile(config)
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
     with spec.emulate(transport=transport, threads=threads) as cluster:
         scale = set_time_scale(cluster, spec.bandwidth_bps, profile, range(ensemble.num_devices), config, time_scale)

@@ -71,11 +71,11 @@ def plan(
             planned, name = known.of(range(num_devices)), f"{num_devices} profiled devices"
             planned = replace(planned, link=replace(planned.link, bandwidth_bps=mbps * 1e6))
         elif spec:
-            planned = spec.profile(model, config, pace, mbps * 1e6)
+            planned = spec.profile(config, pace, mbps * 1e6)
             name = f"{spec.name}: {on_devices(spec.device_specs)}"
         else:
             specs = device_specs(num_devices, device or "rpi4b")
-            planned, name = cluster_profile(specs, model, config, mbps * 1e6, pace=pace), on_devices(specs)
+            planned, name = cluster_profile(specs, config, mbps * 1e6, pace=pace), on_devices(specs)
         started = time.perf_counter()
         placement = place_freely(config, planned, seq_len, batch_size, options.in_bytes(memory), wires=wire)
         planning_s = time.perf_counter() - started
@@ -147,7 +147,7 @@ def profile(
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
     if spec and spec.emulated:
-        computes = spec.profile(model, config).devices
+        computes = spec.profile(config).devices
     elif device in (None, "host"):
         operations = profile_operations(config)
         print(markdown(operations))
