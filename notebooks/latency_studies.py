@@ -20,8 +20,8 @@ from transformers import AutoModel
 from detransformer.cluster.bench import Bench, measure_grid
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
-from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
-from detransformer.cluster.profiler import efficiency_rows, profile_link
+from detransformer.cluster.devices import DEVICES, DeviceSpec, efficiency_rows, preset_profile
+from detransformer.cluster.profiler import profile_link
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.methods import METHODS

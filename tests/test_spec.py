@@ -77,7 +77,7 @@ def test_a_device_may_have_been_profiled(tmp_path):
     spec = load(tmp_path, text)
     with pytest.raises(ValueError, match=r"cluster.yaml: device a: profile .*a.json does not exist"):
         spec.profile(CONFIG)
-    measured = DeviceProfile("board", 2**30, 3e9, "measured", efficiency=[("block", 0.25, 128, 1, 0.9)])
+    measured = DeviceProfile("board", 2**30, 3e9, "measured", efficiency=(("block", 0.25, 128, 1, 0.9),))
     ClusterProfile((measured,) * 2, LinkProfile(1e6)).save(tmp_path / "a.json")
     (device,) = load(tmp_path, text).profile(CONFIG).devices
     assert (device.name, device.memory_bytes, device.flops_per_s) == ("a", 100 * 2**20, measured.flops_per_s)

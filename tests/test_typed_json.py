@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import pytest
 
-from detransformer.cluster.network import Shape
 from detransformer.cluster.request import Request
 from detransformer.coformer.policy import Original, Policy, SubModelConfig
 from detransformer.models import preset_config
@@ -27,7 +26,6 @@ LINK = LinkProfile(1e8, shares=(1.0, 0.5))
         DEVICE,
         LINK,
         ClusterProfile((DEVICE, DEVICE), LINK),
-        Shape(1e8, shares=(1.0, 0.5)),
         SubModelConfig(2, 48, (2, 3), (70, 80)),
         Policy((SubModelConfig(1, 48, (2,), (70,)), SubModelConfig(2, 24, (1, 1), (8, 9)))),
         Original(num_layers=4, hidden_size=48, num_heads=6, ffn_size=70, seq_len=16, embedding_rows=101),

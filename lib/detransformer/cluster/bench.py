@@ -76,7 +76,7 @@ class Bench:
         link: a measured profile for predictions.
         time_scale: None lets the bench choose.
         memory_budget_bytes: of each device.
-        efficiency: rows by model, as measured on this host (`profiler.efficiency_rows`); by default the package's.
+        efficiency: rows by model, as measured on this host (`devices.efficiency_rows`); by default the package's.
     """
 
     def __init__(

@@ -14,14 +14,13 @@ import pandas as pd
 import psutil
 import torch
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, BertConfig
 
 from detransformer import machine
-from detransformer.cluster.devices import EFFICIENCY
+from detransformer.cluster.devices import EFFICIENCY, EFFICIENCY_COLUMNS, efficiency_rows
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
-from detransformer.models import DecoupledBertModel
-from detransformer.models.configuration import DecoupledBertConfig, config_fields, preset_config
+from detransformer.models.configuration import config_fields, layer_kinds, preset_config
 from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.layer import STRATEGIES, Request
 from detransformer.parallel.plan import layer_plan, strategies_for
@@ -65,11 +64,10 @@ def profile_operations(
     the share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
     `CALIBRATION_TOKENS` tokens on one device.
     """
-    decoupled = isinstance(config, DecoupledBertConfig)
-    one_layer = dict(num_hidden_layers=2 if decoupled else 1)
-    one_layer |= dict(num_original_layers=1) if decoupled else {}
-    small = type(config)(**{**config_fields(config), **one_layer, "vocab_size": 32})
-    state = (DecoupledBertModel if decoupled else BertModel)(small).state_dict()
+    decoupled = "decoupled" in layer_kinds(config)
+    one_of_each = dict(num_hidden_layers=2, num_original_layers=1) if decoupled else dict(num_hidden_layers=1)
+    small = type(config)(**{**config_fields(config), **one_of_each, "vocab_size": 32})
+    state = AutoModel.from_config(small).state_dict()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -133,12 +131,6 @@ class _Share:
         return self.known | {"gflops": self.gflops, "latency_s": latency, "gflops_per_s": self.gflops / latency}
 
 
-def efficiency_rows(operations: pd.DataFrame) -> tuple[tuple[str, float, int, int, float], ...]:
-    """`profile_operations` as `DeviceProfile.efficiency` has it."""
-    columns = ["strategy", "share", "tokens", "num_chunks", "efficiency"]
-    return tuple(operations[columns].itertuples(index=False, name=None))
-
-
 def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
     """This host's rate on a whole layer and the efficiency of shares, from `profile_operations`."""
     is_whole = (operations["strategy"] == WHOLE) & (operations["num_chunks"] == 1)
@@ -197,7 +189,6 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
         config = preset_config(model, 4, 4)
         operations = profile_operations(config, seq_lens=(32, 128, 512))
         frames.append(operations.assign(hidden_size=config.hidden_size))
-    columns = ["hidden_size", "strategy", "share", "tokens", "num_chunks", "efficiency"]
     made = f"one core of {machine.cpu_model()}, torch {torch.__version__}, {machine.now()[:10]}"
     with atomic_write(path) as file:
         file.write(
@@ -205,7 +196,7 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
             f"# weights fresh from memory. Measured on {made},\n"
             f"# by `python -m detransformer.cluster.profiler` at commit {provenance.own_commit()['commit'][:12]}.\n"
         )
-        pd.concat(frames)[columns].round(4).to_csv(file, index=False)
+        pd.concat(frames)[["hidden_size", *EFFICIENCY_COLUMNS]].round(4).to_csv(file, index=False)
 
 
 if __name__ == "__main__":
