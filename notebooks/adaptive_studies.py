@@ -77,7 +77,7 @@ def choice_rows(
                 held = list(dict.fromkeys(plan for part in plans.values() for plan in part))
                 for cell, part in tqdm(plans.items(), unit="cell", desc=f"choices {model} {count} devices"):
                     key = asdict(cell) | {"plans": [plan.to_dict() for plan in part]}
-                    measured = kept.get(key) or kept.put(key, bench.measure_plans(cell, part, held))
+                    measured = kept.get(key) or kept.put(key, bench.measure([cell] * len(part), part, held))
                     rows += [row | {"chosen": i == 0} for i, row in enumerate(measured)]
     return pd.DataFrame(rows)[list(GRID_COLUMNS)]
 
@@ -113,7 +113,7 @@ def unequal_rows(
             same = layer_plan("bp+auto", config, planned.strategies, [1.0] * len(speeds), num_chunks=planned.num_chunks)
             splits = {"planned": planned, "even, same strategies": same, "even, best strategies": believed}
             plans = [replace(plan, method="bp+auto") for plan in splits.values()]
-            measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure_plans(cell, plans))
+            measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure([cell] * len(plans), plans))
             alone_s = alone_seconds(config, profile, range(len(speeds)), seq_len)
             ideal_s = 1 / sum(1 / seconds for seconds in alone_s)
             for (split, plan), row in zip(splits.items(), measured, strict=True):

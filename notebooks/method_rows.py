@@ -237,7 +237,7 @@ def measured_rows(
                 plan = bench.case(cell).plan
                 plan = replace(plan, devices=(central,)) if method == "single" else plan
                 key = asdict(cell) | {"plan": plan.to_dict(), "specs": [spec.title for spec in specs]}
-                rows.append(kept.get(key) or kept.put(key, bench.measure_plans(cell, [plan])[0]))
+                rows.append(kept.get(key) or kept.put(key, bench.measure([cell], [plan])[0]))
             for method, policy in policies.items():
                 key = asdict(single) | {"ensemble": method, "policy": asdict(policy)}
                 if (row := kept.get(key)) is None:

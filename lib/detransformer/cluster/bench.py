@@ -143,18 +143,14 @@ class Bench:
 
     # --- Measuring ---
 
-    def measure(self, cells: Sequence[Cell]) -> list[dict]:
-        """A row for each of `cells`, which are measured in turn."""
-        return self._compare([self.case(cell) for cell in cells])
+    def measure(self, cells: Sequence[Cell], plans: Sequence[Plan] = (), held_with: Sequence[Plan] = ()) -> list[dict]:
+        """A row for each of `cells`, which are measured in turn.
 
-    def measure_plans(self, cell: Cell, plans: Sequence[Plan], held_with: Sequence[Plan] = ()) -> list[dict]:
-        """A row for each of `plans` under the conditions of `cell`, measured in turn.
-
-        With `held_with` (all plans that will be run of this model on these devices) weights are loaded once for all.
+        Args:
+            plans: one for each cell, instead of those of their methods.
+            held_with: all plans that will be run of this model on these devices; weights are loaded once for all.
         """
-        return self._compare([self.case(cell, plan) for plan in plans], held_with)
-
-    def _compare(self, cases: Sequence[Case], held_with: Sequence[Plan] = ()) -> list[dict]:
+        cases = [self.case(cell, plan) for cell, plan in itertools.zip_longest(cells, plans)]
         checkpoints = [self.checkpoint(case.cell) for case in cases]
         sends = any(sum(case.prediction.bytes.values()) for case in cases)
         checks_links = sends and self.cluster.transport == "namespaces"
@@ -164,18 +160,15 @@ class Bench:
         options = dict(held_with=[held.to_dict() for held in held_with])
         options["keep_models"] = 0 if held_with else sum(num_bytes <= room for num_bytes in needed)
         scale = self.fixed_time_scale or max(
-            host_time_scale(
-                self.cluster, case.config, case.profile, case.plan.device_ids, sends, case.plan.splits_layers
-            )
-            for case in cases
+            host_time_scale(self.cluster, c.config, c.profile, c.plan.device_ids, sends, c.plan.splits_layers)
+            for c in cases
         )
 
         def measure(number: int, is_last: bool) -> list[dict]:
             case, cell = cases[number], cases[number].cell
-            stream = STREAM_REQUESTS.get(case.plan.runs, 0) if is_last else 0
+            options["stream"] = STREAM_REQUESTS.get(case.plan.runs, 0) if is_last else 0
             sizes = (cell.seq_len, cell.batch_size)
-            more = dict(stream=stream, burns=cell.burns, **options)
-            return self.run_plan(case.profile, checkpoints[number], case.plan, *sizes, **more)
+            return self.run_plan(case.profile, checkpoints[number], case.plan, *sizes, burns=cell.burns, **options)
 
         def make_row(number: int, results: list, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
             joined = joined_runs(results)
