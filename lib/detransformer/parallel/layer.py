@@ -52,6 +52,15 @@ class Chunk:
         return bounds(self.tokens, rank)
 
 
+def chunks_of(sizes: Iterable[tuple[int, Sequence[int]]]) -> list[Chunk]:
+    """Chunks of so many tokens, one after another: (tokens in all, tokens of each device) of each."""
+    chunks, start = [], 0
+    for index, (total, tokens) in enumerate(sizes):
+        chunks.append(Chunk(index, start, start + total, tokens))
+        start += total
+    return chunks
+
+
 class KeyValueCache:
     """Keys and values of a decoder's earlier tokens, this device's part: each layer's K and V, [rows, capacity, A]."""
 
@@ -94,11 +103,7 @@ class Request:
         cache: KeyValueCache | None = None,
     ) -> "Request":
         """The request [batch_size, seq_len], in the chunks of `plan`."""
-        chunks, start = [], 0
-        for i, tokens in enumerate(plan.tokens(seq_len)):
-            chunks.append(Chunk(i, start, start + sum(tokens), tokens))
-            start += sum(tokens)
-        return cls(batch_size, chunks, mask, cache)
+        return cls(batch_size, chunks_of((sum(tokens), tokens) for tokens in plan.tokens(seq_len)), mask, cache)
 
     def mask_of(self, start: int, stop: int) -> torch.Tensor | None:
         """The mask of the queries of tokens start..stop."""
