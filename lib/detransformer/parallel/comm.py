@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate
@@ -62,11 +62,11 @@ class Comm:
     whose results are in use, at the same time.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, rank: int, num_ranks: int, observer: Observer | None = None):
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, num_ranks: int):
         self.group = group
         self.rank = rank
         self.num_ranks = num_ranks
-        self.observer = observer
+        self.observer: Observer | None = None
         self.counts: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.transfers: list[tuple[str, int, float]] = []  # (kind, bytes, seconds) of each that has run
@@ -211,60 +211,39 @@ class Comm:
                 work.wait()
 
     def start_gather(
-        self,
-        x: torch.Tensor,
-        shapes: Sequence[Sequence[int]],
-        root: int,
-        wire: str = "float32",
-        timeout_s: float | None = None,
-        absent: Sequence[int] = (),
-        name: str = "gather to one",
+        self, x: torch.Tensor, shapes: Sequence[Sequence[int]], root: int, timeout_s: float, absent: Sequence[int] = ()
     ) -> Pending:
         """Brings every rank's `x`, which has `shapes[rank]`, to `root` as a list in rank order; None on the others.
 
-        The `absent` are not asked and have None in the list. With `timeout_s` a rank that is lost, or whose message has
-        not come by then, has None there too; it is not to be asked again: what a late rank sends would be taken for its
-        next message.
+        The `absent` are not asked and have None in the list. A rank that is lost, or whose message has not come after
+        `timeout_s`, has None there too; it is not to be asked again: what a late rank sends would be taken for its next
+        message.
         """
         if self.num_ranks == 1:
             return Pending([x])
-        dtype = x.dtype
+        sizes = [message_bytes(shape, "float32", x.itemsize) for shape in shapes]
         if self.rank != root:
-            message = self._buffer("out", name, message_bytes(x.shape, wire, x.itemsize))
-            self._write(x, wire, message)
-            return self._start(
-                "gather",
-                len(message),
-                0,
-                lambda: dist.send(message, group=self.group, group_dst=root),
-                lambda: None,
-            )
-        sizes = [0 if rank == root else message_bytes(shape, wire, x.itemsize) for rank, shape in enumerate(shapes)]
-        incoming = self._buffer("in", name, sum(sizes)).split(sizes)
-        came = [rank == root for rank in range(self.num_ranks)]
+            message = self._buffer("out", "gather to one", sizes[self.rank])
+            self._write(x, "float32", message)
+            run = partial(dist.send, message, group=self.group, group_dst=root)
+            return self._start("gather", len(message), 0, run, lambda: None)
+        sizes[root] = 0
+        incoming, present = self._buffer("in", "gather to one", sum(sizes)).split(sizes), {root: x}
 
         def collect() -> None:
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
-            works = {}
-            for rank in range(self.num_ranks):  # all at once: none waits for another's turn
-                if rank != root and rank not in absent:
-                    with _lost_allowed(timeout_s):
-                        works[rank] = dist.irecv(incoming[rank], group=self.group, group_src=rank)
+            deadline, works = time.monotonic() + timeout_s, {}
+            for rank in sorted(
+                {*range(self.num_ranks)} - {root, *absent}
+            ):  # all at once: none waits for another's turn
+                with suppress(RuntimeError):  # gloo's error of a lost or late peer
+                    works[rank] = dist.irecv(incoming[rank], group=self.group, group_src=rank)
             for rank, work in works.items():
-                with _lost_allowed(timeout_s):
-                    if deadline is None:
-                        work.wait()
-                    else:
-                        work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-                    came[rank] = True
+                with suppress(RuntimeError):
+                    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                    present[rank] = self._read(incoming[rank], shapes[rank], "float32", x.dtype)
 
-        def result() -> list[torch.Tensor | None]:
-            return [
-                x if rank == root else self._read(message, shapes[rank], wire, dtype) if came[rank] else None
-                for rank, message in enumerate(incoming)
-            ]
-
-        return self._start("gather", sum(sizes), sum(sizes), collect, result)
+        every = range(self.num_ranks)
+        return self._start("gather", sum(sizes), sum(sizes), collect, lambda: [present.get(rank) for rank in every])
 
     def send(self, x: torch.Tensor, to_rank: int, wire: str = "float32") -> None:
         message = self._buffer("out", "send", message_bytes(x.shape, wire, x.itemsize))
@@ -296,16 +275,6 @@ class Comm:
         if kept is None or len(kept) < num_bytes:
             kept = self._buffers[direction, name] = torch.zeros(num_bytes, dtype=torch.uint8)
         return kept[:num_bytes]
-
-
-@contextmanager
-def _lost_allowed(timeout_s: float | None) -> Iterator[None]:
-    """gloo's error of a lost or late peer passes where a time limit says that it may."""
-    try:
-        yield
-    except RuntimeError:
-        if timeout_s is None:
-            raise
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -6,9 +6,9 @@ is what the cost model multiplies and divides by. Stored as versioned JSON with 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -75,15 +75,14 @@ class DeviceProfile:
         seconds = flops / (self.flops_per_s * self.efficiency_of(strategy, share, tokens, num_chunks))
         return max(seconds, weight_bytes / self.memory_bytes_per_s) if self.memory_bytes_per_s else seconds
 
-    def efficiency_of(self, strategy: str, share: float, tokens: int, num_chunks: int) -> float:
-        """Between what was measured, by the logarithms of tokens and share; outside, the nearest that was.
+    @cached_property
+    def efficiency_of(self) -> Callable[[str, float, int, int], float]:
+        """Of a strategy's share of the layer, with so many tokens in so many chunks; each is worked out once.
 
-        Of chunks the next larger number that was measured counts, or the largest.
+        Between what was measured, by the logarithms of tokens and share; outside, the nearest that was. Of chunks the
+        next larger number that was measured counts, or the largest.
         """
-        asked = strategy, share, tokens, num_chunks
-        if asked not in self._known:
-            self._known[asked] = self._interpolated(*asked)
-        return self._known[asked]
+        return cache(self._interpolated)
 
     def _interpolated(self, strategy: str, share: float, tokens: int, num_chunks: int) -> float:
         table = self._tables.get(strategy)
@@ -94,10 +93,6 @@ class DeviceProfile:
             (math.log(n), float(np.interp(math.log(share), *shares))) for n, shares in sorted(table[chunks].items())
         ]
         return float(np.interp(math.log(tokens), *zip(*by_tokens, strict=True)))
-
-    @cached_property
-    def _known(self) -> dict[tuple[str, float, int, int], float]:
-        return {}
 
     @cached_property
     def _tables(self) -> dict[str, dict[int, dict[int, tuple[list[float], list[float]]]]]:
