@@ -279,27 +279,23 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
     def measure(number: int, is_last: bool) -> EnsembleRun:
         return run_ensemble(cluster, ensemble, inputs, cell.repeats)
 
-    def make_row(number: int, runs: list[EnsembleRun], scale: float, check, steal: float) -> tuple[dict, None]:
-        (run,) = runs
-        records = [record for record in run.records if record is not None]
-        sent = [
-            sum(record["bytes"].values()) for n, record in enumerate(run.records) if record and n != ensemble.central
-        ]
-        error = (run.logits - expected).abs()
-        row = {name: getattr(cell, name) for name in ("bandwidth_mbps", "seq_len", "repeats", "num_devices", "model")}
-        row |= {"method": method, "plan": f"{len(run.present)} sub-models, device {ensemble.central} aggregates"}
-        row |= {"time_scale": scale, "device": cluster.profile_name, "link": cluster.link, "wire": "float32"}
-        row |= {"latency_s": run.latency_s, "spread_s": max(run.samples_s) - min(run.samples_s)}
-        row |= {"compute_s": max(record["compute_s"] for record in records), "predicted_s": predicted_s}
-        row |= {"weights_bytes": max(record["weights_bytes"] for record in records), "sent_bytes": max(sent, default=0)}
-        row |= {"pacing_overrun": lateness(records), "host_steal": steal, "max_abs_error": float(error.max())}
-        row |= {"relative_error": float(error.square().mean().sqrt() / expected.square().mean().sqrt())} | asdict(check)
-        why = why_invalid(row) or ("" if all(run.present) else run.sentence)
-        return row | {"valid": not why, "why_invalid": why}, None
-
     conditions = (cell.bandwidth_mbps, cell.num_devices, scale, checks_links)
-    ((row, _),) = bench.in_turn(*conditions, measure, make_row, repeats=[1])
-    return row
+    (((run,), steal),), scale, check = bench.in_turn(
+        *conditions, measure, num_trials=1, repeats=1, late=lambda run: lateness(run.records)
+    )
+    records = [record for record in run.records if record is not None]
+    sent = [sum(record["bytes"].values()) for n, record in enumerate(run.records) if record and n != ensemble.central]
+    error = (run.logits - expected).abs()
+    row = {name: getattr(cell, name) for name in ("bandwidth_mbps", "seq_len", "repeats", "num_devices", "model")}
+    row |= {"method": method, "plan": f"{len(run.present)} sub-models, device {ensemble.central} aggregates"}
+    row |= {"time_scale": scale, "device": cluster.profile_name, "link": cluster.link, "wire": "float32"}
+    row |= {"latency_s": run.latency_s, "spread_s": max(run.samples_s) - min(run.samples_s)}
+    row |= {"compute_s": max(record["compute_s"] for record in records), "predicted_s": predicted_s}
+    row |= {"weights_bytes": max(record["weights_bytes"] for record in records), "sent_bytes": max(sent, default=0)}
+    row |= {"pacing_overrun": lateness(records), "host_steal": steal, "max_abs_error": float(error.max())}
+    row |= {"relative_error": float(error.square().mean().sqrt() / expected.square().mean().sqrt())} | asdict(check)
+    why = why_invalid(row) or ("" if all(run.present) else run.sentence)
+    return row | {"valid": not why, "why_invalid": why}
 
 
 def _as_compared(rows: pd.DataFrame, size: str) -> pd.DataFrame:

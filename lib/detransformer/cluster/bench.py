@@ -170,16 +170,15 @@ class Bench:
             sizes = (cell.seq_len, cell.batch_size)
             return self.run_plan(case.profile, checkpoints[number], case.plan, *sizes, burns=cell.burns, **options)
 
-        def make_row(number: int, results: list, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
+        first = cases[0].cell
+        conditions = first.bandwidth_mbps, num_devices, scale, checks_links
+        found, scale, check = self.in_turn(*conditions, measure, len(cases), first.repeats)
+        rows = []
+        for case, (results, steal) in zip(cases, found, strict=True):
             joined = joined_runs(results)
-            row = self._row(cases[number], joined, scale, check, steal)
-            return row, median_timeline(row, joined, scale)
-
-        repeats = [case.cell.repeats for case in cases]
-        mbps = cases[0].cell.bandwidth_mbps
-        best = self.in_turn(mbps, num_devices, scale, checks_links, measure, make_row, repeats)
-        self.timelines |= {case.cell: timeline for case, (_, timeline) in zip(cases, best, strict=True)}
-        return [row for row, _ in best]
+            rows.append(self._row(case, joined, scale, check, steal))
+            self.timelines[case.cell] = median_timeline(rows[-1], joined, scale)
+        return rows
 
     def run_plan(
         self, profile: ClusterProfile, checkpoint: Checkpoint, plan: Plan, seq_len: int, batch_size: int, **options: Any
@@ -211,10 +210,11 @@ class Bench:
         scale: float,
         checks_links: bool,
         measure: Callable[[int, bool], Any],
-        make_row: Callable[[int, list, float, Check, float], tuple[dict, Any]],
-        repeats: Sequence[int],
-    ) -> list[tuple[dict, Any]]:
-        """Rows of several trials, in rounds of one request of each, links and pacing being checked before each round.
+        num_trials: int,
+        repeats: int,
+        late: Callable[[Any], float] = lateness,
+    ) -> tuple[list[tuple[list, float]], float, Check]:
+        """Measures several trials in rounds of one request of each; links and pacing are checked before each round.
 
         A host that shares its processors is disturbed now and then: a request that was late, or during which other
         guests took much of the processors, is run again, and the less disturbed one counts. Where a request is late at
@@ -223,39 +223,39 @@ class Bench:
         Args:
             scale: the time scale to begin with.
             measure: (number, is_last) -> result of one request of a trial; links and time scale are set.
-            make_row: (number, results, time scale, check, host steal) -> a row, and whatever belongs to it.
             repeats: requests of each trial.
+            late: by what share of the modelled time the host was late, from a result.
+
+        Returns:
+            The results of each trial with the host's largest steal, the time scale, and all checks in one.
         """
+        where = self.cluster, bandwidth_mbps, num_devices, checks_links
         while True:
-            found: list[list] = [[] for _ in repeats]
-            steals = [0.0] * len(repeats)
+            found: list[list] = [[] for _ in range(num_trials)]
+            steals = [0.0] * num_trials
             scale, check = self.set_link(bandwidth_mbps, num_devices, scale, checks_links)
-            for turn in range(max(repeats)):
+            for turn in range(repeats):
                 if turn:
-                    check = check.joined(check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links))
-                late = False
-                for number, count in enumerate(repeats):
-                    if turn >= count:
-                        continue
+                    check = check.joined(check_cluster(*where))
+                is_late = False
+                for number in range(num_trials):
                     attempts = []
                     for _ in range(ATTEMPTS):
                         before = psutil.cpu_times()
-                        one = measure(number, turn == count - 1)
-                        steal = stolen_share(before, psutil.cpu_times())
-                        overrun = make_row(number, [one], scale, check, steal)[0]["pacing_overrun"]
-                        attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, one))
+                        result = measure(number, turn == repeats - 1)
+                        steal, overrun = stolen_share(before, psutil.cpu_times()), late(result)
+                        attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, result))
                         if not attempts[-1][0] and steal <= DISTURBING_STEAL:
                             break
-                    is_late, steal, _, one = min(attempts, key=lambda attempt: attempt[:3])
-                    found[number].append(one)
+                    was_late, steal, _, result = min(attempts, key=lambda attempt: attempt[:3])
+                    found[number].append(result)
                     steals[number] = max(steals[number], steal)
-                    late |= is_late
-                if late and not turn and not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE:
+                    is_late |= was_late
+                if is_late and not turn and not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE:
                     break
                 self.on_round()
             else:
-                check = check.joined(check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links))
-                return [make_row(n, found[n], scale, check, steals[n]) for n in range(len(repeats))]
+                return list(zip(found, steals, strict=True)), scale, check.joined(check_cluster(*where))
             scale *= SLOWER
 
     def set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
@@ -358,7 +358,7 @@ def measure_grid(
             known[cell] = record
         else:
             groups.setdefault(cell.comparison, []).append(cell)
-    rounds = sum(max(cell.repeats for cell in group) for group in groups.values())
+    rounds = sum(group[0].repeats for group in groups.values())
     with tqdm(total=rounds, unit="round", desc="bench") as progress:
         bench.on_round = progress.update
         for group in groups.values():

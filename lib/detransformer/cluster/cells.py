@@ -52,7 +52,8 @@ class Cell:
     @property
     def comparison(self) -> tuple:
         """The conditions that compared cells share: such cells are measured in turn."""
-        return self.model, self.num_devices, self.bandwidth_mbps, self.seq_len, self.batch_size, self.pace
+        sizes = self.seq_len, self.batch_size, self.repeats
+        return self.model, self.num_devices, self.bandwidth_mbps, *sizes, self.pace
 
 
 def grid(
