@@ -15,9 +15,8 @@ from latency_studies import in_words, measured_bench, on_testbed
 from tqdm.auto import tqdm
 
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.cluster.rows import RowFile
 from detransformer.cluster.selfcheck import host_time_scale
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.parallel.plan import Plan, layer_plan

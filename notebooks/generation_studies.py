@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 
 from detransformer.answers import single_device_outputs
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.checkpoints import Checkpoint
-from detransformer.cluster.rows import RowFile
 from detransformer.cluster.selfcheck import check_cluster, host_time_scale
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.parallel.plan import published_plan

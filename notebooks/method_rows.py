@@ -17,9 +17,8 @@ import torch
 from transformers import BertForSequenceClassification, PretrainedConfig
 
 from detransformer.cluster.bench import Bench
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
-from detransformer.cluster.rows import RowFile
 from detransformer.cluster.selfcheck import host_time_scale, lateness, why_invalid
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import make_aggregator

@@ -28,9 +28,8 @@ from detransformer.parallel.executor import Executor
 from detransformer.parallel.plan import layer_plan, published_plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import predict
-from detransformer.planning.explain import explain
 from detransformer.planning.memory import held_bytes
-from detransformer.planning.placement import place, place_freely
+from detransformer.planning.placement import explain, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.planning.recorder import device_steps
 from detransformer.planning.tape import Start

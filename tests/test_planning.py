@@ -10,10 +10,9 @@ from detransformer.models.sizes import model_flops, model_parameters
 from detransformer.parallel.methods import BLOCK_METHODS, PAPER_METHODS
 from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.planning.cost import launched_seconds, predict
-from detransformer.planning.explain import explain, limits
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.pieces import Pieces
-from detransformer.planning.placement import method_plan, place, place_freely
+from detransformer.planning.placement import explain, limits, method_plan, place, place_freely
 from detransformer.planning.profile import COLLECTIVE_KINDS, ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.planning.recorder import device_steps, segments
 from detransformer.planning.tape import Compute, Start, Wait

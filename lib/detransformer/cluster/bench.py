@@ -18,7 +18,7 @@ import psutil
 from tqdm.auto import tqdm
 from transformers import BertConfig, GPT2Config, PretrainedConfig
 
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.checkpoints import (
     Checkpoint,
     decoupled_checkpoint,
@@ -26,7 +26,6 @@ from detransformer.cluster.checkpoints import (
     original_checkpoint,
     request,
 )
-from detransformer.cluster.rows import RowFile
 from detransformer.cluster.selfcheck import (
     MAX_OVERRUN_SHARE,
     Check,
@@ -281,23 +280,16 @@ class Bench:
             copies = plan.num_devices if plan.runs == "copies" else 1
             throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in results)
         links = [s["link_bytes"] for r in results for s in r["samples"]]
-        row = {
-            "model": cell.model,
-            "method": cell.method,
+        row = asdict(cell) | {
             "plan": plan.describe(),
             "num_original_layers": getattr(config, "num_original_layers", None),
             "num_divisions": getattr(config, "num_divisions", None),
             "attention_width": getattr(config, "attention_width", None),
             "num_devices": plan.num_devices,
-            "bandwidth_mbps": cell.bandwidth_mbps,
             "delay_ms": 1e3 * self.cluster.delay_s,
             "jitter_ms": 1e3 * self.cluster.jitter_s,
-            "seq_len": cell.seq_len,
-            "batch_size": cell.batch_size,
             "link": self.cluster.link,
             "wire": plan.wire,
-            "pace": cell.pace,
-            "burns": cell.burns,
             "latency_s": latency,
             "spread_s": max(latencies) - min(latencies),
             "compute_s": compute_s,

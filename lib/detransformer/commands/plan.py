@@ -54,7 +54,7 @@ def plan(
 
     from detransformer.cluster.devices import cluster_profile, device_specs
     from detransformer.files import atomic_write
-    from detransformer.planning.explain import explain as explanation
+    from detransformer.planning.placement import explain as explanation
     from detransformer.planning.placement import place_freely
     from detransformer.planning.profile import ClusterProfile
 
