@@ -21,7 +21,7 @@ from detransformer.cluster.devices import EFFICIENCY, EFFICIENCY_COLUMNS, effici
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
 from detransformer.models.configuration import config_fields, layer_kinds, preset_config
-from detransformer.parallel.comm import Comm, Pending
+from detransformer.parallel.comm import Comm, Pending, decode
 from detransformer.parallel.layer import STRATEGIES, Request
 from detransformer.parallel.plan import layer_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
@@ -42,7 +42,7 @@ _OTHER = torch.ones(2**24)  # 64 MiB, more than the caches of a core hold
 class LocalComm(TapeComm):
     """Stands in for the other ranks while one device is profiled: messages of the right size, in this host's memory."""
 
-    _buffer, _read = Comm._buffer, Comm._read
+    _buffer, _read = Comm._buffer, staticmethod(decode)
 
 
 def profile_operations(

@@ -7,7 +7,7 @@ the same request takes the same jobs.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,11 +22,6 @@ ANSWERING = "detransformer.cluster.answering"  # the module of a request's jobs
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
-
-
-def _say_who_is_missing(kind: str, sentence: str, names: Sequence[str]) -> None:
-    if kind == "waiting":
-        _say(sentence)
 
 
 def ask(
@@ -107,7 +102,8 @@ def run_on_hosts(
             here.start()
             here.wait()
             return None
-        with Fleet(titles, here.listen(), here.store, on_event=_say_who_is_missing) as fleet:
+        waiting = dict(on_event=lambda kind, sentence, _: _say(sentence) if kind == "waiting" else None)
+        with Fleet(titles, here.listen(), here.store, **waiting) as fleet:
             here.start()
             reach = f"{titles[0]}, port {spec.port}"
             fleet.wait(wait_s, f": start the same command there, and check that it reaches {reach}")
