@@ -29,11 +29,10 @@ from detransformer.cluster.network import (
     disciplines,
     remove_stale_namespaces,
 )
-from detransformer.cluster.pacing import Arrivals, Pacer
+from detransformer.cluster.pacing import Arrivals, Pacer, seconds_of, timeline_rows
 from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
 from detransformer.cluster.selfcheck import Check, first_time_scale, transfer_seconds, why_invalid
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.models import preset_config
 from detransformer.parallel.layer import STRATEGIES
 from detransformer.parallel.plan import published_plan
@@ -97,28 +96,36 @@ def test_a_modelled_transfer_begins_when_the_last_device_has_arrived(tmp_path):
     assert 0.15 <= through(second, "receive", sent) < 0.19
 
 
-def test_waits_are_split_from_transfers():
-    """Two devices and a collective: the first waits 2 s for the second, then both move bytes for 1 s."""
-    first = [("compute", 0.0, 3.0, 0.0), ("all_reduce", 3.0, 6.0, 3.0), ("compute", 6.0, 7.0, 6.0)]
-    second = [("compute", 0.5, 5.0, 0.5), ("all_reduce", 5.0, 6.0, 5.0), ("compute", 6.0, 7.5, 6.0)]
-    parts = split_waits([first, second])
-    assert parts[0][1:3] == [("wait", 3.0, 5.0), ("all_reduce", 5.0, 6.0)]
-    assert seconds_of(parts[0]) == {"compute_s": 4.0, "wait_s": 2.0, "comm_s": 1.0}
-    assert seconds_of(parts[1]) == {"compute_s": 6.0, "wait_s": 0.0, "comm_s": 1.0}
-    rows = timeline_rows(parts, time_scale=2.0)
-    assert rows[1] == {"rank": 0, "what": "wait", "start_s": 1.5, "stop_s": 2.5}
-    with pytest.raises(ValueError, match="different collectives"):
-        split_waits([first, first[:1] + [("all_gather", 3.0, 6.0, 3.0)]])
+def test_waits_are_split_from_transfers(tmp_path):
+    """A device waits until the last one has launched a collective, a receiver until its message is sent."""
+    Arrivals(tmp_path / "arrivals", 2, create=True)
+    first, second = (Pacer(arrivals=Arrivals(tmp_path / "arrivals", 2), rank=r, devices=(0, 1)) for r in range(2))
+    first.begin()
+    second.begin()
+    for early, late, kinds in ((first, second, ("all_reduce", "all_reduce")), (second, first, ("receive", "send"))):
+        early.reset()
+        late.reset()
+        here = early.launch(kinds[0], 1)
+        early.before_wait(here)
+        time.sleep(0.05)
+        there = late.launch(kinds[1], 1)
+        launched = late.launched[there][2]
+        late.before_wait(there)
+        time.sleep(0.01)
+        for pacer, number in ((early, here), (late, there)):
+            pacer.after_wait(number)
+        assert [what for what, *_ in early.events] == ["compute", "compute", "wait", kinds[0]]
+        assert [what for what, *_ in late.events] == ["compute", "compute", kinds[1]]
+        (_, since, waited), (_, moved, done) = early.events[2:]
+        assert waited == moved == launched < done
+        sums = seconds_of(early.events)
+        assert (sums["wait_s"], sums["comm_s"]) == pytest.approx((waited - since, done - moved))
 
 
-def test_waiting_for_a_stage_is_waiting():
-    """A pipeline of two: the second waits for the first's message, and only then for the message to come."""
-    first = [("compute", 0.0, 3.0, 0.0), ("send", 3.0, 3.5, 3.0)]
-    second = [("receive", 0.0, 4.0, 0.0), ("compute", 4.0, 7.0, 4.0)]
-    assert split_waits([first, second]) == [
-        [("compute", 0.0, 3.0), ("send", 3.0, 3.5)],
-        [("wait", 0.0, 3.0), ("receive", 3.0, 4.0), ("compute", 4.0, 7.0)],
-    ]
+def test_a_timeline_begins_at_the_first_start():
+    first, second = [("compute", 3.0, 5.0), ("wait", 5.0, 6.0)], [("compute", 2.0, 6.0)]
+    rows = timeline_rows([first, second], time_scale=2.0)
+    assert rows[1] == {"rank": 0, "what": "wait", "start_s": 1.5, "stop_s": 2.0}
 
 
 def test_bench_row_over_loopback(cluster, cases, tmp_path):
@@ -357,7 +364,7 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
             dtype="float64",
             repeats=2,
         )
-        first, fast, last = (seconds_of([e[:3] for e in r["samples"][1]["events"]])["compute_s"] for r in results)
+        first, fast, last = (seconds_of(r["samples"][1]["events"])["compute_s"] for r in results)
         # the first has 24 of 70 FFN columns, the others 23
         assert first == pytest.approx(2 * fast, rel=0.03) and first == pytest.approx(last, rel=0.03)
         assert all(result["max_abs_error"] < 1e-12 for result in results)

@@ -26,6 +26,7 @@ from detransformer.cluster.checkpoints import (
     original_checkpoint,
     request,
 )
+from detransformer.cluster.pacing import seconds_of, timeline_rows
 from detransformer.cluster.selfcheck import (
     MAX_OVERRUN_SHARE,
     Check,
@@ -36,7 +37,6 @@ from detransformer.cluster.selfcheck import (
     why_invalid,
 )
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.cluster.timeline import TIMELINE_COLUMNS, joined_runs, median_timeline, slowest_sums
 from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESETS, config_fields, decoupled_config, preset_config
 from detransformer.parallel.plan import Plan, is_decoder
@@ -49,6 +49,8 @@ SLOWER = 1.5  # factor to the next time scale, where the host was late
 KEPT_SHARE = 0.5  # of the free memory, for models that are measured in turn; others are read again each time
 ATTEMPTS = 2  # at one time scale, of a disturbed request
 DISTURBING_STEAL = 0.1  # share of the processors taken by other guests of this machine that makes a row be repeated
+TIMELINE_COLUMNS = ("model", "method", "wire", "link", "bandwidth_mbps", "num_devices", "rank")
+TIMELINE_COLUMNS += ("what", "start_s", "stop_s")
 STREAM_REQUESTS = {"stages": 8, "copies": 2}  # back to back, for throughput: a pipeline has to fill and drain
 
 
@@ -173,10 +175,9 @@ class Bench:
         conditions = first.bandwidth_mbps, num_devices, scale, checks_links
         found, scale, check = self.in_turn(*conditions, measure, len(cases), first.repeats)
         rows = []
-        for case, (results, steal) in zip(cases, found, strict=True):
-            joined = joined_runs(results)
-            rows.append(self._row(case, joined, scale, check, steal))
-            self.timelines[case.cell] = median_timeline(rows[-1], joined, scale)
+        for case, (runs, steal) in zip(cases, found, strict=True):
+            rows.append(self._row(case, runs, scale, check, steal))
+            self.timelines[case.cell] = _median_timeline(rows[-1], runs)
         return rows
 
     def run_plan(
@@ -266,20 +267,21 @@ class Bench:
                 return scale, check
             scale *= 2
 
-    def _row(self, case: Case, results: list[dict], scale: float, check: Check, steal: float) -> dict:
+    def _row(self, case: Case, runs: Sequence[list[dict]], scale: float, check: Check, steal: float) -> dict:
+        """The row of `runs`, requests of one plan: the results of its devices."""
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
-        cell, plan, config = case.cell, case.plan, case.config
-        repeats = len(results[0]["samples"])
-        latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(repeats)]
-        sums = [slowest_sums(results, i, scale) for i in range(repeats)]
-        compute_s, wait_s = (statistics.median(s[name] for s in sums) for name in ("compute_s", "wait_s"))
-        sender = max(results, key=lambda r: sum(r["bytes"].values()))
-        latency, peaks = statistics.median(latencies), [r["peak_rss_bytes"] for r in results]
+        cell, plan, config, last = case.cell, case.plan, case.config, runs[-1]
+        slowest = [max((r["samples"][0] for r in run), key=lambda sample: sample["latency_s"]) for run in runs]
+        latencies, sums = [s["latency_s"] for s in slowest], [seconds_of(s["events"]) for s in slowest]
+        compute_s, wait_s = (statistics.median(s[name] / scale for s in sums) for name in ("compute_s", "wait_s"))
+        sender = max(last, key=lambda r: sum(r["bytes"].values()))
+        latency, every = statistics.median(latencies), [r for run in runs for r in run]
+        peaks = [r["peak_rss_bytes"] for r in every]
         throughput = 1 / latency
-        if "stream_s" in results[0]:
+        if "stream_s" in last[0]:
             copies = plan.num_devices if plan.runs == "copies" else 1
-            throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in results)
-        links = [s["link_bytes"] for r in results for s in r["samples"]]
+            throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in last)
+        by_device = [{"samples": [r["samples"][0] for r in own]} for own in zip(*runs, strict=True)]
         row = asdict(cell) | {
             "plan": plan.describe(),
             "num_original_layers": getattr(config, "num_original_layers", None),
@@ -299,23 +301,34 @@ class Bench:
             "over_limit": latency / case.limit_s,
             **{f"{kind}_count": sender["counts"].get(kind, 0) for kind in SENT_KINDS},
             **{f"{kind}_bytes": sender["bytes"].get(kind, 0) for kind in SENT_KINDS},
-            "link_bytes": max(links) if self.cluster.transport == "namespaces" else None,
+            "link_bytes": max(r["samples"][0]["link_bytes"] for r in every)
+            if self.cluster.transport == "namespaces"
+            else None,
             "throughput_rps": throughput,
-            "weights_bytes": max(r["weights_bytes"] for r in results),
+            "weights_bytes": max(r["weights_bytes"] for r in last),
             "peak_rss_bytes": None if None in peaks else max(peaks),
             "predicted_s": case.prediction.latency_s,
             "time_scale": scale,
             **asdict(check),
-            "pacing_overrun": lateness(results),
+            "pacing_overrun": lateness(by_device),
             "host_steal": steal,
-            "max_abs_error": max(r["max_abs_error"] for r in results if "max_abs_error" in r),
-            "relative_error": max(r["relative_error"] for r in results if "relative_error" in r),
-            "repeats": repeats,
+            "max_abs_error": max(r["max_abs_error"] for r in every if "max_abs_error" in r),
+            "relative_error": max(r["relative_error"] for r in every if "relative_error" in r),
+            "repeats": len(runs),
             "device": self.cluster.profile_name,
             "samples_s": json.dumps([round(s, 6) for s in latencies]),
         }
         why = why_invalid(row)
         return row | {"valid": not why, "why_invalid": why}
+
+
+def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
+    """The `timeline` rows of the run whose latency is nearest to the row's median."""
+    samples = json.loads(row["samples_s"])
+    median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
+    conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
+    events = [r["samples"][0]["events"] for r in runs[median]]
+    return [conditions | part for part in timeline_rows(events, row["time_scale"])]
 
 
 def _original(config: PretrainedConfig) -> PretrainedConfig:
