@@ -41,7 +41,7 @@ def plan(
     seq_len: options.Tokens = 128,
     batch_size: options.Batch = 1,
     wire: options.Wires = options.FLOAT32,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why this plan, and what limits it.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what limits the chosen plan.")] = False,
     output: options.Output = None,
     pace: options.Pace = "measured",
 ) -> None:
@@ -54,8 +54,7 @@ def plan(
 
     from detransformer.cluster.devices import cluster_profile, device_specs
     from detransformer.files import atomic_write
-    from detransformer.planning.placement import explain as explanation
-    from detransformer.planning.placement import place_freely
+    from detransformer.planning.placement import bottleneck, place_freely
     from detransformer.planning.profile import ClusterProfile
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
@@ -80,10 +79,9 @@ def plan(
         placement = place_freely(config, planned, seq_len, batch_size, options.in_bytes(memory), wires=wire)
         planning_s = time.perf_counter() - started
         print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
+        print("\n".join(_lines(placement, planning_s)))
         if explain:
-            print(explanation(placement, config, planned, seq_len, batch_size))
-        else:
-            print("\n".join(_lines(placement, planning_s)))
+            print(bottleneck(placement.plan, config, planned, seq_len, batch_size))
         if output:
             chosen = placement.chosen
             with atomic_write(output) as file:
@@ -94,9 +92,21 @@ def plan(
 def _lines(placement: "Placement", planning_s: float) -> list[str]:
     rows = placement.table().assign(
         devices=[_listed(a.plan.device_ids) for a in placement.alternatives],
+        sent_kib=[sum(a.prediction.bytes.values()) / 2**10 for a in placement.alternatives],
         memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
     )
-    shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
+    shown = [
+        "method",
+        "devices",
+        "plan",
+        "predicted_s",
+        "compute_s",
+        "comm_s",
+        "sent_kib",
+        "memory_mib",
+        "fits",
+        "reason",
+    ]
     chosen = placement.chosen
     return [
         markdown(rows.drop_duplicates(["method", "devices"])[shown]),

@@ -1,11 +1,10 @@
 """Adaptive placement (DATE 2024, Section III-C): of the plans that fit the memory, the one predicted to be fastest.
 
 `place` looks at the paper's three plans, over all devices. `place_freely` looks at all plans: which devices take part,
-in how many chunks a request is run, in which format messages travel, and, by `search`, each layer's strategy. `explain`
-says in a table and a line of text, for a terminal, what else there was and what limits the chosen plan.
+in how many chunks a request is run, in which format messages travel, and, by `search`, each layer's strategy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.methods import PLANNED_METHODS
 from detransformer.parallel.plan import Plan, published_plan, strategies_for
 from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.planning.pieces import Pieces
@@ -23,8 +21,6 @@ from detransformer.planning.profile import ClusterProfile
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_SHOWN = 6  # rows at most beside the published methods, where a plan is explained
-COLUMNS = f"{'plan':36}{'dev':>4}{'s':>8}{'compute':>8}{'comm':>8}{'KiB':>7}{'MiB':>6}  verdict"
 CHUNKS = (1, 2, 4)  # more save little and cost a real device efficiency: its products become small
 ALL_COUNTS = 8  # of up to so many devices every number is tried; of more, powers of 2 and what lies around the best
 TIE = 1e-9  # relative: fewer chunks are taken
@@ -266,35 +262,11 @@ def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
 # Why this plan -------------------------------------------------------------------------------------------------------
 
 
-def explain(placement: Placement, config: PretrainedConfig, profile: ClusterProfile, *request: int) -> str:
-    """The alternatives of `placement` and the bottleneck of the chosen plan; `request` as for `limits`."""
-    lines = [COLUMNS, *(_line(a, placement) for a in _shown(placement))]
-    shares = limits(placement.plan, config, profile, *request)
+def bottleneck(plan: Plan, config: PretrainedConfig, profile: ClusterProfile, *request: int) -> str:
+    """What limits `plan`, in a line of text; `request` as for `limits`."""
+    shares = limits(plan, config, profile, *request)
     parts = sorted(((share, what) for what, share in shares.items() if share >= 0.005), reverse=True)
-    return "\n".join([*lines, "Bottleneck: " + ", ".join(f"{what} {share:.0%}" for share, what in parts) + "."])
-
-
-def _shown(placement: Placement) -> Iterator[Alternative]:
-    """The fastest of each kind: by method, number of devices and wire, and on the same devices by strategies."""
-    chosen, seen = placement.plan, set()
-    for a in placement.alternatives:
-        where = a.plan.wire, a.plan.num_devices
-        alike = where == (chosen.wire, chosen.num_devices)
-        kind = *where, a.plan.strategies if alike else ""
-        published = a.plan.method not in PLANNED_METHODS
-        if published or (kind not in seen and len(seen) <= MAX_SHOWN):
-            seen.add(kind)
-            yield a
-
-
-def _line(a: Alternative, placement: Placement) -> str:
-    prediction, over = a.prediction, a.latency_s / placement.chosen.latency_s
-    verdict = a.reason or ("chosen" if a is placement.chosen else f"{over - 1:+.1%}" if over < 2 else f"{over:.1f}x")
-    name = f"{a.plan.method}: {a.plan.describe()}"
-    name = name if len(name) < 36 else name[:32] + "..."
-    seconds = "".join(f"{s:8.3f}" for s in (prediction.latency_s, prediction.compute_s, prediction.comm_s))
-    sizes = f"{sum(prediction.bytes.values()) / 1024:7.0f}{max(prediction.memory_bytes) / MIB:6.0f}"
-    return f"{name:36}{a.plan.num_devices:4}{seconds}{sizes}  {verdict}"
+    return "Bottleneck: " + ", ".join(f"{what} {share:.0%}" for share, what in parts) + "."
 
 
 def limits(plan: Plan, config: PretrainedConfig, profile: ClusterProfile, *request: int) -> dict[str, float]:
