@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detransformer.cluster.devices import PACES
 from detransformer.files import PACKAGE, atomic_write, data_folder
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import check_wire
@@ -38,8 +37,6 @@ class Cell:
     burns: bool = False
 
     def __post_init__(self):
-        if self.pace not in PACES:
-            raise ValueError(f"pace={self.pace!r} is unknown: choose one of {', '.join(PACES)}.")
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown: choose from {', '.join(METHODS)}.")
         if self.repeats < 1:

@@ -67,7 +67,6 @@ def place(
     memory_budget_bytes: int | None = None,
     methods: Sequence[str] | None = None,
     wire: str = "float32",
-    past: int = 0,
 ) -> Placement:
     """Chooses among `methods` (default: `search_space`) for all devices of `profile`, split by their speeds.
 
@@ -77,7 +76,7 @@ def place(
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    problem = Problem(config, profile, seq_len, batch_size, past, memory_budget_bytes)
+    problem = Problem(config, profile, seq_len, batch_size, memory_budget_bytes)
     alternatives = problem.published(methods or search_space(config), wire)
     return Placement(_fastest(alternatives), _sorted(alternatives))
 
@@ -88,9 +87,7 @@ def place_freely(
     seq_len: int = 128,
     batch_size: int = 1,
     memory_budget_bytes: int | None = None,
-    wire: str = "float32",
-    past: int = 0,
-    wires: Sequence[str] = (),
+    wires: Sequence[str] = ("float32",),
 ) -> Placement:
     """Chooses devices, chunks and every original layer's strategy; sizes are split by speed, and by memory if need be.
 
@@ -99,17 +96,17 @@ def place_freely(
     layers and with another for the last, the paper's plans, and one device alone.
 
     Args:
-        wires: formats to choose from (default: `wire`): the most exact one within 2% of the fastest is taken.
+        wires: formats of messages to choose from: the most exact one within 2% of the fastest is taken.
 
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    problem = Problem(config, profile, seq_len, batch_size, past, memory_budget_bytes)
-    found = [_Candidates(problem, one, order) for one in wires or (wire,) for order in problem.orders]
+    problem = Problem(config, profile, seq_len, batch_size, memory_budget_bytes)
+    found = [_Candidates(problem, wire, order) for wire in wires for order in problem.orders]
     fitting = [candidates for candidates in found if candidates.by_count]
     published = dict.fromkeys((*search_space(config), "single"))
     if not fitting:
-        return place(config, profile, seq_len, batch_size, memory_budget_bytes, published, found[0].wire, past)
+        return place(config, profile, seq_len, batch_size, memory_budget_bytes, published, wires[0])
     limit_s = (1 + WIRE_TOLERANCE) * min(candidates.best.latency_s for candidates in fitting)
     near = [candidates for candidates in fitting if candidates.best.latency_s <= limit_s]
     taken = min(near, key=lambda candidates: (WIRE_FORMATS.index(candidates.wire), candidates.best.latency_s))
@@ -128,7 +125,7 @@ def method_plan(
         request: seq_len, batch_size and memory_budget_bytes, of which planned methods take account.
     """
     if method in ("auto", "bp+auto"):  # of the unmodified model, of the decoupled one
-        return replace(place_freely(config, profile, wire=wire, **request).plan, method=method)
+        return replace(place_freely(config, profile, wires=(wire,), **request).plan, method=method)
     if method in ("bp+paper", "bp+narrow"):  # bp+narrow: the same on the model of narrow sub-blocks
         return replace(place(config, profile, wire=wire, **request).plan, method=method)
     return published_plan(method, config, device_speeds(profile), wire)

@@ -62,7 +62,6 @@ class Problem:
     profile: ClusterProfile
     seq_len: int
     batch_size: int
-    past: int = 0
     budget: int | None = None
 
     @cached_property
@@ -90,8 +89,8 @@ class Problem:
         return list(dict.fromkeys((able, tuple(sorted(able, key=lambda i: -self.profile.link.share(i))))))
 
     @property
-    def request(self) -> tuple[int, int, int]:
-        return self.seq_len, self.batch_size, self.past
+    def request(self) -> tuple[int, int]:
+        return self.seq_len, self.batch_size
 
     def needed(self, plan: Plan) -> np.ndarray:
         """Bytes that each rank of `plan` keeps [P]."""

@@ -60,7 +60,7 @@ def static_plans(
         )
     cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes)
     largest, sets = cells.largest, []
-    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, wire)  # or says why
+    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, (wire,))  # or says why
     for order in largest.orders:
         singles = [plan for i in order for plan in splits(largest, [i], wire) if not largest.lacks(plan)][:1]
         sets.append(cells.hold(singles, max_plans))
