@@ -147,7 +147,7 @@ def on_devices(plan: Plan, devices: Sequence[int]) -> Plan:
     return replace(plan, devices=() if list(devices) == list(range(len(devices))) else tuple(devices))
 
 
-def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
+def splits(problem: Problem, devices: Sequence[int], wire: str = "float32") -> list[Plan]:
     """A plan of these devices split by speed; where that lacks memory, others whose weights go where there is more.
 
     Tokens are always split by speed. Empty where there are more devices than sub-blocks.
