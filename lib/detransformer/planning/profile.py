@@ -185,6 +185,5 @@ class ClusterProfile:
                 f"profile {path} does not exist: make it with `detransformer profile --output {path}`."
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a profile ({error}): make it again with `detransformer profile`."
-            ) from error
+            why = str(error).rstrip(".")
+            raise ValueError(f"{path} is not a profile ({why}): make it again with `detransformer profile`.") from error
