@@ -125,18 +125,17 @@ class Pieces:
     def row(self, name: str) -> Row:
         """The layer under strategy `name`; `start` and `end` are what stands before and after all layers."""
         if name not in self._rows:
-            nothing, recorder = np.zeros(len(self.ranks)), self.recorder
+            recorder, layouts, kept = self.recorder, (REPLICATE, REPLICATE), np.zeros(len(self.ranks))
             if name == "start":
-                row = Row(name, REPLICATE, REPLICATE, self._steps([recorder.start()] * len(self.ranks)), nothing)
+                recordings = [recorder.start()] * len(self.ranks)
             elif name == "end":
-                row = Row(name, REPLICATE, REPLICATE, self._steps(list(map(recorder.end, self.ranks))), nothing)
+                recordings = list(map(recorder.end, self.ranks))
             else:
                 recordings = [recorder.layer(name, rank) for rank in self.ranks]
                 weights = [layer_bytes(recorder.sizes, name, recorder.plan, rank) for rank in self.ranks]
                 kept = np.array([w + r.cache_bytes for w, r in zip(weights, recordings, strict=True)], float)
-                strategy = STRATEGIES[name]
-                row = Row(name, strategy.in_layout, strategy.out_layout, self._steps(recordings), kept)
-            self._rows[name] = row
+                layouts = STRATEGIES[name].in_layout, STRATEGIES[name].out_layout
+            self._rows[name] = Row(name, *layouts, self._steps(recordings), kept)
         return self._rows[name]
 
     def choices(self) -> list[list[Row]]:
