@@ -63,7 +63,7 @@ def run_emulated(
         ValueError, DeviceError: as `ask`.
     """
     from detransformer.cluster.checkpoints import open_folder
-    from detransformer.cluster.selfcheck import lateness, set_time_scale, warn_if_late
+    from detransformer.cluster.selfcheck import host_time_scale, lateness, warn_if_late
 
     config = open_folder(model).config
     profile = spec.profile(config)
@@ -71,7 +71,8 @@ def run_emulated(
     with spec.emulate(transport=transport, threads=threads, home=home) as cluster:
 
         def pace(plan: Mapping) -> Mapping:
-            scale = set_time_scale(cluster, spec.bandwidth_bps, profile, plan["busy"], config, time_scale)
+            scale = time_scale or host_time_scale(cluster, config, profile, plan["busy"])
+            cluster.set_link(spec.bandwidth_bps, scale)
             return {"paced": True, "modelled_link": cluster.transport != "namespaces", "time_scale": scale}
 
         title = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"

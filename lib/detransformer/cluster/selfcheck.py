@@ -153,20 +153,6 @@ def host_time_scale(
     return first_time_scale(total_bps if sends else 0.0, busy, usable_cores())
 
 
-def set_time_scale(
-    cluster: EmulatedCluster,
-    bandwidth_bps: float,
-    profile: ClusterProfile,
-    devices: Sequence[int],
-    config: PretrainedConfig,
-    time_scale: float | None,
-) -> float:
-    """Sets the links' rate and the time scale of `cluster`, the given one or `host_time_scale`, and returns it."""
-    scale = time_scale or host_time_scale(cluster, config, profile, devices)
-    cluster.set_link(bandwidth_bps, scale)
-    return scale
-
-
 def lateness(results: Sequence[dict | None]) -> float:
     """The share of the modelled time by which the host was late, on the device where it was worst."""
     samples = [result.get("samples", [result]) for result in results if result is not None]
