@@ -263,9 +263,8 @@ class Comm:
 
         def collect() -> None:
             deadline, works = time.monotonic() + timeout_s, {}
-            for rank in sorted(
-                {*range(self.num_ranks)} - {root, *absent}
-            ):  # all at once: none waits for another's turn
+            asked = [rank for rank in range(self.num_ranks) if rank not in (root, *absent)]
+            for rank in asked:  # all at once: none waits for another's turn
                 with suppress(RuntimeError):  # gloo's error of a lost or late peer
                     works[rank] = dist.irecv(incoming[rank], group=self.group, group_src=rank)
             for rank, work in works.items():
