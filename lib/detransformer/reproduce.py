@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -114,17 +114,14 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
 @contextmanager
 def locked(run: RunFolder) -> Iterator[RunFolder]:
     """A run folder that nobody else writes to meanwhile; ValueError where somebody does."""
-    lock = FileLock(run.path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"{run.path} is in use by another reproduce; wait for it, or choose another --output."
-        ) from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(run.path / ".lock", timeout=0))
+        except Timeout as error:
+            raise ValueError(
+                f"{run.path} is in use by another reproduce; wait for it, or choose another --output."
+            ) from error
         yield run
-    finally:
-        lock.release()
 
 
 def is_reference(path: Path) -> bool:
