@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -34,19 +33,7 @@ from detransformer.training.config import (
 from detransformer.training.data.images import IMAGE_SIZE, MEAN, NUM_CHANNELS, STD, ImageData
 from detransformer.training.hardware import resolve_precision
 from detransformer.training.loop import Run, fit, micro_batches
-from detransformer.training.results import as_result, read_result, write_result
-
-# How a picture becomes what the model reads, in the words of Hugging Face's image processors.
-PREPROCESSOR = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(MEAN),
-    "image_std": list(STD),
-}
+from detransformer.training.results import Result, as_result, read_result, write_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,29 +90,6 @@ class ImageConfig(StepRecipe):
         )
 
 
-@dataclass(frozen=True)
-class VitResult:
-    """A trained ViT: `checkpoint` is a Hugging Face model folder, `history` has a row a step; accuracies times 100."""
-
-    checkpoint: Path
-    history: pd.DataFrame
-    accuracy: float
-    train_accuracy: float
-    chance_accuracy: float
-    num_steps: int
-    num_epochs: float
-    num_parameters: int
-    train_rows: int
-    test_rows: int
-    seconds: float
-    images_per_s: float
-    seed: int
-    precision: str
-    source: str
-    note: str
-    identity: str
-
-
 class ImageBatches:
     """Augmented training batches of `data`; a function of (seed, index)."""
 
@@ -171,10 +135,14 @@ def train_vit(
     data: ImageData,
     output_dir: str | Path,
     on_step: Callable[[int, float], None] | None = None,
-) -> VitResult:
+) -> Result:
     """Trains a ViT from scratch into a folder of its own under `output_dir` (model/, history.csv, result.json).
 
     `on_step(step, loss)` is called after each step.
+
+    Returns:
+        Of this run: accuracy, train_accuracy and chance_accuracy (times 100), num_steps, num_epochs, num_parameters,
+        train_rows, test_rows, images_per_s, seed, precision, source, note.
 
     Raises:
         ValueError: for a damaged checkpoint, or a loss that is not finite.
@@ -185,7 +153,7 @@ def train_vit(
     run = Run(name, Path(output_dir) / f"{name}-{identity[:6]}", identity, on_step)
     done = read_result(run)
     if done is not None:
-        return as_result(VitResult, run, done)
+        return as_result(run, done)
     set_seed(config.seed)
     model = ViTForImageClassification(config.vit_config(data.num_classes))
     objective = ImageLoss(model, config.label_smoothing)
@@ -213,13 +181,23 @@ def train_vit(
         f"{images / len(data.train_images):.3g} epochs; {data.note}",
         "config": dataclasses.asdict(config),
     }
+    save = (model.save_pretrained, save_preprocessor)
+    return as_result(run, write_result(run, trained, record, "images", config.global_batch_size, *save))
 
-    def save(place: Path) -> None:
-        model.save_pretrained(place)
-        (place / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1), encoding="utf-8")
 
-    record = write_result(run, trained, record, "images", config.global_batch_size, save)
-    return as_result(VitResult, run, record)
+def save_preprocessor(folder: Path) -> None:
+    """Writes how a picture becomes what the model reads, in the words of Hugging Face's image processors."""
+    words = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
 
 
 @torch.no_grad()

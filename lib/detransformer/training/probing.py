@@ -263,7 +263,7 @@ def probe_table(outcomes: Mapping[str, dict[str, Outcome]], original: str) -> pd
                     ]
                     low, high = np.percentile(apart, [2.5, 97.5])
                 metric = "recall" if name == RETRIEVAL else get_task(name).metric
-                guess = 0.0 if name == RETRIEVAL else majority_score(get_task(name), list(base.labels))
+                guess = 0.0 if name == RETRIEVAL else majority_score(get_task(name), {"label": base.labels.tolist()})
                 rows.append({"row": row, "task": column, "metric": metric, "score": value, "majority_score": guess,
                              "difference": value - known, "difference_low": low, "difference_high": high,
                              "eval_rows": len(base.labels), "note": base.note})  # fmt: skip
