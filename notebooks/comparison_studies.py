@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from coformer_tables import best_recipe
 from method_rows import energy_j, scale_policy, tdp_w
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, ViTConfig
 
@@ -35,7 +36,6 @@ from detransformer.coformer.search import Evaluator, SearchConfig, search_policy
 from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.files import repository_root
 from detransformer.models.configuration import preset_config
-from detransformer.tables.coformer import best_recipe
 from detransformer.training.config import FinetuneConfig, ModelRow, config_hash, make_config
 from detransformer.training.data.images import open_images
 from detransformer.training.data.reduced import reduced_data

@@ -9,7 +9,6 @@ import pytest
 
 from detransformer.record.published import published
 from detransformer.tables.accuracy import (
-    chance_beyond_noise,
     learned,
     mean_score,
     paired_std_error,
@@ -140,10 +139,6 @@ def test_learning_is_more_than_a_small_validation_set_makes():
     kinds = dict(metric=["mcc", "exact_match", "exact_match"], score=[5.0, 5.0, 15.0])
     rows = pd.DataFrame(kinds | dict(majority_score=0.0, eval_rows=1043))
     assert learned(rows).tolist() == [False, False, True], "of answers to questions, ten points"
-
-
-def test_chance_of_two_errors_falls_with_seeds():
-    assert [round(chance_beyond_noise(n), 2) for n in (2, 3, 5, 10)] == [0.30, 0.18, 0.12, 0.08]
 
 
 # --- means and trends --------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The six claims that the README opens with, as sentences made of a run's saved tables (`claims_table`)."""
 
+import re
+
 import pandas as pd
 
 from detransformer.record.intervals import MIN_SAMPLES
 from detransformer.record.published import published_claim
 from detransformer.record.run import RunFolder
-from detransformer.tables.kept import structure_of
 from detransformer.tables.latency import VARIANTS, links_of, select, single_rows, speedup, valid_rows
 
 COLUMNS = ["claim", "paper", "here", "kind", "how sure"]
@@ -93,6 +94,11 @@ def accuracy_claim(shares: pd.DataFrame) -> tuple | None:
     sure += "calibration each, intervals over validation rows"
     name = "Scores kept after decoupling a pretrained model"
     return name, "100.9% (Table III, trained anew)", "; ".join(parts), "measured", sure
+
+
+def structure_of(label: str) -> str:
+    """A row's structure, of a label such as `minilm Nb=2, Ndiv=4, 1,000,000 tokens` or `minilm, 3 layers, cut`."""
+    return re.sub(r", (sliced|cut|closed form|[\d,]+ tokens)$", "", label)
 
 
 def same_outputs(latency: pd.DataFrame) -> tuple | None:

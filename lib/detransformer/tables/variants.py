@@ -7,8 +7,8 @@ import pandas as pd
 from detransformer.tables.accuracy import (
     PUBLISHED_STRUCTURE,
     ROW_COLUMNS,
+    compared,
     is_original,
-    paired_std_error,
     structure_names,
 )
 
@@ -51,13 +51,12 @@ def variant_table(pretraining: pd.DataFrame, varies: str) -> pd.DataFrame:
         if len(kinds) < 2 or base not in kinds:
             continue
         for kind in sorted(kinds, key=lambda kind: kind != base):
-            losses, published = kinds[kind]["valid_loss"], kinds[base]["valid_loss"]
-            row = dict(zip(alike, keys, strict=True)) | {varies: kind, "num_seeds": len(losses)}
-            row |= {"valid_loss": losses.mean(), "valid_loss_std": losses.std(ddof=1)}
-            row |= {name: kinds[kind][name].mean() for name in ("unigram_loss", "perplexity")}
-            row["difference"] = losses.mean() - published.mean()
-            row["difference_std_error"] = math.nan if kind == base else paired_std_error(losses, published)
-            rows.append(row)
+            made = compared(kinds[kind]["valid_loss"], kinds[base]["valid_loss"])
+            row = dict(zip(alike, keys, strict=True)) | {varies: kind} | made
+            row |= {"valid_loss": made["mean"], "valid_loss_std": made["std"]}
+            rows.append(row | {name: kinds[kind][name].mean() for name in ("unigram_loss", "perplexity")})
+            if kind == base:
+                rows[-1]["difference_std_error"] = math.nan
     columns = [*ROW_COLUMNS, *PUBLISHED_STRUCTURE, "num_seeds", "valid_loss", "valid_loss_std", "unigram_loss"]
     table = pd.DataFrame(rows, columns=[*columns, "perplexity", "difference", "difference_std_error"])
     table.insert(0, "row", [f"{m} {name}" for m, name in zip(table["model"], structure_names(table), strict=True)])

@@ -9,7 +9,6 @@ from detransformer.training.config import FinetuneConfig, ModelRow, make_config,
 from detransformer.training.data import TrainingData, open_data, reduced_data
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import CausalConfig, PretrainConfig, pretrain, pretrain_all
-from detransformer.training.probing import ProbeConfig, bag_of_words, majority, probe, probe_table
 from detransformer.training.summary import accuracy_table, calibration_table, loss_table, pretraining_table
 
 __all__ = [
@@ -18,25 +17,20 @@ __all__ = [
     "FinetuneConfig",
     "ModelRow",
     "PretrainConfig",
-    "ProbeConfig",
     "TrainingData",
     "accuracy_table",
-    "bag_of_words",
     "calibrate",
     "calibration_curve",
     "calibration_table",
     "finetune",
     "finetune_all",
     "loss_table",
-    "majority",
     "make_config",
     "model_rows",
     "open_data",
     "pretrain",
     "pretrain_all",
     "pretraining_table",
-    "probe",
-    "probe_table",
     "reduced_data",
     "row_config",
 ]

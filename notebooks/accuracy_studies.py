@@ -1,4 +1,4 @@
-"""What an encoder's sentence vectors are worth without fine-tuning: linear probes, retrieval, and their baselines.
+"""The studies of notebook 03: what a changed encoder keeps of the original's scores, without and with fine-tuning.
 
 A probe is a logistic regression (scikit-learn) on frozen vectors, of a pair on [u, v, |u - v|, u v] (Conneau et al.
 2017); how strongly it is regularised is chosen on a fifth of the training rows (Matthews correlation). Retrieval looks
@@ -9,7 +9,8 @@ validation rows: what another sample of rows would have said, not another traini
 Shapes: N texts, D hidden, C classes.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,23 +19,38 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import hstack, issparse
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import make_scorer, matthews_corrcoef
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
 import detransformer.models  # noqa: F401  (AutoModel knows decoupled BERT)
 from detransformer.files import atomic_write
+from detransformer.record.intervals import NUM_ERRORS, around
+from detransformer.record.verdict import Verdict
+from detransformer.tables.accuracy import compared, learned
+from detransformer.training import TrainingData
 from detransformer.training.config import Checked, config_hash, positive
-from detransformer.training.data import TrainingData
 from detransformer.training.data.tasks import get_task
 from detransformer.training.finetuning import source_of
 from detransformer.training.hardware import place, resolve_precision
 from detransformer.training.metrics import classification_scores, majority_score
 
 RETRIEVAL = "retrieval"
-STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # of C, the inverse strength of regularisation
-TOKENS_PER_BATCH = 8192
+STRENGTHS = (10.0, 1.0, 0.1, 0.01)  # of C, the inverse strength of regularisation; of equal ones the first is taken
+TEXTS_PER_BATCH = 64
 RESAMPLES = 500
+KEPT_PERCENT = 97.0  # of the original's mean over the tasks it has learned
+BASELINES = ("majority", "bag of words")
+RANGE = ["difference_low", "difference_high"]
+
+Read = Callable[[Sequence[str]], Any]  # texts to vectors [N, D], an array or a sparse matrix
 
 
 @dataclass(frozen=True)
@@ -72,47 +88,35 @@ def sentence_vectors(model, texts: Sequence[str], data: TrainingData, seq_len: i
     rows = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vectors = np.zeros((len(rows), model.config.hidden_size), dtype=np.float32)
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * len(rows[order[end]]) <= TOKENS_PER_BATCH:
-            end += 1
-        part = order[start:end]
+    for start in range(0, len(order), TEXTS_PER_BATCH):
+        part = order[start : start + TEXTS_PER_BATCH]
         ids = pad_sequence([rows[i] for i in part], batch_first=True, padding_value=data.special.pad)
         mask = pad_sequence([torch.ones_like(rows[i]) for i in part], batch_first=True)
         hidden = model(ids, attention_mask=mask).last_hidden_state.float()
         mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         vectors[part] = torch.nn.functional.normalize(mean, dim=-1).numpy()
-        start = end
     return vectors
 
 
-def pair_features(vectors: Sequence[np.ndarray]) -> np.ndarray:
+def pair_features(vectors: Sequence) -> Any:
     """One column of vectors as it is; of two [N, D] the four parts [N, 4 D]."""
     if len(vectors) == 1:
         return vectors[0]
     u, v = vectors
+    if issparse(u):
+        return hstack([u, v, abs(u - v), u.multiply(v)]).tocsr()
     return np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
 
 
-def fit_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+def fit_probe(train, labels: np.ndarray, test) -> np.ndarray:
     """Predicted labels of `test` by a logistic regression on `train`, features standardised unless sparse."""
-    from scipy.sparse import issparse
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import matthews_corrcoef
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def made(strength: float):
-        regression = LogisticRegression(C=strength, max_iter=200)
-        return regression if issparse(train) else make_pipeline(StandardScaler(), regression)
-
     order = np.random.default_rng(0).permutation(train.shape[0])
     held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
-    strengths = STRENGTHS if issparse(train) else tuple(strength / 100 for strength in STRENGTHS)
-    probes = ((made(c).fit(train[rest], labels[rest]), c) for c in strengths)
-    scores = [(matthews_corrcoef(labels[held_out], each.predict(train[held_out])), c) for each, c in probes]
-    return made(max(scores)[1]).fit(train, labels).predict(test)
+    scale, by = ("passthrough", 1) if issparse(train) else (StandardScaler(), 100)
+    probe = make_pipeline(scale, LogisticRegression(max_iter=200))
+    strengths = {"logisticregression__C": [strength / by for strength in STRENGTHS]}
+    search = GridSearchCV(probe, strengths, scoring=make_scorer(matthews_corrcoef), cv=[(rest, held_out)])
+    return search.fit(train, labels).predict(test)
 
 
 def probe(
@@ -131,8 +135,12 @@ def probe(
         if not path.exists():
             model = _encoder(folder) if model is None else model
             read = partial(sentence_vectors, model, data=data, seq_len=config.seq_len)
-            _save(path, _retrieve(read, config, data) if name == RETRIEVAL else _classify(read, name, config, data))
-        found[name] = _load(path)
+            made = _outcome(read, name, config, data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "wb") as file:
+                np.savez_compressed(file, predicted=made.predicted, labels=made.labels, note=made.note)
+        with np.load(path) as saved:
+            found[name] = Outcome(saved["predicted"], saved["labels"], str(saved["note"]))
     return found
 
 
@@ -145,27 +153,15 @@ def _encoder(folder: Path):
 
 def bag_of_words(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, Outcome]:
     """The same with TF-IDF vectors of words (and pairs of words) in place of a model's."""
-    from scipy.sparse import hstack
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     found = {}
     for name, config in tasks.items():
         if name == RETRIEVAL:
-            questions, paragraphs, _ = _questions(config, data)
-            words = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit(paragraphs)
-            found[name] = _retrieve(lambda texts, words=words: words.transform(texts), config, data)
-            continue
-        rows = data.task(name, config.max_train_rows, config.max_eval_rows)
-        columns = rows.task.columns
-        texts = [text for column in columns for text in rows.train[column]]
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit(texts)
-        features = []
-        for part in (rows.train, rows.validation):
-            vectors = [words.transform(part[column]) for column in columns]
-            pairs = [] if len(columns) == 1 else [abs(vectors[0] - vectors[1]), vectors[0].multiply(vectors[1])]
-            features.append(hstack([*vectors, *pairs]).tocsr())
-        labels = [np.array(part["label"]) for part in (rows.train, rows.validation)]
-        found[name] = Outcome(fit_probe(features[0], labels[0], features[1]), labels[1], rows.note)
+            words, texts = TfidfVectorizer(sublinear_tf=True, stop_words="english"), _questions(config, data)[1]
+        else:
+            rows = data.task(name, config.max_train_rows, config.max_eval_rows)
+            texts = [text for column in rows.task.columns for text in rows.train[column]]
+            words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        found[name] = _outcome(words.fit(texts).transform, name, config, data)
     return found
 
 
@@ -178,19 +174,25 @@ def majority(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, 
             found[name] = Outcome(np.ones(len(questions)) * len(paragraphs), right, "")
             continue
         rows = data.task(name, config.max_train_rows, config.max_eval_rows)
-        label = np.bincount(rows.train["label"]).argmax()
         labels = np.array(rows.validation["label"])
-        found[name] = Outcome(np.full_like(labels, label), labels, rows.note)
+        found[name] = Outcome(np.full_like(labels, np.bincount(rows.train["label"]).argmax()), labels, rows.note)
     return found
 
 
-def _classify(read, name: str, config: ProbeConfig, data: TrainingData) -> Outcome:
+def _outcome(read: Read, name: str, config: ProbeConfig, data: TrainingData) -> Outcome:
+    """Of the vectors that `read` gives: a probe's predictions, or of retrieval the rank (from 1) of each paragraph."""
+    if name == RETRIEVAL:
+        questions, paragraphs, right = _questions(config, data)
+        scores = read(questions) @ read(paragraphs).T
+        scores = scores.toarray() if issparse(scores) else scores
+        ranks = (scores > scores[np.arange(len(right)), right][:, None]).sum(1) + 1
+        note = f"{data.name}; {len(questions):,} questions of SQuAD's validation set, {len(paragraphs):,} paragraphs"
+        return Outcome(ranks, right, note)
     rows = data.task(name, config.max_train_rows, config.max_eval_rows)
-    features = [
-        pair_features([read(part[column]) for column in rows.task.columns]) for part in (rows.train, rows.validation)
-    ]
-    labels = [np.array(part["label"]) for part in (rows.train, rows.validation)]
-    return Outcome(fit_probe(features[0], labels[0], features[1]), labels[1], rows.note)
+    parts = (rows.train, rows.validation)
+    train, test = (pair_features([read(part[column]) for column in rows.task.columns]) for part in parts)
+    labels = [np.array(part["label"]) for part in parts]
+    return Outcome(fit_probe(train, labels[0], test), labels[1], rows.note)
 
 
 def _questions(config: ProbeConfig, data: TrainingData) -> tuple[list[str], list[str], np.ndarray]:
@@ -203,27 +205,6 @@ def _questions(config: ProbeConfig, data: TrainingData) -> tuple[list[str], list
     ]
     order = np.random.default_rng(0).permutation(len(asked))[: config.max_eval_rows]
     return [asked[i][0] for i in order], paragraphs, np.array([asked[i][1] for i in order])
-
-
-def _retrieve(read, config: ProbeConfig, data: TrainingData) -> Outcome:
-    """`predicted` is the rank (from 1) of each question's paragraph."""
-    questions, paragraphs, right = _questions(config, data)
-    scores = read(questions) @ read(paragraphs).T
-    scores = np.asarray(scores.todense()) if hasattr(scores, "todense") else scores
-    ranks = (scores > scores[np.arange(len(right)), right][:, None]).sum(1) + 1
-    note = f"{data.name}; {len(questions):,} questions of SQuAD's validation set, {len(paragraphs):,} paragraphs"
-    return Outcome(ranks, right, note)
-
-
-def _save(path: Path, outcome: Outcome) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as file:
-        np.savez_compressed(file, predicted=outcome.predicted, labels=outcome.labels, note=outcome.note)
-
-
-def _load(path: Path) -> Outcome:
-    with np.load(path) as saved:
-        return Outcome(saved["predicted"], saved["labels"], str(saved["note"]))
 
 
 # Scores ----------------------------------------------------------------------------------------------------------
@@ -268,3 +249,74 @@ def probe_table(outcomes: Mapping[str, dict[str, Outcome]], original: str) -> pd
                              "difference": value - known, "difference_low": low, "difference_high": high,
                              "eval_rows": len(base.labels), "note": base.note})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+# What is kept ----------------------------------------------------------------------------------------------------
+
+
+def finetuned_scores(runs: pd.DataFrame, original: str) -> pd.DataFrame:
+    """One row a model and task: score (mean over seeds), difference to `original`, its interval, as table `probes`.
+
+    The interval is two standard errors over paired seeds (the head's first weights, dropout, order of data).
+    """
+    rows = []
+    for (row, task), group in runs.groupby(["row", "task"], sort=False):
+        base = runs[(runs["row"] == original) & (runs["task"] == task)].set_index("seed")["score"]
+        ours = group.set_index("seed")["score"]
+        made = compared(ours, base)
+        made["score"], made["score_std"] = made.pop("mean"), made.pop("std")
+        error = made.pop("difference_std_error")
+        error = math.nan if row == original or len(base) < 2 else error
+        made["difference_low"], made["difference_high"] = around(made["difference"], error)
+        known = {name: group[name].iloc[0] for name in ("metric", "majority_score", "eval_rows", "train_rows", "note")}
+        rows.append({"row": row, "task": task} | made | known)
+    return pd.DataFrame(rows)
+
+
+def wide(scores: pd.DataFrame) -> pd.DataFrame:
+    """One line a model, one column a score; an arrow where a difference to the original is beyond its interval."""
+    marks = ["▲" if low > 0 else "▼" if high < 0 else "" for low, high in scores[RANGE].itertuples(index=False)]
+    texts = [f"{score:.1f} {mark}".strip() for score, mark in zip(scores["score"], marks, strict=True)]
+    cells = scores.assign(cell=pd.Series(texts, scores.index, dtype=str))
+    order = list(dict.fromkeys(scores["row"]))
+    return (
+        cells.pivot(index="row", columns="task", values="cell")
+        .loc[order, list(dict.fromkeys(scores["task"]))]
+        .fillna("")
+    )
+
+
+def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
+    """One row a model: its mean over the tasks that `original` has learned, as a share of the original's.
+
+    Columns: row, num_tasks, mean, share (per cent), low, high, judged (share of `KEPT_PERCENT` or more). The interval
+    adds the tasks' intervals as independent. Not tested where the original has learned nothing.
+    """
+    base = scores[scores["row"] == original].set_index("task")
+    known = list(base.index[learned(base)]) if len(base) else []
+    rows = []
+    for row, group in scores.groupby("row", sort=False):
+        cells = group.set_index("task").reindex(known)
+        if row in BASELINES or not known or cells["score"].isna().any():
+            continue
+        mean, whole = cells["score"].mean(), base.loc[known, "score"].mean()
+        spread = (cells["difference_high"] - cells["difference_low"]) / (2 * NUM_ERRORS)
+        error = 100 * math.sqrt((spread**2).sum(skipna=False)) / len(known) / whole if row != original else math.nan
+        low, high = around(100 * mean / whole, error)
+        verdict = Verdict(
+            f"{row}: share kept", KEPT_PERCENT, 100 * mean / whole, "measured", low=low, high=high, side="at least"
+        )
+        judged = "" if row == original else verdict.judged
+        rows.append(
+            {
+                "row": row,
+                "num_tasks": len(known),
+                "mean": mean,
+                "share": 100 * mean / whole,
+                "low": low,
+                "high": high,
+                "judged": judged,
+            }
+        )
+    columns = ["row", "num_tasks", "mean", "share", "low", "high", "judged"]
+    return pd.DataFrame(rows, columns=columns).assign(tasks=", ".join(known))
