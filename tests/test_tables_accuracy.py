@@ -1,12 +1,14 @@
 """Table III with seeds: differences and their errors, means, trends, variants and number formats, from made-up runs."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from detransformer.files import repository_root
 from detransformer.record.published import published
 from detransformer.tables.accuracy import (
     learned,
@@ -17,10 +19,12 @@ from detransformer.tables.accuracy import (
     trends,
     typed,
 )
-from detransformer.tables.variants import variant_table, wire_table
 from detransformer.training.config import ModelRow
 from detransformer.training.summary import accuracy_table, pretraining_table
 from table_frames import SPREAD, accuracy_rows, pretraining_rows
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+from pretraining_studies import data_note, variant_table, wire_table  # noqa: E402
 
 PUBLISHED = published("table_iii")
 DIFFERENCES = ["published_difference", "obtained_difference", "difference_std_error", "beyond_noise"]
@@ -314,3 +318,8 @@ def test_the_wide_table_has_both_values_and_marks_what_is_beyond_noise():
     assert wide.loc[("bert-base", "original"), "CoLA"] == "40.43 / 32.34 ± 1.50"
     assert wide.loc[("bert-large", "original"), "CoLA"].endswith("/ not run")
     assert wide.loc[("bert-base", "Nb=1, Ndiv=4"), "perplexity"].endswith("▼"), "of perplexity, less is better"
+
+
+def test_the_note_of_the_runs_has_each_task_once():
+    note = data_note(accuracy_rows(3))
+    assert note.startswith("Pre-training: tiny. CoLA: made up; seeds 3.") and note.count("made up") == 5

@@ -211,50 +211,48 @@ def mean_score(table: pd.DataFrame) -> pd.DataFrame:
     """
     frame = typed(table)
     frame = frame[frame["task"] != MLM]
+    frame = frame.assign(learned=learned(frame), std_error=std_errors(frame))
     rows = []
     for structure, cells in frame.groupby(ROW_COLUMNS, sort=False, dropna=False):
-        cells = cells.set_index("task")
-        base = frame[(frame["model"] == structure[0]) & is_original(frame)].set_index("task").reindex(cells.index)
-        both = cells["obtained_mean"].notna() & base["obtained_mean"].notna()
-        for over, chosen in (("all", both), ("learned", both & learned(base))):
+        base = frame[(frame["model"] == structure[0]) & is_original(frame)]
+        cells = cells.merge(base, on="task", suffixes=("", "_base"))
+        both = cells["obtained_mean"].notna() & cells["obtained_mean_base"].notna()
+        for over, chosen in (("all", both), ("learned", both & cells["learned_base"])):
             # What was not run is published still.
-            shown = chosen if chosen.any() or over == "learned" else chosen | True
-            row = {"over": over, "tasks": ", ".join(cells.index[shown]) or "none", "num_tasks": int(chosen.sum())}
-            row |= _shares(cells[shown], base[shown], is_base=pd.isna(structure[1]))
-            tested = chosen.any() and bool(learned(base[chosen]).all())
-            row["judged"] = "" if pd.isna(structure[1]) else _kept(row, tested)
+            shown = cells[chosen] if chosen.any() or over == "learned" else cells
+            row = {"over": over, "tasks": ", ".join(shown["task"]) or "none", "num_tasks": int(chosen.sum())}
+            row |= _shares(shown, is_base=pd.isna(structure[1]))
+            tested = chosen.any() and bool(shown["learned_base"].all())
+            low, high = around(row["obtained_share"], row["share_std_error"])
+            known = dict(kind="measured", low=low, high=high, side="at least", tested=tested and low == low)
+            verdict = Verdict("share kept", KEPT_PERCENT, row["obtained_share"], **known)
+            row["judged"] = "" if pd.isna(structure[1]) else verdict.judged
             rows.append(dict(zip(ROW_COLUMNS, structure, strict=True)) | row)
     return pd.DataFrame(rows).astype(dict.fromkeys(ROW_COLUMNS[1:], "Int64"))
 
 
-def _shares(cells: pd.DataFrame, base: pd.DataFrame, is_base: bool) -> dict[str, float]:
-    """Means over the tasks of `cells`, and their shares of the original's (`base`, same tasks) in per cent."""
-    names = {"published": "published", "obtained": "obtained_mean"}
-    means = {name: float(cells[column].mean(skipna=False)) for name, column in names.items()}
-    originals = {name: float(base[column].mean(skipna=False)) or math.nan for name, column in names.items()}
+def _shares(cells: pd.DataFrame, is_base: bool) -> dict[str, float]:
+    """Means over tasks, and their shares in per cent of the original's, whose columns end in `_base`."""
+    names = ("published", "obtained_mean", "published_base", "obtained_mean_base")
+    published, obtained, *originals = (float(cells[name].mean(skipna=False)) for name in names)
+    originally_published, original = (mean or math.nan for mean in originals)
     error = math.nan
     if not is_base:  # share = 1 + difference / original: errors of the paired difference and of the divisor
-        less = means["obtained"] / originals["obtained"] - 1
-        error = math.hypot(_mean_error(cells["difference_std_error"]), less * _mean_error(std_errors(base)))
+        less = obtained / original - 1
+        error = math.hypot(_mean_error(cells["difference_std_error"]), less * _mean_error(cells["std_error_base"]))
     return {
-        "published": means["published"],
-        "published_share": 100 * means["published"] / originals["published"],
-        "obtained": means["obtained"],
-        "obtained_std_error": _mean_error(std_errors(cells)),
-        "obtained_share": 100 * means["obtained"] / originals["obtained"],
-        "share_std_error": 100 * error / originals["obtained"],
+        "published": published,
+        "published_share": 100 * published / originally_published,
+        "obtained": obtained,
+        "obtained_std_error": _mean_error(cells["std_error"]),
+        "obtained_share": 100 * obtained / original,
+        "share_std_error": 100 * error / original,
     }
 
 
 def _mean_error(errors: pd.Series) -> float:
     """Standard error of a mean of independent values; NaN where one of them has none."""
     return float((errors**2).sum(skipna=False) ** 0.5 / len(errors)) if len(errors) else math.nan
-
-
-def _kept(row: dict, tested: bool) -> str:
-    low, high = around(row["obtained_share"], row["share_std_error"])
-    known = dict(kind="measured", low=low, high=high, tested=tested and low == low)
-    return Verdict("share kept", KEPT_PERCENT, row["obtained_share"], side="at least", **known).judged
 
 
 def trends(table: pd.DataFrame) -> pd.DataFrame:
@@ -275,25 +273,19 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
             if line[varies].nunique() < 2:
                 continue
             place = {"model": model, "trend": trend, "at": f"{'Ndiv' if trend == 'Nb' else 'Nb'}={FIXED}", "step": step}
-            chance = _at_chance(pd.concat([line, of_model[is_original(of_model)]]))
+            ran = pd.concat([line, of_model[is_original(of_model)]]).dropna(subset=["obtained_mean", "majority_score"])
+            chance = {task for task, cells in ran.groupby("task") if not learned(cells).any()}
             found = [_slopes(task, points, trend, chance) for task, points in _lines(line, varies, chance)]
             mean = next(row["published_slope"] for row in found if row["task"] == "mean")
             rows += [place | row | {"judged": _slope_verdict(row, mean)} for row in found]
     return pd.DataFrame(rows)
 
 
-def _at_chance(cells: pd.DataFrame) -> set[str]:
-    """Tasks that were run and that no row has learned."""
-    ran = cells[(cells["task"] != MLM) & cells["obtained_mean"].notna() & cells["majority_score"].notna()]
-    return {task for task, group in ran.groupby("task") if not learned(group).any()}
-
-
 def _lines(line: pd.DataFrame, varies: str, chance: set[str]) -> Iterator[tuple[str, pd.DataFrame]]:
     """(task, points) of every task, of their mean, of the mean of the learned, and of MLM; points by what varies."""
     line = line.rename(columns={"obtained_mean": "obtained"}).set_index(varies)
-    parts = {
-        task: cells[["published", "obtained", "error", "num_seeds"]] for task, cells in line.groupby("task", sort=False)
-    }
+    columns = ["published", "obtained", "error", "num_seeds"]
+    parts = {task: cells[columns] for task, cells in line.groupby("task", sort=False)}
     tasks = [task for task in parts if task != MLM]
     known = [task for task in tasks if task not in chance]
     yield from ((task, parts[task]) for task in tasks)

@@ -1,4 +1,4 @@
-"""What variants of a model cost in accuracy: number formats on the wire, other original layers, narrow sub-blocks."""
+"""The studies of notebook 02: what number formats on the wire, other original layers and narrow sub-blocks cost."""
 
 import math
 
