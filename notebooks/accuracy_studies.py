@@ -1,4 +1,4 @@
-"""The studies of notebook 03: what a changed encoder keeps of the original's scores, without and with fine-tuning.
+"""The studies of notebook 03: calibration over tokens, and what a changed encoder keeps of the original's scores.
 
 A probe is a logistic regression (scikit-learn) on frozen vectors, of a pair on [u, v, |u - v|, u v] (Conneau et al.
 2017); how strongly it is regularised is chosen on a fifth of the training rows (Matthews correlation). Retrieval looks
@@ -9,8 +9,9 @@ validation rows: what another sample of rows would have said, not another traini
 Shapes: N texts, D hidden, C classes.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,15 @@ from detransformer.files import atomic_write
 from detransformer.record.intervals import NUM_ERRORS, around
 from detransformer.record.verdict import Verdict
 from detransformer.tables.accuracy import compared, learned
-from detransformer.training import TrainingData
+from detransformer.training import CalibrationConfig, ModelRow, TrainingData, calibrate
 from detransformer.training.config import Checked, config_hash, positive
 from detransformer.training.data.tasks import get_task
 from detransformer.training.finetuning import source_of
 from detransformer.training.hardware import place, resolve_precision
 from detransformer.training.metrics import classification_scores, majority_score
+from detransformer.training.results import Result
 
+STRUCTURE = ["num_original_layers", "num_divisions", "num_layers"]
 RETRIEVAL = "retrieval"
 STRENGTHS = (10.0, 1.0, 0.1, 0.01)  # of C, the inverse strength of regularisation; of equal ones the first is taken
 TEXTS_PER_BATCH = 64
@@ -51,6 +54,57 @@ BASELINES = ("majority", "bag of words")
 RANGE = ["difference_low", "difference_high"]
 
 Read = Callable[[Sequence[str]], Any]  # texts to vectors [N, D], an array or a sparse matrix
+
+
+# Calibration over tokens -----------------------------------------------------------------------------------------
+
+
+def calibration_curve(
+    teacher: str | Path,
+    row: ModelRow,
+    budgets: Sequence[float],
+    config: CalibrationConfig,
+    data: TrainingData,
+    output_dir: str | Path,
+) -> list[Result]:
+    """`row` as it is cut, after the closed form, and trained on each number of tokens, one going on from another.
+
+    Args:
+        budgets: tokens trained on in all, ascending; each has a schedule of its own.
+
+    Raises:
+        ValueError: for budgets that do not ascend, and as `calibrate`.
+    """
+    untrained = dataclasses.replace(config, num_steps=0)
+    found = [calibrate(teacher, row, dataclasses.replace(untrained, fit_sequences=0), data, output_dir)]
+    if not row.is_original and config.fit_sequences:
+        found.append(calibrate(teacher, row, untrained, data, output_dir))
+    for budget in budgets:
+        done = found[-1].tokens
+        steps = round((budget - done) / config.tokens_per_step)
+        if steps < 1:
+            raise ValueError(
+                f"a budget of {budget:,.0f} tokens is not above {done:,}: give ascending numbers of tokens."
+            )
+        chosen = dataclasses.replace(config, num_steps=steps, seed=config.seed + done)
+        found.append(calibrate(teacher, row, chosen, data, output_dir, found[-1]))
+    return found
+
+
+def calibration_table(results: Iterable[Result]) -> pd.DataFrame:
+    """One row a model: row, Nb, Ndiv, num_layers, stage, tokens, errors, cosine, seconds of training, source, note.
+
+    stage: `sliced` or `cut` (fewer layers) as they are, `closed form`, `trained`; tokens are those trained on, or what
+    the closed form read. `error` is the last layer's, `mean_error` over layers, held-out and relative to the teacher's.
+    """
+    frame = pd.DataFrame(vars(result) | vars(result.row) | {"row": result.row.label} for result in results)
+    frame["tokens"] = frame["tokens"].where(frame["tokens"] > 0, frame["fit_tokens"])
+    frame["error"], frame["mean_error"] = frame["errors"].str[-1], frame["errors"].map(np.mean)
+    columns = ["row", *STRUCTURE, "stage", "tokens", "error", "mean_error", "cosine", "seconds", "source", "note"]
+    return frame[columns].astype(dict.fromkeys(STRUCTURE, "Int64"))
+
+
+# Probes -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

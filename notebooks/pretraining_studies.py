@@ -1,6 +1,7 @@
-"""The studies of notebook 02: what number formats on the wire, other original layers and narrow sub-blocks cost."""
+"""The studies of notebook 02: losses by step, the cost of number formats on the wire and of other structures."""
 
 import math
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -11,8 +12,27 @@ from detransformer.tables.accuracy import (
     is_original,
     structure_names,
 )
+from detransformer.training.results import Result
+from detransformer.training.summary import nullable
 
+LOSS_POINTS = 200  # a model, of its training losses
 WIRE_LIMIT = 0.3  # points that a number format on the wire may cost
+
+
+def loss_table(results: Iterable[Result]) -> pd.DataFrame:
+    """Training losses of each pre-trained model: row, Nb, Ndiv, step, tokens, train_loss.
+
+    Of longer runs a row is the mean over as many steps as leave `LOSS_POINTS` rows, with the last of these steps.
+    """
+    frames = []
+    for result in results:
+        window = -(-len(result.history) // LOSS_POINTS)
+        parts = result.history.groupby((result.history["step"] - 1) // window)
+        frame = parts.agg({"step": "max", "tokens": "max", "train_loss": "mean"})
+        structure = {name: getattr(result.row, name) for name in ROW_COLUMNS[1:]}
+        frames.append(frame.assign(row=result.row.label, **structure))
+    columns = ["row", *ROW_COLUMNS[1:], "step", "tokens", "train_loss"]
+    return nullable(pd.concat(frames, ignore_index=True)[columns])
 
 
 def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:

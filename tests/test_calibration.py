@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,14 +12,13 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
+from detransformer.files import repository_root
 from detransformer.models import decouple, layer_kinds
 from detransformer.training import (
     CalibrationConfig,
     FinetuneConfig,
     ModelRow,
     calibrate,
-    calibration_curve,
-    calibration_table,
     finetune,
     open_data,
 )
@@ -28,6 +28,9 @@ from detransformer.training.data.text import text_data
 from detransformer.training.refit import refit
 from stopping import Stop, stop_at
 from test_cli import assert_one_sentence, call
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+from accuracy_studies import calibration_curve, calibration_table  # noqa: E402
 
 TINY = CalibrationConfig(
     **dict(num_steps=6, global_batch_size=16, micro_batch_size=8, seq_len=16, learning_rate=2e-3, seed=5),

@@ -4,12 +4,12 @@
 interrupted), `summary` turns their results into tables. Knows no plot and no value of the paper.
 """
 
-from detransformer.training.calibration import CalibrationConfig, calibrate, calibration_curve, row_config
+from detransformer.training.calibration import CalibrationConfig, calibrate, row_config
 from detransformer.training.config import FinetuneConfig, ModelRow, make_config, model_rows
 from detransformer.training.data import TrainingData, open_data, reduced_data
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import CausalConfig, PretrainConfig, pretrain, pretrain_all
-from detransformer.training.summary import accuracy_table, calibration_table, loss_table, pretraining_table
+from detransformer.training.summary import accuracy_table, pretraining_table
 
 __all__ = [
     "CalibrationConfig",
@@ -20,11 +20,8 @@ __all__ = [
     "TrainingData",
     "accuracy_table",
     "calibrate",
-    "calibration_curve",
-    "calibration_table",
     "finetune",
     "finetune_all",
-    "loss_table",
     "make_config",
     "model_rows",
     "open_data",

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
@@ -209,7 +208,7 @@ def calibrate(
     valid = torch.from_numpy(valid.astype(np.int64))
     fit_tokens = 0
     if start is not None:
-        load_weights(student, start.checkpoint)
+        student = type(student).from_pretrained(start.checkpoint)
         fit_tokens = start.fit_tokens
     elif not row.is_original and config.fit_sequences:
         rows = np.random.default_rng([config.seed, 3]).permutation(len(train))[: int(config.fit_sequences)]
@@ -322,14 +321,6 @@ def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
     return teacher.eval()
 
 
-def load_weights(student: PreTrainedModel, folder: Path) -> None:
-    """Gives `student` the weights that were saved in `folder`."""
-    missing, unexpected = student.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    lost = [name for name in (*missing, *unexpected) if "encoder" in name]
-    if lost:
-        raise ValueError(f"{folder} is not of this structure (first difference: {lost[0]}): calibrate it anew.")
-
-
 def save(result: Result, teacher: str | Path, output: str | Path) -> None:
     """Writes the model as a folder of its own, with the teacher's tokenizer files and how it was made."""
     facts = {name: value for name, value in vars(result).items() if name not in ("row", "checkpoint", "history")}
@@ -338,35 +329,3 @@ def save(result: Result, teacher: str | Path, output: str | Path) -> None:
         copy_tokenizer(str(teacher), folder)
         result.history.to_csv(folder / "calibration.csv", index=False)
         (folder / "calibration.json").write_text(json.dumps(facts, indent=1))
-
-
-def calibration_curve(
-    teacher: str | Path,
-    row: ModelRow,
-    budgets: Sequence[float],
-    config: CalibrationConfig,
-    data: TrainingData,
-    output_dir: str | Path,
-) -> list[Result]:
-    """`row` as it is cut, after the closed form, and trained on each number of tokens, one going on from another.
-
-    Args:
-        budgets: tokens trained on in all, ascending; each has a schedule of its own.
-
-    Raises:
-        ValueError: for budgets that do not ascend, and as `calibrate`.
-    """
-    untrained = dataclasses.replace(config, num_steps=0)
-    found = [calibrate(teacher, row, dataclasses.replace(untrained, fit_sequences=0), data, output_dir)]
-    if not row.is_original and config.fit_sequences:
-        found.append(calibrate(teacher, row, untrained, data, output_dir))
-    for budget in budgets:
-        done = found[-1].tokens
-        steps = round((budget - done) / config.tokens_per_step)
-        if steps < 1:
-            raise ValueError(
-                f"a budget of {budget:,.0f} tokens is not above {done:,}: give ascending numbers of tokens."
-            )
-        chosen = dataclasses.replace(config, num_steps=steps, seed=config.seed + done)
-        found.append(calibrate(teacher, row, chosen, data, output_dir, found[-1]))
-    return found

@@ -45,8 +45,6 @@ class ImageConfig(StepRecipe):
         patch_size: pixels a side; 4 makes 65 tokens of an image, 8 makes 17.
         dropout: of hidden states and attention.
         label_smoothing: share of a label that is spread over all classes.
-        mixup: both parameters of the Beta distribution that two images are mixed by (Zhang et al. 2018); 0 mixes none.
-        padding, flip: how far an image is moved, in pixels, and whether half of them are flipped.
     """
 
     hidden_size: int = positive(192)
@@ -60,9 +58,6 @@ class ImageConfig(StepRecipe):
     weight_decay: float = not_negative(0.05)
     dropout: float = fraction(0.0)
     label_smoothing: float = fraction(0.1)
-    mixup: float = not_negative(0.0)
-    padding: int = not_negative(4)
-    flip: bool = True
     mixed_precision: str = one_of("auto", PRECISIONS)
 
     def __post_init__(self):
@@ -90,20 +85,6 @@ class ImageConfig(StepRecipe):
         )
 
 
-class ImageBatches:
-    """Augmented training batches of `data`; a function of (seed, index)."""
-
-    def __init__(self, data: ImageData, config: ImageConfig):
-        self.data, self.config = data, config
-
-    def train_batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """pixel_values, labels [B]; with mixup also other_labels [B] and shares [B] of the first label."""
-        config = self.config
-        batch = self.data.train_batch(config.seed, index, batch_size, config.padding, config.flip)
-        del batch["rows"]
-        return mixed(batch, config.mixup, [config.seed, 2, index]) if config.mixup else batch
-
-
 class ImageLoss(nn.Module):
     """A model and its mean cross-entropy as one module."""
 
@@ -111,23 +92,9 @@ class ImageLoss(nn.Module):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
 
-    def forward(self, pixel_values, labels, other_labels=None, shares=None) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = self.model(pixel_values=pixel_values).logits.float()  # [B, C]
-        loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        if shares is not None:
-            other = F.cross_entropy(logits, other_labels, reduction="none", label_smoothing=self.label_smoothing)
-            loss = shares * loss + (1 - shares) * other
-        return loss.mean()
-
-
-def mixed(batch: dict[str, torch.Tensor], alpha: float, seed: list[int]) -> dict[str, torch.Tensor]:
-    """Each image mixed with another of its batch, by a share from Beta(alpha, alpha) of its own."""
-    rng = np.random.default_rng(seed)
-    partners = torch.from_numpy(rng.permutation(len(batch["labels"])))
-    shares = torch.from_numpy(rng.beta(alpha, alpha, len(partners))).float()
-    share = shares[:, None, None, None]
-    pixels = share * batch["pixel_values"] + (1 - share) * batch["pixel_values"][partners]
-    return batch | {"pixel_values": pixels, "other_labels": batch["labels"][partners], "shares": shares}
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 def train_vit(
@@ -158,8 +125,12 @@ def train_vit(
     model = ViTForImageClassification(config.vit_config(data.num_classes))
     objective = ImageLoss(model, config.label_smoothing)
     set_seed(config.seed + 1)  # dropout
-    batches = micro_batches(ImageBatches(data, config).train_batch, config)
-    trained = fit(objective, batches, config, config.num_steps, run)
+
+    def train_batch(index: int, batch_size: int) -> dict[str, torch.Tensor]:
+        batch = data.train_batch(config.seed, index, batch_size)
+        return {name: batch[name] for name in ("pixel_values", "labels")}
+
+    trained = fit(objective, micro_batches(train_batch, config), config, config.num_steps, run)
     accuracy = evaluate_images(model, data)  # in the number format it was trained in, which is the fast one
     train_accuracy = evaluate_images(model, data.cut(max_train_rows=len(data.test_images)), split="train")
     trained.restore_float32()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from detransformer.files import atomic_folder, atomic_write
-from detransformer.training.loop import Run, Trained
+from detransformer.training.loop import Progress, Run
 
 
 def read_result(run: Run) -> dict | None:
@@ -30,7 +30,7 @@ def read_result(run: Run) -> dict | None:
 
 def write_result(
     run: Run,
-    trained: Trained,
+    trained: Progress,
     record: dict,
     unit: str,
     per_step: int,
