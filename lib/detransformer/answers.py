@@ -4,7 +4,10 @@ Each task is a function in `TASKS`; where it is another job than `run_plan`, it 
 `cluster.answering.prepare`.
 """
 
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -31,10 +34,17 @@ def random_tokens(config: PretrainedConfig, num_tokens: int) -> dict[str, torch.
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None, generates: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    pair: str | None = None,
+    generates: bool = False,
+    max_tokens: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors [1, T] that a model reads of a text or a pair of texts; `generates`: it continues the text."""
-    encoded = tokenizer(text, pair, return_tensors="pt")
+    """The tensors [1, T] that a model reads of a text or a pair of texts.
+
+    `generates`: it continues the text. `max_tokens`: what is longer is cut; None: nothing is.
+    """
+    encoded = tokenizer(text, pair, return_tensors="pt", truncation=max_tokens is not None, max_length=max_tokens)
     names = ("input_ids", "attention_mask") if generates else ("input_ids", "attention_mask", "token_type_ids")
     return {name: encoded[name].to(torch.int64) for name in names if name in encoded}
 
@@ -47,6 +57,26 @@ def check_length(config: PretrainedConfig, seq_len: int, max_new_tokens: int = 0
     limit, words = config.max_position_embeddings, f" and {max_new_tokens} new ones" if max_new_tokens else ""
     if seq_len + max(0, max_new_tokens - 1) > limit:
         raise ValueError(f"the request has {seq_len} tokens{words}, and the model takes {limit}: shorten it.")
+
+
+def check_inputs(config: PretrainedConfig, inputs: Mapping[str, torch.Tensor]) -> None:
+    """
+    Raises:
+        ValueError: where the model has no such tokens or token types, or a mask is neither 0 nor 1.
+    """
+    sizes = {
+        "input_ids": config.vocab_size,
+        "attention_mask": 2,
+        "token_type_ids": getattr(config, "type_vocab_size", 1),
+    }
+    for name, tensor in inputs.items():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= sizes[name]:
+            words = "vocabulary" if name == "input_ids" else name
+            remedy = "; it takes one text, not a pair" if name == "token_type_ids" else ""
+            raise ValueError(
+                f"{name} go from {low} to {high}; the model's {words} from 0 to {sizes[name] - 1}{remedy}."
+            )
 
 
 def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
@@ -74,6 +104,38 @@ def task_of(config: PretrainedConfig) -> str:
     if name.endswith("ForSequenceClassification"):
         return "classification"
     return "question-answering" if name.endswith("ForQuestionAnswering") else "base"
+
+
+def scores_of(config: PretrainedConfig, logits: torch.Tensor) -> torch.Tensor:
+    """Logits [..., C] as transformers' pipelines score them: probabilities, or of a regression the numbers."""
+    if config.problem_type == "regression":
+        return logits
+    alone = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    return logits.sigmoid() if alone else logits.softmax(-1)
+
+
+def normalizes(folder: str) -> bool:
+    """Whether a checkpoint's vectors have length 1, by the modules that sentence-transformers saved with it."""
+    modules = Path(folder) / "modules.json"
+    return modules.is_file() and any("Normalize" in module["type"] for module in json.loads(modules.read_text()))
+
+
+def embeddings_of(hidden: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """Hidden states [B, T, D] of whole texts, without padding -> vectors [B, D], their mean over the tokens."""
+    mean = hidden.mean(1)
+    return torch.nn.functional.normalize(mean, dim=-1) if normalize else mean
+
+
+def in_characters(
+    tokenizer: PreTrainedTokenizerBase, question: str, passage: str, inputs: dict, outputs: dict, found: dict
+) -> dict:
+    """A span of tokens (`find_answer`) as characters of the passage, with the product of its probabilities."""
+    offsets = tokenizer(question, passage, return_offsets_mapping=True)["offset_mapping"]
+    start, end = offsets[found["start"]][0], offsets[found["end"]][1]
+    logits = outputs["logits"][0].masked_fill((inputs["token_type_ids"][0] == 0)[:, None], -1e9)
+    first, last = logits.softmax(0).unbind(-1)
+    score = float(first[found["start"]] * last[found["end"]])
+    return {"answer": passage[start:end], "score": score, "start": start, "end": end}
 
 
 def classify(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
@@ -126,9 +188,16 @@ TASKS: dict[str, Callable] = {
 }
 
 
+def end_tokens(config: PretrainedConfig) -> list[int]:
+    """The tokens that end a text."""
+    ends = config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
     """The tokens before the first that ends a text."""
-    return tokens[: tokens.index(config.eos_token_id)] if config.eos_token_id in tokens else tokens
+    ends = end_tokens(config)
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from detransformer.answers import (
     TASKS,
+    check_inputs,
     check_length,
     encode,
     random_tokens,
@@ -167,6 +168,7 @@ def _inputs(request: Request, folder: str, config: PretrainedConfig) -> dict[str
         raise ValueError("the model answers questions about a passage: give the question by --text, it by --context.")
     else:
         inputs = encode(tokenizer_of(folder), request.text, request.context, generates)
+    check_inputs(config, inputs)
     check_length(config, inputs["input_ids"].shape[1], request.max_new_tokens if generates else 0)
     return inputs
 

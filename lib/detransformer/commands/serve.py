@@ -61,8 +61,9 @@ def serve(
         raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
 
     from detransformer.cluster.checkpoints import open_folder
-    from detransformer.service.http import build_app, path_of, server_config
+    from detransformer.service.http import build_app, server_config
     from detransformer.service.session import Session
+    from detransformer.service.tasks import path_of
 
     path = path_of(model, open_folder(model).config)
     if options.get("own"):
