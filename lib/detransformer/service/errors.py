@@ -72,7 +72,7 @@ def refusal(path: str, error: Exception) -> tuple[int, str, dict[str, str]]:
 
 def add_handlers(app: FastAPI) -> None:
     """Gives all refusals of `app` their shape."""
-    paths = sorted({route.path for route in app.routes if route.path != "/openapi.json"})
+    paths = sorted(app.openapi()["paths"])
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         status, sentence, headers = refusal(request.url.path, error)
