@@ -32,7 +32,7 @@ from transformers import (
     pipeline,
 )
 
-from detransformer.answers import scores_of
+from detransformer.answers import check_inputs, scores_of
 from detransformer.cluster.fleet import JobFailed
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
@@ -67,7 +67,9 @@ def bert(folder, kind, **fields):
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    )
     return model
 
 
@@ -135,7 +137,7 @@ def classifier(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reranker(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reranker") / "model"
-    with served(folder, bert(folder, BertForSequenceClassification, num_labels=1, type_vocab_size=1)) as service:
+    with served(folder, bert(folder, BertForSequenceClassification, num_labels=1)) as service:
         yield service
 
 
@@ -184,7 +186,7 @@ def close(found, expected, atol=1e-4) -> bool:
 def test_hub_text_classification(classifier):
     pipe = pipeline("text-classification", model=classifier.model, tokenizer=classifier.tokenizer, top_k=None)
     for text in TEXTS:
-        found, expected = classifier.hub.text_classification(text), pipe(text)
+        found, (expected,) = classifier.hub.text_classification(text), pipe([text])
         assert [one.label for one in found] == [one["label"] for one in expected]
         assert close([one.score for one in found], torch.tensor([one["score"] for one in expected]))
     (best,) = classifier.hub.text_classification(TEXTS[0], top_k=1, function_to_apply="none")
@@ -370,16 +372,21 @@ def test_tei_predict(classifier):
         assert {one["label"]: one["score"] for one in found} == pytest.approx(
             {names[i]: float(expected[i]) for i in range(3)}, abs=1e-4
         )
-        assert classifier.http.post("/predict", json={"inputs": text}).json() == pytest.approx(found, abs=1e-5) or found
+        alone = classifier.http.post("/predict", json={"inputs": text}).json()
+        assert [one["label"] for one in alone] == [one["label"] for one in found]
     (pair,) = classifier.http.post("/predict", json={"inputs": [TEXTS[:2]], "raw_scores": True}).json()
     assert pair[0]["score"] == pytest.approx(float(logits(classifier, *TEXTS[:2]).max()), abs=1e-4)
 
 
 def test_tei_rerank(reranker, classifier):
-    """A model of one label, whose score is a sigmoid; its pairs come as one text, since it has one token type."""
-    reply = reranker.http.post("/rerank", json={"query": "who", "texts": TEXTS})
-    assert reply.status_code == 422 and "a pair" in reply.json()["error"]
-    reply = classifier.http.post("/rerank", json={"query": "who", "texts": TEXTS})
+    asked = {"query": "who wrote it ?", "texts": TEXTS, "return_text": True}
+    scores = {text: float(logits(reranker, "who wrote it ?", text).sigmoid()) for text in TEXTS}
+    found = reranker.http.post("/rerank", json=asked).json()
+    assert [one["text"] for one in found] == sorted(TEXTS, key=scores.get, reverse=True)
+    assert all(TEXTS[one["index"]] == one["text"] for one in found)
+    assert [one["score"] for one in found] == pytest.approx([scores[one["text"]] for one in found], abs=1e-4)
+    assert "reranker" in reranker.http.get("/info").json()["model_type"]
+    reply = classifier.http.post("/rerank", json=asked)
     assert reply.status_code == 424 and reply.json()["error_type"] == "Backend"
 
 
@@ -421,15 +428,20 @@ def test_a_body_is_json_whatever_its_content_type(classifier, kind):
 
 
 def test_a_request_that_the_model_cannot_take_is_refused_where_it_enters(reranker):
-    for body, words in (
-        ({"text": "who wrote it", "text_pair": "jane"}, "token_type_ids go from 0 to 1"),
-        ({"input_ids": [1, 99]}, "vocabulary from 0 to"),
-        ({"input_ids": [1] * 65}, "shorten"),
-    ):
-        reply = reranker.http.post("/classify", json=body)
+    for tokens, words in (([1, 99], "vocabulary from 0 to"), ([1] * 65, "shorten")):
+        reply = reranker.http.post("/classify", json={"input_ids": tokens})
         assert reply.status_code == 422 and words in reply.json()["error"]
     found = reranker.http.post("/classify", json={"text": TEXTS[0]}).json()
     assert found["probabilities"] == pytest.approx(logits(reranker, TEXTS[0]).sigmoid().tolist(), abs=1e-4)
+
+
+def test_inputs_are_those_that_the_model_has():
+    ids = torch.tensor([[1, 2]])
+    check_inputs(BertConfig(type_vocab_size=1), {"input_ids": ids, "token_type_ids": ids * 0})
+    with pytest.raises(ValueError, match="token_type_ids go from 1 to 2; .* one text, not a pair"):
+        check_inputs(BertConfig(type_vocab_size=1), {"input_ids": ids, "token_type_ids": ids})
+    with pytest.raises(ValueError, match="attention_mask go from 1 to 2"):
+        check_inputs(BertConfig(), {"input_ids": ids, "attention_mask": ids})
 
 
 def test_a_job_that_fails_refuses_its_request_and_nobody_elses(reranker, monkeypatch):
@@ -437,7 +449,7 @@ def test_a_job_that_fails_refuses_its_request_and_nobody_elses(reranker, monkeyp
     session, before = reranker.session, len(reranker.session.events)
     monkeypatch.setattr(Session, "_checked", lambda self, inputs, new: dict(inputs))
     good = torch.tensor([[2, 5, 7, 3]])
-    bad = {"input_ids": good, "attention_mask": torch.ones_like(good), "token_type_ids": torch.ones_like(good)}
+    bad = {"input_ids": good, "attention_mask": torch.ones_like(good), "token_type_ids": torch.full_like(good, 5)}
     fine = {"input_ids": good, "attention_mask": torch.ones_like(good)}
     attempts = []
     take = Asked.settle
@@ -464,7 +476,7 @@ def test_a_job_that_fails_refuses_its_request_and_nobody_elses(reranker, monkeyp
 
 def test_a_job_that_fails_is_424_over_http(reranker, monkeypatch):
     monkeypatch.setattr(Session, "_checked", lambda self, inputs, new: dict(inputs))
-    reply = reranker.http.post("/classify", json={"text": "who", "text_pair": "jane"})
+    reply = reranker.http.post("/classify", json={"input_ids": [1, 99]})
     assert reply.status_code == 424 and "the model fails at this input" in reply.json()["error"]
     assert reranker.http.get("/health").json()["status"] == "serving"
 

@@ -5,7 +5,7 @@ Three dialects besides this project's own routes: Hugging Face's task shape (`Hu
 ignored, since clients send many; one that would change the answer and is not honoured is refused.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,23 +27,27 @@ Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
 
 
 class Checked(BaseModel):
-    """What is checked as it stands, without conversion."""
+    """What is checked as it stands, without conversion; fields that are not known are ignored.
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    But those in `only`, which would change the answer: they are refused, unless they are null or have the one value
+    that changes nothing.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    only: ClassVar[dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _no_other(self) -> Self:
+        for name, value in self.only.items():
+            if (given := self.model_extra.get(name)) is not None and given != value:
+                raise ValueError(f"{name} is {given!r}, which this server does not do; leave it out")
+        return self
 
 
 class Body(Checked):
     """What all requests have."""
 
     deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S, description="seconds to answer in")] = 60.0
-
-
-def refuse(body: BaseModel, **only: Any) -> None:
-    """Raises ValueError where a field has another value than the one that this server honours, or None."""
-    for name, value in only.items():
-        given = getattr(body, name)
-        if given is not None and given != value:
-            raise ValueError(f"{name} is {given!r}, which this server does not do; leave it out.")
 
 
 # --- This project's own routes -----------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ class Classify(Body):
     input_ids: Tokens | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> "Classify":
+    def _one_of(self) -> Self:
         if self.input_ids is not None and self.text_pair is not None:
             raise ValueError("text_pair goes with text, not with input_ids")
         return _either(self, "text", self.text)
@@ -71,7 +75,7 @@ class Answer(Body):
     input_ids: Tokens | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> "Answer":
+    def _one_of(self) -> Self:
         if (self.question is None) != (self.passage is None):
             raise ValueError("question and passage go together")
         return _either(self, "question and passage", self.question)
@@ -89,7 +93,7 @@ class Generate(Body):
     stop: Stops = []
 
     @model_validator(mode="after")
-    def _one_of(self) -> "Generate":
+    def _one_of(self) -> Self:
         return _either(self, "text", self.text)
 
 
@@ -160,12 +164,7 @@ class HubClassification(Body):
 
 
 class QuestionParameters(Checked):
-    top_k: int | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> "QuestionParameters":
-        refuse(self, top_k=1)
-        return self
+    only = {"top_k": 1}
 
 
 class QuestionAndContext(Checked):
@@ -176,16 +175,6 @@ class QuestionAndContext(Checked):
 class HubQuestion(Body):
     inputs: QuestionAndContext
     parameters: QuestionParameters = QuestionParameters()
-
-
-class EntityParameters(Checked):
-    aggregation_strategy: Literal["none", "simple"] = "none"
-    ignore_labels: list[str] = ["O"]
-
-
-class HubEntities(Body):
-    inputs: Text | Texts
-    parameters: EntityParameters = EntityParameters()
 
 
 class Sentences(Checked):
@@ -200,14 +189,9 @@ class HubFeatures(Body):
 
     inputs: Text | Texts | Sentences
     normalize: bool | None = None
-    truncate: bool = False
+    truncate: bool | None = None
     dimensions: int | None = None
-    prompt_name: str | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> "HubFeatures":
-        refuse(self, prompt_name=None)
-        return self
+    only = {"prompt_name": None}
 
 
 class TextParameters(Checked):
@@ -220,18 +204,13 @@ class TextParameters(Checked):
     seed: Seed | None = None
     stop: Stops | None = None
     return_full_text: bool | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    typical_p: float | None = None
-    best_of: int | None = None
-    grammar: Any = None
-    adapter_id: str | None = None
+    only = {"top_k": 0, "repetition_penalty": 1, "frequency_penalty": 0, "typical_p": 1, "best_of": 1} | {
+        "grammar": None,
+        "adapter_id": None,
+    }
 
     @model_validator(mode="after")
-    def _consistent(self) -> "TextParameters":
-        refuse(self, top_k=0, repetition_penalty=1.0, frequency_penalty=0.0, typical_p=1.0, best_of=1)
-        refuse(self, grammar=None, adapter_id=None)
+    def _consistent(self) -> Self:
         if self.do_sample is False and (self.temperature is not None or self.top_p is not None):
             raise ValueError("do_sample is false beside temperature or top_p: leave out the one or the others")
         return self
@@ -251,12 +230,7 @@ class Embed(Body):
     normalize: bool = True
     truncate: bool | None = None
     dimensions: int | None = None
-    prompt_name: str | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> "Embed":
-        refuse(self, prompt_name=None)
-        return self
+    only = {"prompt_name": None}
 
 
 class Predict(Body):
@@ -267,7 +241,7 @@ class Predict(Body):
     truncate: bool | None = None
 
     @model_validator(mode="after")
-    def _pair(self) -> "Predict":
+    def _pair(self) -> Self:
         if isinstance(self.inputs, list) and isinstance(self.inputs[0], str) and len(self.inputs) > 2:
             raise ValueError("a list of texts is one text or a pair; give several as [[a], [b], ...]")
         return self
@@ -283,12 +257,7 @@ class Rerank(Body):
 
 class SimilarityParameters(Checked):
     truncate: bool | None = None
-    prompt_name: str | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> "SimilarityParameters":
-        refuse(self, prompt_name=None)
-        return self
+    only = {"prompt_name": None}
 
 
 class Similarity(Body):
@@ -320,19 +289,13 @@ class Completions(Body):
     stop: Text | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    best_of: int | None = None
-    echo: bool | None = None
-    logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    suffix: str | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    only = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "logit_bias": {}, "suffix": ""} | {
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+    }
 
     @model_validator(mode="after")
-    def _known(self) -> "Completions":
-        refuse(self, n=1, best_of=1, echo=False, logprobs=None, logit_bias={}, suffix="")
-        refuse(self, presence_penalty=0.0, frequency_penalty=0.0)
+    def _one_prompt(self) -> Self:
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) and len(self.prompt) > 1
         if self.stream and several:
             raise ValueError("a stream has one prompt; ask for several without stream, or one after another")

@@ -56,12 +56,12 @@ def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
         """A vector of each text; of `source_sentence` and `sentences` their similarities."""
         check_dimensions(tasks, body.dimensions)
         if isinstance(body.inputs, Sentences):
-            return await similarities(tasks, body.inputs, body.deadline_s, body.truncate)
+            return await similarities(tasks, body.inputs, body.deadline_s, bool(body.truncate))
         texts = _listed(body.inputs)
         mask = tasks.tokenizer.mask_token if tasks.tokenizer else None
         if mask and any(mask in text for text in texts):
             raise HTTPException(424, f"{tasks.name} embeds texts; this server does not fill {mask}.")
-        rows = [tasks.row(text, truncate=body.truncate) for text in texts]
+        rows = [tasks.row(text, truncate=bool(body.truncate)) for text in texts]
         return (await tasks.embeddings(rows, body.deadline_s, body.normalize)).tolist()
 
 
