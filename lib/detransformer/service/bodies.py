@@ -103,29 +103,6 @@ def _either(body: Body, name: str, value: str | None) -> Body:
     return body
 
 
-class Label(BaseModel):
-    """A classifier's answer; `probabilities` in the order of the labels, of a regression its numbers."""
-
-    label: str
-    probabilities: list[float]
-    logits: list[float]
-
-
-class Span(BaseModel):
-    """Where the passage answers: its tokens from `start` to `end`, and their text."""
-
-    answer: str | None
-    start: int
-    end: int
-
-
-class Continuation(BaseModel):
-    """What a text goes on with; `text` is null without a tokenizer."""
-
-    text: str | None
-    tokens: list[int]
-
-
 class Health(BaseModel):
     """Whether the devices serve; the rest for who shows the token."""
 
@@ -184,14 +161,19 @@ class Sentences(Checked):
     sentences: Texts
 
 
-class HubFeatures(Body):
-    """Options stand beside `inputs`, as the client sends them."""
+class Vectors(Body):
+    """Options of texts that become vectors. `normalize` None: as the checkpoint says."""
 
-    inputs: Text | Texts | Sentences
     normalize: bool | None = None
     truncate: bool | None = None
     dimensions: int | None = None
     only = {"prompt_name": None}
+
+
+class HubFeatures(Vectors):
+    """Options stand beside `inputs`, as the client sends them."""
+
+    inputs: Text | Texts | Sentences
 
 
 class TextParameters(Checked):
@@ -225,12 +207,9 @@ class HubText(Body):
 # --- Text Embeddings Inference -----------------------------------------------------------------------------------
 
 
-class Embed(Body):
+class Embed(Vectors):
     inputs: Prompts
     normalize: bool = True
-    truncate: bool | None = None
-    dimensions: int | None = None
-    only = {"prompt_name": None}
 
 
 class Predict(Body):
@@ -268,10 +247,9 @@ class Similarity(Body):
 # --- OpenAI ------------------------------------------------------------------------------------------------------
 
 
-class Embeddings(Body):
+class Embeddings(Vectors):
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
 
 
 class StreamOptions(Checked):

@@ -13,7 +13,7 @@ from detransformer.answers import scores_of
 from detransformer.service.bodies import HubClassification, HubFeatures, HubQuestion, HubText, Pair, Sentences
 from detransformer.service.sse import streamed
 from detransformer.service.tasks import Piece, Tasks, Wish
-from detransformer.service.tei import check_dimensions, similarities
+from detransformer.service.tei import listed
 
 PATH = "/"
 
@@ -36,7 +36,7 @@ def _classification(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     async def classify(body: HubClassification) -> list[list[dict]]:
         """Labels and scores of each text, the likeliest first."""
         given, wanted = body.inputs, body.parameters
-        pairs = [Pair(text=one) if isinstance(one, str) else one for one in _listed(given)]
+        pairs = [Pair(text=one) if isinstance(one, str) else one for one in listed(given)]
         logits = await tasks.logits([tasks.row(pair.text, pair.text_pair) for pair in pairs], body.deadline_s)
         functions = {"sigmoid": lambda x: x.sigmoid(), "softmax": lambda x: x.softmax(-1), "none": lambda x: x}
         apply = functions.get(wanted.function_to_apply, lambda x: scores_of(tasks.config, x))
@@ -54,15 +54,13 @@ def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def embed(body: HubFeatures) -> list:
         """A vector of each text; of `source_sentence` and `sentences` their similarities."""
-        check_dimensions(tasks, body.dimensions)
         if isinstance(body.inputs, Sentences):
-            return await similarities(tasks, body.inputs, body.deadline_s, bool(body.truncate))
-        texts = _listed(body.inputs)
+            return await tasks.similarities(body.inputs, body)
+        texts = listed(body.inputs)
         mask = tasks.tokenizer.mask_token if tasks.tokenizer else None
         if mask and any(mask in text for text in texts):
             raise HTTPException(424, f"{tasks.name} embeds texts; this server does not fill {mask}.")
-        rows = [tasks.row(text, truncate=bool(body.truncate)) for text in texts]
-        return (await tasks.embeddings(rows, body.deadline_s, body.normalize)).tolist()
+        return (await tasks.vectors(texts, body))[0].tolist()
 
 
 def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
@@ -99,7 +97,3 @@ async def _events(pieces: AsyncIterator[Piece], before: str) -> AsyncIterator[st
             details = {"finish_reason": reason, "generated_tokens": index, "seed": None}
             event |= {"generated_text": whole, "details": details}
         yield json.dumps(event)
-
-
-def _listed(inputs) -> list:
-    return inputs if isinstance(inputs, list) else [inputs]

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from detransformer.service.bodies import Completions, Embeddings
 from detransformer.service.sse import streamed
 from detransformer.service.tasks import Tasks, Wish
-from detransformer.service.tei import check_dimensions, listed
+from detransformer.service.tei import listed
 
 MAX_TOKENS = 16  # of OpenAI's, where none are named
 
@@ -37,14 +37,10 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     @router.post("/embeddings", **guarded)
     async def embeddings(body: Embeddings) -> dict:
         """A vector of each text, as numbers or as base64 of float32."""
-        tasks.only("base")
-        check_dimensions(tasks, body.dimensions)
-        rows = [tasks.row(text) for text in listed(body.input)]
-        vectors = await tasks.embeddings(rows, body.deadline_s)
+        vectors, used = await tasks.vectors(listed(body.input), body)
         in_base64 = body.encoding_format == "base64"
         shown = [base64.b64encode(v.numpy().tobytes()).decode() if in_base64 else v.tolist() for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(shown)]
-        used = sum(row["input_ids"].numel() for row in rows)
         usage = {"prompt_tokens": used, "total_tokens": used}
         return {"object": "list", "data": data, "model": tasks.name, "usage": usage}
 

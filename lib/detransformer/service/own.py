@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from detransformer import answers
-from detransformer.service.bodies import Answer, Classify, Continuation, Generate, Label, Span
+from detransformer.service.bodies import Answer, Classify, Generate
 from detransformer.service.tasks import OWN_PATHS, Tasks, Wish
 
 
@@ -12,34 +12,34 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     router, path = APIRouter(), OWN_PATHS[tasks.task]
     if tasks.task == "classification":
 
-        @router.post(path, response_model=Label, **guarded)
-        async def classify(body: Classify) -> Label:
-            """The label of a text."""
+        @router.post(path, **guarded)
+        async def classify(body: Classify) -> dict:
+            """The label of a text, with all probabilities and logits; of a regression both are its numbers."""
             row = tasks.row(body.input_ids or body.text, body.text_pair)
             (logits,) = await tasks.logits([row], body.deadline_s)
             _, fields = answers.classify(tasks.config, row, {"logits": logits[None]}, tasks.session.model)
-            return Label(**fields, probabilities=answers.scores_of(tasks.config, logits).tolist())
+            return fields | {"probabilities": answers.scores_of(tasks.config, logits).tolist()}
 
     elif tasks.task == "question-answering":
 
-        @router.post(path, response_model=Span, **guarded)
-        async def answer(body: Answer) -> Span:
-            """Where a passage answers a question."""
+        @router.post(path, **guarded)
+        async def answer(body: Answer) -> dict:
+            """Where a passage answers a question: tokens `start` to `end`, and their text."""
             row = tasks.row(body.input_ids or body.question, body.passage)
             (outputs,) = await tasks.outputs([row], body.deadline_s)
             _, fields = answers.find_answer(tasks.config, row, outputs, tasks.session.model)
-            return Span(answer=fields.get("answer"), start=fields["start"], end=fields["end"])
+            return {"answer": None} | fields
 
     elif tasks.task == "generation":
 
-        @router.post(path, response_model=Continuation, **guarded)
-        async def generate(body: Generate) -> Continuation:
-            """Goes on with a text."""
+        @router.post(path, **guarded)
+        async def generate(body: Generate) -> dict:
+            """Goes on with a text; `text` is null without a tokenizer."""
             if body.stop and tasks.tokenizer is None:
                 raise ValueError("the model's folder has no tokenizer, so no stop string can be found: leave stop out.")
             sampling = (body.temperature, body.top_p, body.seed)
             wish = Wish(body.max_new_tokens, *sampling, tuple(body.stop), body.deadline_s)
             (written,) = await tasks.write([body.input_ids or body.text], wish)
-            return Continuation(text=written.text if tasks.tokenizer else None, tokens=written.tokens)
+            return {"text": written.text if tasks.tokenizer else None, "tokens": written.tokens}
 
     return router

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from detransformer import answers
 from detransformer.checkpoints import has_tokenizer
 from detransformer.parallel.draw import Sampling
+from detransformer.service.bodies import Sentences, Vectors
 from detransformer.service.session import Session
 from detransformer.service.waiting import Expired, cut, join_rows
 from detransformer.service.writing import Writer
@@ -163,13 +164,27 @@ class Tasks:
         listed = [{"label": names.get(i, str(i)), "score": score} for i, score in enumerate(scores.tolist())]
         return sorted(listed, key=lambda one: -one["score"])
 
-    async def embeddings(self, rows: Sequence[Row], deadline_s: float, normalize: bool | None = None) -> torch.Tensor:
-        """Vectors [N, D] of texts; `normalize` None: to length 1 where the checkpoint says so."""
+    async def vectors(self, texts: Sequence[Prompt], options: Vectors) -> tuple[torch.Tensor, int]:
+        """Vectors [N, D] of texts, and the number of their tokens.
+
+        Raises:
+            HTTPException: 422 for `dimensions` that are not the model's.
+        """
         self.only("base")
-        hidden = [outputs["last_hidden_state"] for outputs in await self.outputs(rows, deadline_s)]
-        return torch.cat(
-            [answers.embeddings_of(x, self.normalizes if normalize is None else normalize) for x in hidden]
-        )
+        size = self.config.hidden_size
+        if options.dimensions not in (None, size):
+            raise HTTPException(422, f"dimensions is {options.dimensions}, and the vectors have {size}: leave it out.")
+        rows = [self.row(text, truncate=bool(options.truncate)) for text in texts]
+        normalize = self.normalizes if options.normalize is None else options.normalize
+        found = await self.outputs(rows, options.deadline_s)
+        vectors = torch.cat([answers.embeddings_of(one["last_hidden_state"], normalize) for one in found])
+        return vectors, sum(row["input_ids"].numel() for row in rows)
+
+    async def similarities(self, sentences: Sentences, options: Vectors) -> list[float]:
+        """The cosine of the source's vector and each sentence's."""
+        texts = [sentences.source_sentence, *sentences.sentences]
+        vectors, _ = await self.vectors(texts, options.model_copy(update={"normalize": True}))
+        return (vectors[1:] @ vectors[0]).tolist()
 
     async def span(self, question: str, passage: str, deadline_s: float) -> dict:
         """The answer in characters of the passage, with its probability."""

@@ -5,7 +5,7 @@ from starlette.exceptions import HTTPException
 
 from detransformer import __version__
 from detransformer.answers import scores_of
-from detransformer.service.bodies import Embed, Predict, Rerank, Sentences, Similarity
+from detransformer.service.bodies import Embed, Predict, Rerank, Similarity, Vectors
 from detransformer.service.tasks import Prompt, Tasks
 
 
@@ -16,17 +16,13 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     @router.post("/embed", **guarded)
     async def embed(body: Embed) -> list[list[float]]:
         """A vector of each text."""
-        tasks.only("base")
-        check_dimensions(tasks, body.dimensions)
-        rows = [tasks.row(text, truncate=bool(body.truncate)) for text in listed(body.inputs)]
-        return (await tasks.embeddings(rows, body.deadline_s, body.normalize)).tolist()
+        return (await tasks.vectors(listed(body.inputs), body))[0].tolist()
 
     @router.post("/similarity", **guarded)
     async def similarity(body: Similarity) -> list[float]:
         """How alike each sentence is to the source, from -1 to 1."""
-        return await similarities(
-            tasks, body.inputs, body.deadline_s, bool(body.parameters and body.parameters.truncate)
-        )
+        truncate = body.parameters and body.parameters.truncate
+        return await tasks.similarities(body.inputs, Vectors(truncate=truncate, deadline_s=body.deadline_s))
 
     @router.post("/predict", **guarded)
     async def predict(body: Predict) -> list[dict] | list[list[dict]]:
@@ -56,13 +52,10 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     @router.get("/info", **guarded)
     async def info() -> dict:
         """What is served, and its limits."""
-        kinds = {
-            "base": {"embedding": {"pooling": "mean"}},
-            "classification": {"classifier": {"id2label": tasks.config.id2label, "label2id": tasks.config.label2id}},
-        }
-        kind = kinds.get(tasks.task, {tasks.task: {}})
-        if tasks.task == "classification" and tasks.config.num_labels == 1:
-            kind = {"reranker": kind["classifier"]}
+        kind = {tasks.task: {}} if tasks.task != "base" else {"embedding": {"pooling": "mean"}}
+        if tasks.task == "classification":
+            labels = {"id2label": tasks.config.id2label, "label2id": tasks.config.label2id}
+            kind = {"reranker" if tasks.config.num_labels == 1 else "classifier": labels}
         return {
             "model_id": tasks.name,
             "served_model_name": tasks.name,
@@ -82,22 +75,3 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 def listed(inputs) -> list[Prompt]:
     """The texts, or rows of tokens, of a field that takes one or a list of them."""
     return inputs if isinstance(inputs, list) and not isinstance(inputs[0], int) else [inputs]
-
-
-def check_dimensions(tasks: Tasks, dimensions: int | None) -> None:
-    """
-    Raises:
-        HTTPException: 422 for another length of vectors than the model's.
-    """
-    size = tasks.config.hidden_size
-    if dimensions not in (None, size):
-        raise HTTPException(422, f"dimensions is {dimensions}, and the model's vectors have {size}: leave it out.")
-
-
-async def similarities(tasks: Tasks, sentences: Sentences, deadline_s: float, truncate: bool) -> list[float]:
-    """The cosine of the source's vector and each sentence's."""
-    tasks.only("base")
-    texts = [sentences.source_sentence, *sentences.sentences]
-    rows = [tasks.row(text, truncate=truncate) for text in texts]
-    source, *others = (await tasks.embeddings(rows, deadline_s, normalize=True)).split(1)
-    return [float((source * other).sum()) for other in others]
