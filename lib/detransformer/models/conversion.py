@@ -11,10 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.models import decoupled_bert, decoupled_gpt2
+from detransformer.models.auto import DECOUPLED_CLASS
 from detransformer.models.configuration import architecture, decoupled_config, layer_kinds
 
-DECOUPLED_CLASS = decoupled_bert.DECOUPLED_CLASS | decoupled_gpt2.DECOUPLED_CLASS
 LAYER_NAME = re.compile(r"(?:^|\.)(?:encoder\.layer|h)\.(\d+)\.(.+)$")
 
 
@@ -28,8 +27,7 @@ def decouple(
     """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
 
     Args:
-        model: a `BertModel`, `BertForMaskedLM`, `BertForSequenceClassification`, `BertForQuestionAnswering`,
-            `GPT2Model` or `GPT2LMHeadModel`.
+        model: of an original class of BERT or GPT-2 that `auto.DECOUPLED_CLASS` lists.
         num_original_layers: Nb; `model`'s layers at those places are copied.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.
@@ -37,7 +35,7 @@ def decouple(
             `DecoupledBertConfig`.
 
     Raises:
-        ValueError: if `model` is not one of these six classes, or the sizes do not divide.
+        ValueError: if `model` is of no such class, or the sizes do not divide.
     """
     decoupled_class = DECOUPLED_CLASS.get(type(model))
     if decoupled_class is None:
