@@ -11,10 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.models import decoupled_bert, decoupled_gpt2, decoupled_relatives
+from detransformer.models.auto import DECOUPLED_CLASS
 from detransformer.models.configuration import architecture, decoupled_config, layer_kinds
 
-DECOUPLED_CLASS = decoupled_bert.DECOUPLED_CLASS | decoupled_gpt2.DECOUPLED_CLASS | decoupled_relatives.DECOUPLED_CLASS
 LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h)\.(\d+)\.(.+)$")
 QKV = ("attention.self.", "attention.q_lin.", "attention.k_lin.", "attention.v_lin.")  # how their names begin
 FFN_IN = ("intermediate.", "ffn.lin1.")
@@ -31,7 +30,7 @@ def decouple(
     """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
 
     Args:
-        model: of a class in `DECOUPLED_CLASS`: of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or GPT-2.
+        model: of an original class that `auto.DECOUPLED_CLASS` lists.
         num_original_layers: Nb; `model`'s layers at those places are copied.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.
