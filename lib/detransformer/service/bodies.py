@@ -140,6 +140,15 @@ class HubClassification(Body):
     parameters: ClassificationParameters = ClassificationParameters()
 
 
+class EntityParameters(Checked):
+    only = {"aggregation_strategy": "simple", "ignore_labels": ["O"]}
+
+
+class HubEntities(Body):
+    inputs: Text | Texts
+    parameters: EntityParameters = EntityParameters()
+
+
 class QuestionParameters(Checked):
     only = {"top_k": 1}
 

@@ -9,8 +9,16 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
-from detransformer.answers import scores_of
-from detransformer.service.bodies import HubClassification, HubFeatures, HubQuestion, HubText, Pair, Sentences
+from detransformer.answers import scores
+from detransformer.service.bodies import (
+    HubClassification,
+    HubEntities,
+    HubFeatures,
+    HubQuestion,
+    HubText,
+    Pair,
+    Sentences,
+)
 from detransformer.service.sse import streamed
 from detransformer.service.tasks import Piece, Tasks, Wish
 from detransformer.service.tei import listed
@@ -23,6 +31,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     router = APIRouter()
     add = {
         "classification": _classification,
+        "token-classification": _entities,
         "question-answering": _question,
         "generation": _text,
         "base": _features,
@@ -39,8 +48,16 @@ def _classification(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
         pairs = [Pair(text=one) if isinstance(one, str) else one for one in listed(given)]
         logits = await tasks.logits([tasks.row(pair.text, pair.text_pair) for pair in pairs], body.deadline_s)
         functions = {"sigmoid": lambda x: x.sigmoid(), "softmax": lambda x: x.softmax(-1), "none": lambda x: x}
-        apply = functions.get(wanted.function_to_apply, lambda x: scores_of(tasks.config, x))
+        apply = functions.get(wanted.function_to_apply, lambda x: scores(tasks.config, x))
         return [tasks.labelled(apply(row))[: wanted.top_k] for row in logits]
+
+
+def _entities(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
+    @router.post(PATH, **guarded)
+    async def label(body: HubEntities) -> list:
+        """The entities of a text, or of each of a list."""
+        found = await tasks.entities(listed(body.inputs), body.deadline_s)
+        return found if isinstance(body.inputs, list) else found[0]
 
 
 def _question(router: APIRouter, tasks: Tasks, guarded: dict) -> None:

@@ -17,18 +17,14 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
             """The label of a text, with all probabilities and logits; of a regression both are its numbers."""
             row = tasks.row(body.input_ids or body.text, body.text_pair)
             (logits,) = await tasks.logits([row], body.deadline_s)
-            _, fields = answers.classify(tasks.config, row, {"logits": logits[None]}, tasks.session.model)
-            return fields | {"probabilities": answers.scores_of(tasks.config, logits).tolist()}
+            return answers.classify(tasks.config, row, {"logits": logits[None]}, None)[1]
 
     elif tasks.task == "question-answering":
 
         @router.post(path, **guarded)
         async def answer(body: Answer) -> dict:
-            """Where a passage answers a question: tokens `start` to `end`, and their text."""
-            row = tasks.row(body.input_ids or body.question, body.passage)
-            (outputs,) = await tasks.outputs([row], body.deadline_s)
-            _, fields = answers.find_answer(tasks.config, row, outputs, tasks.session.model)
-            return {"answer": None} | fields
+            """Where a passage answers a question: its characters `start` to `end`; of input_ids the tokens."""
+            return await tasks.span(body.input_ids or body.question, body.passage, body.deadline_s)
 
     elif tasks.task == "generation":
 

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load, save
 from transformers import PretrainedConfig
 
-from detransformer.answers import check_inputs, check_length, end_tokens
-from detransformer.cluster.checkpoints import open_folder
+from detransformer.answers import check_inputs, end_tokens
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.fleet import Fleet, JobFailed
 from detransformer.cluster.hosts import Hosts
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.models.configuration import generates
+from detransformer.opening import open_checkpoint
 from detransformer.parallel.draw import Sampling
-from detransformer.parallel.plan import is_decoder
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
@@ -79,7 +79,7 @@ class Session:
         **hosts: Any,
     ):
         self.spec, self.model = spec, str(model)
-        self.config: PretrainedConfig = open_folder(model).config
+        self.config: PretrainedConfig = open_checkpoint(model).config
         self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch, self.max_waiting = max_batch, max_waiting
         spec.profile(model, self.config)  # raises what is wrong, before anything starts
@@ -193,18 +193,10 @@ class Session:
         self._waiting.close()
 
     def _checked(self, inputs: Mapping[str, torch.Tensor], new: int) -> dict[str, torch.Tensor]:
-        ids = inputs.get("input_ids")
-        if ids is None or ids.ndim != 2 or not ids.numel():
-            shape = None if ids is None else list(ids.shape)
-            raise ValueError(f"input_ids are of shape {shape}; give [rows, tokens], one of each at least.")
         if set(inputs) - set(EXAMPLES):
             raise ValueError(f"inputs {sorted(set(inputs) - set(EXAMPLES))} are not known; give {', '.join(EXAMPLES)}.")
-        if any(tensor.shape != ids.shape for tensor in inputs.values()):
-            raise ValueError(
-                f"attention_mask and token_type_ids are of other shapes than input_ids, {list(ids.shape)}."
-            )
-        check_inputs(self.config, inputs)
-        check_length(self.config, ids.shape[1], new if is_decoder(self.config) else 0)
+        check_inputs(self.config, inputs, new if generates(self.config) else 0)
+        ids = inputs["input_ids"]
         if len(ids) > self.max_batch:
             raise ValueError(f"{len(ids)} rows are asked for at once; give {self.max_batch} at most.")
         mask = inputs.get("attention_mask")
@@ -249,7 +241,7 @@ class Session:
             DeviceError: when the group broke meanwhile.
         """
         started = time.monotonic()
-        left = is_decoder(self.config)
+        left = generates(self.config)
         plan = self._plan(batch[0].request)
         if "postponed" in plan:
             self._short = True
@@ -292,7 +284,7 @@ class Session:
         """What is done while the workers answer: who waits too long is told, and rows that nobody wants end."""
         self._waiting.drop_expired()
         rows = [asked for asked in batch for _ in range(asked.size)]
-        if (unwanted := [row for row, asked in enumerate(rows) if asked.future.done()]) and is_decoder(self.config):
+        if (unwanted := [row for row, asked in enumerate(rows) if asked.future.done()]) and generates(self.config):
             self.fleet.enough(unwanted)
 
     def _plan(self, request: Request) -> Mapping:

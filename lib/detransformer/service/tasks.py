@@ -8,14 +8,15 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from starlette.exceptions import HTTPException
 from transformers import PretrainedConfig
 
 from detransformer import answers
-from detransformer.checkpoints import has_tokenizer
+from detransformer.models.configuration import head_of, max_tokens
+from detransformer.opening import has_tokenizer
 from detransformer.parallel.draw import Sampling
 from detransformer.service.bodies import Sentences, Vectors
 from detransformer.service.session import Session
@@ -25,17 +26,19 @@ from detransformer.service.writing import Writer
 MAX_TEXTS = 128
 OWN_PATHS = {  # of `answers.TASKS`: this project's own route of each
     "classification": "/classify",
+    "token-classification": "/",
     "question-answering": "/answer",
     "generation": "/generate",
     "base": "/embed",
 }
 DOES = {
     "classification": "classifies texts",
+    "token-classification": "labels the words of texts",
     "question-answering": "answers questions about a passage",
     "generation": "generates text",
     "base": "embeds texts",
 }
-HEADLESS = ("Model", "ForPreTraining", "ForMaskedLM")  # classes whose hidden states are served
+EMBEDDED = ("base", "masked-lm")  # heads of models of which the hidden states are served
 
 Row = dict[str, torch.Tensor]
 Prompt = str | list[int]
@@ -83,10 +86,10 @@ def path_of(model: str, config: PretrainedConfig) -> str:
         ValueError: for a head that this server does not know.
     """
     task = answers.task_of(config)
-    if task == "base" and config.architectures and not config.architectures[0].endswith(HEADLESS):
+    if task == "base" and head_of(config) not in EMBEDDED:
         raise ValueError(
-            f"{model} has a head that is not served ({config.architectures[0]}): serve a classifier, a model that "
-            "answers questions, a GPT-2, or a model without a head, for embeddings."
+            f"{model} has a head that is not served ({config.architectures[0]}): serve a classifier of texts or words, "
+            "a model that answers questions, a GPT-2, or a model without a head, for embeddings."
         )
     return OWN_PATHS[task]
 
@@ -98,9 +101,9 @@ class Tasks:
         self.session, self.config = session, session.config
         self.name = session.model.rstrip("/").rpartition("/")[2]
         self.task = answers.task_of(session.config)
-        self.tokenizer = answers.tokenizer_of(session.model) if has_tokenizer(session.model) else None
+        self.tokenizer = answers.tokenizer_of(session.model, self.config) if has_tokenizer(session.model) else None
         self.max_texts = min(MAX_TEXTS, session.max_batch * session.max_waiting)
-        self.normalizes = answers.normalizes(session.model)
+        self.pooling = answers.Pooling.of(session.model) or answers.Pooling()
 
     def only(self, task: str) -> None:
         """
@@ -120,8 +123,9 @@ class Tasks:
             return {"input_ids": torch.tensor([text])}
         if self.tokenizer is None:
             raise HTTPException(422, "the model's folder has no tokenizer: give tokens (input_ids).")
-        limit = self.config.max_position_embeddings if truncate else None
-        row = answers.encode(self.tokenizer, text, pair, self.task == "generation", limit)
+        limit = self.pooling.limit if self.task == "base" else None  # where sentence-transformers cuts, too
+        limit = limit or (max_tokens(self.config) if truncate else None)
+        row = answers.encode(self.config, self.tokenizer, text, pair, limit)
         if not row["input_ids"].numel():
             raise HTTPException(422, "the text has no tokens.")
         return row
@@ -160,8 +164,7 @@ class Tasks:
 
     def labelled(self, scores: torch.Tensor) -> list[dict]:
         """Scores [C] with their labels, the largest first."""
-        names = self.config.id2label
-        listed = [{"label": names.get(i, str(i)), "score": score} for i, score in enumerate(scores.tolist())]
+        listed = [{"label": answers.label(self.config, i), "score": score} for i, score in enumerate(scores.tolist())]
         return sorted(listed, key=lambda one: -one["score"])
 
     async def vectors(self, texts: Sequence[Prompt], options: Vectors) -> tuple[torch.Tensor, int]:
@@ -175,9 +178,11 @@ class Tasks:
         if options.dimensions not in (None, size):
             raise HTTPException(422, f"dimensions is {options.dimensions}, and the vectors have {size}: leave it out.")
         rows = [self.row(text, truncate=bool(options.truncate)) for text in texts]
-        normalize = self.normalizes if options.normalize is None else options.normalize
+        pooling = self.pooling
+        if options.normalize is not None:
+            pooling = replace(pooling, normalize=options.normalize)
         found = await self.outputs(rows, options.deadline_s)
-        vectors = torch.cat([answers.embeddings_of(one["last_hidden_state"], normalize) for one in found])
+        vectors = torch.cat([pooling(one["last_hidden_state"]) for one in found])
         return vectors, sum(row["input_ids"].numel() for row in rows)
 
     async def similarities(self, sentences: Sentences, options: Vectors) -> list[float]:
@@ -186,13 +191,23 @@ class Tasks:
         vectors, _ = await self.vectors(texts, options.model_copy(update={"normalize": True}))
         return (vectors[1:] @ vectors[0]).tolist()
 
-    async def span(self, question: str, passage: str, deadline_s: float) -> dict:
-        """The answer in characters of the passage, with its probability."""
+    async def span(self, question: Prompt, passage: str | None, deadline_s: float) -> dict:
+        """The answer in characters of the passage, with its probability; of tokens alone, counted in tokens."""
         self.only("question-answering")
         row = self.row(question, passage)
         (outputs,) = await self.outputs([row], deadline_s)
-        _, fields = answers.find_answer(self.config, row, outputs, self.session.model)
-        return answers.in_characters(self.tokenizer, question, passage, row, outputs, fields)
+        asked = answers.Text(self.tokenizer, question, passage) if passage else None
+        return answers.find_answer(self.config, row, outputs, asked)[1]
+
+    async def entities(self, texts: Sequence[str], deadline_s: float) -> list[list[dict]]:
+        """The entities of each text, in characters."""
+        self.only("token-classification")
+        rows = [self.row(text) for text in texts]
+        found = zip(rows, await self.outputs(rows, deadline_s), texts, strict=True)
+        return [
+            answers.find_entities(self.config, row, outputs, answers.Text(self.tokenizer, text))[1]["entities"]
+            for row, outputs, text in found
+        ]
 
     async def stream(self, prompt: Prompt, wish: Wish) -> AsyncIterator[Piece]:
         """The text that follows, as its tokens are made; who stops reading stops its generation.

@@ -4,7 +4,8 @@ from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
 from detransformer import __version__
-from detransformer.answers import scores_of
+from detransformer.answers import scores
+from detransformer.models.configuration import max_tokens
 from detransformer.service.bodies import Embed, Predict, Rerank, Similarity, Vectors
 from detransformer.service.tasks import Prompt, Tasks
 
@@ -32,7 +33,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
         pairs = body.inputs if several else [[body.inputs] if isinstance(body.inputs, str) else body.inputs]
         rows = [tasks.row(*pair, truncate=bool(body.truncate)) for pair in pairs]
         logits = await tasks.logits(rows, body.deadline_s)
-        found = [tasks.labelled(x if body.raw_scores else scores_of(tasks.config, x)) for x in logits]
+        found = [tasks.labelled(x if body.raw_scores else scores(tasks.config, x)) for x in logits]
         return found if several else found[0]
 
     @router.post("/rerank", **guarded)
@@ -44,15 +45,15 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
             raise HTTPException(424, f"{words}; texts are ranked by a model that has one.")
         rows = [tasks.row(body.query, text, truncate=bool(body.truncate)) for text in body.texts]
         logits = await tasks.logits(rows, body.deadline_s)
-        scores = [float(x if body.raw_scores else x.sigmoid()) for x in logits]
-        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+        fits = [float(x if body.raw_scores else x.sigmoid()) for x in logits]
+        ranked = sorted(range(len(fits)), key=lambda i: -fits[i])
         texts = [{"text": text} if body.return_text else {} for text in body.texts]
-        return [{"index": i, "score": scores[i], **texts[i]} for i in ranked]
+        return [{"index": i, "score": fits[i], **texts[i]} for i in ranked]
 
     @router.get("/info", **guarded)
     async def info() -> dict:
         """What is served, and its limits."""
-        kind = {tasks.task: {}} if tasks.task != "base" else {"embedding": {"pooling": "mean"}}
+        kind = {tasks.task: {}} if tasks.task != "base" else {"embedding": {"pooling": "+".join(tasks.pooling.modes)}}
         if tasks.task == "classification":
             labels = {"id2label": tasks.config.id2label, "label2id": tasks.config.label2id}
             kind = {"reranker" if tasks.config.num_labels == 1 else "classifier": labels}
@@ -61,11 +62,11 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
             "served_model_name": tasks.name,
             "model_dtype": "float32",
             "model_type": kind,
-            "max_input_length": tasks.config.max_position_embeddings,
+            "max_input_length": tasks.pooling.limit or max_tokens(tasks.config),
             "max_client_batch_size": tasks.max_texts,
             "max_batch_requests": tasks.session.max_batch,
             "max_concurrent_requests": tasks.session.max_waiting,
-            "auto_truncate": False,
+            "auto_truncate": tasks.pooling.limit is not None,
             "version": __version__,
         }
 
