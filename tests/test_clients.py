@@ -5,6 +5,7 @@ model kind for the whole file.
 """
 
 import json
+import re
 import socket
 import threading
 import time
@@ -37,6 +38,7 @@ from detransformer.answers import check_inputs, scores
 from detransformer.cluster.fleet import JobFailed
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.files import repository_root
 from detransformer.service.http import build_app, server_config
 from detransformer.service.session import Session
 from detransformer.service.waiting import Asked, QueueFull, Waiting
@@ -446,6 +448,19 @@ def test_a_full_queue_is_each_dialects_own_refusal(classifier, monkeypatch):
 def test_a_body_is_json_whatever_its_content_type(classifier, kind):
     headers = {"Content-Type": kind} if kind else {}
     assert classifier.http.post("/classify", content=b'{"text": "a film"}', headers=headers).status_code == 200
+
+
+CALLS = re.findall(r"^    (\S.*?) +# served: an? (\w+)$", (repository_root() / "docs/serve.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("call", "kind"), CALLS)
+def test_calls_that_are_shown_are_answered(request, call, kind):
+    service = request.getfixturevalue(kind)
+    tei = llama.TextEmbeddingsInference(model_name="any", base_url=service.url, auth_token=TOKEN)
+    found = eval(call, {"hub": service.hub, "ai": service.ai, "http": service.http, "tei": tei})
+    assert len(CALLS) == 10
+    if isinstance(found, httpx.Response):  # the other clients raise what is refused
+        found.raise_for_status()
 
 
 # --- A request's own error ---------------------------------------------------------------------------------------
