@@ -107,10 +107,18 @@ def test_no_answer_is_an_empty_one_and_never_a_special_token(tmp_path):
 
 def test_entities_are_those_of_transformers_pipeline(tmp_path):
     names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC"]
-    save(tmp_path, "ForTokenClassification", id2label=dict(enumerate(names)))
+    model = save(tmp_path, "ForTokenClassification", id2label=dict(enumerate(names)))
+    with torch.inference_mode():  # so that labels differ from token to token
+        state = model.bert(torch.arange(5, 20)[None]).last_hidden_state[0]
+        state -= state.mean(0)
+        labels = torch.nn.functional.one_hot(torch.arange(15) % 6, 6).float()
+        model.classifier.weight.data = (torch.linalg.pinv(state) @ labels).T * 3
+        model.classifier.bias.data.zero_()
+    model.save_pretrained(tmp_path)
     pipeline = transformers.pipeline("token-classification", str(tmp_path), aggregation_strategy="simple")
     found = set()
-    for text in ("Jane Austens film in New  York .", "who wrote it ? Jane ? austen Austen", "london"):
+    written = "who wrote it ? jane  AUSTEN in London the film is bad . New york"
+    for text in (written, written.replace("?", "Films ed"), "Jane Austens film in New  York .", "london"):
         expected = pipeline(text)
         entities = answer_of(tmp_path, text)[1]["entities"]
         assert [e["word"] for e in entities] == [text[e["start"] : e["end"]] for e in expected]
@@ -204,6 +212,20 @@ def test_minilm_s_vectors_over_devices_are_sentence_transformers(cluster, tmp_pa
         cluster.run("run_plan", checkpoint=str(folder), repeats=1, warmup=0, **job)
         vectors = pooling(load_file(output)["last_hidden_state"], tokens["attention_mask"])
         torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
+
+
+def test_random_tokens_go_on_as_generate_has_it(tmp_path):
+    """A drawn token that `generate` takes for padding is masked on the devices too."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=60, n_positions=64, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path).config
+    inputs = inputs_of(Request(num_tokens=9, max_new_tokens=5), str(tmp_path), opened)
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 1, 1, 1, 1, 1]]
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0)[:, 9:]
+    assert torch.equal(single_device_outputs(str(tmp_path), opened, inputs, 5)["tokens"], expected)
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
