@@ -259,9 +259,15 @@ def read_outputs(
     return words, fields
 
 
+def end_tokens(config: PretrainedConfig) -> list[int]:
+    """The tokens that end a text."""
+    ends = config.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
 def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
     """The tokens before the first that ends a text."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = end_tokens(config)
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 

@@ -1,7 +1,7 @@
 """What a worker keeps between jobs: its groups, and of each model the weights, executors and modelled segments."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -84,6 +84,8 @@ class WorkerState:
     device: int = 0  # in the cluster file; `rank` counts the present devices
     home: Mapping[str, Any] = field(default_factory=dict)  # settings that this host was started with: model, ...
     kept: dict[str, Any] = field(default_factory=dict)  # what one job leaves for the next
+    tell: Callable[[Any], None] = lambda part: None  # sends the front a part of the job's result before its end
+    enough: Callable[[], Iterable[int]] = tuple  # rows of the job that the front wants no more of
 
     def takes_part(self, devices: tuple[int, ...]) -> bool:
         """Whether this rank is one of `devices`. All workers have to ask, since all of them make a new group."""

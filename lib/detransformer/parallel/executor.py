@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from detransformer.models.configuration import architecture, family_of, generates, head_of, max_tokens
 from detransformer.parallel.comm import Comm
+from detransformer.parallel.draw import Draw
 from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
 from detransformer.parallel.parameters import naming_of
 from detransformer.parallel.partition import bounds
@@ -27,7 +28,7 @@ from detransformer.parallel.weights import WeightSource
 class Output:
     """last_hidden_state [B, T, D]; the rest where the model has it.
 
-    `next_token` [B] is the likeliest token after the last one, of a decoder.
+    `next_token` [B] is the token after the last one, of a decoder: the likeliest, or one that is drawn.
     """
 
     last_hidden_state: torch.Tensor
@@ -75,26 +76,32 @@ class DecoderEmbeddings:
 
 
 class NextToken:
-    """GPT-2's last LayerNorm and the likeliest next token; each device looks at its part of the vocabulary.
+    """GPT-2's last LayerNorm and the next token; each device looks at its part of the vocabulary.
 
-    What devices exchange is their best logit and its token, two numbers a sequence.
+    What devices exchange is their best logit (or what `draw` makes of it) and its token, two numbers a sequence.
     """
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm):
         self.eps = config.layer_norm_epsilon
         self.norm = [weights.once(f"ln_f.{n}") for n in ("weight", "bias")]
-        self.start, stop = bounds(plan.vocabulary(config.vocab_size), comm.rank)
+        self.sizes = plan.vocabulary(config.vocab_size)
+        self.start, stop = bounds(self.sizes, comm.rank)
         words = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
         self.words = weights.once(words)[self.start : stop]  # [V/P, D]
         self.comm = comm
 
-    def __call__(self, x: torch.Tensor) -> Output:
+    def __call__(self, x: torch.Tensor, draw: Draw | None = None) -> Output:
         x = F.layer_norm(x, x.shape[-1:], *self.norm, eps=self.eps)
+        logits = F.linear(x[:, -1], self.words)  # [B, V/P]
+        if draw:
+            logits = draw(logits, self.sizes, self.comm)
         if not len(self.words):  # a device too slow for a share
             best = torch.stack([x.new_full((len(x),), -torch.inf), x.new_zeros(len(x))], -1)
         else:
-            logits, token = F.linear(x[:, -1], self.words).max(-1)
-            best = torch.stack([logits, (token + self.start).to(x.dtype)], -1)  # [B, 2]; exact up to 2^24 tokens
+            value, token = logits.max(-1)
+            best = torch.stack([value, (token + self.start).to(x.dtype)], -1)  # [B, 2]; exact up to 2^24 tokens
+        if draw:
+            draw.end(best)
         every = self.comm.start_all_gather(best, [best.shape] * self.comm.num_ranks, name="token").wait()
         logits, tokens = torch.stack(every).unbind(-1)  # [P, B] each
         token = tokens.gather(0, logits.argmax(0, keepdim=True))[0]
@@ -209,10 +216,12 @@ class Executor:
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
+        draw: Draw | None = None,
     ) -> Output | None:
         """All three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last.
 
-        With a decoder's `cache`, the tokens follow those in it, and `attention_mask` is [B, T_all].
+        With a decoder's `cache`, the tokens follow those in it, and `attention_mask` is [B, T_all]; its next token is
+        chosen by `draw`, where that is given.
         """
         batch_size, seq_len = input_ids.shape
         past = cache.num_tokens if cache else 0
@@ -246,7 +255,9 @@ class Executor:
             return None
         # A message's buffer is used again by the next request: what is given out must not lie in it.
         x = x.clone() if layout != REPLICATE else x
-        if self.decoder and isinstance(self.head, Head):
+        if isinstance(self.head, NextToken):
+            return self.head(x, draw)
+        if self.decoder:
             return self.head(x, last_tokens(input_ids, attention_mask, self.config.pad_token_id))
         return self.head(x)
 
