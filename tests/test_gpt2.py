@@ -30,6 +30,7 @@ from detransformer.models import (
 from detransformer.models.configuration import GPT2_SIZES, decoupled_config
 from detransformer.models.conversion import slice_parameter
 from detransformer.models.sizes import layer_flops, model_flops, model_parameters
+from detransformer.opening import open_checkpoint
 
 SMALL = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=101, n_positions=40)
 
