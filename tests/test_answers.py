@@ -8,11 +8,10 @@ import torch
 import transformers
 from transformers import BertConfig, BertTokenizer
 
-from detransformer import answers
 from detransformer.answers import Pooling, Text, check_inputs, encode, read_outputs, single_device_outputs
 from detransformer.cluster.answering import inputs_of
 from detransformer.cluster.request import Request
-from detransformer.opening import PACKAGES, find_folder, open_checkpoint
+from detransformer.opening import PACKAGES, find_folder, load_tokenizer, open_checkpoint
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] who wrote it ? jane austen in london the film is bad . new york ##s ##ed".split()
@@ -203,7 +202,7 @@ def test_minilm_s_vectors_over_devices_are_sentence_transformers(cluster, tmp_pa
     opened, texts = open_checkpoint(folder), ["a film of great charm 😀", "Ünïcödé 中文 " * 9, "bad"]
     pooling, output = Pooling.of(folder), tmp_path / "output.safetensors"
     assert pooling == Pooling(("mean",), True, 256)
-    tokens = dict(answers.tokenizer_of(str(folder))(texts, padding=True, return_tensors="pt"))
+    tokens = dict(load_tokenizer(folder)(texts, padding=True, return_tensors="pt"))
     save_file(tokens, tmp_path / "inputs.safetensors")
     expected = torch.from_numpy(sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(texts))
     for method, num_devices in (("single", 1), ("tp", 3), ("sp", 2)):

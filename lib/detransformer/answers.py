@@ -87,11 +87,6 @@ def check_inputs(config: PretrainedConfig, inputs: Inputs, max_new_tokens: int =
     check_length(config, ids.shape[1], max_new_tokens)
 
 
-def tokenizer_of(folder: str, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder; ValueError where there is none, or a damaged one."""
-    return load_tokenizer(folder, config)
-
-
 # --- What its outputs mean ---------------------------------------------------------------------------------------
 
 
@@ -251,7 +246,7 @@ def read_outputs(
     """What the outputs of one request mean, in words and as fields; `text` is None where its tokens were random."""
     task, asked = task_of(config), None
     if text is not None or (task == "generation" and has_tokenizer(folder)):
-        asked = Text(tokenizer_of(folder, config), text or "", pair)
+        asked = Text(load_tokenizer(folder, config), text or "", pair)
     words, fields = TASKS[task](config, inputs, outputs, asked)
     if task == "base":
         pooling = Pooling.of(folder) or Pooling()
