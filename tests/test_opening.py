@@ -174,6 +174,15 @@ def test_missing_unknown_and_misshapen_weights_are_named(tmp_path):
         save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_a_gpt2_whose_head_is_not_its_embeddings_needs_one(tmp_path):
+    config = transformers.GPT2Config(n_embd=48, n_layer=1, n_head=6, vocab_size=40, tie_word_embeddings=False)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert not open_checkpoint(tmp_path).config.tie_word_embeddings
+    transformers.GPT2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="have no LM head"):
+        open_checkpoint(tmp_path)
+
+
 def test_weights_of_another_head_are_named_and_buffers_are_not(tmp_path):
     save(tmp_path, BertForMaskedLM)
     extra = {"cls.seq_relationship.weight": torch.zeros(2, 48), "bert.embeddings.position_ids": torch.arange(9)[None]}
