@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from detransformer import answers
 from detransformer.models.configuration import head_of, max_tokens
-from detransformer.opening import has_tokenizer
+from detransformer.opening import has_tokenizer, load_tokenizer
 from detransformer.parallel.draw import Sampling
 from detransformer.service.bodies import Sentences, Vectors
 from detransformer.service.session import Session
@@ -101,7 +101,7 @@ class Tasks:
         self.session, self.config = session, session.config
         self.name = session.model.rstrip("/").rpartition("/")[2]
         self.task = answers.task_of(session.config)
-        self.tokenizer = answers.tokenizer_of(session.model, self.config) if has_tokenizer(session.model) else None
+        self.tokenizer = load_tokenizer(session.model, self.config) if has_tokenizer(session.model) else None
         self.max_texts = min(MAX_TEXTS, session.max_batch * session.max_waiting)
         self.pooling = answers.Pooling.of(session.model) or answers.Pooling()
 
