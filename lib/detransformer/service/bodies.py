@@ -96,6 +96,10 @@ class Generate(Body):
     def _one_of(self) -> Self:
         return _either(self, "text", self.text)
 
+    @property
+    def prompt(self) -> str | list[int]:
+        return self.input_ids or self.text
+
 
 def _either(body: Body, name: str, value: str | None) -> Body:
     if (value is None) == (body.input_ids is None):
