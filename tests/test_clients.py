@@ -254,9 +254,10 @@ def test_hub_text_generation_whole_streamed_and_stopped(writer):
 
 
 def test_hub_refusals_are_read_by_the_client(embedder, classifier, writer):
-    with pytest.raises(HfHubHTTPError, match="424.*|fill") as refused:
+    with pytest.raises(HfHubHTTPError) as refused:
         embedder.hub.fill_mask("the [MASK] was great")
-    assert refused.value.response.status_code == 424 and "[MASK]" in refused.value.response.json()["error"]
+    assert refused.value.response.status_code == 424
+    assert "does not fill [MASK]" in refused.value.response.json()["error"]
     for kind, words in (({"do_sample": False, "temperature": 0.5}, "do_sample"), ({"top_k": 5}, "top_k")):
         reply = writer.http.post("/", json={"inputs": "a", "parameters": kind})
         assert reply.status_code == 422 and words in reply.json()["error"]

@@ -41,7 +41,7 @@ PROFILES = [path.stem for path in (PACKAGE / "profiles").glob("*.yaml")]
 # By command: what is added, unless it is given, to be done in seconds.
 SHORTER = {
     "bench": "--model my-decoupled-bert/ --repeats 1 --seq-len 16 --time-scale 1",
-    "calibrate": "--tokens 128 --batch-size 4 --seq-len 16 --fit-sequences 8 --precision no",
+    "calibrate": "--steps 2 --batch-size 4 --seq-len 16 --fit-sequences 8 --precision no",
     "decompose": "--source built-in --evaluations 4 --steps 4 --batch-size 16 --train-rows 32 --seq-len 16",
     "decouple": "",
     "doctor": "",
@@ -295,7 +295,7 @@ def test_what_is_asked_by_curl_is_served_by_a_command_that_is_shown(sandbox):
     from detransformer.service.tasks import path_of
 
     models = {option(words, "--model").rstrip("/") for words in SHOWN if words[0] == "serve"}
-    paths = {path_of(model, AutoConfig.from_pretrained(sandbox.made(model))) for model in models}
+    paths = {path_of(AutoConfig.from_pretrained(sandbox.made(model))) for model in models}
     for line in CURLS:
         assert any(f"localhost:8000{path}" in line for path in (*paths, "/health", "/metrics")), line
 

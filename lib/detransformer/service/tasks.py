@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from transformers import PretrainedConfig
 
 from detransformer import answers
-from detransformer.models.configuration import head_of, max_tokens
+from detransformer.models.configuration import max_tokens
 from detransformer.opening import has_tokenizer
 from detransformer.parallel.draw import Sampling
 from detransformer.service.bodies import Generate, Sentences, Vectors
@@ -38,7 +38,6 @@ DOES = {
     "generation": "generates text",
     "base": "embeds texts",
 }
-EMBEDDED = ("base", "masked-lm")  # heads of models of which the hidden states are served
 
 Row = dict[str, torch.Tensor]
 Prompt = str | list[int]
@@ -63,19 +62,9 @@ class Written:
     num_prompt_tokens: int
 
 
-def path_of(model: str, config: PretrainedConfig) -> str:
-    """The path of the model in this folder among this project's own routes.
-
-    Raises:
-        ValueError: for a head that this server does not know.
-    """
-    task = answers.task_of(config)
-    if task == "base" and head_of(config) not in EMBEDDED:
-        raise ValueError(
-            f"{model} has a head that is not served ({config.architectures[0]}): serve a classifier of texts or words, "
-            "a model that answers questions, a GPT-2, or a model without a head, for embeddings."
-        )
-    return OWN_PATHS[task]
+def path_of(config: PretrainedConfig) -> str:
+    """The path of a model among this project's own routes."""
+    return OWN_PATHS[answers.task_of(config)]
 
 
 class Tasks:
