@@ -30,6 +30,7 @@ OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_
 
 
 def is_openai(path: str) -> bool:
+    """Whether a path is one of OpenAI's."""
     return path.startswith("/v1/")
 
 
