@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
-from starlette.exceptions import HTTPException
 
 from detransformer.service.bodies import Completions, Embeddings, Generate
 from detransformer.service.sse import streamed
@@ -26,13 +25,6 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     async def models() -> dict:
         """The one model that is served."""
         return {"object": "list", "data": [model]}
-
-    @router.get("/models/{name}", **guarded)
-    async def one_model(name: str) -> dict:
-        """The model of that name."""
-        if name != tasks.name:
-            raise HTTPException(404, f"there is no model {name!r}; this server has {tasks.name}.")
-        return model
 
     @router.post("/embeddings", **guarded)
     async def embeddings(body: Embeddings) -> dict:
