@@ -1,6 +1,7 @@
 """The first 20 losses of each kind of training, as they were before there was one loop (tests/golden/training.json).
 
-Those of images are without mixup, which no recipe used; the code that still had it gave them. All run in one thread. On the instruction set that the file names they agree to 1e-6; another one sums in another order,
+Those of images are without mixup, which no recipe used; the code that still had it gave them.
+All run in one thread. On the instruction set that the file names they agree to 1e-6; another one sums in another order,
 and bfloat16 or 20 steps of Adam make rounding visible, so that there 1e-2 has to do.
 """
 
@@ -86,11 +87,10 @@ class RandomWords:
 
 def image_data() -> ImageData:
     rng = np.random.default_rng(0)
-    arrays = {}
-    for split, num in (("train", 60), ("test", 20)):
-        arrays[f"{split}_images"] = rng.integers(256, size=(num, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.arange(num) % 5
-    return ImageData("noise", "made here", **arrays, num_classes=5, full_train_rows=60, full_test_rows=20)
+    rows = {"train": 60, "test": 20}
+    images = {split: rng.integers(256, size=(num, 32, 32, 3), dtype=np.uint8) for split, num in rows.items()}
+    labels = {split: np.arange(num) % 5 for split, num in rows.items()}
+    return ImageData("noise", "made here", images, labels, num_classes=5, full_rows=rows)
 
 
 def vit(hidden_size: int, seed: int) -> ViTForImageClassification:

@@ -65,15 +65,16 @@ class TaskRows:
         train, valid = len(self.train), len(self.validation)
         if self.source == BuiltInSource.name:
             return f"built-in generated set, {train:,} training rows; {valid:,} validation rows"
-        parts = [
-            f"reduced training set, {train:,} of {self.task.full_train_rows:,} rows"
-            if train < self.task.full_train_rows
-            else f"full training set, {train:,} rows",
-            f"reduced validation set, {valid:,} of {self.task.full_eval_rows:,} rows"
-            if valid < self.task.full_eval_rows
-            else f"{valid:,} validation rows",
-        ]
-        return f"{self.source}; " + "; ".join(parts)
+        task = self.task
+        return rows_note(self.source, "validation", (train, task.full_train_rows), (valid, task.full_eval_rows))
+
+
+def rows_note(source: str, kind: str, train: tuple[int, int], scored: tuple[int, int], held: str = "") -> str:
+    """In words how many rows there are of how many of the official sets: training, and `kind`, by which is scored."""
+    is_reduced = train[0] < train[1], scored[0] < scored[1]
+    first = "reduced training set, {:,} of {:,} rows" if is_reduced[0] else "full training set, {:,} rows"
+    second = f"reduced {kind} set, {{:,}} of {{:,}} rows" if is_reduced[1] else f"{{:,}} {kind} rows"
+    return f"{source}; {first.format(*train)}{held}; {second.format(*scored)}"
 
 
 class TrainingData:
