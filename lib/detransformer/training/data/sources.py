@@ -34,22 +34,6 @@ class Source(Protocol):
     def articles(self, split: str): ...
 
 
-class Tokenized:
-    """Another source's text and tasks, cut by `tokenizer`."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer, name: str | None = None):
-        self.name, self.is_real = name or source.name, source.is_real
-        self.articles, self.task_rows = source.articles, source.task_rows
-        self._source, self._tokenizer = source, tokenizer
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_str(self._tokenizer.to_str())  # a copy: truncation is a tokenizer's state
-
-    def fingerprint(self) -> str:
-        text = self._source.fingerprint() + self._tokenizer.to_str()
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 @dataclass(frozen=True)
 class TaskRows:
     """A task's rows as used, and how they compare with the official set."""
@@ -83,15 +67,24 @@ class TrainingData:
     Two are equal that have the same name and fingerprint, wherever they were opened.
 
     Args:
-        source: one of the three sources.
+        source: what the text and the rows come from.
         cache_dir: where packed text is kept.
         note: which sources were tried and why this one was taken.
+        tokenizer: by which the text is cut; None is the source's own.
+        name: in tables; the source's own where it is empty.
     """
 
-    def __init__(self, source: Source, cache_dir: str | Path, note: str):
+    def __init__(
+        self, source: Source, cache_dir: str | Path, note: str, tokenizer: Tokenizer | None = None, name: str = ""
+    ):
         self.source, self.cache_dir, self.note = source, Path(cache_dir), note
-        self.name, self.fingerprint = source.name, source.fingerprint()
-        self.tokenizer = source.tokenizer()
+        self.name, self.fingerprint = name or source.name, source.fingerprint()
+        self._given = tokenizer, name
+        if tokenizer is not None:
+            text = self.fingerprint + tokenizer.to_str()
+            self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
+        # A copy of what was given: truncation is a tokenizer's state.
+        self.tokenizer = source.tokenizer() if tokenizer is None else Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.special = SpecialTokens.of(self.tokenizer)
@@ -99,7 +92,7 @@ class TrainingData:
 
     def __reduce__(self):
         """Another process opens the source for itself; what was read or tokenised here does not travel."""
-        return TrainingData, (self.source, self.cache_dir, self.note)
+        return TrainingData, (self.source, self.cache_dir, self.note, *self._given)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrainingData) and (self.name, self.fingerprint) == (other.name, other.fingerprint)

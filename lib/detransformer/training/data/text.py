@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from detransformer.checkpoints import has_tokenizer
-from detransformer.training.data.sources import Tokenized, TrainingData, open_data
+from detransformer.training.data.sources import TrainingData, open_data
 from detransformer.training.data.tasks import Task
 
 VALID_EVERY = 20  # one line of so many is held out; of fewer, the last one
@@ -76,7 +76,7 @@ def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str 
 
 def retokenized(data: TrainingData, tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
     """`data`, cut by `tokenizer`."""
-    return TrainingData(Tokenized(data.source, tokenizer), cache_dir, data.note)
+    return TrainingData(data.source, cache_dir, data.note, tokenizer)
 
 
 def text_for(
