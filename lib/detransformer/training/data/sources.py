@@ -172,8 +172,12 @@ def choose_source(source: str, mirror: Path, cached: Path | None = None) -> tupl
     return "built-in", "; ".join([*skipped, f"no Hub ({problem})", "built-in data"])
 
 
-def open_data(source: str = "auto", cache_dir: str | Path = "data/cache") -> TrainingData:
+def open_data(
+    source: str = "auto", cache_dir: str | Path = "data/cache", tokenizer: Tokenizer | None = None
+) -> TrainingData:
     """Text and tasks of `source`: `mirror`, `hub`, `built-in`, or `auto` for the first of these that is there.
+
+    The text is cut by `tokenizer`, or by the source's own.
 
     Raises:
         ValueError: for an unknown source, or an explicit one that is not available.
@@ -181,4 +185,4 @@ def open_data(source: str = "auto", cache_dir: str | Path = "data/cache") -> Tra
     mirror = data_environment().mirror
     name, why = choose_source(source, mirror)
     made = {"mirror": lambda: MirrorSource(mirror), "hub": HubSource, "built-in": BuiltInSource}[name]()
-    return TrainingData(made, cache_dir, why)
+    return TrainingData(made, cache_dir, why, tokenizer)
