@@ -173,7 +173,7 @@ def model_row(lab: Lab) -> dict:
     """The large model itself: accuracy on test and training samples, and its costs as DeiT-B on the TX2."""
     (fast,) = [spec for spec in lab.devices if spec.preset == "jetson-tx2"]
     whole = Case("large model", Policy((lab.original.whole,)), (fast,), 1)
-    (accuracy,) = collect_outputs([lab.model], lab.task, "test", lab.folder, pooling="first").accuracies
+    (accuracy,) = collect_outputs([lab.model], lab.task, "test", lab.folder).accuracies
     return {"case": whole.name, "accuracy": accuracy, "train_accuracy": lab.train_accuracy} | costs(lab, whole)
 
 
@@ -245,7 +245,7 @@ def ablation_rows(lab: Lab, case: Case) -> pd.DataFrame:
     times, cut = latency(scaled, lab.priced, lab.cluster(case.devices)), decompose(lab.model, case.policy)
     parts = [*(f"sub-model {n}" for n in range(1, len(cut) + 1)), "all"]
     latencies, rows = [1e3 * seconds for seconds in (*times.backbone_s, times.total_s)], []
-    train, test = (collect_outputs(cut, lab.task, split, lab.folder, pooling="first") for split in ("train", "test"))
+    train, test = (collect_outputs(cut, lab.task, split, lab.folder) for split in ("train", "test"))
     for seed in range(case.num_seeds):
         made = calibrate(lab, case, seed)
         as_cut = ensemble_accuracy(trained(lab, "coformer", train, seed), test)
@@ -316,5 +316,6 @@ def text_rows(lab: Lab, run, source: str, study: dict) -> pd.DataFrame:
         with torch.no_grad():
             decided = made.aggregator(made.test.answers(made.aggregator)).argmax(-1).numpy()
         rows.append(common | {"part": "all", "seed": seed, "score": text.score(decided)} | costs(lab, case))
-        rows += [common | {"part": f"sub-model {b.number}", "seed": seed, "score": b.score} for b in made.boosted]
+        for number, score in enumerate(made.scores, start=1):
+            rows.append(common | {"part": f"sub-model {number}", "seed": seed, "score": score})
     return pd.DataFrame(rows)

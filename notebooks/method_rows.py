@@ -259,7 +259,7 @@ def random_ensemble(
         torch.manual_seed(0)
         config = type(config)(**config.to_dict() | {"num_labels": NUM_CLASSES})
         sub_models = decompose(BertForSequenceClassification(config).eval(), scaled)
-        aggregator = make_aggregator("coformer", scaled.widths, NUM_CLASSES, pooling="first").eval()
+        aggregator = make_aggregator("coformer", scaled.widths, NUM_CLASSES).eval()
     return save_ensemble(folder, sub_models, aggregator, scaled, sizes, central)
 
 

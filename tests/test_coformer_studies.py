@@ -150,6 +150,7 @@ def test_a_probe_reads_features():
         return SimpleNamespace(logits=model.base_model(pixel_values))
 
     model = torch.nn.Module()
+    model.config = ViTConfig()
     model.base_model = torch.nn.Flatten(2)  # its features are the pixels
     model.base_model.forward = lambda pixel_values: (pixel_values,)
     model.forward = forward
