@@ -13,7 +13,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     GPT2Tokenizer,
-    RobertaConfig,
+    OPTConfig,
 )
 
 from detransformer.checkpoints import decouple_checkpoint
@@ -331,8 +331,8 @@ def test_what_is_no_original_gpt2_is_refused(gpt2):
         decouple(decouple(gpt2, 2, 4))
     with pytest.raises(ValueError, match="set add_cross_attention=False"):
         DecoupledGPT2Model(DecoupledGPT2Config(**SMALL, num_original_layers=2, add_cross_attention=True))
-    with pytest.raises(ValueError, match="'roberta' is neither BERT nor GPT-2"):
-        architecture(RobertaConfig())
+    with pytest.raises(ValueError, match="'opt' is not supported"):
+        architecture(OPTConfig())
 
 
 # --- checkpoints of latency runs ------------------------------------------------------------------------------------

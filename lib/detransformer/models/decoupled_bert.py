@@ -168,7 +168,7 @@ def merge_hidden(slices: torch.Tensor, batch_size: int) -> torch.Tensor:
     return slices.transpose(0, 1).flatten(1).unflatten(0, (batch_size, -1))
 
 
-class _DecoupledBertMixin:
+class DecoupledBertMixin:
     """What the four models below share: their configuration and the initialisation of stacked weights."""
 
     config_class = DecoupledBertConfig
@@ -185,7 +185,7 @@ class _DecoupledBertMixin:
             init.zeros_(module.bias)
 
 
-class DecoupledBertModel(_DecoupledBertMixin, BertModel):
+class DecoupledBertModel(DecoupledBertMixin, BertModel):
     """Decoupled BERT encoder (and pooler); outputs as `transformers.BertModel`."""
 
     def __init__(self, config: DecoupledBertConfig, add_pooling_layer: bool = True):
@@ -198,7 +198,7 @@ class DecoupledBertModel(_DecoupledBertMixin, BertModel):
         self.post_init()
 
 
-class DecoupledBertForMaskedLM(_DecoupledBertMixin, BertForMaskedLM):
+class DecoupledBertForMaskedLM(DecoupledBertMixin, BertForMaskedLM):
     """Decoupled BERT with BERT's own masked-language-model head: logits [B, T, vocabulary]."""
 
     def __init__(self, config: DecoupledBertConfig):
@@ -207,7 +207,7 @@ class DecoupledBertForMaskedLM(_DecoupledBertMixin, BertForMaskedLM):
         self.post_init()
 
 
-class DecoupledBertForSequenceClassification(_DecoupledBertMixin, BertForSequenceClassification):
+class DecoupledBertForSequenceClassification(DecoupledBertMixin, BertForSequenceClassification):
     """Decoupled BERT with BERT's own classifier of the pooled [CLS]: logits [B, labels]."""
 
     def __init__(self, config: DecoupledBertConfig):
@@ -216,7 +216,7 @@ class DecoupledBertForSequenceClassification(_DecoupledBertMixin, BertForSequenc
         self.post_init()
 
 
-class DecoupledBertForQuestionAnswering(_DecoupledBertMixin, BertForQuestionAnswering):
+class DecoupledBertForQuestionAnswering(DecoupledBertMixin, BertForQuestionAnswering):
     """Decoupled BERT with BERT's own span head: logits [B, T] of an answer's start and of its end."""
 
     def __init__(self, config: DecoupledBertConfig):
