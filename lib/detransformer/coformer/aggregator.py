@@ -8,9 +8,9 @@
 | `average` | mean of the sub-models' probabilities | logits | no |
 | `majority` | most votes; of classes with as many votes the one of the largest summed probability | logits | no |
 
-Published, Pool is the mean over the S tokens. Classifiers of BERT and ViT read their first token only and those of GPT-2
-the last, so features of calibrated classifiers say most there: Pool takes this token. That is linear, as the projection
-is, so they commute: a device pools before it sends, which is exact and S times fewer bytes.
+Published, Pool is the mean over the S tokens. Classifiers of BERT and ViT read their first token only and those of
+GPT-2 the last, so features of calibrated classifiers say most there: Pool takes this token. That is linear, as the
+projection is, so they commute: a device pools before it sends, which is exact and S times fewer bytes.
 
 A device may be missing (`present`). For the learned kinds its features are then the mean of the training samples', kept
 with the weights; for `average` and `majority` it is left out.
@@ -51,7 +51,8 @@ def features_and_logits(sub_model: PreTrainedModel, inputs: dict) -> tuple[torch
 class Aggregator(nn.Module):
     """The common part of all kinds: which sub-models are present, and a stand-in for those that are not.
 
-    A learned kind has `build`, which makes its layers, and `fuse`: features of all sub-models [B, d_n] to logits [B, C]. The others have `vote`: probabilities [B, N, C] and weights [B, N, 1], 1 where present, to logits [B, C].
+    A learned kind has `build`, which makes its layers, and `fuse`: features of all sub-models [B, d_n] to logits
+    [B, C]. The others have `vote`: probabilities [B, N, C] and weights [B, N, 1], 1 where present, to logits [B, C].
 
     Args:
         widths: d_n of each sub-model.

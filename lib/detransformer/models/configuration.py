@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     PretrainedConfig,
     RobertaConfig,
+    ViTConfig,
     XLMRobertaConfig,
 )
 
@@ -103,6 +104,22 @@ class DecoupledGPT2Config(Decoupling, GPT2Config):
     """`GPT2Config` plus the choices of `Decoupling`."""
 
     model_type = "decoupled_gpt2"
+
+
+@strict
+class DecoupledViTConfig(Decoupling, ViTConfig):
+    """`ViTConfig` plus the choices of `Decoupling`.
+
+    Raises:
+        ValueError: without biases of Q, K and V, too.
+    """
+
+    model_type = "decoupled_vit"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not self.qkv_bias:
+            raise ValueError("qkv_bias=False: a decoupled ViT has biases of Q, K and V; choose a ViT with them.")
 
 
 def check_decoupling(
@@ -275,8 +292,12 @@ def decoupled_config(
     attention_width: str = "full",
     original_placement: str = "last",
 ) -> PretrainedConfig:
-    """The configuration of `original` decoupled; ValueError where its sizes do not divide so."""
-    return family_of(original).decoupled(
+    """The configuration of `original` decoupled; ValueError where its sizes do not divide so.
+
+    A ViT is in none of `FAMILIES`: it is decoupled, and neither planned nor run on devices.
+    """
+    decoupled = DecoupledViTConfig if original.model_type == "vit" else family_of(original).decoupled
+    return decoupled(
         **config_fields(original),
         num_original_layers=num_original_layers,
         num_divisions=num_divisions,

@@ -11,14 +11,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.models import decoupled_bert, decoupled_gpt2, decoupled_relatives
-from detransformer.models.configuration import architecture, decoupled_config, layer_kinds
+from detransformer.models import decoupled_bert, decoupled_gpt2, decoupled_relatives, decoupled_vit
+from detransformer.models.configuration import decoupled_config, layer_kinds
 
-DECOUPLED_CLASS = decoupled_bert.DECOUPLED_CLASS | decoupled_gpt2.DECOUPLED_CLASS | decoupled_relatives.DECOUPLED_CLASS
-LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h)\.(\d+)\.(.+)$")
-QKV = ("attention.self.", "attention.q_lin.", "attention.k_lin.", "attention.v_lin.")  # how their names begin
-FFN_IN = ("intermediate.", "ffn.lin1.")
-ATTENTION_OUT = ("attention.output.dense.weight", "attention.out_lin.weight")
+MODULES = (decoupled_bert, decoupled_gpt2, decoupled_relatives, decoupled_vit)
+DECOUPLED_CLASS = {original: made for module in MODULES for original, made in module.DECOUPLED_CLASS.items()}
+LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h|layers)\.(\d+)\.(.+)$")
+QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # how names begin
+FFN_IN = ("intermediate.", "ffn.lin1.", "mlp.fc1.")
+ATTENTION_OUT = ("attention.output.dense.weight", "attention.out_lin.weight", "attention.o_proj.weight")
 
 
 def decouple(
@@ -31,7 +32,7 @@ def decouple(
     """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
 
     Args:
-        model: of a class in `DECOUPLED_CLASS`: of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or GPT-2.
+        model: of a class in `DECOUPLED_CLASS`: of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, GPT-2 or ViT.
         num_original_layers: Nb; `model`'s layers at those places are copied.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.
@@ -77,7 +78,7 @@ def slice_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfi
 
     `parameter` is the name inside the layer, e.g. `attention.self.query.weight` or `attn.c_attn.weight`.
     """
-    if architecture(config) == "gpt2":
+    if config.model_type == "decoupled_gpt2":
         return _slice_gpt2_parameter(parameter, value, config)
     blocks = config.num_divisions
     narrow = config.attention_width == "narrow"
