@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from method_rows import energy_j, scale_policy, tdp_w
+from method_rows import NUM_DIVISIONS, energy_j, original_layers, scale_policy, tdp_w
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, ViTConfig
 
 from detransformer import training
 from detransformer.cluster.devices import cluster_profile
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.aggregator import CLASSES, Aggregator, aggregator_flops
-from detransformer.coformer.booster import BoostConfig
+from detransformer.coformer.booster import BoostConfig, boost
 from detransformer.coformer.calibration import (
     AggregatorConfig,
     Calibrated,
@@ -35,12 +36,13 @@ from detransformer.coformer.search import Evaluator, SearchConfig, search_policy
 from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.files import repository_root
 from detransformer.models.configuration import preset_config
+from detransformer.models.conversion import decouple
 from detransformer.tables.coformer import best_recipe
 from detransformer.training.config import FinetuneConfig, ModelRow, PretrainConfig, config_hash, make_config
 from detransformer.training.data.images import open_images
 from detransformer.training.data.reduced import reduced_data
 from detransformer.training.finetuning import finetune
-from detransformer.training.images import ImageConfig, train_vit
+from detransformer.training.images import ImageConfig, train_best_vit
 from detransformer.training.pretraining import pretrain_all
 
 DEIT = Original.of(ViTConfig())  # DeiT-B: 12 layers of 768 over 197 tokens (Touvron et al. 2021)
@@ -92,11 +94,15 @@ class Case:
 
 
 def image_lab(run, settings: dict) -> Lab:
-    """A small ViT trained from scratch on images, found again where it is trained already."""
+    """A small ViT trained from scratch on images by the best of some recipes, found again where it is trained already.
+
+    A recipe of `settings["vit_recipes"]` are the fields that differ from `settings["vit"]`.
+    """
     torch.set_num_threads(settings["num_threads"])
     data = open_images(settings["source"], cache_dir=run.path / "cache")
     data = data.cut(settings["max_train_rows"], settings["max_test_rows"]).hold_out(settings["held_out_share"])
-    trained = train_vit(make_config(ImageConfig, settings["vit"]), data, run.path / "checkpoints" / "images")
+    ways = [make_config(ImageConfig, settings["vit"] | dict(recipe)) for recipe in settings["vit_recipes"]]
+    trained = train_best_vit(ways, data, run.path / "checkpoints" / "images")
     model = AutoModelForImageClassification.from_pretrained(trained.checkpoint).eval()
     devices = ClusterSpec.load(repository_root() / settings["cluster"]).device_specs
     recipes = {"boosting": BoostConfig, "aggregation": AggregatorConfig, "search": SearchConfig}
@@ -182,6 +188,11 @@ def recipe_of(lab: Lab, case: Case, seed: int = 0, **changes) -> BoostConfig:
     return make_config(BoostConfig, asdict(lab.boosting) | {"seed": SEED_STEP * seed, "rule": case.rule} | changes)
 
 
+def recipe_name(recipe: BoostConfig) -> str:
+    """A recipe as tables call it."""
+    return f"{recipe.num_steps} steps, {recipe.target} targets"
+
+
 def calibrate(lab: Lab, case: Case, seed: int, **changes) -> Calibrated:
     """One run of a case: its sub-models boosted, the aggregator on top; a finished run is not repeated."""
     recipe = recipe_of(lab, case, seed, **changes)
@@ -193,8 +204,7 @@ def run_rows(lab: Lab, case: Case, num_seeds: int | None = None, **changes) -> p
 
     `accuracy` is of the test samples; `held_out_accuracy`, of training samples held out, is what recipes are chosen by.
     """
-    rows, price, recipe = [], costs(lab, case), recipe_of(lab, case, **changes)
-    name = f"{recipe.num_steps} steps, {recipe.target} targets"
+    rows, price, name = [], costs(lab, case), recipe_name(recipe_of(lab, case, **changes))
     for seed in range(min(num_seeds or case.num_seeds, case.num_seeds)):
         made = calibrate(lab, case, seed, **changes)
         row = {"case": case.name, "rule": case.rule, "recipe": name, "seed": seed}
@@ -213,6 +223,35 @@ def all_runs(lab: Lab, cases: dict[str, Case], settings: dict) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def operations(model: torch.nn.Module, task: ImageTask) -> int:
+    """Of the matrix products of one image."""
+    batch = next(task.ordered_batches("test", 1))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixel_values=batch["pixel_values"])
+    return counter.get_total_flops()
+
+
+def decoupled_rows(lab: Lab, case: Case, settings: dict) -> pd.DataFrame:
+    """DeTransformer's accuracy: the large model decoupled, and distilled by each recipe; a row a recipe and seed.
+
+    It is decoupled in the shape that is priced. It gets as many steps as take the operations of all of `case`'s
+    sub-models together, so both cost the same to distil. `as_cut` is its accuracy before.
+    """
+    cut = decouple(lab.model, original_layers(lab.original, lab.priced), NUM_DIVISIONS)
+    share, rows = operations(cut, lab.task) / operations(lab.model, lab.task), []
+    (as_cut,) = collect_outputs([cut], lab.task, "test", lab.folder).accuracies
+    for recipe in ({}, *map(dict, settings["recipes"])):
+        recipe.pop("cases", None)
+        for seed in range(min(case.num_seeds, recipe.pop("num_seeds", settings["num_seeds"]["recipes"]))):
+            like = recipe_of(lab, case, seed, **recipe)
+            num_steps = max(1, round(like.num_steps * costs(lab, case)["flops_share"] / share))
+            (made,) = boost([cut], lab.model, lab.task, replace(like, rule="none", num_steps=num_steps), lab.folder)
+            (accuracy,) = collect_outputs([made.model], lab.task, "test", lab.folder).accuracies
+            row = {"recipe": recipe_name(like), "seed": seed, "num_steps": num_steps, "flops_share": share}
+            rows.append(row | {"as_cut": as_cut, "accuracy": accuracy, "seconds": made.seconds})
+    return pd.DataFrame(rows)
+
+
 def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) -> dict[str, Policy]:
     """By method the policies whose latency is compared: those trained, and one of the published share of FLOPs."""
     limits = shared_limits(lab, lab.devices, published_share)
@@ -221,10 +260,16 @@ def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) ->
     return policies | {"coformer-published": find_policy(lab, lab.devices, limits)}
 
 
-def method_accuracies(large: float, recipes: pd.DataFrame) -> dict[str, float]:
-    """By method the accuracy on the images, of the one recipe that methods are compared by; exact ones have `large`."""
-    means = best_recipe(recipes).set_index("case")["accuracy"]
+def method_accuracies(large: float, recipes: pd.DataFrame, decoupled: pd.DataFrame) -> dict[str, float]:
+    """By method the accuracy on the images, of the one recipe that methods are compared by; exact ones have `large`.
+
+    Args:
+        recipes, decoupled: of `recipe_table` and `decoupled_table`.
+    """
+    best = best_recipe(recipes).set_index("case")
+    means, recipe = best["accuracy"], best["recipe"].iloc[0]
     own = {"coformer": means["coformer"], "devit": means["uniform"], "small": means["1 device"]}
+    own |= dict.fromkeys(("bp+paper", "bp+auto"), decoupled.set_index("recipe").loc[recipe, "accuracy"])
     return dict.fromkeys(("single", "galaxy", "pp", "auto"), large) | own
 
 
