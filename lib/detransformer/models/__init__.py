@@ -11,19 +11,36 @@ from detransformer.models.configuration import (
 from detransformer.models.conversion import decouple
 from detransformer.models.decoupled_bert import (
     DecoupledBertForMaskedLM,
+    DecoupledBertForMultipleChoice,
+    DecoupledBertForNextSentencePrediction,
+    DecoupledBertForPreTraining,
     DecoupledBertForQuestionAnswering,
     DecoupledBertForSequenceClassification,
+    DecoupledBertForTokenClassification,
     DecoupledBertModel,
 )
-from detransformer.models.decoupled_gpt2 import DecoupledGPT2LMHeadModel, DecoupledGPT2Model
+from detransformer.models.decoupled_gpt2 import (
+    DecoupledGPT2ForQuestionAnswering,
+    DecoupledGPT2ForSequenceClassification,
+    DecoupledGPT2ForTokenClassification,
+    DecoupledGPT2LMHeadModel,
+    DecoupledGPT2Model,
+)
 
 __all__ = [
     "DecoupledBertConfig",
     "DecoupledBertForMaskedLM",
+    "DecoupledBertForMultipleChoice",
+    "DecoupledBertForNextSentencePrediction",
+    "DecoupledBertForPreTraining",
     "DecoupledBertForQuestionAnswering",
     "DecoupledBertForSequenceClassification",
+    "DecoupledBertForTokenClassification",
     "DecoupledBertModel",
     "DecoupledGPT2Config",
+    "DecoupledGPT2ForQuestionAnswering",
+    "DecoupledGPT2ForSequenceClassification",
+    "DecoupledGPT2ForTokenClassification",
     "DecoupledGPT2LMHeadModel",
     "DecoupledGPT2Model",
     "architecture",

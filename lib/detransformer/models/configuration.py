@@ -201,7 +201,9 @@ ENCODER_HEADS = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
 }
-DECODER_HEADS = {"base": "Model", "causal-lm": "LMHeadModel", "classification": "ForSequenceClassification"}
+DECODER_HEADS = {"base": "Model", "causal-lm": "LMHeadModel"} | {
+    head: ENCODER_HEADS[head] for head in ("classification", "token-classification", "question-answering")
+}
 WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # and the one that is kept
 
 
@@ -244,8 +246,8 @@ def head_of(config: PretrainedConfig) -> str:
 
 
 def generates(config: PretrainedConfig) -> bool:
-    """Whether the model continues a text: a GPT-2 but for a classifier. Its LM head is the word embeddings."""
-    return architecture(config) == "gpt2" and head_of(config) != "classification"
+    """Whether the model continues a text: a GPT-2 with its LM head, or without one, which is its word embeddings."""
+    return architecture(config) == "gpt2" and head_of(config) in ("base", "causal-lm")
 
 
 def max_tokens(config: PretrainedConfig) -> int:

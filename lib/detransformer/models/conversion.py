@@ -11,11 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.models import decoupled_bert, decoupled_gpt2, decoupled_relatives, decoupled_vit
+from detransformer.models.auto import DECOUPLED_CLASS
 from detransformer.models.configuration import decoupled_config, layer_kinds
 
-MODULES = (decoupled_bert, decoupled_gpt2, decoupled_relatives, decoupled_vit)
-DECOUPLED_CLASS = {original: made for module in MODULES for original, made in module.DECOUPLED_CLASS.items()}
 LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h|layers)\.(\d+)\.(.+)$")
 QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # how names begin
 FFN_IN = ("intermediate.", "ffn.lin1.", "mlp.fc1.")
@@ -32,7 +30,7 @@ def decouple(
     """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
 
     Args:
-        model: of a class in `DECOUPLED_CLASS`: of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, GPT-2 or ViT.
+        model: of an original class that `auto.DECOUPLED_CLASS` lists.
         num_original_layers: Nb; `model`'s layers at those places are copied.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.

@@ -1,33 +1,36 @@
 """Decoupled RoBERTa, XLM-RoBERTa, CamemBERT and DistilBERT as Hugging Face models, by analogy with `decoupled_bert`.
 
 All but DistilBERT have BERT's layer, and so its decoupled one. The classes, one for each head, are made from the
-original's (`DECOUPLED_CLASS`): embeddings, original layers, pooler and heads are its own.
+original's (`CLASSES`): embeddings, original layers, pooler and heads are its own.
 
 Shapes as in `decoupled_bert`.
 """
 
+import copy
+
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
-from detransformer.models.configuration import FAMILIES, DecoupledDistilBertConfig, layer_kinds
-from detransformer.models.decoupled_bert import (
+from detransformer.models.configuration import FAMILIES, DecoupledDistilBertConfig, Family, layer_kinds
+from detransformer.models.decoupled_bert import DecoupledBertLayer, DecoupledSelfAttention
+from detransformer.models.stacked import (
     BatchedLayerNorm,
     BatchedLinear,
-    DecoupledBertLayer,
-    DecoupledBertMixin,
-    DecoupledSelfAttention,
+    DecoupledHead,
+    DecoupledModel,
     merge_hidden,
     split_hidden,
 )
 
 DISTILBERT_EPS = 1e-12  # of its LayerNorms; no configuration says otherwise
 AUTO_CLASS = {
-    "base": AutoModel,
+    "base": transformers.AutoModel,
     "masked-lm": transformers.AutoModelForMaskedLM,
     "classification": transformers.AutoModelForSequenceClassification,
     "token-classification": transformers.AutoModelForTokenClassification,
@@ -98,59 +101,60 @@ class DecoupledDistilBertLayer(TransformerBlock):
         return merge_hidden(x, batch_size)
 
 
-class DecoupledRelative(DecoupledBertMixin):
-    """What the classes below share: once the original's parts are there, decoupled layers take the others' places."""
+class DecoupledRelative(DecoupledModel):
+    """Mixin of the models without a head: the original's own parts, around a stack of layers by `layer_kinds`."""
 
-    decoupled_layer: type[nn.Module]
-    decoupled_body: type[PreTrainedModel]  # of the same family, without a head
+    layer_class: dict[str, type[nn.Module]]  # of an original and of a decoupled layer
 
-    def post_init(self) -> None:
-        if getattr(self.config, "is_decoder", False) or getattr(self.config, "add_cross_attention", False):
+    def __init__(self, config: PretrainedConfig, **options):
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             raise ValueError(
-                f"decoupled {self.base_model_prefix} is an encoder: set is_decoder=False and add_cross_attention=False."
+                f"{type(self).__name__} is an encoder: set is_decoder=False and add_cross_attention=False."
             )
-        body = self.base_model
-        if body is self:
-            layers = self.transformer.layer if hasattr(self, "transformer") else self.encoder.layer
-            for i, kind in enumerate(layer_kinds(self.config)):
-                if kind == "decoupled":
-                    layers[i] = self.decoupled_layer(self.config, layer_idx=i)
-        else:
-            options = {"add_pooling_layer": body.pooler is not None} if hasattr(body, "pooler") else {}
-            setattr(self, self.base_model_prefix, self.decoupled_body(self.config, **options))
-        super().post_init()
+        without_layers = copy.deepcopy(config)
+        without_layers.num_hidden_layers = 0
+        with no_init_weights():
+            super().__init__(without_layers, **options)
+        config._attn_implementation = self.config._attn_implementation  # chosen as the model was made
+        self.config = config
+        stack = self.transformer if hasattr(self, "transformer") else self.encoder
+        stack.config = config
+        stack.layer = nn.ModuleList(self.layer_class[kind](config) for kind in layer_kinds(config))
+        self.post_init()
 
 
-DECOUPLED_CLASS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+def _make_classes(family: Family) -> tuple[tuple[type, type, type], ...]:
+    """Of each head: the AutoModel class, the original, and the decoupled class, which this module then has by its name.
 
-
-def _make_classes(model_type: str) -> None:
-    """The decoupled class of each head of a family, known to this module and to the Auto classes by their names."""
-    family = FAMILIES[model_type]
+    Those with a head know the one without, which is made first.
+    """
     distilbert = family.architecture == "distilbert"
-    body = None
+    decoupled_layer = DecoupledDistilBertLayer if distilbert else DecoupledBertLayer
+    made: list[tuple[type, type, type]] = []
     for head in family.class_endings:
         original = getattr(transformers, family.class_name(head))
-        recorded = original._can_record_outputs
-        layer = DecoupledDistilBertLayer if distilbert else DecoupledBertLayer
+        original_layer = original._can_record_outputs["hidden_states"]
         fields = {
             "__module__": __name__,
             "__doc__": f"Decoupled {family.name}; outputs as `transformers.{original.__name__}`.",
             "config_class": family.decoupled,
-            "_no_split_modules": [*(original._no_split_modules or []), layer.__name__],
+            "_no_split_modules": [*(original._no_split_modules or []), decoupled_layer.__name__],
             "_can_record_outputs": {
-                "hidden_states": [recorded["hidden_states"], *([] if distilbert else [layer])],  # or it is one already
-                "attentions": [recorded["attentions"], DecoupledSelfAttention],
+                "hidden_states": [original_layer, *([] if distilbert else [decoupled_layer])],  # or it is one already
+                "attentions": [original._can_record_outputs["attentions"], DecoupledSelfAttention],
             },
-            "decoupled_layer": layer,
-            "decoupled_body": body,
+            "layer_class": {"original": original_layer, "decoupled": decoupled_layer},
         }
-        made = type(f"Decoupled{original.__name__}", (DecoupledRelative, original), fields)
-        body = body or made
-        globals()[made.__name__] = DECOUPLED_CLASS[original] = made
-        AUTO_CLASS[head].register(family.decoupled, made, exist_ok=True)
-    AutoConfig.register(family.decoupled.model_type, family.decoupled, exist_ok=True)
+        if made:
+            fields["body_class"] = made[0][2]
+        mixin = DecoupledHead if made else DecoupledRelative
+        decoupled = type(f"Decoupled{original.__name__}", (mixin, original), fields)
+        globals()[decoupled.__name__] = decoupled
+        made.append((AUTO_CLASS[head], original, decoupled))
+    return tuple(made)
 
 
-for _model_type in ("roberta", "xlm-roberta", "camembert", "distilbert"):
-    _make_classes(_model_type)
+CLASSES = {
+    FAMILIES[name].decoupled: _make_classes(FAMILIES[name])
+    for name in ("roberta", "xlm-roberta", "camembert", "distilbert")
+}

@@ -8,19 +8,23 @@ axis. It is trained and distilled here, for CoFormer's comparison; plans and dev
 Shapes as in `decoupled_bert`; T are an image's patches and the class token.
 """
 
+import copy
+
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, ViTForImageClassification, ViTModel
+from transformers import AutoModel, AutoModelForImageClassification, ViTForImageClassification, ViTModel
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from detransformer.models.configuration import DecoupledViTConfig, layer_kinds
-from detransformer.models.decoupled_bert import (
+from detransformer.models.decoupled_bert import DecoupledSelfAttention
+from detransformer.models.stacked import (
     BatchedLayerNorm,
     BatchedLinear,
-    DecoupledBertMixin,
-    DecoupledSelfAttention,
+    DecoupledHead,
+    DecoupledModel,
     merge_hidden,
     split_hidden,
 )
@@ -80,35 +84,37 @@ class DecoupledViTLayer(ViTLayer):
         return merge_hidden(x, batch_size)
 
 
-class _DecoupledViTMixin(DecoupledBertMixin):
-    """What the two models below share: their configuration and the initialisation of stacked weights."""
+_RECORDED = {"hidden_states": ViTLayer, "attentions": [ViTAttention, DecoupledViTAttention]}
+
+
+class DecoupledViTModel(DecoupledModel, ViTModel):
+    """Decoupled ViT without a head; outputs as `transformers.ViTModel`."""
 
     config_class = DecoupledViTConfig
     _no_split_modules = ["ViTEmbeddings", "ViTLayer", "DecoupledViTLayer"]
-    _can_record_outputs = {"hidden_states": ViTLayer, "attentions": [ViTAttention, DecoupledViTAttention]}
-
-
-class DecoupledViTModel(_DecoupledViTMixin, ViTModel):
-    """Decoupled ViT without a head; outputs as `transformers.ViTModel`."""
+    _can_record_outputs = _RECORDED
 
     def __init__(self, config: DecoupledViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
-        super().__init__(config, add_pooling_layer, use_mask_token)
+        without_layers = copy.deepcopy(config)
+        without_layers.num_hidden_layers = 0
+        with no_init_weights():
+            super().__init__(without_layers, add_pooling_layer, use_mask_token)
+        config._attn_implementation = self.config._attn_implementation  # chosen as the model was made
+        self.config = config
         for i, kind in enumerate(layer_kinds(config)):
-            if kind == "decoupled":
-                self.layers[i] = DecoupledViTLayer(config, layer_idx=i)
+            self.layers.append(DecoupledViTLayer(config, i) if kind == "decoupled" else ViTLayer(config))
         self.post_init()
 
 
-class DecoupledViTForImageClassification(_DecoupledViTMixin, ViTForImageClassification):
+class DecoupledViTForImageClassification(DecoupledHead, ViTForImageClassification):
     """Decoupled ViT with ViT's own classifier of [CLS]: pixel_values [B, 3, H, W] to logits [B, labels]."""
 
-    def __init__(self, config: DecoupledViTConfig):
-        super().__init__(config)
-        self.vit = DecoupledViTModel(config, add_pooling_layer=False)
-        self.post_init()
+    config_class, body_class = DecoupledViTConfig, DecoupledViTModel
+    _no_split_modules = DecoupledViTModel._no_split_modules
+    _can_record_outputs = _RECORDED
 
 
-DECOUPLED_CLASS = {ViTForImageClassification: DecoupledViTForImageClassification}
-
-AutoConfig.register(DecoupledViTConfig.model_type, DecoupledViTConfig, exist_ok=True)
-AutoModelForImageClassification.register(DecoupledViTConfig, DecoupledViTForImageClassification, exist_ok=True)
+CLASSES = (  # the AutoModel class, the original, the decoupled one
+    (AutoModel, ViTModel, DecoupledViTModel),
+    (AutoModelForImageClassification, ViTForImageClassification, DecoupledViTForImageClassification),
+)

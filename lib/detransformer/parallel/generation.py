@@ -9,16 +9,17 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
+from detransformer.models.configuration import generates
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import STRATEGIES, KeyValueCache
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
 
 
 def check_generation(config: PretrainedConfig, prefill: Plan, decode: Plan) -> None:
     """Raises ValueError unless `decode` can go on from what `prefill` has kept, layer by layer."""
-    if not is_decoder(config):
+    if not generates(config):
         raise ValueError(f"a {config.model_type} model does not generate text: take a GPT-2.")
     if prefill.stages or decode.stages:
         raise ValueError("a pipeline does not generate text here: plan with any method but pp.")
