@@ -1,8 +1,12 @@
 """Decoupled ViT: its layer is two pre-norm layers on their slices, and what it shares with ViT is ViT's."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -10,9 +14,10 @@ from transformers import (
 )
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from detransformer.models.configuration import decoupled_config, family_of, layer_kinds
+from detransformer.models.configuration import decoupled_config, layer_kinds
 from detransformer.models.conversion import decouple
 from detransformer.models.decoupled_vit import DecoupledViTForImageClassification
+from detransformer.parallel.plan import published_plan
 
 SIZES = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=6, intermediate_size=30, image_size=12)
 CONFIG = ViTConfig(**SIZES, patch_size=4, num_labels=3)
@@ -77,6 +82,43 @@ def test_it_is_saved_and_loaded(vit, pixels, attention_width, tmp_path):
     torch.testing.assert_close(outputs_of(loaded, pixels).logits, outputs_of(decoupled, pixels).logits, **EXACT)
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """Folders of an original and two decoupled ViTs (D D D O), beside a request and their single-device outputs."""
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(3)
+    sizes = SIZES | dict(hidden_size=48, intermediate_size=70)
+    model = ViTForImageClassification(ViTConfig(**sizes, patch_size=4, num_labels=3)).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    made = {"original": model, "decoupled": decouple(model, 1, 4), "narrow": decouple(model, 1, 4, "narrow")}
+    pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    save_file({"pixel_values": pixels}, folder / "inputs.safetensors")
+    for name, one in made.items():
+        one.save_pretrained(folder / name)
+        with torch.no_grad():
+            state = one.vit(pixels).last_hidden_state
+        reference = {"last_hidden_state": state, "logits": outputs_of(one, pixels).logits}
+        save_file(reference, folder / f"{name}.safetensors")
+    return {name: str(folder / name) for name in made}
+
+
+METHODS = [("original", m) for m in ("single", "pp", "tp", "sp", "ulysses", "galaxy")]
+METHODS += [("decoupled", m) for m in ("bp+tp", "bp+sp", "bp+ulysses", "bp+heads")] + [("narrow", "bp+heads")]
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
+@pytest.mark.parametrize("model, method", METHODS)
+def test_every_plan_equals_the_single_device(cluster, checkpoints, model, method, num_devices):
+    folder = checkpoints[model]
+    plan = published_plan(method, AutoConfig.from_pretrained(folder), [1.0, 2.0, 1.0, 1.0][:num_devices])
+    job = dict(checkpoint=folder, plan=plan.to_dict(), dtype="float64", repeats=1, warmup=0)
+    inputs = str(Path(folder).with_name("inputs.safetensors"))
+    results = cluster.run("run_plan", inputs=inputs, reference=f"{folder}.safetensors", **job)
+    errors = [result["max_abs_error"] for result in results if result and "max_abs_error" in result]
+    assert len(errors) == (1 if method == "pp" else plan.num_devices) and max(errors) < 1e-12
+
+
 def test_hidden_states_attentions_and_the_choice_of_attention_are_those_of_transformers(vit, pixels):
     decoupled = decouple(vit, 2, 2)
     fused = outputs_of(decoupled, pixels).logits
@@ -102,5 +144,3 @@ def test_what_does_not_fit_is_refused(vit):
         decoupled_config(ViTConfig(**SIZES, qkv_bias=False), 1, 2)
     with pytest.raises(ValueError, match="ViTForMaskedImageModeling cannot be decoupled"):
         decouple(ViTForMaskedImageModeling(CONFIG), 1, 2)
-    with pytest.raises(ValueError, match="'decoupled_vit' is not supported"):
-        family_of(decouple(vit, 1, 2).config)  # so no plan, executor or command takes it

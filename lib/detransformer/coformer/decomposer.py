@@ -23,21 +23,6 @@ from detransformer.coformer.policy import Original, Policy, SubModelConfig, chec
 from detransformer.coformer.submodels import SUB_MODEL_CLASS, sub_model_config
 from detransformer.parallel.parameters import NAMING, Naming
 
-NAMING_OF = NAMING | {
-    "vit": Naming(
-        prefix="layers.{}.",
-        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        out="attention.o_proj",
-        ffn_in="mlp.fc1",
-        ffn_out="mlp.fc2",
-        attention_norm="layernorm_before",
-        ffn_norm="layernorm_after",
-        input_major=False,
-        pre_norm=True,
-        eps="layer_norm_eps",
-        activation="hidden_act",
-    )
-}
 LAYER_NAME = re.compile(r"^(?:bert\.|transformer\.|vit\.)?(?:encoder\.layer|layers|h)\.(\d+)\.(.+)$")
 PREFIX = re.compile(r"^(?:bert|transformer|vit)\.")
 
@@ -55,7 +40,7 @@ def layer_axes(naming: Naming) -> dict[str, tuple[str, ...]]:
     return axes | {f"{name}.{kind}": ("dims",) for name in norms for kind in ("weight", "bias")}
 
 
-LAYER_AXES = {architecture: layer_axes(naming) for architecture, naming in NAMING_OF.items()}
+LAYER_AXES = {architecture: layer_axes(naming) for architecture, naming in NAMING.items()}
 OUTER_AXES = {  # of all three: outside the layers; axes that are not cut are None, or not listed
     r"embeddings\.\w+_embeddings\.weight|wte\.weight|wpe\.weight": (None, "dims"),
     r"embeddings\.(cls_token|position_embeddings)": (None, None, "dims"),

@@ -7,6 +7,8 @@ of each group is an original Transformer layer; the others are decoupled layers 
 The original layers may stand elsewhere too (`original_placement`), which the papers do not try.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -165,7 +167,7 @@ class Family:
     Args:
         name: as people write it.
         stem: how the names of its classes in transformers begin.
-        architecture: the layer that it has, `"bert"`, `"distilbert"` or `"gpt2"`.
+        architecture: the layer that it has, `"bert"`, `"distilbert"`, `"gpt2"` or `"vit"`.
         decoupled: the configuration of its decoupled models.
         pads_positions: whether positions are counted from the padding token's number on, over what does not pad.
     """
@@ -179,7 +181,7 @@ class Family:
     @property
     def class_endings(self) -> dict[str, str]:
         """How its classes' names end, by head."""
-        return DECODER_HEADS if self.architecture == "gpt2" else ENCODER_HEADS
+        return {"gpt2": DECODER_HEADS, "vit": IMAGE_HEADS}.get(self.architecture, ENCODER_HEADS)
 
     def class_name(self, head: str) -> str:
         """The name of transformers' class with this head."""
@@ -193,6 +195,7 @@ FAMILIES = {
     "camembert": Family("CamemBERT", "Camembert", "bert", DecoupledCamembertConfig, pads_positions=True),
     "distilbert": Family("DistilBERT", "DistilBert", "distilbert", DecoupledDistilBertConfig),
     "gpt2": Family("GPT-2", "GPT2", "gpt2", DecoupledGPT2Config),
+    "vit": Family("ViT", "ViT", "vit", DecoupledViTConfig),
 }
 ENCODER_HEADS = {
     "base": "Model",
@@ -204,6 +207,7 @@ ENCODER_HEADS = {
 DECODER_HEADS = {"base": "Model", "causal-lm": "LMHeadModel"} | {
     head: ENCODER_HEADS[head] for head in ("classification", "token-classification", "question-answering")
 }
+IMAGE_HEADS = {"base": "Model", "image-classification": "ForImageClassification"}
 WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # and the one that is kept
 
 
@@ -217,7 +221,7 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """The layer of a model, original or decoupled: `"bert"`, `"distilbert"` or `"gpt2"`; ValueError for others."""
+    """The layer of a model, original or decoupled, as `Family.architecture` names it; ValueError for others."""
     return family_of(config).architecture
 
 
@@ -251,7 +255,14 @@ def generates(config: PretrainedConfig) -> bool:
 
 
 def max_tokens(config: PretrainedConfig) -> int:
-    """How many tokens a request may have: the positions, without those that RoBERTa leaves for padding."""
+    """How many tokens a request may have: the positions, without those that RoBERTa leaves for padding.
+
+    An image has always as many: its patches and the class token.
+    """
+    if architecture(config) == "vit":
+        sizes = (config.image_size, config.patch_size)
+        sides = (size if isinstance(size, Sequence) else (size, size) for size in sizes)  # height, width
+        return 1 + math.prod(image // patch for image, patch in zip(*sides, strict=True))
     unused = config.pad_token_id + 1 if family_of(config).pads_positions else 0
     return config.max_position_embeddings - unused
 
@@ -294,12 +305,8 @@ def decoupled_config(
     attention_width: str = "full",
     original_placement: str = "last",
 ) -> PretrainedConfig:
-    """The configuration of `original` decoupled; ValueError where its sizes do not divide so.
-
-    A ViT is in none of `FAMILIES`: it is decoupled, and neither planned nor run on devices.
-    """
-    decoupled = DecoupledViTConfig if original.model_type == "vit" else family_of(original).decoupled
-    return decoupled(
+    """The configuration of `original` decoupled; ValueError where its sizes do not divide so."""
+    return family_of(original).decoupled(
         **config_fields(original),
         num_original_layers=num_original_layers,
         num_divisions=num_divisions,

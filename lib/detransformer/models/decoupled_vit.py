@@ -3,7 +3,7 @@
 Only the layers differ from `transformers`' ViT: patches, original layers, the last LayerNorm and the classifier are its
 own classes. A decoupled layer is a pre-norm layer on each slice of the hidden axis: of slice p,
 x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)). Parameter names are ViT's, with a leading sub-block
-axis. It is trained and distilled here, for CoFormer's comparison; plans and devices take models of text alone.
+axis. It is trained, distilled and run by plans; commands and prices take models of text alone.
 
 Shapes as in `decoupled_bert`; T are an image's patches and the class token.
 """
@@ -97,6 +97,7 @@ class DecoupledViTModel(DecoupledModel, ViTModel):
     def __init__(self, config: DecoupledViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         without_layers = copy.deepcopy(config)
         without_layers.num_hidden_layers = 0
+        without_layers.gradient_checkpointing = False  # there is no layer to set it on
         with no_init_weights():
             super().__init__(without_layers, add_pooling_layer, use_mask_token)
         config._attn_implementation = self.config._attn_implementation  # chosen as the model was made

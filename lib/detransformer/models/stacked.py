@@ -96,6 +96,7 @@ class DecoupledHead(DecoupledModel):
     def __init__(self, config: PretrainedConfig):
         without_layers = copy.deepcopy(config)
         without_layers.num_hidden_layers = 0
+        without_layers.gradient_checkpointing = False  # a ViT without layers has nothing to set it on
         with no_init_weights():  # the original class makes the head, and a body that is thrown away
             super().__init__(without_layers)
         self.config = config
