@@ -64,7 +64,7 @@ def run_plan(
         return None
     tensors = _read(inputs)
     batch_size, seq_len = request_shape(loaded.config, tensors.get("pixel_values", tensors.get("input_ids")))
-    executor, is_new = state.runner(loaded, made, lambda: _executor(state, loaded, checkpoint, made))
+    executor, is_new = state.runner(loaded, made, lambda: _executor(state, loaded, checkpoint, made, dtype))
     comm = executor.comm
     machine.restart_peak()
     segment_s, link_s = loaded.pace(made, comm.rank, device, link, time_scale, seq_len, batch_size)
@@ -183,12 +183,12 @@ def generate(
     }
 
 
-def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -> Executor:
+def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan, dtype: str) -> Executor:
     comm = state.comm(plan.device_ids)
     if plan.runs == "dtensor":
         from detransformer.parallel.dtensor import DTensorExecutor
 
-        return DTensorExecutor(checkpoint, plan, comm)
+        return DTensorExecutor(checkpoint, plan, comm, getattr(torch, dtype))
     return Executor(loaded.config, plan, loaded.weights, comm, loaded.held_with)
 
 

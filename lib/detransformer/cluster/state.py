@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-import detransformer.models  # noqa: F401  registers decoupled models with AutoConfig
 from detransformer import machine
 from detransformer.cluster.pacing import Arrivals, sleep_until
+from detransformer.opening import read_configuration
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
@@ -131,7 +131,7 @@ class WorkerState:
             weights = None
             if held[0].runs != "dtensor":
                 weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
-            config = AutoConfig.from_pretrained(checkpoint)
+            config = read_configuration(checkpoint)
             self.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())
         return self.loaded[key]
 

@@ -44,7 +44,7 @@ def run_emulated(
         scale = set_time_scale(cluster, spec.bandwidth_bps, profile, range(ensemble.num_devices), config, time_scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
-    _, answer = classify(config, inputs, {"logits": run.logits}, model)
+    _, answer = classify(config, inputs, {"logits": run.logits}, None)
     record = _record(run, ensemble, spec, request, predicted_s) | {"answer": answer}
     print("\n".join([name, *_lines(record, request, run)]))
     late = lateness(run.records)
@@ -90,10 +90,8 @@ def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) ->
         generator = torch.Generator().manual_seed(SEED)
         inputs = {"input_ids": torch.randint(config.vocab_size, (1, request.num_tokens), generator=generator)}
     else:
-        inputs = encode(tokenizer_of(str(folder)), request.text)
+        inputs = encode(config, tokenizer_of(str(folder)), request.text)
     check_length(config, inputs["input_ids"].shape[1])
-    if ensemble.model_type == "gpt2":
-        inputs.pop("token_type_ids", None)
     return inputs
 
 

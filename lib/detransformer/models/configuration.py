@@ -212,8 +212,8 @@ WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model, original or decoupled; ValueError for one that is in none of `FAMILIES`."""
-    name = config.model_type.removeprefix("decoupled_")
+    """The family of a model, original, decoupled or a sub-model; ValueError for one that is in none of `FAMILIES`."""
+    name = config.model_type.removeprefix("decoupled_").removeprefix("coformer_")
     if name not in FAMILIES:
         known = ", ".join(family.name for family in FAMILIES.values())
         raise ValueError(f"model type {config.model_type!r} is not supported: choose a model of {known}.")

@@ -48,6 +48,7 @@ def decouple(
         )
     config = decoupled_config(model.config, num_original_layers, num_divisions, attention_width, original_placement)
     config._attn_implementation = model.config._attn_implementation
+    config.architectures = [decoupled_class.__name__]
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
     with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds
         decoupled = decoupled_class(config, **kwargs)

@@ -42,10 +42,14 @@ class _Stored:
     shape: tuple[int, ...]
     offset: int
 
-    def copy(self, out: torch.Tensor, dim: int, start: int, stop: int, buffer: Callable[[int], torch.Tensor]) -> None:
-        """Its part start..stop along `dim` into `out`, a tensor or a part of one; `buffer(n)` lends n bytes."""
+    def check_type(self) -> None:
+        """Raises ValueError for numbers of a type that is not read, as quantised ones."""
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.path} has weights of type {self.dtype}: save them as one of {', '.join(_DTYPES)}.")
+
+    def copy(self, out: torch.Tensor, dim: int, start: int, stop: int, buffer: Callable[[int], torch.Tensor]) -> None:
+        """Its part start..stop along `dim` into `out`, a tensor or a part of one; `buffer(n)` lends n bytes."""
+        self.check_type()
         dtype = _DTYPES[self.dtype]
         first, last = (start, stop) if dim == 0 else (0, self.shape[0])
         row = math.prod(self.shape[1:])
@@ -101,6 +105,14 @@ class WeightSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by its whole name."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def check_type(self, name: str) -> None:
+        """Raises ValueError where the numbers of tensor `name` are of a type that is not read, as quantised ones."""
+        tensor = self._tensors[self._resolve(name)]
+        if isinstance(tensor, _Stored):
+            tensor.check_type()
+        elif tensor.dtype not in _DTYPES.values():
+            raise ValueError(f"{name} has weights of type {tensor.dtype}: save them as one of {', '.join(_DTYPES)}.")
 
     def _resolve(self, name: str) -> str:
         return name if name in self._tensors else self._prefix + name

@@ -75,7 +75,10 @@ class Label(BaseModel):
 
 
 class Span(BaseModel):
-    """Where the passage answers: its tokens from `start` to `end`, and their text."""
+    """Where the passage answers: its characters from `start` to `end`, and their text; "" where it does not.
+
+    Of input_ids, the tokens from `start` to `end`.
+    """
 
     answer: str | None
     start: int

@@ -24,8 +24,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from detransformer import __version__, answers
-from detransformer.checkpoints import has_tokenizer
-from detransformer.parallel.plan import is_decoder
+from detransformer.models.configuration import generates
+from detransformer.opening import has_tokenizer
 from detransformer.service.bodies import Answer, Classify, Continuation, Generate, Health, Label, Problem, Span
 from detransformer.service.session import Session
 from detransformer.service.waiting import Expired, QueueFull, Unanswered
@@ -176,7 +176,7 @@ def path_of(model: str, config: PretrainedConfig) -> str:
     Raises:
         ValueError: for one without a head that this server knows.
     """
-    if is_decoder(config):
+    if generates(config):
         return "/generate"
     task = answers.task_of(config)
     if task not in PATHS:
@@ -190,7 +190,7 @@ def path_of(model: str, config: PretrainedConfig) -> str:
 
 def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
     """The one path of what the model does."""
-    tokenizer = answers.tokenizer_of(session.model) if has_tokenizer(session.model) else None
+    tokenizer = answers.tokenizer_of(session.model, session.config) if has_tokenizer(session.model) else None
     config = session.config
     path = path_of(session.model, config)
     if path == "/generate":
@@ -198,7 +198,7 @@ def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
         @app.post(path, response_model=Continuation, **guarded)
         async def generate(body: Generate) -> Continuation:
             """Goes on with a text, greedily."""
-            inputs = encode(tokenizer, body.text, None, body.input_ids, generates=True)
+            inputs = encode(config, tokenizer, body.text, None, body.input_ids)
             outputs = await ask(session, inputs, body.deadline_s, max_new_tokens=body.max_new_tokens)
             tokens = answers.until_end(outputs["tokens"][0].tolist(), config)
             return Continuation(text=tokenizer.decode(tokens) if tokenizer else None, tokens=tokens)
@@ -208,28 +208,29 @@ def _add_task(app: FastAPI, session: Session, guarded: dict) -> None:
         @app.post(path, response_model=Label, **guarded)
         async def classify(body: Classify) -> Label:
             """The label of a text."""
-            inputs = encode(tokenizer, body.text, body.text_pair, body.input_ids)
+            inputs = encode(config, tokenizer, body.text, body.text_pair, body.input_ids)
             outputs = await ask(session, inputs, body.deadline_s)
-            _, fields = answers.classify(config, inputs, outputs, session.model)
-            return Label(**fields, probabilities=outputs["logits"][0].softmax(-1).tolist())
+            _, fields = answers.classify(config, inputs, outputs, None)
+            return Label(**{name: fields[name] for name in Label.model_fields})
 
     else:
 
         @app.post(path, response_model=Span, **guarded)
         async def answer(body: Answer) -> Span:
             """Where a passage answers a question."""
-            inputs = encode(tokenizer, body.question, body.passage, body.input_ids)
+            inputs = encode(config, tokenizer, body.question, body.passage, body.input_ids)
             outputs = await ask(session, inputs, body.deadline_s)
-            _, fields = answers.find_answer(config, inputs, outputs, session.model)
-            return Span(answer=fields.get("answer"), start=fields["start"], end=fields["end"])
+            asked = answers.Text(tokenizer, body.question, body.passage) if body.passage else None
+            _, fields = answers.find_answer(config, inputs, outputs, asked)
+            return Span(answer=fields["answer"], start=fields["start"], end=fields["end"])
 
 
 def encode(
+    config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     text: str | None,
     pair: str | None,
     input_ids: list[int] | None,
-    generates: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Tensors [1, T] by name.
 
@@ -240,7 +241,7 @@ def encode(
         return {"input_ids": torch.tensor([input_ids])}
     if tokenizer is None:
         raise HTTPException(422, "the model's folder has no tokenizer: give input_ids.")
-    inputs = answers.encode(tokenizer, text, pair, generates)
+    inputs = answers.encode(config, tokenizer, text, pair)
     if not inputs["input_ids"].numel():
         raise HTTPException(422, "the text has no tokens.")
     return inputs

@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import load, save
 from transformers import PretrainedConfig
 
-from detransformer.answers import check_length
-from detransformer.cluster.checkpoints import open_folder
+from detransformer.answers import check_inputs
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.fleet import Fleet
 from detransformer.cluster.hosts import Hosts
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
+from detransformer.models.configuration import generates
+from detransformer.opening import open_checkpoint
 from detransformer.parallel.plan import is_decoder
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
@@ -77,7 +78,7 @@ class Session:
         **hosts: Any,
     ):
         self.spec, self.model = spec, str(model)
-        self.config: PretrainedConfig = open_folder(model).config
+        self.config: PretrainedConfig = open_checkpoint(model).config
         self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch = max_batch
         spec.profile(model, self.config)  # raises what is wrong, before anything starts
@@ -184,20 +185,10 @@ class Session:
         self._waiting.close()
 
     def _checked(self, inputs: Mapping[str, torch.Tensor], new: int) -> dict[str, torch.Tensor]:
-        ids = inputs.get("input_ids")
-        if ids is None or ids.ndim != 2 or not ids.numel():
-            shape = None if ids is None else list(ids.shape)
-            raise ValueError(f"input_ids are of shape {shape}; give [rows, tokens], one of each at least.")
         if set(inputs) - set(EXAMPLES):
             raise ValueError(f"inputs {sorted(set(inputs) - set(EXAMPLES))} are not known; give {', '.join(EXAMPLES)}.")
-        if any(tensor.shape != ids.shape for tensor in inputs.values()):
-            raise ValueError(
-                f"attention_mask and token_type_ids are of other shapes than input_ids, {list(ids.shape)}."
-            )
-        low, high, size = int(ids.min()), int(ids.max()), self.config.vocab_size
-        if low < 0 or high >= size:
-            raise ValueError(f"input_ids go from {low} to {high}; the model's vocabulary from 0 to {size - 1}.")
-        check_length(self.config, ids.shape[1], new if is_decoder(self.config) else 0)
+        check_inputs(self.config, inputs, new if generates(self.config) else 0)
+        ids = inputs["input_ids"]
         if len(ids) > self.max_batch:
             raise ValueError(f"{len(ids)} rows are asked for at once; give {self.max_batch} at most.")
         mask = inputs.get("attention_mask")
