@@ -17,6 +17,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from detransformer.models.configuration import decoupled_config, layer_kinds
 from detransformer.models.conversion import decouple
 from detransformer.models.decoupled_vit import DecoupledViTForImageClassification
+from detransformer.opening import open_checkpoint
 from detransformer.parallel.plan import published_plan
 
 SIZES = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=6, intermediate_size=30, image_size=12)
@@ -126,7 +127,7 @@ def test_hidden_states_attentions_and_the_choice_of_attention_are_those_of_trans
     output = outputs_of(decoupled, pixels, output_hidden_states=True, output_attentions=True)
     torch.testing.assert_close(output.logits, fused)
     assert [tuple(state.shape) for state in output.hidden_states] == [(2, 10, 24)] * 5
-    assert [tuple(a.shape) for a in output.attentions] == [(4, 6, 10, 10), (2, 6, 10, 10)] * 2
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 6, 10, 10)] * 4  # the mean over sub-blocks
 
 
 def test_it_trains_from_weights_of_the_usual_size():
@@ -137,10 +138,13 @@ def test_it_trains_from_weights_of_the_usual_size():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_what_does_not_fit_is_refused(vit):
+def test_what_does_not_fit_is_refused(vit, tmp_path):
     with pytest.raises(ValueError, match="num_divisions=5 does not divide hidden_size=24"):
         decouple(vit, 1, 5)
     with pytest.raises(ValueError, match="qkv_bias=False"):
         decoupled_config(ViTConfig(**SIZES, qkv_bias=False), 1, 2)
     with pytest.raises(ValueError, match="ViTForMaskedImageModeling cannot be decoupled"):
         decouple(ViTForMaskedImageModeling(CONFIG), 1, 2)
+    vit.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a ViT, which looks at images: give a model of text"):
+        open_checkpoint(tmp_path)  # as run, serve, bench and plan do

@@ -131,7 +131,7 @@ class WorkerState:
             weights = None
             if held[0].runs != "dtensor":
                 weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
-            config = read_configuration(checkpoint)
+            config = read_configuration(checkpoint, images=True)
             self.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())
         return self.loaded[key]
 

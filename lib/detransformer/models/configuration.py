@@ -7,6 +7,7 @@ of each group is an original Transformer layer; the others are decoupled layers 
 The original layers may stand elsewhere too (`original_placement`), which the papers do not try.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,6 +107,15 @@ class DecoupledGPT2Config(Decoupling, GPT2Config):
     """`GPT2Config` plus the choices of `Decoupling`."""
 
     model_type = "decoupled_gpt2"
+
+    @property
+    def per_layer_config(self) -> list[PretrainedConfig]:
+        """Of each layer, for what sizes a cache by it: `head_dim` is the width of a head in the cache, P*s."""
+        configs = [copy.copy(self) for _ in range(self.num_hidden_layers)]
+        for config, kind in zip(configs, layer_kinds(self), strict=True):
+            wider = self.num_divisions if kind == "decoupled" and self.attention_width == "full" else 1
+            config.head_dim = wider * self.hidden_size // self.num_attention_heads
+        return configs
 
 
 @strict

@@ -45,7 +45,7 @@ class DecoupledViTAttention(DecoupledSelfAttention):
     value = property(lambda self: self.v_proj)
 
     def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
-        """x [P, B*T, d] -> ([P, B*T, d], attention weights [P*B, H, T, T] or None)."""
+        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T], the mean over sub-blocks, or None)."""
         context, weights = super().forward(x, batch_size, attention_mask, **kwargs)
         return self.o_proj(context), weights
 
