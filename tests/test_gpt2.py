@@ -372,7 +372,7 @@ def test_presets_are_made_once_with_their_reference(small_preset, tmp_path):
     decoupled = small_preset.decoupled_checkpoint("gpt2", 2, 4, "full")
     assert decoupled.decoupled and decoupled.config.num_divisions == 4
     assert small_preset.decoupled_checkpoint("gpt2", 2, 4, "full").path == decoupled.path
-    assert small_preset.open_folder(decoupled.path).config.model_type == "decoupled_gpt2"
+    assert small_preset.open_checkpoint(decoupled.path).config.model_type == "decoupled_gpt2"
     from safetensors.torch import load_file
 
     for found in (original, decoupled):

@@ -62,7 +62,7 @@ class Prepared:
 @functools.cache
 def _opened(cluster: str, model: str) -> tuple[ClusterSpec, Checkpoint, ClusterProfile]:
     spec, checkpoint = ClusterSpec.load(cluster), open_checkpoint(model)
-    return spec, checkpoint, spec.profile(model, checkpoint.config)
+    return spec, checkpoint, spec.profile(checkpoint.config)
 
 
 # --- Planning ----------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def answer(
         loaded = next(reversed(state.loaded.values()))
         parts = loaded.compute(made, made.device_ids.index(state.rank), seq_len, batch_size)
         expected_s = sum(compute_seconds(step, own) for part in parts for step in part)
-        computed_s = sum(stop - start for what, start, stop, _ in sample["events"] if what == "compute")
+        computed_s = sum(stop - start for what, start, stop in sample["events"] if what == "compute")
         spent_s = computed_s / time_scale + sample["overrun_s"]
         record["samples"] = [{name: sample[name] for name in KEPT} for sample in record["samples"]]
     tensors = outputs if state.device == last else {}

@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 import typer
 
 from detransformer.commands import options
+from detransformer.files import with_home
 from detransformer.presets import HEADS
 
 
 def decouple(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, its name on the Hub, or minilm.")],
-    output: Annotated[Path, typer.Option(help="Folder to write the decoupled checkpoint to.")],
+    checkpoint: Annotated[
+        str, typer.Argument(parser=with_home, help="Folder of a checkpoint, its name on the Hub, or minilm.")
+    ],
+    output: Annotated[Path, typer.Option(parser=options.path, help="Folder to write the decoupled checkpoint to.")],
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
     attention_width: options.Width = "full",

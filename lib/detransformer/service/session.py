@@ -26,7 +26,6 @@ from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models.configuration import generates
 from detransformer.opening import open_checkpoint
-from detransformer.parallel.plan import is_decoder
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
@@ -81,7 +80,7 @@ class Session:
         self.config: PretrainedConfig = open_checkpoint(model).config
         self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch = max_batch
-        spec.profile(model, self.config)  # raises what is wrong, before anything starts
+        spec.profile(self.config)  # raises what is wrong, before anything starts
         self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)
         self.fleet: Fleet | None = None
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
@@ -229,7 +228,7 @@ class Session:
             DeviceError: when the group broke meanwhile.
         """
         started = time.monotonic()
-        left = is_decoder(self.config)
+        left = generates(self.config)
         plan = self._plan(batch[0].request)
         if "postponed" in plan:
             self._short = True
