@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -41,7 +40,7 @@ from detransformer.coformer.tasks import BoostTask
 from detransformer.training.config import PRECISIONS, StepRecipe, config_hash, not_negative, one_of, positive
 from detransformer.training.hardware import resolve_precision
 from detransformer.training.loop import Run, fit, micro_batches
-from detransformer.training.results import as_result, read_result, write_result
+from detransformer.training.results import Result, as_result, read_result, write_result
 
 RULES = ("boosting", "published", "none")
 TARGETS = ("hard", "soft")
@@ -63,18 +62,6 @@ class BoostConfig(StepRecipe):
     rule: str = one_of("boosting", RULES)
     target: str = one_of("hard", TARGETS)
     mixed_precision: str = one_of("auto", PRECISIONS)
-
-
-@dataclass(frozen=True)
-class BoostResult:
-    """A calibrated sub-model, in eval mode, and its folder of a Hugging Face model; `history` has a row a step."""
-
-    number: int
-    model: PreTrainedModel
-    checkpoint: Path
-    history: pd.DataFrame
-    seconds: float
-    identity: str
 
 
 def update_weights(weights: np.ndarray, losses: np.ndarray, rule: str, num_classes: int) -> np.ndarray:
@@ -128,7 +115,7 @@ def boost(
     task: BoostTask,
     config: BoostConfig,
     output_dir: str | Path,
-) -> list[BoostResult]:
+) -> list[Result]:
     """Calibrates each sub-model in turn into `output_dir/sub-model-N-*/` (model/, history.csv, result.json).
 
     The models given stay as they are. A finished sub-model is not trained again as long as nothing it depends on has
@@ -138,6 +125,9 @@ def boost(
     Args:
         sub_models: models with `.logits` [B, C], in the order of calibration, as they were decomposed.
         teacher: the large model, fine-tuned on the task.
+
+    Returns:
+        Of each sub-model: number, model (calibrated, in eval mode), task.
 
     Raises:
         ValueError: without sub-models, for a large model of other classes, damaged files, or a loss that is not finite.
@@ -159,7 +149,7 @@ def boost(
         run = Run(f"sub-model {number}", Path(output_dir) / f"sub-model-{number}-{identity[:6]}", identity)
         record = read_result(run) or _calibrate(sub_model, number, taught, weights, task, config, run)
         model = type(sub_model).from_pretrained(run.folder / "model").eval()
-        results.append(as_result(BoostResult, run, record, model=model))
+        results.append(as_result(run, record, model=model))
         if config.rule != "none":
             said_now = collect_outputs([model], task, "train", output_dir)
             losses = sample_losses(said_now.logits[0], said_now.labels, taught, config.target).numpy()
