@@ -41,7 +41,7 @@ def ensemble(vit, tmp_path_factory):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "one.png"
-    Image.fromarray(open_images("built-in").test_images[3]).save(path)
+    Image.fromarray(open_images("built-in").images["test"][3]).save(path)
     return path
 
 

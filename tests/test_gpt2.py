@@ -113,11 +113,12 @@ def test_generate_with_and_without_cache(gpt2, batch, options, num_divisions, wi
     assert torch.equal(generate(model, alone, **options)[0], cached[1, 4:]), "padding on the left does not matter"
 
 
-def test_the_cache_holds_sub_blocks_as_heads(gpt2, batch):
+def test_the_cache_holds_sub_blocks_inside_heads(gpt2, batch):
     model = decouple(gpt2, 2, 4)  # D O D O
     cache = model(**batch).past_key_values
     shapes = [tuple(layer.keys.shape) for layer in cache.layers]
-    assert shapes == [(2, 24, 9, 8), (2, 6, 9, 8), (2, 24, 9, 8), (2, 6, 9, 8)]  # [B, P*H, T, s], [B, H, T, s]
+    assert shapes == [(2, 6, 9, 32), (2, 6, 9, 8), (2, 6, 9, 32), (2, 6, 9, 8)]  # [B, H, T, P*s], [B, H, T, s]
+    assert [layer.head_dim for layer in model.config.per_layer_config] == [32, 8, 32, 8]
     whole = model(batch["input_ids"]).logits
     first = model(batch["input_ids"][:, :6], use_cache=True)
     rest = model(batch["input_ids"][:, 6:], past_key_values=first.past_key_values).logits
@@ -144,7 +145,21 @@ def test_eager_attention_equals_sdpa(gpt2, batch):
         atol=1e-10,
     )
     assert len(output.hidden_states) == 5
-    assert [tuple(weights.shape) for weights in output.attentions] == [(2, heads, 9, 9) for heads in (24, 6, 24, 6)]
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 6, 9, 9)] * 4
+
+
+def test_attentions_are_the_mean_over_sub_blocks(gpt2, batch):
+    model = decouple(gpt2, 2, 4).transformer
+    model.set_attn_implementation("eager")
+    layer, x = model.h[0], model.wte(batch["input_ids"]) + model.wpe(torch.arange(9))
+    causal, weights = torch.ones(9, 9).tril().bool(), []
+    for p, part in enumerate(x.split(12, dim=-1)):
+        normed = torch.nn.functional.layer_norm(part, (12,), layer.ln_1.weight[p], layer.ln_1.bias[p], layer.ln_1.eps)
+        q, k, _ = (normed @ layer.attn.c_attn.weight[p] + layer.attn.c_attn.bias[p]).view(2, 9, 3, 6, 8).unbind(2)
+        scores = torch.einsum("bihs,bjhs->bhij", q, k) / 8**0.5
+        weights.append(scores.masked_fill(~causal, -torch.inf).softmax(-1))
+    obtained = model(batch["input_ids"], output_attentions=True).attentions[0]
+    torch.testing.assert_close(obtained, torch.stack(weights).mean(0), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

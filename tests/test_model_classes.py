@@ -9,8 +9,11 @@ from detransformer.models.auto import CLASSES
 BERT = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=64, vocab_size=100)
 GPT2 = dict(n_embd=48, n_layer=4, n_head=3, vocab_size=100, n_positions=40, pad_token_id=0)
 DISTILBERT = dict(dim=48, n_layers=4, n_heads=3, hidden_dim=64, vocab_size=100)
-SIZES = {config: {"decoupled_gpt2": GPT2, "decoupled_distilbert": DISTILBERT}.get(config.model_type, BERT)
-         for config in CLASSES}  # fmt: skip
+VIT = dict(
+    hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=64, image_size=12, patch_size=4
+)
+OTHERS = {"decoupled_gpt2": GPT2, "decoupled_distilbert": DISTILBERT, "decoupled_vit": VIT}
+SIZES = {config: OTHERS.get(config.model_type, BERT) for config in CLASSES}
 CASES = [
     pytest.param(auto, original, decoupled, config, id=f"{auto.__name__}-{decoupled.__name__}")
     for config, table in CLASSES.items()
@@ -28,6 +31,8 @@ def test_each_class_is_the_original_to_rounding_and_reloads(tmp_path, ids, auto,
     torch.manual_seed(0)
     model = original(original.config_class(**SIZES[config])).eval()
     inputs = {"input_ids": ids if "MultipleChoice" in original.__name__ else ids[:, 0]}
+    if original.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(2))}
     expected = model(**inputs)
     one_division = decouple(model, num_original_layers=2, num_divisions=1)
     assert type(one_division) is decoupled
@@ -60,5 +65,8 @@ def test_a_new_model_is_drawn_once_and_whole(auto, original, decoupled, config):
 def test_gradient_checkpointing_of_the_configuration_reaches_every_layer(auto, original, decoupled, config):
     model = decoupled(config(**SIZES[config], num_original_layers=2, gradient_checkpointing=True))
     body = model.base_model
-    layers = body.h if hasattr(body, "h") else (body.encoder if hasattr(body, "encoder") else body.transformer).layer
+    if hasattr(body, "encoder") or hasattr(body, "transformer"):
+        layers = (body.encoder if hasattr(body, "encoder") else body.transformer).layer
+    else:
+        layers = body.h if hasattr(body, "h") else body.layers
     assert [layer.gradient_checkpointing for layer in layers] == [True] * 4

@@ -115,8 +115,11 @@ def _from_hub(name: str) -> Path:
 # --- The configuration -------------------------------------------------------------------------------------------
 
 
-def read_configuration(folder: str | Path) -> "PretrainedConfig":
+def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedConfig":
     """The configuration of the model in `folder`, original or decoupled, checked.
+
+    Args:
+        images: whether it may be a ViT's, which plans run and commands do not.
 
     Raises:
         ValueError: for a damaged one, a model of another type or with another head, sizes that do not fit together,
@@ -131,6 +134,8 @@ def read_configuration(folder: str | Path) -> "PretrainedConfig":
     fields = _read_json(folder / "config.json")
     kind = fields.get("model_type") or _type_of(fields)
     family = kind.removeprefix("decoupled_") if isinstance(kind, str) else None
+    if family == "vit" and not images:
+        raise ValueError(f"{folder} is a ViT, which looks at images: give a model of text, or `decompose` the ViT.")
     if family not in FAMILIES:
         raise ValueError(
             f"{folder} is not supported: model_type is {kind!r}, and must be of one of "
@@ -184,7 +189,7 @@ def _check(config: "PretrainedConfig") -> None:
     from detransformer.models.configuration import architecture, family_of, ffn_size, head_of, max_tokens
     from detransformer.parallel.parameters import naming_of
 
-    for name in SIZES:
+    for name in SIZES[:3] if architecture(config) == "vit" else SIZES:
         size = getattr(config, name, None)
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
             raise ValueError(f"{name} is {size!r}, and must be a whole number from 1.")
@@ -204,7 +209,7 @@ def _check(config: "PretrainedConfig") -> None:
         raise ValueError(f"{naming.activation} is {activation!r}, which transformers has no function for.")
     if not 0 < naming.eps_of(config) < 1:
         raise ValueError(f"{naming.eps} is {naming.eps_of(config)!r}, and must be a small number above 0.")
-    padding = config.pad_token_id
+    padding = getattr(config, "pad_token_id", None)  # a ViT has none
     if family_of(config).pads_positions and (not isinstance(padding, int) or padding < 0 or max_tokens(config) < 1):
         raise ValueError(f"pad_token_id is {padding!r}, and positions are counted from it on: it must be a token.")
     if getattr(config, "problem_type", None) not in PROBLEM_TYPES:

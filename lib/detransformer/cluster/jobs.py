@@ -13,7 +13,7 @@ from detransformer import machine
 from detransformer.cluster.pacing import Pacer
 from detransformer.cluster.state import Loaded, WorkerState
 from detransformer.parallel.draw import Sampling
-from detransformer.parallel.executor import Executor
+from detransformer.parallel.executor import Executor, request_shape
 from detransformer.parallel.generation import Generator
 from detransformer.parallel.linear import can_pack
 from detransformer.parallel.plan import Plan, published_plan
@@ -44,7 +44,8 @@ def run_plan(
 
     Args:
         checkpoint: folder with config.json and model.safetensors.
-        inputs: input_ids and, where given, attention_mask and token_type_ids [B, T], or their safetensors file.
+        inputs: input_ids and, where given, attention_mask and token_type_ids [B, T], or a ViT's pixel_values; or their
+            safetensors file.
         device: this rank's `DeviceProfile` as a dict, to pace by; None runs at the host's own speed.
         link: `LinkProfile` as a dict, where the link is modelled; None where it is real.
         time_scale: everything modelled lasts this many times longer; times are reported in the device's seconds.
@@ -63,7 +64,7 @@ def run_plan(
     if not state.takes_part(made.device_ids):
         return None
     tensors = _read(inputs)
-    batch_size, seq_len = tensors["input_ids"].shape
+    batch_size, seq_len = request_shape(loaded.config, tensors.get("pixel_values", tensors.get("input_ids")))
     executor, is_new = state.runner(loaded, made, lambda: _executor(state, loaded, checkpoint, made, dtype))
     comm = executor.comm
     machine.restart_peak()

@@ -133,7 +133,7 @@ class WorkerState:
             weights = None
             if held[0].runs != "dtensor":
                 weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
-            config = read_configuration(checkpoint)
+            config = read_configuration(checkpoint, images=True)
             if not config.architectures:  # its weights tell the class
                 config = open_checkpoint(checkpoint).config
             self.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())

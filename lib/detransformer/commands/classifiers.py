@@ -13,7 +13,6 @@ from detransformer.training.data.images import IMAGE_SIZE, open_images
 from detransformer.training.data.tasks import get_task
 from detransformer.training.data.text import text_for
 
-POOLING = {"bert": "first", "vit": "first", "gpt2": "last"}  # the token that the model's own head reads
 FAMILIES = {
     "bert": "BertForSequenceClassification",
     "gpt2": "GPT2ForSequenceClassification",

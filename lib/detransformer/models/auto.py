@@ -3,13 +3,14 @@
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from detransformer.models import decoupled_bert, decoupled_gpt2, decoupled_relatives
-from detransformer.models.configuration import DecoupledBertConfig, DecoupledGPT2Config
+from detransformer.models import decoupled_bert, decoupled_gpt2, decoupled_relatives, decoupled_vit
+from detransformer.models.configuration import DecoupledBertConfig, DecoupledGPT2Config, DecoupledViTConfig
 
 CLASSES: dict[type[PretrainedConfig], tuple] = {
     DecoupledBertConfig: decoupled_bert.CLASSES,
     DecoupledGPT2Config: decoupled_gpt2.CLASSES,
     **decoupled_relatives.CLASSES,
+    DecoupledViTConfig: decoupled_vit.CLASSES,
 }
 DECOUPLED_CLASS = {original: decoupled for table in CLASSES.values() for _, original, decoupled in table}
 
@@ -19,7 +20,8 @@ def register() -> None:
     for config, table in CLASSES.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         (_, original, _), *_ = table
-        AutoTokenizer.register(config, TOKENIZER_MAPPING[original.config_class], exist_ok=True)  # older files name none
+        if original.config_class in TOKENIZER_MAPPING:  # images have none; older files of text name none
+            AutoTokenizer.register(config, TOKENIZER_MAPPING[original.config_class], exist_ok=True)
         for auto, _, decoupled in table:
             auto.register(config, decoupled, exist_ok=True)
 

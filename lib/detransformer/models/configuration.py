@@ -7,6 +7,9 @@ of each group is an original Transformer layer; the others are decoupled layers 
 The original layers may stand elsewhere too (`original_placement`), which the papers do not try.
 """
 
+import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -18,6 +21,7 @@ from transformers import (
     GPT2Config,
     PretrainedConfig,
     RobertaConfig,
+    ViTConfig,
     XLMRobertaConfig,
 )
 
@@ -104,6 +108,31 @@ class DecoupledGPT2Config(Decoupling, GPT2Config):
 
     model_type = "decoupled_gpt2"
 
+    @property
+    def per_layer_config(self) -> list[PretrainedConfig]:
+        """Of each layer, for what sizes a cache by it: `head_dim` is the width of a head in the cache, P*s."""
+        configs = [copy.copy(self) for _ in range(self.num_hidden_layers)]
+        for config, kind in zip(configs, layer_kinds(self), strict=True):
+            wider = self.num_divisions if kind == "decoupled" and self.attention_width == "full" else 1
+            config.head_dim = wider * self.hidden_size // self.num_attention_heads
+        return configs
+
+
+@strict
+class DecoupledViTConfig(Decoupling, ViTConfig):
+    """`ViTConfig` plus the choices of `Decoupling`.
+
+    Raises:
+        ValueError: without biases of Q, K and V, too.
+    """
+
+    model_type = "decoupled_vit"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not self.qkv_bias:
+            raise ValueError("qkv_bias=False: a decoupled ViT has biases of Q, K and V; choose a ViT with them.")
+
 
 def check_decoupling(
     hidden_size: int,
@@ -148,7 +177,7 @@ class Family:
     Args:
         name: as people write it.
         stem: how the names of its classes in transformers begin.
-        architecture: the layer that it has, `"bert"`, `"distilbert"` or `"gpt2"`.
+        architecture: the layer that it has, `"bert"`, `"distilbert"`, `"gpt2"` or `"vit"`.
         decoupled: the configuration of its decoupled models.
         pads_positions: whether positions are counted from the padding token's number on, over what does not pad.
     """
@@ -162,7 +191,7 @@ class Family:
     @property
     def class_endings(self) -> dict[str, str]:
         """How its classes' names end, by head."""
-        return DECODER_HEADS if self.architecture == "gpt2" else ENCODER_HEADS
+        return {"gpt2": DECODER_HEADS, "vit": IMAGE_HEADS}.get(self.architecture, ENCODER_HEADS)
 
     def class_name(self, head: str) -> str:
         """The name of transformers' class with this head."""
@@ -176,6 +205,7 @@ FAMILIES = {
     "camembert": Family("CamemBERT", "Camembert", "bert", DecoupledCamembertConfig, pads_positions=True),
     "distilbert": Family("DistilBERT", "DistilBert", "distilbert", DecoupledDistilBertConfig),
     "gpt2": Family("GPT-2", "GPT2", "gpt2", DecoupledGPT2Config),
+    "vit": Family("ViT", "ViT", "vit", DecoupledViTConfig),
 }
 ENCODER_HEADS = {
     "base": "Model",
@@ -187,6 +217,7 @@ ENCODER_HEADS = {
 DECODER_HEADS = {"base": "Model", "causal-lm": "LMHeadModel"} | {
     head: ENCODER_HEADS[head] for head in ("classification", "token-classification", "question-answering")
 }
+IMAGE_HEADS = {"base": "Model", "image-classification": "ForImageClassification"}
 WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # and the one that is kept
 
 
@@ -200,7 +231,7 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """The layer of a model, original or decoupled: `"bert"`, `"distilbert"` or `"gpt2"`; ValueError for others."""
+    """The layer of a model, original or decoupled, as `Family.architecture` names it; ValueError for others."""
     return family_of(config).architecture
 
 
@@ -234,7 +265,14 @@ def generates(config: PretrainedConfig) -> bool:
 
 
 def max_tokens(config: PretrainedConfig) -> int:
-    """How many tokens a request may have: the positions, without those that RoBERTa leaves for padding."""
+    """How many tokens a request may have: the positions, without those that RoBERTa leaves for padding.
+
+    An image has always as many: its patches and the class token.
+    """
+    if architecture(config) == "vit":
+        sizes = (config.image_size, config.patch_size)
+        sides = (size if isinstance(size, Sequence) else (size, size) for size in sizes)  # height, width
+        return 1 + math.prod(image // patch for image, patch in zip(*sides, strict=True))
     unused = config.pad_token_id + 1 if family_of(config).pads_positions else 0
     return config.max_position_embeddings - unused
 

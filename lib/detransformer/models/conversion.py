@@ -12,12 +12,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from detransformer.models.auto import DECOUPLED_CLASS
-from detransformer.models.configuration import architecture, decoupled_config, layer_kinds
+from detransformer.models.configuration import decoupled_config, layer_kinds
 
-LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h)\.(\d+)\.(.+)$")
-QKV = ("attention.self.", "attention.q_lin.", "attention.k_lin.", "attention.v_lin.")  # how their names begin
-FFN_IN = ("intermediate.", "ffn.lin1.")
-ATTENTION_OUT = ("attention.output.dense.weight", "attention.out_lin.weight")
+LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h|layers)\.(\d+)\.(.+)$")
+QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # how names begin
+FFN_IN = ("intermediate.", "ffn.lin1.", "mlp.fc1.")
+ATTENTION_OUT = ("attention.output.dense.weight", "attention.out_lin.weight", "attention.o_proj.weight")
 
 
 def decouple(
@@ -77,7 +77,7 @@ def slice_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfi
 
     `parameter` is the name inside the layer, e.g. `attention.self.query.weight` or `attn.c_attn.weight`.
     """
-    if architecture(config) == "gpt2":
+    if config.model_type == "decoupled_gpt2":
         return _slice_gpt2_parameter(parameter, value, config)
     blocks = config.num_divisions
     narrow = config.attention_width == "narrow"

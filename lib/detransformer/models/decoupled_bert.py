@@ -46,6 +46,7 @@ from detransformer.models.stacked import (
     BatchedLinear,
     DecoupledHead,
     DecoupledModel,
+    attend_in_slices,
     merge_hidden,
     split_hidden,
 )
@@ -70,25 +71,24 @@ class DecoupledSelfAttention(BertSelfAttention):
         self.is_decoder, self.is_causal = False, False  # read by the attention functions of transformers
 
     def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
-        """x [P, B*T, d] -> ([P, B*T, A], attention weights [P*B, H, T, T] or None)."""
+        """x [P, B*T, d] -> ([P, B*T, A], attention weights [B, H, T, T], the mean over sub-blocks, or None)."""
         blocks, rows, _ = x.shape
 
-        def heads(projected: torch.Tensor) -> torch.Tensor:  # -> [P*B, H, T, A/H]
-            split = projected.view(blocks * batch_size, rows // batch_size, self.num_attention_heads, -1)
-            return split.transpose(1, 2)
+        def heads(projected: torch.Tensor) -> torch.Tensor:  # -> [P, B, H, T, A/H]
+            split = projected.view(blocks, batch_size, rows // batch_size, self.num_attention_heads, -1)
+            return split.transpose(2, 3)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        context, weights = attend(
+        return attend_in_slices(
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward),
             self,
             heads(self.query(x)),
             heads(self.key(x)),
             heads(self.value(x)),
-            None if attention_mask is None else attention_mask.repeat(blocks, 1, 1, 1),  # [B,...] -> [P*B,...]
+            attention_mask,
             dropout=self.dropout.p if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return context.reshape(blocks, rows, -1), weights
 
 
 class DecoupledAttention(nn.Module):
@@ -141,8 +141,11 @@ class DecoupledBertLayer(BertLayer):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args, **kwargs):
         """hidden_states [B, T, D] -> [B, T, D]; the remaining arguments are BertLayer's and unused (no decoder)."""
-        for unused in ("encoder_attention_mask", "past_key_values"):
-            kwargs.pop(unused, None)
+        kwargs.pop("encoder_attention_mask", None)
+        if kwargs.pop("past_key_values", None) is not None:
+            raise ValueError(
+                "decoupled BERT keeps no past_key_values, which prefix tuning gives: choose another kind of adapter."
+            )
         batch_size, num_tokens, _ = hidden_states.shape
         x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]
         x, _ = self.attention(x, batch_size, attention_mask, **kwargs)

@@ -2,8 +2,8 @@
 
 Only the layers differ from `transformers`' GPT-2: embeddings, original layers, the last LayerNorm and the head are its
 own classes, and `generate` is too. A decoupled layer is a pre-norm layer on each slice of the hidden axis: of slice p,
-x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds keys and values of all
-sub-blocks as further heads. Parameter names are GPT-2's, with a leading sub-block axis.
+x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds, for each head, the keys of all
+sub-blocks side by side, and so the values: [B, H, T, P*s]. Parameter names are GPT-2's, with a leading sub-block axis.
 
 Shapes: B batch, T tokens, D hidden size, P = Ndiv sub-blocks, d = D/P slice, A attention width of a sub-block (D, or d
 if narrow), H heads, s = A/H head size, I intermediate size.
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Cache,
+    GenerationMixin,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -37,6 +38,7 @@ from detransformer.models.stacked import (
     BatchedLayerNorm,
     DecoupledHead,
     DecoupledModel,
+    attend_in_slices,
     merge_hidden,
     split_hidden,
 )
@@ -71,24 +73,35 @@ class DecoupledGPT2Attention(GPT2Attention):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ):
-        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, P*H, T, T_all] or None)."""
+        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T_all], the mean over sub-blocks, or None)."""
         blocks, rows, _ = x.shape
         packed = self.c_attn(x).view(blocks, batch_size, rows // batch_size, 3, self.num_heads, self.head_dim)
-        # Sub-blocks stand beside heads, not beside requests: a cache is reordered, cut and repeated by requests.
-        q, k, v = packed.permute(3, 1, 0, 4, 2, 5).flatten(2, 3)  # [B, P*H, T, s] each
+        query = packed[:, :, :, 0].transpose(2, 3)  # [P, B, H, T, s]
+        # A cache is reordered, cut and repeated by requests, and has the configuration's heads: sub-blocks widen those.
+        key, value = packed[:, :, :, 1:].permute(3, 1, 4, 2, 0, 5).flatten(-2)  # [B, H, T, P*s] each
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if name == "eager" and self.reorder_and_upcast_attn:
-            context, weights = self._upcast_and_reordered_attn(q, k, v, attention_mask)
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-            dropout = self.attn_dropout.p if self.training else 0.0
-            context, weights = attend(
-                self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )  # [B, T, P*H, s]
-        context = context.unflatten(2, (blocks, -1)).permute(2, 0, 1, 3, 4)  # [P, B, T, H, s]
-        return self.resid_dropout(self.c_proj(context.reshape(blocks, rows, -1))), weights
+            attend = _upcast_attention
+        context, weights = attend_in_slices(
+            attend,
+            self,
+            query,
+            key.chunk(blocks, dim=-1),
+            value.chunk(blocks, dim=-1),
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.resid_dropout(self.c_proj(context)), weights
+
+
+def _upcast_attention(module: GPT2Attention, query, key, value, attention_mask, **kwargs):
+    """GPT-2's attention in float32 (`reorder_and_upcast_attn`), called as the other attention functions are."""
+    return module._upcast_and_reordered_attn(query, key, value, attention_mask)
 
 
 class DecoupledGPT2MLP(GPT2MLP):
@@ -158,7 +171,7 @@ class _DecoupledGPT2Head(DecoupledHead):
     body_class = DecoupledGPT2Model
 
 
-class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel):
+class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel, GenerationMixin):
     """Decoupled GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
 
 

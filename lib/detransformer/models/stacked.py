@@ -1,9 +1,10 @@
 """What all decoupled models share: maps and LayerNorms of all sub-blocks in one stacked tensor, and heads.
 
-Shapes: B batch, T tokens, M = B*T rows, D hidden size, P = Ndiv sub-blocks, d = D/P slice.
+Shapes: B batch, T tokens, M = B*T rows, D hidden size, P = Ndiv sub-blocks, d = D/P slice, H heads of size s, A = H*s.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -65,6 +66,24 @@ def merge_hidden(slices: torch.Tensor, batch_size: int) -> torch.Tensor:
     return slices.transpose(0, 1).flatten(1).unflatten(0, (batch_size, -1))
 
 
+def attend_in_slices(
+    attend: Callable, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one sub-block after the other by `attend`, one of transformers' attention functions.
+
+    So `attend` sees the batch and the heads that mask, cache and configuration name. query, key and value are
+    [P, B, H, T, s] each; key and value may be longer than query, by what a cache held.
+
+    Returns:
+        The contexts [P, B*T, A], and the attention weights, or None where `attend` gives none: [B, H, T, T_all], the
+        mean over sub-blocks.
+    """
+    attended = [attend(module, *part, *args, **kwargs) for part in zip(query, key, value, strict=True)]
+    context = torch.stack([context for context, _ in attended])  # [P, B, T, H, s]
+    weights = [weights for _, weights in attended if weights is not None]
+    return context.flatten(3).flatten(1, 2), torch.stack(weights).mean(0) if weights else None
+
+
 class DecoupledModel:
     """Mixin of every decoupled model, before `transformers`' class: draws the stacked weights as that class does."""
 
@@ -96,6 +115,7 @@ class DecoupledHead(DecoupledModel):
     def __init__(self, config: PretrainedConfig):
         without_layers = copy.deepcopy(config)
         without_layers.num_hidden_layers = 0
+        without_layers.gradient_checkpointing = False  # a ViT without layers has nothing to set it on
         with no_init_weights():  # the original class makes the head, and a body that is thrown away
             super().__init__(without_layers)
         self.config = config

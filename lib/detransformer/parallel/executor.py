@@ -75,6 +75,20 @@ class DecoderEmbeddings:
         return F.embedding(input_ids, self.word) + F.embedding(position_ids, self.position)  # [B, T, D]
 
 
+class PatchEmbeddings:
+    """A ViT's patches, each projected, its class token before them, and positions; at full width on every device."""
+
+    def __init__(self, weights: WeightSource):
+        self.projection = [weights.once(f"embeddings.patch_embeddings.projection.{n}") for n in ("weight", "bias")]
+        self.class_token = weights.once("embeddings.cls_token")
+        self.position = weights.once("embeddings.position_embeddings")
+
+    def __call__(self, pixel_values: torch.Tensor, following: None = None) -> torch.Tensor:
+        patch_size = self.projection[0].shape[-2:]
+        patches = F.conv2d(pixel_values, *self.projection, stride=patch_size).flatten(2).transpose(1, 2)
+        return torch.cat([self.class_token.expand(len(patches), -1, -1), patches], 1) + self.position  # [B, T, D]
+
+
 class NextToken:
     """GPT-2's last LayerNorm and the next token; each device looks at its part of the vocabulary.
 
@@ -113,8 +127,11 @@ _OF_ONE_TOKEN = {
     "bert": (("pooler.dense", torch.tanh), ("classifier", None)),
     "distilbert": (("pre_classifier", torch.relu), ("classifier", None)),
     "gpt2": (("score", None),),
+    "vit": (("classifier", None),),
 }
+_LAST_NORM = {"gpt2": "ln_f", "vit": "layernorm"}  # of pre-norm families
 _ROBERTA = (("classifier.dense", torch.tanh), ("classifier.out_proj", None))
+_READ_ONE = ("classification", "image-classification")
 _OF_EACH_TOKEN = {"token-classification": (("classifier", None),), "question-answering": (("qa_outputs", None),)}
 
 
@@ -126,10 +143,11 @@ class Head:
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource):
         self.reads = head_of(config)
-        self.norm = [weights.once(f"ln_f.{n}") for n in ("weight", "bias")] if is_decoder(config) else None
+        last_norm = _LAST_NORM.get(architecture(config))
+        self.norm = [weights.once(f"{last_norm}.{n}") for n in ("weight", "bias")] if last_norm else None
         self.eps = naming_of(config).eps_of(config)
         maps = _OF_EACH_TOKEN.get(self.reads, ())
-        if self.reads == "classification":
+        if self.reads in _READ_ONE:
             maps = _ROBERTA if family_of(config).pads_positions else _OF_ONE_TOKEN[architecture(config)]
         self.maps = [(self._linear(weights, name), activation) for name, activation in maps]
         has_pooler = self.reads == "base" and "pooler.dense.weight" in weights
@@ -146,7 +164,7 @@ class Head:
         if not self.maps:
             return Output(x, torch.tanh(F.linear(x[:, 0], *self.pooler)) if self.pooler else None)
         y = x
-        if self.reads == "classification":
+        if self.reads in _READ_ONE:
             y = x[:, 0] if last is None else x[torch.arange(len(x)), last]
         for weights, activation in self.maps:
             y = F.linear(y, *weights)
@@ -154,14 +172,21 @@ class Head:
         return Output(x, logits=y)
 
 
-def embeddings_of(config: PretrainedConfig, weights: WeightSource) -> Embeddings | DecoderEmbeddings:
+def embeddings_of(config: PretrainedConfig, weights: WeightSource) -> Embeddings | DecoderEmbeddings | PatchEmbeddings:
     """What a model begins with."""
+    if architecture(config) == "vit":
+        return PatchEmbeddings(weights)
     return DecoderEmbeddings(weights) if is_decoder(config) else Embeddings(config, weights)
 
 
 def ending_of(config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm) -> Head | NextToken:
     """What a model ends in."""
     return NextToken(config, weights, plan, comm) if generates(config) else Head(config, weights)
+
+
+def request_shape(config: PretrainedConfig, given: torch.Tensor) -> tuple[int, int]:
+    """(B, T) of a request of input_ids [B, T], or of pixel_values [B, 3, H, W] to a ViT."""
+    return (len(given), max_tokens(config)) if architecture(config) == "vit" else tuple(given.shape)
 
 
 class Executor:
@@ -212,18 +237,22 @@ class Executor:
     @torch.inference_mode()
     def __call__(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
         draw: Draw | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> Output | None:
-        """All three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last.
+        """The first three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last.
+
+        A ViT takes `pixel_values` [B, 3, H, W] alone.
 
         With a decoder's `cache`, the tokens follow those in it, and `attention_mask` is [B, T_all]; its next token is
         chosen by `draw`, where that is given.
         """
-        batch_size, seq_len = input_ids.shape
+        given = input_ids if pixel_values is None else pixel_values
+        batch_size, seq_len = request_shape(self.config, given)
         past = cache.num_tokens if cache else 0
         limit = max_tokens(self.config)
         if past + seq_len > limit:
@@ -238,7 +267,7 @@ class Executor:
             following = token_type_ids
         request = Request.of(self.plan, batch_size, seq_len, mask, cache)
         if self.is_first:
-            x = self.embeddings(input_ids, following)
+            x = self.embeddings(given, following)
         else:
             shape = (batch_size, seq_len, self.config.hidden_size)
             x = self.comm.receive(shape, self.dtype, self.stage - 1, self.plan.wire)

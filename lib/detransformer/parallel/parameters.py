@@ -79,6 +79,19 @@ NAMING = {
         eps="layer_norm_epsilon",
         activation="activation_function",
     ),
+    "vit": Naming(
+        prefix="layers.{}.",
+        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        out="attention.o_proj",
+        ffn_in="mlp.fc1",
+        ffn_out="mlp.fc2",
+        attention_norm="layernorm_before",
+        ffn_norm="layernorm_after",
+        input_major=False,
+        pre_norm=True,
+        eps="layer_norm_eps",
+        activation="hidden_act",
+    ),
 }
 
 

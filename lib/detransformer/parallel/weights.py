@@ -14,8 +14,15 @@ from pathlib import Path
 import torch
 
 CHUNK_BYTES = 2**20  # or one row of a tensor, where that is more
-_PREFIXES = ("bert.", "roberta.", "distilbert.", "transformer.")
+_PREFIXES = ("bert.", "roberta.", "distilbert.", "transformer.", "vit.")
 _RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # in files of old versions
+_RENAMED_IN_VIT = {  # parts of names in a ViT's files, and how transformers calls them in memory
+    "encoder.layer.": "layers.",
+    **{f"attention.attention.{name}.": f"attention.{name[0]}_proj." for name in ("query", "key", "value")},
+    "attention.output.dense.": "attention.o_proj.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+}
 _POINTER = b"version https://git-lfs"
 WEIGHT_FILES = (
     "model.safetensors",
@@ -85,7 +92,9 @@ class WeightSource:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tensors: dict[str, torch.Tensor | _Stored]
         if isinstance(source, (str, Path)):
-            self._tensors = {_renamed(name): tensor for name, tensor in _tensors_in(Path(source))}
+            found = dict(_tensors_in(Path(source)))
+            is_vit = any(".layernorm_before." in name for name in found)
+            self._tensors = {_renamed(name, is_vit): tensor for name, tensor in found.items()}
         else:
             self._tensors = dict(source)
         self._prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in self._tensors)), "")
@@ -166,7 +175,11 @@ def refuse_pointer(path: Path) -> None:
             raise ValueError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` in its clone.")
 
 
-def _renamed(name: str) -> str:
+def _renamed(name: str, is_vit: bool) -> str:
+    if is_vit:
+        for old, new in _RENAMED_IN_VIT.items():
+            name = name.replace(old, new)
+        return name
     for old, new in _RENAMED.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
