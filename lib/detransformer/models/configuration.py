@@ -16,8 +16,16 @@ from detransformer.presets import GPT2_SIZES, PRESET_SIZES, PRESETS, AttentionWi
 ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS = get_args(AttentionWidth), get_args(OriginalPlacement)
 
 
+class _Decoupled:
+    """Mixin of the two configurations below."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: `transformers` would copy this file beside the weights, where models save a module of their own."""
+
+
 @strict
-class DecoupledBertConfig(BertConfig):
+class DecoupledBertConfig(_Decoupled, BertConfig):
     """`BertConfig` plus the four choices of structure decoupling.
 
     Args:
@@ -48,7 +56,7 @@ class DecoupledBertConfig(BertConfig):
 
 
 @strict
-class DecoupledGPT2Config(GPT2Config):
+class DecoupledGPT2Config(_Decoupled, GPT2Config):
     """`GPT2Config` plus the four choices of structure decoupling, as in `DecoupledBertConfig`.
 
     Raises:
