@@ -15,12 +15,10 @@ from latency_studies import in_words, measured_bench, on_testbed
 from tqdm.auto import tqdm
 
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.cluster.rows import RowFile
-from detransformer.cluster.selfcheck import first_time_scale, usual_devices
+from detransformer.cluster.selfcheck import host_time_scale
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.machine import usable_cores
 from detransformer.parallel.plan import Plan, layer_plan
 from detransformer.planning.cost import alone_seconds
 from detransformer.planning.placement import Placement, place, place_freely
@@ -78,7 +76,7 @@ def choice_rows(
                 held = list(dict.fromkeys(plan for part in plans.values() for plan in part))
                 for cell, part in tqdm(plans.items(), unit="cell", desc=f"choices {model} {count} devices"):
                     key = asdict(cell) | {"plans": [plan.to_dict() for plan in part]}
-                    measured = kept.get(key) or kept.put(key, bench.measure_plans(cell, part, held))
+                    measured = kept.get(key) or kept.put(key, bench.measure([cell] * len(part), part, held))
                     rows += [row | {"chosen": i == 0} for i, row in enumerate(measured)]
     return pd.DataFrame(rows)[list(GRID_COLUMNS)]
 
@@ -114,7 +112,7 @@ def unequal_rows(
             same = layer_plan("bp+auto", config, planned.strategies, [1.0] * len(speeds), num_chunks=planned.num_chunks)
             splits = {"planned": planned, "even, same strategies": same, "even, best strategies": believed}
             plans = [replace(plan, method="bp+auto") for plan in splits.values()]
-            measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure_plans(cell, plans))
+            measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure([cell] * len(plans), plans))
             alone_s = alone_seconds(config, profile, range(len(speeds)), seq_len)
             ideal_s = 1 / sum(1 / seconds for seconds in alone_s)
             for (split, plan), row in zip(splits.items(), measured, strict=True):
@@ -173,9 +171,8 @@ def trace_rows(
         sizes = (num_original_layers, num_divisions)
         cell = Cell(model, "bp+auto", num_devices, rates[0], *sizes, seq_len=max(seq_lens), repeats=1)
         config = bench.config(cell)
-        total_speed = usual_devices(bench.profile(cell).devices, config)
-        links_bps = rates[0] * 1e6 * num_devices if cluster.transport == "namespaces" else 0.0
-        scale = time_scale or min(MAX_TIME_SCALE, first_time_scale(links_bps, total_speed, usable_cores()))
+        everyone = range(num_devices)
+        scale = time_scale or min(MAX_TIME_SCALE, host_time_scale(cluster, config, bench.profile(cell), everyone))
         profile = on_testbed(bench.profile(cell), scale)
         plans = static_plans(
             config, profile, [(1, n) for n in seq_lens], [1e6 * mbps for mbps in rates], max_plans=max_plans

@@ -67,7 +67,7 @@ class Lab:
 
     def cluster(self, devices: Sequence = ()):
         """Devices and gigabit links, by operations and bytes alone."""
-        return cluster_profile(devices or self.devices, "", self.priced, 1e9, pace="roofline")
+        return cluster_profile(devices or self.devices, self.priced, 1e9, pace="roofline")
 
     def evaluator(self, devices: Sequence = (), predictors: Sequence | None = None) -> Evaluator:
         """Eq. 8 at the priced sizes; delta is one unit of loss for the whole model's time on the fastest device."""

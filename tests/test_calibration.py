@@ -1,6 +1,7 @@
 """Calibration: the closed form, the losses; that it learns, resumes, is found again, leaves its teacher alone."""
 
 import dataclasses
+import gzip
 import json
 import math
 import shutil
@@ -25,7 +26,7 @@ from detransformer.training import (
 )
 from detransformer.training.calibration import LayerErrors, distance
 from detransformer.training.data.packing import CutBatches, SpecialTokens, mask_tokens
-from detransformer.training.data.text import text_data
+from detransformer.training.data.text import LONGEST, text_data
 from detransformer.training.refit import refit
 from stopping import Stop, stop_at
 from test_cli import assert_one_sentence, call
@@ -252,8 +253,8 @@ def test_what_cannot_be_calibrated_is_one_sentence(data, teacher, tmp_path):
 SHORT = [
     "--num-original-layers",
     2,
-    "--tokens",
-    192,
+    "--steps",
+    3,
     "--batch-size",
     4,
     "--seq-len",
@@ -297,7 +298,7 @@ def test_an_encoder_without_a_head_is_calibrated(data, teacher, tmp_path, capsys
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--tokens", "many"], ["--tokens many", "number"]),
+        (["--steps", "many"], ["--steps many", "number"]),
         (["--num-divisions", 5], ["num_divisions=5", "hidden_size=32"]),
         (["--alone-share", 2], ["--alone-share 2"]),
         (["--original-placement", "outer"], ["--original-placement outer"]),
@@ -324,6 +325,36 @@ def test_text_files_hold_out_every_twentieth_line(data, tmp_path):
     assert len(list(text.articles("train"))) == 43
     (tmp_path / "a.txt").write_text("one\ntwo\nthree")
     assert list(text.articles("train")) == ["one", "two"] and list(text.articles("validation")) == ["three"]
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        list(text.articles("train"))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")  # as Windows writes it
+    assert list(text.articles("train")) == ["one"] and list(text.articles("validation")) == ["two"]
+
+
+def test_a_corpus_in_one_line_is_cut_at_spaces(data, tmp_path):
+    words = [f"word{i}" for i in range(30_000)]
+    (tmp_path / "text8").write_text(" ".join(words))
+    text = text_data([tmp_path / "text8"], data.tokenizer, tmp_path / "cache").source
+    train, valid = list(text.articles("train")), list(text.articles("validation"))
+    assert len(valid) == (len(train) + len(valid)) // 20 >= 1 and max(map(len, train)) < 2 * LONGEST
+    assert sorted(" ".join(train + valid).split()) == sorted(words)
+    (tmp_path / "text8").write_text("中" * 50_000)  # a script without spaces
+    assert sum(map(len, (*text.articles("train"), *text.articles("validation")))) == 50_000
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "no line of text"),
+        (b"\n \r\n", "no line of text"),
+        (b"a chapter in a line", "1 line of text.*an article a line"),
+        (b"\xff\xfe", "not UTF-8"),
+        (gzip.compress(b"one\ntwo\n"), "not UTF-8.*unpack"),
+        (b'{"text": "one"}\n{"text": "two"}\n', "JSON in its lines"),
+    ],
+    ids=["empty", "blank", "one-line", "utf-16", "gzip", "jsonl"],
+)
+def test_text_that_cannot_be_read_is_refused(data, tmp_path, content, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    text = text_data([tmp_path / "a.txt"], data.tokenizer, tmp_path / "cache").source
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match=f"a.txt.*{words}"):
+            list(text.articles(split))

@@ -1,11 +1,16 @@
 """The command line: wrong input is one sentence with exit code 2, no traceback, and nothing half-written."""
 
 import errno
+import inspect
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -14,7 +19,10 @@ import typer
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
+from detransformer.commands import options
+from detransformer.commands.serve import _listener, _token
 from detransformer.files import atomic_write, repository_root
+from detransformer.settings import cache_folder
 
 EXAMPLES = repository_root() / "examples"
 SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, vocab_size=64)
@@ -83,6 +91,7 @@ def test_help_imports_nothing_heavy():
         (["bench", "--wire", "int8,nothing=float32"], ["--wire int8,nothing=float32", "bfloat16"]),
         (["bench", "--delay", "-1"], ["--delay -1"]),
         (["bench", "--devices", "0"], ["--devices 0 is out of range; give 1 or more."]),
+        (["bench", "--devices", "9"], ["9 devices are more than the 8 that a bench emulates"]),
         (["bench", "--repeats", "2.5"], ["--repeats 2.5 is not a whole number; give 1 or more."]),
         (["bench", "--jitter", "nan"], ["--jitter nan is out of range; give one from 0 to 10000."]),
         (["bench", "--methods", ","], ["--methods is empty"]),
@@ -95,6 +104,7 @@ def test_help_imports_nothing_heavy():
         (["bench", "--cluster", EXAMPLES / "four-pis.yaml"], ["real hosts", "detransformer run"]),
         (["bench", "--cluster", EXAMPLES / "unequal.yaml", "--delay", "5"], ["--delay 5", "leave one out"]),
         (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "beside --cluster"]),
+        (["run", "--cluster", "c", "--model", "m", "--text", "caf\udce9"], [r"--text 'caf\udce9' is not UTF-8 text"]),
         (["plan", "--wire", "float8"], ["--wire float8", "bfloat16"]),
         (["plan", "--bandwidth", "125,500", "--output", "x.json"], ["--output x.json", "several"]),
         (["profile", "--output", "x", "--device", "toaster"], ["--device toaster", "jetson-tx2"]),
@@ -153,7 +163,7 @@ def test_plan_explains_itself(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", "--cluster", str(EXAMPLES / "unequal.yaml"), "--seq-len", "64", "--explain"])
     shown = capsys.readouterr().out
-    assert end.value.code == 0 and " chosen\n" in shown and "Bottleneck: compute" in shown
+    assert end.value.code == 0 and "\nchosen: " in shown and "Bottleneck: compute" in shown
 
 
 def test_bench_of_a_cluster_file(bert, tmp_path):
@@ -200,6 +210,136 @@ def test_a_real_process_prints_no_traceback_unless_asked():
     assert done.stdout == ""
     debug = run_cli("figures", "/nowhere/at/all", DETRANSFORMER_DEBUG="1")
     assert "Traceback" in debug.stderr and debug.returncode == 1
+
+
+# --- The surroundings ---------------------------------------------------------------------------------------------
+
+
+def path_options() -> list:
+    """(command, option, its parser) of every option and argument that is a path."""
+    found = []
+    for command in cli.app.registered_commands:
+        for name, parameter in inspect.signature(command.callback).parameters.items():
+            kind, info = get_args(parameter.annotation)
+            if "Path" in str(kind):
+                found.append((command.callback.__name__, name, info.parser))
+    return found
+
+
+def test_every_path_knows_the_home_folder():
+    assert len(path_options()) > 15
+    for command, name, parser in path_options():
+        assert parser in (options.path, options.file_to_write), f"{command}: {name}"
+
+
+def test_a_tilde_that_no_shell_expanded_is_the_home_folder(capsys, bert, tmp_path, monkeypatch):
+    """As in --output=~/x, in quotes, in a Makefile; and never a folder named ~."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, stderr = call(capsys, "decouple", "~/bert", "--output=~/out", "--num-original-layers", 2)
+    assert code == 0 and (tmp_path / "out" / "config.json").is_file(), stderr
+    for words in (["~/bert", "--output=~nobody-of-this-name/out"], ["~nobody-of-this-name/bert", "--output=out"]):
+        assert_one_sentence(*call(capsys, "decouple", *words), "~nobody-of-this-name", "write the whole path")
+    assert_one_sentence(*call(capsys, "plan", "--cluster=~/c.yaml"), f"{tmp_path}/c.yaml does not exist")
+    monkeypatch.setenv("DETRANSFORMER_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_what_another_launcher_left_is_not_used(capsys, monkeypatch):
+    """Of torchrun, MPI or accelerate: accelerate would wait for that job's other processes."""
+    left = {"WORLD_SIZE": "8", "RANK": "5", "MASTER_ADDR": "10.1.2.3", "TORCHELASTIC_RUN_ID": "x", "PMI_SIZE": "1"}
+    for name, value in (left | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}).items():
+        monkeypatch.setenv(name, value)
+    code, stderr = call(capsys, "--version")
+    assert code == 0 and stderr == "detransformer: WORLD_SIZE=8 of another launcher is not used: this is one process.\n"
+    assert not {*left, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"} & set(os.environ)
+    assert call(capsys, "--version") == (0, "")
+
+
+def run_in_shell(command: str, **environment) -> subprocess.CompletedProcess:
+    """`detransformer` as a shell's script calls it, `$D` in `command`."""
+    environment = os.environ | {"D": f"{sys.executable} -m detransformer.cli"} | environment
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    return subprocess.run(shell, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize(
+    "command, code, words",
+    [
+        ("$D --help >&-", 0, ""),
+        ("$D --help <&- >&- 2>&-", 0, ""),
+        ("$D figures /nowhere/at/all >&-", 2, "/nowhere/at/all"),
+        ("(sleep 1; $D --help) | true", 1, ""),
+        ("$D --help >/dev/full", 2, "disk is full"),
+        ("unset HOME; $D --version", 0, ""),
+        ("TMPDIR=/nowhere $D --version", 0, ""),
+        ("OMP_NUM_THREADS=many COLUMNS=x LC_ALL=C $D --version", 0, ""),
+    ],
+)
+def test_streams_and_variables_are_as_they_come(command, code, words):
+    done = run_in_shell(command)
+    assert done.returncode == code and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert len(done.stderr.splitlines()) == bool(words)
+
+
+def test_an_encoding_that_lacks_a_letter_is_no_fault():
+    done = run_cli("doctor", PYTHONIOENCODING="ascii", DETRANSFORMER_DATA="/nowhere/中")
+    assert done.returncode == 0 and "/nowhere/\\u4e2d" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "number, code, word", [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "closed")], ids=["TERM", "HUP"]
+)
+def test_a_signal_is_a_sentence_and_an_exit_code(number, code, word, tmp_path):
+    """While it waits for a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "c.yaml")
+    command = [sys.executable, "-m", "detransformer.cli", "plan", "--cluster", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "c.yaml", "w"):  # waits until it is read
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr.count("\n")) == (code, 1) and word in stderr, stderr
+
+
+def test_a_long_temporary_folder_leaves_room_for_the_names_of_sockets(capsys, monkeypatch, tmp_path):
+    (tmp_path / ("x" * 90)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 90)))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert call(capsys, "--version")[0] == 0
+    assert os.environ["TMPDIR"] == tempfile.gettempdir() == "/tmp"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert call(capsys, "--version")[0] == 0
+    assert tempfile.gettempdir() == (str(tmp_path) if len(str(tmp_path)) <= 64 else "/tmp")
+
+
+def test_an_address_or_port_that_cannot_be_had_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        taken = busy.getsockname()[1]
+        for address, port in (("127.0.0.1", taken), ("192.0.2.1", 0), ("no-such-host.invalid", 0), ("x" * 70, 0)):
+            with pytest.raises(ValueError, match=f"cannot listen at {address} port {port} .*choose another --listen"):
+                _listener(address, port)
+
+
+def test_a_token_of_the_environment_is_checked_like_one_of_a_file(monkeypatch):
+    for wrong in ("short", "ü" * 20, " " * 20):
+        monkeypatch.setenv("DETRANSFORMER_TOKEN", wrong)
+        with pytest.raises(ValueError, match="DETRANSFORMER_TOKEN has .* characters; give 16 or more, all ASCII"):
+            _token(None)
+    monkeypatch.setenv("DETRANSFORMER_TOKEN", f"{'t' * 20}\r\n")
+    assert _token(None) == "t" * 20
+
+
+@pytest.mark.parametrize("output", ["/proc/plan.json", "/dev/null/plan.json"])
+def test_a_place_that_cannot_be_written_is_named_at_once(capsys, output):
+    code, stderr = call(capsys, "plan", "--output", output)
+    assert_one_sentence(code, stderr, output)
+
+
+# --- decouple -----------------------------------------------------------------------------------------------------
 
 
 def test_decouple_writes_a_checkpoint_that_loads(bert, tmp_path):

@@ -89,7 +89,7 @@ def jetsons() -> ClusterSpec:
 
 @pytest.fixture(scope="module")
 def profile(jetsons):
-    return jetsons.profile("deit-b", ViTConfig())
+    return jetsons.profile(ViTConfig())
 
 
 def listed(policy: Policy) -> list:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from detransformer.training.data import TASKS, open_data, reduced_data
 from detransformer.training.data import sources as sources_module
 from detransformer.training.data.built_in import BuiltInSource
 from detransformer.training.data.hub import hub_problem
 from detransformer.training.data.mirror import MirrorSource
-from detransformer.training.data.packing import MaskedBatches, SpecialTokens, mask_tokens
+from detransformer.training.data.packing import MaskedBatches, SpecialTokens, mask_tokens, pack_text
 
 SQUAD = {
     "data": [
@@ -142,6 +143,27 @@ def test_a_damaged_file_is_named_with_line_and_remedy(mirror, name, content, tas
     assert "copy it" in str(error.value)
 
 
+def test_questions_without_an_answer_are_left_out(mirror):
+    """SQuAD 2.0's files under the names of 1.1; one without any answer is refused."""
+    path = mirror / "squad" / "train-v1.1-a.json"
+    content = json.loads(path.read_text())
+    (paragraph, *_) = content["data"][0]["paragraphs"]
+    known = rows(mirror, "SQuAD").to_list()
+    without = [
+        {"id": f"{i}", "question": "Why?", "answers": a} for i, a in enumerate(([], [{"text": "", "answer_start": 0}]))
+    ]
+    plausible = [{"text": paragraph["context"][:3], "answer_start": 0}]
+    without.append({"id": "2", "question": "Who?", "answers": plausible, "is_impossible": True})
+    paragraph["qas"] = without + paragraph["qas"]
+    path.write_text(json.dumps(content))
+    assert rows(mirror, "SQuAD").to_list() == known
+    for part in (mirror / "squad").glob("train*.json"):
+        only = {"data": [{"paragraphs": [paragraph | {"qas": without}]}]}
+        part.write_text(json.dumps(only))
+    with pytest.raises(ValueError, match="train-v1.1-a.json has no question with an answer"):
+        rows(mirror, "SQuAD")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -209,6 +231,13 @@ def test_packed_text_is_made_once_and_damage_is_named(tmp_path, monkeypatch):
     packed.path.write_bytes(b"short")
     with pytest.raises(ValueError, match="is damaged.*made again"):
         data.packed("train", 32, 3200)
+
+
+def test_a_vocabulary_that_two_bytes_do_not_number_is_refused(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(2**16))]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "[UNK]"))
+    with pytest.raises(ValueError, match="has 65,541 tokens, packed text holds 65,536"):
+        pack_text(iter(["a"]), tokenizer, 16, None, tmp_path / "a.bin", "text")
 
 
 def test_a_stopped_packing_leaves_nothing_half_written(tmp_path):

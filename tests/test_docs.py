@@ -1,12 +1,14 @@
 """What the rooms offer is described: each has a docstring, and each public name one of its own and full types."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import detransformer
+from detransformer.files import repository_root
 
 PACKAGE = Path(detransformer.__file__).parent
 ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
@@ -82,6 +84,16 @@ def test_what_a_room_offers_is_there():
         names = offered(room) or set()
         bound = {name for path in room.rglob("*.py") for name in bound_names(tree(path))}
         assert names <= bound, names - bound
+
+
+def test_every_refusal_that_is_documented_is_tested():
+    """Each row of docs/limits.md names words of a sentence, and the test file that has them."""
+    text = (repository_root() / "docs" / "limits.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| `([^`]+)` \| (\S+) \|$", text, re.MULTILINE)
+    assert len(rows) == text.partition("## What is refused")[2].count("\n| ") - 1
+    for words, name in rows:
+        found = (Path(__file__).parent / name).read_text(encoding="utf-8").replace("\\", "")
+        assert words in found, f"{name} tests no sentence with {words!r}"
 
 
 def bound_names(module: ast.Module) -> Iterator[str]:

@@ -29,8 +29,9 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from detransformer.cluster import hosts as hosts_module
 from detransformer.cluster.hello import model_facts
-from detransformer.cluster.hosts import own_rank
+from detransformer.cluster.hosts import interface_of, own_rank
 from detransformer.cluster.network import EmulatedNetwork, can_emulate, inside
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.commands.options import read_plan
@@ -393,11 +394,35 @@ def test_a_host_finds_itself_in_the_file(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             own_rank(spec, host, interfaces)
+    assert interface_of(spec, 1, board) == "eth0"
     path.write_text("interface: wg0\n" + path.read_text())
-    assert own_rank(ClusterSpec.load(path), "a", board) == 0  # such as behind a tunnel
+    spec = ClusterSpec.load(path)
+    assert own_rank(spec, "a", board) == 0  # such as behind a tunnel
+    assert interface_of(spec, 0, board | {"wg0": ["10.9.0.1"]}) == "wg0"
+    for interfaces in (board, board | {"wg0": []}):
+        with pytest.raises(ValueError, match=r"c.yaml: interface wg0 .* this host, which has lo and eth0: correct it"):
+            interface_of(spec, 0, interfaces)
     path.write_text(path.read_text().replace("10.0.0.1", "127.0.0.1").replace("10.0.0.2", "127.0.0.1"))
     with pytest.raises(ValueError, match="several devices .* --host"):
         own_rank(ClusterSpec.load(path), None, board)
+    path.write_text(f"devices: [{{name: a, address: {'x' * 70}.invalid, device: rpi4b}}]")
+    with pytest.raises(ValueError, match="the host name x+.invalid is not known on this host"):
+        own_rank(ClusterSpec.load(path), "a", board)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_port_in_use_is_named_before_anything_starts(classifier, tmp_path, taken):
+    """The port where all meet, and the next one, which is the store's."""
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        path = tmp_path / "c.yaml"
+        path.write_text(
+            f"rendezvous: {{port: {port - taken}}}\ndevices: [{{name: a, address: 127.0.0.1, device: rpi4b}}]"
+        )
+        options = dict(own=0, stays=False)
+        with hosts_module.Hosts(ClusterSpec.load(path), str(classifier), **options) as hosts:
+            with pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 is in use.*rendezvous.port"):
+                hosts.listen()
 
 
 def test_model_facts_tell_copies_from_other_models(classifier, tmp_path):

@@ -14,7 +14,7 @@ FLOORS = (
     {"cluster"},
     {"training", "coformer", "service"},
     {"tables"},
-    {"notebooks", "index_page", "doctor"},
+    {"notebooks", "doctor"},
     {"reproduce"},
     {"commands"},
     {"cli"},

@@ -116,7 +116,7 @@ def refuse_or_take(action, name: str = "") -> None:
 CONFIG = BertConfig(
     hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=96, vocab_size=101
 )  # fmt: skip
-PROFILE = cluster_profile(device_specs(3, "rpi4b"), "bert-base", CONFIG, 125e6)
+PROFILE = cluster_profile(device_specs(3, "rpi4b"), CONFIG, 125e6)
 PLAN = published_plan("tp", CONFIG, [1.0, 1.0, 1.0]).to_dict()
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.codec import decode, encode
-from detransformer.parallel.comm import Comm
+from detransformer.parallel.comm import Comm, decode, encode
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.linear import Linear, StackedLinear, input_major
 from detransformer.parallel.plan import layer_plan, published_plan

@@ -13,7 +13,7 @@ import yaml
 from detransformer.notebooks import NotebookFailed
 from detransformer.profiles import load_profile
 from detransformer.record.run import RunFolder
-from detransformer.reproduce import redraw, reproduce
+from detransformer.reproduce import locked, redraw, reproduce
 
 PARAMETERS = 'run_dir = "../results/local"\nvalue = 1\nseed = 3'
 SAVE = (
@@ -262,6 +262,11 @@ def test_kernel_is_this_interpreter_whatever_is_installed(clone, monkeypatch, tm
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
     (foreign / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", "/proc/read-only")  # as in a home folder that is
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00_mine.py").write_text("raise SystemExit")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     write_notebook(clone, "01_first", "import sys, os\nprint(sys.executable, os.environ['TOKENIZERS_PARALLELISM'])")
     run, _, _ = run_all(clone, only=["01"])
     executed = nbformat.read(run.notebooks / "01_first.ipynb", as_version=4)
@@ -273,6 +278,7 @@ def test_kernel_is_this_interpreter_whatever_is_installed(clone, monkeypatch, tm
     [
         ({"01_first": {}, "02_second": {}, "09_more": {}}, [], "'09_more'"),
         ({"01_first": {}, "02_second": {}}, ["07"], "--only 07 names no notebook.*02_second"),
+        ({"01_first": {"value": [{3: "a"}]}, "02_second": {}}, [], "has the key 3, which is no word: put it in quotes"),
     ],
 )
 def test_wrong_profile_is_one_sentence(clone, section, only, message):
@@ -280,6 +286,24 @@ def test_wrong_profile_is_one_sentence(clone, section, only, message):
     with pytest.raises(ValueError, match=message):
         run_all(clone, only=only)
     assert not (clone / "results").exists(), "nothing is started"
+
+
+def test_paths_may_hold_braces_and_dollars(clone, tmp_path, monkeypatch):
+    """papermill fills parameters into braces, and a kernel's spec variables into ${NAME}."""
+    root = clone.rename(tmp_path / "cookie {value} {x} 日本")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETRANSFORMER_DATA", "data ${HOME} {x} $$")
+    write_notebook(root, "01_first", "import os\nprint(os.environ['DETRANSFORMER_DATA'])")
+    run, _, manifest = run_all(root, only=["01"], output="run {value} b")
+    assert run.path == tmp_path / "run {value} b" and manifest["notebooks"]["01_first"]["status"] == "done"
+    executed = nbformat.read(run.notebooks / "01_first.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.strip() == f"{tmp_path}/data ${{HOME}} {{x}} $$"
+
+
+def test_two_runs_into_one_folder_are_refused(clone, tmp_path):
+    with locked(RunFolder(tmp_path / "run")):
+        with pytest.raises(ValueError, match="is in use by another reproduce"):
+            run_all(clone, output=tmp_path / "run")
 
 
 def test_damaged_manifest_names_the_file(clone):

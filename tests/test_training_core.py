@@ -33,9 +33,11 @@ from detransformer.training import (
     pretraining_table,
     row_config,
 )
+from detransformer.training.config import Recipe
 from detransformer.training.data import TASKS
 from detransformer.training.data.packing import SpecialTokens, mask_tokens
 from detransformer.training.features import LengthGrouped, best_spans, question_features
+from detransformer.training.loop import Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.objective import MaskedLmLoss
 from detransformer.training.optim import Lamb, learning_rate, parameter_groups
@@ -371,3 +373,20 @@ def test_table_iii_has_every_published_cell_and_the_measured_ones(data, tmp_path
     assert cola["published"] == 52 and cola["num_seeds"] == 2 and cola["train_rows"] == 32
     assert cola["obtained_mean"] == pytest.approx(runs["score"][2:].mean())
     assert "built-in generated set, 32 training rows" in data_note(runs)
+
+
+class Line(nn.Module):
+    """A loss that is a multiple of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(1, 1, bias=False)
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        return self.model.weight.sum() * times.sum()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    batches = lambda step: [(1.0, {"times": torch.tensor([math.inf if step == 1 else 1.0])})]  # noqa: E731
+    with pytest.raises(ValueError, match="mine: the loss is .* at step 2; lower learning_rate=0.01"):
+        fit(Line(), batches, Recipe(learning_rate=0.01), 3, Run("mine"))

@@ -1,13 +1,15 @@
 """The `detransformer` command: which commands there are, and how each ends.
 
 `main` is the one place where what a user can set right becomes one sentence on stderr and exit code 2. A notebook that
-fails ends with 1, Ctrl-C with 130. `DETRANSFORMER_DEBUG=1` shows the traceback instead.
+fails ends with 1, and so does what writes to a closed pipe; a signal ends it with 128 and its number.
+`DETRANSFORMER_DEBUG=1` shows the traceback instead.
 """
 
 import errno
 import os
 import signal
 import sys
+import tempfile
 from typing import Annotated
 
 import typer
@@ -23,7 +25,10 @@ from detransformer.commands.plan import plan, profile
 from detransformer.commands.reproduce import doctor, figures, reproduce
 from detransformer.commands.run import run
 from detransformer.commands.serve import serve
-from detransformer.settings import debugging
+from detransformer.settings import debugging, leave_group
+
+MAX_TEMPORARY = 64  # bytes of the temporary folder's path
+ENDS = {129: "its terminal was closed", 130: "interrupted", 143: "terminated"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 
@@ -46,32 +51,83 @@ for command in (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 a user error in one sentence, 1 a failed notebook, 130 Ctrl-C."""
+    """Run the command line and exit.
+
+    The code is 0 where all is done, 2 for a user error (one sentence), 1 for a failed notebook, 130 for Ctrl-C, 143 for
+    SIGTERM, 129 for a terminal that was closed.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    owner = os.getpid()
-
-    def unwind(*_):
-        # A terminated run unwinds like an interrupted one, so that its temporary files and namespaces go. Children that
-        # a library forks (pyroute2 does, and terminates them) inherit this handler and must not clean up for us.
-        sys.exit(143) if os.getpid() == owner else os._exit(143)
-
-    signal.signal(signal.SIGTERM, unwind)
+    _open_streams()
+    _unwind_on_signals()
+    if left := leave_group():
+        print(f"detransformer: {left} of another launcher is not used: this is one process.", file=sys.stderr)
     try:
+        _shorten_temporary_folder()
         command = typer.main.get_command(app)
         code = command.main(arguments or ["--help"], prog_name="detransformer", standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:  # of a signal, or of typer where nobody reads stdout
+        code = end.code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _stdout_is_read():
+            sys.exit(1)
         if debugging():
             raise
         code, message = explain(error, arguments)
         if message is None:
             raise
         print(f"detransformer: {message}", file=sys.stderr)
-    if code == 130:
-        print("detransformer: interrupted; what was finished is kept.", file=sys.stderr)
+    if code in ENDS:
+        print(f"detransformer: {ENDS[code]}; what was finished is kept.", file=sys.stderr)
+    _stdout_is_read()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_streams() -> None:
+    """Lets a closed stdin, stdout or stderr be /dev/null, and stdout print what its encoding lacks as escapes."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _shorten_temporary_folder() -> None:
+    """Lets a temporary folder with a long path be /tmp: workers' sockets lie there, whose paths have 107 bytes."""
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
+
+
+def _unwind_on_signals() -> None:
+    """Lets a terminated run unwind like an interrupted one, so that its temporary files and namespaces go.
+
+    Children that a library forks (pyroute2 does, and terminates them) inherit the handler and must not clean up for us.
+    """
+    owner = os.getpid()
+
+    def unwind(number, frame):
+        sys.exit(128 + number) if os.getpid() == owner else os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, unwind)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, unwind)
+
+
+def _stdout_is_read() -> bool:
+    """Whether stdout takes what is still to be written; otherwise it becomes /dev/null, for Python's last flush."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return False
+    return True
 
 
 def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:

@@ -17,6 +17,18 @@ def data_folder(name: str, package: Path = PACKAGE) -> Path:
     return clone if clone.is_dir() and package.parent.name == "lib" else package / name
 
 
+def with_home(path: str) -> str:
+    """`path` with a leading ~ or ~USER replaced, as a shell does it, but not in --option=~/x or in quotes.
+
+    Raises:
+        ValueError: where no such home folder is known, since a folder named ~ is never what is meant.
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ValueError(f"{path} begins with ~, and there is no such home folder: write the whole path, or ./{path}.")
+    return whole
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file in `path`'s folder and rename it onto `path` when the block ends well.
@@ -37,7 +49,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where it is full
+        if error.filename in (None, str(temporary)):  # a full disk does not say where it is full
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

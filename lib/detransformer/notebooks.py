@@ -13,7 +13,7 @@ import nbformat
 
 from detransformer.files import atomic_write
 from detransformer.record.run import RunFolder
-from detransformer.settings import data_environment
+from detransformer.settings import named_folders
 
 KERNEL = "detransformer"
 # A notebook is run again when one whose results it reads has been: trained models, the profile of operations, tables.
@@ -77,7 +77,7 @@ def find_notebooks(root: Path, sections: dict[str, dict]) -> list[Notebook]:
     notebooks = []
     for path in paths:
         try:
-            known = tuple(papermill.inspect_notebook(path))
+            known = tuple(papermill.inspect_notebook(_literal(path)))
         except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a notebook that can be read; restore it from git.") from error
         notebooks.append(Notebook(path, known, dict(sections.get(path.stem, {}))))
@@ -117,8 +117,8 @@ def execute(
         bar |= {"mininterval": 20, "ascii": True, "ncols": 100}  # a log wants few lines
     try:
         executed = papermill.execute_notebook(
-            notebook.path,
-            target if measure else None,
+            _literal(notebook.path),
+            _literal(target) if measure else None,
             parameters=notebook.parameters(run_dir=run_dir, profile=profile, measure=measure),
             cwd=notebook.path.parent,
             kernel_name=kernel,
@@ -143,26 +143,36 @@ def execute(
 
 @contextmanager
 def this_interpreter() -> Iterator[str]:
-    """The name of a kernel that is this interpreter, whatever kernels are installed: a spec in a folder of its own."""
+    """The name of a kernel that is this interpreter, whatever kernels are installed: a spec in a folder of its own.
+
+    Its connection and IPython's own files go there too: a home folder may be read-only, or have start-up files.
+    """
     from ipykernel.kernelspec import write_kernel_spec
 
     env = {"TOKENIZERS_PARALLELISM": "false"}
     env["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads of a kernel must not spin beside the workers
-    environment = data_environment()
-    if environment.mirror_named_by == "DETRANSFORMER_DATA":  # relative to the user's folder, not to notebooks/
-        env["DETRANSFORMER_DATA"] = str(environment.mirror)
+    for name, path in named_folders().items():  # relative to the user's folder, not to notebooks/
+        env[name] = str(path).replace("$", "$$")  # a spec fills in ${NAME}
     # Nobody watches an executed notebook: tqdm writes its bars as text, where a saved widget could not be shown.
     options = ["--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None"]
     options.append("--IPKernelApp.log_level=50")  # warnings about its own sockets
-    before = os.environ.get("JUPYTER_PATH")
+    places = ("JUPYTER_PATH", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    before = {name: os.environ[name] for name in places if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "kernels", KERNEL)
         write_kernel_spec(place, overrides={"env": env}, extra_arguments=options)
-        os.environ["JUPYTER_PATH"] = folder
+        os.environ |= dict.fromkeys(places, folder)
         try:
             yield KERNEL
         finally:
-            os.environ.pop("JUPYTER_PATH") if before is None else os.environ.update(JUPYTER_PATH=before)
+            for name in places:
+                del os.environ[name]
+            os.environ |= before
+
+
+def _literal(path: Path) -> str:
+    """`path` as papermill takes it, which else fills parameters into what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _seen_from(folder: Path, path: str, root: Path) -> str:

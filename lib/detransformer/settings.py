@@ -4,8 +4,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from detransformer.files import repository_root
+from detransformer.files import repository_root, with_home
 
+GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GROUP += ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")
+GROUP_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
 TRUE_WORDS = {"1", "on", "yes", "true"}
 
 
@@ -18,12 +21,17 @@ class DataEnvironment:
     hub_offline: bool
 
 
+def named_folders() -> dict[str, Path]:
+    """DETRANSFORMER_DATA and DETRANSFORMER_CACHE, where they are set, as whole paths; a kernel is in another folder."""
+    names = ("DETRANSFORMER_DATA", "DETRANSFORMER_CACHE")
+    return {name: Path(with_home(os.environ[name])).resolve() for name in names if os.environ.get(name)}
+
+
 def data_environment(root: Path | None = None) -> DataEnvironment:
     """DETRANSFORMER_DATA, else `data/mirror` in the repository (`root`) or the current folder; HF_HUB_OFFLINE."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE_WORDS
-    named = os.environ.get("DETRANSFORMER_DATA", "")
-    if named:
-        return DataEnvironment(Path(named).expanduser().resolve(), "DETRANSFORMER_DATA", offline)
+    if named := named_folders().get("DETRANSFORMER_DATA"):
+        return DataEnvironment(named, "DETRANSFORMER_DATA", offline)
     if root is None:
         try:
             root = repository_root()
@@ -35,12 +43,27 @@ def data_environment(root: Path | None = None) -> DataEnvironment:
 
 
 def cache_folder() -> Path:
-    """Where generated checkpoints are kept: `DETRANSFORMER_CACHE`, else the user's cache folder."""
-    named = os.environ.get("DETRANSFORMER_CACHE")
-    if named:
-        return Path(named).expanduser().resolve()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "detransformer"
+    """Where generated checkpoints are kept: `DETRANSFORMER_CACHE`, else the user's cache folder.
+
+    Raises:
+        ValueError: where neither is known: no HOME, and no user of this number.
+    """
+    if named := named_folders().get("DETRANSFORMER_CACHE"):
+        return named
+    try:
+        return Path(with_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "detransformer")
+    except ValueError as error:
+        raise ValueError(f"there is no cache folder: set DETRANSFORMER_CACHE to one ({error})") from None
+
+
+def leave_group() -> str:
+    """Deletes what a launcher (torchrun, MPI, accelerate) left in the environment for the processes of another job.
+
+    accelerate would wait for that job's other processes. Returns the sizes that were set, such as `WORLD_SIZE=8`.
+    """
+    left = [name for name in os.environ if name in GROUP or name.startswith(GROUP_PREFIXES)]
+    values = {name: os.environ.pop(name) for name in left}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if "SIZE" in name and value not in ("", "1"))
 
 
 def debugging() -> bool:

@@ -61,7 +61,7 @@ class Prepared:
 @functools.cache
 def _opened(cluster: str, model: str) -> tuple[ClusterSpec, PretrainedConfig, ClusterProfile]:
     spec, config = ClusterSpec.load(cluster), open_folder(model).config
-    return spec, config, spec.profile(model, config)
+    return spec, config, spec.profile(config)
 
 
 # --- Planning ----------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def answer(
         loaded = next(reversed(state.loaded.values()))
         parts = loaded.compute(made, made.device_ids.index(state.rank), seq_len, batch_size)
         expected_s = sum(compute_seconds(step, own) for part in parts for step in part)
-        computed_s = sum(stop - start for what, start, stop, _ in sample["events"] if what == "compute")
+        computed_s = sum(stop - start for what, start, stop in sample["events"] if what == "compute")
         spent_s = computed_s / time_scale + sample["overrun_s"]
         record["samples"] = [{name: sample[name] for name in KEPT} for sample in record["samples"]]
     tensors = outputs if state.device == last else {}

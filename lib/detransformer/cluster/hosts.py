@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -29,8 +28,7 @@ from detransformer.cluster.roster import REFUSED, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
-RETURN_S, MAX_RETURN_S = 1.0, 60.0  # delay until an agent that has ended is started again, doubled each time
-LASTING_S = 60.0  # an agent that ran longer is started again after RETURN_S
+RETURN_S = 1.0  # delay, at most, until an agent that has ended is started again
 END_S = 5.0  # wait for an interrupted worker to tell the front
 
 
@@ -41,11 +39,17 @@ def own_rank(spec: ClusterSpec, host: str | None, interfaces: Mapping[str, list[
     """This host's device in the file, by its name `host`, or else by the addresses of the host's `interfaces`.
 
     Raises:
-        ValueError: if it is none of them, or could be several.
+        ValueError: if it is none of them, or could be several, or the first device's name is not known here.
     """
     own = {address for addresses in interfaces.values() for address in addresses}
     listed = join_words([f"{member.name} ({member.address})" for member in spec.members])
     here = [rank for rank, member in enumerate(spec.members) if resolve(member.address) in own]
+    first = spec.members[0].address
+    if resolve(first) is None:
+        raise ValueError(
+            f"{spec.path}: the host name {first} is not known on this host, and all meet there: write its IP address, "
+            "or add the name to /etc/hosts."
+        )
     if host is not None:
         if host not in spec.names:
             raise ValueError(f"--host {host} is not in {spec.path}, which lists {listed}.")
@@ -73,21 +77,33 @@ def own_interfaces() -> dict[str, list[str]]:
 
 
 def interface_of(spec: ClusterSpec, rank: int, interfaces: Mapping[str, list[str]]) -> str:
-    """The network interface for the collectives of this host, which is device `rank`."""
-    address = resolve(spec.members[rank].address)
-    return spec.interface or next(name for name, found in interfaces.items() if address in found)
+    """The network interface for the collectives of this host, which is device `rank`.
+
+    Raises:
+        ValueError: where the file names one that this host lacks.
+    """
+    if not spec.interface:
+        address = resolve(spec.members[rank].address)
+        return next(name for name, found in interfaces.items() if address in found)
+    if not interfaces.get(spec.interface):
+        known = join_words([name for name, found in interfaces.items() if found])
+        raise ValueError(
+            f"{spec.path}: interface {spec.interface} is none with an IPv4 address on this host, which has {known}: "
+            "correct it, or leave it out."
+        )
+    return spec.interface
 
 
 def _but_loopback(addresses) -> str:
     return ", ".join(sorted(a for a in addresses if not a.startswith("127."))) or "none but loopback"
 
 
-def resolve(address: str) -> str:
-    """The IPv4 address of a host name; the name itself where it is not known here."""
+def resolve(address: str) -> str | None:
+    """The IPv4 address of a host name; None where it is not known here."""
     try:
         return socket.gethostbyname(address)
-    except OSError:
-        return address
+    except (OSError, UnicodeError):  # UnicodeError: no name can be so long
+        return None
 
 
 # --- Agents ------------------------------------------------------------------------------------------------------
@@ -176,13 +192,16 @@ class Hosts:
             self.network = EmulatedNetwork(len(self.spec.members), rate_bps).__enter__()
             self.job["listed"] = ", ".join(self.spec.names)
             return inside(self.network.namespaces[0], lambda: listen(f"{self.address}:{self.spec.port}"))
+        port = self.spec.port + 1
         try:
-            return listen(f"{self.address}:{self.spec.port}")
+            listen(f"0.0.0.0:{port}").close()  # the first device's worker keeps the store there
+            port = self.spec.port
+            return listen(f"{self.address}:{port}")
         except OSError as error:
             why = "is in use, perhaps by another run" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
             raise ValueError(
-                f"port {self.spec.port} of {self.address} {why}: end that, or choose another rendezvous.port on all "
-                "hosts."
+                f"port {port} of {self.address} {why}: end that, or choose another rendezvous.port on all hosts, which "
+                "take that port and the next one."
             ) from None
 
     @property
@@ -256,23 +275,11 @@ class Hosts:
 
     def _keep(self) -> None:
         """Starts agents that have ended again, as a host's service manager would."""
-        started = dict.fromkeys(self.kept, time.monotonic())
-        due: dict[int, float] = {}
-        wait_s: dict[int, float] = {}
-        while not self._stop.wait(0.2):
-            now = time.monotonic()
+        while not self._stop.wait(RETURN_S):
             for device in sorted(self.kept):
-                if self.agents[device].poll() is None:
-                    continue
-                if device not in due:
-                    lasted = now - started.get(device, now) > LASTING_S
-                    wait_s[device] = RETURN_S if lasted else min(2 * wait_s.get(device, RETURN_S / 2), MAX_RETURN_S)
-                    due[device] = now + wait_s[device]
-                elif now >= due[device]:
-                    del due[device]
-                    kill(self.agents[device])
+                if self.agents[device].poll() is not None:
+                    kill(self.agents[device])  # with what is left of its processes
                     self._start_agent(device)
-                    started[device] = now
 
     def last_words(self) -> str:
         """The last line of each agent's log."""

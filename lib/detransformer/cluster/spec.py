@@ -147,14 +147,14 @@ class ClusterSpec(_Keys):
         return replace(spec, profile=measured)
 
     def profile(
-        self, model: str, config: "PretrainedConfig", pace: str = "measured", bandwidth_bps: float | None = None
+        self, config: "PretrainedConfig", pace: str = "measured", bandwidth_bps: float | None = None
     ) -> ClusterProfile:
-        """Devices and links on `model` (a preset's name or a folder) of `config`, for the planner.
+        """Devices and links on a model of `config`, for the planner.
 
         `bandwidth_bps`: instead of the file's.
         """
         where = bandwidth_bps or self.bandwidth_bps, self.delay_s
-        return cluster_profile(self.device_specs, model, config, *where, pace=pace)
+        return cluster_profile(self.device_specs, config, *where, pace=pace)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
         """This cluster emulated on one machine, whether the file is of real hosts or not; as in `EmulatedCluster`."""
@@ -210,6 +210,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
         seen.add(key.value)
@@ -226,6 +228,8 @@ def _read_yaml(path: Path) -> Mapping | Any:
         raise ValueError(f"{path} does not exist; examples/ has cluster files to begin with.") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; give a cluster file, such as examples/four-pis.yaml.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a cluster file: its brackets are nested too deeply.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -237,7 +241,7 @@ def _is_address(text: str) -> bool:
         return isinstance(ipaddress.ip_address(text), ipaddress.IPv4Address)
     except ValueError:
         numbers_alone = re.fullmatch(r"[\d.]+", text)
-        return not numbers_alone and bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text))
+        return not numbers_alone and bool(re.fullmatch(r"\w([\w.-]*\w)?", text, re.ASCII))  # _ as in Docker's names
 
 
 def _is_loopback(address: str) -> bool:

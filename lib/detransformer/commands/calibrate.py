@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from detransformer.commands import options
+from detransformer.files import with_home
 
 MICRO_BATCH = 32  # sequences in one forward pass, at most
 
@@ -15,15 +16,19 @@ SeqLen = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a sequence.
 
 
 def calibrate(
-    teacher: Annotated[str, typer.Argument(help="Folder of a BERT checkpoint with its tokenizer, or minilm.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write the decoupled and trained model to.")],
+    teacher: Annotated[
+        str, typer.Argument(parser=with_home, help="Folder of a BERT checkpoint with its tokenizer, or minilm.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(parser=options.path, help="Folder to write the decoupled and trained model to.")
+    ],
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
     attention_width: options.Width = "full",
     original_placement: options.Placement = "last",
     text: options.Texts = None,
     source: options.Source = "auto",
-    tokens: Annotated[float, typer.Option(min=1, help="Text to train on, such as 1e6.")] = 1e6,
+    steps: options.Steps = 1000,
     batch_size: options.Samples = 8,
     seq_len: SeqLen = 128,
     learning_rate: options.LearningRate = 1e-3,
@@ -57,7 +62,7 @@ def calibrate(
             *(sizes[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")), *structure
         )
     config = calibration.CalibrationConfig(
-        num_steps=max(1, round(tokens / (batch_size * seq_len))),
+        num_steps=steps,
         seq_len=seq_len,
         global_batch_size=batch_size,
         micro_batch_size=max(size for size in range(1, MICRO_BATCH + 1) if batch_size % size == 0),

@@ -26,9 +26,13 @@ NUM_INITIAL = 10  # policies that are tried before the search chooses
 
 
 def decompose(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a trained classifier: a BERT, GPT-2 or ViT.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(parser=options.path, help="Folder of a trained classifier: a BERT, GPT-2 or ViT.")
+    ],
     cluster: options.Cluster,
-    output: Annotated[Path, typer.Option(help="Folder to write sub-models, aggregator and plan to.")],
+    output: Annotated[
+        Path, typer.Option(parser=options.path, help="Folder to write sub-models, aggregator and plan to.")
+    ],
     task: Annotated[
         str | None, typer.Option(help="What it was trained on: CoLA, SST-2, MRPC or MNLI; a ViT: CIFAR-100.")
     ] = None,
@@ -112,7 +116,7 @@ def decompose(
             f"{learned.num_classes}: give a model that was fine-tuned on it."
         )
     original = Original.of(model.config, None if family == "vit" else seq_len)
-    profile = spec.profile(str(checkpoint), model.config)
+    profile = spec.profile(model.config)
     most_bytes = math.inf if memory is None else memory * 2**20
     limits = Limits(
         Limits.share(original, budget or math.inf, len(profile.devices)).flops,

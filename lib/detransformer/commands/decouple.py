@@ -7,11 +7,14 @@ import typer
 
 from detransformer.checkpoints import HEADS
 from detransformer.commands import options
+from detransformer.files import with_home
 
 
 def decouple(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a BERT or GPT-2 checkpoint, or its name on the Hub.")],
-    output: Annotated[Path, typer.Option(help="Folder to write the decoupled checkpoint to.")],
+    checkpoint: Annotated[
+        str, typer.Argument(parser=with_home, help="Folder of a BERT or GPT-2 checkpoint, or its name on the Hub.")
+    ],
+    output: Annotated[Path, typer.Option(parser=options.path, help="Folder to write the decoupled checkpoint to.")],
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
     attention_width: options.Width = "full",

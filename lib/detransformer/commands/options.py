@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from detransformer.cluster.devices import BANDWIDTH_LIMITS_MBPS, DEVICES, PACES
-from detransformer.files import atomic_write
+from detransformer.files import atomic_write, with_home
 from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.presets import PLANNING_ONLY, PRESETS, AttentionWidth, OriginalPlacement
 
@@ -32,6 +32,20 @@ class Rates(tuple[float, ...]):
 
 
 # --- Parsers ------------------------------------------------------------------------------------------------------
+
+
+def path(text: str) -> Path:
+    """A parser of a file's or folder's path, in which ~ is the home folder."""
+    return Path(with_home(text))
+
+
+def utf8(text: str) -> str:
+    """A parser of text for a model; ValueError for bytes of another encoding, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{ascii(text)} is not UTF-8 text; convert it first.") from None
+    return text
 
 
 def words_of(choices: tuple[str, ...], everything: str | None = None) -> Callable[[str | Words], Words]:
@@ -75,25 +89,29 @@ def scale_or_auto(text: str) -> float | None:
 
 def file_to_write(text: str) -> Path:
     """A parser of a file's path that fails before an hour of measuring, not after it, where none can be written."""
-    path = Path(text)
-    if path.is_dir():
+    file = path(text)
+    if file.is_dir():
         raise ValueError(f"{text} is a folder; give a file name.")
-    probe = path.with_name(f"{path.name}.probe")
-    with atomic_write(probe) as file:
-        file.write("x")
+    probe = file.with_name(f"{file.name}.probe")
+    try:
+        with atomic_write(probe) as written:
+            written.write("x")
+    except OSError as error:
+        error.filename = text
+        raise
     os.unlink(probe)
-    return path
+    return file
 
 
-def read_plan(path: str | Path) -> dict:
+def read_plan(text: str) -> dict:
     """A parser of a file of `detransformer plan --output` or `run --output`, or of a plan's fields alone."""
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(path(text).read_text(encoding="utf-8"))
         fields = fields.get("plan", fields)
         if not {"strategies", "heads"} <= set(fields):
             raise ValueError("no strategies or heads in it")
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a plan ({error}): make one with `detransformer plan`.") from None
+        raise ValueError(f"{text} is not a plan ({error}): make one with `detransformer plan`.") from None
     return fields
 
 
@@ -137,8 +155,10 @@ Placement = Annotated[OriginalPlacement, typer.Option(help="Original layers; the
 
 # of bench, plan and profile
 _MADE = [name for name in PRESETS if name not in PLANNING_ONLY]
-Model = Annotated[str, typer.Option(help=f"One of {', '.join(_MADE)}, or a checkpoint folder.")]
-ClusterFile = Annotated[Path | None, typer.Option(help="Cluster file, instead of --devices, --device, --bandwidth.")]
+Model = Annotated[str, typer.Option(parser=with_home, help=f"One of {', '.join(_MADE)}, or a checkpoint folder.")]
+ClusterFile = Annotated[
+    Path | None, typer.Option(parser=path, help="Cluster file, instead of --devices, --device, --bandwidth.")
+]
 Devices = Annotated[int | None, typer.Option(min=1, help="How many devices, all alike; 4 where not given.")]
 Bandwidth = Annotated[
     Rates | None,
@@ -153,8 +173,10 @@ Pace = Annotated[
 ]
 
 # of commands on a cluster
-Cluster = Annotated[Path, typer.Option(help="Cluster file; examples/ has some to begin with.")]
-Folder = Annotated[str, typer.Option(help="Folder of the checkpoint, on every host a copy of its own.")]
+Cluster = Annotated[Path, typer.Option(parser=path, help="Cluster file; examples/ has some to begin with.")]
+Folder = Annotated[
+    str, typer.Option(parser=with_home, help="Folder of the checkpoint, on every host a copy of its own.")
+]
 Host = Annotated[str | None, typer.Option(help="Which device of the file this host is; else by its addresses.")]
 Plan = Annotated[dict | None, typer.Option(parser=read_plan, help="JSON file with the plan, of `plan --output`.")]
 Wires = Annotated[
@@ -178,7 +200,8 @@ Source = Annotated[
     Literal["auto", "mirror", "hub", "built-in"], typer.Option(help="Where data come from, if not from --text.")
 ]
 Texts = Annotated[
-    list[Path] | None, typer.Option(help="Text file (an article a line) or folder of them; may be repeated.")
+    list[Path] | None,
+    typer.Option(parser=path, help="Text file (an article a line) or folder of them; may be repeated."),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 Samples = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences or samples of a step.")]

@@ -33,7 +33,9 @@ def plan(
     devices: options.Devices = None,
     bandwidth: options.Bandwidth = None,
     memory: options.Memory = None,
-    profile: Annotated[Path | None, typer.Option(help="File made by `detransformer profile`.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(parser=options.path, help="File made by `detransformer profile`.")
+    ] = None,
     device: options.Preset = None,
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
@@ -41,7 +43,7 @@ def plan(
     seq_len: options.Tokens = 128,
     batch_size: options.Batch = 1,
     wire: options.Wires = options.FLOAT32,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why this plan, and what limits it.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what limits the chosen plan.")] = False,
     output: options.Output = None,
     pace: options.Pace = "measured",
 ) -> None:
@@ -54,8 +56,7 @@ def plan(
 
     from detransformer.cluster.devices import cluster_profile, device_specs
     from detransformer.files import atomic_write
-    from detransformer.planning.explain import explain as explanation
-    from detransformer.planning.placement import place_freely
+    from detransformer.planning.placement import bottleneck, place_freely
     from detransformer.planning.profile import ClusterProfile
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
@@ -71,19 +72,18 @@ def plan(
             planned, name = known.of(range(num_devices)), f"{num_devices} profiled devices"
             planned = replace(planned, link=replace(planned.link, bandwidth_bps=mbps * 1e6))
         elif spec:
-            planned = spec.profile(model, config, pace, mbps * 1e6)
+            planned = spec.profile(config, pace, mbps * 1e6)
             name = f"{spec.name}: {on_devices(spec.device_specs)}"
         else:
             specs = device_specs(num_devices, device or "rpi4b")
-            planned, name = cluster_profile(specs, model, config, mbps * 1e6, pace=pace), on_devices(specs)
+            planned, name = cluster_profile(specs, config, mbps * 1e6, pace=pace), on_devices(specs)
         started = time.perf_counter()
         placement = place_freely(config, planned, seq_len, batch_size, options.in_bytes(memory), wires=wire)
         planning_s = time.perf_counter() - started
         print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
+        print("\n".join(_lines(placement, planning_s)))
         if explain:
-            print(explanation(placement, config, planned, seq_len, batch_size))
-        else:
-            print("\n".join(_lines(placement, planning_s)))
+            print(bottleneck(placement.plan, config, planned, seq_len, batch_size))
         if output:
             chosen = placement.chosen
             with atomic_write(output) as file:
@@ -94,9 +94,21 @@ def plan(
 def _lines(placement: "Placement", planning_s: float) -> list[str]:
     rows = placement.table().assign(
         devices=[_listed(a.plan.device_ids) for a in placement.alternatives],
+        sent_kib=[sum(a.prediction.bytes.values()) / 2**10 for a in placement.alternatives],
         memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
     )
-    shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
+    shown = [
+        "method",
+        "devices",
+        "plan",
+        "predicted_s",
+        "compute_s",
+        "comm_s",
+        "sent_kib",
+        "memory_mib",
+        "fits",
+        "reason",
+    ]
     chosen = placement.chosen
     return [
         markdown(rows.drop_duplicates(["method", "devices"])[shown]),
@@ -147,7 +159,7 @@ def profile(
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
     if spec and spec.emulated:
-        computes = spec.profile(model, config).devices
+        computes = spec.profile(config).devices
     elif device in (None, "host"):
         operations = profile_operations(config)
         print(markdown(operations))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from detransformer.commands import options
+from detransformer.files import with_home
 from detransformer.presets import PRESETS
 
 ENSEMBLE_FILE = "ensemble.json"  # in a folder of `detransformer decompose`
@@ -16,9 +17,15 @@ def run(
     cluster: options.Cluster,
     model: options.Folder,
     host: options.Host = None,
-    text: Annotated[str | None, typer.Option(help="What the model is asked; needs a tokenizer in its folder.")] = None,
-    image: Annotated[str | None, typer.Option(help="What an ensemble of `decompose` looks at: a picture file.")] = None,
-    context: Annotated[str | None, typer.Option(help="The passage that a question is about.")] = None,
+    text: Annotated[
+        str | None, typer.Option(parser=options.utf8, help="What the model is asked; needs a tokenizer in its folder.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(parser=with_home, help="What an ensemble of `decompose` looks at: a picture file.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(parser=options.utf8, help="The passage that a question is about.")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Instead of a text so many random tokens; 128 by default.")
     ] = None,

@@ -22,10 +22,14 @@ def serve(
     listen: Annotated[str, typer.Option(help="Address of the HTTP server, on the file's first device.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Its port.")] = 8000,
     token_file: Annotated[
-        Path | None, typer.Option(help=f"File with the token that requests show; {TOKEN}, or a new one, by default.")
+        Path | None,
+        typer.Option(
+            parser=options.path, help=f"File with the token that requests show; {TOKEN}, or a new one, by default."
+        ),
     ] = None,
     secret_file: Annotated[
-        Path | None, typer.Option(help="Real hosts: file with the secret of the cluster, the same on all.")
+        Path | None,
+        typer.Option(parser=options.path, help="Real hosts: file with the secret of the cluster, the same on all."),
     ] = None,
     method: Annotated[str, typer.Option(help="auto (the fastest plan of all), or one by name, as of run.")] = "auto",
     plan: options.Plan = None,
@@ -88,8 +92,8 @@ def _listener(address: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         return socket.create_server((address, port), family=family)
-    except OSError as error:
-        why = error.strerror or error
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host name can be so long
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
             f"cannot listen at {address} port {port} ({why}): choose another --listen or --port."
         ) from None
@@ -99,8 +103,8 @@ def _token(file: Path | None) -> str:
     """From a file, the environment, or made anew and shown once."""
     if file:
         return _secret(file)
-    if os.environ.get(TOKEN):
-        return os.environ[TOKEN]
+    if given := os.environ.get(TOKEN):
+        return _checked(given, TOKEN)
     token = secrets.token_urlsafe(24)
     _say(f"token: {token}")
     return token
@@ -115,10 +119,15 @@ def _secret(file: Path) -> str:
         raise ValueError(f"{file} is no file: make one, such as by `openssl rand -hex 32 > {file}; chmod 600 {file}`.")
     if file.stat().st_mode & 0o077:
         raise ValueError(f"{file} can be read by others: chmod 600 {file}.")
-    text = file.read_text(encoding="utf-8", errors="replace").strip()
-    if len(text) < 16 or not text.isascii():
-        raise ValueError(f"{file} has {len(text)} characters; give 16 or more, all ASCII.")
-    return text
+    return _checked(file.read_text(encoding="utf-8", errors="replace"), file)
+
+
+def _checked(text: str, place: str | Path) -> str:
+    """A secret from `place`, without white space around it; ValueError where it is short or not ASCII."""
+    secret = text.strip()
+    if len(secret) < 16 or not secret.isascii():
+        raise ValueError(f"{place} has {len(secret)} characters; give 16 or more, all ASCII.")
+    return secret
 
 
 def _say(sentence: str) -> None:

@@ -52,6 +52,15 @@ class Chunk:
         return bounds(self.tokens, rank)
 
 
+def chunks_of(sizes: Iterable[tuple[int, Sequence[int]]]) -> list[Chunk]:
+    """Chunks of so many tokens, one after another: (tokens in all, tokens of each device) of each."""
+    chunks, start = [], 0
+    for index, (total, tokens) in enumerate(sizes):
+        chunks.append(Chunk(index, start, start + total, tokens))
+        start += total
+    return chunks
+
+
 class KeyValueCache:
     """Keys and values of a decoder's earlier tokens, this device's part: each layer's K and V, [rows, capacity, A]."""
 
@@ -94,11 +103,7 @@ class Request:
         cache: KeyValueCache | None = None,
     ) -> "Request":
         """The request [batch_size, seq_len], in the chunks of `plan`."""
-        chunks, start = [], 0
-        for i, tokens in enumerate(plan.tokens(seq_len)):
-            chunks.append(Chunk(i, start, start + sum(tokens), tokens))
-            start += sum(tokens)
-        return cls(batch_size, chunks, mask, cache)
+        return cls(batch_size, chunks_of((sum(tokens), tokens) for tokens in plan.tokens(seq_len)), mask, cache)
 
     def mask_of(self, start: int, stop: int) -> torch.Tensor | None:
         """The mask of the queries of tokens start..stop."""
@@ -148,8 +153,9 @@ class Strategy:
         self.load(parameters)  # a device keeps its own part, not the source
 
     def load(self, parameters: LayerParameters) -> None:
-        """Takes this device's weights."""
-        raise NotImplementedError
+        """Takes this device's weights, here all of them."""
+        self.load_attention(parameters)
+        self.load_rest(parameters)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         """Gives out X's chunks in the out-layout; `chunks` are X's in the in-layout."""
@@ -169,7 +175,7 @@ class Strategy:
         start, stop = bounds(self.plan.heads, self.comm.rank)
         return start * self.head_size, stop * self.head_size
 
-    def load_attention(self, parameters: LayerParameters, own_heads: bool) -> None:
+    def load_attention(self, parameters: LayerParameters, own_heads: bool = False) -> None:
         """Q, K and V packed in one product, D -> 3A, of this device's heads or all."""
         self.to_qkv = parameters.qkv(self.own_heads if own_heads else None)
 
@@ -252,6 +258,14 @@ class Strategy:
         shapes = [(*parts[self.comm.rank].shape[:2], heads * self.head_size) for heads in self.plan.heads]
         pending = self.comm.start_all_to_all(parts, shapes, self.plan.wire, f"context{chunk.index}")
         return pending.then(lambda parts: together(parts, dim=-1))
+
+    def after_exchange(
+        self, contexts: Iterable[torch.Tensor], xs: Sequence[torch.Tensor], request: Request
+    ) -> Iterator[torch.Tensor]:
+        """The rest of the layer for own tokens x, of attention by own heads: chunks [B, T, h*s] -> [B, t, D]."""
+        exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
+        for exchange, x in zip(exchanges, xs, strict=True):
+            yield self.after_attention(exchange.wait(), x)
 
 
 def together(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:

@@ -16,7 +16,7 @@ import detransformer.models  # noqa: F401  registers decoupled models
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Head, NextToken
-from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, Chunk, KeyValueCache, Request, Strategy
+from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, KeyValueCache, Request, Strategy, chunks_of
 from detransformer.parallel.partition import split
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.parallel.reshard import reshard
@@ -75,25 +75,15 @@ def load_layer(
 
 @dataclass(frozen=True)
 class _Part:
-    """One rank's part of a request: the splits that a strategy looks at, and none of the others."""
+    """One rank's part of a request: `plan` has the splits that a strategy looks at, and none of the others."""
 
     rank: int
     num_ranks: int
+    plan: Plan
     chunks: tuple[tuple[int, tuple[int, ...]], ...]  # tokens of each chunk, in all and by device
-    heads: tuple[int, ...]
-    tokens_share: tuple[float, ...]
-    ffn_columns: tuple[int, ...]
-    sub_blocks: tuple[int, ...]
-    wire: str
-    direct: bool
     batch_size: int
     past: int
     dtype: torch.dtype
-
-    @property
-    def plan(self) -> Plan:
-        splits = self.heads, self.tokens_share, self.ffn_columns, self.sub_blocks
-        return Plan("", (), *splits, wire=self.wire, direct=self.direct)
 
     @property
     def num_tokens(self) -> int:
@@ -101,17 +91,13 @@ class _Part:
 
     def request(self, cache: KeyValueCache | None = None) -> Request:
         """The request as its layers see it."""
-        chunks, start = [], 0
-        for index, (total, tokens) in enumerate(self.chunks):
-            chunks.append(Chunk(index, start, start + total, tokens))
-            start += total
-        return Request(self.batch_size, chunks, cache=cache)
+        return Request(self.batch_size, chunks_of(self.chunks), cache=cache)
 
     def shapes(self, layout: str, config: PretrainedConfig) -> list[tuple[int, int, int]]:
         """The shape of each chunk of X in `layout`."""
         if layout == HIDDEN:
             width = config.hidden_size // config.num_divisions
-            return [(self.sub_blocks[self.rank], self.batch_size * total, width) for total, _ in self.chunks]
+            return [(self.plan.sub_blocks[self.rank], self.batch_size * total, width) for total, _ in self.chunks]
         if layout == SEQ:
             return [(self.batch_size, tokens[self.rank], config.hidden_size) for _, tokens in self.chunks]
         return [(self.batch_size, total, config.hidden_size) for total, _ in self.chunks]
@@ -122,7 +108,11 @@ def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part
     if part.past > 2:  # only attention depends on it, by so many operations a token
         one, two = (_record_layer(sizes, name, strategy, replace(part, past=past)) for past in (1, 2))
         pairs = (zip(*same, strict=True) for same in zip(one.segments, two.segments, strict=True))
-        segments = tuple(tuple(_after(a, b, part.past) for a, b in steps) for steps in pairs)
+        more = part.past - 1
+        segments = tuple(
+            tuple(replace(a, flops=a.flops + more * (b.flops - a.flops)) if isinstance(a, Compute) else a for a, b in s)
+            for s in pairs
+        )
         per_token = one.cache_bytes // (1 + part.num_tokens)
         return Recording(segments, per_token * (part.past + part.num_tokens))
     config, state = small_model(sizes)
@@ -138,13 +128,6 @@ def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part
     with torch.inference_mode(), tape:
         segments = [tape.cut() for _ in layer(chunks, part.request(cache))]
     return Recording((*segments, tape.cut()), cache.num_bytes if cache else 0)
-
-
-def _after(one: Step, two: Step, past: int) -> Step:
-    """A step after `past` tokens, of what it is after one and after two of them."""
-    if not isinstance(one, Compute):
-        return one
-    return replace(one, flops=one.flops + (past - 1) * (two.flops - one.flops))
 
 
 @lru_cache(MAX_KEPT)
@@ -210,8 +193,8 @@ class Recorder:
     ):
         self.config, self.sizes, self.plan = config, sizes_of(config), plan
         self.tokens = plan.tokens(seq_len)
-        self.common = dict(wire=plan.wire, direct=plan.direct, batch_size=batch_size, past=past, dtype=dtype)
-        self._first: dict[tuple[str, ...], list[int]] = {}
+        self.common = dict(num_ranks=plan.num_devices, batch_size=batch_size, past=past, dtype=dtype)
+        self._parts: dict[tuple[str, ...], tuple[list[int], dict]] = {}
 
     @property
     def num_chunks(self) -> int:
@@ -242,19 +225,16 @@ class Recorder:
 
     def _part(self, rank: int, fields: tuple[str, ...]) -> _Part:
         """Rank's part by these splits; of ranks that take the same, the first one's."""
-        plan = self.plan
-        if fields not in self._first:
-            first: dict[tuple, int] = {}
-            self._first[fields] = [first.setdefault(self.taken(r, fields), r) for r in range(plan.num_devices)]
-        by_token = "tokens_share" in fields
-        hidden = dict.fromkeys(("heads", "tokens_share", "ffn_columns", "sub_blocks"), ())
-        return _Part(
-            rank=self._first[fields][rank],
-            num_ranks=plan.num_devices,
-            chunks=tuple((sum(tokens), tuple(tokens) if by_token else ()) for tokens in self.tokens),
-            **hidden | {name: getattr(plan, name) for name in fields},
-            **self.common,
-        )
+        if fields not in self._parts:
+            plan, by_token = self.plan, "tokens_share" in fields
+            seen: dict[tuple, int] = {}
+            first = [seen.setdefault(self.taken(r, fields), r) for r in range(plan.num_devices)]
+            chunks = tuple((sum(tokens), tuple(tokens) if by_token else ()) for tokens in self.tokens)
+            known = Plan("", (), (), (), (), (), wire=plan.wire, direct=plan.direct)
+            known = replace(known, **{name: getattr(plan, name) for name in fields})
+            self._parts[fields] = first, dict(plan=known, chunks=chunks, **self.common)
+        first, alike = self._parts[fields]
+        return _Part(rank=first[rank], **alike)
 
     def taken(self, rank: int, fields: Sequence[str]) -> tuple:
         """What `rank` takes by these splits: ranks that take the same do the same."""

@@ -19,7 +19,7 @@ def load_profile(profile: str) -> tuple[str, dict[str, dict]]:
     """(name, section a notebook) of a built-in profile or of a YAML file of one's own, as it is written there.
 
     Raises:
-        ValueError: for an unknown name, or a file that is not a mapping of mappings.
+        ValueError: for an unknown name, or a file that is not a mapping of mappings, with words for keys.
     """
     path = FOLDER / f"{profile}.yaml"
     if profile.endswith((".yaml", ".yml")):
@@ -34,7 +34,18 @@ def load_profile(profile: str) -> tuple[str, dict[str, dict]]:
         raise ValueError(f"Profile {path} is not valid YAML ({reason}); correct that line.") from error
     if not isinstance(sections, dict) or not all(isinstance(v, dict) for v in sections.values()):
         raise ValueError(f"Profile {path} must have one section of `setting: value` lines for each notebook.")
+    if found := _no_word(sections):
+        raise ValueError(f"Profile {path} has the key {found[0]!r}, which is no word: put it in quotes.")
     return path.stem, sections
+
+
+def _no_word(values: object) -> list:
+    """The keys in mappings of `values`, however deep, that YAML reads as a number, a date or a truth value."""
+    if isinstance(values, list):
+        return [key for value in values for key in _no_word(value)]
+    if not isinstance(values, dict):
+        return []
+    return [key for key in values if not isinstance(key, str)] + _no_word(list(values.values()))
 
 
 def load_settings(profile: str, notebook: str) -> dict:

@@ -80,7 +80,7 @@ class Session:
         self.config: PretrainedConfig = open_folder(model).config
         self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch = max_batch
-        spec.profile(model, self.config)  # raises what is wrong, before anything starts
+        spec.profile(self.config)  # raises what is wrong, before anything starts
         self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)
         self.fleet: Fleet | None = None
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)

@@ -74,7 +74,11 @@ class MirrorSource:
     def task_rows(self, task: Task, split: str) -> Dataset:
         """Rows of `split` ("train" or "validation"): the task's columns and `label`, or SQuAD's."""
         if task.is_question_answering:
-            return Dataset.from_list([row for path in self._squad_files(split) for row in read_squad(path)])
+            paths = self._squad_files(split)
+            rows = [row for path in paths for row in read_squad(path)]
+            if not rows:
+                raise ValueError(f"{paths[0]} has no question with an answer: copy SQuAD v1.1's file there.")
+            return Dataset.from_list(rows)
         layout = LAYOUTS[task.name]
         folder = self.folder / "glue" / layout.folder
         names = getattr(layout, split)
@@ -148,7 +152,10 @@ def read_tsv(path: Path, layout: TsvLayout, task: Task) -> dict[str, list]:
 
 
 def read_squad(path: Path) -> Iterator[dict]:
-    """SQuAD v1.1 JSON as rows id, question, context, answers {text, answer_start}; every span is checked."""
+    """SQuAD JSON as rows id, question, context, answers {text, answer_start}; every span is checked.
+
+    Questions without an answer, which version 2.0 has, are left out: the task is that of 1.1.
+    """
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -159,8 +166,10 @@ def read_squad(path: Path) -> Iterator[dict]:
             for question in paragraph["qas"]:
                 texts = [answer["text"] for answer in question["answers"]]
                 starts = [answer["answer_start"] for answer in question["answers"]]
+                if question.get("is_impossible") or not any(texts):
+                    continue
                 for text, start in zip(texts, starts, strict=True):
-                    if context[start : start + len(text)] != text:
+                    if start < 0 or context[start : start + len(text)] != text:
                         what = f"the answer {text!r} is not at character {start} of its context"
                         raise damaged(f"{path}, question {question['id']}", what)
                 answers = {"text": texts, "answer_start": starts}

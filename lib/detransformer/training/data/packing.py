@@ -101,7 +101,8 @@ def pack_text(
                     break
             if not count:
                 raise ValueError(
-                    f"the text of {title} is shorter than one sequence of {seq_len} tokens: give more text."
+                    f"the {title} is shorter than one sequence of {seq_len} tokens: give more text (one line in twenty "
+                    "of a file is held out), or a smaller sequence length."
                 )
         with atomic_write(description) as file:  # last: it says that the tokens are whole
             json.dump({"num_sequences": count, "seq_len": seq_len}, file)

@@ -1,6 +1,7 @@
 """Text cut by a checkpoint's own tokenizer: lines of plain text files, or another source's articles."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from detransformer.checkpoints import has_tokenizer
 from detransformer.training.data.sources import Tokenized, TrainingData, open_data
 from detransformer.training.data.tasks import Task
 
-VALID_EVERY = 20  # one line of so many is held out; of fewer, the last one
+VALID_EVERY = 20  # one article of so many is held out; of fewer, the last one
+LONGEST = 8192  # characters of an article: a corpus may be a single line
 
 
 class TextFiles:
-    """Plain text files as a data source (see `sources.py` for what a source offers): each line is an article."""
+    """Plain text files as a data source (see `sources.py` for what a source offers).
+
+    Each line is an article; a longer one than `LONGEST` is cut, at spaces, into several.
+    """
 
     name = "text"
     is_real = True
@@ -38,25 +43,57 @@ class TextFiles:
         raise ValueError(f"text files have no rows of {task.name}: choose a data source.")
 
     def articles(self, split: str) -> Iterator[str]:
-        """Lines that are not empty: every 20th is of `validation` (of fewer the last one), the others of `train`."""
+        """Articles in order: every 20th is of `validation` (of fewer the last one), the others of `train`.
+
+        Raises:
+            ValueError: where there is but one, so that none could be held out, or none.
+        """
         held_out = split == "validation"
         number, last = 0, None
-        for line in (line for path in self.files for line in open_text(path) if line):
+        for article in (article for path in self.files for article in read_articles(path)):
             if last is not None and (number % VALID_EVERY == 0) == held_out:
                 yield last
-            number, last = number + 1, line
+            number, last = number + 1, article
+        if number < 2:
+            named = ", ".join(map(str, self.files[:3]))
+            raise ValueError(
+                f"{named}: {number or 'no'} line of text, and one of {VALID_EVERY} is held out: give text with an "
+                f"article a line, or more than {LONGEST:,} characters."
+            )
         if last is not None and (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
             yield last
 
 
-def open_text(path: Path) -> Iterator[str]:
-    """A file's lines, stripped; ValueError where it is not UTF-8."""
+def read_articles(path: Path) -> Iterator[str]:
+    """A file's lines that are not empty, stripped, longer ones in pieces of some `LONGEST` characters, cut at a space.
+
+    Raises:
+        ValueError: where it is not UTF-8 text, or has JSON in its lines.
+    """
+    first, rest = True, ""
     try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                yield line.strip()
+        with open(path, encoding="utf-8-sig") as file:
+            while part := file.readline(LONGEST):
+                if first and is_json(part):
+                    raise ValueError(f"{path} has JSON in its lines: write the text alone, an article a line.")
+                first, rest = False, rest + part
+                whole_line = part.endswith("\n") or len(part) < LONGEST
+                end = len(rest) if whole_line else rest.rfind(" ") + 1 or len(rest)
+                if article := rest[:end].strip():
+                    yield article
+                rest = rest[end:]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}): convert it first.") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}): unpack or convert it first.") from error
+    if article := rest.strip():
+        yield article
+
+
+def is_json(line: str) -> bool:
+    """Whether `line` is a JSON object, as a line of a .jsonl file is."""
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
