@@ -147,6 +147,25 @@ def test_int8_of_torch_sees_the_original_layers_alone():
 # --- caches of generation -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("width", ["full", "narrow"])
+@pytest.mark.parametrize("way", ["static in chunks", "looked up in the prompt", "assisted by the original"])
+def test_every_way_to_generate_gives_the_greedy_text(way, width):
+    model = make(GPT2LMHeadModel, width).double()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=3.0)  # so that the text varies
+    options = {
+        "static in chunks": {"cache_implementation": "static", "prefill_chunk_size": 4, "disable_compile": True},
+        "looked up in the prompt": {"prompt_lookup_num_tokens": 3},
+        "assisted by the original": {"assistant_model": GPT2LMHeadModel(GPT2).double().eval()},
+    }[way]
+    inputs = {name: value[:1] for name, value in batch().items()}
+    greedy = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, use_cache=False)
+    assert len(set(greedy[0, 7:].tolist())) > 3
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, **options), greedy)
+
+
 def test_continuous_batching_is_refused():
     with pytest.raises(ValueError, match="num_divisions=4: call generate on padded prompts"):
         make(GPT2LMHeadModel).generate_batch([[1, 2, 3]])
