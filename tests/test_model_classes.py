@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config
 
-from detransformer.models import DecoupledBertConfig, DecoupledGPT2Config, decouple
+from detransformer.models import decouple
 from detransformer.models.auto import CLASSES
 
 BERT = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=64, vocab_size=100)
 GPT2 = dict(n_embd=48, n_layer=4, n_head=3, vocab_size=100, n_positions=40, pad_token_id=0)
-ORIGINAL_CONFIG = {DecoupledBertConfig: BertConfig(**BERT), DecoupledGPT2Config: GPT2Config(**GPT2)}
+DISTILBERT = dict(dim=48, n_layers=4, n_heads=3, hidden_dim=64, vocab_size=100)
+SIZES = {config: {"decoupled_gpt2": GPT2, "decoupled_distilbert": DISTILBERT}.get(config.model_type, BERT)
+         for config in CLASSES}  # fmt: skip
 CASES = [
     pytest.param(auto, original, decoupled, config, id=f"{auto.__name__}-{decoupled.__name__}")
     for config, table in CLASSES.items()
@@ -25,7 +26,7 @@ def ids() -> torch.Tensor:
 @pytest.mark.parametrize("auto, original, decoupled, config", CASES)
 def test_each_class_is_the_original_to_rounding_and_reloads(tmp_path, ids, auto, original, decoupled, config):
     torch.manual_seed(0)
-    model = original(ORIGINAL_CONFIG[config]).eval()
+    model = original(original.config_class(**SIZES[config])).eval()
     inputs = {"input_ids": ids if "MultipleChoice" in original.__name__ else ids[:, 0]}
     expected = model(**inputs)
     one_division = decouple(model, num_original_layers=2, num_divisions=1)
@@ -41,9 +42,8 @@ def test_each_class_is_the_original_to_rounding_and_reloads(tmp_path, ids, auto,
 @pytest.mark.parametrize("auto, original, decoupled, config", CASES)
 def test_a_new_model_is_drawn_once_and_whole(auto, original, decoupled, config):
     """Every weight has its initialisation, none is left as memory held it, and tied weights are one."""
-    sizes = BERT if config is DecoupledBertConfig else GPT2
     torch.manual_seed(0)
-    model = decoupled(config(**sizes, num_original_layers=2))
+    model = decoupled(config(**SIZES[config], num_original_layers=2))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or "norm" in name.lower() or "ln_" in name or name.endswith("bias"):
             assert set(parameter.unique().tolist()) <= {0.0, 1.0}, name
@@ -58,7 +58,7 @@ def test_a_new_model_is_drawn_once_and_whole(auto, original, decoupled, config):
 
 @pytest.mark.parametrize("auto, original, decoupled, config", CASES)
 def test_gradient_checkpointing_of_the_configuration_reaches_every_layer(auto, original, decoupled, config):
-    sizes = BERT if config is DecoupledBertConfig else GPT2
-    model = decoupled(config(**sizes, num_original_layers=2, gradient_checkpointing=True))
-    layers = model.base_model.encoder.layer if hasattr(model.base_model, "encoder") else model.base_model.h
+    model = decoupled(config(**SIZES[config], num_original_layers=2, gradient_checkpointing=True))
+    body = model.base_model
+    layers = body.h if hasattr(body, "h") else (body.encoder if hasattr(body, "encoder") else body.transformer).layer
     assert [layer.gradient_checkpointing for layer in layers] == [True] * 4

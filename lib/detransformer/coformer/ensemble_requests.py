@@ -45,7 +45,7 @@ def run_emulated(
         cluster.set_link(spec.bandwidth_bps, scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
-    _, answer = classify(config, inputs, {"logits": run.logits}, model)
+    _, answer = classify(config, inputs, {"logits": run.logits}, None)
     record = _record(run, ensemble, spec, request, predicted_s) | {"answer": answer}
     print("\n".join([name, *_lines(record, request, run)]))
     late = lateness(run.records)
@@ -91,10 +91,8 @@ def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) ->
         generator = torch.Generator().manual_seed(SEED)
         inputs = {"input_ids": torch.randint(config.vocab_size, (1, request.num_tokens), generator=generator)}
     else:
-        inputs = encode(tokenizer_of(str(folder)), request.text)
+        inputs = encode(config, tokenizer_of(str(folder)), request.text)
     check_length(config, inputs["input_ids"].shape[1])
-    if ensemble.model_type == "gpt2":
-        inputs.pop("token_type_ids", None)
     return inputs
 
 

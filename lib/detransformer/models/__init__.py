@@ -1,4 +1,4 @@
-"""Decoupled and original BERT and GPT-2, and the conversion between them. Knows no rank, clock, file path or plot."""
+"""Decoupled and original models, and the conversion between them. Knows no rank, clock, file path or plot."""
 
 from detransformer.models.configuration import (
     DecoupledBertConfig,

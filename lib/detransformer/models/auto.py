@@ -2,15 +2,20 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from detransformer.models import decoupled_bert, decoupled_gpt2
+from detransformer.models import decoupled_bert, decoupled_gpt2, decoupled_relatives
 from detransformer.models.configuration import DecoupledBertConfig, DecoupledGPT2Config
 from detransformer.models.stacked import CODE_FILE
 
-CLASSES = {DecoupledBertConfig: decoupled_bert.CLASSES, DecoupledGPT2Config: decoupled_gpt2.CLASSES}
-TOKENIZERS = {DecoupledBertConfig: BertTokenizer, DecoupledGPT2Config: GPT2Tokenizer}  # older files name no class
+CLASSES: dict[type[PretrainedConfig], tuple] = {
+    DecoupledBertConfig: decoupled_bert.CLASSES,
+    DecoupledGPT2Config: decoupled_gpt2.CLASSES,
+    **decoupled_relatives.CLASSES,
+}
 DECOUPLED_CLASS = {original: decoupled for table in CLASSES.values() for _, original, decoupled in table}
+BY_NAME = {made.__name__: made for made in (*CLASSES, *DECOUPLED_CLASS.values())}  # read by a checkpoint's `CODE_FILE`
 
 
 def register() -> None:
@@ -20,7 +25,8 @@ def register() -> None:
         auto_map = {auto.__name__: f"{module}.{decoupled.__name__}" for auto, _, decoupled in table}
         auto_map["AutoConfig"] = f"{module}.{config.__name__}"
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoTokenizer.register(config, TOKENIZERS[config], exist_ok=True)
+        (_, original, _), *_ = table
+        AutoTokenizer.register(config, TOKENIZER_MAPPING[original.config_class], exist_ok=True)  # older files name none
         for auto, _, decoupled in table:
             auto.register(config, decoupled, exist_ok=True)
             decoupled.auto_map = auto_map

@@ -90,11 +90,13 @@ CODE_FILE = "detransformer_models.py"  # saved beside the weights; `transformers
 CODE = '''"""The classes of this checkpoint, for programs that do not import the package detransformer themselves."""
 
 try:
-    from detransformer.models import *
+    from detransformer.models.auto import BY_NAME
 except ImportError as error:
     raise ImportError(
         "this checkpoint is a decoupled model: install the package detransformer, which decoupled it, from its source"
     ) from error
+
+globals().update(BY_NAME)
 '''
 
 
