@@ -254,9 +254,10 @@ def test_hub_text_generation_whole_streamed_and_stopped(writer):
 
 
 def test_hub_refusals_are_read_by_the_client(embedder, classifier, writer):
-    with pytest.raises(HfHubHTTPError, match="424.*|fill") as refused:
+    with pytest.raises(HfHubHTTPError) as refused:
         embedder.hub.fill_mask("the [MASK] was great")
-    assert refused.value.response.status_code == 424 and "[MASK]" in refused.value.response.json()["error"]
+    assert refused.value.response.status_code == 424
+    assert "does not fill [MASK]" in refused.value.response.json()["error"]
     for kind, words in (({"do_sample": False, "temperature": 0.5}, "do_sample"), ({"top_k": 5}, "top_k")):
         reply = writer.http.post("/", json={"inputs": "a", "parameters": kind})
         assert reply.status_code == 422 and words in reply.json()["error"]
@@ -344,9 +345,9 @@ def test_openai_completions_come_while_they_are_made_and_end_when_nobody_reads(w
 
 
 def test_openai_models_and_refusals(embedder, classifier, writer):
-    assert [one.id for one in writer.ai.models.list()] == ["model"] and writer.ai.models.retrieve("model").id == "model"
-    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
-        writer.ai.models.retrieve("other")
+    assert [one.id for one in writer.ai.models.list()] == ["model"]
+    with pytest.raises(openai.NotFoundError, match="no such path; this server has .*/v1/completions"):
+        writer.ai.chat.completions.create(model="any", messages=[])
     with pytest.raises(openai.AuthenticationError, match="show the token"):
         openai.OpenAI(base_url=f"{writer.url}/v1", api_key="another", max_retries=0).models.list()
     for ask, words in (

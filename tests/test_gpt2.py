@@ -30,6 +30,7 @@ from detransformer.models import (
 from detransformer.models.configuration import GPT2_SIZES, decoupled_config
 from detransformer.models.conversion import slice_parameter
 from detransformer.models.sizes import layer_flops, model_flops, model_parameters
+from detransformer.opening import open_checkpoint
 
 SMALL = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=101, n_positions=40)
 
@@ -311,10 +312,10 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     "break_it, options, words",
     [
-        (lambda folder: edit_config(folder, n_layer=5), {}, "not a whole GPT-2.*h.4"),
+        (lambda folder: edit_config(folder, n_layer=5), {}, "not a whole GPT2LMHeadModel.*h.4"),
         (lambda folder: edit_config(folder, model_type="decoupled_gpt2"), {}, "decoupled already"),
-        (lambda folder: edit_config(folder, model_type="opt"), {}, "nor a GPT-2 one .model_type 'opt'"),
-        (lambda folder: edit_config(folder, n_inner=64), {}, "cannot be loaded"),
+        (lambda folder: edit_config(folder, model_type="opt"), {}, "is not supported: model_type is 'opt'"),
+        (lambda folder: edit_config(folder, n_inner=64), {}, "do not fit config.json"),
         (lambda folder: None, {"num_divisions": 5}, "num_divisions=5 does not divide hidden_size=48"),
         (lambda folder: None, {"num_original_layers": 5}, "outside 1..4"),
         (lambda folder: None, {"head": "masked-lm"}, "--head masked-lm is not for GPT-2.*base, causal-lm"),

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from transformers import AutoModelForImageClassification
 
-from detransformer.training.data import images as images_module
 from detransformer.training.data import sources as sources_module
 from detransformer.training.data.images import (
     GENERATED_ROWS,
@@ -92,9 +91,9 @@ def test_the_mirror_is_first_and_its_rows_are_balanced(mirror, tmp_path):
     assert (data.name, data.is_real, data.num_classes) == ("mirror", True, 100)
     assert data.note == "mirror; reduced training set, 30 of 50,000 rows; reduced test set, 12 of 10,000 rows"
     assert "DETRANSFORMER_DATA" in data.found
-    assert data.train_labels[:10].tolist() == list(range(10)) == data.train_labels[20:].tolist()
+    assert data.labels["train"][:10].tolist() == list(range(10)) == data.labels["train"][20:].tolist()
     given = arrays()
-    for image, label in zip(data.train_images, data.train_labels, strict=True):  # images kept their labels
+    for image, label in zip(data.images["train"], data.labels["train"], strict=True):  # images kept their labels
         at = np.flatnonzero((given["train_images"] == image).all((1, 2, 3)))
         assert given["train_labels"][at].tolist() == [label]
 
@@ -102,7 +101,7 @@ def test_the_mirror_is_first_and_its_rows_are_balanced(mirror, tmp_path):
 def test_a_whole_set_is_preferred_to_a_subset_and_not_called_reduced(mirror):
     shutil.copy(mirror / "cifar100/cifar100_subset.npz", mirror / "cifar100/cifar100.npz")
     assert open_images("mirror").found.startswith("cifar100.npz")
-    data = dataclasses.replace(open_images("mirror"), full_train_rows=30, full_test_rows=12)
+    data = dataclasses.replace(open_images("mirror"), full_rows={"train": 30, "test": 12})
     assert data.note == "mirror; full training set, 30 rows; 12 test rows"
 
 
@@ -149,7 +148,7 @@ def test_the_hub_is_decoded_once_and_kept(no_mirror, monkeypatch, tmp_path):
     data = open_images("hub", tmp_path)
     assert asked == [("uoft-cs/cifar100", "train"), ("uoft-cs/cifar100", "test")]
     order = balanced_order(made["train_labels"])
-    assert (data.train_images == made["train_images"][order]).all() and data.name == "hub"
+    assert (data.images["train"] == made["train_images"][order]).all() and data.name == "hub"
     monkeypatch.setattr(sources_module, "hub_problem", lambda offline: "gone")
     assert open_images("hub", tmp_path).fingerprint == data.fingerprint and len(asked) == 2
     (tmp_path / "cifar100-hub.npz").write_bytes(b"PK\3\4 cut off")
@@ -195,10 +194,10 @@ def test_a_changed_byte_inside_is_damaged(mirror):
 
 
 def test_generated_images_are_the_same_every_time_and_balanced(generated):
-    images_module._generated_arrays.cache_clear()
+    generated_images.cache_clear()
     assert generated.fingerprint == generated_images().fingerprint
-    assert len(generated.train_images) == GENERATED_ROWS["train"]
-    assert set(np.bincount(generated.test_labels)) == {20} and generated.num_classes == 20
+    assert len(generated.images["train"]) == GENERATED_ROWS["train"]
+    assert set(np.bincount(generated.labels["test"])) == {20} and generated.num_classes == 20
 
 
 # --- cutting and batches --------------------------------------------------------------------------------------------
@@ -217,10 +216,10 @@ def test_any_prefix_of_the_balanced_order_is_balanced():
 
 def test_a_cut_set_is_a_prefix_and_another_identity(generated):
     small = generated.cut(100, 40)
-    assert (small.train_images == generated.train_images[:100]).all() and len(small.test_labels) == 40
+    assert (small.images["train"] == generated.images["train"][:100]).all() and len(small.labels["test"]) == 40
     assert small.fingerprint not in (generated.fingerprint, generated.cut(101, 40).fingerprint)
     assert generated.cut().fingerprint == generated.fingerprint
-    assert len(generated.cut(10**6).train_images) == 2000
+    assert len(generated.cut(10**6).images["train"]) == 2000
     with pytest.raises(ValueError, match="max_train_rows=0 is below 1"):
         generated.cut(0)
 
@@ -228,13 +227,13 @@ def test_a_cut_set_is_a_prefix_and_another_identity(generated):
 def test_held_out_rows_are_the_last_ones_and_in_no_batch(generated):
     cut = generated.cut(100, 20)
     data = cut.hold_out(0.1)
-    assert np.array_equal(data.train_labels, cut.train_labels[:90])
-    assert np.array_equal(data.held_labels, cut.train_labels[90:]) and len(data.held_images) == 10
+    assert np.array_equal(data.labels["train"], cut.labels["train"][:90])
+    assert np.array_equal(data.labels["held"], cut.labels["train"][90:]) and len(data.images["held"]) == 10
     assert data.fingerprint != cut.fingerprint and "90 training rows and 10 held out" in data.note
     seen = np.concatenate([data.train_rows(0, step, 30) for step in range(6)])
     assert set(seen) == set(range(90))
     (batch,) = data.ordered_batches("held", 100)
-    assert batch["labels"].tolist() == cut.train_labels[90:].tolist()
+    assert batch["labels"].tolist() == cut.labels["train"][90:].tolist()
     for wrong in (0.0, 1.0, 0.001):
         with pytest.raises(ValueError, match="cannot be held out: give a share between 0 and 1"):
             cut.hold_out(wrong)
@@ -250,7 +249,7 @@ def test_batches_are_a_function_of_seed_and_step(generated):
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["rows"], data.train_batch(4, 5, 16)["rows"])
     assert first["pixel_values"].shape == (16, 3, 32, 32) and first["labels"].dtype == torch.int64
-    assert (data.train_labels[first["rows"].numpy()] == first["labels"].numpy()).all()
+    assert (data.labels["train"][first["rows"].numpy()] == first["labels"].numpy()).all()
 
 
 @pytest.mark.parametrize("batch_size", [16, 100, 250])
@@ -291,9 +290,9 @@ def test_ordered_batches_have_every_row_once_as_it_is(generated):
     batches = list(data.ordered_batches("test", 16))
     assert [len(batch["rows"]) for batch in batches] == [16, 14]
     assert torch.equal(torch.cat([batch["rows"] for batch in batches]), torch.arange(30))
-    assert torch.equal(batches[1]["pixel_values"], normalised(data.test_images[16:]))
+    assert torch.equal(batches[1]["pixel_values"], normalised(data.images["test"][16:]))
     assert torch.cat([batch["labels"] for batch in data.ordered_batches("train", 16)]).tolist() == list(
-        data.train_labels
+        data.labels["train"]
     )
     with pytest.raises(ValueError, match="split 'valid' is unknown"):
         next(data.ordered_batches("valid", 4))
@@ -389,8 +388,8 @@ def test_evaluation_counts_right_answers_and_leaves_the_mode(generated):
             return type("Output", (), {"logits": torch.nn.functional.one_hot(part, 20).float()})
 
     data = generated.cut(40, 30)
-    wrong = data.test_labels.copy()
+    wrong = data.labels["test"].copy()
     wrong[:6] = (wrong[:6] + 1) % 20
     model = Knows(wrong).train()
     assert evaluate_images(model, data, batch_size=7) == 80 and model.training
-    assert evaluate_images(Knows(data.train_labels), data, split="train") == 100
+    assert evaluate_images(Knows(data.labels["train"]), data, split="train") == 100

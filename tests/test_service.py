@@ -155,6 +155,20 @@ def test_a_second_answer_is_counted_and_one_to_who_has_given_up_is_not():
     assert given_up.settle({"logits": 1})
 
 
+def test_tokens_are_told_once_and_an_answer_that_begins_otherwise_is_none():
+    heard: list[list[int]] = []
+    asked = Asked(Request(), {"input_ids": torch.ones(2, 1)}, deadline=0.0, on_token=heard.append)
+    for step, tokens in enumerate([[1, 2], [3, 4]]):
+        asked.hear(step, tokens)
+    for step, tokens in enumerate([[1, 2], [3, 4], [5, 6]]):  # asked again of the devices that are left
+        asked.hear(step, tokens)
+    assert heard == [[1, 2], [3, 4], [5, 6]]
+    asked.hear(0, [7, 2])
+    assert asked.settle({"tokens": torch.ones(2, 3)})
+    with pytest.raises(Unanswered, match="differ from those told already"):
+        asked.future.result()
+
+
 class Workers:
     """A fleet whose workers say what a test wants: `plans` in turn, and logits of zeros."""
 

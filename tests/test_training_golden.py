@@ -87,11 +87,10 @@ class RandomWords:
 
 def image_data() -> ImageData:
     rng = np.random.default_rng(0)
-    arrays = {}
-    for split, num in (("train", 60), ("test", 20)):
-        arrays[f"{split}_images"] = rng.integers(256, size=(num, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.arange(num) % 5
-    return ImageData("noise", "made here", **arrays, num_classes=5, full_train_rows=60, full_test_rows=20)
+    rows = {"train": 60, "test": 20}
+    images = {split: rng.integers(256, size=(num, 32, 32, 3), dtype=np.uint8) for split, num in rows.items()}
+    labels = {split: np.arange(num) % 5 for split, num in rows.items()}
+    return ImageData("noise", "made here", images, labels, num_classes=5, full_rows=rows)
 
 
 def vit(hidden_size: int, seed: int) -> ViTForImageClassification:

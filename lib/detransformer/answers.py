@@ -18,6 +18,7 @@ from detransformer.opening import Checkpoint, has_tokenizer, load_model, load_to
 
 SEED = 0
 MAX_ANSWER_TOKENS = 30
+PADDING = 0  # the token that transformers' `generate` is told to pad with
 Inputs = dict[str, torch.Tensor]  # input_ids, attention_mask and token_type_ids, [B, T] each
 Outputs = dict[str, torch.Tensor]
 
@@ -26,9 +27,17 @@ Outputs = dict[str, torch.Tensor]
 
 
 def random_tokens(config: PretrainedConfig, num_tokens: int) -> Inputs:
-    """input_ids [1, num_tokens], the same in every process."""
+    """input_ids [1, num_tokens], the same in every process; of a text that goes on also what `generate` masks in it.
+
+    Without a mask `generate` takes a prompt's `PADDING` for padding, wherever it stands; the last token is always read.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    return {"input_ids": torch.randint(config.vocab_size, (1, num_tokens), generator=generator)}
+    ids = torch.randint(config.vocab_size, (1, num_tokens), generator=generator)
+    if not generates(config):
+        return {"input_ids": ids}
+    mask = (ids != PADDING).long()
+    mask[:, -1] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def encode(
@@ -76,11 +85,6 @@ def check_inputs(config: PretrainedConfig, inputs: Inputs, max_new_tokens: int =
             if low < 0 or high >= size:
                 raise ValueError(f"{name} go from {low} to {high}; the model's {words} from 0 to {size - 1}.")
     check_length(config, ids.shape[1], max_new_tokens)
-
-
-def tokenizer_of(folder: str, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder; ValueError where there is none, or a damaged one."""
-    return load_tokenizer(folder, config)
 
 
 # --- What its outputs mean ---------------------------------------------------------------------------------------
@@ -242,7 +246,7 @@ def read_outputs(
     """What the outputs of one request mean, in words and as fields; `text` is None where its tokens were random."""
     task, asked = task_of(config), None
     if text is not None or (task == "generation" and has_tokenizer(folder)):
-        asked = Text(tokenizer_of(folder, config), text or "", pair)
+        asked = Text(load_tokenizer(folder, config), text or "", pair)
     words, fields = TASKS[task](config, inputs, outputs, asked)
     if task == "base":
         pooling = Pooling.of(folder) or Pooling()
@@ -354,7 +358,7 @@ def single_device_outputs(folder: str, config: PretrainedConfig, inputs: Inputs,
 
 def _generated(model, inputs: Inputs, max_new_tokens: int) -> Outputs:
     model.generation_config.eos_token_id = None  # generate all tokens
-    text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+    text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=PADDING)
     return {"tokens": text[:, inputs["input_ids"].shape[1] :]}
 
 

@@ -49,6 +49,9 @@ def decouple_checkpoint(
     sizes += "" if original_placement == "last" else f", original layers {original_placement}"
     say(f"{type(original).__name__}: {original.num_parameters():,} parameters")
     say(f"{type(decoupled).__name__} ({sizes}): {decoupled.num_parameters():,} parameters")
+    kept = {name.partition(".")[0] for name in decoupled.state_dict()} - {decoupled.base_model_prefix}
+    if decoupled.base_model is not decoupled:
+        say(f"Its head is kept: {', '.join(sorted(kept))}.")
     if opened.fresh:
         modules = sorted({name.rpartition(".")[0] for name in opened.fresh})
         say(f"Not in the checkpoint, so newly initialised: {', '.join(modules)}")

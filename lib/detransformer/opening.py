@@ -226,7 +226,7 @@ def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: boo
         ValueError: as `read_configuration`, and for weights that are damaged, missing, of another shape, or unknown in
             the model's body.
     """
-    from detransformer.models.configuration import family_of, head_of
+    from detransformer.models.configuration import family_of, generates, head_of
     from detransformer.parallel.weights import WeightSource
 
     path = find_folder(folder)
@@ -253,6 +253,11 @@ def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: boo
         raise ValueError(
             f"the weights in {path} are not a whole {type(model).__name__}: {len(lost)} tensors are missing, first "
             f"{lost[0]}{f', and {unknown[0]} is not known' if unknown else ''}; save or copy the checkpoint again."
+        )
+    if head is None and generates(config) and not config.tie_word_embeddings and "lm_head.weight" not in found:
+        raise ValueError(
+            f"the weights in {path} have no LM head, and config.json says that it is not the word embeddings "
+            "(tie_word_embeddings is False): save the model with its head."
         )
     if strange:
         raise ValueError(

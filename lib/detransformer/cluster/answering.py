@@ -22,7 +22,6 @@ from detransformer.answers import (
     read_outputs,
     single_device_outputs,
     task_of,
-    tokenizer_of,
 )
 from detransformer.cluster.jobs import generate, output_errors, run_plan
 from detransformer.cluster.request import Request
@@ -30,7 +29,7 @@ from detransformer.cluster.selfcheck import wrong_output
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.state import WorkerState
 from detransformer.models.configuration import generates, layer_kinds, max_tokens
-from detransformer.opening import Checkpoint, open_checkpoint
+from detransformer.opening import Checkpoint, load_tokenizer, open_checkpoint
 from detransformer.parallel.generation import check_generation
 from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import compute_seconds, predict
@@ -172,7 +171,7 @@ def inputs_of(request: Request, folder: str, config: PretrainedConfig) -> dict[s
     else:
         pooling = Pooling.of(folder) if task_of(config) == "base" else None
         limit = pooling.limit if pooling else None
-        inputs = encode(config, tokenizer_of(folder, config), request.text, request.context, limit)
+        inputs = encode(config, load_tokenizer(folder, config), request.text, request.context, limit)
     check_inputs(config, inputs, request.max_new_tokens if generates(config) else 0)
     return inputs
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from detransformer import machine
 from detransformer.cluster.pacing import Arrivals, sleep_until
-from detransformer.opening import read_configuration
+from detransformer.opening import open_checkpoint, read_configuration
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
@@ -134,6 +134,8 @@ class WorkerState:
             if held[0].runs != "dtensor":
                 weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
             config = read_configuration(checkpoint)
+            if not config.architectures:  # its weights tell the class
+                config = open_checkpoint(checkpoint).config
             self.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())
         return self.loaded[key]
 

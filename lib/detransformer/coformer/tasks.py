@@ -24,8 +24,8 @@ class ImageTask:
     def __init__(self, data: ImageData):
         self.data, self.name, self.num_classes = data, f"{data.name} images", data.num_classes
         self.fingerprint = data.fingerprint
-        self.train_labels, self.test_labels = data.train_labels, data.test_labels
-        self.held_labels = data.held_labels  # of training samples that nothing is trained on
+        self.train_labels, self.test_labels = data.labels["train"], data.labels["test"]
+        self.held_labels = data.labels.get("held")  # of training samples that nothing is trained on
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
         """Batch `step`, augmented; a function of its arguments."""

@@ -70,7 +70,7 @@ def serve(
     from detransformer.service.tasks import path_of
 
     model = str(find_folder(model))
-    path = path_of(model, open_checkpoint(model).config)
+    path = path_of(open_checkpoint(model).config)
     if options.get("own"):
         with Hosts(spec, model, **options) as hosts:
             hosts.start()

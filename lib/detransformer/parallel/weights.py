@@ -176,9 +176,12 @@ def _renamed(name: str) -> str:
 def _tensors_in(source: Path) -> "Iterator[tuple[str, torch.Tensor | _Stored]]":
     """All tensors of `source`, a file or a folder; ValueError where they cannot be read."""
     path = source
+    if source.is_dir():
+        found = [source / name for name in WEIGHT_FILES if (source / name).is_file()]
+        if not found:
+            raise ValueError(f"{source} has no weights; it needs one of {', '.join(WEIGHT_FILES)}.")
+        path = found[0]
     try:
-        if source.is_dir():
-            path = next((source / name for name in WEIGHT_FILES if (source / name).is_file()), source / WEIGHT_FILES[0])
         files = [path]
         if path.suffix == ".json":
             refuse_pointer(path)

@@ -96,6 +96,10 @@ class Generate(Body):
     def _one_of(self) -> Self:
         return _either(self, "text", self.text)
 
+    @property
+    def prompt(self) -> str | list[int]:
+        return self.input_ids or self.text
+
 
 def _either(body: Body, name: str, value: str | None) -> Body:
     if (value is None) == (body.input_ids is None):
@@ -131,34 +135,48 @@ class Pair(Checked):
 
 
 class ClassificationParameters(Checked):
+    """How logits become scores (None: as the model says), and how many labels are wanted."""
+
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
 
 
 class HubClassification(Body):
+    """A text, a pair, or a list of these."""
+
     inputs: Text | Pair | Annotated[list[Text | Pair], Field(min_length=1)]
     parameters: ClassificationParameters = ClassificationParameters()
 
 
 class EntityParameters(Checked):
+    """Runs of tokens with one label are joined; `O` is no entity."""
+
     only = {"aggregation_strategy": "simple", "ignore_labels": ["O"]}
 
 
 class HubEntities(Body):
+    """A text, or a list."""
+
     inputs: Text | Texts
     parameters: EntityParameters = EntityParameters()
 
 
 class QuestionParameters(Checked):
+    """One answer."""
+
     only = {"top_k": 1}
 
 
 class QuestionAndContext(Checked):
+    """A question, and the passage that has the answer."""
+
     question: Text
     context: Text
 
 
 class HubQuestion(Body):
+    """A question about a passage."""
+
     inputs: QuestionAndContext
     parameters: QuestionParameters = QuestionParameters()
 
@@ -208,6 +226,8 @@ class TextParameters(Checked):
 
 
 class HubText(Body):
+    """A text to go on with."""
+
     inputs: Text
     parameters: TextParameters = TextParameters()
     stream: bool | None = None
@@ -217,6 +237,8 @@ class HubText(Body):
 
 
 class Embed(Vectors):
+    """Texts, or rows of tokens, that become vectors."""
+
     inputs: Prompts
     normalize: bool = True
 
@@ -236,6 +258,8 @@ class Predict(Body):
 
 
 class Rerank(Body):
+    """A query, and texts that are put in order by it."""
+
     query: Text
     texts: Texts
     raw_scores: bool = False
@@ -244,11 +268,15 @@ class Rerank(Body):
 
 
 class SimilarityParameters(Checked):
+    """Whether texts that are too long are cut."""
+
     truncate: bool | None = None
     only = {"prompt_name": None}
 
 
 class Similarity(Body):
+    """Sentences to compare."""
+
     inputs: Sentences
     parameters: SimilarityParameters | None = None
 
@@ -257,11 +285,15 @@ class Similarity(Body):
 
 
 class Embeddings(Vectors):
+    """Texts, or rows of tokens, that become vectors, in one of two notations."""
+
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
 
 
 class StreamOptions(Checked):
+    """Whether a stream ends with the numbers of tokens."""
+
     include_usage: bool | None = None
 
 
@@ -290,6 +322,8 @@ class Completions(Body):
 
 
 class OpenAIError(BaseModel):
+    """What OpenAI's clients look for in a refusal."""
+
     message: str
     type: str
     param: str | None

@@ -30,6 +30,7 @@ OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_
 
 
 def is_openai(path: str) -> bool:
+    """Whether a path is one of OpenAI's."""
     return path.startswith("/v1/")
 
 
@@ -76,7 +77,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         status, sentence, headers = refusal(request.url.path, error)
-        if status == 404 and sentence == "Not Found":
+        if status == 404:
             sentence = f"there is no such path; this server has {', '.join(paths)}."
         return problem(request.url.path, status, sentence, **headers)
 

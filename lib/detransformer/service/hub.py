@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from detransformer.answers import scores
 from detransformer.service.bodies import (
+    Generate,
     HubClassification,
     HubEntities,
     HubFeatures,
@@ -20,7 +21,7 @@ from detransformer.service.bodies import (
     Sentences,
 )
 from detransformer.service.sse import streamed
-from detransformer.service.tasks import Piece, Tasks, Wish
+from detransformer.service.tasks import Piece, Tasks
 from detransformer.service.tei import listed
 
 PATH = "/"
@@ -86,19 +87,19 @@ def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
         """The text that follows; with `stream` an event a token."""
         wanted = body.parameters
         draws = wanted.do_sample or (wanted.do_sample is None and (wanted.temperature or wanted.top_p))
-        wish = Wish(
-            wanted.max_new_tokens,
-            (wanted.temperature or 1.0) if draws else 0.0,
-            wanted.top_p or 1.0,
-            wanted.seed,
-            tuple(wanted.stop or ()),
-            body.deadline_s,
+        wish = Generate(
+            text=body.inputs,
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=(wanted.temperature or 1.0) if draws else 0.0,
+            top_p=wanted.top_p or 1.0,
+            seed=wanted.seed,
+            stop=wanted.stop or [],
+            deadline_s=body.deadline_s,
         )
         before = body.inputs if wanted.return_full_text else ""
         if body.stream:
-            events = _events(tasks.stream(body.inputs, wish), before)
-            return await streamed(PATH, events)
-        (written,) = await tasks.write([body.inputs], wish)
+            return await streamed(PATH, _events(tasks.stream(wish), before))
+        (written,) = await tasks.write([wish])
         return [{"generated_text": before + written.text}]
 
 

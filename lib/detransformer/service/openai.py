@@ -7,11 +7,10 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
-from starlette.exceptions import HTTPException
 
-from detransformer.service.bodies import Completions, Embeddings
+from detransformer.service.bodies import Completions, Embeddings, Generate
 from detransformer.service.sse import streamed
-from detransformer.service.tasks import Tasks, Wish
+from detransformer.service.tasks import Tasks
 from detransformer.service.tei import listed
 
 MAX_TOKENS = 16  # of OpenAI's, where none are named
@@ -27,13 +26,6 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
         """The one model that is served."""
         return {"object": "list", "data": [model]}
 
-    @router.get("/models/{name}", **guarded)
-    async def one_model(name: str) -> dict:
-        """The model of that name."""
-        if name != tasks.name:
-            raise HTTPException(404, f"there is no model {name!r}; this server has {tasks.name}.")
-        return model
-
     @router.post("/embeddings", **guarded)
     async def embeddings(body: Embeddings) -> dict:
         """A vector of each text, as numbers or as base64 of float32."""
@@ -48,21 +40,22 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     async def completions(body: Completions) -> dict:
         """The text that follows each prompt; with `stream` in events, the last of which is [DONE]."""
         tasks.only("generation")
-        prompts, stop = listed(body.prompt), body.stop or []
-        wish = Wish(
-            body.max_tokens or MAX_TOKENS,
-            1.0 if body.temperature is None else body.temperature,
-            body.top_p or 1.0,
-            body.seed,
-            (stop,) if isinstance(stop, str) else tuple(stop),
-            body.deadline_s,
+        options = dict(
+            max_new_tokens=body.max_tokens or MAX_TOKENS,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=body.top_p or 1.0,
+            seed=body.seed,
+            stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
+            deadline_s=body.deadline_s,
         )
+        prompts = [("text" if isinstance(prompt, str) else "input_ids", prompt) for prompt in listed(body.prompt)]
+        wishes = [Generate(**{name: prompt}, **options) for name, prompt in prompts]
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
         head |= {"created": int(time.time()), "model": tasks.name}
         if body.stream:
             counts = bool(body.stream_options and body.stream_options.include_usage)
-            return await streamed("/v1/completions", _events(tasks, prompts[0], wish, head, counts), last="[DONE]")
-        texts = await tasks.write(prompts, wish)
+            return await streamed("/v1/completions", _events(tasks, wishes[0], head, counts), last="[DONE]")
+        texts = await tasks.write(wishes)
         choices = [_choice(text.text, text.reason, index) for index, text in enumerate(texts)]
         usage = _usage(sum(text.num_prompt_tokens for text in texts), sum(len(text.tokens) for text in texts))
         return head | {"choices": choices, "usage": usage}
@@ -78,13 +71,13 @@ def _usage(prompt: int, completion: int) -> dict:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-async def _events(tasks: Tasks, prompt, wish: Wish, head: dict, counts: bool) -> AsyncIterator[str]:
+async def _events(tasks: Tasks, wish: Generate, head: dict, counts: bool) -> AsyncIterator[str]:
     """A JSON event a piece of text, and one with the usage where the client wants that."""
     num_tokens = 0
-    async for piece in tasks.stream(prompt, wish):
+    async for piece in tasks.stream(wish):
         num_tokens += piece.token is not None
         if piece.text or piece.reason:
             yield json.dumps(head | {"choices": [_choice(piece.text, piece.reason)]})
     if counts:
-        usage = _usage(tasks.row(prompt)["input_ids"].shape[1], num_tokens)
+        usage = _usage(tasks.num_tokens(wish), num_tokens)
         yield json.dumps(head | {"choices": [], "usage": usage})

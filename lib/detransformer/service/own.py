@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from detransformer import answers
 from detransformer.service.bodies import Answer, Classify, Generate
-from detransformer.service.tasks import OWN_PATHS, Tasks, Wish
+from detransformer.service.tasks import OWN_PATHS, Tasks
 
 
 def routes(tasks: Tasks, guarded: dict) -> APIRouter:
@@ -31,11 +31,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
         @router.post(path, **guarded)
         async def generate(body: Generate) -> dict:
             """Goes on with a text; `text` is null without a tokenizer."""
-            if body.stop and tasks.tokenizer is None:
-                raise ValueError("the model's folder has no tokenizer, so no stop string can be found: leave stop out.")
-            sampling = (body.temperature, body.top_p, body.seed)
-            wish = Wish(body.max_new_tokens, *sampling, tuple(body.stop), body.deadline_s)
-            (written,) = await tasks.write([body.input_ids or body.text], wish)
+            (written,) = await tasks.write([body])
             return {"text": written.text if tasks.tokenizer else None, "tokens": written.tokens}
 
     return router

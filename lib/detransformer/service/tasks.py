@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 from transformers import PretrainedConfig
 
 from detransformer import answers
-from detransformer.models.configuration import head_of, max_tokens
-from detransformer.opening import has_tokenizer
+from detransformer.models.configuration import max_tokens
+from detransformer.opening import has_tokenizer, load_tokenizer
 from detransformer.parallel.draw import Sampling
-from detransformer.service.bodies import Sentences, Vectors
+from detransformer.service.bodies import Generate, Sentences, Vectors
 from detransformer.service.session import Session
 from detransformer.service.waiting import Expired, cut, join_rows
 from detransformer.service.writing import Writer
@@ -38,26 +38,9 @@ DOES = {
     "generation": "generates text",
     "base": "embeds texts",
 }
-EMBEDDED = ("base", "masked-lm")  # heads of models of which the hidden states are served
 
 Row = dict[str, torch.Tensor]
 Prompt = str | list[int]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """How a text is to go on. `seed` None: another one each time."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    deadline_s: float = 60.0
-
-    def sampling(self) -> Sampling:
-        seed = secrets.randbits(62) if self.seed is None else self.seed
-        return Sampling(self.temperature, self.top_p, seed)
 
 
 @dataclass(frozen=True)
@@ -79,19 +62,9 @@ class Written:
     num_prompt_tokens: int
 
 
-def path_of(model: str, config: PretrainedConfig) -> str:
-    """The path of the model in this folder among this project's own routes.
-
-    Raises:
-        ValueError: for a head that this server does not know.
-    """
-    task = answers.task_of(config)
-    if task == "base" and head_of(config) not in EMBEDDED:
-        raise ValueError(
-            f"{model} has a head that is not served ({config.architectures[0]}): serve a classifier of texts or words, "
-            "a model that answers questions, a GPT-2, or a model without a head, for embeddings."
-        )
-    return OWN_PATHS[task]
+def path_of(config: PretrainedConfig) -> str:
+    """The path of a model among this project's own routes."""
+    return OWN_PATHS[answers.task_of(config)]
 
 
 class Tasks:
@@ -101,7 +74,7 @@ class Tasks:
         self.session, self.config = session, session.config
         self.name = session.model.rstrip("/").rpartition("/")[2]
         self.task = answers.task_of(session.config)
-        self.tokenizer = answers.tokenizer_of(session.model, self.config) if has_tokenizer(session.model) else None
+        self.tokenizer = load_tokenizer(session.model, self.config) if has_tokenizer(session.model) else None
         self.max_texts = min(MAX_TEXTS, session.max_batch * session.max_waiting)
         self.pooling = answers.Pooling.of(session.model) or answers.Pooling()
 
@@ -209,20 +182,25 @@ class Tasks:
             for row, outputs, text in found
         ]
 
-    async def stream(self, prompt: Prompt, wish: Wish) -> AsyncIterator[Piece]:
+    async def stream(self, wish: Generate) -> AsyncIterator[Piece]:
         """The text that follows, as its tokens are made; who stops reading stops its generation.
 
         What the session raises is raised here: before the first piece where it refuses the prompt.
         """
         self.only("generation")
+        if wish.stop and self.tokenizer is None:
+            raise ValueError("the model's folder has no tokenizer, so no stop string can be found: leave stop out.")
+        seed = secrets.randbits(62) if wish.seed is None else wish.seed
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
         def put(item: int | None) -> None:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        options = dict(sampling=[wish.sampling()], on_token=lambda tokens: put(tokens[0]))
-        future = self.session.submit(self.row(prompt), wish.deadline_s, wish.max_new_tokens, **options)
+        sampling = [Sampling(wish.temperature, wish.top_p, seed)]
+        future = self.session.submit(
+            self.row(wish.prompt), wish.deadline_s, wish.max_new_tokens, sampling, lambda tokens: put(tokens[0])
+        )
         future.add_done_callback(lambda _: put(None))
         writer = Writer(self.tokenizer, wish.stop, answers.end_tokens(self.config))
         deadline = loop.time() + wish.deadline_s + 1
@@ -239,21 +217,24 @@ class Tasks:
         finally:
             future.cancel()
 
-    async def write(self, prompts: Sequence[Prompt], wish: Wish) -> list[Written]:
+    async def write(self, wishes: Sequence[Generate]) -> list[Written]:
         """Each prompt's text, whole."""
         self.only("generation")
-        if len(prompts) > min(MAX_TEXTS, self.session.max_waiting):
-            raise HTTPException(413, f"{len(prompts)} prompts are asked for at once; ask for fewer.")
-        tasks = [asyncio.ensure_future(self._written(prompt, wish)) for prompt in prompts]
+        if len(wishes) > min(MAX_TEXTS, self.session.max_waiting):
+            raise HTTPException(413, f"{len(wishes)} prompts are asked for at once; ask for fewer.")
+        tasks = [asyncio.ensure_future(self._written(wish)) for wish in wishes]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _written(self, prompt: Prompt, wish: Wish) -> Written:
-        pieces = [piece async for piece in self.stream(prompt, wish)]
+    async def _written(self, wish: Generate) -> Written:
+        pieces = [piece async for piece in self.stream(wish)]
         ends = answers.end_tokens(self.config)
         tokens = [piece.token for piece in pieces if piece.token is not None and piece.token not in ends]
-        text = "".join(piece.text for piece in pieces)
-        return Written(text, tokens, pieces[-1].reason, self.row(prompt)["input_ids"].shape[1])
+        return Written("".join(piece.text for piece in pieces), tokens, pieces[-1].reason, self.num_tokens(wish))
+
+    def num_tokens(self, wish: Generate) -> int:
+        """How many tokens the prompt has."""
+        return self.row(wish.prompt)["input_ids"].shape[1]

@@ -1,5 +1,7 @@
 """The routes of Text Embeddings Inference: `/embed`, `/predict`, `/rerank`, `/similarity`, `/info`."""
 
+from typing import Any
+
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
@@ -73,6 +75,6 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     return router
 
 
-def listed(inputs) -> list[Prompt]:
+def listed(inputs: Any) -> list[Prompt]:
     """The texts, or rows of tokens, of a field that takes one or a list of them."""
     return inputs if isinstance(inputs, list) and not isinstance(inputs[0], int) else [inputs]

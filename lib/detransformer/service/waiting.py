@@ -49,6 +49,7 @@ class Asked:
     attempts: int = 0
     since: float = field(default_factory=time.monotonic)
     told: list[list[int]] = field(default_factory=list)  # what `on_token` has heard
+    torn: Unanswered | None = None  # where that is not how the answer begins
 
     @property
     def size(self) -> int:
@@ -66,10 +67,11 @@ class Asked:
             self.told.append(tokens)
             self.on_token(tokens)
         elif self.told[step] != tokens:  # devices in another number round otherwise
-            self.settle(error=Unanswered("the devices changed, and their tokens differ from those told already."))
+            self.torn = Unanswered("the devices changed, and their tokens differ from those told already.")
 
     def settle(self, answer=None, error: Exception | None = None) -> bool:
         """Whether this is the first answer; a second one reaches nobody."""
+        error = error or self.torn
         try:
             self.future.set_exception(error) if error else self.future.set_result(answer)
         except InvalidStateError:

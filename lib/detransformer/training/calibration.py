@@ -306,6 +306,8 @@ def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
         ValueError: for a folder without a whole BERT, or a vocabulary that is not `data`'s.
     """
     opened = open_checkpoint(folder)
+    if opened.decoupled:
+        raise ValueError(f"{folder} is decoupled already: give the original checkpoint.")
     if opened.config.model_type != "bert":
         raise ValueError(
             f"{folder} is a {opened.config.model_type} checkpoint: only encoders of BERT's kind are calibrated."

@@ -132,24 +132,25 @@ def train_vit(
 
     trained = fit(objective, micro_batches(train_batch, config), config, config.num_steps, run)
     accuracy = evaluate_images(model, data)  # in the number format it was trained in, which is the fast one
-    train_accuracy = evaluate_images(model, data.cut(max_train_rows=len(data.test_images)), split="train")
+    train_accuracy = evaluate_images(model, data.cut(max_train_rows=len(data.labels["test"])), split="train")
     trained.restore_float32()
-    images = config.num_steps * config.global_batch_size
+    images, test_labels = config.num_steps * config.global_batch_size, data.labels["test"]
+    epochs = images / len(data.labels["train"])
     record = {
         "accuracy": accuracy,
         "train_accuracy": train_accuracy,
-        "chance_accuracy": 100 * float(np.bincount(data.test_labels).max()) / len(data.test_labels),
+        "chance_accuracy": 100 * float(np.bincount(test_labels).max()) / len(test_labels),
         "num_steps": config.num_steps,
-        "num_epochs": images / len(data.train_images),
+        "num_epochs": epochs,
         "num_parameters": model.num_parameters(),
-        "train_rows": len(data.train_images),
-        "test_rows": len(data.test_images),
+        "train_rows": len(data.labels["train"]),
+        "test_rows": len(test_labels),
         "images_per_s": round(images / max(trained.seconds, 1e-9), 3),
         "seed": config.seed,
         "precision": config.mixed_precision,
         "source": data.name,
         "note": f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_tokens} tokens, "
-        f"{images / len(data.train_images):.3g} epochs; {data.note}",
+        f"{epochs:.3g} epochs; {data.note}",
         "config": dataclasses.asdict(config),
     }
     save = (model.save_pretrained, save_preprocessor)
@@ -178,7 +179,7 @@ def evaluate_images(model: nn.Module, data: ImageData, batch_size: int = 250, sp
     was_training = model.training
     model.eval()
     right = count = 0
-    total = len(getattr(data, f"{split}_labels"))
+    total = len(data.labels[split])
     with tqdm(total=total, desc=f"{split} accuracy", unit="image", leave=False) as bar:
         for batch in data.ordered_batches(split, batch_size):
             predicted = model(pixel_values=batch["pixel_values"].to(device)).logits.argmax(-1).cpu()

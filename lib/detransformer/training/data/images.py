@@ -21,7 +21,7 @@ import torch
 
 from detransformer.files import atomic_write
 from detransformer.settings import data_environment
-from detransformer.training.data.sources import choose_source
+from detransformer.training.data.sources import choose_source, rows_note
 
 IMAGE_SIZE, NUM_CHANNELS = 32, 3
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100's training set, images in 0..1
@@ -36,28 +36,22 @@ GENERATED_CLASSES, GENERATED_SEED = 20, 2025
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of both splits with their classes.
+    """Images with their classes, by split: `train`, `test`, and `held`, where rows were set aside (`hold_out`).
 
     Args:
         name: of the source, `mirror`, `hub` or `built-in`.
         found: which sources were tried and why this one was taken.
-        train_images, test_images: uint8 [N, 32, 32, 3].
-        train_labels, test_labels: int64 [N], 0..num_classes - 1.
-        full_train_rows, full_test_rows: of the official set, to call smaller ones reduced.
-        held_images, held_labels: training rows set aside by `hold_out`, by which recipes are chosen; None for none.
+        images: uint8 [N, 32, 32, 3].
+        labels: int64 [N], 0..num_classes - 1.
+        full_rows: of the official `train` and `test` sets, to call smaller ones reduced.
     """
 
     name: str
     found: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    images: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
     num_classes: int
-    full_train_rows: int
-    full_test_rows: int
-    held_images: np.ndarray | None = None
-    held_labels: np.ndarray | None = None
+    full_rows: dict[str, int]
 
     def __repr__(self) -> str:
         return f"ImageData({self.note})"
@@ -69,26 +63,17 @@ class ImageData:
     @property
     def note(self) -> str:
         """Source and row counts, e.g. `mirror; reduced training set, 15,000 of 50,000 rows; 10,000 test rows`."""
-        train, test = len(self.train_images), len(self.test_images)
-        held = "" if self.held_labels is None else f" and {len(self.held_labels):,} held out"
+        held = f" and {len(self.labels['held']):,} held out" if "held" in self.labels else ""
+        train, test = len(self.labels["train"]), len(self.labels["test"])
         if not self.is_real:
             return f"built-in generated images, {train:,} training rows{held}; {test:,} test rows"
-        parts = [
-            f"reduced training set, {train:,} of {self.full_train_rows:,} rows{held}"
-            if train < self.full_train_rows
-            else f"full training set, {train:,} rows",
-            f"reduced test set, {test:,} of {self.full_test_rows:,} rows"
-            if test < self.full_test_rows
-            else f"{test:,} test rows",
-        ]
-        return "; ".join([self.name, *parts])
+        return rows_note(self.name, "test", (train, self.full_rows["train"]), (test, self.full_rows["test"]), held)
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any pixel or label."""
         digest = hashlib.sha256()
-        held = () if self.held_labels is None else (self.held_images, self.held_labels)
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels, *held):
+        for array in (part[split] for split in self.labels for part in (self.images, self.labels)):
             digest.update(repr(array.shape).encode())
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()[:16]
@@ -98,13 +83,7 @@ class ImageData:
         for name, limit in (("max_train_rows", max_train_rows), ("max_test_rows", max_test_rows)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name}={limit} is below 1: give a number of rows, or None for all.")
-        return dataclasses.replace(
-            self,
-            train_images=self.train_images[:max_train_rows],
-            train_labels=self.train_labels[:max_train_rows],
-            test_images=self.test_images[:max_test_rows],
-            test_labels=self.test_labels[:max_test_rows],
-        )
+        return self._with(train=slice(max_train_rows), test=slice(max_test_rows))
 
     def hold_out(self, share: float) -> "ImageData":
         """The last `share` of the training rows become the split `held`: nothing is trained on them.
@@ -114,46 +93,51 @@ class ImageData:
         Raises:
             ValueError: for a share that leaves no row on either side, or where rows are held out already.
         """
-        count = round(share * len(self.train_labels))
-        if not 0 < count < len(self.train_labels) or self.held_labels is not None:
+        num = len(self.labels["train"])
+        count = round(share * num)
+        if not 0 < count < num or "held" in self.labels:
             raise ValueError(
-                f"{share:g} of {len(self.train_labels)} training rows cannot be held out: give a share between 0 and 1 "
+                f"{share:g} of {num} training rows cannot be held out: give a share between 0 and 1 "
                 "that leaves rows on both sides, once."
             )
-        return dataclasses.replace(
-            self,
-            train_images=self.train_images[:-count],
-            train_labels=self.train_labels[:-count],
-            held_images=self.train_images[-count:],
-            held_labels=self.train_labels[-count:],
+        held = self._with(train=slice(-count, None))
+        rest = self._with(train=slice(-count))
+        parts = {name: getattr(rest, name) | {"held": getattr(held, name)["train"]} for name in ("images", "labels")}
+        return dataclasses.replace(self, **parts)
+
+    def _with(self, **rows: slice) -> "ImageData":
+        """Of the splits named the rows given, of the others all."""
+        images, labels = (
+            {split: array[rows.get(split, slice(None))] for split, array in part.items()}
+            for part in (self.images, self.labels)
         )
+        return dataclasses.replace(self, images=images, labels=labels)
 
     def train_rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """Row numbers [B] of batch `step` of the endless stream; each epoch has its own order."""
-        num = len(self.train_images)
+        num = len(self.labels["train"])
         positions = np.arange(step * batch_size, (step + 1) * batch_size)
         rows = np.empty(batch_size, dtype=np.int64)
         for epoch in np.unique(positions // num):
             here = positions // num == epoch
-            rows[here] = _epoch_order(seed, int(epoch), num)[positions[here] % num]
+            rows[here] = np.random.default_rng([seed, 0, int(epoch)]).permutation(num)[positions[here] % num]
         return rows
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
         """Batch `step`: pixel_values [B, 3, 32, 32], labels [B], rows [B]; images are moved and flipped."""
         rows = self.train_rows(seed, step, batch_size)
-        images = augmented(self.train_images[rows], np.random.default_rng([seed, 1, step]))
-        return _batch(images, self.train_labels[rows], rows)
+        images = augmented(self.images["train"][rows], np.random.default_rng([seed, 1, step]))
+        return _batch(images, self.labels["train"][rows], rows)
 
     def ordered_batches(self, split: str, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """All rows of `split` (`train`, `test` or `held`) once, in order, as they are; keys as in `train_batch`."""
-        if split not in ("train", "test", "held"):
-            raise ValueError(f"split {split!r} is unknown: choose train, test or held.")
-        if split == "held" and self.held_labels is None:
-            raise ValueError("no rows are held out: call hold_out with a share first.")
-        images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-        for start in range(0, len(images), batch_size):
-            rows = np.arange(start, min(start + batch_size, len(images)))
-            yield _batch(images[rows], labels[rows], rows)
+        if split not in self.labels:
+            raise ValueError(
+                f"split {split!r} is unknown: choose one of {', '.join(self.labels)}, or call hold_out for held."
+            )
+        for start in range(0, len(self.labels[split]), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(self.labels[split])))
+            yield _batch(self.images[split][rows], self.labels[split][rows], rows)
 
 
 def open_images(source: str = "auto", cache_dir: str | Path = "data/cache") -> ImageData:
@@ -239,32 +223,22 @@ def normalised(images: np.ndarray) -> torch.Tensor:
     return ((pixels - torch.tensor(MEAN) * 255) / scale).permute(0, 3, 1, 2).contiguous()
 
 
+@cache
 def generated_images(found: str = "generated images") -> ImageData:
     """Twenty classes, each a coarse pattern of its own under noise: a set that can be learned.
 
     It stands in for CIFAR-100 in form only: accuracy on it says that the software works.
     """
-    rows = {f"full_{split}_rows": count for split, count in GENERATED_ROWS.items()}
-    return ImageData("built-in", found, **_generated_arrays(), num_classes=GENERATED_CLASSES, **rows)
-
-
-@cache
-def _generated_arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(GENERATED_SEED)
     half = rng.normal(128, 20, size=(GENERATED_CLASSES, 4, 2, NUM_CHANNELS))
     coarse = np.concatenate([half, half[:, :, ::-1]], axis=2)  # its own mirror image: batches are flipped
     patterns = coarse.repeat(IMAGE_SIZE // 4, axis=1).repeat(IMAGE_SIZE // 4, axis=2)
-    arrays = {}
+    images, labels = {}, {}
     for split, num in GENERATED_ROWS.items():
-        labels = np.arange(num) % GENERATED_CLASSES
+        labels[split] = (np.arange(num) % GENERATED_CLASSES).astype(np.int64)
         noise = rng.normal(0, 50, size=(num, IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS))
-        arrays[f"{split}_images"] = (patterns[labels] + noise).clip(0, 255).astype(np.uint8)
-        arrays[f"{split}_labels"] = labels.astype(np.int64)
-    return arrays
-
-
-def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    return np.random.default_rng([seed, 0, epoch]).permutation(num_rows)
+        images[split] = (patterns[labels[split]] + noise).clip(0, 255).astype(np.uint8)
+    return ImageData("built-in", found, images, labels, GENERATED_CLASSES, GENERATED_ROWS)
 
 
 def _batch(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -273,13 +247,10 @@ def _batch(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str
 
 def _image_data(name: str, found: str, arrays: dict[str, np.ndarray]) -> ImageData:
     """Arrays of CIFAR-100, as read, in balanced order."""
-    ordered = {}
-    for split in ("train", "test"):
-        order = balanced_order(arrays[f"{split}_labels"])
-        ordered[f"{split}_images"] = arrays[f"{split}_images"][order]
-        ordered[f"{split}_labels"] = arrays[f"{split}_labels"][order].astype(np.int64)
-    rows = {f"full_{split}_rows": count for split, count in CIFAR_ROWS.items()}
-    return ImageData(name, found, **ordered, num_classes=CIFAR_CLASSES, **rows)
+    orders = {split: balanced_order(arrays[f"{split}_labels"]) for split in CIFAR_ROWS}
+    images = {split: arrays[f"{split}_images"][order] for split, order in orders.items()}
+    labels = {split: arrays[f"{split}_labels"][order].astype(np.int64) for split, order in orders.items()}
+    return ImageData(name, found, images, labels, CIFAR_CLASSES, CIFAR_ROWS)
 
 
 def _hub_images(cached: Path) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ import json
 
 from tokenizers import Tokenizer, processors
 
-from detransformer.training.data.sources import Tokenized, TrainingData
+from detransformer.training.data.sources import TrainingData
 
 
 def reduced_data(data: TrainingData, vocab_size: int | None, decoder: bool = False) -> TrainingData:
@@ -18,8 +18,8 @@ def reduced_data(data: TrainingData, vocab_size: int | None, decoder: bool = Fal
     if vocab_size is None or vocab_size >= data.vocab_size:
         return data
     tokenizer = reduced_tokenizer(data.tokenizer, vocab_size, decoder)
-    source = Tokenized(data.source, tokenizer, f"{data.name}-{vocab_size}-pieces")
-    return TrainingData(source, data.cache_dir, f"{data.note}; {vocab_size:,} pieces of its vocabulary")
+    note = f"{data.note}; {vocab_size:,} pieces of its vocabulary"
+    return TrainingData(data.source, data.cache_dir, note, tokenizer, f"{data.name}-{vocab_size}-pieces")
 
 
 def reduced_tokenizer(tokenizer: Tokenizer, vocab_size: int, decoder: bool = False) -> Tokenizer:

@@ -34,22 +34,6 @@ class Source(Protocol):
     def articles(self, split: str): ...
 
 
-class Tokenized:
-    """Another source's text and tasks, cut by `tokenizer`."""
-
-    def __init__(self, source: Source, tokenizer: Tokenizer, name: str | None = None):
-        self.name, self.is_real = name or source.name, source.is_real
-        self.articles, self.task_rows = source.articles, source.task_rows
-        self._source, self._tokenizer = source, tokenizer
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_str(self._tokenizer.to_str())  # a copy: truncation is a tokenizer's state
-
-    def fingerprint(self) -> str:
-        text = self._source.fingerprint() + self._tokenizer.to_str()
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 @dataclass(frozen=True)
 class TaskRows:
     """A task's rows as used, and how they compare with the official set."""
@@ -65,15 +49,16 @@ class TaskRows:
         train, valid = len(self.train), len(self.validation)
         if self.source == BuiltInSource.name:
             return f"built-in generated set, {train:,} training rows; {valid:,} validation rows"
-        parts = [
-            f"reduced training set, {train:,} of {self.task.full_train_rows:,} rows"
-            if train < self.task.full_train_rows
-            else f"full training set, {train:,} rows",
-            f"reduced validation set, {valid:,} of {self.task.full_eval_rows:,} rows"
-            if valid < self.task.full_eval_rows
-            else f"{valid:,} validation rows",
-        ]
-        return f"{self.source}; " + "; ".join(parts)
+        task = self.task
+        return rows_note(self.source, "validation", (train, task.full_train_rows), (valid, task.full_eval_rows))
+
+
+def rows_note(source: str, kind: str, train: tuple[int, int], scored: tuple[int, int], held: str = "") -> str:
+    """In words how many rows there are of how many of the official sets: training, and `kind`, by which is scored."""
+    is_reduced = train[0] < train[1], scored[0] < scored[1]
+    first = "reduced training set, {:,} of {:,} rows" if is_reduced[0] else "full training set, {:,} rows"
+    second = f"reduced {kind} set, {{:,}} of {{:,}} rows" if is_reduced[1] else f"{{:,}} {kind} rows"
+    return f"{source}; {first.format(*train)}{held}; {second.format(*scored)}"
 
 
 class TrainingData:
@@ -82,15 +67,24 @@ class TrainingData:
     Two are equal that have the same name and fingerprint, wherever they were opened.
 
     Args:
-        source: one of the three sources.
+        source: what the text and the rows come from.
         cache_dir: where packed text is kept.
         note: which sources were tried and why this one was taken.
+        tokenizer: by which the text is cut; None is the source's own.
+        name: in tables; the source's own where it is empty.
     """
 
-    def __init__(self, source: Source, cache_dir: str | Path, note: str):
+    def __init__(
+        self, source: Source, cache_dir: str | Path, note: str, tokenizer: Tokenizer | None = None, name: str = ""
+    ):
         self.source, self.cache_dir, self.note = source, Path(cache_dir), note
-        self.name, self.fingerprint = source.name, source.fingerprint()
-        self.tokenizer = source.tokenizer()
+        self.name, self.fingerprint = name or source.name, source.fingerprint()
+        self._given = tokenizer, name
+        if tokenizer is not None:
+            text = self.fingerprint + tokenizer.to_str()
+            self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
+        # A copy of what was given: truncation is a tokenizer's state.
+        self.tokenizer = source.tokenizer() if tokenizer is None else Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.special = SpecialTokens.of(self.tokenizer)
@@ -98,7 +92,7 @@ class TrainingData:
 
     def __reduce__(self):
         """Another process opens the source for itself; what was read or tokenised here does not travel."""
-        return TrainingData, (self.source, self.cache_dir, self.note)
+        return TrainingData, (self.source, self.cache_dir, self.note, *self._given)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrainingData) and (self.name, self.fingerprint) == (other.name, other.fingerprint)
@@ -178,8 +172,12 @@ def choose_source(source: str, mirror: Path, cached: Path | None = None) -> tupl
     return "built-in", "; ".join([*skipped, f"no Hub ({problem})", "built-in data"])
 
 
-def open_data(source: str = "auto", cache_dir: str | Path = "data/cache") -> TrainingData:
+def open_data(
+    source: str = "auto", cache_dir: str | Path = "data/cache", tokenizer: Tokenizer | None = None
+) -> TrainingData:
     """Text and tasks of `source`: `mirror`, `hub`, `built-in`, or `auto` for the first of these that is there.
+
+    The text is cut by `tokenizer`, or by the source's own.
 
     Raises:
         ValueError: for an unknown source, or an explicit one that is not available.
@@ -187,4 +185,4 @@ def open_data(source: str = "auto", cache_dir: str | Path = "data/cache") -> Tra
     mirror = data_environment().mirror
     name, why = choose_source(source, mirror)
     made = {"mirror": lambda: MirrorSource(mirror), "hub": HubSource, "built-in": BuiltInSource}[name]()
-    return TrainingData(made, cache_dir, why)
+    return TrainingData(made, cache_dir, why, tokenizer)

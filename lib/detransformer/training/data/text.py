@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from detransformer.opening import has_tokenizer
-from detransformer.training.data.sources import Tokenized, TrainingData, open_data
+from detransformer.training.data.sources import TrainingData, open_data
 from detransformer.training.data.tasks import Task
 
 VALID_EVERY = 20  # one article of so many is held out; of fewer, the last one
@@ -18,7 +18,7 @@ LONGEST = 8192  # characters of an article: a corpus may be a single line
 
 
 class TextFiles:
-    """Plain text files as a data source (see `sources.py` for what a source offers).
+    """Plain text files as a data source (see `sources.py` for what a source offers) that has no tokenizer of its own.
 
     Each line is an article; a longer one than `LONGEST` is cut, at spaces, into several.
     """
@@ -26,14 +26,11 @@ class TextFiles:
     name = "text"
     is_real = True
 
-    def __init__(self, files: Sequence[Path], tokenizer: Tokenizer):
-        self.files, self._tokenizer = list(files), tokenizer
-
-    def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self._tokenizer.to_str().encode())
+        digest = hashlib.sha256()
         for path in self.files:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -108,12 +105,7 @@ def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str 
         if not found or not found[0].is_file():
             raise ValueError(f"{path} has no text: give a text file, or a folder of .txt files.")
         files += found
-    return TrainingData(TextFiles(files, tokenizer), cache_dir, f"{len(files)} text files")
-
-
-def retokenized(data: TrainingData, tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
-    """`data`, cut by `tokenizer`."""
-    return TrainingData(Tokenized(data.source, tokenizer), cache_dir, data.note)
+    return TrainingData(TextFiles(files), cache_dir, f"{len(files)} text files", tokenizer)
 
 
 def text_for(
@@ -130,8 +122,4 @@ def text_for(
         tokenizer = AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"the tokenizer of {checkpoint} cannot be read ({error}): copy its files again.") from error
-    return (
-        text_data(paths, tokenizer, cache_dir)
-        if paths
-        else retokenized(open_data(source, cache_dir), tokenizer, cache_dir)
-    )
+    return text_data(paths, tokenizer, cache_dir) if paths else open_data(source, cache_dir, tokenizer)
