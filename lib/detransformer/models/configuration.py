@@ -66,6 +66,10 @@ class Decoupling:
             self.original_placement,
         )
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: `transformers` would copy this file beside the weights, where models save a module of their own."""
+
 
 @strict
 class DecoupledBertConfig(Decoupling, BertConfig):

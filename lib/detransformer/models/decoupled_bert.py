@@ -72,10 +72,9 @@ class DecoupledSelfAttention(BertSelfAttention):
 
     def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
         """x [P, B*T, d] -> ([P, B*T, A], attention weights [B, H, T, T], the mean over sub-blocks, or None)."""
-        blocks, rows, _ = x.shape
 
-        def heads(projected: torch.Tensor) -> torch.Tensor:  # -> [P, B, H, T, A/H]
-            split = projected.view(blocks, batch_size, rows // batch_size, self.num_attention_heads, -1)
+        def heads(projected: torch.Tensor) -> torch.Tensor:  # [P, B*T, A] -> [P, B, H, T, A/H]
+            split = projected.view(len(x), batch_size, -1, self.num_attention_heads, self.attention_head_size)
             return split.transpose(2, 3)
 
         return attend_in_slices(

@@ -74,12 +74,13 @@ class DecoupledGPT2Attention(GPT2Attention):
         **kwargs,
     ):
         """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T_all], the mean over sub-blocks, or None)."""
-        blocks, rows, _ = x.shape
-        packed = self.c_attn(x).view(blocks, batch_size, rows // batch_size, 3, self.num_heads, self.head_dim)
+        blocks = len(x)
+        packed = self.c_attn(x).view(blocks, batch_size, -1, 3, self.num_heads, self.head_dim)
         query = packed[:, :, :, 0].transpose(2, 3)  # [P, B, H, T, s]
         # A cache is reordered, cut and repeated by requests, and has the configuration's heads: sub-blocks widen those.
         key, value = packed[:, :, :, 1:].permute(3, 1, 4, 2, 0, 5).flatten(-2)  # [B, H, T, P*s] each
         if past_key_values is not None:
+            _check_width(past_key_values, self.layer_idx, key.shape[-1])
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
@@ -89,14 +90,24 @@ class DecoupledGPT2Attention(GPT2Attention):
             attend,
             self,
             query,
-            key.chunk(blocks, dim=-1),
-            value.chunk(blocks, dim=-1),
+            key.unflatten(-1, (blocks, -1)).movedim(-2, 0),  # [P, B, H, T_all, s]
+            value.unflatten(-1, (blocks, -1)).movedim(-2, 0),
             attention_mask,
             dropout=self.attn_dropout.p if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
         return self.resid_dropout(self.c_proj(context)), weights
+
+
+def _check_width(cache: Cache, layer_idx: int, width: int) -> None:
+    """Raises ValueError where `cache` came with keys [B, H, T, s] of another width, as prefix tuning makes."""
+    held = cache.layers[layer_idx].keys if layer_idx < len(cache.layers) else None
+    if held is not None and held.ndim == 4 and held.shape[-1] != width:
+        raise ValueError(
+            f"past_key_values holds keys of width {held.shape[-1]} a head for layer {layer_idx}, and a decoupled layer "
+            f"keeps {width}, those of all sub-blocks: prefix tuning needs attention_width='narrow'."
+        )
 
 
 def _upcast_attention(module: GPT2Attention, query, key, value, attention_mask, **kwargs):
@@ -173,6 +184,13 @@ class _DecoupledGPT2Head(DecoupledHead):
 
 class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel, GenerationMixin):
     """Decoupled GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not for this model: ValueError."""
+        raise ValueError(
+            "continuous batching (generate_batch) keeps the keys of one attention a layer, and a decoupled layer has "
+            f"num_divisions={self.config.num_divisions}: call generate on padded prompts, or `detransformer serve`."
+        )
 
 
 class DecoupledGPT2ForSequenceClassification(_DecoupledGPT2Head, GPT2ForSequenceClassification):

@@ -4,7 +4,9 @@ Shapes: B batch, T tokens, M = B*T rows, D hidden size, P = Ndiv sub-blocks, d =
 """
 
 import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ class BatchedLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        normed = F.layer_norm(x, self.weight.shape[-1:], eps=self.eps)
         return torch.addcmul(self.bias.unsqueeze(1), normed, self.weight.unsqueeze(1))
 
 
@@ -63,7 +65,7 @@ def split_hidden(hidden_states: torch.Tensor, num_divisions: int) -> torch.Tenso
 
 def merge_hidden(slices: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Concatenates the slices again: [P, B*T, d] -> [B, T, D]."""
-    return slices.transpose(0, 1).flatten(1).unflatten(0, (batch_size, -1))
+    return slices.transpose(0, 1).reshape(batch_size, -1, slices.shape[0] * slices.shape[2])
 
 
 def attend_in_slices(
@@ -78,14 +80,40 @@ def attend_in_slices(
         The contexts [P, B*T, A], and the attention weights, or None where `attend` gives none: [B, H, T, T_all], the
         mean over sub-blocks.
     """
-    attended = [attend(module, *part, *args, **kwargs) for part in zip(query, key, value, strict=True)]
+    attended = [attend(module, query[p], key[p], value[p], *args, **kwargs) for p in range(len(query))]
     context = torch.stack([context for context, _ in attended])  # [P, B, T, H, s]
     weights = [weights for _, weights in attended if weights is not None]
     return context.flatten(3).flatten(1, 2), torch.stack(weights).mean(0) if weights else None
 
 
+CODE_FILE = "detransformer_models.py"  # saved beside the weights; `transformers` reads it with trust_remote_code=True
+CODE = '''"""The classes of this checkpoint, for programs that do not import the package detransformer themselves."""
+
+try:
+    from detransformer.models.auto import BY_NAME
+except ImportError as error:
+    raise ImportError(
+        "this checkpoint is a decoupled model: install the package detransformer, which decoupled it, from its source"
+    ) from error
+
+globals().update(BY_NAME)
+'''
+
+
 class DecoupledModel:
-    """Mixin of every decoupled model, before `transformers`' class: draws the stacked weights as that class does."""
+    """Mixin of every decoupled model, before `transformers`' class: draws the stacked weights as that class does.
+
+    `auto_map` names the class for each AutoModel class that opens such a checkpoint (`models.auto`).
+    """
+
+    auto_map: dict[str, str]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `transformers`' own; programs that never imported this package open the folder by `CODE_FILE` in it."""
+        self.config.auto_map = self.auto_map
+        os.makedirs(save_directory, exist_ok=True)
+        Path(save_directory, CODE_FILE).write_text(CODE, encoding="utf-8")  # before, so that a push to the Hub has it
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
