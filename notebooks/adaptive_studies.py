@@ -4,7 +4,9 @@ Each function measures on an emulated cluster and returns a frame in the form in
 """
 
 import itertools
+import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,17 +17,20 @@ from latency_studies import in_words, measured_bench, on_testbed
 from tqdm.auto import tqdm
 
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.devices import DeviceSpec
-from detransformer.cluster.rows import RowFile
-from detransformer.cluster.selfcheck import first_time_scale, usual_devices
+from detransformer.cluster.selfcheck import host_time_scale
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.machine import usable_cores
 from detransformer.parallel.plan import Plan, layer_plan
 from detransformer.planning.cost import alone_seconds
 from detransformer.planning.placement import Placement, place, place_freely
 from detransformer.planning.profile import ClusterProfile
 from detransformer.planning.runtime import PROBE_BYTES, RuntimePlanner, static_plans
+from detransformer.record.verdict import Verdict
+from detransformer.record.verdict import table as verdict_table
+from detransformer.tables.latency import checked_rows
+
+ORIGINAL_LAYERS = ("tensor", "heads", "ulysses", "sequence", "galaxy", "replicate", "one device")
 
 GRID_COLUMNS = (
     *("model", "num_devices", "bandwidth_mbps", "seq_len", "batch_size", "plan", "chosen", "latency_s", "predicted_s"),
@@ -78,7 +83,7 @@ def choice_rows(
                 held = list(dict.fromkeys(plan for part in plans.values() for plan in part))
                 for cell, part in tqdm(plans.items(), unit="cell", desc=f"choices {model} {count} devices"):
                     key = asdict(cell) | {"plans": [plan.to_dict() for plan in part]}
-                    measured = kept.get(key) or kept.put(key, bench.measure_plans(cell, part, held))
+                    measured = kept.get(key) or kept.put(key, bench.measure([cell] * len(part), part, held))
                     rows += [row | {"chosen": i == 0} for i, row in enumerate(measured)]
     return pd.DataFrame(rows)[list(GRID_COLUMNS)]
 
@@ -114,7 +119,7 @@ def unequal_rows(
             same = layer_plan("bp+auto", config, planned.strategies, [1.0] * len(speeds), num_chunks=planned.num_chunks)
             splits = {"planned": planned, "even, same strategies": same, "even, best strategies": believed}
             plans = [replace(plan, method="bp+auto") for plan in splits.values()]
-            measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure_plans(cell, plans))
+            measured = kept.get(asdict(cell)) or kept.put(asdict(cell), bench.measure([cell] * len(plans), plans))
             alone_s = alone_seconds(config, profile, range(len(speeds)), seq_len)
             ideal_s = 1 / sum(1 / seconds for seconds in alone_s)
             for (split, plan), row in zip(splits.items(), measured, strict=True):
@@ -173,9 +178,8 @@ def trace_rows(
         sizes = (num_original_layers, num_divisions)
         cell = Cell(model, "bp+auto", num_devices, rates[0], *sizes, seq_len=max(seq_lens), repeats=1)
         config = bench.config(cell)
-        total_speed = usual_devices(bench.profile(cell).devices, config)
-        links_bps = rates[0] * 1e6 * num_devices if cluster.transport == "namespaces" else 0.0
-        scale = time_scale or min(MAX_TIME_SCALE, first_time_scale(links_bps, total_speed, usable_cores()))
+        everyone = range(num_devices)
+        scale = time_scale or min(MAX_TIME_SCALE, host_time_scale(cluster, config, bench.profile(cell), everyone))
         profile = on_testbed(bench.profile(cell), scale)
         plans = static_plans(
             config, profile, [(1, n) for n in seq_lens], [1e6 * mbps for mbps in rates], max_plans=max_plans
@@ -275,3 +279,52 @@ def sizes_in_words(plan: Plan) -> str:
     if "block" in plan.strategies:
         parts.append("sub-blocks " + "+".join(map(str, plan.sub_blocks)))
     return ", ".join(parts)
+
+
+# Tables of these rows ---------------------------------------------------------------------------------------------
+
+
+def choice_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell of table `choices`: the chosen plan's latency over that of the best measured one (valid rows)."""
+    cells = []
+    where = ["model", "num_devices", "bandwidth_mbps", "seq_len"]
+    for key, part in checked_rows(rows).groupby(where, sort=False):
+        chosen = part[part["chosen"].astype(bool)]
+        if not len(chosen):
+            continue
+        best, own = part.loc[part["latency_s"].idxmin()], chosen.iloc[0]
+        cells.append(
+            dict(zip(where, key, strict=True))
+            | {"chosen_plan": own["plan"], "latency_s": own["latency_s"], "best_plan": best["plan"]}
+            | {"best_s": best["latency_s"], "over_best": own["latency_s"] / best["latency_s"], "num_plans": len(part)}
+            | {"predicted_s": own["predicted_s"], "prediction_error": own["predicted_s"] / own["latency_s"] - 1}
+        )
+    return pd.DataFrame(cells)
+
+
+def plan_in_short(plan: str) -> tuple[str, int]:
+    """(strategy of most original layers, or `one device`; chunks) of a plan in words."""
+    if plan.endswith("on 1 device"):
+        return "one device", 1
+    names = Counter(word for word in re.findall(r"[a-z]+", plan) if word in ORIGINAL_LAYERS)
+    chunks = re.search(r"(\d+) chunks", plan)
+    return names.most_common(1)[0][0], int(chunks[1]) if chunks else 1
+
+
+def adaptive_verdicts(cells: pd.DataFrame, unequal: pd.DataFrame, trace: pd.DataFrame) -> pd.DataFrame:
+    """One row a claim of this repository about adaptive execution, judged by `record.verdict`: all of them limits."""
+    within = (cells["over_best"] <= 1.03).mean()
+    rows = [
+        ("cells whose chosen plan is within 3% of the best measured of a few", "at least", 0.95, within),
+        ("median error of the prediction, chosen plans", "at most", 0.10, cells["prediction_error"].abs().median()),
+    ]
+    for mbps, part in checked_rows(unequal).groupby("bandwidth_mbps", sort=False):
+        at, planned = f"unequal devices at {mbps:g} Mbps: ", part["split"] == "planned"
+        even = part.loc[~planned, "over_planned"].min()
+        rows.append((f"{at}planned split over the better even one", "at least", 1.5, even))
+        over = part.loc[planned, "over_ideal"].max()
+        rows.append((f"{at}over work / summed speed + communication", "at most", 1.15, over))
+    spent = trace.groupby("policy", sort=False)["latency_s"].sum()
+    saved = 1 - spent["adaptive"] / spent.drop("adaptive").min()
+    rows.append(("changing link: time saved over the best fixed plan", "at least", 0.10, saved))
+    return verdict_table(Verdict(claim, limit, value, "emulated", side=side) for claim, side, limit, value in rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from coformer_tables import best_recipe
 from method_rows import energy_j, scale_policy, tdp_w
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, ViTConfig
 
@@ -35,13 +36,12 @@ from detransformer.coformer.search import Evaluator, SearchConfig, search_policy
 from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.files import repository_root
 from detransformer.models.configuration import preset_config
-from detransformer.tables.coformer import best_recipe
-from detransformer.training.config import FinetuneConfig, ModelRow, PretrainConfig, config_hash, make_config
+from detransformer.training.config import FinetuneConfig, ModelRow, config_hash, make_config
 from detransformer.training.data.images import open_images
 from detransformer.training.data.reduced import reduced_data
 from detransformer.training.finetuning import finetune
 from detransformer.training.images import ImageConfig, train_vit
-from detransformer.training.pretraining import pretrain_all
+from detransformer.training.pretraining import PretrainConfig, pretrain_all
 
 DEIT = Original.of(ViTConfig())  # DeiT-B: 12 layers of 768 over 197 tokens (Touvron et al. 2021)
 SEED_STEP = 10  # sub-model n of a run has the order of seed + n - 1: runs share none
@@ -67,7 +67,7 @@ class Lab:
 
     def cluster(self, devices: Sequence = ()):
         """Devices and gigabit links, by operations and bytes alone."""
-        return cluster_profile(devices or self.devices, "", self.priced, 1e9, pace="roofline")
+        return cluster_profile(devices or self.devices, self.priced, 1e9, pace="roofline")
 
     def evaluator(self, devices: Sequence = (), predictors: Sequence | None = None) -> Evaluator:
         """Eq. 8 at the priced sizes; delta is one unit of loss for the whole model's time on the fastest device."""

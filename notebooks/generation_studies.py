@@ -13,12 +13,10 @@ from tqdm.auto import tqdm
 
 from detransformer.answers import single_device_outputs
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
-from detransformer.cluster.cells import Cell
-from detransformer.cluster.checkpoints import Checkpoint
-from detransformer.cluster.rows import RowFile
-from detransformer.cluster.selfcheck import first_time_scale
+from detransformer.cluster.cells import Cell, RowFile
+from detransformer.cluster.selfcheck import check_cluster, host_time_scale
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.machine import usable_cores
+from detransformer.opening import Checkpoint
 from detransformer.parallel.plan import published_plan
 from detransformer.planning.generation import GenerationPlan, place_generation, price_generation
 from detransformer.planning.problem import device_speeds
@@ -82,11 +80,8 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
     inputs, expected = text_request(checkpoint, cell.seq_len, max_new_tokens, cluster.folder)
     profile, everybody = bench.profile(cell), bench.every_device(cell)
     sends = planned.prefill.num_devices > 1 and cluster.transport == "namespaces"
-    scale = first_time_scale(
-        cell.bandwidth_mbps * 1e6 * planned.prefill.num_devices if sends else 0.0,
-        planned.prefill.num_devices,
-        usable_cores(),
-    )
+    devices = planned.prefill.device_ids
+    scale = host_time_scale(cluster, checkpoint.config, profile, devices, planned.prefill.num_devices > 1)
     while True:
         scale, check = bench.set_link(cell.bandwidth_mbps, planned.prefill.num_devices, scale, sends)
         results = cluster.run(
@@ -101,7 +96,7 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
             time_scale=scale,
         )
         results = [result for result in results if result]
-        check = check.joined(bench.check(cell.bandwidth_mbps, planned.prefill.num_devices, sends))
+        check = check.joined(check_cluster(cluster, cell.bandwidth_mbps, planned.prefill.num_devices, sends))
         overrun = max(r["overrun_s"] / r["modelled_s"] for r in results)
         if overrun <= MAX_LATE_TOKENS or 2 * scale > MAX_TIME_SCALE:
             break

@@ -20,8 +20,8 @@ from transformers import AutoModel
 from detransformer.cluster.bench import Bench, measure_grid
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
-from detransformer.cluster.devices import DEVICES, DeviceSpec, preset_profile
-from detransformer.cluster.profiler import efficiency_rows, profile_link
+from detransformer.cluster.devices import DEVICES, DeviceSpec, efficiency_rows, preset_profile
+from detransformer.cluster.profiler import profile_link
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.methods import METHODS
@@ -82,7 +82,7 @@ def save_profiles(
     provenance = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.platform()}
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        cluster.profile(model, config, link).save(Path(folder) / f"{model}.json", provenance | {"model": model})
+        cluster.profile(config, link).save(Path(folder) / f"{model}.json", provenance | {"model": model})
     if rows is None:
         rows = pd.DataFrame([(k, 0, None, link.collective_s(k, 0, cluster.num_devices)) for k in SENT_KINDS])
         rows.columns = ["kind", "num_bytes", "latency_s", "fitted_s"]

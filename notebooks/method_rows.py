@@ -17,10 +17,9 @@ import torch
 from transformers import BertForSequenceClassification, PretrainedConfig
 
 from detransformer.cluster.bench import Bench
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
-from detransformer.cluster.rows import RowFile
-from detransformer.cluster.selfcheck import first_time_scale, lateness, usual_devices, why_invalid
+from detransformer.cluster.selfcheck import host_time_scale, lateness, why_invalid
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.coformer.aggregator import make_aggregator
 from detransformer.coformer.decomposer import decompose
@@ -28,7 +27,6 @@ from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, save_ensemble, whole_answer
 from detransformer.coformer.policy import FLOAT_BYTES, SIZES, Original, Policy, SubModelConfig, flops, memory_bytes
 from detransformer.coformer.predictor import STRATEGY, Latency, fastest_device, latency
-from detransformer.machine import usable_cores
 from detransformer.models.configuration import decoupled_config, preset_config
 from detransformer.planning.cost import busy_seconds, predict
 from detransformer.planning.placement import method_plan
@@ -111,7 +109,7 @@ def predicted_rows(
     scaled = {method: scale_policy(policy, original, priced) for method, policy in policies.items()}
     size = f"{priced.num_layers} layers of {priced.hidden_size}, {priced.seq_len} tokens"
     for mbps in bandwidths_mbps:
-        profile = cluster_profile(specs, "bert-base", configs["exact"], mbps * 1e6, pace="roofline")
+        profile = cluster_profile(specs, configs["exact"], mbps * 1e6, pace="roofline")
         found = [_single_row(priced, profile, specs, number) for number in range(len(specs))]
         found += [_peer_row(method, configs[kind], profile, specs, priced) for method, kind in PEERS.items()]
         for method, policy in scaled.items():
@@ -238,7 +236,7 @@ def measured_rows(
                 plan = bench.case(cell).plan
                 plan = replace(plan, devices=(central,)) if method == "single" else plan
                 key = asdict(cell) | {"plan": plan.to_dict(), "specs": [spec.title for spec in specs]}
-                rows.append(kept.get(key) or kept.put(key, bench.measure_plans(cell, [plan])[0]))
+                rows.append(kept.get(key) or kept.put(key, bench.measure([cell], [plan])[0]))
             for method, policy in policies.items():
                 key = asdict(single) | {"ensemble": method, "policy": asdict(policy)}
                 if (row := kept.get(key)) is None:
@@ -274,35 +272,29 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
     inputs = {"input_ids": torch.randint(1, config.vocab_size, shape, generator=generator)}
     expected = whole_answer(ensemble, inputs)
     checks_links = cluster.transport == "namespaces"
-    busy = usual_devices(profile.devices, config) / (1 if checks_links else 2)
-    total_bps = cell.bandwidth_mbps * 1e6 * cell.num_devices if checks_links else 0.0
-    scale = bench.fixed_time_scale or first_time_scale(total_bps, busy, usable_cores())
+    scale = bench.fixed_time_scale or host_time_scale(cluster, config, profile, range(cell.num_devices))
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
 
     def measure(number: int, is_last: bool) -> EnsembleRun:
         return run_ensemble(cluster, ensemble, inputs, cell.repeats)
 
-    def make_row(number: int, runs: list[EnsembleRun], scale: float, check, steal: float) -> tuple[dict, None]:
-        (run,) = runs
-        records = [record for record in run.records if record is not None]
-        sent = [
-            sum(record["bytes"].values()) for n, record in enumerate(run.records) if record and n != ensemble.central
-        ]
-        error = (run.logits - expected).abs()
-        row = {name: getattr(cell, name) for name in ("bandwidth_mbps", "seq_len", "repeats", "num_devices", "model")}
-        row |= {"method": method, "plan": f"{len(run.present)} sub-models, device {ensemble.central} aggregates"}
-        row |= {"time_scale": scale, "device": cluster.profile_name, "link": cluster.link, "wire": "float32"}
-        row |= {"latency_s": run.latency_s, "spread_s": max(run.samples_s) - min(run.samples_s)}
-        row |= {"compute_s": max(record["compute_s"] for record in records), "predicted_s": predicted_s}
-        row |= {"weights_bytes": max(record["weights_bytes"] for record in records), "sent_bytes": max(sent, default=0)}
-        row |= {"pacing_overrun": lateness(records), "host_steal": steal, "max_abs_error": float(error.max())}
-        row |= {"relative_error": float(error.square().mean().sqrt() / expected.square().mean().sqrt())} | asdict(check)
-        why = why_invalid(row) or ("" if all(run.present) else run.sentence)
-        return row | {"valid": not why, "why_invalid": why}, None
-
     conditions = (cell.bandwidth_mbps, cell.num_devices, scale, checks_links)
-    ((row, _),) = bench.in_turn(*conditions, measure, make_row, repeats=[1])
-    return row
+    (((run,), steal),), scale, check = bench.in_turn(
+        *conditions, measure, num_trials=1, repeats=1, late=lambda run: lateness(run.records)
+    )
+    records = [record for record in run.records if record is not None]
+    sent = [sum(record["bytes"].values()) for n, record in enumerate(run.records) if record and n != ensemble.central]
+    error = (run.logits - expected).abs()
+    row = {name: getattr(cell, name) for name in ("bandwidth_mbps", "seq_len", "repeats", "num_devices", "model")}
+    row |= {"method": method, "plan": f"{len(run.present)} sub-models, device {ensemble.central} aggregates"}
+    row |= {"time_scale": scale, "device": cluster.profile_name, "link": cluster.link, "wire": "float32"}
+    row |= {"latency_s": run.latency_s, "spread_s": max(run.samples_s) - min(run.samples_s)}
+    row |= {"compute_s": max(record["compute_s"] for record in records), "predicted_s": predicted_s}
+    row |= {"weights_bytes": max(record["weights_bytes"] for record in records), "sent_bytes": max(sent, default=0)}
+    row |= {"pacing_overrun": lateness(records), "host_steal": steal, "max_abs_error": float(error.max())}
+    row |= {"relative_error": float(error.square().mean().sqrt() / expected.square().mean().sqrt())} | asdict(check)
+    why = why_invalid(row) or ("" if all(run.present) else run.sentence)
+    return row | {"valid": not why, "why_invalid": why}
 
 
 def _as_compared(rows: pd.DataFrame, size: str) -> pd.DataFrame:

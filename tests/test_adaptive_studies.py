@@ -12,7 +12,6 @@ from detransformer.models import decouple
 from detransformer.models.configuration import preset_config
 from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
-from detransformer.tables.adaptive import choice_cells
 
 sys.path.insert(0, str(repository_root() / "notebooks"))
 import adaptive_studies as adaptive  # noqa: E402
@@ -63,10 +62,10 @@ def test_choices_are_measured_once(small, tmp_path, monkeypatch):
     rows = adaptive.choice_rows(tmp_path, *grid, num_rivals=1, transport="loopback")
     assert rows.groupby("bandwidth_mbps")["chosen"].sum().to_dict() == {125: 1, 1000: 1}
     assert len(rows) >= 4 and (rows["max_abs_error"] < 1e-4).all() and list(rows) == list(adaptive.GRID_COLUMNS)
-    monkeypatch.setattr(Bench, "measure_plans", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(Bench, "measure", lambda *_: pytest.fail("measured again"))
     again = adaptive.choice_rows(tmp_path, *grid, num_rivals=1, transport="loopback")
     assert again.equals(rows)
-    cells = choice_cells(rows.assign(valid=True))
+    cells = adaptive.choice_cells(rows.assign(valid=True))
     assert len(cells) == 2 and (cells["over_best"] >= 1).all()
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,17 +13,15 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
+from detransformer.files import repository_root
 from detransformer.models import decouple, layer_kinds
 from detransformer.training import (
     CalibrationConfig,
     FinetuneConfig,
     ModelRow,
     calibrate,
-    calibration_curve,
-    calibration_table,
     finetune,
     open_data,
-    structures,
 )
 from detransformer.training.calibration import LayerErrors, distance
 from detransformer.training.data.packing import CutBatches, SpecialTokens, mask_tokens
@@ -30,6 +29,9 @@ from detransformer.training.data.text import LONGEST, text_data
 from detransformer.training.refit import refit
 from stopping import Stop, stop_at
 from test_cli import assert_one_sentence, call
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+from accuracy_studies import calibration_curve, calibration_table  # noqa: E402
 
 TINY = CalibrationConfig(
     **dict(num_steps=6, global_batch_size=16, micro_batch_size=8, seq_len=16, learning_rate=2e-3, seed=5),
@@ -142,7 +144,7 @@ def test_only_the_student_is_trained_and_saved(models, dtype):
 def test_batches_have_every_token_in_pieces_of_several_lengths():
     text = np.arange(5, 5 + 8 * 12, dtype=np.uint16).reshape(8, 12).repeat(1, axis=0)
     sequences = np.concatenate([np.full((8, 1), 1), text, np.full((8, 1), 2)], axis=1).astype(np.uint16)
-    batches = CutBatches(sequences, SpecialTokens(0, 1, 2, 3), seed=4)
+    batches = CutBatches(sequences, 101, SpecialTokens(0, 1, 2, 3), seed=4)
     seen, shapes = [], []
     for index in range(3):
         ids = batches.train_batch(index, 2)["input_ids"]
@@ -211,14 +213,6 @@ def test_fewer_layers_keep_every_nth_one(data, teacher, tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs)
     assert (cut.stage, trained.stage, row.label) == ("cut", "trained", "bert-base, 2 layers")
     assert trained.errors[-1] < cut.errors[-1] and len(trained.errors) == 2
-
-
-def test_each_published_structure_stands_before_its_variants_once():
-    narrow = dataclasses.replace(ROW, attention_width="narrow")
-    top = dataclasses.replace(ROW, original_placement="top")
-    other = ModelRow("bert-base", 4, 4, "full", "first")
-    assert structures([narrow, top, other]) == [ROW, narrow, top, ModelRow("bert-base", 4, 4), other]
-    assert len({row.key for row in structures([narrow, top, other])}) == 5
 
 
 def test_what_cannot_be_calibrated_is_one_sentence(data, teacher, tmp_path):

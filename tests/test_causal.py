@@ -3,23 +3,22 @@
 import dataclasses
 import math
 
-import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from detransformer.training import ModelRow, open_data
-from detransformer.training.causal import (
+from detransformer.training import (
     CausalConfig,
-    NextTokenBatches,
-    NextTokenLoss,
-    build_model,
-    causal_rows,
-    perplexity_table,
+    ModelRow,
+    open_data,
+    pretrain,
+    pretrain_all,
+    pretraining_table,
     reduced_data,
-    train_row,
 )
+from detransformer.training.data.packing import NextTokenBatches
 from detransformer.training.optim import parameter_groups
+from detransformer.training.pretraining import NextTokenLoss, build_model
 from stopping import Stop, stop_at
 
 TINY = CausalConfig(
@@ -27,6 +26,7 @@ TINY = CausalConfig(
     **dict(micro_batch_size=2, learning_rate=1e-2, dropout=0.1, max_train_tokens=4000, max_valid_tokens=320, seed=5),
 )
 DECOUPLED = ModelRow("gpt2", 1, 2)
+ROWS = [ModelRow("gpt2"), DECOUPLED]
 
 
 @pytest.fixture(scope="module")
@@ -39,50 +39,46 @@ def reduced(data):
     return reduced_data(data, TINY.vocab_size, decoder=True)
 
 
-def test_table_of_rows_and_seeds_is_made_once(data, tmp_path, monkeypatch):
-    rows, seeds = [[], [1, 2]], (0, 1)
-    table = perplexity_table(rows, TINY, tmp_path, data, seeds)
-    assert table["seed"].tolist() == [0, 0, 1, 1]
-    assert table["num_original_layers"].isna().tolist() == [True, False] * 2 and set(table["model"]) == {"gpt2-2x16"}
-    assert table["train_tokens"].tolist() == [4 * 4 * 14] * 4 and table["valid_tokens"].tolist() == [320 // 16 * 14] * 4
-    assert table["perplexity"].tolist() == [math.exp(loss) for loss in table["valid_loss"]]
-    monkeypatch.setattr("detransformer.training.causal.train_on_text", stop_at(None))  # would fail if it trained
-    pd.testing.assert_frame_equal(perplexity_table(rows, TINY, tmp_path, data, seeds), table)
-    folder = tmp_path / "gpt2-nb1-ndiv2-seed1" / "model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.config.num_divisions == 2 and model.num_parameters() == table["parameters"][3]
+def test_rows_are_trained_once_and_make_a_table(reduced, tmp_path):
+    table = pretraining_table(pretrain_all(ROWS, TINY, reduced, tmp_path))
+    assert table["num_original_layers"].isna().tolist() == [True, False] and set(table["model"]) == {"gpt2"}
+    assert table["tokens"].tolist() == [4 * 4 * 14] * 2 and table["valid_tokens"].tolist() == [320] * 2
+    assert table["perplexity"].tolist() == pytest.approx([math.exp(loss) for loss in table["valid_loss"]])
+    assert table["note"][0].startswith("2 layers, hidden 16, 224 tokens pre-training; built-in-120-pieces text")
+    again = pretrain(DECOUPLED, TINY, reduced, tmp_path, on_step=stop_at(1))  # would raise if it trained
+    assert again.valid_loss == table["valid_loss"][1]
+    model, tokenizer = (kind.from_pretrained(again.checkpoint) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.num_divisions == 2
     prompt = tokenizer("Anna bought", return_tensors="pt", return_token_type_ids=False)
     assert prompt["input_ids"][0, 0] == tokenizer.cls_token_id == model.config.bos_token_id
     assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] <= prompt["input_ids"].shape[1] + 3
-    history = pd.read_csv(tmp_path / "gpt2-original-seed0" / "history.csv")
-    assert history["tokens"].tolist() == [56, 112, 168, 224]
-    assert history["train_loss"][0] == pytest.approx(math.log(TINY.vocab_size), abs=0.7)
+    assert again.history["tokens"].tolist() == [56, 112, 168, 224]
+    assert again.history["train_loss"][0] == pytest.approx(math.log(TINY.vocab_size), abs=0.7)
 
 
 def test_interrupted_training_ends_bit_equal(reduced, tmp_path):
     config = dataclasses.replace(TINY, checkpoint_every_s=0)
-    whole = train_row(DECOUPLED, TINY, reduced, tmp_path / "whole")
+    whole = pretrain(DECOUPLED, TINY, reduced, tmp_path / "whole")
     with pytest.raises(Stop):
-        train_row(DECOUPLED, config, reduced, tmp_path / "parts", on_step=stop_at(2))
+        pretrain(DECOUPLED, config, reduced, tmp_path / "parts", on_step=stop_at(2))
     steps = []
-    parts = train_row(DECOUPLED, config, reduced, tmp_path / "parts", on_step=lambda step, loss: steps.append(step))
-    assert steps == [3, 4] and parts["valid_loss"] == whole["valid_loss"]  # it went on, it did not start again
-    left = sorted(path.name for path in (tmp_path / "parts" / "gpt2-nb1-ndiv2-seed5").iterdir())
+    parts = pretrain(DECOUPLED, config, reduced, tmp_path / "parts", on_step=lambda step, loss: steps.append(step))
+    assert steps == [3, 4] and parts.valid_loss == whole.valid_loss  # it went on, it did not start again
+    left = sorted(path.name for path in (tmp_path / "parts" / DECOUPLED.key).iterdir())
     assert left == ["history.csv", "model", "result.json"]
 
 
 def test_it_learns(reduced, tmp_path):
     config = dataclasses.replace(TINY, num_steps=60, micro_batch_size=4, max_train_tokens=None, dropout=0.0)
-    for row in causal_rows([[], [1, 2]]):
-        losses = []
-        result = train_row(row, config, reduced, tmp_path, on_step=lambda step, loss, seen=losses: seen.append(loss))
-        assert losses[-1] < losses[0] - 0.5 and result["valid_loss"] < losses[0] - 0.5
+    for result in pretrain_all(ROWS, config, reduced, tmp_path):
+        losses = result.history["train_loss"].tolist()
+        assert losses[-1] < losses[0] - 0.5 and result.valid_loss < losses[0] - 0.5
 
 
 def test_loss_is_that_of_the_text_alone(reduced):
     """The same as the model's own loss with the labels of the last [SEP] taken out."""
-    sequences = reduced.packed("validation", 16, 320).sequences
-    batch = NextTokenBatches(sequences, reduced, seed=0).train_batch(0, 3)
+    sequences = reduced.packed("validation", 16, 320)
+    batch = NextTokenBatches(sequences, reduced.vocab_size, reduced.special, seed=0).train_batch(0, 3)
     model = build_model(DECOUPLED, TINY, reduced).eval()
     whole = torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1)
     assert (whole[:, 0] == reduced.special.cls).all() and batch["labels"].shape == (3, 14)
@@ -116,7 +112,7 @@ def test_reduced_vocabulary_spells_what_it_lacks(data, reduced):
     [
         (dict(num_heads=3), "num_heads=3 does not divide hidden_size=128"),
         (dict(micro_batch_size=3), "micro_batch_size=3 does not divide global_batch_size=4"),
-        (dict(seq_len=4), "seq_len=4 is below 8"),
+        (dict(seq_len=4), "seq_len=4 is outside 8..1024"),
         (dict(num_steps=0), "num_steps=0 is not above 0"),
         (dict(mixed_precision="int8"), "mixed_precision='int8' is unknown"),
     ],
@@ -126,8 +122,8 @@ def test_bad_settings_are_named(fields, words):
         CausalConfig(**fields)
 
 
-@pytest.mark.parametrize("row, words", [([3, 2], "outside 1..2"), ([1, 3], "num_divisions=3"), ([1], "half decoupled")])
-def test_rows_that_cannot_be_built_are_named_before_training(data, tmp_path, row, words):
+@pytest.mark.parametrize("row, words", [([3, 2], "outside 1..2"), ([1, 3], "num_divisions=3")])
+def test_rows_that_cannot_be_built_are_named_before_training(reduced, tmp_path, row, words):
     with pytest.raises(ValueError, match=words):
-        perplexity_table([[], row], TINY, tmp_path, data)
+        pretrain_all([ModelRow("gpt2"), ModelRow("gpt2", *row)], TINY, reduced, tmp_path)
     assert not any(tmp_path.iterdir())

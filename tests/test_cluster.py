@@ -29,11 +29,10 @@ from detransformer.cluster.network import (
     disciplines,
     remove_stale_namespaces,
 )
-from detransformer.cluster.pacing import Arrivals, Pacer
+from detransformer.cluster.pacing import Arrivals, Pacer, seconds_of, timeline_rows
 from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
 from detransformer.cluster.selfcheck import Check, first_time_scale, transfer_seconds, why_invalid
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.cluster.timeline import seconds_of, split_waits, timeline_rows
 from detransformer.models import preset_config
 from detransformer.parallel.layer import STRATEGIES
 from detransformer.parallel.plan import published_plan
@@ -97,28 +96,36 @@ def test_a_modelled_transfer_begins_when_the_last_device_has_arrived(tmp_path):
     assert 0.15 <= through(second, "receive", sent) < 0.19
 
 
-def test_waits_are_split_from_transfers():
-    """Two devices and a collective: the first waits 2 s for the second, then both move bytes for 1 s."""
-    first = [("compute", 0.0, 3.0, 0.0), ("all_reduce", 3.0, 6.0, 3.0), ("compute", 6.0, 7.0, 6.0)]
-    second = [("compute", 0.5, 5.0, 0.5), ("all_reduce", 5.0, 6.0, 5.0), ("compute", 6.0, 7.5, 6.0)]
-    parts = split_waits([first, second])
-    assert parts[0][1:3] == [("wait", 3.0, 5.0), ("all_reduce", 5.0, 6.0)]
-    assert seconds_of(parts[0]) == {"compute_s": 4.0, "wait_s": 2.0, "comm_s": 1.0}
-    assert seconds_of(parts[1]) == {"compute_s": 6.0, "wait_s": 0.0, "comm_s": 1.0}
-    rows = timeline_rows(parts, time_scale=2.0)
-    assert rows[1] == {"rank": 0, "what": "wait", "start_s": 1.5, "stop_s": 2.5}
-    with pytest.raises(ValueError, match="different collectives"):
-        split_waits([first, first[:1] + [("all_gather", 3.0, 6.0, 3.0)]])
+def test_waits_are_split_from_transfers(tmp_path):
+    """A device waits until the last one has launched a collective, a receiver until its message is sent."""
+    Arrivals(tmp_path / "arrivals", 2, create=True)
+    first, second = (Pacer(arrivals=Arrivals(tmp_path / "arrivals", 2), rank=r, devices=(0, 1)) for r in range(2))
+    first.begin()
+    second.begin()
+    for early, late, kinds in ((first, second, ("all_reduce", "all_reduce")), (second, first, ("receive", "send"))):
+        early.reset()
+        late.reset()
+        here = early.launch(kinds[0], 1)
+        early.before_wait(here)
+        time.sleep(0.05)
+        there = late.launch(kinds[1], 1)
+        launched = late.launched[there][2]
+        late.before_wait(there)
+        time.sleep(0.01)
+        for pacer, number in ((early, here), (late, there)):
+            pacer.after_wait(number)
+        assert [what for what, *_ in early.events] == ["compute", "compute", "wait", kinds[0]]
+        assert [what for what, *_ in late.events] == ["compute", "compute", kinds[1]]
+        (_, since, waited), (_, moved, done) = early.events[2:]
+        assert waited == moved == launched < done
+        sums = seconds_of(early.events)
+        assert (sums["wait_s"], sums["comm_s"]) == pytest.approx((waited - since, done - moved))
 
 
-def test_waiting_for_a_stage_is_waiting():
-    """A pipeline of two: the second waits for the first's message, and only then for the message to come."""
-    first = [("compute", 0.0, 3.0, 0.0), ("send", 3.0, 3.5, 3.0)]
-    second = [("receive", 0.0, 4.0, 0.0), ("compute", 4.0, 7.0, 4.0)]
-    assert split_waits([first, second]) == [
-        [("compute", 0.0, 3.0), ("send", 3.0, 3.5)],
-        [("wait", 0.0, 3.0), ("receive", 3.0, 4.0), ("compute", 4.0, 7.0)],
-    ]
+def test_a_timeline_begins_at_the_first_start():
+    first, second = [("compute", 3.0, 5.0), ("wait", 5.0, 6.0)], [("compute", 2.0, 6.0)]
+    rows = timeline_rows([first, second], time_scale=2.0)
+    assert rows[1] == {"rank": 0, "what": "wait", "start_s": 1.5, "stop_s": 2.0}
 
 
 def test_bench_row_over_loopback(cluster, cases, tmp_path):
@@ -126,7 +133,7 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
     cells = grid(str(tmp_path / "model"), ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=3)
     path = tmp_path / "rows.json"
-    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, quiet=True, timeline=tmp_path / "timeline.csv")
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, timeline=tmp_path / "timeline.csv")
     row = frame.set_index("method").loc["tp"]
     assert (row["all_reduce_count"], row["num_devices"], row["link"]) == (10, 3, "modelled")
     assert 0 < row["max_abs_error"] < 1e-4
@@ -152,7 +159,7 @@ def test_bench_on_other_wires(cluster, cases, tmp_path):
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
     folder, common = str(tmp_path / "model"), dict(seq_len=16, repeats=1)
     cells = grid(folder, ["single", "tp", "ulysses"], [100.0], 2, "int8", **common)
-    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, quiet=True)
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells)
     assert frame["wire"].tolist() == ["float32", "int8", "int8"]
     rounded = frame[frame["wire"] == "int8"]
     assert (rounded["relative_error"] > 1e-4).all() and (rounded["relative_error"] < 0.2).all()
@@ -178,15 +185,15 @@ def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
-        measure_grid(bench, cells, path, quiet=True)
+        measure_grid(bench, cells, path)
     assert len(json.loads(path.read_text())) == 2
-    frame = measure_grid(bench, cells, path, quiet=True)
+    frame = measure_grid(bench, cells, path)
     assert measured == [["tp", "sp"], "interrupted", ["tp", "sp"]]
     assert frame[["method", "bandwidth_mbps"]].values.tolist() == [[c.method, c.bandwidth_mbps] for c in cells]
     assert all(len(json.loads(samples)) == 2 for samples in frame["samples_s"])
     path.write_text("{")
     with pytest.raises(ValueError, match="not a bench's row file"):
-        measure_grid(bench, cells, path, quiet=True)
+        measure_grid(bench, cells, path)
 
 
 def test_bench_names_what_makes_a_row_invalid():
@@ -302,13 +309,13 @@ UNEQUAL = ["rpi4b", DeviceSpec(speed=2.0, memory_bytes=2**29, name="desk"), Devi
 def test_unequal_devices_have_their_own_profiles():
     config = preset_config("bert-base")
     cluster = EmulatedCluster(3, UNEQUAL, transport="loopback")
-    pi, desk, jetson = cluster.profile("bert-base", config).devices
+    pi, desk, jetson = cluster.profile(config).devices
     assert replace(pi, efficiency=()) == preset_profile("rpi4b", config) and jetson.name == "Jetson TX2 on a 0.5x link"
     assert (desk.name, desk.memory_bytes) == ("desk", 2**29)
     assert desk.flops_per_s == 2 * pi.flops_per_s
     assert desk.compute_s(1.0, "*", 48e6) == pi.compute_s(1.0, "*", 24e6) == 0.005  # reading weights, too
-    assert cluster.profile("bert-base", config).link.shares == (1.0, 1.0, 0.5)
-    assert EmulatedCluster(2, transport="loopback").profile("bert-base", config).link.shares == ()
+    assert cluster.profile(config).link.shares == (1.0, 1.0, 0.5)
+    assert EmulatedCluster(2, transport="loopback").profile(config).link.shares == ()
     assert cluster.profile_name == (
         "Raspberry Pi 4B, Raspberry Pi 4B at 2x speed with 512 MiB, Jetson TX2 on a 0.5x link (emulated)"
     )
@@ -345,7 +352,7 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
             for source, target, at in (pair for result in results for pair in result["received"]):
                 limit = half if 2 in (source, target) else bandwidth_bps
                 assert 0.6 * limit < 8e6 / (at - starts[source, target]) <= limit, (source, target)
-        profile = session.profile("", case.config)
+        profile = session.profile(case.config)
         slowed = [dict(asdict(device), flops_per_s=device.flops_per_s / 1000) for device in profile.devices]
         results = session.run(
             "run_plan",
@@ -357,7 +364,7 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
             dtype="float64",
             repeats=2,
         )
-        first, fast, last = (seconds_of([e[:3] for e in r["samples"][1]["events"]])["compute_s"] for r in results)
+        first, fast, last = (seconds_of(r["samples"][1]["events"])["compute_s"] for r in results)
         # the first has 24 of 70 FFN columns, the others 23
         assert first == pytest.approx(2 * fast, rel=0.03) and first == pytest.approx(last, rel=0.03)
         assert all(result["max_abs_error"] < 1e-12 for result in results)
@@ -492,7 +499,6 @@ def test_a_delayed_link_is_netem_around_the_token_bucket():
     outer, inner = disciplines(shape, delayed=True)
     assert (outer["kind"], outer["delay"], outer["jitter"]) == ("netem", 2000, 500)  # in microseconds
     assert inner == bucket | {"parent": "1:1"} and bucket["rate"] == 125e6 / 8
-    assert Shape.from_line(shape.to_line()) == shape
 
 
 @needs_namespaces

@@ -83,7 +83,7 @@ def test_deit_b_on_a_tx2_is_the_published_latency():
 def test_the_clusters_file_of_coformers_testbed_is_three_jetsons():
     spec = ClusterSpec.load(repository_root() / "examples" / "jetsons.yaml")
     assert [s.preset for s in spec.device_specs] == [s.preset for s in JETSONS]
-    cluster = spec.profile("bert-base", BertConfig())
+    cluster = spec.profile(BertConfig())
     times = latency(uniform_policy(DEIT_B, 3), DEIT_B, cluster)
     assert times.total_s < 0.12348  # faster than DeiT-B on the TX2
     assert np.argmax(times.idle_s) in (1, 2) and times.idle_s[0] == 0  # the Jetson Nano is waited for

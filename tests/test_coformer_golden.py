@@ -46,9 +46,9 @@ from detransformer.coformer.predictor import latency, roofline_s
 from detransformer.coformer.sampling import filled, sample_policy, sample_uniform_policy, uniform_policy
 from detransformer.coformer.search import Evaluation, SearchConfig, search_policy
 from detransformer.files import repository_root
-from detransformer.tables import coformer as tables
 
 sys.path.insert(0, str(repository_root() / "notebooks"))
+import coformer_tables as tables  # noqa: E402
 from decomposition_studies import describe, fit_predictor  # noqa: E402
 from method_rows import energy_j, predicted_rows, scale_policy, tdp_w  # noqa: E402
 
@@ -89,7 +89,7 @@ def jetsons() -> ClusterSpec:
 
 @pytest.fixture(scope="module")
 def profile(jetsons):
-    return jetsons.profile("deit-b", ViTConfig())
+    return jetsons.profile(ViTConfig())
 
 
 def listed(policy: Policy) -> list:

@@ -20,11 +20,11 @@ from detransformer.coformer.sampling import sample_policy
 from detransformer.coformer.search import METHODS, SearchConfig
 from detransformer.coformer.tasks import ImageTask
 from detransformer.files import repository_root
-from detransformer.tables import coformer as tables
 from detransformer.training.data.images import generated_images
 from detransformer.training.images import ImageConfig
 
 sys.path.insert(0, str(repository_root() / "notebooks"))
+import coformer_tables as tables  # noqa: E402
 import comparison_studies as comparison  # noqa: E402
 import decomposition_studies as decomposition  # noqa: E402
 

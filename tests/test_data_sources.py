@@ -4,6 +4,7 @@ import json
 import lzma
 import pickle
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,14 +222,15 @@ def test_built_in_labels_follow_from_the_text_and_spans_match():
 def test_packed_text_is_made_once_and_damage_is_named(tmp_path, monkeypatch):
     data = open_data("built-in", tmp_path)
     packed = data.packed("train", 32, 3200)
-    assert packed.sequences.shape == (100, 32) and isinstance(packed.sequences, np.memmap)
-    assert (packed.sequences[:, 0] == data.special.cls).all() and (packed.sequences[:, -1] == data.special.sep).all()
-    before = packed.path.stat().st_mtime_ns
-    assert np.array_equal(open_data("built-in", tmp_path).packed("train", 32, 3200).sequences, packed.sequences)
-    assert packed.path.stat().st_mtime_ns == before
-    text = data.tokenizer.decode(packed.sequences[:5].flatten().tolist())
+    assert packed.shape == (100, 32) and isinstance(packed, np.memmap)
+    assert (packed[:, 0] == data.special.cls).all() and (packed[:, -1] == data.special.sep).all()
+    path = Path(packed.filename)
+    before = path.stat().st_mtime_ns
+    assert np.array_equal(open_data("built-in", tmp_path).packed("train", 32, 3200), packed)
+    assert path.stat().st_mtime_ns == before
+    text = data.tokenizer.decode(packed[:5].flatten().tolist())
     assert next(data.source.articles("train")).split("\n")[0].lower() in text
-    packed.path.write_bytes(b"short")
+    path.write_bytes(b"short")
     with pytest.raises(ValueError, match="is damaged.*made again"):
         data.packed("train", 32, 3200)
 
@@ -272,14 +274,14 @@ def test_masks_hit_the_right_number_of_ordinary_tokens():
 
 def test_order_covers_each_epoch_and_depends_on_the_seed_alone(tmp_path):
     data = open_data("built-in", tmp_path)
-    sequences = data.packed("train", 32, 3200).sequences
-    batches = MaskedBatches(sequences, data.vocab_size, data.special, 4, seed=3)
+    sequences = data.packed("train", 32, 3200)
+    batches = MaskedBatches(sequences, data.vocab_size, data.special, seed=3, num_masked=4)
     assert sorted(np.concatenate([batches.rows(0, 60), batches.rows(60, 40)])) == list(range(100))
     assert list(batches.rows(90, 20)) == [*batches.rows(90, 10), *batches.rows(100, 10)]
-    again = MaskedBatches(sequences, data.vocab_size, data.special, 4, seed=3)
+    again = MaskedBatches(sequences, data.vocab_size, data.special, seed=3, num_masked=4)
     for name, tensor in batches.train_batch(7, 8).items():
         assert torch.equal(tensor, again.train_batch(7, 8)[name])
-    other = MaskedBatches(sequences, data.vocab_size, data.special, 4, seed=4)
+    other = MaskedBatches(sequences, data.vocab_size, data.special, seed=4, num_masked=4)
     assert not torch.equal(batches.train_batch(7, 8)["input_ids"], other.train_batch(7, 8)["input_ids"])
 
 

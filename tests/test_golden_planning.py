@@ -38,17 +38,17 @@ def rows_of(name: str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def profile_of(model, config, row, shares=None) -> ClusterProfile:
+def profile_of(config, row, shares=None) -> ClusterProfile:
     speeds = [float(speed) for speed in row["split"].split(":")]
     shares = [1.0, 0.5, 0.25, 1.0] if shares else [1.0] * 4
     specs = [DeviceSpec(speed=speed, link_share=share) for speed, share in zip(speeds, shares, strict=False)]
-    return cluster_profile(specs, model, config, 1e6 * float(row["mbps"]), pace=row["pace"])
+    return cluster_profile(specs, config, 1e6 * float(row["mbps"]), pace=row["pace"])
 
 
 def check_price(row: dict) -> None:
     preset, num_original, width = MODELS[row["model"]]
     config = preset_config(preset, num_original, 4, width)
-    profile = profile_of(preset, config, row, row["shares"])
+    profile = profile_of(config, row, row["shares"])
     plan = published_plan(row["method"], config, device_speeds(profile), row["wire"])
     plan = replace(plan, num_chunks=int(row["num_chunks"]))
     found = predict(config, plan, profile, int(row["seq_len"]), int(row["batch_size"]), int(row["past"]))
@@ -78,7 +78,7 @@ def test_choices_are_no_slower_than_they_were(source):
         if row["source"] != source:
             continue
         config = preset_config(row["model"], None if row["method"] == "auto" else 4, 4)
-        profile = profile_of(row["model"], config, row)
+        profile = profile_of(config, row)
         if source != "grid":
             link = ClusterProfile.load(REFERENCE / "profiles" / f"{row['model']}.json").link
             profile = ClusterProfile(profile.devices, link.at(1e6 * float(row["mbps"])))

@@ -13,7 +13,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     GPT2Tokenizer,
-    RobertaConfig,
+    OPTConfig,
 )
 
 from detransformer.checkpoints import decouple_checkpoint
@@ -331,8 +331,8 @@ def test_what_is_no_original_gpt2_is_refused(gpt2):
         decouple(decouple(gpt2, 2, 4))
     with pytest.raises(ValueError, match="set add_cross_attention=False"):
         DecoupledGPT2Model(DecoupledGPT2Config(**SMALL, num_original_layers=2, add_cross_attention=True))
-    with pytest.raises(ValueError, match="'roberta' is neither BERT nor GPT-2"):
-        architecture(RobertaConfig())
+    with pytest.raises(ValueError, match="'opt' is not supported"):
+        architecture(OPTConfig())
 
 
 # --- checkpoints of latency runs ------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_presets_are_made_once_with_their_reference(small_preset, tmp_path):
     decoupled = small_preset.decoupled_checkpoint("gpt2", 2, 4, "full")
     assert decoupled.decoupled and decoupled.config.num_divisions == 4
     assert small_preset.decoupled_checkpoint("gpt2", 2, 4, "full").path == decoupled.path
-    assert small_preset.open_folder(decoupled.path).config.model_type == "decoupled_gpt2"
+    assert open_checkpoint(decoupled.path).config.model_type == "decoupled_gpt2"
     from safetensors.torch import load_file
 
     for found in (original, decoupled):

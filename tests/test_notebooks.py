@@ -14,7 +14,7 @@ import pytest
 from detransformer.files import repository_root
 from detransformer.notebooks import USES, find_notebooks
 from detransformer.profiles import built_in_profiles, load_profile, load_settings
-from detransformer.training.causal import CausalConfig
+from detransformer.training import CausalConfig
 
 ROOT = repository_root()
 sys.path.insert(0, str(ROOT / "notebooks"))

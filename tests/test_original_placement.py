@@ -28,9 +28,8 @@ from detransformer.parallel.executor import Executor
 from detransformer.parallel.plan import layer_plan, published_plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import predict
-from detransformer.planning.explain import explain
 from detransformer.planning.memory import held_bytes
-from detransformer.planning.placement import place, place_freely
+from detransformer.planning.placement import bottleneck, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 from detransformer.planning.recorder import device_steps
 from detransformer.planning.tape import Start
@@ -273,7 +272,7 @@ def test_the_planner_finds_a_plan_wherever_original_layers_stand(placement):
     found.plan.check(config)
     published = place(config, profile, 32)
     assert found.chosen.latency_s <= published.chosen.latency_s
-    assert "chosen" in explain(found, config, profile, 32)
+    assert bottleneck(found.plan, config, profile, 32).startswith("Bottleneck: ")
 
 
 def test_adjacent_original_layers_need_fewer_reshards():

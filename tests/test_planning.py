@@ -10,10 +10,9 @@ from detransformer.models.sizes import model_flops, model_parameters
 from detransformer.parallel.methods import BLOCK_METHODS, PAPER_METHODS
 from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.planning.cost import launched_seconds, predict
-from detransformer.planning.explain import explain, limits
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.pieces import Pieces
-from detransformer.planning.placement import method_plan, place, place_freely
+from detransformer.planning.placement import bottleneck, limits, method_plan, place, place_freely
 from detransformer.planning.profile import COLLECTIVE_KINDS, ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.planning.recorder import device_steps, segments
 from detransformer.planning.tape import Compute, Start, Wait
@@ -138,7 +137,7 @@ def test_small_shares_are_as_much_slower_as_was_measured():
 def test_the_measured_pace_is_slower_for_small_shares_alone():
     """One device takes the published time under both paces; shares in chunks take longer than operations say."""
     config, specs = preset_config("bert-base"), device_specs(4, "rpi4b")
-    paced = {pace: cluster_profile(specs, "bert-base", config, 125e6, pace=pace) for pace in PACES}
+    paced = {pace: cluster_profile(specs, config, 125e6, pace=pace) for pace in PACES}
     seconds = {}
     for name, plan in {
         "single": published_plan("single", config),
@@ -150,7 +149,7 @@ def test_the_measured_pace_is_slower_for_small_shares_alone():
     whole, chunked = (seconds[name][0] / seconds[name][1] for name in ("heads", "heads, 4 chunks"))
     assert 1.05 < whole < 1.2 * whole < chunked
     with pytest.raises(ValueError, match="pace='fast' is unknown: choose one of measured, roofline"):
-        cluster_profile(specs, "bert-base", config, 125e6, pace="fast")
+        cluster_profile(specs, config, 125e6, pace="fast")
 
 
 def test_chunks_hide_communication_behind_compute():
@@ -292,18 +291,12 @@ def test_a_damaged_profile_is_one_sentence(tmp_path, text):
 # Explanations --------------------------------------------------------------------------------------------------------
 
 
-def test_an_explanation_lists_the_alternatives_and_the_bottleneck():
+def test_the_bottleneck_is_the_largest_share():
     config = preset_config("bert-base", 4)
-    placement = place_freely(config, cluster(config))
-    text = explain(placement, config, cluster(config))
-    lines = text.split("\n")
-    assert len(lines) <= 14 and lines[1].endswith("chosen") and lines[-1].startswith("Bottleneck: compute")
-    for method in ("bp+tp", "bp+sp", "bp+allgather", "single"):
-        assert any(line.startswith(f"{method}: ") for line in lines)
-    config = preset_config("bert-large", 4)
-    tight = place_freely(config, cluster(config, 10), seq_len=512, batch_size=4, memory_budget_bytes=2**30)
-    text = explain(tight, config, cluster(config, 10), 512, 4)
-    assert "needs 1134 MiB on device 3 (Raspberry Pi 4B), 110 MiB more than its budget" in text
+    plan = place_freely(config, cluster(config)).plan
+    assert bottleneck(plan, config, cluster(config)).startswith("Bottleneck: compute ")
+    slow = bottleneck(published_plan("bp+sp", config, FOUR), config, cluster(config, 10))
+    assert slow.startswith("Bottleneck: bytes on the links ") and slow.endswith("%.")
 
 
 def test_what_limits_adds_up_and_follows_link_and_devices():
@@ -337,7 +330,7 @@ def test_a_modelled_link_is_paced_by_what_is_priced(shares):
 def test_one_device_is_planned_for_too(method):
     """What is left of a cluster may be one device: every method then runs layers whole."""
     config = preset_config("bert-base")
-    profile = cluster_profile(device_specs(1, "rpi4b"), "bert-base", config, 125e6)
+    profile = cluster_profile(device_specs(1, "rpi4b"), config, 125e6)
     freely, named = place_freely(config, profile).plan, place(config, profile, methods=[method]).plan
     assert freely.num_devices == named.num_devices == 1
     assert set(freely.strategies) == set(named.strategies) == {"replicate"}

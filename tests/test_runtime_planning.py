@@ -78,9 +78,10 @@ def test_the_held_plans_come_near_to_planning_each_request_freely(plans):
 
 
 def test_all_held_weights_and_a_request_fit_the_budget_and_less_memory_is_slower():
-    profile, totals = cluster((100.0, 100.0, 200.0, 200.0)), []
+    totals = []
     for budget_mib in (290, 330, 1000):
-        plans = static_plans(CONFIG, profile, REQUESTS, RATES, memory_budget_bytes=budget_mib * MIB)
+        profile = cluster((100.0, 100.0, 200.0, 200.0), budget_mib * MIB)
+        plans = static_plans(CONFIG, profile, REQUESTS, RATES)
         for device in range(4):
             held = held_bytes(CONFIG, plans, device)
             assert not held or held + activation_bytes(CONFIG, 512, 1) <= budget_mib * MIB
@@ -92,7 +93,7 @@ def test_static_planning_says_what_is_missing():
     with pytest.raises(ValueError, match="at least one of each"):
         static_plans(CONFIG, cluster(), [], RATES)
     with pytest.raises(ValueError, match="no plan fits: even the smallest"):
-        static_plans(CONFIG, cluster(), REQUESTS, RATES, memory_budget_bytes=100 * MIB)
+        static_plans(CONFIG, cluster(memory=100 * MIB), REQUESTS, RATES)
     with pytest.raises(ValueError, match="at least one of each"):
         RuntimePlanner(CONFIG, [], cluster(), LENGTHS, [1], RATES)
 

@@ -217,7 +217,7 @@ def test_where_nothing_fits_the_message_says_what_would_help():
 def test_the_most_exact_format_within_two_percent_is_taken():
     config = preset_config("bert-base")
     wires = ("int8", "float32", "bfloat16")
-    latencies = {w: place_freely(config, unequal([10.0] * 4, 40), wire=w).chosen.latency_s for w in wires}
+    latencies = {w: place_freely(config, unequal([10.0] * 4, 40), wires=(w,)).chosen.latency_s for w in wires}
     assert latencies["int8"] < 0.98 * latencies["bfloat16"] < latencies["float32"]
     slow = place_freely(config, unequal([10.0] * 4, 40), wires=wires)
     assert slow.plan.wire == "int8" and slow.chosen.latency_s == latencies["int8"]

@@ -33,7 +33,7 @@ def load(tmp_path, text: str) -> ClusterSpec:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_read(path):
     spec = ClusterSpec.load(path)
-    profile = spec.profile("bert-base", CONFIG)
+    profile = spec.profile(CONFIG)
     assert len(profile.devices) == len(spec.members) >= 3
     assert spec.emulated == (path.stem != "four-pis")
 
@@ -42,7 +42,7 @@ def test_examples_are_the_clusters_they_are_named_for():
     specs = {path.stem: ClusterSpec.load(path) for path in EXAMPLES}
     assert [spec.speed for spec in specs["unequal"].device_specs] == [1, 1, 2, 4]
     assert [spec.preset for spec in specs["jetsons"].device_specs] == ["jetson-nano", "jetson-tx2", "jetson-orin-nano"]
-    assert specs["two-pis-and-a-tx2"].profile("bert-base", CONFIG).link.shares == (1.0, 0.2, 1.0)
+    assert specs["two-pis-and-a-tx2"].profile(CONFIG).link.shares == (1.0, 0.2, 1.0)
     pis = specs["emulated-four-pis"].emulate(transport="loopback")
     assert (pis.profile_name, pis.bandwidth_bps) == ("Raspberry Pi 4B (emulated)", 125e6)
     assert [member.address for member in specs["four-pis"].members][::3] == ["192.168.1.11", "192.168.1.14"]
@@ -56,7 +56,7 @@ def test_a_cluster_of_real_hosts(tmp_path):
         DeviceSpec(speed=2.0, link_share=0.5, name="desk"),
         DeviceSpec("jetson-tx2", name="tx2"),
     )
-    profile = spec.profile("bert-base", CONFIG)
+    profile = spec.profile(CONFIG)
     assert [device.name for device in profile.devices] == ["pi1", "desk", "tx2"]
     assert (profile.link.bandwidth_bps, profile.link.shares) == (200e6, (1.0, 0.5, 1.0))
     assert profile.link.step_latency_s["*"] == pytest.approx(2.2e-3)
@@ -68,7 +68,7 @@ def test_a_cluster_of_real_hosts(tmp_path):
 def test_defaults(tmp_path):
     spec = load(tmp_path, "emulated: true\ndevices: [{device: rpi4b}, {device: rpi4b}]")
     assert (spec.name, spec.names, spec.bandwidth_bps) == ("cluster", ("device0", "device1"), 125e6)
-    assert spec.profile("bert-base", CONFIG).devices == (DeviceSpec("rpi4b").on(CONFIG),) * 2
+    assert spec.profile(CONFIG).devices == (DeviceSpec("rpi4b").on(CONFIG),) * 2
 
 
 def test_a_device_may_have_been_profiled(tmp_path):
@@ -76,10 +76,10 @@ def test_a_device_may_have_been_profiled(tmp_path):
     text = "devices: [{name: a, address: 10.0.0.1, profile: a.json, memory_mib: 100}]"
     spec = load(tmp_path, text)
     with pytest.raises(ValueError, match=r"cluster.yaml: device a: profile .*a.json does not exist"):
-        spec.profile("bert-base", CONFIG)
-    measured = DeviceProfile("board", 2**30, 3e9, "measured", efficiency=[("block", 0.25, 128, 1, 0.9)])
+        spec.profile(CONFIG)
+    measured = DeviceProfile("board", 2**30, 3e9, "measured", efficiency=(("block", 0.25, 128, 1, 0.9),))
     ClusterProfile((measured,) * 2, LinkProfile(1e6)).save(tmp_path / "a.json")
-    (device,) = load(tmp_path, text).profile("bert-base", CONFIG).devices
+    (device,) = load(tmp_path, text).profile(CONFIG).devices
     assert (device.name, device.memory_bytes, device.flops_per_s) == ("a", 100 * 2**20, measured.flops_per_s)
     assert device.efficiency == measured.efficiency
 

@@ -1,15 +1,16 @@
 """Table III with seeds: differences and their errors, means, trends, variants and number formats, from made-up runs."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from detransformer.files import repository_root
 from detransformer.record.published import published
 from detransformer.tables.accuracy import (
-    chance_beyond_noise,
     learned,
     mean_score,
     paired_std_error,
@@ -18,10 +19,12 @@ from detransformer.tables.accuracy import (
     trends,
     typed,
 )
-from detransformer.tables.variants import variant_table, wire_table
 from detransformer.training.config import ModelRow
 from detransformer.training.summary import accuracy_table, pretraining_table
 from table_frames import SPREAD, accuracy_rows, pretraining_rows
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+from pretraining_studies import data_note, variant_table, wire_table  # noqa: E402
 
 PUBLISHED = published("table_iii")
 DIFFERENCES = ["published_difference", "obtained_difference", "difference_std_error", "beyond_noise"]
@@ -140,10 +143,6 @@ def test_learning_is_more_than_a_small_validation_set_makes():
     kinds = dict(metric=["mcc", "exact_match", "exact_match"], score=[5.0, 5.0, 15.0])
     rows = pd.DataFrame(kinds | dict(majority_score=0.0, eval_rows=1043))
     assert learned(rows).tolist() == [False, False, True], "of answers to questions, ten points"
-
-
-def test_chance_of_two_errors_falls_with_seeds():
-    assert [round(chance_beyond_noise(n), 2) for n in (2, 3, 5, 10)] == [0.30, 0.18, 0.12, 0.08]
 
 
 # --- means and trends --------------------------------------------------------------------------------------------
@@ -299,15 +298,14 @@ def test_pretraining_table_has_structure_seed_and_speed():
         row=ModelRow("bert-base", 4, 4, "narrow", "top"),
         history=pd.DataFrame({"train_loss": [5.0, 4.0]}),
         hidden_size=128, num_steps=2, tokens=1000, valid_loss=4.0, unigram_loss=5.0, valid_tokens=10, seconds=2.0,
-        source="mirror", note="",
+        source="mirror", note="", seed=3, precision="bf16-weights",
     )  # fmt: skip
     row = pretraining_table([result]).iloc[0]
-    assert row["attention_width"] == "narrow" and row["original_placement"] == "top" and row["seed"] == 0
-    assert row["tokens_per_s"] == 500 and "precision" not in row
+    assert row["attention_width"] == "narrow" and row["original_placement"] == "top" and row["seed"] == 3
+    assert row["tokens_per_s"] == 500 and row["precision"] == "bf16-weights"
     assert row["unigram_loss"] == 5.0 and row["unigram_perplexity"] == pytest.approx(math.exp(5.0))
-    result.seed, result.precision, result.seconds = 3, "bf16-weights", 0
-    row = pretraining_table([result]).iloc[0]
-    assert row["seed"] == 3 and row["precision"] == "bf16-weights" and np.isnan(row["tokens_per_s"])
+    result.seconds = 0
+    assert np.isnan(pretraining_table([result])["tokens_per_s"]).all()
 
 
 def test_the_wide_table_has_both_values_and_marks_what_is_beyond_noise():
@@ -320,3 +318,8 @@ def test_the_wide_table_has_both_values_and_marks_what_is_beyond_noise():
     assert wide.loc[("bert-base", "original"), "CoLA"] == "40.43 / 32.34 ± 1.50"
     assert wide.loc[("bert-large", "original"), "CoLA"].endswith("/ not run")
     assert wide.loc[("bert-base", "Nb=1, Ndiv=4"), "perplexity"].endswith("▼"), "of perplexity, less is better"
+
+
+def test_the_note_of_the_runs_has_each_task_once():
+    note = data_note(accuracy_rows(3))
+    assert note.startswith("Pre-training: tiny. CoLA: made up; seeds 3.") and note.count("made up") == 5

@@ -140,7 +140,7 @@ def test_no_jobs_at_a_time_is_refused():
 
 def test_side_by_side_is_what_one_after_the_other_is(data, tmp_path):
     finetuning = {
-        "MRPC": FinetuneConfig(num_epochs=1, seq_len=32, max_train_rows=32, max_eval_rows=16, dropout=0.1),
+        "MRPC": FinetuneConfig(num_epochs=1, seq_len=32, max_train_rows=32, max_eval_rows=16, num_seeds=2),
         "CoLA": FinetuneConfig(num_epochs=1, seq_len=32, max_train_rows=32, max_eval_rows=16, dropout=0.1),
     }
     tables = []
@@ -151,7 +151,6 @@ def test_side_by_side_is_what_one_after_the_other_is(data, tmp_path):
         runs = finetune_all(
             {r.row.label: r for r in results},
             finetuning,
-            {"MRPC": 2, "CoLA": 1},
             data,
             folder / "runs",
             num_jobs=num_jobs,

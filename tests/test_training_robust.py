@@ -101,7 +101,6 @@ def finetune_side_by_side(pretrained: list, config: FinetuneConfig, cache: Path,
     finetune_all(
         {r.row.label: r for r in pretrained},
         {"MRPC": config},
-        {"MRPC": 1},
         open_data("built-in", cache),
         folder,
         num_jobs=2,
@@ -226,10 +225,10 @@ def test_runs_side_by_side_end_with_their_killed_parent_and_go_on(context, data,
         assert_same_pretraining(one, two)
 
     tuning = dataclasses.replace(FINETUNING, checkpoint_every_s=0.1, max_train_rows=320)
-    table = finetune_all({r.row.label: r for r in whole}, {"MRPC": tuning}, {"MRPC": 1}, data, tmp_path / "whole-runs")
+    table = finetune_all({r.row.label: r for r in whole}, {"MRPC": tuning}, data, tmp_path / "whole-runs")
     folders = [tmp_path / "runs" / re.sub(r"[^\w.-]+", "-", row.label) / "MRPC" / "seed0" for row in ROWS]
     kill_parent(context, finetune_side_by_side, (parts, tuning, cache, tmp_path / "runs"), folders)
-    again = finetune_all({r.row.label: r for r in parts}, {"MRPC": tuning}, {"MRPC": 1}, data, tmp_path / "runs")
+    again = finetune_all({r.row.label: r for r in parts}, {"MRPC": tuning}, data, tmp_path / "runs")
     pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
 
 

@@ -2,7 +2,8 @@
 
 A profile (profiles/*.yaml) gives each notebook its settings. A notebook is skipped when nothing that made it has
 changed: its cells, its settings, the library, the data on offer, and the notebooks whose results it uses. The
-manifest is written after every notebook, so that an interrupted run continues with the next one.
+manifest is written after every notebook, so that an interrupted run continues with the next one. A run's index.html
+has its executed notebooks, tables, figures, and what made them.
 """
 
 import hashlib
@@ -10,17 +11,19 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 
+import jinja2
 import nbformat
+import pandas as pd
 from filelock import FileLock, Timeout
+from nbconvert import HTMLExporter
 
 from detransformer import machine
 from detransformer.files import PACKAGE, atomic_write, data_folder, repository_root
-from detransformer.index_page import write_index
 from detransformer.notebooks import (
     Notebook,
     NotebookFailed,
@@ -36,7 +39,10 @@ from detransformer.record.run import RunFolder
 
 DATA = ("published", "measured")
 # Files and rooms of the package that no notebook's result depends on.
-FRAME = ("cli.py", "commands", "doctor.py", "reproduce.py", "notebooks.py", "index_page.py", "profiles/__init__.py")
+FRAME = ("cli.py", "commands", "doctor.py", "reproduce.py", "notebooks.py", "profiles/__init__.py")
+
+TEMPLATE = Path(__file__).with_name("index.html.jinja")
+FACTS = ("profile", "command", "date", "commit", "dirty", "drawn")  # of the manifest, on the index page
 
 
 def reproduce(
@@ -108,17 +114,14 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
 @contextmanager
 def locked(run: RunFolder) -> Iterator[RunFolder]:
     """A run folder that nobody else writes to meanwhile; ValueError where somebody does."""
-    lock = FileLock(run.path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"{run.path} is in use by another reproduce; wait for it, or choose another --output."
-        ) from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(run.path / ".lock", timeout=0))
+        except Timeout as error:
+            raise ValueError(
+                f"{run.path} is in use by another reproduce; wait for it, or choose another --output."
+            ) from error
         yield run
-    finally:
-        lock.release()
 
 
 def is_reference(path: Path) -> bool:
@@ -265,6 +268,34 @@ def _rows_kept_from(earlier: dict, before: dict[str, float], after: dict[str, fl
     # A file of rows that went during the run was read into a table: its rows are kept, too.
     kept = [made for path, made in before.items() if after.get(path, made) == made]
     return {c: [a, b] for c, (a, b) in windows.items() if c != commit and any(a <= made <= b for made in kept)}
+
+
+def write_index(run: RunFolder) -> Path:
+    """Write RUN/html/NOTEBOOK.html for each executed notebook and RUN/index.html, which links all that the run has."""
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True)
+    exporter = HTMLExporter(template_name="basic")
+    notebooks, notes = [], run.notes()
+    manifest = read_manifest(run)
+    for path in sorted(run.notebooks.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        title = next(iter(notebook.cells[0].source.splitlines()), path.stem).lstrip("# ")
+        body, _ = exporter.from_notebook_node(notebook)
+        with atomic_write(run.path / "html" / f"{path.stem}.html") as file:
+            file.write(template.render(title=title, body=body))
+        entry = manifest["notebooks"].get(path.stem, {})
+        notebooks.append(entry | {"name": path.stem, "title": title, "commit": entry.get("commit", "")[:12]})
+    tables = [
+        {"name": path.stem, "columns": list(pd.read_csv(path, nrows=0)), "note": notes.get(path.stem, "")}
+        for path in sorted(run.tables.glob("*.csv"))
+    ]
+    figures = sorted(path.stem for path in run.figures.glob("*.png"))
+    facts = {name: manifest[name] for name in FACTS if name in manifest} | manifest.get("hardware", {})
+    page = template.render(
+        title=f"Run {run.path.name}", notebooks=notebooks, tables=tables, figures=figures, facts=facts
+    )
+    with atomic_write(run.path / "index.html") as file:
+        file.write(page)
+    return run.path / "index.html"
 
 
 def _duration(seconds: float) -> str:

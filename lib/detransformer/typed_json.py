@@ -1,37 +1,36 @@
 """Dataclasses that cross JSON: a file, a pipe, a socket. JSON knows lists alone; what comes back has tuples again."""
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import fields as fields_of
+from functools import cache
+from typing import Any, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(extra="forbid")  # the `__pydantic_config__` of a dataclass that refuses fields it does not know
 Record = TypeVar("Record")
+_adapter = cache(TypeAdapter)
 
 
-def from_json(kind: type[Record], fields: Mapping[str, Any]) -> Record:
+def from_json(kind: type[Record], fields: Mapping[str, Any], what: str = "") -> Record:
     """The dataclass `kind` of `fields`, as `dataclasses.asdict` gave them before they crossed JSON.
 
-    A field that is declared a tuple or a dataclass becomes one again, at any depth, so that the record equals the one
-    that was sent.
-
     Raises:
-        TypeError: for a field that is missing, not known, or cannot become what it is declared.
+        ValueError: for a field that is missing, or is not what it is declared; in a dataclass whose
+            `__pydantic_config__` is `STRICT` also for one that is not known. The sentence is on `what`.
     """
-    hints = get_type_hints(kind)
-    return kind(**{name: _restored(hints.get(name), value) for name, value in fields.items()})
-
-
-def _restored(hint: Any, value: Any) -> Any:
-    if get_origin(hint) in (Union, UnionType):  # of the declared ones only `SOMETHING | None` can be restored
-        options = [option for option in get_args(hint) if option is not NoneType]
-        return value if value is None or len(options) > 1 else _restored(options[0], value)
-    if is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{value!r} has no fields of a {hint.__name__}")
-        return from_json(hint, value)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{value!r} is no list")
-        kinds = get_args(hint)
-        return tuple(map(_restored, kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds, value))
-    return value
+    what = what or kind.__name__
+    try:
+        return _adapter(kind).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, msg = ".".join(map(str, first["loc"])), first["msg"]
+        if "error" in first.get("ctx", {}):  # what `__post_init__` says
+            raise ValueError(str(first["ctx"]["error"])) from None
+        if first["type"] == "missing":
+            raise ValueError(f"the {what} has no field {place!r}.") from None
+        if first["type"] == "unexpected_keyword_argument":
+            known = ", ".join(field.name for field in fields_of(kind))
+            raise ValueError(f"a {what} has no field {place!r}: it has {known}.") from None
+        owner = f"the {what}'s {place}" if place else f"the {what}"
+        raise ValueError(f"{owner} is {first['input']!r}: {msg[0].lower()}{msg[1:]}.") from None

@@ -21,7 +21,8 @@ from detransformer.cluster.hello import ENDED, await_message, meet, write_end
 from detransformer.machine import die_with_parent
 
 HUNG_S = 10.0  # a worker without a sign of life for so long is killed
-MAX_FAILURES, FAILURES_S = 2, 20.0  # then this agent ends; its keeper starts another one after a while
+FAILURES_S = 20.0  # a worker that failed sooner is started again after a delay, which doubles each time
+DELAY_S, MAX_DELAY_S = 1.0, 60.0
 MONITOR_S = 0.1
 
 
@@ -65,10 +66,11 @@ def keep(job: dict, device: int) -> None:
         monitor_interval=MONITOR_S,
     )
     sign = Path(f"{job['alive']}{device}")
-    failed_at: list[float] = []
+    delay_s = 0.0
     with tempfile.TemporaryDirectory(prefix="detransformer-") as logs:
         while True:
             sign.touch()
+            started = time.monotonic()
             agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs), "forkserver", shutdown_timeout=2)
             ended = threading.Event()
             threading.Thread(target=_watch, args=(agent, sign, ended), daemon=True).start()
@@ -77,11 +79,9 @@ def keep(job: dict, device: int) -> None:
             code = next(iter(failures.values())).exitcode if failures else ENDED
             if not job["stays"]:
                 return _report(job, device, code) if code != ENDED else None
-            if code == ENDED:
-                continue
-            failed_at.append(time.monotonic())
-            if len(failed_at) >= MAX_FAILURES and failed_at[-1] - failed_at[-MAX_FAILURES] < FAILURES_S:
-                sys.exit(f"{MAX_FAILURES} workers failed within {FAILURES_S:g} s")
+            lasted = code == ENDED or time.monotonic() - started > FAILURES_S
+            delay_s = 0.0 if lasted else min(max(2 * delay_s, DELAY_S), MAX_DELAY_S)
+            time.sleep(delay_s)
 
 
 def _watch(agent, sign: Path, ended: threading.Event) -> None:

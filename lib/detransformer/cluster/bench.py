@@ -16,33 +16,30 @@ from typing import Any
 import pandas as pd
 import psutil
 from tqdm.auto import tqdm
-from transformers import BertConfig, GPT2Config, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from detransformer.cluster.cells import Cell
+from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.checkpoints import (
     Checkpoint,
     decoupled_checkpoint,
-    open_folder,
     original_checkpoint,
     request,
 )
-from detransformer.cluster.rows import RowFile
+from detransformer.cluster.pacing import seconds_of, timeline_rows
 from detransformer.cluster.selfcheck import (
     MAX_OVERRUN_SHARE,
     Check,
     check_cluster,
-    first_time_scale,
+    host_time_scale,
     lateness,
     stolen_share,
-    usual_devices,
     why_invalid,
 )
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.cluster.timeline import TIMELINE_COLUMNS, joined_runs, median_timeline, slowest_sums
 from detransformer.files import atomic_write
-from detransformer.machine import usable_cores
 from detransformer.models.configuration import PRESETS, config_fields, decoupled_config, preset_config
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.opening import open_checkpoint
+from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import Prediction, alone_seconds, predict
 from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
@@ -52,6 +49,8 @@ SLOWER = 1.5  # factor to the next time scale, where the host was late
 KEPT_SHARE = 0.5  # of the free memory, for models that are measured in turn; others are read again each time
 ATTEMPTS = 2  # at one time scale, of a disturbed request
 DISTURBING_STEAL = 0.1  # share of the processors taken by other guests of this machine that makes a row be repeated
+TIMELINE_COLUMNS = ("model", "method", "wire", "link", "bandwidth_mbps", "num_devices", "rank")
+TIMELINE_COLUMNS += ("what", "start_s", "stop_s")
 STREAM_REQUESTS = {"stages": 8, "copies": 2}  # back to back, for throughput: a pipeline has to fill and drain
 
 
@@ -78,7 +77,7 @@ class Bench:
         link: a measured profile for predictions.
         time_scale: None lets the bench choose.
         memory_budget_bytes: of each device.
-        efficiency: rows by model, as measured on this host (`profiler.efficiency_rows`); by default the package's.
+        efficiency: rows by model, as measured on this host (`devices.efficiency_rows`); by default the package's.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class Bench:
 
     def config(self, cell: Cell) -> PretrainedConfig:
         """The configuration of `cell`'s model, without making its checkpoint."""
-        known = preset_config(cell.model) if cell.model in PRESETS else open_folder(cell.model).config
+        known = preset_config(cell.model) if cell.model in PRESETS else open_checkpoint(cell.model).config
         if not cell.needs_decoupled or hasattr(known, "num_divisions"):
             return known
         width = "narrow" if cell.method == "bp+narrow" else cell.attention_width
@@ -140,23 +139,19 @@ class Bench:
     def every_device(self, cell: Cell) -> ClusterProfile:
         """All devices of the cluster, also those that `cell` leaves out: each worker gets its job."""
         efficiency = self.efficiency.get(cell.model)
-        profile = self.cluster.profile(cell.model, self.config(cell), self.link, cell.pace, efficiency)
+        profile = self.cluster.profile(self.config(cell), self.link, cell.pace, efficiency)
         return replace(profile, link=profile.link.at(cell.bandwidth_mbps * 1e6))
 
     # --- Measuring ---
 
-    def measure(self, cells: Sequence[Cell]) -> list[dict]:
-        """A row for each of `cells`, which are measured in turn."""
-        return self._compare([self.case(cell) for cell in cells])
+    def measure(self, cells: Sequence[Cell], plans: Sequence[Plan] = (), held_with: Sequence[Plan] = ()) -> list[dict]:
+        """A row for each of `cells`, which are measured in turn.
 
-    def measure_plans(self, cell: Cell, plans: Sequence[Plan], held_with: Sequence[Plan] = ()) -> list[dict]:
-        """A row for each of `plans` under the conditions of `cell`, measured in turn.
-
-        With `held_with` (all plans that will be run of this model on these devices) weights are loaded once for all.
+        Args:
+            plans: one for each cell, instead of those of their methods.
+            held_with: all plans that will be run of this model on these devices; weights are loaded once for all.
         """
-        return self._compare([self.case(cell, plan) for plan in plans], held_with)
-
-    def _compare(self, cases: Sequence[Case], held_with: Sequence[Plan] = ()) -> list[dict]:
+        cases = [self.case(cell, plan) for cell, plan in itertools.zip_longest(cells, plans)]
         checkpoints = [self.checkpoint(case.cell) for case in cases]
         sends = any(sum(case.prediction.bytes.values()) for case in cases)
         checks_links = sends and self.cluster.transport == "namespaces"
@@ -165,25 +160,25 @@ class Bench:
         needed = itertools.accumulate(max(case.prediction.weights_bytes) for case in cases)
         options = dict(held_with=[held.to_dict() for held in held_with])
         options["keep_models"] = 0 if held_with else sum(num_bytes <= room for num_bytes in needed)
-        scale = self.fixed_time_scale or max(self._first_scale(case, checks_links) for case in cases)
+        scale = self.fixed_time_scale or max(
+            host_time_scale(self.cluster, c.config, c.profile, c.plan.device_ids, sends, c.plan.splits_layers)
+            for c in cases
+        )
 
         def measure(number: int, is_last: bool) -> list[dict]:
             case, cell = cases[number], cases[number].cell
-            stream = STREAM_REQUESTS.get(case.plan.runs, 0) if is_last else 0
+            options["stream"] = STREAM_REQUESTS.get(case.plan.runs, 0) if is_last else 0
             sizes = (cell.seq_len, cell.batch_size)
-            more = dict(stream=stream, burns=cell.burns, **options)
-            return self.run_plan(case.profile, checkpoints[number], case.plan, *sizes, **more)
+            return self.run_plan(case.profile, checkpoints[number], case.plan, *sizes, burns=cell.burns, **options)
 
-        def make_row(number: int, results: list, scale: float, check: Check, steal: float) -> tuple[dict, list[dict]]:
-            joined = joined_runs(results)
-            row = self._row(cases[number], joined, scale, check, steal)
-            return row, median_timeline(row, joined, scale)
-
-        repeats = [case.cell.repeats for case in cases]
-        mbps = cases[0].cell.bandwidth_mbps
-        best = self.in_turn(mbps, num_devices, scale, checks_links, measure, make_row, repeats)
-        self.timelines |= {case.cell: timeline for case, (_, timeline) in zip(cases, best, strict=True)}
-        return [row for row, _ in best]
+        first = cases[0].cell
+        conditions = first.bandwidth_mbps, num_devices, scale, checks_links
+        found, scale, check = self.in_turn(*conditions, measure, len(cases), first.repeats)
+        rows = []
+        for case, (runs, steal) in zip(cases, found, strict=True):
+            rows.append(self._row(case, runs, scale, check, steal))
+            self.timelines[case.cell] = _median_timeline(rows[-1], runs)
+        return rows
 
     def run_plan(
         self, profile: ClusterProfile, checkpoint: Checkpoint, plan: Plan, seq_len: int, batch_size: int, **options: Any
@@ -208,16 +203,6 @@ class Bench:
         )
         return [result for result in results if result is not None]
 
-    def _first_scale(self, case: Case, checks_links: bool) -> float:
-        """The time scale to begin with, so that this host carries the links and the devices of the plan."""
-        # Layers that run whole are large products, and their messages travel one at a time.
-        worth = [usual_devices([device], case.config) for device in case.profile.devices]
-        busy = (sum if case.plan.splits_layers else max)(worth[device] for device in case.plan.device_ids)
-        if self.cluster.transport == "loopback":  # the host need not carry modelled links in time
-            busy /= 2
-        total_bps = case.cell.bandwidth_mbps * 1e6 * busy if checks_links else 0.0
-        return first_time_scale(total_bps, busy, usable_cores())
-
     def in_turn(
         self,
         bandwidth_mbps: float,
@@ -225,10 +210,11 @@ class Bench:
         scale: float,
         checks_links: bool,
         measure: Callable[[int, bool], Any],
-        make_row: Callable[[int, list, float, Check, float], tuple[dict, Any]],
-        repeats: Sequence[int],
-    ) -> list[tuple[dict, Any]]:
-        """Rows of several trials, in rounds of one request of each, links and pacing being checked before each round.
+        num_trials: int,
+        repeats: int,
+        late: Callable[[Any], float] = lateness,
+    ) -> tuple[list[tuple[list, float]], float, Check]:
+        """Measures several trials in rounds of one request of each; links and pacing are checked before each round.
 
         A host that shares its processors is disturbed now and then: a request that was late, or during which other
         guests took much of the processors, is run again, and the less disturbed one counts. Where a request is late at
@@ -237,85 +223,75 @@ class Bench:
         Args:
             scale: the time scale to begin with.
             measure: (number, is_last) -> result of one request of a trial; links and time scale are set.
-            make_row: (number, results, time scale, check, host steal) -> a row, and whatever belongs to it.
             repeats: requests of each trial.
+            late: by what share of the modelled time the host was late, from a result.
+
+        Returns:
+            The results of each trial with the host's largest steal, the time scale, and all checks in one.
         """
+        where = self.cluster, bandwidth_mbps, num_devices, checks_links
         while True:
-            found: list[list] = [[] for _ in repeats]
-            steals = [0.0] * len(repeats)
+            found: list[list] = [[] for _ in range(num_trials)]
+            steals = [0.0] * num_trials
             scale, check = self.set_link(bandwidth_mbps, num_devices, scale, checks_links)
-            for turn in range(max(repeats)):
+            for turn in range(repeats):
                 if turn:
-                    check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
-                late = False
-                for number, count in enumerate(repeats):
-                    if turn >= count:
-                        continue
+                    check = check.joined(check_cluster(*where))
+                is_late = False
+                for number in range(num_trials):
                     attempts = []
                     for _ in range(ATTEMPTS):
                         before = psutil.cpu_times()
-                        one = measure(number, turn == count - 1)
-                        steal = stolen_share(before, psutil.cpu_times())
-                        overrun = make_row(number, [one], scale, check, steal)[0]["pacing_overrun"]
-                        attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, one))
+                        result = measure(number, turn == repeats - 1)
+                        steal, overrun = stolen_share(before, psutil.cpu_times()), late(result)
+                        attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, result))
                         if not attempts[-1][0] and steal <= DISTURBING_STEAL:
                             break
-                    is_late, steal, _, one = min(attempts, key=lambda attempt: attempt[:3])
-                    found[number].append(one)
+                    was_late, steal, _, result = min(attempts, key=lambda attempt: attempt[:3])
+                    found[number].append(result)
                     steals[number] = max(steals[number], steal)
-                    late |= is_late
-                if late and not turn and not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE:
+                    is_late |= was_late
+                if is_late and not turn and not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE:
                     break
                 self.on_round()
             else:
-                check = check.joined(self.check(bandwidth_mbps, num_devices, checks_links))
-                return [make_row(n, found[n], scale, check, steals[n]) for n in range(len(repeats))]
+                return list(zip(found, steals, strict=True)), scale, check.joined(check_cluster(*where))
             scale *= SLOWER
 
     def set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
         """Sets and checks the links; doubles the time scale until the check passes. Returns (scale, check)."""
         while True:
             self.cluster.set_link(bandwidth_mbps * 1e6, scale)
-            check = self.check(bandwidth_mbps, num_devices, checks_links)
+            check = check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links)
             if not check.failures(bandwidth_mbps) or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
                 return scale, check
             scale *= 2
 
-    def check(self, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
-        """`selfcheck.check_cluster` of the bench's cluster."""
-        return check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links)
-
-    def _row(self, case: Case, results: list[dict], scale: float, check: Check, steal: float) -> dict:
+    def _row(self, case: Case, runs: Sequence[list[dict]], scale: float, check: Check, steal: float) -> dict:
+        """The row of `runs`, requests of one plan: the results of its devices."""
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
-        cell, plan, config = case.cell, case.plan, case.config
-        repeats = len(results[0]["samples"])
-        latencies = [max(r["samples"][i]["latency_s"] for r in results) for i in range(repeats)]
-        sums = [slowest_sums(results, i, scale) for i in range(repeats)]
-        compute_s, wait_s = (statistics.median(s[name] for s in sums) for name in ("compute_s", "wait_s"))
-        sender = max(results, key=lambda r: sum(r["bytes"].values()))
-        latency, peaks = statistics.median(latencies), [r["peak_rss_bytes"] for r in results]
+        cell, plan, config, last = case.cell, case.plan, case.config, runs[-1]
+        slowest = [max((r["samples"][0] for r in run), key=lambda sample: sample["latency_s"]) for run in runs]
+        latencies, sums = [s["latency_s"] for s in slowest], [seconds_of(s["events"]) for s in slowest]
+        compute_s, wait_s = (statistics.median(s[name] / scale for s in sums) for name in ("compute_s", "wait_s"))
+        sender = max(last, key=lambda r: sum(r["bytes"].values()))
+        latency, every = statistics.median(latencies), [r for run in runs for r in run]
+        peaks = [r["peak_rss_bytes"] for r in every]
         throughput = 1 / latency
-        if "stream_s" in results[0]:
+        if "stream_s" in last[0]:
             copies = plan.num_devices if plan.runs == "copies" else 1
-            throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in results)
-        links = [s["link_bytes"] for r in results for s in r["samples"]]
-        row = {
-            "model": cell.model,
-            "method": cell.method,
+            throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in last)
+        by_device = [{"samples": [r["samples"][0] for r in own]} for own in zip(*runs, strict=True)]
+        row = asdict(cell) | {
             "plan": plan.describe(),
             "num_original_layers": getattr(config, "num_original_layers", None),
             "num_divisions": getattr(config, "num_divisions", None),
             "attention_width": getattr(config, "attention_width", None),
             "num_devices": plan.num_devices,
-            "bandwidth_mbps": cell.bandwidth_mbps,
             "delay_ms": 1e3 * self.cluster.delay_s,
             "jitter_ms": 1e3 * self.cluster.jitter_s,
-            "seq_len": cell.seq_len,
-            "batch_size": cell.batch_size,
             "link": self.cluster.link,
             "wire": plan.wire,
-            "pace": cell.pace,
-            "burns": cell.burns,
             "latency_s": latency,
             "spread_s": max(latencies) - min(latencies),
             "compute_s": compute_s,
@@ -325,18 +301,20 @@ class Bench:
             "over_limit": latency / case.limit_s,
             **{f"{kind}_count": sender["counts"].get(kind, 0) for kind in SENT_KINDS},
             **{f"{kind}_bytes": sender["bytes"].get(kind, 0) for kind in SENT_KINDS},
-            "link_bytes": max(links) if self.cluster.transport == "namespaces" else None,
+            "link_bytes": max(r["samples"][0]["link_bytes"] for r in every)
+            if self.cluster.transport == "namespaces"
+            else None,
             "throughput_rps": throughput,
-            "weights_bytes": max(r["weights_bytes"] for r in results),
+            "weights_bytes": max(r["weights_bytes"] for r in last),
             "peak_rss_bytes": None if None in peaks else max(peaks),
             "predicted_s": case.prediction.latency_s,
             "time_scale": scale,
             **asdict(check),
-            "pacing_overrun": lateness(results),
+            "pacing_overrun": lateness(by_device),
             "host_steal": steal,
-            "max_abs_error": max(r["max_abs_error"] for r in results if "max_abs_error" in r),
-            "relative_error": max(r["relative_error"] for r in results if "relative_error" in r),
-            "repeats": repeats,
+            "max_abs_error": max(r["max_abs_error"] for r in every if "max_abs_error" in r),
+            "relative_error": max(r["relative_error"] for r in every if "relative_error" in r),
+            "repeats": len(runs),
             "device": self.cluster.profile_name,
             "samples_s": json.dumps([round(s, 6) for s in latencies]),
         }
@@ -344,10 +322,19 @@ class Bench:
         return row | {"valid": not why, "why_invalid": why}
 
 
+def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
+    """The `timeline` rows of the run whose latency is nearest to the row's median."""
+    samples = json.loads(row["samples_s"])
+    median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
+    conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
+    events = [r["samples"][0]["events"] for r in runs[median]]
+    return [conditions | part for part in timeline_rows(events, row["time_scale"])]
+
+
 def _original(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration that `config` was decoupled from, or itself."""
     added = ("num_original_layers", "num_divisions", "attention_width")
-    kind = GPT2Config if is_decoder(config) else BertConfig
+    kind = CONFIG_MAPPING[config.model_type.removeprefix("decoupled_")]
     return kind(**{name: value for name, value in config_fields(config).items() if name not in added})
 
 
@@ -355,7 +342,6 @@ def measure_grid(
     bench: Bench,
     cells: Iterable[Cell],
     path: str | Path | None = None,
-    quiet: bool = False,
     timeline: str | Path | None = None,
     in_timeline: Callable[[Cell], bool] = lambda cell: True,
     keep: bool = False,
@@ -377,8 +363,8 @@ def measure_grid(
             known[cell] = record
         else:
             groups.setdefault(cell.comparison, []).append(cell)
-    rounds = sum(max(cell.repeats for cell in group) for group in groups.values())
-    with tqdm(total=rounds, disable=quiet, unit="round", desc="bench") as progress:
+    rounds = sum(group[0].repeats for group in groups.values())
+    with tqdm(total=rounds, unit="round", desc="bench") as progress:
         bench.on_round = progress.update
         for group in groups.values():
             first, methods = group[0], " ".join(dict.fromkeys(cell.method for cell in group))

@@ -1,13 +1,17 @@
-"""The conditions of a measured row, and grids of them."""
+"""The conditions of a measured row, grids of them, and a file of rows, by which an interrupted grid is resumed."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from detransformer.cluster.devices import PACES
+from detransformer.files import PACKAGE, atomic_write, data_folder
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import check_wire
 
+ROOMS = ("models", "parallel", "planning", "cluster")  # whose code makes rows
 FLOAT32_METHODS = ("single", "dp", "dtensor")  # they send nothing, or PyTorch sends float32
 
 
@@ -33,8 +37,6 @@ class Cell:
     burns: bool = False
 
     def __post_init__(self):
-        if self.pace not in PACES:
-            raise ValueError(f"pace={self.pace!r} is unknown: choose one of {', '.join(PACES)}.")
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown: choose from {', '.join(METHODS)}.")
         if self.repeats < 1:
@@ -52,7 +54,8 @@ class Cell:
     @property
     def comparison(self) -> tuple:
         """The conditions that compared cells share: such cells are measured in turn."""
-        return self.model, self.num_devices, self.bandwidth_mbps, self.seq_len, self.batch_size, self.pace
+        sizes = self.seq_len, self.batch_size, self.repeats
+        return self.model, self.num_devices, self.bandwidth_mbps, *sizes, self.pace
 
 
 def grid(
@@ -72,3 +75,49 @@ def grid(
         for method in methods
         for mbps in (bandwidths_mbps[:1] if method in ("single", "dp") else bandwidths_mbps)
     ]
+
+
+class RowFile:
+    """The rows measured so far on a cluster, by their conditions, in a JSON file.
+
+    The conditions include a fingerprint of the code and of `studies`, files beside the package that make the rows: rows
+    of another version are measured again. Without a path nothing is kept.
+    """
+
+    def __init__(self, path: str | Path | None, cluster: Any, studies: Sequence[str] = ()):
+        self._path = Path(path) if path else None
+        self._kept: dict[str, Any] = {}
+        if self._path and self._path.is_file():
+            try:
+                self._kept = json.loads(self._path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError:
+                raise ValueError(f"{path} is not a bench's row file: remove it or choose another name.") from None
+        self._conditions = {"link": cluster.link, "device": cluster.profile_name, "code": _code_fingerprint(studies)}
+        self._conditions |= {"delay_s": cluster.delay_s, "jitter_s": cluster.jitter_s}
+
+    def get(self, cell: dict) -> Any:
+        """The row that `put` was given for `cell` under the same conditions; None where there is none."""
+        return self._kept.get(json.dumps(cell | self._conditions))
+
+    def put(self, cell: dict, measured: Any) -> Any:
+        """Keeps `measured`, and returns it."""
+        self._kept[json.dumps(cell | self._conditions)] = measured
+        if self._path:
+            with atomic_write(self._path) as file:
+                json.dump(self._kept, file)
+        return measured
+
+    def remove(self) -> None:
+        """Deletes the file."""
+        if self._path:
+            self._path.unlink(missing_ok=True)
+
+
+def _code_fingerprint(studies: Sequence[str]) -> str:
+    """A digest of the code and the committed data that make rows."""
+    folders = [*(PACKAGE / room for room in ROOMS), *map(data_folder, ("published", "measured"))]
+    files = [file for folder in folders for kind in ("*.py", "*.csv") for file in sorted(folder.glob(kind))]
+    digest = hashlib.sha256()
+    for file in [*files, *map(Path, studies)]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -17,12 +17,14 @@ from detransformer.files import data_folder
 from detransformer.planning.profile import CALIBRATION_TOKENS, ClusterProfile, DeviceProfile, LinkProfile
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PretrainedConfig
 
 PACES = ("measured", "roofline")  # seconds of a share of a layer: as measured, or by its operations and bytes
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)  # of a link
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
 EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
+EFFICIENCY_COLUMNS = ("strategy", "share", "tokens", "num_chunks", "efficiency")
 MEASURED_JETSON = "Jetson TX2"  # runs the whole DeiT-B in CoFormer 2025, Table V
 
 
@@ -160,7 +162,6 @@ def link_shares(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
 
 def cluster_profile(
     specs: Sequence[DeviceSpec],
-    model: str,
     config: "PretrainedConfig",
     bandwidth_bps: float,
     delay_s: float = 0.0,
@@ -168,7 +169,7 @@ def cluster_profile(
     pace: str = "measured",
     efficiency: Sequence | None = None,
 ) -> ClusterProfile:
-    """Devices and links on `model` (a preset's name or a folder) of `config`.
+    """Devices and links on a model of `config`.
 
     Args:
         link: measured figures of a link.
@@ -230,9 +231,12 @@ def host_efficiency(hidden_size: int) -> tuple[tuple[str, float, int, int, float
 
     table = pd.read_csv(EFFICIENCY, comment="#")
     nearest = min(table["hidden_size"].unique(), key=lambda size: abs(math.log(size / hidden_size)))
-    table = table[table["hidden_size"] == nearest]
-    columns = ["strategy", "share", "tokens", "num_chunks", "efficiency"]
-    return tuple(table[columns].itertuples(index=False, name=None))
+    return efficiency_rows(table[table["hidden_size"] == nearest])
+
+
+def efficiency_rows(operations: "pd.DataFrame") -> tuple[tuple[str, float, int, int, float], ...]:
+    """A table of `profiler.profile_operations` as `DeviceProfile.efficiency` has it."""
+    return tuple(operations[list(EFFICIENCY_COLUMNS)].itertuples(index=False, name=None))
 
 
 @cache

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -29,8 +28,7 @@ from detransformer.cluster.roster import REFUSED, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
-RETURN_S, MAX_RETURN_S = 1.0, 60.0  # delay until an agent that has ended is started again, doubled each time
-LASTING_S = 60.0  # an agent that ran longer is started again after RETURN_S
+RETURN_S = 1.0  # delay, at most, until an agent that has ended is started again
 END_S = 5.0  # wait for an interrupted worker to tell the front
 
 
@@ -277,23 +275,11 @@ class Hosts:
 
     def _keep(self) -> None:
         """Starts agents that have ended again, as a host's service manager would."""
-        started = dict.fromkeys(self.kept, time.monotonic())
-        due: dict[int, float] = {}
-        wait_s: dict[int, float] = {}
-        while not self._stop.wait(0.2):
-            now = time.monotonic()
+        while not self._stop.wait(RETURN_S):
             for device in sorted(self.kept):
-                if self.agents[device].poll() is None:
-                    continue
-                if device not in due:
-                    lasted = now - started.get(device, now) > LASTING_S
-                    wait_s[device] = RETURN_S if lasted else min(2 * wait_s.get(device, RETURN_S / 2), MAX_RETURN_S)
-                    due[device] = now + wait_s[device]
-                elif now >= due[device]:
-                    del due[device]
-                    kill(self.agents[device])
+                if self.agents[device].poll() is not None:
+                    kill(self.agents[device])  # with what is left of its processes
                     self._start_agent(device)
-                    started[device] = now
 
     def last_words(self) -> str:
         """The last line of each agent's log."""

@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from detransformer.typed_json import from_json
-
 Result = TypeVar("Result")
 PREFIX = "dtf"
 INTERFACE = "eth0"
@@ -105,14 +103,15 @@ class EmulatedNetwork:
         shares: Sequence[float] = (),
     ):
         self.num_devices = num_devices
-        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, tuple(shares))
+        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, shares)
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(num_devices)]
         self.namespaces: list[str] = []
         self.switch = ""
         self._keeper: subprocess.Popen | None = None
 
     def __enter__(self) -> "EmulatedNetwork":
-        command = [sys.executable, "-m", "detransformer.cluster.network", str(self.num_devices), self.shape.to_line()]
+        module = [sys.executable, "-m", "detransformer.cluster.network"]
+        command = [*module, str(self.num_devices), json.dumps(asdict(self.shape))]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         # A new process group: Jupyter kills a kernel with its whole group, and the keeper must outlive it.
         self._keeper = subprocess.Popen(command, start_new_session=True, **pipes)
@@ -137,7 +136,7 @@ class EmulatedNetwork:
     def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
         """Changes the rate, and the latency of a network that was made with a delay. Connections stay open."""
         self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, delay_s=delay_s, jitter_s=jitter_s)
-        self._keeper.stdin.write(f"{self.shape.to_line()}\n")
+        self._keeper.stdin.write(f"{json.dumps(asdict(self.shape))}\n")
         self._keeper.stdin.flush()
         self._answer()
 
@@ -158,19 +157,12 @@ class Shape:
     bandwidth_bps: float
     delay_s: float = 0.0
     jitter_s: float = 0.0
-    shares: tuple[float, ...] = ()
+    shares: Sequence[float] = ()
 
     def of(self, device: int) -> "Shape":
         """The shape of one device's link."""
         share = self.shares[device] if self.shares else 1.0
         return replace(self, bandwidth_bps=share * self.bandwidth_bps, shares=())
-
-    def to_line(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_line(cls, line: str) -> "Shape":
-        return from_json(cls, json.loads(line))
 
 
 def _build(switch: str, devices: Sequence[str], shape: Shape) -> None:
@@ -238,7 +230,7 @@ def _keep(num_devices: int, shape: Shape) -> None:
         _build(switch, devices, shape)
         print(json.dumps({"names": [switch, *devices]}), flush=True)
         for line in sys.stdin:
-            _set_shape("change", switch, devices, Shape.from_line(line))
+            _set_shape("change", switch, devices, Shape(**json.loads(line)))
             print(json.dumps({"names": []}), flush=True)
     except Exception as error:  # NetlinkError, PermissionError, a missing module: the parent reports it
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
@@ -274,4 +266,4 @@ def remove_stale_namespaces() -> list[str]:
 
 
 if __name__ == "__main__":
-    _keep(int(sys.argv[1]), Shape.from_line(sys.argv[2]))
+    _keep(int(sys.argv[1]), Shape(**json.loads(sys.argv[2])))

@@ -17,6 +17,7 @@ import numpy as np
 
 _SPIN_S = 0.0002  # time.sleep wakes this much late, so the last part of a wait is a busy loop
 POINT_TO_POINT = ("send", "receive")
+Event = tuple[str, float, float]  # (compute, wait or a collective; start; stop), in seconds of the host's clock
 
 
 def sleep_until(deadline: float) -> None:
@@ -76,8 +77,8 @@ class Pacer:
         burns: the rest of a segment is spent in products, not asleep: other threads on this core then compete with
             compute, as they do on a device, which is busy for the whole segment.
 
-    `events` are (what, start, stop, launched) of this request on the host's clock; a collective's are the start and end
-    of its wait, and its launch. `modelled_s` sums the modelled seconds, `overrun_s` by how much they were exceeded.
+    `events` are those of this request. `modelled_s` sums the modelled seconds, `overrun_s` by how much they were
+    exceeded.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Pacer:
     def reset(self) -> None:
         """Forgets the events and sums of earlier requests."""
         self.compute_s = self.overrun_s = self.modelled_s = 0.0
-        self.events: list[tuple[str, float, float, float]] = []
+        self.events: list[Event] = []
         self.launched: list[tuple[str, int, float, int]] = []  # (kind, bytes, when, its count) of this request
         self._link_free_at: list[float] = []  # on a modelled link: when each group collective has left it
 
@@ -124,7 +125,7 @@ class Pacer:
             self._pass(start + seconds)
             now = start + seconds
         self.compute_s += now - start
-        self.events.append(("compute", start, now, start))
+        self.events.append(("compute", start, now))
         self._segment += 1
         self._since = now
 
@@ -146,28 +147,38 @@ class Pacer:
 
     def after_wait(self, number: int) -> None:
         """Collective `number` has ended; on a modelled link its result arrives no sooner than modelled."""
-        kind, _, launched, _ = self.launched[number]
         if self.link_s is not None:
             deadline = self._arrives_at(number)
             self.modelled_s += max(0.0, deadline - self._since)
             self.overrun_s += max(0.0, time.perf_counter() - max(deadline, self._since))
             sleep_until(deadline)
         now = time.perf_counter()
-        self.events.append((kind, self._since, now, launched))
+        began = min(max(self._began(number), self._since), now)
+        parts = ("wait", self._since, began), (self.launched[number][0], began, now)
+        self.events += [part for part in parts if part[2] > part[1]]
         self._since = now
+
+    def _began(self, number: int) -> float:
+        """When collective `number` of this request began to move bytes: when the last device had launched it.
+
+        A message from one device to the next begins when its sender has launched it.
+        """
+        kind, _, launched, count = self.launched[number]
+        if kind == "send" or self.arrivals is None:
+            return launched
+        if kind == "receive":
+            return self.arrivals.last("send", [self.devices[self.rank - 1]], count)
+        return self.arrivals.last("group", self.devices, count)
 
     def _arrives_at(self, number: int) -> float:
         """When collective `number` of this request ends on a modelled link, which carries them in launch order.
 
         A message from one device to the next travels also while its receiver is still busy.
         """
-        kind, _, launched, count = self.launched[number]
-        if kind == "send":
-            return launched + self.link_s[number]
-        if kind == "receive":
-            return self.arrivals.last("send", [self.devices[self.rank - 1]], count) + self.link_s[number]
+        if self.launched[number][0] in POINT_TO_POINT:
+            return self._began(number) + self.link_s[number]
         for n in range(len(self._link_free_at), number + 1):
-            begins = max([self.arrivals.last("group", self.devices, self.launched[n][3]), *self._link_free_at[-1:]])
+            begins = max([self._began(n), *self._link_free_at[-1:]])
             self._link_free_at.append(begins + self.link_s[n])
         return self._link_free_at[number]
 
@@ -176,3 +187,22 @@ class Pacer:
         self._end_segment()
         all_made = self.segment_s is None or self._segment == len(self.segment_s)
         assert all_made, "the executor made fewer collectives than the cost model lists"
+
+
+def seconds_of(events: Sequence[Event]) -> dict[str, float]:
+    """Sums of `compute_s`, `wait_s` and `comm_s` of one device's events."""
+    sums = {"compute_s": 0.0, "wait_s": 0.0, "comm_s": 0.0}
+    for what, start, stop in events:
+        sums[f"{what}_s" if what in ("compute", "wait") else "comm_s"] += stop - start
+    return sums
+
+
+def timeline_rows(events: Sequence[Sequence[Event]], time_scale: float = 1.0) -> list[dict]:
+    """Rows of rank, what, start_s, stop_s from the events of all devices, in their own seconds from the first start."""
+    first = min((own[0][1] for own in events if own), default=0.0)
+    rows = []
+    for rank, own in enumerate(events):
+        for what, start, stop in own:
+            start_s, stop_s = (round((at - first) / time_scale, 6) for at in (start, stop))
+            rows.append({"rank": rank, "what": what, "start_s": start_s, "stop_s": stop_s})
+    return rows

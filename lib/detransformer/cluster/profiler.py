@@ -14,15 +14,14 @@ import pandas as pd
 import psutil
 import torch
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertModel
+from transformers import AutoModel, BertConfig
 
 from detransformer import machine
-from detransformer.cluster.devices import EFFICIENCY
+from detransformer.cluster.devices import EFFICIENCY, EFFICIENCY_COLUMNS, efficiency_rows
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
-from detransformer.models import DecoupledBertModel
-from detransformer.models.configuration import DecoupledBertConfig, config_fields, preset_config
-from detransformer.parallel.comm import Comm, Pending
+from detransformer.models.configuration import config_fields, layer_kinds, preset_config
+from detransformer.parallel.comm import Comm, Pending, decode
 from detransformer.parallel.layer import STRATEGIES, Request
 from detransformer.parallel.plan import layer_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
@@ -43,7 +42,7 @@ _OTHER = torch.ones(2**24)  # 64 MiB, more than the caches of a core hold
 class LocalComm(TapeComm):
     """Stands in for the other ranks while one device is profiled: messages of the right size, in this host's memory."""
 
-    _buffer, _read = Comm._buffer, Comm._read
+    _buffer, _read = Comm._buffer, staticmethod(decode)
 
 
 def profile_operations(
@@ -53,7 +52,6 @@ def profile_operations(
     repeats: int = 10,
     num_chunks: Sequence[int] = (1, 2, 4),
     packs: bool = True,
-    quiet: bool = True,
 ) -> pd.DataFrame:
     """Times each strategy's share of one layer on this host, on one core, batch 1.
 
@@ -66,11 +64,10 @@ def profile_operations(
     the share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
     `CALIBRATION_TOKENS` tokens on one device.
     """
-    decoupled = isinstance(config, DecoupledBertConfig)
-    one_layer = dict(num_hidden_layers=2 if decoupled else 1)
-    one_layer |= dict(num_original_layers=1) if decoupled else {}
-    small = type(config)(**{**config_fields(config), **one_layer, "vocab_size": 32})
-    state = (DecoupledBertModel if decoupled else BertModel)(small).state_dict()
+    decoupled = "decoupled" in layer_kinds(config)
+    one_of_each = dict(num_hidden_layers=2, num_original_layers=1) if decoupled else dict(num_hidden_layers=1)
+    small = type(config)(**{**config_fields(config), **one_of_each, "vocab_size": 32})
+    state = AutoModel.from_config(small).state_dict()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -84,7 +81,7 @@ def profile_operations(
             if (decoupled or STRATEGIES[strategy].layer_kind == "original")
             and (STRATEGIES[strategy].splits or count == min(num_devices))
         ]
-        for _ in tqdm(range(repeats + WARM_ROUNDS), desc="profile", unit="round", disable=quiet):
+        for _ in tqdm(range(repeats + WARM_ROUNDS), desc="profile", unit="round"):
             for share in shares:
                 share.time()
     finally:
@@ -132,12 +129,6 @@ class _Share:
     def row(self) -> dict:
         latency = min(self.seconds[WARM_ROUNDS:])
         return self.known | {"gflops": self.gflops, "latency_s": latency, "gflops_per_s": self.gflops / latency}
-
-
-def efficiency_rows(operations: pd.DataFrame) -> tuple[tuple[str, float, int, int, float], ...]:
-    """`profile_operations` as `DeviceProfile.efficiency` has it."""
-    columns = ["strategy", "share", "tokens", "num_chunks", "efficiency"]
-    return tuple(operations[columns].itertuples(index=False, name=None))
 
 
 def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
@@ -196,9 +187,8 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
     frames = []
     for model in models:
         config = preset_config(model, 4, 4)
-        operations = profile_operations(config, seq_lens=(32, 128, 512), quiet=False)
+        operations = profile_operations(config, seq_lens=(32, 128, 512))
         frames.append(operations.assign(hidden_size=config.hidden_size))
-    columns = ["hidden_size", "strategy", "share", "tokens", "num_chunks", "efficiency"]
     made = f"one core of {machine.cpu_model()}, torch {torch.__version__}, {machine.now()[:10]}"
     with atomic_write(path) as file:
         file.write(
@@ -206,7 +196,7 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
             f"# weights fresh from memory. Measured on {made},\n"
             f"# by `python -m detransformer.cluster.profiler` at commit {provenance.own_commit()['commit'][:12]}.\n"
         )
-        pd.concat(frames)[columns].round(4).to_csv(file, index=False)
+        pd.concat(frames)[["hidden_size", *EFFICIENCY_COLUMNS]].round(4).to_csv(file, index=False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from detransformer.typed_json import STRICT
+
 
 @dataclass(frozen=True)
 class Request:
@@ -10,6 +12,8 @@ class Request:
     A GPT-2 generates `max_new_tokens`, once. `wires` are the permitted formats of messages. `plan` (fields of a
     `Plan`) takes precedence over `method`.
     """
+
+    __pydantic_config__ = STRICT
 
     text: str | None = None
     image: str | None = None

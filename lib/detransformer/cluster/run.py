@@ -7,7 +7,7 @@ the same request takes the same jobs.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,11 +22,6 @@ ANSWERING = "detransformer.cluster.answering"  # the module of a request's jobs
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
-
-
-def _say_who_is_missing(kind: str, sentence: str, names: Sequence[str]) -> None:
-    if kind == "waiting":
-        _say(sentence)
 
 
 def ask(
@@ -67,16 +62,17 @@ def run_emulated(
     Raises:
         ValueError, DeviceError: as `ask`.
     """
-    from detransformer.cluster.checkpoints import open_folder
-    from detransformer.cluster.selfcheck import lateness, set_time_scale, warn_if_late
+    from detransformer.cluster.selfcheck import host_time_scale, lateness, warn_if_late
+    from detransformer.opening import open_checkpoint
 
-    config = open_folder(model).config
-    profile = spec.profile(model, config)
+    config = open_checkpoint(model).config
+    profile = spec.profile(config)
     home = {"cluster": str(spec.path.resolve()), "model": str(Path(model).resolve())}
     with spec.emulate(transport=transport, threads=threads, home=home) as cluster:
 
         def pace(plan: Mapping) -> Mapping:
-            scale = set_time_scale(cluster, spec.bandwidth_bps, profile, plan["busy"], config, time_scale)
+            scale = time_scale or host_time_scale(cluster, config, profile, plan["busy"])
+            cluster.set_link(spec.bandwidth_bps, scale)
             return {"paced": True, "modelled_link": cluster.transport != "namespaces", "time_scale": scale}
 
         title = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
@@ -107,7 +103,8 @@ def run_on_hosts(
             here.start()
             here.wait()
             return None
-        with Fleet(titles, here.listen(), here.store, on_event=_say_who_is_missing) as fleet:
+        waiting = dict(on_event=lambda kind, sentence, _: _say(sentence) if kind == "waiting" else None)
+        with Fleet(titles, here.listen(), here.store, **waiting) as fleet:
             here.start()
             reach = f"{titles[0]}, port {spec.port}"
             fleet.wait(wait_s, f": start the same command there, and check that it reaches {reach}")

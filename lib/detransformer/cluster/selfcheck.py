@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from detransformer.cluster.devices import preset_profile
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.machine import usable_cores
-from detransformer.planning.profile import ClusterProfile, DeviceProfile
+from detransformer.planning.profile import ClusterProfile
 
 MIN_LINK_SHARE = 0.9  # a link must carry at least this share of its rate, and never more than the rate
 MAX_PACING_ERROR = 0.02  # relative excess of an idle device's paced segments over the modelled time
@@ -118,11 +118,6 @@ def why_invalid(row: Mapping[str, Any]) -> str:
     return "; ".join(filter(None, reasons))
 
 
-def usual_devices(devices: Iterable[DeviceProfile], config: PretrainedConfig) -> float:
-    """The number of `USUAL_DEVICE` that compute as fast as `devices` together, on a model of `config`."""
-    return sum(device.flops_per_s for device in devices) / preset_profile(USUAL_DEVICE, config).flops_per_s
-
-
 def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> float:
     """The power of two by which everything is slowed so that `num_cores` carry the links (`total_bps`) and devices."""
     needed = max(total_bps / MAX_TOTAL_BPS, num_devices / (DEVICES_A_CORE * num_cores))
@@ -135,24 +130,27 @@ def stolen_share(before: Any, after: Any) -> float:
     return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
 
 
-def set_time_scale(
+def host_time_scale(
     cluster: EmulatedCluster,
-    bandwidth_bps: float,
+    config: PretrainedConfig,
     profile: ClusterProfile,
     devices: Sequence[int],
-    config: PretrainedConfig,
-    time_scale: float | None,
+    sends: bool = True,
+    at_once: bool = True,
 ) -> float:
-    """Sets the links' rate and the time scale of `cluster`: the given one, or the first that suits this host.
+    """The first time scale that suits this host, where `devices` of `profile` compute a model of `config`.
 
-    `devices` of `profile` are those that compute a model of `config`. Returns the time scale.
+    Args:
+        sends: whether they send each other anything.
+        at_once: whether they compute and send at the same time, not one after the other, as the stages of a pipeline.
     """
-    busy = usual_devices([profile.devices[i] for i in devices], config)
-    total_bps = bandwidth_bps * sum(profile.link.share(i) for i in range(len(profile.devices)))
-    shaped = cluster.transport == "namespaces"
-    scale = time_scale or first_time_scale(total_bps if shaped else 0.0, busy, usable_cores())
-    cluster.set_link(bandwidth_bps, scale)
-    return scale
+    together = sum if at_once else max
+    usual_rate = preset_profile(USUAL_DEVICE, config).flops_per_s
+    busy = together(profile.devices[i].flops_per_s / usual_rate for i in devices)
+    if cluster.transport == "loopback":  # the host need not carry modelled links in time
+        return first_time_scale(0.0, busy / 2, usable_cores())
+    total_bps = profile.link.bandwidth_bps * together(profile.link.share(i) for i in devices)
+    return first_time_scale(total_bps if sends else 0.0, busy, usable_cores())
 
 
 def lateness(results: Sequence[dict | None]) -> float:

@@ -124,7 +124,6 @@ class EmulatedCluster:
 
     def profile(
         self,
-        model: str,
         config: "PretrainedConfig",
         link: LinkProfile | None = None,
         pace: str = "measured",
@@ -132,7 +131,7 @@ class EmulatedCluster:
     ) -> ClusterProfile:
         """The devices of this cluster and its link at its present rate; arguments as in `cluster_profile`."""
         where = self.bandwidth_bps, self.delay_s, link
-        return cluster_profile(self.devices, model, config, *where, pace, efficiency)
+        return cluster_profile(self.devices, config, *where, pace, efficiency)
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))

@@ -147,14 +147,14 @@ class ClusterSpec(_Keys):
         return replace(spec, profile=measured)
 
     def profile(
-        self, model: str, config: "PretrainedConfig", pace: str = "measured", bandwidth_bps: float | None = None
+        self, config: "PretrainedConfig", pace: str = "measured", bandwidth_bps: float | None = None
     ) -> ClusterProfile:
-        """Devices and links on `model` (a preset's name or a folder) of `config`, for the planner.
+        """Devices and links on a model of `config`, for the planner.
 
         `bandwidth_bps`: instead of the file's.
         """
         where = bandwidth_bps or self.bandwidth_bps, self.delay_s
-        return cluster_profile(self.device_specs, model, config, *where, pace=pace)
+        return cluster_profile(self.device_specs, config, *where, pace=pace)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
         """This cluster emulated on one machine, whether the file is of real hosts or not; as in `EmulatedCluster`."""

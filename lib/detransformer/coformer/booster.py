@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -42,7 +41,7 @@ from detransformer.coformer.tasks import BoostTask
 from detransformer.training.config import PRECISIONS, StepRecipe, config_hash, not_negative, one_of, positive
 from detransformer.training.hardware import place, resolve_precision
 from detransformer.training.loop import Run, fit, micro_batches
-from detransformer.training.results import as_result, read_result, write_result
+from detransformer.training.results import Result, as_result, read_result, write_result
 
 RULES = ("boosting", "published", "none")
 TARGETS = ("hard", "soft")
@@ -64,21 +63,6 @@ class BoostConfig(StepRecipe):
     rule: str = one_of("boosting", RULES)
     target: str = one_of("hard", TARGETS)
     mixed_precision: str = one_of("auto", PRECISIONS)
-
-
-@dataclass(frozen=True)
-class BoostResult:
-    """A calibrated sub-model: `checkpoint` is a Hugging Face model folder, `history` has a row a step.
-
-    `score` is the task's metric on the test samples, times 100.
-    """
-
-    number: int
-    checkpoint: Path
-    history: pd.DataFrame
-    score: float
-    seconds: float
-    identity: str
 
 
 def update_weights(weights: np.ndarray, losses: np.ndarray, rule: str, num_classes: int) -> np.ndarray:
@@ -133,7 +117,7 @@ def boost(
     config: BoostConfig,
     output_dir: str | Path,
     on_step: Callable[[int, int, float], None] | None = None,
-) -> list[BoostResult]:
+) -> list[Result]:
     """Calibrates each sub-model in turn into `output_dir/sub-model-N-*/` (model/, history.csv, result.json).
 
     The models given stay as they are; `load_calibrated` reads the calibrated ones. A finished sub-model is not trained
@@ -144,6 +128,9 @@ def boost(
         sub_models: models with `.logits` [B, C], in the order of calibration, as they were decomposed.
         teacher: the large model, fine-tuned on the task.
         on_step: `on_step(number, step, loss)` is called after each step of sub-model `number`, from 1.
+
+    Returns:
+        Of each sub-model: number, score (the task's metric on the test samples, times 100), task.
 
     Raises:
         ValueError: without sub-models, for damaged files, or a loss that is not finite.
@@ -161,7 +148,7 @@ def boost(
         report = None if on_step is None else partial(on_step, number)
         run = Run(f"sub-model {number}", folder, identity, report)
         record = read_result(run) or _calibrate(sub_model, number, taught, weights, task, config, run)
-        results.append(as_result(BoostResult, run, record))
+        results.append(as_result(run, record))
         if config.rule != "none":
             losses = read_tensors(folder / "losses.safetensors", f"delete {folder}")["losses"].numpy()
             weights = update_weights(weights, losses, config.rule, task.num_classes)
@@ -194,7 +181,7 @@ def _calibrate(sub_model, number, taught, weights, task, config, run: Run) -> di
     return write_result(run, trained, record, "samples", config.global_batch_size, model.save_pretrained)
 
 
-def load_calibrated(results: Sequence[BoostResult], sub_models: Sequence[PreTrainedModel]) -> list[PreTrainedModel]:
+def load_calibrated(results: Sequence[Result], sub_models: Sequence[PreTrainedModel]) -> list[PreTrainedModel]:
     """The calibrated models of `results`, of the classes of `sub_models`, in eval mode."""
     pairs = zip(results, sub_models, strict=True)
     return [type(sub_model).from_pretrained(result.checkpoint).eval() for result, sub_model in pairs]

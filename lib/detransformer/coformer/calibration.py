@@ -20,13 +20,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from detransformer.coformer.aggregator import Aggregator, make_aggregator
-from detransformer.coformer.booster import BoostConfig, BoostResult, boost, load_calibrated
+from detransformer.coformer.booster import BoostConfig, boost, load_calibrated
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.outputs import Outputs, collect_outputs
 from detransformer.coformer.policy import Policy
 from detransformer.coformer.tasks import BoostTask
 from detransformer.training.config import Recipe, fraction, not_negative, positive
 from detransformer.training.loop import Run, fit
+from detransformer.training.results import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ class Calibrated:
         held_out_accuracy: on training samples that nothing was trained on; NaN where the task holds none out.
     """
 
-    boosted: list[BoostResult]
+    boosted: list[Result]
     sub_models: list[PreTrainedModel]
     train: Outputs
     test: Outputs

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from detransformer.answers import SEED, check_length, classify, encode, tokenizer_of
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.request import Request
-from detransformer.cluster.selfcheck import lateness, set_time_scale, warn_if_late
+from detransformer.cluster.selfcheck import host_time_scale, lateness, warn_if_late
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answer
@@ -38,13 +38,14 @@ def run_emulated(
         )
     config = ensemble.sub_model(ensemble.central).config
     inputs = inputs_of(request, ensemble, config)
-    profile = spec.profile(model, config)
+    profile = spec.profile(config)
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
     with spec.emulate(transport=transport, threads=threads) as cluster:
-        scale = set_time_scale(cluster, spec.bandwidth_bps, profile, range(ensemble.num_devices), config, time_scale)
+        scale = time_scale or host_time_scale(cluster, config, profile, range(ensemble.num_devices))
+        cluster.set_link(spec.bandwidth_bps, scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
-    _, answer = classify(config, inputs, {"logits": run.logits}, model)
+    _, answer = classify(config, inputs, {"logits": run.logits}, None)
     record = _record(run, ensemble, spec, request, predicted_s) | {"answer": answer}
     print("\n".join([name, *_lines(record, request, run)]))
     late = lateness(run.records)
@@ -90,10 +91,8 @@ def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) ->
         generator = torch.Generator().manual_seed(SEED)
         inputs = {"input_ids": torch.randint(config.vocab_size, (1, request.num_tokens), generator=generator)}
     else:
-        inputs = encode(tokenizer_of(str(folder)), request.text)
+        inputs = encode(config, tokenizer_of(str(folder)), request.text)
     check_length(config, inputs["input_ids"].shape[1])
-    if ensemble.model_type == "gpt2":
-        inputs.pop("token_type_ids", None)
     return inputs
 
 

@@ -12,8 +12,7 @@ from detransformer.training.config import FinetuneConfig, config_hash
 from detransformer.training.data import TrainingData
 from detransformer.training.data.images import ImageData
 from detransformer.training.data.tasks import get_task
-from detransformer.training.features import LengthGrouped, by_length, collate
-from detransformer.training.finetuning import prepared_task
+from detransformer.training.features import LengthGrouped, by_length, collate, prepared_task
 from detransformer.training.metrics import classification_scores
 
 

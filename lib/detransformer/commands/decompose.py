@@ -116,7 +116,7 @@ def decompose(
             f"{learned.num_classes}: give a model that was fine-tuned on it."
         )
     original = Original.of(model.config, None if family == "vit" else seq_len)
-    profile = spec.profile(str(checkpoint), model.config)
+    profile = spec.profile(model.config)
     most_bytes = math.inf if memory is None else memory * 2**20
     limits = Limits(
         Limits.share(original, budget or math.inf, len(profile.devices)).flops,

@@ -43,7 +43,7 @@ def plan(
     seq_len: options.Tokens = 128,
     batch_size: options.Batch = 1,
     wire: options.Wires = options.FLOAT32,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why this plan, and what limits it.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what limits the chosen plan.")] = False,
     output: options.Output = None,
     pace: options.Pace = "measured",
 ) -> None:
@@ -56,13 +56,13 @@ def plan(
 
     from detransformer.cluster.devices import cluster_profile, device_specs
     from detransformer.files import atomic_write
-    from detransformer.planning.explain import explain as explanation
-    from detransformer.planning.placement import place_freely
+    from detransformer.models.configuration import max_tokens
+    from detransformer.planning.placement import bottleneck, place_freely
     from detransformer.planning.profile import ClusterProfile
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
-    if seq_len > config.max_position_embeddings:
-        raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {config.max_position_embeddings}.")
+    if seq_len > max_tokens(config):
+        raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {max_tokens(config)}.")
     known = ClusterProfile.load(profile) if profile else None
     if known and len(known.devices) < num_devices:
         raise ValueError(
@@ -73,19 +73,18 @@ def plan(
             planned, name = known.of(range(num_devices)), f"{num_devices} profiled devices"
             planned = replace(planned, link=replace(planned.link, bandwidth_bps=mbps * 1e6))
         elif spec:
-            planned = spec.profile(model, config, pace, mbps * 1e6)
+            planned = spec.profile(config, pace, mbps * 1e6)
             name = f"{spec.name}: {on_devices(spec.device_specs)}"
         else:
             specs = device_specs(num_devices, device or "rpi4b")
-            planned, name = cluster_profile(specs, model, config, mbps * 1e6, pace=pace), on_devices(specs)
+            planned, name = cluster_profile(specs, config, mbps * 1e6, pace=pace), on_devices(specs)
         started = time.perf_counter()
         placement = place_freely(config, planned, seq_len, batch_size, options.in_bytes(memory), wires=wire)
         planning_s = time.perf_counter() - started
         print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
+        print("\n".join(_lines(placement, planning_s)))
         if explain:
-            print(explanation(placement, config, planned, seq_len, batch_size))
-        else:
-            print("\n".join(_lines(placement, planning_s)))
+            print(bottleneck(placement.plan, config, planned, seq_len, batch_size))
         if output:
             chosen = placement.chosen
             with atomic_write(output) as file:
@@ -96,9 +95,21 @@ def plan(
 def _lines(placement: "Placement", planning_s: float) -> list[str]:
     rows = placement.table().assign(
         devices=[_listed(a.plan.device_ids) for a in placement.alternatives],
+        sent_kib=[sum(a.prediction.bytes.values()) / 2**10 for a in placement.alternatives],
         memory_mib=lambda frame: frame["memory_bytes"] / 2**20,
     )
-    shown = ["method", "devices", "plan", "predicted_s", "compute_s", "comm_s", "memory_mib", "fits", "reason"]
+    shown = [
+        "method",
+        "devices",
+        "plan",
+        "predicted_s",
+        "compute_s",
+        "comm_s",
+        "sent_kib",
+        "memory_mib",
+        "fits",
+        "reason",
+    ]
     chosen = placement.chosen
     return [
         markdown(rows.drop_duplicates(["method", "devices"])[shown]),
@@ -149,7 +160,7 @@ def profile(
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
     if spec and spec.emulated:
-        computes = spec.profile(model, config).devices
+        computes = spec.profile(config).devices
     elif device in (None, "host"):
         operations = profile_operations(config)
         print(markdown(operations))
@@ -182,12 +193,12 @@ def profile(
 
 def config_of(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> "PretrainedConfig":
     """The decoupled configuration of a preset, or a folder's own."""
-    from detransformer.cluster.checkpoints import open_folder
     from detransformer.models.configuration import preset_config
+    from detransformer.opening import open_checkpoint
 
     if model in PRESETS:
         return preset_config(model, num_original_layers, num_divisions, attention_width)
-    return open_folder(model).config
+    return open_checkpoint(model).config
 
 
 def cluster_file(path: Path | None, beside: Mapping[str, Any]) -> "ClusterSpec | None":

@@ -12,36 +12,34 @@ if narrow), H heads, s = A/H head size, I intermediate size.
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Cache,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
-    GPT2Tokenizer,
+    GPT2PreTrainedModel,
 )
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, eager_attention_forward
 
 from detransformer.models.configuration import DecoupledGPT2Config, ffn_size, layer_kinds
-from detransformer.models.decoupled_bert import BatchedLayerNorm, merge_hidden, split_hidden
-
-
-class BatchedConv1D(nn.Module):
-    """P independent linear maps, weights input-major as in GPT-2's Conv1D: [P, M, in] -> [P, M, out]."""
-
-    def __init__(self, num_blocks: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_blocks, in_features, out_features))  # as Conv1D, stacked
-        self.bias = nn.Parameter(torch.zeros(num_blocks, out_features))
-        nn.init.normal_(self.weight, std=0.02)  # Conv1D's own default
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+from detransformer.models.stacked import (
+    BatchedConv1D,
+    BatchedLayerNorm,
+    DecoupledHead,
+    DecoupledModel,
+    merge_hidden,
+    split_hidden,
+)
 
 
 class DecoupledGPT2Attention(GPT2Attention):
@@ -135,60 +133,52 @@ class DecoupledGPT2Block(GPT2Block):
         return merge_hidden(x, batch_size)
 
 
-class _DecoupledGPT2Mixin:
-    """What the two models below share: their configuration and the initialisation of stacked weights."""
+class DecoupledGPT2Model(DecoupledModel, GPT2Model):
+    """Decoupled GPT-2 without a head; outputs as `transformers.GPT2Model`."""
 
     config_class = DecoupledGPT2Config
     _no_split_modules = ["GPT2Block", "DecoupledGPT2Block"]
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
-        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, BatchedConv1D):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif isinstance(module, BatchedLayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
-
-class DecoupledGPT2Model(_DecoupledGPT2Mixin, GPT2Model):
-    """Decoupled GPT-2 without a head; outputs as `transformers.GPT2Model`."""
-
     def __init__(self, config: DecoupledGPT2Config):
         if config.add_cross_attention:
             raise ValueError("decoupled GPT-2 attends to its own tokens only: set add_cross_attention=False.")
-        super().__init__(config)
-        for i, kind in enumerate(layer_kinds(config)):
-            if kind == "decoupled":
-                self.h[i] = DecoupledGPT2Block(config, layer_idx=i)
+        GPT2PreTrainedModel.__init__(self, config)  # GPT2Model's own would make the original layers too
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        block_class = {"decoupled": DecoupledGPT2Block, "original": GPT2Block}
+        self.h = nn.ModuleList(block_class[kind](config, layer_idx=i) for i, kind in enumerate(layer_kinds(config)))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
 
 
-class DecoupledGPT2LMHeadModel(_DecoupledGPT2Mixin, GPT2LMHeadModel):
+class _DecoupledGPT2Head(DecoupledHead):
+    config_class = DecoupledGPT2Config
+    body_class = DecoupledGPT2Model
+
+
+class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel):
     """Decoupled GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
 
-    def __init__(self, config: DecoupledGPT2Config):
-        super().__init__(config)
-        self.transformer = DecoupledGPT2Model(config)
-        self.post_init()
+
+class DecoupledGPT2ForSequenceClassification(_DecoupledGPT2Head, GPT2ForSequenceClassification):
+    """Decoupled GPT-2 with GPT-2's own classifier of the last token: logits [B, labels]."""
 
 
-DECOUPLED_CLASS = {GPT2Model: DecoupledGPT2Model, GPT2LMHeadModel: DecoupledGPT2LMHeadModel}
+class DecoupledGPT2ForTokenClassification(_DecoupledGPT2Head, GPT2ForTokenClassification):
+    """Decoupled GPT-2 with GPT-2's own classifier of tokens: logits [B, T, labels]."""
 
 
-def register() -> None:
-    """Makes `AutoConfig`, the AutoModel classes and `AutoTokenizer` know decoupled GPT-2."""
-    AutoConfig.register(DecoupledGPT2Config.model_type, DecoupledGPT2Config, exist_ok=True)
-    AutoModel.register(DecoupledGPT2Config, DecoupledGPT2Model, exist_ok=True)
-    AutoModelForCausalLM.register(DecoupledGPT2Config, DecoupledGPT2LMHeadModel, exist_ok=True)
-    AutoTokenizer.register(DecoupledGPT2Config, GPT2Tokenizer, exist_ok=True)  # GPT-2's own files name no class
+class DecoupledGPT2ForQuestionAnswering(_DecoupledGPT2Head, GPT2ForQuestionAnswering):
+    """Decoupled GPT-2 with GPT-2's own span head: logits [B, T] of an answer's start and of its end."""
 
 
-register()
+CLASSES = (  # the AutoModel class, the original, the decoupled one
+    (AutoModel, GPT2Model, DecoupledGPT2Model),
+    (AutoModelForPreTraining, GPT2LMHeadModel, DecoupledGPT2LMHeadModel),
+    (AutoModelForCausalLM, GPT2LMHeadModel, DecoupledGPT2LMHeadModel),
+    (AutoModelForSequenceClassification, GPT2ForSequenceClassification, DecoupledGPT2ForSequenceClassification),
+    (AutoModelForTokenClassification, GPT2ForTokenClassification, DecoupledGPT2ForTokenClassification),
+    (AutoModelForQuestionAnswering, GPT2ForQuestionAnswering, DecoupledGPT2ForQuestionAnswering),
+)

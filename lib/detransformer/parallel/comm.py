@@ -10,11 +10,12 @@ and holds until the next collective of the same name. `transfers` are what the t
 this rank could begin to its end, so with the wait for peers that came later.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate
@@ -23,7 +24,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from detransformer.parallel.codec import decode, encode
 from detransformer.parallel.partition import split
 from detransformer.parallel.wire import message_bytes
 
@@ -55,6 +55,37 @@ class Pending:
         return Pending(finish=lambda: change(self.wait()))
 
 
+def encode(x: torch.Tensor, number_format: str, message: torch.Tensor) -> None:
+    """Writes `x` [..., n] into `message` (uint8, of `message_bytes`), in a number format of `parallel.wire`.
+
+    An int8 message carries its rows' scales in front of its numbers, so that both travel together. Rows are the leading
+    axes of a tensor (tokens, and q, k, v or sub-blocks where they travel in one message): a scale's group is one
+    token's features on one device, or fewer.
+    """
+    if number_format == "float32":
+        message[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+    elif number_format == "bfloat16":
+        message[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        scale = rows.abs().amax(1, keepdim=True).float() / 127  # symmetric: zero stays zero
+        message[: 4 * len(rows)].view(torch.float32).copy_(scale[:, 0])
+        quantised = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()
+        message[4 * len(rows) : 4 * len(rows) + rows.numel()].view(torch.int8).view(rows.shape).copy_(quantised)
+
+
+def decode(message: torch.Tensor, shape: Sequence[int], number_format: str, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor of `shape` that `message` carries; a view of the message where it needs no conversion."""
+    numbers = math.prod(shape)
+    if number_format == "float32":
+        return message[: dtype.itemsize * numbers].view(dtype).view(*shape)
+    if number_format == "bfloat16":
+        return message[: 2 * numbers].view(torch.bfloat16).view(*shape).to(dtype)
+    rows = math.prod(shape[:-1])
+    scale = message[: 4 * rows].view(torch.float32).view(*shape[:-1], 1)
+    return message[4 * rows : 4 * rows + numbers].view(torch.int8).view(*shape).to(dtype).mul_(scale)
+
+
 class Comm:
     """The collectives of one group of ranks; with one rank every collective is the identity and counts nothing.
 
@@ -62,11 +93,11 @@ class Comm:
     whose results are in use, at the same time.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, rank: int, num_ranks: int, observer: Observer | None = None):
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, num_ranks: int):
         self.group = group
         self.rank = rank
         self.num_ranks = num_ranks
-        self.observer = observer
+        self.observer: Observer | None = None
         self.counts: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.transfers: list[tuple[str, int, float]] = []  # (kind, bytes, seconds) of each that has run
@@ -211,60 +242,38 @@ class Comm:
                 work.wait()
 
     def start_gather(
-        self,
-        x: torch.Tensor,
-        shapes: Sequence[Sequence[int]],
-        root: int,
-        wire: str = "float32",
-        timeout_s: float | None = None,
-        absent: Sequence[int] = (),
-        name: str = "gather to one",
+        self, x: torch.Tensor, shapes: Sequence[Sequence[int]], root: int, timeout_s: float, absent: Sequence[int] = ()
     ) -> Pending:
         """Brings every rank's `x`, which has `shapes[rank]`, to `root` as a list in rank order; None on the others.
 
-        The `absent` are not asked and have None in the list. With `timeout_s` a rank that is lost, or whose message has
-        not come by then, has None there too; it is not to be asked again: what a late rank sends would be taken for its
-        next message.
+        The `absent` are not asked and have None in the list. A rank that is lost, or whose message has not come after
+        `timeout_s`, has None there too; it is not to be asked again: what a late rank sends would be taken for its next
+        message.
         """
         if self.num_ranks == 1:
             return Pending([x])
-        dtype = x.dtype
+        sizes = [message_bytes(shape, "float32", x.itemsize) for shape in shapes]
         if self.rank != root:
-            message = self._buffer("out", name, message_bytes(x.shape, wire, x.itemsize))
-            self._write(x, wire, message)
-            return self._start(
-                "gather",
-                len(message),
-                0,
-                lambda: dist.send(message, group=self.group, group_dst=root),
-                lambda: None,
-            )
-        sizes = [0 if rank == root else message_bytes(shape, wire, x.itemsize) for rank, shape in enumerate(shapes)]
-        incoming = self._buffer("in", name, sum(sizes)).split(sizes)
-        came = [rank == root for rank in range(self.num_ranks)]
+            message = self._buffer("out", "gather to one", sizes[self.rank])
+            self._write(x, "float32", message)
+            run = partial(dist.send, message, group=self.group, group_dst=root)
+            return self._start("gather", len(message), 0, run, lambda: None)
+        sizes[root] = 0
+        incoming, present = self._buffer("in", "gather to one", sum(sizes)).split(sizes), {root: x}
 
         def collect() -> None:
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
-            works = {}
-            for rank in range(self.num_ranks):  # all at once: none waits for another's turn
-                if rank != root and rank not in absent:
-                    with _lost_allowed(timeout_s):
-                        works[rank] = dist.irecv(incoming[rank], group=self.group, group_src=rank)
+            deadline, works = time.monotonic() + timeout_s, {}
+            asked = [rank for rank in range(self.num_ranks) if rank not in (root, *absent)]
+            for rank in asked:  # all at once: none waits for another's turn
+                with suppress(RuntimeError):  # gloo's error of a lost or late peer
+                    works[rank] = dist.irecv(incoming[rank], group=self.group, group_src=rank)
             for rank, work in works.items():
-                with _lost_allowed(timeout_s):
-                    if deadline is None:
-                        work.wait()
-                    else:
-                        work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-                    came[rank] = True
+                with suppress(RuntimeError):
+                    work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                    present[rank] = self._read(incoming[rank], shapes[rank], "float32", x.dtype)
 
-        def result() -> list[torch.Tensor | None]:
-            return [
-                x if rank == root else self._read(message, shapes[rank], wire, dtype) if came[rank] else None
-                for rank, message in enumerate(incoming)
-            ]
-
-        return self._start("gather", sum(sizes), sum(sizes), collect, result)
+        every = range(self.num_ranks)
+        return self._start("gather", sum(sizes), sum(sizes), collect, lambda: [present.get(rank) for rank in every])
 
     def send(self, x: torch.Tensor, to_rank: int, wire: str = "float32") -> None:
         message = self._buffer("out", "send", message_bytes(x.shape, wire, x.itemsize))
@@ -284,11 +293,7 @@ class Comm:
         if self.num_ranks > 1:
             dist.barrier(group=self.group)
 
-    def _write(self, x: torch.Tensor, wire: str, message: torch.Tensor) -> None:
-        encode(x, wire, message)
-
-    def _read(self, message: torch.Tensor, shape: Sequence[int], wire: str, dtype: torch.dtype) -> torch.Tensor:
-        return decode(message, shape, wire, dtype)
+    _write, _read = staticmethod(encode), staticmethod(decode)
 
     def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
         """Kept memory for messages; zeroed when made, so that padding never holds denormals."""
@@ -296,16 +301,6 @@ class Comm:
         if kept is None or len(kept) < num_bytes:
             kept = self._buffers[direction, name] = torch.zeros(num_bytes, dtype=torch.uint8)
         return kept[:num_bytes]
-
-
-@contextmanager
-def _lost_allowed(timeout_s: float | None) -> Iterator[None]:
-    """gloo's error of a lost or late peer passes where a time limit says that it may."""
-    try:
-        yield
-    except RuntimeError:
-        if timeout_s is None:
-            raise
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

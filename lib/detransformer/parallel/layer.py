@@ -52,6 +52,15 @@ class Chunk:
         return bounds(self.tokens, rank)
 
 
+def chunks_of(sizes: Iterable[tuple[int, Sequence[int]]]) -> list[Chunk]:
+    """Chunks of so many tokens, one after another: (tokens in all, tokens of each device) of each."""
+    chunks, start = [], 0
+    for index, (total, tokens) in enumerate(sizes):
+        chunks.append(Chunk(index, start, start + total, tokens))
+        start += total
+    return chunks
+
+
 class KeyValueCache:
     """Keys and values of a decoder's earlier tokens, this device's part: each layer's K and V, [rows, capacity, A]."""
 
@@ -94,11 +103,7 @@ class Request:
         cache: KeyValueCache | None = None,
     ) -> "Request":
         """The request [batch_size, seq_len], in the chunks of `plan`."""
-        chunks, start = [], 0
-        for i, tokens in enumerate(plan.tokens(seq_len)):
-            chunks.append(Chunk(i, start, start + sum(tokens), tokens))
-            start += sum(tokens)
-        return cls(batch_size, chunks, mask, cache)
+        return cls(batch_size, chunks_of((sum(tokens), tokens) for tokens in plan.tokens(seq_len)), mask, cache)
 
     def mask_of(self, start: int, stop: int) -> torch.Tensor | None:
         """The mask of the queries of tokens start..stop."""
@@ -143,13 +148,14 @@ class Strategy:
         self.head_size = config.hidden_size // config.num_attention_heads
         parameters = LayerParameters(config, weights, layer, keeps_whole, packs)
         naming = parameters.naming
-        self.pre_norm, self.eps = naming.pre_norm, getattr(config, naming.eps)
+        self.pre_norm, self.eps = naming.pre_norm, naming.eps_of(config)
         self.activation = ACT2FN[getattr(config, naming.activation)]
         self.load(parameters)  # a device keeps its own part, not the source
 
     def load(self, parameters: LayerParameters) -> None:
-        """Takes this device's weights."""
-        raise NotImplementedError
+        """Takes this device's weights, here all of them."""
+        self.load_attention(parameters)
+        self.load_rest(parameters)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         """Gives out X's chunks in the out-layout; `chunks` are X's in the in-layout."""
@@ -169,7 +175,7 @@ class Strategy:
         start, stop = bounds(self.plan.heads, self.comm.rank)
         return start * self.head_size, stop * self.head_size
 
-    def load_attention(self, parameters: LayerParameters, own_heads: bool) -> None:
+    def load_attention(self, parameters: LayerParameters, own_heads: bool = False) -> None:
         """Q, K and V packed in one product, D -> 3A, of this device's heads or all."""
         self.to_qkv = parameters.qkv(self.own_heads if own_heads else None)
 
@@ -230,7 +236,17 @@ class Strategy:
             mask = request.mask_of(chunk.start, chunk.stop)
             if mask is not None and len(mask) > 1:  # one of all sequences is that of all copies
                 mask = mask.repeat(copies, 1, 1, 1)
-            yield attend(part[:, :, 0], k, v, self.head_size, mask)
+            yield self.attend(part[:, :, 0], k, v, mask)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Scaled dot-product attention: q [B, t, A], k and v [B, T, A] -> [B, t, A]."""
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, H, T, s]
+
+        scale = attention_scale(self.config, self.layer, self.head_size)
+        context = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask, scale=scale)
+        return context.transpose(1, 2).flatten(2)
 
     def remember(self, k: torch.Tensor, v: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v [rows, T, A] of the request's tokens, after those of earlier ones where they are kept."""
@@ -253,6 +269,14 @@ class Strategy:
         pending = self.comm.start_all_to_all(parts, shapes, self.plan.wire, f"context{chunk.index}")
         return pending.then(lambda parts: together(parts, dim=-1))
 
+    def after_exchange(
+        self, contexts: Iterable[torch.Tensor], xs: Sequence[torch.Tensor], request: Request
+    ) -> Iterator[torch.Tensor]:
+        """The rest of the layer for own tokens x, of attention by own heads: chunks [B, T, h*s] -> [B, t, D]."""
+        exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
+        for exchange, x in zip(exchanges, xs, strict=True):
+            yield self.after_attention(exchange.wait(), x)
+
 
 def together(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
     """`torch.cat` along the tokens, or `dim`; without a copy where there is one part."""
@@ -264,12 +288,7 @@ def arrived(chunks: Iterable[Pending]) -> Iterator[torch.Tensor]:
     return (chunk.wait() for chunk in chunks)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_size: int, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Scaled dot-product attention: q [B, t, A], k and v [B, T, A] -> [B, t, A]."""
-
-    def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, head_size)).transpose(1, 2)  # [B, H, T, s]
-
-    return F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask).transpose(1, 2).flatten(2)
+def attention_scale(config: PretrainedConfig, layer: int, head_size: int) -> float:
+    """What scores are multiplied by: the root of 1/s, but where a GPT-2's configuration says otherwise."""
+    scale = head_size**-0.5 if getattr(config, "scale_attn_weights", True) else 1.0
+    return scale / (layer + 1) if getattr(config, "scale_attn_by_inverse_layer_idx", False) else scale

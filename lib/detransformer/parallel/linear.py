@@ -7,7 +7,9 @@ EPYC, float32). What cannot be packed (other number formats, views of a map that
 input-major, [in, out], rows of a multiple of 4 KiB padded, since these fall on the same cache sets.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Self
 
 import torch
 from torch.nn import functional as F
@@ -72,18 +74,22 @@ def _worth_packing(weight: torch.Tensor) -> bool:
 class Linear:
     """x [..., in] -> [..., out]; the bias, where there is one, is added by the product itself."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: torch.Tensor | None = None):
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: Sequence[torch.Tensor] | None = None
+    ):
         """`weight` is [in, out], see `input_major`; `packed`, where there is one, is used instead of its numbers."""
         self.weight = weight
         self.bias = bias
         self.packed = packed
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, is_input_major: bool, packs: bool) -> "Linear":
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, is_input_major: bool, packs: bool) -> Self:
         """Of a weight as a checkpoint stores it, [in, out] or [out, in]; `packs`: for oneDNN, if that is worth it."""
-        if packs and _worth_packing(weight):
-            packed = _packed(weight.t() if is_input_major else weight)
-            return cls(_no_numbers(weight if is_input_major else weight.t()), bias, packed)
+        other_major = weight.transpose(-1, -2)
+        if packs and len(weight) and _worth_packing(weight):
+            output_major = other_major if is_input_major else weight
+            packed = [_packed(block) for block in (output_major if weight.ndim == 3 else [output_major])]
+            return cls(_no_numbers(weight if is_input_major else other_major), bias, packed)
         return cls(padded(weight) if is_input_major else input_major(weight), bias)
 
     def part(self, outputs: tuple[int, int] | None = None, inputs: tuple[int, int] | None = None) -> "Linear":
@@ -96,28 +102,14 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # also of no inputs: a device without a head
         if self.packed is not None:
-            y = _product(rows, self.packed, self.bias)
+            y = _product(rows, *self.packed, self.bias)
             return y.reshape(*x.shape[:-1], y.shape[-1])
         y = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class StackedLinear:
-    """One linear map for each of p sub-blocks: x [p, rows, in] -> [p, rows, out]."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, packed: list[torch.Tensor] | None = None):
-        """`weight` is [p, in, out], `bias` [p, out]; `packed`: each sub-block's weight, used instead."""
-        self.weight = weight
-        self.bias = bias
-        self.packed = packed
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor, is_input_major: bool, packs: bool) -> "StackedLinear":
-        """Of weights as a checkpoint stores them, [p, in, out] or [p, out, in]."""
-        if packs and len(weight) and _worth_packing(weight):
-            packed = [_packed(block.t() if is_input_major else block) for block in weight]
-            return cls(_no_numbers(weight if is_input_major else weight.transpose(1, 2)), bias, packed)
-        return cls(padded(weight) if is_input_major else input_major(weight), bias)
+class StackedLinear(Linear):
+    """A map for each of p sub-blocks: x [p, rows, in] -> [p, rows, out]; weight [p, in, out], bias [p, out]."""
 
     def part(self, start: int, stop: int) -> "StackedLinear":
         """A view of sub-blocks start..stop."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from transformers import PretrainedConfig
 
 import detransformer.parallel.strategies  # noqa: F401  registers the strategies
@@ -18,6 +18,7 @@ from detransformer.parallel.layer import STRATEGIES
 from detransformer.parallel.methods import BLOCK_METHODS, DIRECT_METHODS, ORIGINAL_LAYER_STRATEGY, SHARDS_LAYERS
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_wire
+from detransformer.typed_json import STRICT, from_json
 
 Counts = tuple[Annotated[int, Field(strict=True, ge=0, lt=2**31)], ...]
 Shares = tuple[Annotated[float, Field(strict=True, ge=0, lt=1e18, allow_inf_nan=False)], ...]
@@ -44,7 +45,7 @@ class Plan:
             DTensor instead of the strategies (`dtensor`).
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     method: str
     strategies: tuple[str, ...]
@@ -179,30 +180,11 @@ class Plan:
         Raises:
             ValueError: for a field that is missing, not known, or of another kind than a plan's.
         """
-        try:
-            return _PLAN.validate_python(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            if "error" in first.get("ctx", {}):  # what `__post_init__` says
-                raise ValueError(str(first["ctx"]["error"])) from None
-            if first["type"] == "missing":
-                raise ValueError(f"the plan has no field {place!r}.") from None
-            if first["type"] == "unexpected_keyword_argument":
-                known = ", ".join(cls.__dataclass_fields__)
-                raise ValueError(f"a plan has no field {place!r}: it has {known}.") from None
-            raise ValueError(f"the plan's {place} is {first['input']!r}: {_lowered(first['msg'])}.") from None
-
-
-_PLAN = TypeAdapter(Plan)
-
-
-def _lowered(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
+        return from_json(cls, fields, "plan")
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether the model attends to earlier tokens only and goes on with the next one (GPT-2)."""
+    """Whether the model's tokens attend to earlier ones only (GPT-2)."""
     return architecture(config) == "gpt2"
 
 

@@ -27,7 +27,6 @@ from detransformer.parallel.layer import (
     Request,
     Strategy,
     arrived,
-    attend,
     register,
     together,
 )
@@ -104,10 +103,6 @@ class SequenceParallel(Strategy):
     in_layout = out_layout = SEQ
     splits = ("tokens_share",)
 
-    def load(self, parameters: LayerParameters) -> None:
-        self.load_attention(parameters, own_heads=False)
-        self.load_rest(parameters)
-
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs, queries, gathers = [], [], []
         for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
@@ -123,7 +118,7 @@ class SequenceParallel(Strategy):
         for q, x, chunk in zip(queries, xs, request.chunks, strict=True):
             start, stop = chunk.of(self.comm.rank)
             mask = request.mask_of(chunk.start + start, chunk.start + stop)
-            yield self.after_attention(attend(q, k, v, self.head_size, mask), x)
+            yield self.after_attention(self.attend(q, k, v, mask), x)
 
 
 @register("ulysses")
@@ -141,10 +136,8 @@ class Ulysses(SequenceParallel):
         for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
             xs.append(x)
             exchanges.append(self.tokens_to_heads(self.qkv(x), chunk))
-        contexts = self.attended([exchange.wait() for exchange in exchanges], request)  # [B, T, h*s]
-        exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
-        for exchange, x in zip(exchanges, xs, strict=True):
-            yield self.after_attention(exchange.wait(), x)
+        qkv = [exchange.wait() for exchange in exchanges]  # [B, T, 3, h*s]
+        yield from self.after_exchange(self.attended(qkv, request), xs, request)
 
 
 @register("heads")
@@ -164,10 +157,7 @@ class Heads(Strategy):
         for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
             xs.append(self.own_tokens(x, chunk))
             qkv.append(self.qkv(x))
-        contexts = self.attended(qkv, request)  # [B, T, h*s]
-        exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
-        for exchange, x in zip(exchanges, xs, strict=True):
-            yield self.after_attention(exchange.wait(), x)
+        yield from self.after_exchange(self.attended(qkv, request), xs, request)
 
 
 @register("galaxy")
@@ -211,10 +201,6 @@ class Replicate(Strategy):
     """Every device runs the whole layer (Plan 3, Section III-C): no communication, all weights. X [B, T, D]."""
 
     in_layout = out_layout = REPLICATE
-
-    def load(self, parameters: LayerParameters) -> None:
-        self.load_attention(parameters, own_heads=False)
-        self.load_rest(parameters)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs, qkv = self.projected(chunks)

@@ -1,6 +1,6 @@
 """Number formats of messages: words and sizes, no torch.
 
-`float32` means as computed; `bfloat16` rounds; `int8` has one scale a row. `parallel.codec` writes and reads them.
+`float32` means as computed; `bfloat16` rounds; `int8` has one scale a row. `parallel.comm` writes and reads them.
 """
 
 import math

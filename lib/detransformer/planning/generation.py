@@ -15,7 +15,7 @@ from detransformer.parallel.plan import Plan, layer_plan, strategies_for
 from detransformer.planning.cost import predict
 from detransformer.planning.memory import cache_bytes, held_bytes
 from detransformer.planning.placement import CHUNKS
-from detransformer.planning.problem import device_speeds
+from detransformer.planning.problem import Problem
 from detransformer.planning.profile import ClusterProfile
 
 
@@ -93,13 +93,11 @@ def place_generation(
     Raises:
         ValueError: if none fits, saying what is missing.
     """
-    limits = [d.memory_bytes if memory_budget_bytes is None else memory_budget_bytes for d in profile.devices]
-    rates = device_speeds(profile)
-    order = sorted(range(len(rates)), key=lambda i: (-rates[i], -profile.link.share(i), i))
+    problem = Problem(config, profile, prompt_len, batch_size, budget=memory_budget_bytes)
     priced, refused = [], []
-    for count in range(1, len(order) + 1):
-        chosen = sorted(order[:count])
-        speeds = [rates[i] for i in chosen]
+    for count in range(1, len(problem.order) + 1):
+        chosen = sorted(problem.order[:count])
+        speeds = [problem.speeds[i] for i in chosen]
         try:
             pairs = list(generation_candidates(config, speeds, chosen))
         except ValueError:  # more devices than heads or sub-blocks
@@ -108,7 +106,7 @@ def place_generation(
             pairs = pairs[-1:]  # all strategies are the same on one device
         for prefill, decode in pairs:
             plan = price_generation(config, prefill, decode, profile, prompt_len, num_tokens, batch_size)
-            over = max(needed - limits[i] for needed, i in zip(plan.memory_bytes, chosen, strict=True))
+            over = max(needed - problem.budgets[i] for needed, i in zip(plan.memory_bytes, chosen, strict=True))
             (refused if over > 0 else priced).append((over if over > 0 else plan.total_s, plan))
     if not priced:
         over, plan = min(refused, key=lambda pair: pair[0])

@@ -30,6 +30,15 @@ def compute_seconds(step: Compute, device: DeviceProfile) -> float:
     return device.compute_s(step.flops, step.strategy, step.weight_bytes, step.share, step.tokens, step.num_chunks)
 
 
+def strategies_of(config: PretrainedConfig, kind: str, num_devices: int) -> list[str]:
+    """The strategies that can run a layer of this kind on so many devices."""
+    if kind == "original" and num_devices == 1:
+        return [WHOLE]  # as fast as all others
+    fitting = [name for name, strategy in STRATEGIES.items() if strategy.layer_kind == kind]
+    too_many = num_devices > config.num_attention_heads
+    return [name for name in fitting if not (too_many and "heads" in STRATEGIES[name].splits)]
+
+
 @dataclass(frozen=True)
 class Message:
     """The `number`-th collective of a layer: bytes that the busiest rank sends, and how long the links are taken."""
@@ -107,7 +116,6 @@ class Pieces:
             self.group_of.append(group)
         self.first_of_group = [self.group_of.index(group) for group in range(len(self.ranks))]
         self.num_ranks = local.num_devices
-        self._rates: dict[tuple, tuple[float, float]] = {}
         self._rows: dict[str, Row] = {}
         self._reshards: dict[tuple[str, str], list[list] | None] = {}
         self._matrices: dict[tuple[str, str, int], np.ndarray] = {}
@@ -117,18 +125,17 @@ class Pieces:
     def row(self, name: str) -> Row:
         """The layer under strategy `name`; `start` and `end` are what stands before and after all layers."""
         if name not in self._rows:
-            nothing, recorder = np.zeros(len(self.ranks)), self.recorder
+            recorder, layouts, kept = self.recorder, (REPLICATE, REPLICATE), np.zeros(len(self.ranks))
             if name == "start":
-                row = Row(name, REPLICATE, REPLICATE, self._steps([recorder.start()] * len(self.ranks)), nothing)
+                recordings = [recorder.start()] * len(self.ranks)
             elif name == "end":
-                row = Row(name, REPLICATE, REPLICATE, self._steps(list(map(recorder.end, self.ranks))), nothing)
+                recordings = list(map(recorder.end, self.ranks))
             else:
                 recordings = [recorder.layer(name, rank) for rank in self.ranks]
                 weights = [layer_bytes(recorder.sizes, name, recorder.plan, rank) for rank in self.ranks]
                 kept = np.array([w + r.cache_bytes for w, r in zip(weights, recordings, strict=True)], float)
-                strategy = STRATEGIES[name]
-                row = Row(name, strategy.in_layout, strategy.out_layout, self._steps(recordings), kept)
-            self._rows[name] = row
+                layouts = STRATEGIES[name].in_layout, STRATEGIES[name].out_layout
+            self._rows[name] = Row(name, *layouts, self._steps(recordings), kept)
         return self._rows[name]
 
     def choices(self) -> list[list[Row]]:
@@ -138,12 +145,7 @@ class Pieces:
 
     def strategies(self, kind: str) -> list[str]:
         """Those that can run a layer of this kind on so many devices."""
-        fitting = {name: strategy for name, strategy in STRATEGIES.items() if strategy.layer_kind == kind}
-        if kind == "original" and self.num_ranks == 1:
-            return [WHOLE]  # as fast as all others
-        if self.num_ranks > self.config.num_attention_heads:
-            fitting = {name: strategy for name, strategy in fitting.items() if "heads" not in strategy.splits}
-        return list(fitting)
+        return strategies_of(self.config, kind, self.num_ranks)
 
     def _steps(self, recordings: Sequence[Recording]) -> list[list]:
         """The recordings of all R as one: seconds, and how long messages take."""
@@ -152,7 +154,8 @@ class Pieces:
             (events, *others), products = zip(*same, strict=True)
             steps: list = []
             for place in range(len(events) + 1):
-                seconds = np.array([self._seconds(i, own[place]) for i, own in enumerate(products)])
+                pairs = zip(products, self.devices, strict=True)
+                seconds = np.array([sum(compute_seconds(step, d) for step in own[place]) for own, d in pairs], float)
                 if seconds.any():
                     steps.append(seconds)
                 if place < len(events):
@@ -163,18 +166,6 @@ class Pieces:
                     steps.append(event)
             cut.append(steps)
         return cut
-
-    def _seconds(self, group: int, products: Sequence[Compute]) -> float:
-        """As `compute_seconds` has it."""
-        seconds = 0.0
-        for step in products:
-            key = group, step.strategy, step.num_chunks
-            if key not in self._rates:
-                one = replace_work(step, 1.0, 0.0), replace_work(step, 0.0, 1.0)
-                self._rates[key] = tuple(compute_seconds(each, self.devices[group]) for each in one)
-            per_flop, per_byte = self._rates[key]
-            seconds += max(step.flops * per_flop, step.weight_bytes * per_byte)
-        return seconds
 
     def _message(self, number: int, starts: Sequence[Start]) -> Message:
         kind, sent = starts[0].kind, [start.num_bytes for start in starts]
@@ -239,8 +230,3 @@ class Pieces:
         state = self.run(strategies)
         sent = [(message.kind, message.num_bytes) for message in state.messages]
         return float(state.now.max()), float(np.max(state.compute_s)), sent
-
-
-def replace_work(step: Compute, flops: float, weight_bytes: float) -> Compute:
-    """A product of another size, of the same strategy, share, tokens and chunks."""
-    return Compute(flops, weight_bytes, step.strategy, step.share, step.tokens, step.num_chunks)

@@ -67,7 +67,6 @@ def place(
     memory_budget_bytes: int | None = None,
     methods: Sequence[str] | None = None,
     wire: str = "float32",
-    past: int = 0,
 ) -> Placement:
     """Chooses among `methods` (default: `search_space`) for all devices of `profile`, split by their speeds.
 
@@ -77,8 +76,9 @@ def place(
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    problem = Problem(config, profile, seq_len, batch_size, past, memory_budget_bytes)
-    return _choose(problem, problem.published(methods or search_space(config), wire))
+    problem = Problem(config, profile, seq_len, batch_size, memory_budget_bytes)
+    alternatives = problem.published(methods or search_space(config), wire)
+    return Placement(_fastest(alternatives), _sorted(alternatives))
 
 
 def place_freely(
@@ -87,9 +87,7 @@ def place_freely(
     seq_len: int = 128,
     batch_size: int = 1,
     memory_budget_bytes: int | None = None,
-    wire: str = "float32",
-    past: int = 0,
-    wires: Sequence[str] = (),
+    wires: Sequence[str] = ("float32",),
 ) -> Placement:
     """Chooses devices, chunks and every original layer's strategy; sizes are split by speed, and by memory if need be.
 
@@ -98,24 +96,24 @@ def place_freely(
     layers and with another for the last, the paper's plans, and one device alone.
 
     Args:
-        wires: formats to choose from (default: `wire`): the most exact one within 2% of the fastest is taken.
+        wires: formats of messages to choose from: the most exact one within 2% of the fastest is taken.
 
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
     """
-    problem = Problem(config, profile, seq_len, batch_size, past, memory_budget_bytes)
-    found = [_Candidates(problem, one, order) for one in wires or (wire,) for order in problem.orders]
+    problem = Problem(config, profile, seq_len, batch_size, memory_budget_bytes)
+    found = [_Candidates(problem, wire, order) for wire in wires for order in problem.orders]
     fitting = [candidates for candidates in found if candidates.by_count]
     published = dict.fromkeys((*search_space(config), "single"))
     if not fitting:
-        raise ValueError(_nothing_fits(problem, problem.published(published, found[0].wire)))
+        return place(config, profile, seq_len, batch_size, memory_budget_bytes, published, wires[0])
     limit_s = (1 + WIRE_TOLERANCE) * min(candidates.best.latency_s for candidates in fitting)
     near = [candidates for candidates in fitting if candidates.best.latency_s <= limit_s]
     taken = min(near, key=lambda candidates: (WIRE_FORMATS.index(candidates.wire), candidates.best.latency_s))
     listed = [taken.best, *taken.by_count.values(), *taken.rivals(), *problem.published(published, taken.wire)]
-    placement = _choose(problem, listed)
     others = [candidates.best for candidates in fitting if candidates is not taken]
-    return Placement(placement.chosen, _sorted([*placement.alternatives, *others]), taken.left_out(placement.chosen))
+    chosen = _fastest(listed)
+    return Placement(chosen, _sorted([*listed, *others]), taken.left_out(chosen))
 
 
 def method_plan(
@@ -127,7 +125,7 @@ def method_plan(
         request: seq_len, batch_size and memory_budget_bytes, of which planned methods take account.
     """
     if method in ("auto", "bp+auto"):  # of the unmodified model, of the decoupled one
-        return replace(place_freely(config, profile, wire=wire, **request).plan, method=method)
+        return replace(place_freely(config, profile, wires=(wire,), **request).plan, method=method)
     if method in ("bp+paper", "bp+narrow"):  # bp+narrow: the same on the model of narrow sub-blocks
         return replace(place(config, profile, wire=wire, **request).plan, method=method)
     return published_plan(method, config, device_speeds(profile), wire)
@@ -231,12 +229,21 @@ class _Candidates:
         return f"devices {', '.join(names)} and {last} are" if names else f"device {last} is"
 
 
-def _choose(problem: Problem, alternatives: Sequence[Alternative]) -> Placement:
-    """The fastest that fits, the first of equals; ValueError if none does."""
+def _fastest(alternatives: Sequence[Alternative]) -> Alternative:
+    """The fastest that fits, the first of equals.
+
+    Raises:
+        ValueError: if none fits, saying what the plan lacks that lacks least, and what would help.
+    """
     fitting = [a for a in alternatives if a.fits]
-    if not fitting:
-        raise ValueError(_nothing_fits(problem, alternatives))
-    return Placement(min(fitting, key=lambda a: a.latency_s), _sorted(alternatives))
+    if fitting:
+        return min(fitting, key=lambda a: a.latency_s)
+    smallest = min(alternatives, key=lambda a: a.over_bytes)
+    activations = smallest.prediction.activation_bytes / MIB
+    raise ValueError(
+        f"no plan fits: even the smallest, {smallest.plan.method}, {smallest.reason}. Give the devices more memory, "
+        f"take more devices or a smaller model, or shorten requests ({activations:.0f} MiB of it are activations)."
+    )
 
 
 def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
@@ -249,11 +256,38 @@ def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
     return tuple(sorted(distinct.values(), key=lambda a: (not a.fits, a.latency_s)))
 
 
-def _nothing_fits(problem: Problem, alternatives: Sequence[Alternative]) -> str:
-    """What the plan lacks that lacks least, and what would help."""
-    smallest = min(alternatives, key=lambda a: problem.lacking(a.plan, a.prediction)[0])
-    activations = smallest.prediction.activation_bytes / MIB
-    return (
-        f"no plan fits: even the smallest, {smallest.plan.method}, {smallest.reason}. Give the devices more memory, "
-        f"take more devices or a smaller model, or shorten requests ({activations:.0f} MiB of it are activations)."
+# Why this plan -------------------------------------------------------------------------------------------------------
+
+
+def bottleneck(plan: Plan, config: PretrainedConfig, profile: ClusterProfile, *request: int) -> str:
+    """What limits `plan`, in a line of text; `request` as for `limits`."""
+    shares = limits(plan, config, profile, *request)
+    parts = sorted(((share, what) for what, share in shares.items() if share >= 0.005), reverse=True)
+    return "Bottleneck: " + ", ".join(f"{what} {share:.0%}" for share, what in parts) + "."
+
+
+def limits(plan: Plan, config: PretrainedConfig, profile: ClusterProfile, *request: int) -> dict[str, float]:
+    """What `plan` spends its latency on, in shares that add up to 1; `request`: seq_len, batch_size, past.
+
+    Rate and steps of the links may hide each other: each is taken at its mean with and without the other.
+    """
+
+    def latency_s(profile: ClusterProfile) -> float:
+        return Pieces(config, plan, profile, *request).price(plan.strategies)[0]
+
+    def without(profile: ClusterProfile, rate: bool, steps: bool) -> ClusterProfile:
+        link = replace(profile.link, step_latency_s={"*": 0.0}) if steps else profile.link
+        return replace(profile, link=link.at(float("inf")) if rate else link)
+
+    whole_s, no_rate_s, no_steps_s, local_s = (
+        latency_s(without(profile, *cut)) for cut in ((False, False), (True, False), (False, True), (True, True))
     )
+    tireless = replace(profile, devices=tuple(replace(d, memory_bytes_per_s=None) for d in profile.devices))
+    compute_s = latency_s(without(tireless, rate=True, steps=True))
+    rate_s = (whole_s - no_rate_s + no_steps_s - local_s) / 2
+    return {
+        "compute": compute_s / whole_s,
+        "reading weights": (local_s - compute_s) / whole_s,
+        "bytes on the links": rate_s / whole_s,
+        "latency of messages": (whole_s - local_s - rate_s) / whole_s,
+    }

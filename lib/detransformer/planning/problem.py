@@ -13,7 +13,7 @@ from detransformer.parallel.methods import PAPER_METHODS
 from detransformer.parallel.plan import Plan, layer_plan, published_plan, strategies_for
 from detransformer.planning.cost import Prediction, predict
 from detransformer.planning.memory import least_bytes, memory_bytes
-from detransformer.planning.pieces import Pieces
+from detransformer.planning.pieces import Pieces, strategies_of
 from detransformer.planning.profile import ClusterProfile
 from detransformer.planning.search import fastest
 from detransformer.planning.tape import WHOLE
@@ -24,10 +24,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Alternative:
-    """One candidate; `reason` says in words why it does not fit, or is empty."""
+    """One candidate; `reason` says in words why it does not fit, or is empty.
+
+    `over_bytes`: how far the device that lacks most is over its budget; at most 0 where the plan fits.
+    """
 
     plan: Plan
     prediction: Prediction
+    over_bytes: int
     reason: str
 
     @property
@@ -58,7 +62,6 @@ class Problem:
     profile: ClusterProfile
     seq_len: int
     batch_size: int
-    past: int = 0
     budget: int | None = None
 
     @cached_property
@@ -86,8 +89,8 @@ class Problem:
         return list(dict.fromkeys((able, tuple(sorted(able, key=lambda i: -self.profile.link.share(i))))))
 
     @property
-    def request(self) -> tuple[int, int, int]:
-        return self.seq_len, self.batch_size, self.past
+    def request(self) -> tuple[int, int]:
+        return self.seq_len, self.batch_size
 
     def needed(self, plan: Plan) -> np.ndarray:
         """Bytes that each rank of `plan` keeps [P]."""
@@ -113,17 +116,13 @@ class Problem:
     def alternative(self, plan: Plan, pieces: Pieces | None = None) -> Alternative:
         """`plan` with its price, and whether it fits."""
         prediction = predict(self.config, plan, self.profile, *self.request, pieces=pieces)
-        over, device, needed = self.lacking(plan, prediction)
-        reason = (
-            f"needs {needed / MIB:.0f} MiB on device {device} ({self.profile.devices[device].name}), "
-            f"{over / MIB:.0f} MiB more than its budget of {(needed - over) / MIB:.0f} MiB"
-        )
-        return Alternative(plan, prediction, reason if over > 0 else "")
-
-    def lacking(self, plan: Plan, prediction: Prediction) -> tuple[int, int, int]:
-        """(bytes over budget, device, bytes needed) of the device that lacks most."""
         needed = zip(plan.device_ids, prediction.memory_bytes, strict=True)
-        return max((memory - self.budgets[i], i, memory) for i, memory in needed)
+        over, device, memory = max((num_bytes - self.budgets[i], i, num_bytes) for i, num_bytes in needed)
+        reason = (
+            f"needs {memory / MIB:.0f} MiB on device {device} ({self.profile.devices[device].name}), "
+            f"{over / MIB:.0f} MiB more than its budget of {(memory - over) / MIB:.0f} MiB"
+        )
+        return Alternative(plan, prediction, over, reason if over > 0 else "")
 
     def published(self, methods: Iterable[str], wire: str) -> list[Alternative]:
         """The plans of these methods' names over all devices, split by speed; over the fastest where all are too many.
@@ -148,7 +147,7 @@ def on_devices(plan: Plan, devices: Sequence[int]) -> Plan:
     return replace(plan, devices=() if list(devices) == list(range(len(devices))) else tuple(devices))
 
 
-def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
+def splits(problem: Problem, devices: Sequence[int], wire: str = "float32") -> list[Plan]:
     """A plan of these devices split by speed; where that lacks memory, others whose weights go where there is more.
 
     Tokens are always split by speed. Empty where there are more devices than sub-blocks.
@@ -180,9 +179,7 @@ def splits(problem: Problem, devices: Sequence[int], wire: str) -> list[Plan]:
     plans = [split(WHOLE, speeds)]
     if problem.lacks(plans[0]):
         # One strategy for each way to keep weights: all of a layer, some of it, a device's own part.
-        original = {name: s for name, s in STRATEGIES.items() if s.layer_kind == "original"}
-        keeping = {(s.qkv_weights, s.rest_weights): name for name, s in original.items()}
-        too_many = len(devices) > config.num_attention_heads
-        names = [name for name in keeping.values() if not (too_many and "heads" in STRATEGIES[name].splits)]
-        plans += [plan for name in names if (plan := within_memory(name))]
+        names = strategies_of(config, "original", len(devices))
+        keeping = {(STRATEGIES[name].qkv_weights, STRATEGIES[name].rest_weights): name for name in names}
+        plans += [plan for name in keeping.values() if (plan := within_memory(name))]
     return list({(plan.heads, plan.ffn_columns, plan.sub_blocks): plan for plan in reversed(plans)}.values())[::-1]

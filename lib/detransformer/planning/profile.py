@@ -6,15 +6,15 @@ is what the cost model multiplies and divides by. Stored as versioned JSON with 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 
 from detransformer.files import atomic_write
-from detransformer.typed_json import from_json
+from detransformer.typed_json import STRICT, from_json
 
 VERSION = 2
 
@@ -53,15 +53,14 @@ class DeviceProfile:
             tokens of the request, chunks, efficiency), as `cluster.profiler` measures them. Empty: as fast as it.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
     memory_bytes: int
     flops_per_s: float
     source: str
     memory_bytes_per_s: float | None = None
     efficiency: tuple[tuple[str, float, int, int, float], ...] = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "efficiency", tuple(map(tuple, self.efficiency)))  # lists, where they were JSON
 
     def compute_s(
         self,
@@ -76,11 +75,16 @@ class DeviceProfile:
         seconds = flops / (self.flops_per_s * self.efficiency_of(strategy, share, tokens, num_chunks))
         return max(seconds, weight_bytes / self.memory_bytes_per_s) if self.memory_bytes_per_s else seconds
 
-    def efficiency_of(self, strategy: str, share: float, tokens: int, num_chunks: int) -> float:
-        """Between what was measured, by the logarithms of tokens and share; outside, the nearest that was.
+    @cached_property
+    def efficiency_of(self) -> Callable[[str, float, int, int], float]:
+        """Of a strategy's share of the layer, with so many tokens in so many chunks; each is worked out once.
 
-        Of chunks the next larger number that was measured counts, or the largest.
+        Between what was measured, by the logarithms of tokens and share; outside, the nearest that was. Of chunks the
+        next larger number that was measured counts, or the largest.
         """
+        return cache(self._interpolated)
+
+    def _interpolated(self, strategy: str, share: float, tokens: int, num_chunks: int) -> float:
         table = self._tables.get(strategy)
         if not table or not share > 0:
             return 1.0
@@ -113,6 +117,8 @@ class LinkProfile:
         source: where the figures come from, in words.
         shares: each device's part of `bandwidth_bps`, in the cluster's order; empty: all have all of it.
     """
+
+    __pydantic_config__ = STRICT
 
     bandwidth_bps: float
     step_latency_s: Mapping[str, float] = field(default_factory=lambda: {"*": 2e-4})
@@ -179,6 +185,5 @@ class ClusterProfile:
                 f"profile {path} does not exist: make it with `detransformer profile --output {path}`."
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a profile ({error}): make it again with `detransformer profile`."
-            ) from error
+            why = str(error).rstrip(".")
+            raise ValueError(f"{path} is not a profile ({why}): make it again with `detransformer profile`.") from error

@@ -10,13 +10,13 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
 
 import detransformer.models  # noqa: F401  registers decoupled models
-from detransformer.models.configuration import layer_kinds
+from detransformer.models.configuration import generates, layer_kinds
 from detransformer.parallel.comm import Comm
-from detransformer.parallel.executor import Head, NextToken
-from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, Chunk, KeyValueCache, Request, Strategy
+from detransformer.parallel.executor import ending_of
+from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, KeyValueCache, Request, Strategy, chunks_of
 from detransformer.parallel.partition import split
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.parallel.reshard import reshard
@@ -37,7 +37,15 @@ from detransformer.planning.tape import (
 
 MAX_KEPT = 4096  # recordings of each kind, some 10 kB each
 Sizes = tuple[tuple[str, str | int], ...]  # all of a configuration that recordings depend on, by name
-_SIZES = ("model_type", "hidden_size", "num_attention_heads", "intermediate_size", "n_inner", "vocab_size")
+_SIZES = (
+    "model_type",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "n_inner",
+    "hidden_dim",
+    "vocab_size",
+)
 _SIZES += ("max_position_embeddings", "type_vocab_size", "num_divisions", "attention_width")
 
 
@@ -47,6 +55,8 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     sizes = [(names.get(name, name), getattr(config, name)) for name in _SIZES if hasattr(config, name)]
     decoupled = hasattr(config, "num_divisions")
     one_of_each = {"num_hidden_layers": 2, "num_original_layers": 1} if decoupled else {"num_hidden_layers": 1}
+    if is_decoder(config) and not generates(config):
+        one_of_each["num_labels"] = config.num_labels
     return (*sizes, *((names.get(name, name), count) for name, count in one_of_each.items()))
 
 
@@ -55,8 +65,11 @@ def small_model(sizes: Sizes) -> tuple[PretrainedConfig, dict[str, torch.Tensor]
     """The model with one layer of each kind, and its weights without numbers."""
     fields = dict(sizes)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    made_by = AutoModel
+    if "num_labels" in fields:
+        made_by, config.architectures = AutoModelForSequenceClassification, ["GPT2ForSequenceClassification"]
     with torch.device("meta"):
-        return config, AutoModel.from_config(config).state_dict()
+        return config, made_by.from_config(config).state_dict()
 
 
 def load_layer(
@@ -75,25 +88,15 @@ def load_layer(
 
 @dataclass(frozen=True)
 class _Part:
-    """One rank's part of a request: the splits that a strategy looks at, and none of the others."""
+    """One rank's part of a request: `plan` has the splits that a strategy looks at, and none of the others."""
 
     rank: int
     num_ranks: int
+    plan: Plan
     chunks: tuple[tuple[int, tuple[int, ...]], ...]  # tokens of each chunk, in all and by device
-    heads: tuple[int, ...]
-    tokens_share: tuple[float, ...]
-    ffn_columns: tuple[int, ...]
-    sub_blocks: tuple[int, ...]
-    wire: str
-    direct: bool
     batch_size: int
     past: int
     dtype: torch.dtype
-
-    @property
-    def plan(self) -> Plan:
-        splits = self.heads, self.tokens_share, self.ffn_columns, self.sub_blocks
-        return Plan("", (), *splits, wire=self.wire, direct=self.direct)
 
     @property
     def num_tokens(self) -> int:
@@ -101,17 +104,13 @@ class _Part:
 
     def request(self, cache: KeyValueCache | None = None) -> Request:
         """The request as its layers see it."""
-        chunks, start = [], 0
-        for index, (total, tokens) in enumerate(self.chunks):
-            chunks.append(Chunk(index, start, start + total, tokens))
-            start += total
-        return Request(self.batch_size, chunks, cache=cache)
+        return Request(self.batch_size, chunks_of(self.chunks), cache=cache)
 
     def shapes(self, layout: str, config: PretrainedConfig) -> list[tuple[int, int, int]]:
         """The shape of each chunk of X in `layout`."""
         if layout == HIDDEN:
             width = config.hidden_size // config.num_divisions
-            return [(self.sub_blocks[self.rank], self.batch_size * total, width) for total, _ in self.chunks]
+            return [(self.plan.sub_blocks[self.rank], self.batch_size * total, width) for total, _ in self.chunks]
         if layout == SEQ:
             return [(self.batch_size, tokens[self.rank], config.hidden_size) for _, tokens in self.chunks]
         return [(self.batch_size, total, config.hidden_size) for total, _ in self.chunks]
@@ -122,7 +121,11 @@ def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part
     if part.past > 2:  # only attention depends on it, by so many operations a token
         one, two = (_record_layer(sizes, name, strategy, replace(part, past=past)) for past in (1, 2))
         pairs = (zip(*same, strict=True) for same in zip(one.segments, two.segments, strict=True))
-        segments = tuple(tuple(_after(a, b, part.past) for a, b in steps) for steps in pairs)
+        more = part.past - 1
+        segments = tuple(
+            tuple(replace(a, flops=a.flops + more * (b.flops - a.flops)) if isinstance(a, Compute) else a for a, b in s)
+            for s in pairs
+        )
         per_token = one.cache_bytes // (1 + part.num_tokens)
         return Recording(segments, per_token * (part.past + part.num_tokens))
     config, state = small_model(sizes)
@@ -138,13 +141,6 @@ def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part
     with torch.inference_mode(), tape:
         segments = [tape.cut() for _ in layer(chunks, part.request(cache))]
     return Recording((*segments, tape.cut()), cache.num_bytes if cache else 0)
-
-
-def _after(one: Step, two: Step, past: int) -> Step:
-    """A step after `past` tokens, of what it is after one and after two of them."""
-    if not isinstance(one, Compute):
-        return one
-    return replace(one, flops=one.flops + (past - 1) * (two.flops - one.flops))
 
 
 @lru_cache(MAX_KEPT)
@@ -179,10 +175,7 @@ def _record_end(sizes: Sizes, part: _Part) -> Recording:
     shapes = part.shapes(REPLICATE, config)
     xs = [chunk.wait() for chunk in tape.arriving(shapes, part.dtype)]
     source = WeightSource(state, part.dtype)
-    if is_decoder(config):
-        head = NextToken(config, source, part.plan, TapeComm(part.rank, part.num_ranks, tape))
-    else:
-        head = Head(source)
+    head = ending_of(config, source, part.plan, TapeComm(part.rank, part.num_ranks, tape))
     with torch.inference_mode(), tape:
         head(xs[-1])
     steps = tape.cut()
@@ -210,8 +203,8 @@ class Recorder:
     ):
         self.config, self.sizes, self.plan = config, sizes_of(config), plan
         self.tokens = plan.tokens(seq_len)
-        self.common = dict(wire=plan.wire, direct=plan.direct, batch_size=batch_size, past=past, dtype=dtype)
-        self._first: dict[tuple[str, ...], list[int]] = {}
+        self.common = dict(num_ranks=plan.num_devices, batch_size=batch_size, past=past, dtype=dtype)
+        self._parts: dict[tuple[str, ...], tuple[list[int], dict]] = {}
 
     @property
     def num_chunks(self) -> int:
@@ -242,19 +235,16 @@ class Recorder:
 
     def _part(self, rank: int, fields: tuple[str, ...]) -> _Part:
         """Rank's part by these splits; of ranks that take the same, the first one's."""
-        plan = self.plan
-        if fields not in self._first:
-            first: dict[tuple, int] = {}
-            self._first[fields] = [first.setdefault(self.taken(r, fields), r) for r in range(plan.num_devices)]
-        by_token = "tokens_share" in fields
-        hidden = dict.fromkeys(("heads", "tokens_share", "ffn_columns", "sub_blocks"), ())
-        return _Part(
-            rank=self._first[fields][rank],
-            num_ranks=plan.num_devices,
-            chunks=tuple((sum(tokens), tuple(tokens) if by_token else ()) for tokens in self.tokens),
-            **hidden | {name: getattr(plan, name) for name in fields},
-            **self.common,
-        )
+        if fields not in self._parts:
+            plan, by_token = self.plan, "tokens_share" in fields
+            seen: dict[tuple, int] = {}
+            first = [seen.setdefault(self.taken(r, fields), r) for r in range(plan.num_devices)]
+            chunks = tuple((sum(tokens), tuple(tokens) if by_token else ()) for tokens in self.tokens)
+            known = Plan("", (), (), (), (), (), wire=plan.wire, direct=plan.direct)
+            known = replace(known, **{name: getattr(plan, name) for name in fields})
+            self._parts[fields] = first, dict(plan=known, chunks=chunks, **self.common)
+        first, alike = self._parts[fields]
+        return _Part(rank=first[rank], **alike)
 
     def taken(self, rank: int, fields: Sequence[str]) -> tuple:
         """What `rank` takes by these splits: ranks that take the same do the same."""

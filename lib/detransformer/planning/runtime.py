@@ -37,9 +37,7 @@ def static_plans(
     profile: ClusterProfile,
     requests: Sequence[tuple[int, int]],
     bandwidths_bps: Sequence[float],
-    memory_budget_bytes: int | None = None,
     max_plans: int = 4,
-    wire: str = "float32",
 ) -> list[Plan]:
     """At most `max_plans` plans to hold at once: the best one alone, then those that add most.
 
@@ -47,8 +45,8 @@ def static_plans(
     such sets whose weights fit, the one of least summed latency over all `requests` and `bandwidths_bps`.
 
     Args:
+        profile: what weights and the largest request may take on each device is its memory.
         requests: (batch_size, seq_len) of each kind of request, all as frequent.
-        memory_budget_bytes: what weights and the largest request may take on each device; default: its own memory.
 
     Raises:
         ValueError: if no plan fits, or there is nothing to plan for.
@@ -58,14 +56,14 @@ def static_plans(
             f"requests={list(requests)}, bandwidths_bps={list(bandwidths_bps)}, max_plans={max_plans}: "
             "at least one of each is needed."
         )
-    cells = _Cells(config, profile, requests, bandwidths_bps, memory_budget_bytes)
+    cells = _Cells(config, profile, requests, bandwidths_bps)
     largest, sets = cells.largest, []
-    place_freely(config, profile, largest.seq_len, largest.batch_size, memory_budget_bytes, wire)  # or says why
+    place_freely(config, profile, largest.seq_len, largest.batch_size)  # or says why
     for order in largest.orders:
-        singles = [plan for i in order for plan in splits(largest, [i], wire) if not largest.lacks(plan)][:1]
+        singles = [plan for i in order for plan in splits(largest, [i]) if not largest.lacks(plan)][:1]
         sets.append(cells.hold(singles, max_plans))
         for count in first_counts(len(order))[1:]:
-            for split in splits(largest, sorted(order[:count]), wire):
+            for split in splits(largest, sorted(order[:count])):
                 sets.append(cells.hold([*cells.contenders(split), *singles], max_plans))
     return min(sets, key=lambda pair: pair[0])[1]
 
@@ -73,14 +71,14 @@ def static_plans(
 class _Cells:
     """Each kind of request at each bandwidth, and what plans take there."""
 
-    def __init__(self, config, profile, requests, bandwidths_bps, budget):
+    def __init__(self, config, profile, requests, bandwidths_bps):
         self.problems = [
-            Problem(config, _at(profile, bandwidth_bps), seq_len, batch_size, budget=budget)
+            Problem(config, _at(profile, bandwidth_bps), seq_len, batch_size)
             for batch_size, seq_len in requests
             for bandwidth_bps in bandwidths_bps
         ]
         batch_size, seq_len = max(requests, key=lambda request: activation_bytes(config, request[1], request[0]))
-        self.largest = Problem(config, profile, seq_len, batch_size, budget=budget)
+        self.largest = Problem(config, profile, seq_len, batch_size)
         self._pieces: dict[tuple[int, Plan], Pieces] = {}
 
     def pieces(self, cell: int, plan: Plan) -> Pieces:

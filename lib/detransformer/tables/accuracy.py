@@ -3,7 +3,7 @@
 Pure functions of the rows of fine-tuning runs (table `accuracy_runs`) and of pre-trained models (table `pretraining`).
 The same seed means the same data order and the same first weights of the head, so seeds of two models are paired.
 "Beyond noise" is one rule everywhere: further from zero than two standard errors over the seeds. With two seeds chance
-alone passes it in three cases of ten (`chance_beyond_noise`), and of 45 differences some always pass.
+alone passes it in three cases of ten (by Student's t), and of 45 differences some always pass.
 """
 
 import math
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as students_t
 
 from detransformer.record.intervals import NUM_ERRORS, around
 from detransformer.record.verdict import Verdict
@@ -87,9 +86,16 @@ def paired_std_error(ours: pd.Series, originals: pd.Series) -> float:
     return math.hypot(*(scores.std(ddof=1) / len(scores) ** 0.5 for scores in (ours, originals)))
 
 
-def chance_beyond_noise(num_seeds: int) -> float:
-    """How often two equal models of `num_seeds` paired seeds differ by more than two standard errors (Student's t)."""
-    return float(2 * students_t.sf(NUM_ERRORS, num_seeds - 1))
+def compared(ours: pd.Series, originals: pd.Series | None) -> dict[str, float]:
+    """Of scores by seed: their mean, its standard deviation, number of seeds, difference to the original's, its error.
+
+    Without `originals`, or of the original itself, there is no difference.
+    """
+    known = {"mean": ours.mean(), "std": ours.std(ddof=1), "num_seeds": len(ours)}
+    if originals is None:
+        return known | {"difference": math.nan, "difference_std_error": math.nan}
+    error = paired_std_error(ours, originals)
+    return known | {"difference": ours.mean() - originals.mean(), "difference_std_error": error}
 
 
 # --- Table III ---------------------------------------------------------------------------------------------------
@@ -112,25 +118,33 @@ def table_iii(
         pretraining: one row a pre-trained model (`training.pretraining_table`).
     """
     scored, keys = _scores(runs, pretraining), [*ROW_COLUMNS, "task"]
-    found = scored.groupby(keys, dropna=False).agg(
-        obtained_mean=("score", "mean"),
-        obtained_std=("score", lambda scores: scores.std(ddof=1)),
-        num_seeds=("score", "size"),
-        valid_loss=("valid_loss", "mean"),
-        **{name: (name, "first") for name in ("majority_score", "train_rows", "eval_rows", "source")},
-    )
-    tasks = [*PUBLISHED_COLUMNS, *([] if pretraining is None else [MLM])]
+    groups = {key: rows.set_index("seed") for key, rows in scored.groupby(keys, dropna=False)}
+    originals = {(key[0], key[3]): rows["score"] for key, rows in groups.items() if pd.isna(key[1])}
+    kept = ["majority_score", "train_rows", "eval_rows", "source"]
+    found = []
+    for key, rows in groups.items():
+        made = compared(rows["score"], None if pd.isna(key[1]) else originals.get((key[0], key[3])))
+        beyond = abs(made["difference"]) > NUM_ERRORS * made["difference_std_error"]
+        made["beyond_noise"] = pd.NA if pd.isna(made["difference_std_error"]) else beyond
+        made["valid_loss"] = rows["valid_loss"].mean()
+        found.append(dict(zip(keys, key, strict=True)) | made | {name: rows[name].iloc[0] for name in kept})
+    renamed = {"mean": "obtained_mean", "std": "obtained_std", "difference": "obtained_difference"}
+    columns = [*keys, *renamed, "num_seeds", "difference_std_error", "beyond_noise", "valid_loss", *kept]
+    found = pd.DataFrame(found, columns=columns).rename(columns=renamed).astype(dict.fromkeys(keys[1:3], float))
     cells = published_cells(published)
+    tasks = [*PUBLISHED_COLUMNS, *([] if pretraining is None else [MLM])]
     cells = pd.concat([cells, cells.drop_duplicates(ROW_COLUMNS).assign(task=MLM, published=math.nan)])
     cells["task"] = pd.Categorical(cells["task"], tasks)
     cells = cells[cells["task"].notna()].sort_values(["place", "task"]).astype({"task": str})
-    table = cells.drop(columns="place").merge(found.reset_index(), "left", on=keys)
+    base = cells[is_original(cells)].set_index(["model", "task"])["published"].rename("base")
+    cells["published_difference"] = cells["published"] - cells.join(base, on=["model", "task"])["base"]
+    cells.loc[is_original(cells), "published_difference"] = math.nan
+    table = cells.drop(columns="place").merge(found, "left", on=keys)
     table["num_seeds"] = table["num_seeds"].fillna(0).astype(int)
-    table["status"] = np.where(
-        table["num_seeds"] > 0, "measured", f"not run (profile {profile})" if profile else "not run"
-    )
+    not_run = f"not run (profile {profile})" if profile else "not run"
+    table["status"] = np.where(table["num_seeds"] > 0, "measured", not_run)
     table["metric"] = table["task"].map(METRICS | {MLM: "perplexity"})
-    return _with_differences(table, scored).astype({"num_original_layers": "Int64", "num_divisions": "Int64"})
+    return typed(table)
 
 
 def published_cells(published: pd.DataFrame) -> pd.DataFrame:
@@ -152,29 +166,6 @@ def _scores(runs: pd.DataFrame, pretraining: pd.DataFrame | None) -> pd.DataFram
         known = dict(task=MLM, score=texts["perplexity"], majority_score=math.nan)
         runs = pd.concat([runs, texts.assign(**known, train_rows=None, eval_rows=None)])
     return runs.astype(dict.fromkeys(ROW_COLUMNS[1:], float))
-
-
-def _with_differences(table: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
-    """Adds each row's difference to the original of its model and task: published, obtained, error, beyond noise."""
-    by_seed = {
-        key: rows.set_index("seed")["score"] for key, rows in scored.groupby([*ROW_COLUMNS, "task"], dropna=False)
-    }
-    by_seed = {tuple(None if part != part else part for part in key): scores for key, scores in by_seed.items()}
-    base = table[is_original(table)].set_index(["model", "task"])
-    rows = []
-    for row in table.itertuples():
-        published, obtained, error = math.nan, math.nan, math.nan
-        if not pd.isna(row.num_original_layers):
-            original = base.loc[(row.model, row.task)]
-            published = row.published - original["published"]
-            obtained = row.obtained_mean - original["obtained_mean"]
-            ours = by_seed.get((row.model, row.num_original_layers, row.num_divisions, row.task))
-            theirs = by_seed.get((row.model, None, None, row.task))
-            error = math.nan if ours is None or theirs is None else paired_std_error(ours, theirs)
-        beyond = pd.NA if obtained != obtained or error != error else abs(obtained) > NUM_ERRORS * error
-        rows.append((published, obtained, error, beyond))
-    names = ["published_difference", "obtained_difference", "difference_std_error", "beyond_noise"]
-    return table.assign(**pd.DataFrame(rows, columns=names)).astype({"beyond_noise": "boolean"})
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:
@@ -220,50 +211,48 @@ def mean_score(table: pd.DataFrame) -> pd.DataFrame:
     """
     frame = typed(table)
     frame = frame[frame["task"] != MLM]
+    frame = frame.assign(learned=learned(frame), std_error=std_errors(frame))
     rows = []
     for structure, cells in frame.groupby(ROW_COLUMNS, sort=False, dropna=False):
-        cells = cells.set_index("task")
-        base = frame[(frame["model"] == structure[0]) & is_original(frame)].set_index("task").reindex(cells.index)
-        both = cells["obtained_mean"].notna() & base["obtained_mean"].notna()
-        for over, chosen in (("all", both), ("learned", both & learned(base))):
+        base = frame[(frame["model"] == structure[0]) & is_original(frame)]
+        cells = cells.merge(base, on="task", suffixes=("", "_base"))
+        both = cells["obtained_mean"].notna() & cells["obtained_mean_base"].notna()
+        for over, chosen in (("all", both), ("learned", both & cells["learned_base"])):
             # What was not run is published still.
-            shown = chosen if chosen.any() or over == "learned" else chosen | True
-            row = {"over": over, "tasks": ", ".join(cells.index[shown]) or "none", "num_tasks": int(chosen.sum())}
-            row |= _shares(cells[shown], base[shown], is_base=pd.isna(structure[1]))
-            tested = chosen.any() and bool(learned(base[chosen]).all())
-            row["judged"] = "" if pd.isna(structure[1]) else _kept(row, tested)
+            shown = cells[chosen] if chosen.any() or over == "learned" else cells
+            row = {"over": over, "tasks": ", ".join(shown["task"]) or "none", "num_tasks": int(chosen.sum())}
+            row |= _shares(shown, is_base=pd.isna(structure[1]))
+            tested = chosen.any() and bool(shown["learned_base"].all())
+            low, high = around(row["obtained_share"], row["share_std_error"])
+            known = dict(kind="measured", low=low, high=high, side="at least", tested=tested and low == low)
+            verdict = Verdict("share kept", KEPT_PERCENT, row["obtained_share"], **known)
+            row["judged"] = "" if pd.isna(structure[1]) else verdict.judged
             rows.append(dict(zip(ROW_COLUMNS, structure, strict=True)) | row)
     return pd.DataFrame(rows).astype(dict.fromkeys(ROW_COLUMNS[1:], "Int64"))
 
 
-def _shares(cells: pd.DataFrame, base: pd.DataFrame, is_base: bool) -> dict[str, float]:
-    """Means over the tasks of `cells`, and their shares of the original's (`base`, same tasks) in per cent."""
-    names = {"published": "published", "obtained": "obtained_mean"}
-    means = {name: float(cells[column].mean(skipna=False)) for name, column in names.items()}
-    originals = {name: float(base[column].mean(skipna=False)) or math.nan for name, column in names.items()}
+def _shares(cells: pd.DataFrame, is_base: bool) -> dict[str, float]:
+    """Means over tasks, and their shares in per cent of the original's, whose columns end in `_base`."""
+    names = ("published", "obtained_mean", "published_base", "obtained_mean_base")
+    published, obtained, *originals = (float(cells[name].mean(skipna=False)) for name in names)
+    originally_published, original = (mean or math.nan for mean in originals)
     error = math.nan
     if not is_base:  # share = 1 + difference / original: errors of the paired difference and of the divisor
-        less = means["obtained"] / originals["obtained"] - 1
-        error = math.hypot(_mean_error(cells["difference_std_error"]), less * _mean_error(std_errors(base)))
+        less = obtained / original - 1
+        error = math.hypot(_mean_error(cells["difference_std_error"]), less * _mean_error(cells["std_error_base"]))
     return {
-        "published": means["published"],
-        "published_share": 100 * means["published"] / originals["published"],
-        "obtained": means["obtained"],
-        "obtained_std_error": _mean_error(std_errors(cells)),
-        "obtained_share": 100 * means["obtained"] / originals["obtained"],
-        "share_std_error": 100 * error / originals["obtained"],
+        "published": published,
+        "published_share": 100 * published / originally_published,
+        "obtained": obtained,
+        "obtained_std_error": _mean_error(cells["std_error"]),
+        "obtained_share": 100 * obtained / original,
+        "share_std_error": 100 * error / original,
     }
 
 
 def _mean_error(errors: pd.Series) -> float:
     """Standard error of a mean of independent values; NaN where one of them has none."""
     return float((errors**2).sum(skipna=False) ** 0.5 / len(errors)) if len(errors) else math.nan
-
-
-def _kept(row: dict, tested: bool) -> str:
-    low, high = around(row["obtained_share"], row["share_std_error"])
-    known = dict(kind="measured", low=low, high=high, tested=tested and low == low)
-    return Verdict("share kept", KEPT_PERCENT, row["obtained_share"], side="at least", **known).judged
 
 
 def trends(table: pd.DataFrame) -> pd.DataFrame:
@@ -284,25 +273,19 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
             if line[varies].nunique() < 2:
                 continue
             place = {"model": model, "trend": trend, "at": f"{'Ndiv' if trend == 'Nb' else 'Nb'}={FIXED}", "step": step}
-            chance = _at_chance(pd.concat([line, of_model[is_original(of_model)]]))
+            ran = pd.concat([line, of_model[is_original(of_model)]]).dropna(subset=["obtained_mean", "majority_score"])
+            chance = {task for task, cells in ran.groupby("task") if not learned(cells).any()}
             found = [_slopes(task, points, trend, chance) for task, points in _lines(line, varies, chance)]
             mean = next(row["published_slope"] for row in found if row["task"] == "mean")
             rows += [place | row | {"judged": _slope_verdict(row, mean)} for row in found]
     return pd.DataFrame(rows)
 
 
-def _at_chance(cells: pd.DataFrame) -> set[str]:
-    """Tasks that were run and that no row has learned."""
-    ran = cells[(cells["task"] != MLM) & cells["obtained_mean"].notna() & cells["majority_score"].notna()]
-    return {task for task, group in ran.groupby("task") if not learned(group).any()}
-
-
 def _lines(line: pd.DataFrame, varies: str, chance: set[str]) -> Iterator[tuple[str, pd.DataFrame]]:
     """(task, points) of every task, of their mean, of the mean of the learned, and of MLM; points by what varies."""
     line = line.rename(columns={"obtained_mean": "obtained"}).set_index(varies)
-    parts = {
-        task: cells[["published", "obtained", "error", "num_seeds"]] for task, cells in line.groupby("task", sort=False)
-    }
+    columns = ["published", "obtained", "error", "num_seeds"]
+    parts = {task: cells[columns] for task, cells in line.groupby("task", sort=False)}
     tasks = [task for task in parts if task != MLM]
     known = [task for task in tasks if task not in chance]
     yield from ((task, parts[task]) for task in tasks)

@@ -1,12 +1,13 @@
 """The six claims that the README opens with, as sentences made of a run's saved tables (`claims_table`)."""
 
+import re
+
 import pandas as pd
 
 from detransformer.record.intervals import MIN_SAMPLES
 from detransformer.record.published import published_claim
 from detransformer.record.run import RunFolder
-from detransformer.tables.kept import structure_of
-from detransformer.tables.latency import VARIANTS, links_of, select, single_rows, speedup, valid_rows
+from detransformer.tables.latency import VARIANTS, links_of, select, speedup, valid_rows
 
 COLUMNS = ["claim", "paper", "here", "kind", "how sure"]
 PACES = {"measured": "paced by measured efficiency", "roofline": "roofline pace (small products cost no more)"}
@@ -29,42 +30,40 @@ def claims_table(run: RunFolder) -> pd.DataFrame:
 def latency_claims(latency: pd.DataFrame) -> list[tuple | None]:
     """Block over tensor parallelism, over the same runtime without decoupling, and over one device."""
     rows = valid_rows(latency)
-    link = next(iter(links_of(rows)), "")
-    base, large = (dict(model=model, link=link) for model in ("bert-base", "bert-large"))
-    block = {words: VARIANTS[key] for words, key in (("with the paper's plans", "paper"), ("with our plans", "ours"))}
-    at_125 = dict(base, bandwidth_mbps=125)
-    tensor = {
-        words: (select(rows, method="tp", **at_125), select(rows, method=m, **at_125)) for words, m in block.items()
-    }
-    alike = {
-        f"at {mbps:g} Mbps": [select(rows, method=m, bandwidth_mbps=mbps, **base) for m in ("auto", "bp+auto")]
-        for mbps in sorted(rows["bandwidth_mbps"].dropna().unique())
-    }
-    one, at_500 = single_rows(rows, "bert-large"), dict(large, bandwidth_mbps=500)
-    alone = {words: (one, select(rows, method=m, **at_500)) for words, m in block.items()}
+    block = {"with the paper's plans": VARIANTS["paper"], "with our plans": VARIANTS["ours"]}
+    tensor = {words: ("tp", method, 125) for words, method in block.items()}
+    rates = sorted(rows["bandwidth_mbps"].dropna().unique())
+    alike = {f"at {mbps:g} Mbps": ("auto", "bp+auto", mbps) for mbps in rates}
+    alone = {words: ("single", method, 500) for words, method in block.items()}
+    stated = "bert_large_bp_auto_speedup_over_single_500mbps_4dev"
+    what = "What decoupling itself buys: the same runtime, decoupled over unmodified BERT-Base"
     paced = "; the one device is paced to its published latency"
-    return [
-        _speedup_row("Block over tensor parallelism (BERT-Base, 4 devices, 125 Mbps)", "max_speedup_over_tp", tensor),
-        _speedup_row("What decoupling itself buys: the same runtime, decoupled over unmodified BERT-Base", "", alike),
-        _speedup_row(
-            "Block parallelism over one device (BERT-Large, 4 devices, 500 Mbps)",
-            "bert_large_bp_auto_speedup_over_single_500mbps_4dev", alone, paced,
-        ),
-    ]  # fmt: skip
+    made = [
+        ("Block over tensor parallelism (BERT-Base, 4 devices, 125 Mbps)", "max_speedup_over_tp", "bert-base", tensor),
+        (what, "", "bert-base", alike),
+        ("Block parallelism over one device (BERT-Large, 4 devices, 500 Mbps)", stated, "bert-large", alone, paced),
+    ]
+    return [_speedup_row(rows, *claim) for claim in made]
 
 
-def _speedup_row(claim: str, stated: str, pairs: dict, more: str = "") -> tuple | None:
-    """A claim of speedups: `pairs` of (slower, faster) rows by the words that say which plans or link they are of."""
-    pairs = {words: pair for words, pair in pairs.items() if all(len(rows) for rows in pair)}
-    if not pairs:
+def _speedup_row(
+    rows: pd.DataFrame, claim: str, stated: str, model: str, compared: dict, more: str = ""
+) -> tuple | None:
+    """A claim of speedups: (slower method, faster method, Mbps) by the words that say which plans or link they are of.
+
+    `stated` names the published value.
+    """
+    link, parts, used = next(iter(links_of(rows)), ""), [], []
+    for words, (*methods, mbps) in compared.items():
+        pair = [select(rows, model, method, link=link, bandwidth_mbps=mbps) for method in methods]
+        if all(map(len, pair)):
+            value, low, high = speedup(*pair)
+            parts.append(f"{value:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low == low else "") + f" {words}")
+            used += [part[part["method"] != "single"] for part in pair]
+    if not parts:
         return None
-    parts = []
-    for words, pair in pairs.items():
-        value, low, high = speedup(*pair)
-        parts.append(f"{value:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low == low else "") + f" {words}")
-    compared = pd.concat([rows[rows["method"] != "single"] for pair in pairs.values() for rows in pair])
     paper = f"{published_claim(stated):g}x" if stated else "-"
-    return claim, paper, "; ".join(parts), "emulated", _how_sure(compared) + more
+    return claim, paper, "; ".join(parts), "emulated", _how_sure(pd.concat(used)) + more
 
 
 def _how_sure(rows: pd.DataFrame) -> str:
@@ -93,6 +92,11 @@ def accuracy_claim(shares: pd.DataFrame) -> tuple | None:
     sure += "calibration each, intervals over validation rows"
     name = "Scores kept after decoupling a pretrained model"
     return name, "100.9% (Table III, trained anew)", "; ".join(parts), "measured", sure
+
+
+def structure_of(label: str) -> str:
+    """A row's structure, of a label such as `minilm Nb=2, Ndiv=4, 1,000,000 tokens` or `minilm, 3 layers, cut`."""
+    return re.sub(r", (sliced|cut|closed form|[\d,]+ tokens)$", "", label)
 
 
 def same_outputs(latency: pd.DataFrame) -> tuple | None:

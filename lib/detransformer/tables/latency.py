@@ -80,15 +80,9 @@ def links_of(latency: pd.DataFrame) -> list[str]:
     return sorted(latency.loc[latency["method"] != "single", "link"].dropna().unique())
 
 
-def single_rows(latency: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Rows of the original model on one device."""
-    single = (latency["method"] == "single") & (latency["model"] == model)
-    return latency[single & latency["num_original_layers"].isna()]
-
-
 def single_latency(latency: pd.DataFrame, model: str) -> float:
     """Median latency of the original model on one device in seconds; NaN where it was not measured."""
-    return float(single_rows(latency, model)["latency_s"].median())
+    return float(select(latency, model, "single")["latency_s"].median())
 
 
 def select(
@@ -101,8 +95,10 @@ def select(
     num_devices: int | None = NUM_DEVICES,
 ) -> pd.DataFrame:
     """Rows of one method; of block-parallel ones (`bp+...`) those of Nb=4 and Ndiv=4, or of as many divisions as
-    there are devices where those are more."""
+    there are devices where those are more; of `single` those of the original model, which uses no link."""
     rows = latency[(latency["model"] == model) & (latency["method"] == method)]
+    if method == "single":
+        return rows[rows["num_original_layers"].isna()]
     if method.startswith("bp"):
         divisions = rows["num_devices"].clip(lower=NUM_DIVISIONS)
         rows = rows[(rows["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (rows["num_divisions"] == divisions)]
@@ -110,16 +106,6 @@ def select(
         if wanted is not None:
             rows = rows[rows[column] == wanted]
     return rows
-
-
-def normalised(latency: pd.DataFrame) -> pd.DataFrame:
-    """Distributed rows with `normalised` (latency over the single device's) and `speedup` (its inverse) added.
-
-    Rows of a model without a valid single-device latency are left out.
-    """
-    rows = latency[latency["method"] != "single"]
-    base = rows["model"].map({model: single_latency(latency, model) for model in rows["model"].unique()}).astype(float)
-    return rows.assign(normalised=rows["latency_s"] / base, speedup=base / rows["latency_s"])[base.notna()]
 
 
 def speedup(slower: pd.DataFrame, faster: pd.DataFrame) -> tuple[float, float, float]:
@@ -181,7 +167,7 @@ def table_ii(
     """
     latency = valid_rows(latency)
     link = next(iter(links_of(latency)), "")
-    single, nearest = single_rows(latency, model), _nearest(latency, link, bandwidth_mbps)
+    single, nearest = select(latency, model, "single"), _nearest(latency, link, bandwidth_mbps)
     marks = published.set_index(published["method"].str.upper())
     rows = [{"approach": "Single", "method": "single", "link": link} | _absolute(single)]
     for approach in dict.fromkeys([*marks.index, *TABLE_II_METHODS]):

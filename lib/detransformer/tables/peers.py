@@ -17,8 +17,6 @@ from detransformer.tables.latency import (
     comparable_rows,
     links_of,
     select,
-    single_latency,
-    single_rows,
     speedup,
     valid_rows,
 )
@@ -46,7 +44,7 @@ def methods_table(latency: pd.DataFrame) -> pd.DataFrame:
     single = rows[(rows["method"] == "single") & rows["num_original_layers"].isna()].drop_duplicates("model")
     single = single.assign(over_limit=NUM_DEVICES * single["over_limit"] / single["num_devices"])
     rows = pd.concat([single.drop(columns=["link", "bandwidth_mbps"]).merge(places, on="model"), spread])
-    named = [method_name(row.method, row.wire) for row in rows.itertuples()]
+    named = rows["method"].replace(METHOD_NAMES) + (", " + rows["wire"]).where(rows["wire"] != "float32", "")
     counted = [name for name in rows if name.removesuffix("_count") in KINDS]
     sent = [name for name in rows if name.removesuffix("_bytes") in KINDS]
     table = rows.assign(
@@ -60,12 +58,6 @@ def methods_table(latency: pd.DataFrame) -> pd.DataFrame:
     shown = [*PLACE, "name", "method", "wire", "plan", "latency_s", "speedup", "over_limit", "compute_s", "comm_s"]
     shown += ["wait_s", "weights_mib", "peak_rss_mib", "collectives", "sent_mib", "relative_error", "max_abs_error"]
     return table[shown].sort_values([*PLACE, "latency_s"], ignore_index=True)
-
-
-def method_name(method: str, wire: str = "float32") -> str:
-    """A method's name with its wire format where that is not float32: `BP+Auto, int8`."""
-    name = METHOD_NAMES.get(method, method)
-    return name if wire == "float32" else f"{name}, {wire}"
 
 
 def limit(latency: pd.DataFrame, model: str) -> float:
@@ -113,7 +105,7 @@ def scaling_table(latency: pd.DataFrame, bandwidth_mbps: float = SCALING_BANDWID
     """
     rows, parts = valid_rows(latency), []
     for model in dict.fromkeys(rows["model"]):
-        one = single_rows(rows, model)[["latency_s", "weights_bytes"]].median()
+        one = select(rows, model, "single")[["latency_s", "weights_bytes"]].median()
         for method in METHOD_NAMES:
             found = select(rows, model, method, bandwidth_mbps=bandwidth_mbps, num_devices=None)
             if method in ("single", "dp", "pp") or found["num_devices"].nunique() < 2 or one.isna().any():
@@ -187,25 +179,15 @@ def fig7_error(latency: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     BP+Auto is the best of its three plans, `bp+paper` here. `error` is obtained over published, minus 1.
     Columns: model, method, bandwidth_mbps, published, obtained, error, link.
     """
-    latency, rows = valid_rows(latency), []
-    for link in links_of(latency):
-        for curve in curves.itertuples():
-            method = "bp+paper" if curve.method == "bp+auto" else curve.method
-            place = dict(link=link, bandwidth_mbps=curve.bandwidth_mbps)
-            one_s = published_claim(f"single_device_latency_{curve.model.replace('-', '_')}")
-            published = curve.normalised_latency * one_s
-            obtained = select(latency, curve.model, method, **place)["latency_s"].median()
-            error = obtained / published - 1
-            rows.append((curve.model, method, curve.bandwidth_mbps, published, obtained, error, link))
-    return pd.DataFrame(rows, columns=["model", "method", "bandwidth_mbps", "published", "obtained", "error", "link"])
-
-
-def fewer_layers(latency: pd.DataFrame) -> pd.DataFrame:
-    """Rows of BP+Auto with Ndiv=4 on 4 devices by number of original layers (Fig. 8), `normalised` by one device."""
-    rows = valid_rows(latency)
-    block = (rows["method"] == "bp+auto") & (rows["num_devices"] == NUM_DEVICES) & (rows["num_divisions"] == 4)
-    base = rows["model"].map({model: single_latency(rows, model) for model in rows["model"].unique()})
-    return rows.assign(normalised=rows["latency_s"] / base)[block]
+    keys = ["link", "model", "method", "bandwidth_mbps"]
+    rows = _one_setting(valid_rows(latency)).groupby(keys, as_index=False)["latency_s"].median()
+    curves = curves.replace({"method": {"bp+auto": "bp+paper"}}).merge(
+        pd.Series(links_of(latency), name="link"), "cross"
+    )
+    table = curves.merge(rows.rename(columns={"latency_s": "obtained"}), "left", on=keys)
+    claims = ("single_device_latency_" + table["model"].str.replace("-", "_")).map(published_claim)
+    table["published"] = table["normalised_latency"] * claims
+    return table.assign(error=table["obtained"] / table["published"] - 1)[[*keys, "published", "obtained", "error"]]
 
 
 def _one_setting(rows: pd.DataFrame) -> pd.DataFrame:

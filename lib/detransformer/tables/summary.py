@@ -5,7 +5,8 @@ rows of their own, where they were measured. A count must be equal, and a yes or
 or a difference of scores is judged only where the models have learned the task.
 """
 
-import math
+from collections.abc import Iterator
+from itertools import product
 
 import pandas as pd
 
@@ -15,10 +16,9 @@ from detransformer.record.run import RunFolder
 from detransformer.record.verdict import COLUMNS, TOLERANCE, Verdict
 from detransformer.record.verdict import table as verdict_table
 from detransformer.tables.accuracy import (
-    ROW_COLUMNS,
+    PUBLISHED_COLUMNS,
     is_original,
     learned,
-    published_cells,
     std_errors,
     structure_names,
 )
@@ -28,13 +28,24 @@ from detransformer.tables.latency import (
     links_of,
     select,
     single_latency,
-    single_rows,
     speedup,
     table_iv,
     valid_rows,
 )
 
 OURS = " (our plans)"  # after the claim of a row that no published value was obtained by
+# Speedups of the text: model, Mbps, the slower method and the faster one, which is DeTransformer where none is named.
+# The largest over TP is that of the cell of Table IV that has the published one, not the largest of ours.
+SPEEDUPS = {
+    "max_speedup_over_tp": ("bert-base", 125, "tp", ""),
+    "bert_large_bp_auto_speedup_over_single_500mbps_4dev": ("bert-large", 500, "single", ""),
+    "bert_large_tp_speedup_over_single_500mbps_4dev": ("bert-large", 500, "single", "tp"),
+}
+COUNTS = {
+    "tp_allreduce_count_bert_base": ("tp", "all_reduce_count"),
+    "bp_tp_allgather_count_nb4": ("bp+tp", "all_gather_count"),
+    "bp_tp_allreduce_count_nb4": ("bp+tp", "all_reduce_count"),
+}
 SUMMARY_COLUMNS = ["claim", "where", "link", *COLUMNS[2:], "notebook"]
 
 
@@ -55,67 +66,39 @@ def summarise(run: RunFolder, tolerance: float = TOLERANCE) -> pd.DataFrame:
     return pd.concat([part.astype(object) for part in parts], ignore_index=True)[SUMMARY_COLUMNS]
 
 
-def verdict_counts(summary: pd.DataFrame) -> pd.DataFrame:
-    """How many claims of each place in the paper got each verdict."""
-    place = summary["where"].str.replace(r" \(Rasp.*", "", regex=True)  # the device is not the place
-    return pd.crosstab(place, summary["judged"]).rename_axis(columns=None).reset_index()
-
-
 def text_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """The single values of the paper's text: latencies, speedups (a row a link and variant) and collective counts."""
     rows, links = [], []
     latency = valid_rows(latency)
     for line in published("text_claims").itertuples():
-        is_speedup, is_count = "speedup" in line.claim, "_count_" in line.claim
-        # An emulated device is paced to its published latency, and random weights send what trained ones would.
-        kind = "measured" if is_count else "emulated" if is_speedup else "by construction"
-        found = _speedups(line.claim, latency) if is_speedup else {("", "paper"): (_single(line.claim, latency),)}
-        for (link, variant), (value, *interval) in found.items():
-            low, high = interval or (math.nan, math.nan)
-            known = dict(low=low, high=high, neutral=1 if is_speedup else None, tolerance=0 if is_count else tolerance)
-            name = line.claim.replace("_", " ") + OURS * (variant == "ours")
-            rows.append(Verdict(name, line.value, value, kind, line.where, **known))
-            links.append(link)
+        name, known = line.claim.replace("_", " "), dict(expected=line.value, where=line.where)
+        if line.claim in SPEEDUPS:
+            for link, variant, (value, low, high) in _speedups(*SPEEDUPS[line.claim], latency):
+                known |= dict(obtained=value, low=low, high=high, kind="emulated", neutral=1, tolerance=tolerance)
+                rows.append(Verdict(name + OURS * (variant == "ours"), **known))
+                links.append(link)
+            continue
+        links.append("")
+        if line.claim in COUNTS:  # random weights send what trained ones would
+            method, column = COUNTS[line.claim]
+            obtained = select(latency, "bert-base", method)[column].median()
+            rows.append(Verdict(name, obtained=obtained, kind="measured", tolerance=0, **known))
+        else:  # an emulated device is paced to its published latency
+            model = line.claim.removeprefix("single_device_latency_").replace("_", "-")
+            obtained = single_latency(latency, model)
+            rows.append(Verdict(name, obtained=obtained, kind="by construction", tolerance=tolerance, **known))
     return verdict_table(rows).assign(link=links, notebook="06_latency")
 
 
-def _speedups(claim: str, latency: pd.DataFrame) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """(link, variant) -> the obtained speedup and its interval; the paper's variant for every link, ours if measured.
-
-    The largest speedup over TP is that of the cell of Table IV that has the published one, not the largest of ours.
-    """
-    cells = published("table_iv")
-    largest = cells.loc[cells["over_tp"].idxmax()]
-    model = "bert-large" if "bert_large" in claim else "bert-base"
-    found = {}
-    for link in links_of(latency) or [""]:
-        at_500 = dict(link=link, bandwidth_mbps=500)
-        there = dict(link=link, bandwidth_mbps=largest["bandwidth_mbps"])
-        for variant in ("paper", "ours"):
-            method = VARIANTS[variant]
-            if claim == "max_speedup_over_tp":
-                pair = [select(latency, largest["model"], name, **there) for name in ("tp", method)]
-            elif "bp_auto_speedup_over_single" in claim:
-                pair = [single_rows(latency, model), select(latency, model, method, **at_500)]
-            elif "tp_speedup_over_single" in claim and variant == "paper":
-                pair = [single_rows(latency, model), select(latency, model, "tp", **at_500)]
-            else:
-                continue
-            value = speedup(*pair)
-            if variant == "paper" or value[0] == value[0]:
-                found[link, variant] = value
-    return found
-
-
-def _single(claim: str, latency: pd.DataFrame) -> float | None:
-    """A claim without a link: a single-device latency in seconds, or collectives of a request."""
-    if claim.startswith("single_device_latency"):
-        return single_latency(latency, "bert-large" if "bert_large" in claim else "bert-base")
-    if "_count_" in claim:
-        method = "bp+tp" if claim.startswith("bp_tp") else "tp"
-        kind = "all_gather" if "allgather" in claim else "all_reduce"
-        return select(latency, "bert-base", method)[f"{kind}_count"].median()
-    return None  # a claim of a paper or a section that this summary does not measure
+def _speedups(model: str, bandwidth_mbps: float, slower: str, faster: str, latency: pd.DataFrame) -> Iterator[tuple]:
+    """(link, variant, speedup with its interval): the paper's variant for every link, ours where it was measured."""
+    for link, variant in product(links_of(latency) or [""], ("paper", "ours")):
+        if faster and variant == "ours":
+            continue
+        methods, place = (slower, faster or VARIANTS[variant]), dict(link=link, bandwidth_mbps=bandwidth_mbps)
+        value = speedup(*(select(latency, model, method, **place) for method in methods))
+        if variant == "paper" or value[0] == value[0]:
+            yield link, variant, value
 
 
 def table_ii_claims(table: pd.DataFrame) -> pd.DataFrame:
@@ -137,11 +120,11 @@ def table_ii_claims(table: pd.DataFrame) -> pd.DataFrame:
 
 def table_iii_claims(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """Table III, every cell as it stands. A smaller model trained on fewer rows is not expected to reach it."""
-    rows = [
-        Verdict(cell.claim, cell.published, cell.obtained_mean, "measured", "Table III", cell.low, cell.high,
-                tolerance=tolerance, tested=cell.learned)
-        for cell in _table_iii_cells(table).itertuples()
-    ]  # fmt: skip
+    rows = []
+    for cell in _table_iii_cells(table).itertuples():
+        low, high = around(cell.obtained_mean, cell.std_error)
+        known = dict(low=low, high=high, tolerance=tolerance, tested=cell.learned)
+        rows.append(Verdict(cell.claim, cell.published, cell.obtained_mean, "measured", "Table III", **known))
     return verdict_table(rows).assign(link="", notebook="02_pretraining")
 
 
@@ -150,26 +133,23 @@ def table_iii_differences(table: pd.DataFrame, tolerance: float = TOLERANCE) -> 
 
     Tested where the original has learned the task and several seeds say what the seed alone does.
     """
-    cells = _table_iii_cells(table)
+    cells, where = _table_iii_cells(table), "Table III (difference)"
+    originals = cells[is_original(cells)].set_index(["model", "task"])["learned"]
     rows = []
-    originals = cells[is_original(cells)].set_index(["model", "task"])
     for cell in cells[~is_original(cells)].itertuples():
-        base = originals.loc[(cell.model, cell.task)]
-        expected, obtained = cell.published - base["published"], cell.obtained_mean - base["obtained_mean"]
-        low, high = around(obtained, cell.difference_std_error)
-        known = dict(low=low, high=high, neutral=0, tolerance=tolerance, tested=base["learned"] and low == low)
-        claim, where = f"{cell.claim}, minus original", "Table III (difference)"
-        rows.append(Verdict(claim, expected, obtained, "measured", where, **known))
+        low, high = around(cell.obtained_difference, cell.difference_std_error)
+        tested = originals[cell.model, cell.task] and low == low
+        known = dict(low=low, high=high, neutral=0, tolerance=tolerance, tested=tested)
+        differences = cell.published_difference, cell.obtained_difference
+        rows.append(Verdict(f"{cell.claim}, minus original", *differences, "measured", where, **known))
     return verdict_table(rows).assign(link="", notebook="02_pretraining")
 
 
 def _table_iii_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """The published cells (model, Nb, Ndiv, task) with the obtained mean, its interval, and whether it is learned."""
-    keys = [*ROW_COLUMNS, "task"]
-    low, high = zip(*map(around, table["obtained_mean"], std_errors(table)), strict=True)
-    found = table.assign(learned=learned(table), low=low, high=high).astype(dict.fromkeys(keys[1:3], float))
-    wanted = ["obtained_mean", "difference_std_error", "learned", "low", "high"]
-    cells = published_cells(published("table_iii")).merge(found[[*keys, *wanted]], "left", on=keys)
+    """The published cells with the standard error of the obtained mean, and whether the task is learned."""
+    tasks = list(PUBLISHED_COLUMNS)
+    cells = table[table["task"].isin(tasks)].sort_values("task", key=lambda task: task.map(tasks.index), kind="stable")
+    cells = cells.assign(learned=learned(cells), std_error=std_errors(cells))
     named = zip(cells["task"], cells["model"], structure_names(cells), strict=True)
     return cells.assign(claim=[f"{task}, {MODEL_NAMES[model]} {structure}" for task, model, structure in named])
 

@@ -15,27 +15,28 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate.utils import set_seed
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from detransformer.checkpoints import ARCHITECTURE_HEADS, FAMILIES, copy_tokenizer, load_original, read_config
+from detransformer.checkpoints import copy_files, copy_tokenizer
 from detransformer.files import atomic_folder
 from detransformer.models import decouple, layer_kinds
-from detransformer.models.configuration import config_fields, decoupled_config
+from detransformer.models.configuration import config_fields, decoupled_config, head_of
+from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
 from detransformer.training.config import (
     ModelRow,
-    StepRecipe,
+    TextRecipe,
     config_hash,
     fraction,
     not_negative,
+    num_masked,
     positive,
 )
 from detransformer.training.data import TrainingData
@@ -44,76 +45,31 @@ from detransformer.training.finetuning import source_of
 from detransformer.training.hardware import place, resolve_precision
 from detransformer.training.loop import Run, fit, micro_batches
 from detransformer.training.refit import refit
-from detransformer.training.results import as_result, read_result, write_result
-
-MASK_FRACTION = 0.15
+from detransformer.training.results import Result, as_result, read_result, write_result
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationConfig(StepRecipe):
+class CalibrationConfig(TextRecipe):
     """How a sliced model is brought back to its original's function.
 
     Args:
-        seq_len: tokens of a packed sequence of text.
         global_batch_size: small ones learn more from the same text: 8 sequences better than 32 by a fifth of the error.
         fit_sequences: sequences that the closed form reads; 0 leaves the slices as they are.
         alone_share: share of the steps in which each decoupled layer is trained alone, before all are together; after
             the closed form it did not help.
         logits_weight: of the divergence from the teacher's probabilities, where there is a head; layers weigh 1.
         temperature: both models' logits are divided by it in the divergence.
-        max_train_tokens, max_valid_tokens: text used; None takes all of it.
     """
 
     num_steps: int = not_negative(250)
     global_batch_size: int = positive(8)
     micro_batch_size: int = positive(8)
     learning_rate: float = positive(1e-3)
-    seq_len: int = 128
     fit_sequences: int = not_negative(256)
     alone_share: float = fraction(0.0)
     logits_weight: float = not_negative(1.0)
     temperature: float = positive(2.0)
-    max_train_tokens: int | None = positive(None)
     max_valid_tokens: int | None = positive(32_768)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 8 <= self.seq_len <= 512:
-            raise ValueError(f"seq_len={self.seq_len} is outside 8..512: choose in that range.")
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch_size * self.seq_len
-
-
-@dataclass(frozen=True)
-class CalibrationResult:
-    """A calibrated model: `checkpoint` is a Hugging Face folder, `history` has a row a step.
-
-    `tokens` were trained on in all, those of the calibration that this one went on from included, in `seconds`;
-    `fit_tokens` were read by the closed form. `errors` are of each layer's output, first to last: means over held-out
-    tokens of the squared error relative to the teacher's mean square; `cosine` is that of the mean-pooled outputs.
-    """
-
-    row: ModelRow
-    checkpoint: Path
-    history: pd.DataFrame
-    stage: str
-    tokens: int
-    fit_tokens: int
-    seconds: float
-    errors: list[float]
-    cosine: float
-    seed: int
-    precision: str
-    source: str
-    note: str
-    identity: str
-
-    @property
-    def label(self) -> str:
-        """As tables call it, such as `minilm Nb=2, Ndiv=4, 1,000,000 tokens`."""
-        return f"{self.row.label}, {f'{self.tokens:,} tokens' if self.tokens else self.stage}"
 
 
 class LayerErrors(nn.Module):
@@ -211,9 +167,9 @@ def calibrate(
     config: CalibrationConfig,
     data: TrainingData,
     output_dir: str | Path,
-    start: CalibrationResult | None = None,
+    start: Result | None = None,
     on_step: Callable[[int, float], None] | None = None,
-) -> CalibrationResult:
+) -> Result:
     """Cuts `teacher` into `row`'s structure and trains it on, in a folder of its own under `output_dir`.
 
     A finished calibration is read back, an interrupted one goes on. Without steps it is the closed form alone, without
@@ -225,6 +181,12 @@ def calibrate(
         data: the text; its tokenizer must be the teacher's.
         start: a calibration of the same row to go on from, instead of the slices.
         on_step: `on_step(step, loss)` is called after each step.
+
+    Returns:
+        Of this calibration: row, label, stage (`sliced` or `cut`, `closed form`, `trained`), tokens (trained on in all,
+        those of `start` included, in `seconds`), fit_tokens (read by the closed form), errors (of each layer's output,
+        first to last: means over held-out tokens of the squared error relative to the teacher's mean square), cosine
+        (of the mean-pooled outputs), seed, precision, source, note.
 
     Raises:
         ValueError: for an original row, a teacher of another kind or vocabulary, or sizes that do not divide.
@@ -240,19 +202,18 @@ def calibrate(
     run = Run(f"{row.label}, {tokens:,} tokens", folder, identity, on_step)
     done = read_result(run)
     if done is not None:
-        return as_result(CalibrationResult, run, done, row=row)
+        return as_result(run, done, row=row)
     original = load_teacher(teacher, data)
     student, depths = cut(original, row)
-    texts = [data.packed(split, config.seq_len, limit).sequences for split, limit in (
-        ("train", config.max_train_tokens), ("validation", config.max_valid_tokens))]  # fmt: skip
-    valid = torch.from_numpy(texts[1].astype(np.int64))
+    train, valid = data.packed_splits(config)
+    valid = torch.from_numpy(valid.astype(np.int64))
     fit_tokens = 0
     if start is not None:
-        load_weights(student, start.checkpoint)
+        student = type(student).from_pretrained(start.checkpoint)
         fit_tokens = start.fit_tokens
     elif not row.is_original and config.fit_sequences:
-        rows = np.random.default_rng([config.seed, 3]).permutation(len(texts[0]))[: int(config.fit_sequences)]
-        refit(student.base_model, original.base_model, torch.from_numpy(texts[0][np.sort(rows)].astype(np.int64)))
+        rows = np.random.default_rng([config.seed, 3]).permutation(len(train))[: int(config.fit_sequences)]
+        refit(student.base_model, original.base_model, torch.from_numpy(train[np.sort(rows)].astype(np.int64)))
         fit_tokens = len(rows) * config.seq_len
     record = {"row": dataclasses.asdict(row), "config": dataclasses.asdict(config), "fit_tokens": fit_tokens}
     student.requires_grad_(False).base_model.encoder.requires_grad_(True)
@@ -264,30 +225,27 @@ def calibrate(
     objective = LayerErrors(student, original, depths, alone, config.logits_weight, config.temperature)
     set_seed(config.seed + 1)
     first = alone and (start is None or not start.tokens)
-    batches = _batches(objective, data, texts[0], config, round(config.alone_share * config.num_steps) if first else 0)
+    batches = _batches(objective, data, train, config, round(config.alone_share * config.num_steps) if first else 0)
     trained = fit(objective, batches, config, config.num_steps, run)
     trained.restore_float32()
     original.to(torch.float32)
     errors, cosine = distance(student.to(torch.float32), original, valid, depths)
+    stage = "trained" if tokens else "closed form" if fit_tokens else "sliced" if alone else "cut"
     record |= {
-        "stage": "trained" if tokens else "closed form" if fit_tokens else "sliced" if alone else "cut",
+        "label": f"{row.label}, {f'{tokens:,} tokens' if tokens else stage}",
+        "stage": stage,
         "tokens": tokens,
         "errors": errors,
         "cosine": cosine,
         "seed": config.seed,
         "precision": config.mixed_precision,
         "source": data.name,
-        "note": f"{data.name} text, {texts[0].size:,} different tokens",
+        "note": data.text_note(train),
     }
-
-    def save(place: Path) -> None:
-        student.save_pretrained(place)
-        copy_tokenizer(str(teacher), place)
-
     if start is not None:
         trained.seconds += start.seconds
-    record = write_result(run, trained, record, "tokens", config.tokens_per_step, save)
-    return as_result(CalibrationResult, run, record, row=row)
+    save = (student.save_pretrained, partial(copy_tokenizer, str(teacher)))
+    return as_result(run, write_result(run, trained, record, "tokens", config.tokens_per_step, *save), row=row)
 
 
 def _batches(
@@ -295,12 +253,8 @@ def _batches(
 ):
     """What each step sees: masked text for an LM head, else plain text in pieces; the first steps are layers' alone."""
     masked = objective.has_head and hasattr(objective.model, "cls")
-    num_masked = max(1, round(MASK_FRACTION * (config.seq_len - 2)))
-    text = (
-        MaskedBatches(sequences, data.vocab_size, data.special, num_masked, config.seed)
-        if masked
-        else CutBatches(sequences, data.special, config.seed)
-    )
+    source = (sequences, data.vocab_size, data.special, config.seed)
+    text = MaskedBatches(*source, num_masked(config.seq_len)) if masked else CutBatches(*source)
     of_step = micro_batches(text.train_batch, config)
 
     def batches(step: int):
@@ -342,22 +296,23 @@ def cut(teacher: PreTrainedModel, row: ModelRow) -> tuple[PreTrainedModel, list[
     return student.eval(), depths
 
 
+TRAINED_HEADS = ("masked-lm", "classification", "base")  # others are left out
+
+
 def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
     """The original encoder of `folder`, with the head it was saved with; it must read `data`'s tokens.
 
     Raises:
         ValueError: for a folder without a whole BERT, or a vocabulary that is not `data`'s.
     """
-    config = read_config(str(folder))
-    if config["model_type"] != "bert":
+    opened = open_checkpoint(folder)
+    if opened.config.model_type != "bert":
         raise ValueError(
-            f"{folder} is a {config['model_type']} checkpoint: only encoders of BERT's kind are calibrated."
+            f"{folder} is a {opened.config.model_type} checkpoint: only encoders of BERT's kind are calibrated."
         )
-    head = ARCHITECTURE_HEADS.get((config.get("architectures") or [""])[0], "base")
-    head = head if head in ("masked-lm", "classification") else "base"
-    teacher, fresh = load_original(str(folder), FAMILIES["bert"], head)
-    if fresh and head != "base":
-        raise ValueError(f"{folder} has no weights for {fresh[0]}: save the checkpoint with its head, or without one.")
+    if head_of(opened.config) not in TRAINED_HEADS:
+        opened = open_checkpoint(folder, head="base")
+    teacher = load_model(opened, torch.float32)
     tokenizer = folder / "tokenizer.json"
     known = json.loads(tokenizer.read_text("utf-8"))["model"].get("vocab") if tokenizer.is_file() else None
     if data.vocab_size > teacher.config.vocab_size or (known and known != data.tokenizer.get_vocab(False)):
@@ -368,20 +323,12 @@ def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
     return teacher.eval()
 
 
-def load_weights(student: PreTrainedModel, folder: Path) -> None:
-    """Gives `student` the weights that were saved in `folder`."""
-    missing, unexpected = student.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    lost = [name for name in (*missing, *unexpected) if "encoder" in name]
-    if lost:
-        raise ValueError(f"{folder} is not of this structure (first difference: {lost[0]}): calibrate it anew.")
-
-
-def save(result: CalibrationResult, teacher: str | Path, output: str | Path) -> None:
+def save(result: Result, teacher: str | Path, output: str | Path) -> None:
     """Writes the model as a folder of its own, with the teacher's tokenizer files and how it was made."""
-    left_out = ("row", "checkpoint", "history")
-    facts = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in left_out}
+    facts = {name: value for name, value in vars(result).items() if name not in ("row", "checkpoint", "history")}
     with atomic_folder(output) as folder:
         shutil.copytree(result.checkpoint, folder, dirs_exist_ok=True)
-        copy_tokenizer(str(teacher), folder)
+        copy_tokenizer(teacher, folder)
+        copy_files(teacher, folder, OTHER_FILES)
         result.history.to_csv(folder / "calibration.csv", index=False)
         (folder / "calibration.json").write_text(json.dumps(facts, indent=1))

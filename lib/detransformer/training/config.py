@@ -7,13 +7,11 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from transformers import BertConfig
-
-from detransformer.models.configuration import ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS, PRESET_SIZES, decoupled_config
+from detransformer.models.configuration import ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS, PRESET_SIZES
 from detransformer.parallel.wire import WIRE_FORMATS
 
 T = TypeVar("T")  # a configuration
@@ -22,48 +20,41 @@ MODELS = (*PRESET_SIZES, "gpt2", "minilm")
 OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("no", "bf16", "bf16-weights", "auto")
 TOKENS_PER_SPECIAL = 2  # [CLS] and [SEP] around a packed sequence
+MASK_FRACTION = 0.15
+NO_IDENTITY = ("checkpoint_every_s", "num_seeds")  # fields without which a run ends as it does with them
 
 # Fields that are checked -----------------------------------------------------------------------------------------
 
 
+def checked(default, holds: Callable[[Any], bool], says: str) -> Any:
+    """A field that refuses a value of which `holds` is not true; `says` follows the name and the value in the error."""
+    return dataclasses.field(default=default, metadata={"check": (holds, says)})
+
+
 def positive(default) -> Any:
     """A field whose value is above 0, or None."""
-    return dataclasses.field(default=default, metadata={"check": _check_positive})
+    says = "is not above 0: give a positive number"
+    return checked(default, lambda value: value is None or 0 < value < math.inf, says)
 
 
 def not_negative(default) -> Any:
     """A field whose value is 0 or more."""
-    return dataclasses.field(default=default, metadata={"check": _check_not_negative})
+    return checked(default, lambda value: 0 <= value < math.inf, "is below 0 or not finite: give 0 for none, or more")
 
 
 def fraction(default) -> Any:
     """A field whose value is in 0..1."""
-    return dataclasses.field(default=default, metadata={"check": _check_fraction})
+    return checked(default, lambda value: 0 <= value <= 1, "is outside 0..1: give it as a fraction")
+
+
+def between(default, low: int, high: int) -> Any:
+    """A field whose value is in low..high."""
+    return checked(default, lambda value: low <= value <= high, f"is outside {low}..{high}: choose in that range")
 
 
 def one_of(default, choices: Sequence[str]) -> Any:
     """A field whose value is one of `choices`."""
-
-    def check(name: str, value) -> None:
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
-
-    return dataclasses.field(default=default, metadata={"check": check})
-
-
-def _check_positive(name: str, value) -> None:
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} is not above 0: give a positive number.")
-
-
-def _check_not_negative(name: str, value) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value} is below 0 or not finite: give 0 for none, or more.")
-
-
-def _check_fraction(name: str, value) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} is outside 0..1: give it as a fraction.")
+    return checked(default, lambda value: value in choices, f"is unknown: choose one of {', '.join(choices)}")
 
 
 class Checked:
@@ -71,8 +62,9 @@ class Checked:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if "check" in field.metadata:
-                field.metadata["check"](field.name, getattr(self, field.name))
+            value, (holds, says) = getattr(self, field.name), field.metadata.get("check", (lambda _: True, ""))
+            if not holds(value):
+                raise ValueError(f"{field.name}={value!r} {says}.")
 
 
 def check_divides(divisor_name: str, divisor: int, name: str, value: int, why: str) -> None:
@@ -97,7 +89,7 @@ class ModelRow(Checked):
         num_layers: of an original model that keeps fewer layers than it had, beside which a decoupled one is judged.
     """
 
-    model: str = "bert-base"
+    model: str = one_of("bert-base", MODELS)
     num_original_layers: int | None = None
     num_divisions: int | None = None
     attention_width: str = one_of("full", ATTENTION_WIDTHS)
@@ -106,8 +98,6 @@ class ModelRow(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model not in MODELS:
-            raise ValueError(f"model {self.model!r} is unknown: choose one of {', '.join(MODELS)}.")
         if self.num_layers is not None and self.num_original_layers is not None:
             raise ValueError(
                 f"row {self.model} has num_layers={self.num_layers} and Nb={self.num_original_layers}: give one."
@@ -203,87 +193,21 @@ class StepRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(StepRecipe):
-    """Masked-language-model pre-training; the defaults are the paper's recipe (7,038 steps, sequence length 128).
+class TextRecipe(StepRecipe):
+    """A recipe over packed text.
 
     Args:
-        hidden_size, num_heads, intermediate_size: None takes BERT-Base's or BERT-Large's; smaller ones are a reduced
-            scale, the number of layers stays the row's.
-        initializer_range: standard deviation of the first weights; BERT's is 0.02, at any width. Scaled with the width
-            as `CausalConfig`'s (0.049 at 128, 0.069 at 64), twelve layers that normalise after each block learned more
-            slowly: the shorter the training, the more so.
-        frequency_bias: whether the vocabulary's projection starts at the log frequencies of the training text's pieces,
-            so that a short training is not spent on them; BERT's starts at 0.
         seq_len: tokens in a packed sequence, [CLS] and [SEP] included.
         max_train_tokens, max_valid_tokens: text used; None takes all of it.
-        dropout: of hidden states and attention.
     """
 
-    hidden_size: int | None = positive(None)
-    num_heads: int | None = positive(None)
-    intermediate_size: int | None = positive(None)
-    initializer_range: float = positive(0.02)
-    frequency_bias: bool = False
-    num_steps: int = positive(7038)
-    seq_len: int = 128
-    global_batch_size: int = positive(65536)
-    optimizer: str = one_of("lamb", OPTIMIZERS)
-    learning_rate: float = positive(6e-3)
-    warmup: float = fraction(0.2843)
-    decay_power: float = positive(0.5)  # NVIDIA's PolyWarmUpScheduler
-    mask_fraction: float = fraction(0.15)
-    dropout: float = fraction(0.1)
+    seq_len: int = between(128, 8, 512)
     max_train_tokens: int | None = positive(None)
-    max_valid_tokens: int | None = positive(2_000_000)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 8 <= self.seq_len <= 512:
-            raise ValueError(f"seq_len={self.seq_len} is outside 8..512: BERT has 512 positions, choose in that range.")
+    max_valid_tokens: int | None = positive(None)
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.seq_len
-
-    @property
-    def num_masked(self) -> int:
-        """Masked positions in a sequence: a fixed number, so every sequence weighs the same."""
-        return max(1, round(self.mask_fraction * (self.seq_len - TOKENS_PER_SPECIAL)))
-
-    def original_config(self, model: str, vocab_size: int, pad_token_id: int = 0) -> BertConfig:
-        """The original model's configuration at this scale (layers as in `model`)."""
-        sizes = dict(PRESET_SIZES[model])
-        chosen = {
-            "hidden_size": self.hidden_size,
-            "num_attention_heads": self.num_heads,
-            "intermediate_size": self.intermediate_size,
-        }
-        sizes |= {name: value for name, value in chosen.items() if value is not None}
-        heads = sizes["num_attention_heads"]
-        check_divides("num_heads", heads, "hidden_size", sizes["hidden_size"], "every head takes an equal part")
-        return BertConfig(
-            **sizes,
-            initializer_range=self.initializer_range,
-            vocab_size=vocab_size,
-            pad_token_id=pad_token_id,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-        )
-
-    def check_row(self, row: ModelRow) -> None:
-        """Raises ValueError where `row` cannot be built at this scale."""
-        original = self.original_config(row.model, vocab_size=1024)
-        if not row.is_original:
-            decoupled_config(original, *row.structure)
-
-    def scale_note(self, row: ModelRow) -> str:
-        """The scale in words, so that a reduced one is never taken for the paper's."""
-        config = self.original_config(row.model, vocab_size=1024)
-        tokens = self.num_steps * self.tokens_per_step
-        text = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {tokens:,} tokens pre-training"
-        if config.hidden_size != PRESET_SIZES[row.model]["hidden_size"]:
-            text = f"reduced width: {text}"
-        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,20 +221,20 @@ class FinetuneConfig(Recipe):
         doc_stride: tokens two SQuAD windows share; None is a quarter of seq_len.
         max_train_rows, max_eval_rows: None takes all; a cut set is called reduced in every table.
         wire_formats: number formats of messages that the trained model is scored with besides exact ones.
+        num_seeds: runs of the task with seeds 0, 1, .. (`finetune_all`).
     """
 
     learning_rate: float = positive(5e-5)
     batch_size: int = positive(32)
     micro_batch_size: int | None = positive(None)
-    eval_batch_size: int = positive(64)
     num_epochs: float = positive(3.0)
-    seq_len: int = 128
+    seq_len: int = between(128, 16, 512)
     doc_stride: int | None = None
     dropout: float = fraction(0.1)
     max_train_rows: int | None = positive(None)
     max_eval_rows: int | None = positive(None)
-    max_answer_tokens: int = positive(30)
     wire_formats: tuple[str, ...] = ()
+    num_seeds: int = positive(1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -320,8 +244,6 @@ class FinetuneConfig(Recipe):
             raise ValueError(
                 f"wire_formats has {unknown[0]!r}, which is unknown: choose among {', '.join(WIRE_FORMATS)}."
             )
-        if not 16 <= self.seq_len <= 512:
-            raise ValueError(f"seq_len={self.seq_len} is outside 16..512: BERT has 512 positions.")
         if not 0 <= self.stride < self.seq_len // 2:
             raise ValueError(
                 f"doc_stride={self.doc_stride} is outside 0..{self.seq_len // 2 - 1}: windows of "
@@ -333,17 +255,9 @@ class FinetuneConfig(Recipe):
         return self.seq_len // 4 if self.doc_stride is None else self.doc_stride
 
 
-def finetune_recipes(recipes: dict[str, dict]) -> tuple[dict[str, FinetuneConfig], dict[str, int]]:
-    """A profile's recipes, task -> {num_seeds, and FinetuneConfig's fields}, as configurations and numbers of seeds."""
-    num_seeds = {task: recipe.get("num_seeds", 1) for task, recipe in recipes.items()}
-    for task, number in num_seeds.items():
-        if number < 1:
-            raise ValueError(f"num_seeds={number} for {task} is below 1: give at least one seed.")
-    configs = {}
-    for task, recipe in recipes.items():
-        fields = {name: value for name, value in recipe.items() if name != "num_seeds"}
-        configs[task] = make_config(FinetuneConfig, fields)
-    return configs, num_seeds
+def num_masked(seq_len: int) -> int:
+    """Positions of a packed sequence that BERT's training masks: 15% of its text."""
+    return max(1, round(MASK_FRACTION * (seq_len - TOKENS_PER_SPECIAL)))
 
 
 def make_config(kind: type[T], fields: dict) -> T:
@@ -356,14 +270,13 @@ def make_config(kind: type[T], fields: dict) -> T:
 
 
 def config_hash(*parts) -> str:
-    """16 hexadecimal digits over dataclasses and plain values; seconds between checkpoints do not count."""
+    """16 hexadecimal digits over dataclasses and plain values; fields that change no run's result do not count."""
 
     def plain(part):
-        if dataclasses.is_dataclass(part):
-            fields = dataclasses.asdict(part)
-            fields.pop("checkpoint_every_s", None)
-            return {type(part).__name__: fields}
-        return part
+        if not dataclasses.is_dataclass(part):
+            return part
+        counted = {name: value for name, value in dataclasses.asdict(part).items() if name not in NO_IDENTITY}
+        return {type(part).__name__: counted}
 
     text = json.dumps([plain(part) for part in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,13 +6,15 @@ Rows of like length stand in one batch, so little is padding.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from detransformer.training.data import TaskRows
+from detransformer.training.config import FinetuneConfig
+from detransformer.training.data import TaskRows, TrainingData
 from detransformer.training.data.tasks import Task
 
 POOL_BATCHES = 16  # batches sorted by length together
@@ -41,13 +43,20 @@ class PreparedTask:
     validation: list[Feature]
 
 
-def prepare_task(rows: TaskRows, tokenizer: Tokenizer, seq_len: int, doc_stride: int) -> PreparedTask:
-    """Tokenises both splits of a task once."""
+def prepared_task(data: TrainingData, task: str, config: FinetuneConfig) -> PreparedTask:
+    """Both splits of a task as features, tokenised once in this process for all models and seeds."""
+    limits = config.max_train_rows, config.max_eval_rows
+    return _prepared(data, task, *limits, config.seq_len, config.stride)
+
+
+@cache
+def _prepared(data, task, max_train_rows, max_eval_rows, seq_len: int, doc_stride: int) -> PreparedTask:
+    rows = data.task(task, max_train_rows, max_eval_rows)
     if rows.task.is_question_answering:
-        make = lambda part: question_features(part, tokenizer, seq_len, doc_stride)  # noqa: E731
+        parts = [question_features(part, data.tokenizer, seq_len, doc_stride) for part in (rows.train, rows.validation)]
     else:
-        make = lambda part: sentence_features(part, rows.task, tokenizer, seq_len)  # noqa: E731
-    return PreparedTask(rows, make(rows.train), make(rows.validation))
+        parts = [sentence_features(part, rows.task, data.tokenizer, seq_len) for part in (rows.train, rows.validation)]
+    return PreparedTask(rows, *parts)
 
 
 def sentence_features(rows, task: Task, tokenizer: Tokenizer, seq_len: int) -> list[Feature]:

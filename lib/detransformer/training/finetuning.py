@@ -29,7 +29,7 @@ from detransformer.training.features import (
     best_spans,
     by_length,
     collate,
-    prepare_task,
+    prepared_task,
 )
 from detransformer.training.hardware import resolve_precision
 from detransformer.training.jobs import run_jobs
@@ -40,6 +40,8 @@ from detransformer.training.summary import accuracy_table
 
 # The paper's "Acc" for SQuAD is not defined there; exact match is the share of questions answered right.
 TABLE_METRIC = {"mcc": "mcc", "accuracy": "accuracy", "f1": "exact_match"}
+EVAL_BATCH = 64
+MAX_ANSWER_TOKENS = 30
 
 
 class TaskLoss(nn.Module):
@@ -97,17 +99,17 @@ def finetune(
     num_steps = max(1, round(config.num_epochs * order.steps_per_epoch))
     trained = fit(TaskLoss(model), batches, config, num_steps, run)
     trained.restore_float32()
-    scores = evaluate(model, prepared, config, pad)
+    scores = evaluate(model, prepared, pad)
     metric = TABLE_METRIC[chosen.metric]
     for name in config.wire_formats:
         with wired(model, wire_plan(model.config, wire=name)):
-            scores[f"score_{name}"] = evaluate(model, prepared, config, pad)[metric]
+            scores[f"score_{name}"] = evaluate(model, prepared, pad)[metric]
     record = {
         "task": task,
         "seed": seed,
         "metric": metric,
         "score": scores[metric],
-        "majority_score": _majority(prepared),
+        "majority_score": majority_score(chosen, prepared.rows.validation),
         **scores,
         "train_loss": float(np.mean(trained.losses[-20:])),
         "num_steps": num_steps,
@@ -118,24 +120,19 @@ def finetune(
         "note": prepared.rows.note,
         "config": dataclasses.asdict(config),
     }
-
-    def save(place: Path) -> None:
-        model.save_pretrained(place)
-        data.save_tokenizer(place)
-
-    return write_result(run, trained, record, "rows", config.batch_size, save if keep_model else None)
+    save = (model.save_pretrained, data.save_tokenizer) if keep_model else ()
+    return write_result(run, trained, record, "rows", config.batch_size, *save)
 
 
 def finetune_all(
     models: Mapping[str, Any],
     configs: Mapping[str, FinetuneConfig],
-    num_seeds: Mapping[str, int],
     data: TrainingData,
     output_dir: str | Path,
     num_jobs: int = 1,
     wire_rows: Iterable[str] | None = None,
 ) -> pd.DataFrame:
-    """Every model on every task of `configs`, with seeds 0.. of that task: one row a run (`accuracy_table`).
+    """Every model on every task of `configs`, with seeds 0.. (`num_seeds` of them): one row a run (`accuracy_table`).
 
     Args:
         models: by label, as the table's column `row` has them; folders, or results of training.
@@ -149,7 +146,7 @@ def finetune_all(
             if wire_rows is not None and label not in wire_rows:
                 config = dataclasses.replace(config, wire_formats=())
             cells += [
-                (label, model, task, config, seed, folder / task / f"seed{seed}") for seed in range(num_seeds[task])
+                (label, model, task, config, seed, folder / task / f"seed{seed}") for seed in range(config.num_seeds)
             ]
     records = run_jobs(finetune, [(*cell[1:4], data, *cell[4:]) for cell in cells], num_jobs, "fine-tuning")
     known = []
@@ -193,40 +190,14 @@ def source_of(checkpoint: Any) -> tuple[Path, str]:
         return Path(checkpoint), hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _majority(prepared: PreparedTask) -> float:
-    """What guessing scores: the most frequent label, or, of questions, one answer to all, which is right nowhere."""
-    task = prepared.rows.task
-    return 0.0 if task.is_question_answering else majority_score(task, list(prepared.rows.validation["label"]))
-
-
-def prepared_task(data: TrainingData, task: str, config: FinetuneConfig) -> PreparedTask:
-    """The task's features, tokenised once in this process for all rows and seeds."""
-    key = (
-        data.name,
-        data.fingerprint,
-        task,
-        config.max_train_rows,
-        config.max_eval_rows,
-        config.seq_len,
-        config.stride,
-    )
-    if key not in _prepared:
-        rows = data.task(task, config.max_train_rows, config.max_eval_rows)
-        _prepared[key] = prepare_task(rows, data.tokenizer, config.seq_len, config.stride)
-    return _prepared[key]
-
-
-_prepared: dict[tuple, PreparedTask] = {}
-
-
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, prepared: PreparedTask, config: FinetuneConfig, pad: int) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, prepared: PreparedTask, pad: int) -> dict[str, float]:
     """Scores of the validation rows, times 100."""
     model.eval()
     features, task = prepared.validation, prepared.rows.task
     predicted = np.zeros(len(prepared.rows.validation), dtype=np.int64)
     answers: dict[int, tuple[float, int, int]] = {}  # row -> (score, first character, last character)
-    for numbers in by_length(features, config.eval_batch_size):
+    for numbers in by_length(features, EVAL_BATCH):
         part = [features[i] for i in numbers]
         batch = {name: t.to(model.device) for name, t in collate(part, pad).items()}
         output = model(**{name: batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")})
@@ -236,7 +207,7 @@ def evaluate(model: PreTrainedModel, prepared: PreparedTask, config: FinetuneCon
         in_context = torch.zeros(batch["input_ids"].shape, dtype=torch.bool, device=model.device)
         for i, feature in enumerate(part):
             in_context[i, : len(feature.tokens)] = torch.from_numpy(feature.offsets[:, 0] >= 0)
-        spans = best_spans(output.start_logits.float(), output.end_logits.float(), in_context, config.max_answer_tokens)
+        spans = best_spans(output.start_logits.float(), output.end_logits.float(), in_context, MAX_ANSWER_TOKENS)
         for feature, start, end, score in zip(part, *(s.tolist() for s in spans), strict=True):
             if feature.row not in answers or score > answers[feature.row][0]:
                 answers[feature.row] = (score, int(feature.offsets[start, 0]), int(feature.offsets[end, 1]))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -34,19 +33,7 @@ from detransformer.training.config import (
 from detransformer.training.data.images import IMAGE_SIZE, MEAN, NUM_CHANNELS, STD, ImageData
 from detransformer.training.hardware import resolve_precision
 from detransformer.training.loop import Run, fit, micro_batches
-from detransformer.training.results import as_result, read_result, write_result
-
-# How a picture becomes what the model reads, in the words of Hugging Face's image processors.
-PREPROCESSOR = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(MEAN),
-    "image_std": list(STD),
-}
+from detransformer.training.results import Result, as_result, read_result, write_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +45,6 @@ class ImageConfig(StepRecipe):
         patch_size: pixels a side; 4 makes 65 tokens of an image, 8 makes 17.
         dropout: of hidden states and attention.
         label_smoothing: share of a label that is spread over all classes.
-        mixup: both parameters of the Beta distribution that two images are mixed by (Zhang et al. 2018); 0 mixes none.
-        padding, flip: how far an image is moved, in pixels, and whether half of them are flipped.
     """
 
     hidden_size: int = positive(192)
@@ -73,9 +58,6 @@ class ImageConfig(StepRecipe):
     weight_decay: float = not_negative(0.05)
     dropout: float = fraction(0.0)
     label_smoothing: float = fraction(0.1)
-    mixup: float = not_negative(0.0)
-    padding: int = not_negative(4)
-    flip: bool = True
     mixed_precision: str = one_of("auto", PRECISIONS)
 
     def __post_init__(self):
@@ -103,43 +85,6 @@ class ImageConfig(StepRecipe):
         )
 
 
-@dataclass(frozen=True)
-class VitResult:
-    """A trained ViT: `checkpoint` is a Hugging Face model folder, `history` has a row a step; accuracies times 100."""
-
-    checkpoint: Path
-    history: pd.DataFrame
-    accuracy: float
-    train_accuracy: float
-    chance_accuracy: float
-    num_steps: int
-    num_epochs: float
-    num_parameters: int
-    train_rows: int
-    test_rows: int
-    seconds: float
-    images_per_s: float
-    seed: int
-    precision: str
-    source: str
-    note: str
-    identity: str
-
-
-class ImageBatches:
-    """Augmented training batches of `data`; a function of (seed, index)."""
-
-    def __init__(self, data: ImageData, config: ImageConfig):
-        self.data, self.config = data, config
-
-    def train_batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """pixel_values, labels [B]; with mixup also other_labels [B] and shares [B] of the first label."""
-        config = self.config
-        batch = self.data.train_batch(config.seed, index, batch_size, config.padding, config.flip)
-        del batch["rows"]
-        return mixed(batch, config.mixup, [config.seed, 2, index]) if config.mixup else batch
-
-
 class ImageLoss(nn.Module):
     """A model and its mean cross-entropy as one module."""
 
@@ -147,23 +92,9 @@ class ImageLoss(nn.Module):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
 
-    def forward(self, pixel_values, labels, other_labels=None, shares=None) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = self.model(pixel_values=pixel_values).logits.float()  # [B, C]
-        loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        if shares is not None:
-            other = F.cross_entropy(logits, other_labels, reduction="none", label_smoothing=self.label_smoothing)
-            loss = shares * loss + (1 - shares) * other
-        return loss.mean()
-
-
-def mixed(batch: dict[str, torch.Tensor], alpha: float, seed: list[int]) -> dict[str, torch.Tensor]:
-    """Each image mixed with another of its batch, by a share from Beta(alpha, alpha) of its own."""
-    rng = np.random.default_rng(seed)
-    partners = torch.from_numpy(rng.permutation(len(batch["labels"])))
-    shares = torch.from_numpy(rng.beta(alpha, alpha, len(partners))).float()
-    share = shares[:, None, None, None]
-    pixels = share * batch["pixel_values"] + (1 - share) * batch["pixel_values"][partners]
-    return batch | {"pixel_values": pixels, "other_labels": batch["labels"][partners], "shares": shares}
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 def train_vit(
@@ -171,10 +102,14 @@ def train_vit(
     data: ImageData,
     output_dir: str | Path,
     on_step: Callable[[int, float], None] | None = None,
-) -> VitResult:
+) -> Result:
     """Trains a ViT from scratch into a folder of its own under `output_dir` (model/, history.csv, result.json).
 
     `on_step(step, loss)` is called after each step.
+
+    Returns:
+        Of this run: accuracy, train_accuracy and chance_accuracy (times 100), num_steps, num_epochs, num_parameters,
+        train_rows, test_rows, images_per_s, seed, precision, source, note.
 
     Raises:
         ValueError: for a damaged checkpoint, or a loss that is not finite.
@@ -185,13 +120,17 @@ def train_vit(
     run = Run(name, Path(output_dir) / f"{name}-{identity[:6]}", identity, on_step)
     done = read_result(run)
     if done is not None:
-        return as_result(VitResult, run, done)
+        return as_result(run, done)
     set_seed(config.seed)
     model = ViTForImageClassification(config.vit_config(data.num_classes))
     objective = ImageLoss(model, config.label_smoothing)
     set_seed(config.seed + 1)  # dropout
-    batches = micro_batches(ImageBatches(data, config).train_batch, config)
-    trained = fit(objective, batches, config, config.num_steps, run)
+
+    def train_batch(index: int, batch_size: int) -> dict[str, torch.Tensor]:
+        batch = data.train_batch(config.seed, index, batch_size)
+        return {name: batch[name] for name in ("pixel_values", "labels")}
+
+    trained = fit(objective, micro_batches(train_batch, config), config, config.num_steps, run)
     accuracy = evaluate_images(model, data)  # in the number format it was trained in, which is the fast one
     train_accuracy = evaluate_images(model, data.cut(max_train_rows=len(data.test_images)), split="train")
     trained.restore_float32()
@@ -213,13 +152,23 @@ def train_vit(
         f"{images / len(data.train_images):.3g} epochs; {data.note}",
         "config": dataclasses.asdict(config),
     }
+    save = (model.save_pretrained, save_preprocessor)
+    return as_result(run, write_result(run, trained, record, "images", config.global_batch_size, *save))
 
-    def save(place: Path) -> None:
-        model.save_pretrained(place)
-        (place / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1), encoding="utf-8")
 
-    record = write_result(run, trained, record, "images", config.global_batch_size, save)
-    return as_result(VitResult, run, record)
+def save_preprocessor(folder: Path) -> None:
+    """Writes how a picture becomes what the model reads, in the words of Hugging Face's image processors."""
+    words = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -45,10 +45,14 @@ class Run:
 
 
 class Progress:
-    """Steps done, seconds spent, the loss of each step; saved with a checkpoint."""
+    """What `fit` returns: the loss of each step and the seconds they took; saved with a checkpoint.
 
-    def __init__(self):
-        self.seconds, self.losses = 0.0, []
+    The model was trained in place. Until `restore_float32` it has the number format it was trained in, which is the
+    fast one.
+    """
+
+    def __init__(self, copies: MasterWeights | None = None):
+        self.seconds, self.losses, self._copies = 0.0, [], copies
 
     @property
     def step(self) -> int:
@@ -60,20 +64,13 @@ class Progress:
     def load_state_dict(self, state: dict) -> None:
         self.seconds, self.losses = state["seconds"], list(state["losses"])
 
-
-class Trained:
-    """What `fit` returns: the loss of each step and the seconds they took; the model was trained in place."""
-
-    def __init__(self, progress: Progress, copies: MasterWeights | None):
-        self.losses, self.seconds, self._copies = progress.losses, progress.seconds, copies
-
     def restore_float32(self) -> None:
-        """Leaves the model in float32; until then it has the number format it was trained in, which is the fast one."""
+        """Leaves the model in float32."""
         if self._copies is not None:
             self._copies.restore_float32()
 
 
-def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, run: Run) -> Trained:
+def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, run: Run) -> Progress:
     """Trains `objective.model` in place.
 
     Args:
@@ -92,9 +89,10 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes were launched: a training run takes one, start one.")
-    model, progress = objective.model, Progress()
+    model = objective.model
     place(model, precision)
     copies = MasterWeights(model) if precision == "bf16-weights" else None
+    progress = Progress(copies)
     weights = model.parameters() if copies is None else copies.copies
     names = (name for name, _ in model.named_parameters())
     optimizer = make_optimizer(zip(names, weights, strict=True), recipe)
@@ -143,7 +141,7 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
                 run.on_step(progress.step, progress.losses[-1])
     if signals:
         signal.raise_signal(signals[0])
-    return Trained(progress, copies)
+    return progress
 
 
 def micro_batches(train_batch: Callable[[int, int], dict[str, torch.Tensor]], recipe: StepRecipe) -> Batches:

@@ -3,7 +3,7 @@
 Both libraries take seconds to import, which every process of a training run would pay: they are imported when used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from detransformer.training.data.tasks import Task
 
@@ -18,11 +18,15 @@ def classification_scores(task: Task, predicted: Sequence[int], labels: Sequence
     return {name: float(value) for name, value in scores.items()}
 
 
-def majority_score(task: Task, labels: Sequence[int]) -> float:
-    """What a model that learned nothing scores: always the most frequent label (0 for Matthews correlation)."""
-    if task.metric == "mcc":
+def majority_score(task: Task, rows: Mapping[str, Sequence]) -> float:
+    """What a model that learned nothing scores on `rows` by guessing: always their most frequent label.
+
+    That has a Matthews correlation of 0, and one answer to all questions is right nowhere.
+    """
+    if task.metric == "mcc" or task.is_question_answering:
         return 0.0
-    return 100 * max(list(labels).count(label) for label in set(labels)) / len(labels)
+    labels = list(rows["label"])
+    return 100 * max(map(labels.count, set(labels))) / len(labels)
 
 
 def squad_scores(answers: dict[str, str], rows: Sequence[dict]) -> dict[str, float]:

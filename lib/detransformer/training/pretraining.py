@@ -1,7 +1,10 @@
-"""Masked-language-model pre-training of original and decoupled BERT with identical hyper-parameters (DATE 2024, IV-A).
+"""Original and decoupled models trained from their first weights, with identical hyper-parameters (DATE 2024, IV-A).
 
 Every row starts from the same seeded original weights (a decoupled row from their slices) and sees the same sequences
-with the same masks. No next-sentence prediction. A finished row is not trained again; an interrupted one goes on.
+with the same masks. An encoder is a BERT that learns masked tokens, without next-sentence prediction; a decoder is a
+small GPT-2 that learns the next one. A finished row is not trained again; an interrupted one goes on.
+
+Shapes: B batch, T tokens, K masked positions a sequence, D hidden, V vocabulary.
 """
 
 import dataclasses
@@ -9,66 +12,242 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import BertForMaskedLM
+from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
 from detransformer.models import decouple
-from detransformer.training.config import ModelRow, PretrainConfig, StepRecipe, config_hash
+from detransformer.models.configuration import PRESET_SIZES, decoupled_config
+from detransformer.training.config import (
+    OPTIMIZERS,
+    TOKENS_PER_SPECIAL,
+    ModelRow,
+    TextRecipe,
+    between,
+    check_divides,
+    config_hash,
+    fraction,
+    not_negative,
+    num_masked,
+    one_of,
+    positive,
+)
 from detransformer.training.data import TrainingData
-from detransformer.training.data.packing import MaskedBatches
+from detransformer.training.data.packing import (
+    IGNORED,
+    MaskedBatches,
+    NextTokenBatches,
+    SpecialTokens,
+    TextBatches,
+    unigram_loss,
+)
 from detransformer.training.hardware import resolve_precision
 from detransformer.training.jobs import run_jobs
 from detransformer.training.loop import Run, fit, micro_batches
-from detransformer.training.objective import MaskedLmLoss
-from detransformer.training.results import as_result, read_result, write_result
-from detransformer.training.unigram import start_at_frequencies, unigram_loss
+from detransformer.training.results import Result, as_result, read_result, write_result
 
 
-@dataclass(frozen=True)
-class PretrainResult:
-    """A pre-trained row: `checkpoint` is a Hugging Face model folder, `history` has a row a step.
+@dataclass(frozen=True, kw_only=True)
+class ScratchRecipe(TextRecipe):
+    """Training of a model from its first weights on; `original_config` says what the original model is.
 
-    `unigram_loss` is what word frequencies alone reach on the same held-out tokens as `valid_loss`.
+    Args:
+        hidden_size, num_heads: of the original model.
+        dropout: of hidden states and attention.
     """
 
-    row: ModelRow
-    checkpoint: Path
-    history: pd.DataFrame
-    valid_loss: float
-    unigram_loss: float
-    valid_tokens: int
-    num_steps: int
-    tokens: int
-    unique_tokens: int
-    seconds: float
-    hidden_size: int
-    seed: int
-    precision: str
-    source: str
-    note: str
-    identity: str
+    hidden_size: int | None = positive(None)
+    num_heads: int | None = positive(None)
+    dropout: float = fraction(0.1)
+
+    def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> PretrainedConfig:
+        """The original model's configuration at this scale."""
+        raise NotImplementedError
+
+    def check_row(self, row: ModelRow) -> PretrainedConfig:
+        """The configuration of `row`'s original but for the vocabulary; ValueError where `row` cannot be built."""
+        original = self.original_config(row.model, 1024, SpecialTokens(0, 1, 2, 3))
+        if not row.is_original:
+            decoupled_config(original, *row.structure)
+        return original
+
+    def scale_note(self, row: ModelRow) -> str:
+        """The scale in words, so that a reduced one is never taken for the paper's."""
+        config, published = self.check_row(row), PRESET_SIZES.get(row.model, {})
+        tokens = self.num_steps * self.tokens_per_step
+        text = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {tokens:,} tokens pre-training"
+        is_reduced = config.hidden_size != published.get("hidden_size", config.hidden_size)
+        return f"reduced width: {text}" if is_reduced else text
 
 
-def build_model(row: ModelRow, config: PretrainConfig, vocab_size: int, pad_token_id: int = 0) -> BertForMaskedLM:
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(ScratchRecipe):
+    """Masked-language-model pre-training; the defaults are the paper's recipe (7,038 steps, sequence length 128).
+
+    Args:
+        hidden_size, num_heads, intermediate_size: None takes BERT-Base's or BERT-Large's; smaller ones are a reduced
+            scale, the number of layers stays the row's.
+        initializer_range: standard deviation of the first weights; BERT's is 0.02, at any width. Scaled with the width
+            as `CausalConfig`'s (0.049 at 128, 0.069 at 64), twelve layers that normalise after each block learned more
+            slowly: the shorter the training, the more so.
+        frequency_bias: whether the vocabulary's projection starts at the log frequencies of the training text's pieces,
+            so that a short training is not spent on them; BERT's starts at 0.
+    """
+
+    intermediate_size: int | None = positive(None)
+    initializer_range: float = positive(0.02)
+    frequency_bias: bool = False
+    num_steps: int = positive(7038)
+    global_batch_size: int = positive(65536)
+    optimizer: str = one_of("lamb", OPTIMIZERS)
+    learning_rate: float = positive(6e-3)
+    warmup: float = fraction(0.2843)
+    decay_power: float = positive(0.5)  # NVIDIA's PolyWarmUpScheduler
+    max_valid_tokens: int | None = positive(2_000_000)
+
+    @property
+    def num_masked(self) -> int:
+        """Masked positions in a sequence: a fixed number, so every sequence weighs the same."""
+        return num_masked(self.seq_len)
+
+    def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> BertConfig:
+        chosen = {
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_heads,
+            "intermediate_size": self.intermediate_size,
+        }
+        sizes = PRESET_SIZES[model] | {name: value for name, value in chosen.items() if value is not None}
+        heads = sizes["num_attention_heads"]
+        check_divides("num_heads", heads, "hidden_size", sizes["hidden_size"], "every head takes an equal part")
+        return BertConfig(
+            **sizes,
+            initializer_range=self.initializer_range,
+            vocab_size=vocab_size,
+            pad_token_id=special.pad,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConfig(ScratchRecipe):
+    """Next-token training of a small GPT-2; the defaults are six rows in about 25 minutes of one x86 core.
+
+    Args:
+        num_layers, hidden_size, num_heads: of the original model; its FFN is four times as wide.
+        vocab_size: pieces of the data's vocabulary that are kept (`reduced_data`): with BERT's 30,522 most of such
+            a small model's time goes into the LM head; None keeps all.
+        dropout: of embeddings, residuals and attention.
+    """
+
+    num_layers: int = positive(8)
+    hidden_size: int = positive(128)
+    num_heads: int = positive(4)
+    vocab_size: int | None = positive(4096)
+    num_steps: int = positive(900)
+    seq_len: int = between(128, 8, 1024)
+    global_batch_size: int = positive(4)
+    micro_batch_size: int = positive(4)
+    learning_rate: float = positive(3e-3)
+    dropout: float = fraction(0.0)
+    max_train_tokens: int | None = positive(2_000_000)
+    max_valid_tokens: int | None = positive(50_000)
+    checkpoint_every_s: float = not_negative(60.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_divides("num_heads", self.num_heads, "hidden_size", self.hidden_size, "every head takes an equal part")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens predicted in a step."""
+        return self.global_batch_size * (self.seq_len - TOKENS_PER_SPECIAL)
+
+    def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> GPT2Config:
+        return GPT2Config(
+            n_layer=self.num_layers,
+            n_embd=self.hidden_size,
+            n_head=self.num_heads,
+            n_positions=self.seq_len,
+            vocab_size=vocab_size,
+            # GPT-2's 0.02 is for width 768: a narrower layer's products keep their size with wider weights.
+            initializer_range=0.02 * (768 / self.hidden_size) ** 0.5,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bos_token_id=special.cls,
+            eos_token_id=special.sep,
+            pad_token_id=special.pad,
+        )
+
+
+class MaskedLmLoss(nn.Module):
+    """A BERT and its loss as one module, with the vocabulary's projection on masked positions only.
+
+    With K = 0.15 T the projection, the widest product of a small BERT, costs 0.15 of the full one; loss and gradients
+    are the same.
+    """
+
+    def __init__(self, model: BertForMaskedLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T], positions [B, K], labels [B, K] -> mean loss in nats over the labels that count."""
+        hidden = self.model.bert(input_ids).last_hidden_state  # [B, T, D]
+        picked = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, K, D]
+        logits = self.model.cls(picked)  # [B, K, V]
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+
+
+class NextTokenLoss(nn.Module):
+    """A GPT-2 and its loss as one module."""
+
+    def __init__(self, model: GPT2LMHeadModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T - 2], labels [B, T - 2], the token after each -> mean loss in nats."""
+        logits = self.model(input_ids, use_cache=False).logits  # [B, T - 2, V]
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def build_model(row: ModelRow, config: ScratchRecipe, data: TrainingData) -> PreTrainedModel:
     """The row's model at its seeded start: original weights, sliced where the row is decoupled."""
     set_seed(config.seed)
-    model = BertForMaskedLM(config.original_config(row.model, vocab_size, pad_token_id))
+    original = config.original_config(row.model, data.vocab_size, data.special)
+    model = GPT2LMHeadModel(original) if isinstance(config, CausalConfig) else BertForMaskedLM(original)
     return model if row.is_original else decouple(model, *row.structure)
+
+
+def text_batches(data: TrainingData, config: ScratchRecipe) -> tuple[TextBatches, TextBatches]:
+    """Batches of the (training, validation) text of a recipe, which is packed where it is not yet."""
+    texts = data.packed_splits(config)
+    if isinstance(config, CausalConfig):
+        return tuple(NextTokenBatches(text, data.vocab_size, data.special, config.seed) for text in texts)
+    masked = config.num_masked
+    return tuple(MaskedBatches(text, data.vocab_size, data.special, config.seed, masked) for text in texts)
 
 
 def pretrain(
     row: ModelRow,
-    config: PretrainConfig,
+    config: ScratchRecipe,
     data: TrainingData,
     output_dir: str | Path,
     on_step: Callable[[int, float], None] | None = None,
-) -> PretrainResult:
-    """Pre-trains one row into `output_dir/ROW/` (model/, history.csv, result.json) and returns what came of it.
+) -> Result:
+    """Trains one row into `output_dir/ROW/` (model/, history.csv, result.json).
 
-    `on_step(step, loss)` is called after each step.
+    Args:
+        config: a `PretrainConfig`, or a decoder's `CausalConfig`.
+        on_step: `on_step(step, loss)` is called after each step.
+
+    Returns:
+        Of this run: row, valid_loss, unigram_loss (what word frequencies alone reach on the same held-out tokens),
+        valid_tokens, num_steps, tokens (trained on), unique_tokens, hidden_size, seed, precision, source, note.
 
     Raises:
         ValueError: for sizes that do not divide, damaged data or a damaged checkpoint.
@@ -78,36 +257,18 @@ def pretrain(
     run = Run(row.label, Path(output_dir) / row.key, config_hash(row, config, data.name, data.fingerprint), on_step)
     done = read_result(run)
     if done is not None:
-        return as_result(PretrainResult, run, done, row=row)
-    train, valid = masked_texts(data, config)
-    model = build_model(row, config, data.vocab_size, data.special.pad)
-    if config.frequency_bias:
-        start_at_frequencies(model, train)
-    record = {"row": dataclasses.asdict(row), "note": f"{config.scale_note(row)}; {text_note(data, train)}"}
-    record["config"] = dataclasses.asdict(config)
-    record = train_on_text(MaskedLmLoss(model), config, data, train, valid, run, record)
-    return as_result(PretrainResult, run, record, row=row)
-
-
-def train_on_text(
-    objective: nn.Module,
-    config: StepRecipe,
-    data: TrainingData,
-    train: MaskedBatches,
-    valid: MaskedBatches,
-    run: Run,
-    record: dict,
-) -> dict:
-    """Trains the objective's model, scores it on `valid` and saves it; `record` gets what a `PretrainResult` has.
-
-    `config` is a `PretrainConfig` or a decoder's `CausalConfig`.
-    """
-    set_seed(config.seed + 1)  # dropout: the same in every row, and with and without a teacher
-    batches = micro_batches(train.train_batch, config)
-    trained = fit(objective, batches, config, config.num_steps, run)
+        return as_result(run, done, row=row)
+    train, valid = text_batches(data, config)
+    model = build_model(row, config, data)
+    if isinstance(config, PretrainConfig) and config.frequency_bias:
+        with torch.no_grad():
+            model.cls.predictions.bias.copy_(train.log_frequencies())
+    objective = NextTokenLoss(model) if isinstance(config, CausalConfig) else MaskedLmLoss(model)
+    set_seed(config.seed + 1)  # dropout: the same in every row
+    trained = fit(objective, micro_batches(train.train_batch, config), config, config.num_steps, run)
     trained.restore_float32()
-    model = objective.model
-    record |= {
+    record = {
+        "row": dataclasses.asdict(row),
         "valid_loss": evaluate(objective, valid.valid_batches(config.micro_batch_size)),
         "unigram_loss": unigram_loss(train, valid, config.micro_batch_size),
         "valid_tokens": int(valid.sequences.size),
@@ -118,44 +279,26 @@ def train_on_text(
         "seed": config.seed,
         "precision": config.mixed_precision,
         "source": data.name,
+        "note": f"{config.scale_note(row)}; {data.text_note(train.sequences)}",
+        "config": dataclasses.asdict(config),
     }
-
-    def save(place: Path) -> None:
-        model.save_pretrained(place)
-        data.save_tokenizer(place)
-
-    return write_result(run, trained, record, "tokens", config.tokens_per_step, save)
-
-
-def masked_texts(data: TrainingData, config: PretrainConfig) -> tuple[MaskedBatches, MaskedBatches]:
-    """The (training, validation) text of a recipe with its masks, packed where it is not yet."""
-    return tuple(
-        MaskedBatches(text.sequences, data.vocab_size, data.special, config.num_masked, config.seed)
-        for text in pack(data, config)
-    )
-
-
-def pack(data: TrainingData, config):
-    """The (training, validation) text of a recipe, packed where it is not yet."""
-    return (
-        data.packed("train", config.seq_len, config.max_train_tokens),
-        data.packed("validation", config.seq_len, config.max_valid_tokens),
-    )
+    save = (model.save_pretrained, data.save_tokenizer)
+    return as_result(run, write_result(run, trained, record, "tokens", config.tokens_per_step, *save), row=row)
 
 
 def pretrain_all(
     rows: Iterable[ModelRow],
-    config: PretrainConfig,
+    config: ScratchRecipe,
     data: TrainingData,
     output_dir: str | Path,
     num_jobs: int = 1,
-) -> list[PretrainResult]:
+) -> list[Result]:
     """`pretrain` for each row, all with the same configuration, `num_jobs` of them side by side."""
     rows = list(rows)
     for row in rows:  # say what cannot work before hours are spent
         config.check_row(row)
     if num_jobs > 1:
-        pack(data, config)  # once, before the workers want it
+        data.packed_splits(config)  # once, before the workers want it
     # By sub-blocks, then by decoupled layers, the slowest first: the last run to end should be a short one.
     slowest_first = sorted(rows, key=lambda row: (-(row.num_divisions or 1), row.num_original_layers or 0))
     run_jobs(pretrain, [(row, config, data, output_dir) for row in slowest_first], num_jobs, "pre-training")
@@ -175,10 +318,3 @@ def evaluate(objective: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -
         count += num
     objective.train(was_training)
     return total / count
-
-
-def text_note(data: TrainingData, train: MaskedBatches) -> str:
-    """Source and amount of the training text in words."""
-    return f"{data.name} text, {train.sequences.size:,} different tokens" + (
-        "" if data.source.is_real else ", generated"
-    )

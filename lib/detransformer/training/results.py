@@ -1,15 +1,15 @@
 """What a finished training run leaves in its folder: model/, history.csv, and result.json to find it again."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 
 from detransformer.files import atomic_folder, atomic_write
-from detransformer.training.loop import Run, Trained
+from detransformer.training.loop import Progress, Run
 
 
 def read_result(run: Run) -> dict | None:
@@ -30,18 +30,18 @@ def read_result(run: Run) -> dict | None:
 
 def write_result(
     run: Run,
-    trained: Trained,
+    trained: Progress,
     record: dict,
     unit: str,
     per_step: int,
-    save: Callable[[Path], None] | None = None,
+    *save: Callable[[Path], object],
 ) -> dict:
     """Writes what is to stay, result.json last since it says that all is there; the checkpoint goes.
 
     Args:
         record: what is known of the run; identity and seconds are added.
         unit, per_step: history.csv has a row a step: step, `unit` (tokens, images, ..) seen so far, train_loss.
-        save: writes the model into the folder given; None keeps no model.
+        save: each writes its part of the model into the folder given; without any no model is kept.
 
     Returns:
         The record as it was written.
@@ -49,9 +49,10 @@ def write_result(
     folder = run.folder
     record = {"identity": run.identity, **record, "seconds": round(trained.seconds, 3)}
     (folder / "result.json").unlink(missing_ok=True)
-    if save is not None:
+    if save:
         with atomic_folder(folder / "model") as temporary:
-            save(temporary)
+            for write in save:
+                write(temporary)
     steps = range(1, len(trained.losses) + 1)
     history = {"step": steps, unit: [step * per_step for step in steps], "train_loss": trained.losses}
     with atomic_write(folder / "history.csv") as file:
@@ -62,10 +63,14 @@ def write_result(
     return record
 
 
-def as_result(kind: type, run: Run, record: dict, **known):
-    """`record` of result.json as a `kind`, a dataclass whose `checkpoint` is model/ and whose `history` is history.csv.
+class Result(SimpleNamespace):
+    """A finished run: what its result.json says, an attribute each, `identity` and `seconds` among them.
 
-    Fields in `known` are not read from the record.
+    Beside these stand `checkpoint`, the Hugging Face folder of its model, and `history`, a frame with a row a step.
     """
-    read = {"checkpoint": run.folder / "model", "history": pd.read_csv(run.folder / "history.csv")} | known
-    return kind(**read, **{f.name: record[f.name] for f in dataclasses.fields(kind) if f.name not in read})
+
+
+def as_result(run: Run, record: dict, **known) -> Result:
+    """The run of `record` (its result.json); what is `known` stands for what the record says."""
+    made = {"checkpoint": run.folder / "model", "history": pd.read_csv(run.folder / "history.csv")}
+    return Result(**record | made | known)

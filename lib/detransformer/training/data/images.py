@@ -26,6 +26,7 @@ from detransformer.training.data.sources import choose_source
 IMAGE_SIZE, NUM_CHANNELS = 32, 3
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100's training set, images in 0..1
 CIFAR_CLASSES, CIFAR_ROWS = 100, {"train": 50_000, "test": 10_000}
+PADDING = 4  # pixels that a training image is moved by, at most
 HUB_NAME = "uoft-cs/cifar100"
 MIRROR_FILES = ("cifar100.npz", "cifar100_subset.npz")  # in cifar100/, the first that exists
 
@@ -137,12 +138,10 @@ class ImageData:
             rows[here] = _epoch_order(seed, int(epoch), num)[positions[here] % num]
         return rows
 
-    def train_batch(
-        self, seed: int, step: int, batch_size: int, padding: int = 4, flip: bool = True
-    ) -> dict[str, torch.Tensor]:
-        """Batch `step`: pixel_values [B, 3, 32, 32], labels [B], rows [B]; cropped with `padding`, flipped."""
+    def train_batch(self, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
+        """Batch `step`: pixel_values [B, 3, 32, 32], labels [B], rows [B]; images are moved and flipped."""
         rows = self.train_rows(seed, step, batch_size)
-        images = augmented(self.train_images[rows], np.random.default_rng([seed, 1, step]), padding, flip)
+        images = augmented(self.train_images[rows], np.random.default_rng([seed, 1, step]))
         return _batch(images, self.train_labels[rows], rows)
 
     def ordered_batches(self, split: str, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -222,19 +221,15 @@ def balanced_order(labels: np.ndarray) -> np.ndarray:
     return np.lexsort((labels, ranks))
 
 
-def augmented(images: np.ndarray, rng: np.random.Generator, padding: int, flip: bool) -> np.ndarray:
-    """Each image [B, H, W, 3] moved by up to `padding` pixels, black beyond its edge; half of them flipped."""
-    if padding:
-        height, width = images.shape[1:3]
-        edge = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        padded = np.pad(images, edge)
-        top, left = rng.integers(0, 2 * padding + 1, size=(2, len(images), 1))
-        rows, columns = top + np.arange(height), left + np.arange(width)  # [B, H], [B, W]
-        images = padded[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
-    if flip:
-        turned = rng.random(len(images)) < 0.5
-        images = np.where(turned[:, None, None, None], images[:, :, ::-1], images)
-    return images
+def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each image [B, H, W, 3] moved by up to `PADDING` pixels, black beyond its edge; half of them flipped."""
+    height, width = images.shape[1:3]
+    padded = np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+    top, left = rng.integers(0, 2 * PADDING + 1, size=(2, len(images), 1))
+    rows, columns = top + np.arange(height), left + np.arange(width)  # [B, H], [B, W]
+    moved = padded[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    turned = rng.random(len(images)) < 0.5
+    return np.where(turned[:, None, None, None], moved[:, :, ::-1], moved)
 
 
 def normalised(images: np.ndarray) -> torch.Tensor:

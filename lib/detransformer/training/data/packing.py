@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from tqdm.auto import tqdm
 
 from detransformer.files import atomic_write
@@ -44,18 +45,6 @@ class SpecialTokens:
         return (self.pad, self.cls, self.sep, self.mask)
 
 
-@dataclass(frozen=True)
-class PackedText:
-    """Memory-mapped sequences [N, T] and where they come from."""
-
-    sequences: np.ndarray
-    path: Path
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.sequences.size)
-
-
 def packed_sequences(articles: Iterator[str], tokenizer: Tokenizer, seq_len: int) -> Iterator[np.ndarray]:
     """Blocks [n, T] of `[CLS] text [SEP]`; [SEP] also stands between articles, a last short rest is left."""
     special = SpecialTokens.of(tokenizer)
@@ -77,8 +66,8 @@ def packed_sequences(articles: Iterator[str], tokenizer: Tokenizer, seq_len: int
 
 def pack_text(
     articles: Iterator[str], tokenizer: Tokenizer, seq_len: int, max_tokens: int | None, path: Path, title: str
-) -> PackedText:
-    """The packed text at `path`, made first if it is not there: NAME.bin (uint16 [N, T]) and NAME.json.
+) -> np.ndarray:
+    """The packed text at `path` as a memory map [N, T], made first if it is not there: NAME.bin (uint16), NAME.json.
 
     Raises:
         ValueError: if the text is shorter than one sequence, the vocabulary is above 65,536, or the file is damaged.
@@ -108,24 +97,22 @@ def pack_text(
             json.dump({"num_sequences": count, "seq_len": seq_len}, file)
     try:
         count = json.loads(description.read_text())["num_sequences"]
-        sequences = np.memmap(path, dtype=np.uint16, mode="r", shape=(count, seq_len))
+        return np.memmap(path, dtype=np.uint16, mode="r", shape=(count, seq_len))
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and {description.name}, it is made again.") from error
-    return PackedText(sequences, path)
 
 
-class MaskedBatches:
-    """Masked micro-batches of a packed text, addressed by number.
+class TextBatches:
+    """Micro-batches of a packed text, addressed by number.
 
     Args:
         sequences: [N, T].
-        vocab_size, special: for random replacements and positions never masked.
-        num_masked: K, masked positions a sequence.
+        vocab_size, special: of the tokenizer that cut the text.
+        seed: of the order, and of what is random in a batch.
     """
 
-    def __init__(self, sequences: np.ndarray, vocab_size: int, special: SpecialTokens, num_masked: int, seed: int):
-        self.sequences, self.vocab_size, self.special = sequences, vocab_size, special
-        self.num_masked, self.seed = num_masked, seed
+    def __init__(self, sequences: np.ndarray, vocab_size: int, special: SpecialTokens, seed: int):
+        self.sequences, self.vocab_size, self.special, self.seed = sequences, vocab_size, special, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def rows(self, start: int, count: int) -> np.ndarray:
@@ -142,30 +129,68 @@ class MaskedBatches:
     def train_batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
         """Micro-batch `index` of the shuffled stream."""
         rows = np.sort(self.rows(index * batch_size, batch_size))  # sorted reads are kinder to the disk
-        return self._masked(rows, [self.seed, 1, index])
+        return self._batch(self._tokens(rows), 1, index)
 
     def valid_batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """All sequences once, in order, with fixed masks."""
+        """All sequences once, in order, the same each time."""
         for index, start in enumerate(range(0, len(self.sequences), batch_size)):
-            rows = np.arange(start, min(start + batch_size, len(self.sequences)))
-            yield self._masked(rows, [self.seed, 2, index])
+            yield self._batch(self._tokens(slice(start, start + batch_size)), 2, index)
 
-    def target_counts(self) -> np.ndarray:
-        """How often each piece of the vocabulary may be asked for in these sequences [V]: special tokens never are."""
-        counts = count_tokens(self.sequences, self.vocab_size)
-        counts[list(self.special.all)] = 0
-        return counts
+    def log_frequencies(self) -> torch.Tensor:
+        """log p of each piece of the vocabulary [V], by how often it is to be predicted in these sequences.
 
-    def _masked(self, rows: np.ndarray, seed: list[int]) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
-        )
-        tokens = torch.from_numpy(self.sequences[rows].astype(np.int64))
+        p(v) = (n_v + 1) / (N + V), n_v being how often piece v is to be predicted, N all of these, V the vocabulary.
+        """
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, len(self.sequences), 8192):  # they may be larger than memory
+            counts += np.bincount(self._predicted(self.sequences[start : start + 8192]), minlength=self.vocab_size)
+        weights = torch.from_numpy(counts).double() + 1
+        return (weights / weights.sum()).log()
+
+    def _tokens(self, rows: np.ndarray | slice) -> torch.Tensor:
+        return torch.from_numpy(self.sequences[rows].astype(np.int64))
+
+    def _batch(self, tokens: torch.Tensor, split: int, index: int) -> dict[str, torch.Tensor]:
+        """Batch `index` of `split` (1: training, 2: validation) of tokens [B, T]."""
+        raise NotImplementedError
+
+    def _predicted(self, sequences: np.ndarray) -> np.ndarray:
+        """The tokens of `sequences` that may be asked for, in one axis."""
+        raise NotImplementedError
+
+
+class MaskedBatches(TextBatches):
+    """With BERT's masks: input_ids [B, T], positions [B, K], labels [B, K]."""
+
+    def __init__(self, sequences: np.ndarray, vocab_size: int, special: SpecialTokens, seed: int, num_masked: int):
+        super().__init__(sequences, vocab_size, special, seed)
+        self.num_masked = num_masked
+
+    def _batch(self, tokens: torch.Tensor, split: int, index: int) -> dict[str, torch.Tensor]:
+        seed = np.random.SeedSequence([self.seed, split, index]).generate_state(1, np.uint64)[0] >> 1
+        generator = torch.Generator().manual_seed(int(seed))
         return mask_tokens(tokens, self.vocab_size, self.special, self.num_masked, generator)
 
+    def _predicted(self, sequences: np.ndarray) -> np.ndarray:
+        return sequences[~np.isin(sequences, self.special.all)]
 
-class CutBatches:
-    """Micro-batches of a packed text as it is, in pieces of several lengths, addressed by number.
+
+class NextTokenBatches(TextBatches):
+    """Nothing masked: input_ids and labels, the token after each, [B, T - 2].
+
+    A sequence is [CLS], T - 2 tokens of text, [SEP]; the text is predicted, the last [SEP] is not, because it stands at
+    the same place in every sequence.
+    """
+
+    def _batch(self, tokens: torch.Tensor, split: int, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": tokens[:, :-2], "labels": tokens[:, 1:-1]}
+
+    def _predicted(self, sequences: np.ndarray) -> np.ndarray:
+        return sequences[:, 1:-1].ravel()
+
+
+class CutBatches(TextBatches):
+    """The text as it is, in pieces of several lengths: input_ids [pieces * B, length].
 
     A model that has to read sentences must not see full sequences alone: of a packed sequence's T - 2 tokens batch 0, 1
     and 2 of three make 1, 2 and 6 pieces (where they divide), each between its own [CLS] and [SEP].
@@ -173,26 +198,24 @@ class CutBatches:
 
     PIECES = (1, 2, 6)
 
-    def __init__(self, sequences: np.ndarray, special: SpecialTokens, seed: int):
-        self.special = special
-        self._text = MaskedBatches(sequences, 0, special, 0, seed)
-
-    def train_batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
-        """Micro-batch `index` of the shuffled stream: input_ids [pieces * batch_size, length]."""
-        rows = np.sort(self._text.rows(index * batch_size, batch_size))
-        body = torch.from_numpy(self._text.sequences[rows][:, 1:-1].astype(np.int64))
-        pieces = self.PIECES[index % len(self.PIECES)]
+    def _batch(self, tokens: torch.Tensor, split: int, index: int) -> dict[str, torch.Tensor]:
+        body, pieces = tokens[:, 1:-1], self.PIECES[index % len(self.PIECES)]
         body = body.unflatten(1, (pieces if body.shape[1] % pieces == 0 else 1, -1)).flatten(0, 1)
-        ends = (body.new_full((len(body), 1), token) for token in (self.special.cls, self.special.sep))
-        return {"input_ids": torch.cat([next(ends), body, next(ends)], dim=1)}
+        opened = nn.functional.pad(body, (1, 0), value=self.special.cls)
+        return {"input_ids": nn.functional.pad(opened, (0, 1), value=self.special.sep)}
 
 
-def count_tokens(sequences: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token stands in `sequences` [N, T], which may be larger than memory -> [V]."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, len(sequences), 8192):
-        counts += np.bincount(sequences[start : start + 8192].ravel(), minlength=vocab_size)
-    return counts
+def unigram_loss(train: TextBatches, valid: TextBatches, batch_size: int) -> float:
+    """Mean loss of the training text's word frequencies over the labels that a model of `valid` is scored on.
+
+    A model that has learned nothing of the order of words cannot do better. In nats a predicted token, as a model's.
+
+    Args:
+        batch_size: that of the model's evaluation: masks depend on it.
+    """
+    log_probability = train.log_frequencies()
+    labels = torch.cat([batch["labels"].flatten() for batch in valid.valid_batches(batch_size)])
+    return -float(log_probability[labels[labels != IGNORED]].mean())
 
 
 def mask_tokens(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from detransformer.settings import data_environment
 from detransformer.training.data.built_in import BuiltInSource
 from detransformer.training.data.hub import HubSource, hub_problem
 from detransformer.training.data.mirror import MirrorSource
-from detransformer.training.data.packing import PackedText, SpecialTokens, pack_text
+from detransformer.training.data.packing import SpecialTokens, pack_text
 from detransformer.training.data.tasks import Task, get_task
 
 SOURCES = ("auto", "mirror", "hub", "built-in")
@@ -78,6 +79,8 @@ class TaskRows:
 class TrainingData:
     """A chosen source with its tokenizer, packed text and task rows; read once and kept.
 
+    Two are equal that have the same name and fingerprint, wherever they were opened.
+
     Args:
         source: one of the three sources.
         cache_dir: where packed text is kept.
@@ -97,6 +100,12 @@ class TrainingData:
         """Another process opens the source for itself; what was read or tokenised here does not travel."""
         return TrainingData, (self.source, self.cache_dir, self.note)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainingData) and (self.name, self.fingerprint) == (other.name, other.fingerprint)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.fingerprint))
+
     def __repr__(self) -> str:
         return f"TrainingData(source={self.name!r}: {self.note})"
 
@@ -109,11 +118,22 @@ class TrainingData:
         names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
         PreTrainedTokenizerFast(tokenizer_object=self.tokenizer, **names).save_pretrained(folder)
 
-    def packed(self, split: str, seq_len: int, max_tokens: int | None) -> PackedText:
+    def packed(self, split: str, seq_len: int, max_tokens: int | None) -> np.ndarray:
+        """The text of `split` as token sequences [N, seq_len], packed where it is not yet."""
         amount = "all" if max_tokens is None else str(max_tokens)
         path = self.cache_dir / f"{self.name}-{self.fingerprint}-{split}-{seq_len}-{amount}.bin"
         articles = self.source.articles(split)
         return pack_text(articles, self.tokenizer, seq_len, max_tokens, path, f"{self.name} {split} text")
+
+    def packed_splits(self, recipe) -> tuple[np.ndarray, np.ndarray]:
+        """The (training, validation) text of a `TextRecipe`."""
+        limits = {"train": recipe.max_train_tokens, "validation": recipe.max_valid_tokens}
+        return tuple(self.packed(split, recipe.seq_len, limit) for split, limit in limits.items())
+
+    def text_note(self, sequences: np.ndarray) -> str:
+        """Source and amount of packed text in words."""
+        made = "" if self.source.is_real else ", generated"
+        return f"{self.name} text, {sequences.size:,} different tokens{made}"
 
     def task(self, name: str, max_train_rows: int | None = None, max_eval_rows: int | None = None) -> TaskRows:
         """The rows of a task; a cut set is a seeded sample of the whole, the same for every model and seed."""

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from detransformer.checkpoints import has_tokenizer
+from detransformer.opening import has_tokenizer
 from detransformer.training.data.sources import Tokenized, TrainingData, open_data
 from detransformer.training.data.tasks import Task
 

@@ -1,18 +1,38 @@
-"""What variants of a model cost in accuracy: number formats on the wire, other original layers, narrow sub-blocks."""
+"""The studies of notebook 02: losses by step, the cost of number formats on the wire and of other structures."""
 
 import math
+from collections.abc import Iterable
 
 import pandas as pd
 
 from detransformer.tables.accuracy import (
     PUBLISHED_STRUCTURE,
     ROW_COLUMNS,
+    compared,
     is_original,
-    paired_std_error,
     structure_names,
 )
+from detransformer.training.results import Result
+from detransformer.training.summary import nullable
 
+LOSS_POINTS = 200  # a model, of its training losses
 WIRE_LIMIT = 0.3  # points that a number format on the wire may cost
+
+
+def loss_table(results: Iterable[Result]) -> pd.DataFrame:
+    """Training losses of each pre-trained model: row, Nb, Ndiv, step, tokens, train_loss.
+
+    Of longer runs a row is the mean over as many steps as leave `LOSS_POINTS` rows, with the last of these steps.
+    """
+    frames = []
+    for result in results:
+        window = -(-len(result.history) // LOSS_POINTS)
+        parts = result.history.groupby((result.history["step"] - 1) // window)
+        frame = parts.agg({"step": "max", "tokens": "max", "train_loss": "mean"})
+        structure = {name: getattr(result.row, name) for name in ROW_COLUMNS[1:]}
+        frames.append(frame.assign(row=result.row.label, **structure))
+    columns = ["row", *ROW_COLUMNS[1:], "step", "tokens", "train_loss"]
+    return nullable(pd.concat(frames, ignore_index=True)[columns])
 
 
 def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
@@ -51,13 +71,12 @@ def variant_table(pretraining: pd.DataFrame, varies: str) -> pd.DataFrame:
         if len(kinds) < 2 or base not in kinds:
             continue
         for kind in sorted(kinds, key=lambda kind: kind != base):
-            losses, published = kinds[kind]["valid_loss"], kinds[base]["valid_loss"]
-            row = dict(zip(alike, keys, strict=True)) | {varies: kind, "num_seeds": len(losses)}
-            row |= {"valid_loss": losses.mean(), "valid_loss_std": losses.std(ddof=1)}
-            row |= {name: kinds[kind][name].mean() for name in ("unigram_loss", "perplexity")}
-            row["difference"] = losses.mean() - published.mean()
-            row["difference_std_error"] = math.nan if kind == base else paired_std_error(losses, published)
-            rows.append(row)
+            made = compared(kinds[kind]["valid_loss"], kinds[base]["valid_loss"])
+            row = dict(zip(alike, keys, strict=True)) | {varies: kind} | made
+            row |= {"valid_loss": made["mean"], "valid_loss_std": made["std"]}
+            rows.append(row | {name: kinds[kind][name].mean() for name in ("unigram_loss", "perplexity")})
+            if kind == base:
+                rows[-1]["difference_std_error"] = math.nan
     columns = [*ROW_COLUMNS, *PUBLISHED_STRUCTURE, "num_seeds", "valid_loss", "valid_loss_std", "unigram_loss"]
     table = pd.DataFrame(rows, columns=[*columns, "perplexity", "difference", "difference_std_error"])
     table.insert(0, "row", [f"{m} {name}" for m, name in zip(table["model"], structure_names(table), strict=True)])

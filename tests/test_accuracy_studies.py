@@ -1,13 +1,29 @@
 """Probes of frozen vectors: the vectors themselves, what a probe and retrieval find, their table."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel
 
-from detransformer.tables import kept
-from detransformer.training import ProbeConfig, bag_of_words, majority, open_data, probe, probe_table
-from detransformer.training.probing import Outcome, fit_probe, sentence_vectors
+from detransformer.files import repository_root
+from detransformer.tables.claims import structure_of
+from detransformer.training import open_data
+
+sys.path.insert(0, str(repository_root() / "notebooks"))
+from accuracy_studies import (  # noqa: E402
+    Outcome,
+    ProbeConfig,
+    bag_of_words,
+    fit_probe,
+    kept,
+    majority,
+    probe,
+    probe_table,
+    sentence_vectors,
+    wide,
+)
 
 TASKS = {
     "SST-2": ProbeConfig(max_train_rows=200, max_eval_rows=80, seq_len=32),
@@ -65,7 +81,7 @@ def test_outcomes_are_kept_and_make_a_table(data, encoder, tmp_path):
     assert words["score"] > 90 and words["difference_low"] <= words["difference"] <= words["difference_high"]
     guess = table[(table["row"] == "majority") & (table["task"] == "SST-2")].iloc[0]
     assert guess["score"] == pytest.approx(guess["majority_score"]) and guess["score"] < 65
-    assert kept.wide(table).loc["bag of words", "SST-2"].startswith(f"{words['score']:.1f}")
+    assert wide(table).loc["bag of words", "SST-2"].startswith(f"{words['score']:.1f}")
 
 
 def test_the_share_kept_is_of_what_the_original_has_learned():
@@ -73,9 +89,9 @@ def test_the_share_kept_is_of_what_the_original_has_learned():
     right, half = Outcome(labels, labels, ""), Outcome(np.where(np.arange(400) < 300, labels, 1 - labels), labels, "")
     blind = Outcome(np.zeros(400, dtype=int), labels, "")
     outcomes = {"m original": {"SST-2": right, "MRPC": blind}, "m, 3 layers, cut": {"SST-2": half, "MRPC": right}}
-    table = kept.kept(probe_table(outcomes, "m original"), "m original").set_index("row")
+    table = kept(probe_table(outcomes, "m original"), "m original").set_index("row")
     assert table.loc["m original", "share"] == 100 and table["tasks"].unique().tolist() == ["SST-2"]
     cut = table.loc["m, 3 layers, cut"]
     assert cut["share"] == 75 and cut["low"] < 75 < cut["high"] and cut["judged"] == "does not hold"
-    assert kept.structure_of("m Nb=2, Ndiv=4, 1,000,000 tokens") == "m Nb=2, Ndiv=4"
-    assert kept.structure_of("m, 3 layers, cut") == "m, 3 layers"
+    assert structure_of("m Nb=2, Ndiv=4, 1,000,000 tokens") == "m Nb=2, Ndiv=4"
+    assert structure_of("m, 3 layers, cut") == "m, 3 layers"
