@@ -393,3 +393,12 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     batches = lambda step: [(1.0, {"times": torch.tensor([math.inf if step == 1 else 1.0])})]  # noqa: E731
     with pytest.raises(ValueError, match="mine: the loss is .* at step 2; lower learning_rate=0.01"):
         fit(Line(), batches, Recipe(learning_rate=0.01), 3, Run("mine"))
+
+
+def test_one_of_several_processes_does_not_wait_for_the_others(monkeypatch):
+    """Variables that an earlier job left, or a launcher of several processes: accelerate would wait for 30 minutes."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+        with pytest.raises(ValueError, match=f"{name}=8 is set, and a training run is one process: unset it"):
+            fit(Line(), lambda step: [], Recipe(), 1, Run("mine"))
+        monkeypatch.setenv(name, "1")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from detransformer.files import repository_root, with_home
 
+GROUP_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GROUP += ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")
 GROUP_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
@@ -56,14 +57,20 @@ def cache_folder() -> Path:
         raise ValueError(f"there is no cache folder: set DETRANSFORMER_CACHE to one ({error})") from None
 
 
-def leave_group() -> str:
-    """Deletes what a launcher (torchrun, MPI, accelerate) left in the environment for the processes of another job.
+def group_sizes() -> str:
+    """The variables by which a launcher (torchrun, MPI) says that this process is one of several: `WORLD_SIZE=8`."""
+    return ", ".join(f"{name}={os.environ[name]}" for name in GROUP_SIZES if os.environ.get(name, "1") not in ("", "1"))
 
-    accelerate would wait for that job's other processes. Returns the sizes that were set, such as `WORLD_SIZE=8`.
+
+def leave_group() -> str:
+    """Deletes what a launcher left in the environment for the processes of another job; what `group_sizes` was.
+
+    accelerate would wait for that job's other processes.
     """
-    left = [name for name in os.environ if name in GROUP or name.startswith(GROUP_PREFIXES)]
-    values = {name: os.environ.pop(name) for name in left}
-    return ", ".join(f"{name}={value}" for name, value in values.items() if "SIZE" in name and value not in ("", "1"))
+    sizes = group_sizes()
+    for name in [name for name in os.environ if name in GROUP or name.startswith(GROUP_PREFIXES)]:
+        del os.environ[name]
+    return sizes
 
 
 def debugging() -> bool:

@@ -28,7 +28,8 @@ def calibrate(
     original_placement: options.Placement = "last",
     text: options.Texts = None,
     source: options.Source = "auto",
-    steps: options.Steps = 1000,
+    tokens: Annotated[float, typer.Option(min=1, help="Text to train on, such as 1e6.")] = 1e6,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --tokens.")] = None,
     batch_size: options.Samples = 8,
     seq_len: SeqLen = 128,
     learning_rate: options.LearningRate = 1e-3,
@@ -63,7 +64,7 @@ def calibrate(
     if not opened.decoupled:  # said before any text is read
         decoupled_config(opened.config, *structure)
     config = calibration.CalibrationConfig(
-        num_steps=steps,
+        num_steps=steps or max(1, round(tokens / (batch_size * seq_len))),
         seq_len=seq_len,
         global_batch_size=batch_size,
         micro_batch_size=max(size for size in range(1, MICRO_BATCH + 1) if batch_size % size == 0),

@@ -13,6 +13,8 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel
 
+from detransformer.settings import group_sizes
+
 _KEPT_BYTES = 2**31 - 1
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -3, -1, -2  # malloc.h
 
@@ -31,12 +33,25 @@ def resolve_precision(precision: str) -> str:
     return "bf16-weights" if fast else "no"
 
 
+def own_device() -> torch.device:
+    """The device that this process trains on.
+
+    Raises:
+        ValueError: where variables say that it is one of several processes, which accelerate would wait for.
+    """
+    if sizes := group_sizes():
+        raise ValueError(
+            f"{sizes} is set, and a training run is one process: unset it, and start one without a launcher."
+        )
+    return PartialState().device
+
+
 def place(model: nn.Module, precision: str) -> None:
     """Moves `model` to the device, with the attention that is fastest there.
 
     That is plain products and softmax where bfloat16 is trained on a CPU, PyTorch's fused attention elsewhere.
     """
-    device = PartialState().device
+    device = own_device()
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager" if precision == "bf16-weights" and device.type == "cpu" else "sdpa")
     model.to(device)

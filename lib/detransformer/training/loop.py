@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from detransformer.training.config import Recipe, StepRecipe
-from detransformer.training.hardware import keep_freed_memory, place, resolve_precision
+from detransformer.training.hardware import keep_freed_memory, own_device, place, resolve_precision
 from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer
 
 Batches = Callable[[int], Iterable[tuple[float, dict[str, torch.Tensor]]]]  # step -> its (share, micro-batch) pairs
@@ -84,6 +84,7 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
     """
     keep_freed_memory()
     precision = resolve_precision(recipe.mixed_precision)
+    own_device()  # first: accelerate would wait for other processes
     accelerator = Accelerator(mixed_precision="no")  # of a process: it would not take another one for the next run
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
     if accelerator.num_processes > 1:
