@@ -343,15 +343,20 @@ def wide(scores: pd.DataFrame) -> pd.DataFrame:
 def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
     """One row a model: its mean over the tasks that `original` has learned, as a share of the original's.
 
+    A task is learned where the original is above guessing and above every baseline in `scores`: a score that counting
+    words reaches shows no knowledge that could be kept. Baselines are rows too, for what a share is to be held against.
+
     Columns: row, num_tasks, mean, share (per cent), low, high, judged (share of `KEPT_PERCENT` or more). The interval
     adds the tasks' intervals as independent. Not tested where the original has learned nothing.
     """
     base = scores[scores["row"] == original].set_index("task")
+    floors = scores[scores["row"].isin(BASELINES)].groupby("task")["score"].max().reindex(base.index)
+    base = base.assign(majority_score=base["majority_score"].clip(lower=floors.fillna(0)))
     known = list(base.index[learned(base)]) if len(base) else []
     rows = []
     for row, group in scores.groupby("row", sort=False):
         cells = group.set_index("task").reindex(known)
-        if row in BASELINES or not known or cells["score"].isna().any():
+        if not known or cells["score"].isna().any():
             continue
         mean, whole = cells["score"].mean(), base.loc[known, "score"].mean()
         spread = (cells["difference_high"] - cells["difference_low"]) / (2 * NUM_ERRORS)
@@ -360,7 +365,7 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
         verdict = Verdict(
             f"{row}: share kept", KEPT_PERCENT, 100 * mean / whole, "measured", low=low, high=high, side="at least"
         )
-        judged = "" if row == original else verdict.judged
+        judged = "" if row in (original, *BASELINES) else verdict.judged
         rows.append(
             {
                 "row": row,

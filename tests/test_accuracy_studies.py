@@ -93,5 +93,10 @@ def test_the_share_kept_is_of_what_the_original_has_learned():
     assert table.loc["m original", "share"] == 100 and table["tasks"].unique().tolist() == ["SST-2"]
     cut = table.loc["m, 3 layers, cut"]
     assert cut["share"] == 75 and cut["low"] < 75 < cut["high"] and cut["judged"] == "does not hold"
+    outcomes |= {"bag of words": {"SST-2": right, "MRPC": blind}}  # a task that counting words does as well is no test
+    assert kept(probe_table(outcomes, "m original"), "m original").empty
+    outcomes |= {"bag of words": {"SST-2": blind, "MRPC": blind}}
+    table = kept(probe_table(outcomes, "m original"), "m original").set_index("row")
+    assert table.loc["bag of words", "share"] == 50 and table.loc["bag of words", "judged"] == ""
     assert structure_of("m Nb=2, Ndiv=4, 1,000,000 tokens") == "m Nb=2, Ndiv=4"
     assert structure_of("m, 3 layers, cut") == "m, 3 layers"

@@ -10,6 +10,7 @@ from detransformer.record.run import RunFolder
 from detransformer.tables.latency import VARIANTS, links_of, select, speedup, valid_rows
 
 COLUMNS = ["claim", "paper", "here", "kind", "how sure"]
+WORDS = "bag of words"  # the row of a model that counts words, in the tables `probes` and `kept`
 PACES = {"measured": "paced by measured efficiency", "roofline": "roofline pace (small products cost no more)"}
 
 
@@ -21,7 +22,7 @@ def claims_table(run: RunFolder) -> pd.DataFrame:
     latency = run.load_table("latency", "06_latency")
     rows = [*latency_claims(latency), same_outputs(latency)]
     if run.has_table("kept"):
-        rows.insert(-1, accuracy_claim(run.load_table("kept")))
+        rows.insert(-1, accuracy_claim(run.load_table("kept"), run.load_table("probes")))
     if run.has_table("chaos"):
         rows.append(under_faults(run.load_table("chaos")))
     return pd.DataFrame([row for row in rows if row], columns=COLUMNS)
@@ -78,18 +79,25 @@ def _how_sure(rows: pd.DataFrame) -> str:
     return "; ".join(words)
 
 
-def accuracy_claim(shares: pd.DataFrame) -> tuple | None:
+def accuracy_claim(shares: pd.DataFrame, probes: pd.DataFrame) -> tuple | None:
     """What real weights keep of their scores after decoupling: the best row of each structure, beside fewer layers."""
     rows = shares[shares["how"] == "probe"]
     original = next(iter(rows["row"]), "")
-    rows = rows[rows["row"] != original]
-    if not len(rows):
+    models = rows[rows["judged"].fillna("") != ""]
+    if not len(models):
         return None
-    rows = rows.assign(structure=rows["row"].map(structure_of))
-    best = rows.sort_values("share", ascending=False).drop_duplicates("structure")
+    models = models.assign(structure=models["row"].map(structure_of))
+    best = models.sort_values("share", ascending=False).drop_duplicates("structure")
     parts = [f"{r.share:.1f}% ({r.low:.1f} to {r.high:.1f}) {r.row}" for r in best.itertuples()]
-    sure = f"linear probes on frozen vectors, {best['num_tasks'].iloc[0]} scores ({best['tasks'].iloc[0]}); one "
-    sure += "calibration each, intervals over validation rows"
+    sure = f"linear probes on frozen vectors, the {rows['num_tasks'].iloc[0]} tasks that the original has learned "
+    sure += f"({rows['tasks'].iloc[0]})"
+    counting = rows.loc[rows["row"] == WORDS, "share"]
+    sure += f"; counting words has {counting.iloc[0]:.1f}% of the original there" if len(counting) else ""
+    sure += "; one calibration each, intervals over validation rows"
+    found = probes[probes["task"] == "retrieval@1"].set_index("row")["score"]
+    if original in found:
+        falls = [f"{found[r.row]:.1f} ({r.structure})" for r in best.itertuples()]
+        sure += f"; retrieval@1 falls from {found[original]:.1f} to {', '.join(falls)}"
     name = "Scores kept after decoupling a pretrained model"
     return name, "100.9% (Table III, trained anew)", "; ".join(parts), "measured", sure
 
