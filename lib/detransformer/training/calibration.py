@@ -328,6 +328,7 @@ def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
 def save(result: Result, teacher: str | Path, output: str | Path) -> None:
     """Writes the model as a folder of its own, with the teacher's tokenizer files and how it was made."""
     facts = {name: value for name, value in vars(result).items() if name not in ("row", "checkpoint", "history")}
+    facts["valid_loss"] = result.errors[-1]  # the last layer's, on held-out text
     with atomic_folder(output) as folder:
         shutil.copytree(result.checkpoint, folder, dirs_exist_ok=True)
         copy_tokenizer(teacher, folder)
