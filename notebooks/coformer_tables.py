@@ -99,6 +99,12 @@ def recipe_table(runs: pd.DataFrame, model: Mapping) -> pd.DataFrame:
     return made.assign(given_up=model["accuracy"] - made["accuracy"], speedup=model["latency_ms"] / made["latency_ms"])
 
 
+def decoupled_table(rows: pd.DataFrame, model: Mapping) -> pd.DataFrame:
+    """DeTransformer's accuracy by the recipe whose operations its distillation takes, and the points given up."""
+    made = spread(rows, ["recipe", "num_steps", "flops_share", "as_cut"])
+    return made.assign(given_up=model["accuracy"] - made["accuracy"])
+
+
 def best_recipe(recipes: pd.DataFrame) -> pd.DataFrame:
     """The rows of the one recipe by which methods are compared: CoFormer's best on held-out training samples.
 

@@ -4,6 +4,7 @@ Accuracy is measured on the model trained here; latency, energy and memory besid
 (`policy.scale_policy`), predicted or modelled.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 from coformer_tables import best_recipe
-from method_rows import energy_j, scale_policy, tdp_w
+from method_rows import NUM_DIVISIONS, energy_j, original_layers, scale_policy, tdp_w
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, ViTConfig
 
 from detransformer import training
 from detransformer.cluster.devices import cluster_profile
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.aggregator import CLASSES, Aggregator, aggregator_flops
-from detransformer.coformer.booster import BoostConfig
+from detransformer.coformer.booster import BoostConfig, boost
 from detransformer.coformer.calibration import (
     AggregatorConfig,
     Calibrated,
@@ -36,11 +38,12 @@ from detransformer.coformer.search import Evaluator, SearchConfig, search_policy
 from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.files import repository_root
 from detransformer.models.configuration import preset_config
+from detransformer.models.conversion import decouple
 from detransformer.training.config import FinetuneConfig, ModelRow, config_hash, make_config
 from detransformer.training.data.images import open_images
 from detransformer.training.data.text import reduced_data
 from detransformer.training.finetuning import finetune
-from detransformer.training.images import ImageConfig, train_vit
+from detransformer.training.images import ImageConfig, train_best_vit
 from detransformer.training.pretraining import PretrainConfig, pretrain_all
 
 DEIT = Original.of(ViTConfig())  # DeiT-B: 12 layers of 768 over 197 tokens (Touvron et al. 2021)
@@ -92,11 +95,15 @@ class Case:
 
 
 def image_lab(run, settings: dict) -> Lab:
-    """A small ViT trained from scratch on images, found again where it is trained already."""
+    """A small ViT trained from scratch on images by the best of some recipes, found again where it is trained already.
+
+    A recipe of `settings["vit_recipes"]` are the fields that differ from `settings["vit"]`.
+    """
     torch.set_num_threads(settings["num_threads"])
     data = open_images(settings["source"], cache_dir=run.path / "cache")
     data = data.cut(settings["max_train_rows"], settings["max_test_rows"]).hold_out(settings["held_out_share"])
-    trained = train_vit(make_config(ImageConfig, settings["vit"]), data, run.path / "checkpoints" / "images")
+    ways = [make_config(ImageConfig, settings["vit"] | dict(recipe)) for recipe in settings["vit_recipes"]]
+    trained = train_best_vit(ways, data, run.path / "checkpoints" / "images")
     model = AutoModelForImageClassification.from_pretrained(trained.checkpoint).eval()
     devices = ClusterSpec.load(repository_root() / settings["cluster"]).device_specs
     recipes = {"boosting": BoostConfig, "aggregation": AggregatorConfig, "search": SearchConfig}
@@ -173,13 +180,18 @@ def model_row(lab: Lab) -> dict:
     """The large model itself: accuracy on test and training samples, and its costs as DeiT-B on the TX2."""
     (fast,) = [spec for spec in lab.devices if spec.preset == "jetson-tx2"]
     whole = Case("large model", Policy((lab.original.whole,)), (fast,), 1)
-    (accuracy,) = collect_outputs([lab.model], lab.task, "test", lab.folder, pooling="first").accuracies
+    (accuracy,) = collect_outputs([lab.model], lab.task, "test", lab.folder).accuracies
     return {"case": whole.name, "accuracy": accuracy, "train_accuracy": lab.train_accuracy} | costs(lab, whole)
 
 
 def recipe_of(lab: Lab, case: Case, seed: int = 0, **changes) -> BoostConfig:
     """The lab's recipe by the case's rule, with the orders of samples of `seed`."""
     return make_config(BoostConfig, asdict(lab.boosting) | {"seed": SEED_STEP * seed, "rule": case.rule} | changes)
+
+
+def recipe_name(recipe: BoostConfig) -> str:
+    """A recipe as tables call it."""
+    return f"{recipe.num_steps} steps, {recipe.target} targets"
 
 
 def calibrate(lab: Lab, case: Case, seed: int, **changes) -> Calibrated:
@@ -193,8 +205,7 @@ def run_rows(lab: Lab, case: Case, num_seeds: int | None = None, **changes) -> p
 
     `accuracy` is of the test samples; `held_out_accuracy`, of training samples held out, is what recipes are chosen by.
     """
-    rows, price, recipe = [], costs(lab, case), recipe_of(lab, case, **changes)
-    name = f"{recipe.num_steps} steps, {recipe.target} targets"
+    rows, price, name = [], costs(lab, case), recipe_name(recipe_of(lab, case, **changes))
     for seed in range(min(num_seeds or case.num_seeds, case.num_seeds)):
         made = calibrate(lab, case, seed, **changes)
         row = {"case": case.name, "rule": case.rule, "recipe": name, "seed": seed}
@@ -213,6 +224,36 @@ def all_runs(lab: Lab, cases: dict[str, Case], settings: dict) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def operations(model: torch.nn.Module, task: ImageTask) -> int:
+    """Of the matrix products of one image."""
+    batch, model = next(task.ordered_batches("test", 1)), copy.deepcopy(model)
+    model.set_attn_implementation("eager")  # the products of the fused one are not counted on a CPU
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixel_values=batch["pixel_values"])
+    return counter.get_total_flops()
+
+
+def decoupled_rows(lab: Lab, case: Case, settings: dict) -> pd.DataFrame:
+    """DeTransformer's accuracy: the large model decoupled, and distilled by each recipe; a row a recipe and seed.
+
+    It is decoupled in the shape that is priced. It gets as many steps as take the operations of all of `case`'s
+    sub-models together, so both cost the same to distil. `as_cut` is its accuracy before.
+    """
+    cut = decouple(lab.model, original_layers(lab.original, lab.priced), NUM_DIVISIONS)
+    share, rows = operations(cut, lab.task) / operations(lab.model, lab.task), []
+    (as_cut,) = collect_outputs([cut], lab.task, "test", lab.folder).accuracies
+    for recipe in ({}, *map(dict, settings["recipes"])):
+        recipe.pop("cases", None)
+        for seed in range(min(case.num_seeds, recipe.pop("num_seeds", settings["num_seeds"]["recipes"]))):
+            like = recipe_of(lab, case, seed, **recipe)
+            num_steps = max(1, round(like.num_steps * costs(lab, case)["flops_share"] / share))
+            (made,) = boost([cut], lab.model, lab.task, replace(like, rule="none", num_steps=num_steps), lab.folder)
+            (accuracy,) = collect_outputs([made.model], lab.task, "test", lab.folder).accuracies
+            row = {"recipe": recipe_name(like), "seed": seed, "num_steps": num_steps, "flops_share": share}
+            rows.append(row | {"as_cut": as_cut, "accuracy": accuracy, "seconds": made.seconds})
+    return pd.DataFrame(rows)
+
+
 def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) -> dict[str, Policy]:
     """By method the policies whose latency is compared: those trained, and one of the published share of FLOPs."""
     limits = shared_limits(lab, lab.devices, published_share)
@@ -221,10 +262,16 @@ def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) ->
     return policies | {"coformer-published": find_policy(lab, lab.devices, limits)}
 
 
-def method_accuracies(large: float, recipes: pd.DataFrame) -> dict[str, float]:
-    """By method the accuracy on the images, of the one recipe that methods are compared by; exact ones have `large`."""
-    means = best_recipe(recipes).set_index("case")["accuracy"]
+def method_accuracies(large: float, recipes: pd.DataFrame, decoupled: pd.DataFrame) -> dict[str, float]:
+    """By method the accuracy on the images, of the one recipe that methods are compared by; exact ones have `large`.
+
+    Args:
+        recipes, decoupled: of `recipe_table` and `decoupled_table`.
+    """
+    best = best_recipe(recipes).set_index("case")
+    means, recipe = best["accuracy"], best["recipe"].iloc[0]
     own = {"coformer": means["coformer"], "devit": means["uniform"], "small": means["1 device"]}
+    own |= dict.fromkeys(("bp+paper", "bp+auto"), decoupled.set_index("recipe").loc[recipe, "accuracy"])
     return dict.fromkeys(("single", "galaxy", "pp", "auto"), large) | own
 
 
@@ -245,7 +292,7 @@ def ablation_rows(lab: Lab, case: Case) -> pd.DataFrame:
     times, cut = latency(scaled, lab.priced, lab.cluster(case.devices)), decompose(lab.model, case.policy)
     parts = [*(f"sub-model {n}" for n in range(1, len(cut) + 1)), "all"]
     latencies, rows = [1e3 * seconds for seconds in (*times.backbone_s, times.total_s)], []
-    train, test = (collect_outputs(cut, lab.task, split, lab.folder, pooling="first") for split in ("train", "test"))
+    train, test = (collect_outputs(cut, lab.task, split, lab.folder) for split in ("train", "test"))
     for seed in range(case.num_seeds):
         made = calibrate(lab, case, seed)
         as_cut = ensemble_accuracy(trained(lab, "coformer", train, seed), test)
@@ -316,5 +363,6 @@ def text_rows(lab: Lab, run, source: str, study: dict) -> pd.DataFrame:
         with torch.no_grad():
             decided = made.aggregator(made.test.answers(made.aggregator)).argmax(-1).numpy()
         rows.append(common | {"part": "all", "seed": seed, "score": text.score(decided)} | costs(lab, case))
-        rows += [common | {"part": f"sub-model {b.number}", "seed": seed, "score": b.score} for b in made.boosted]
+        for number, score in enumerate(made.scores, start=1):
+            rows.append(common | {"part": f"sub-model {number}", "seed": seed, "score": score})
     return pd.DataFrame(rows)

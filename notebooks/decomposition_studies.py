@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from transformers import ViTConfig
 
 from detransformer.coformer.aggregator import features_and_logits, make_aggregator
-from detransformer.coformer.booster import boost, load_calibrated
+from detransformer.coformer.booster import boost
 from detransformer.coformer.calibration import ensemble_accuracy
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.outputs import collect_outputs, weights_hash
@@ -193,7 +193,7 @@ def predictor_table(points: pd.DataFrame) -> pd.DataFrame:
 @torch.inference_mode()
 def probe_error(sub_model, batches) -> float:
     """Percent of the second half of `batches` that a ridge regression on [CLS] features of the first gets wrong."""
-    x = torch.cat([features_and_logits(sub_model.eval(), batch)[0][:, 0] for batch in batches]).numpy()
+    x = torch.cat([features_and_logits(sub_model.eval(), batch)[0] for batch in batches]).numpy()
     y, half = torch.cat([batch["labels"] for batch in batches]).numpy(), len(x) // 2
     scale = x[:half].std(0) + 1e-6
     fitted = RidgeClassifier(alpha=10.0).fit(x[:half] / scale, y[:half])
@@ -212,7 +212,8 @@ def proxy_points(lab: Lab, evaluator: Evaluator, task, folder: Path, limits: Lim
     for _ in range(settings["num_policies"]):
         policy = sample_policy(rng, lab.original, limits, len(lab.devices))
         cut = decompose(model, policy)
-        short, long = (load_calibrated(boost(cut, model, task, recipe, folder), cut) for recipe in (few, boosting))
+        runs = (boost(cut, model, task, recipe, folder) for recipe in (few, boosting))
+        short, long = ([part.model for part in run] for run in runs)
         outputs = collect_outputs(long, task, "test", folder)
         average = make_aggregator("average", outputs.widths, task.num_classes)
         rows.append({

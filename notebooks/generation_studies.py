@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from detransformer.answers import single_device_outputs
 from detransformer.cluster.bench import MAX_TIME_SCALE, Bench
 from detransformer.cluster.cells import Cell, RowFile
-from detransformer.cluster.checkpoints import Checkpoint
 from detransformer.cluster.selfcheck import check_cluster, host_time_scale
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.opening import Checkpoint
 from detransformer.parallel.plan import published_plan
 from detransformer.planning.generation import GenerationPlan, place_generation, price_generation
 from detransformer.planning.problem import device_speeds

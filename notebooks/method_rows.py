@@ -34,6 +34,7 @@ from detransformer.planning.profile import SENT_KINDS, ClusterProfile
 
 PEERS = {"galaxy": "exact", "pp": "exact", "auto": "exact", "bp+paper": "decoupled", "bp+auto": "decoupled"}
 NUM_CLASSES = 2
+NUM_DIVISIONS = 4  # Ndiv of the decoupled model
 
 
 def tdp_w(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
@@ -120,6 +121,11 @@ def predicted_rows(
     return pd.DataFrame(rows)
 
 
+def original_layers(original: Original, priced: Original) -> int:
+    """Nb of a model that is decoupled as the one of size `priced` is with Nb=4: one layer in three of a ViT's twelve."""
+    return max(1, 4 * original.num_layers // priced.num_layers)
+
+
 def peer_configs(priced: Original) -> dict[str, PretrainedConfig]:
     """BERT with the layers and numbers outside them of `priced`: `exact`, and `decoupled` (Nb=4, Ndiv=4)."""
     config = preset_config("bert-base")
@@ -127,7 +133,7 @@ def peer_configs(priced: Original) -> dict[str, PretrainedConfig]:
     config.num_attention_heads, config.intermediate_size = priced.num_heads, priced.ffn_size
     config.max_position_embeddings = priced.seq_len
     config.vocab_size = priced.embedding_rows - priced.seq_len - config.type_vocab_size - 2
-    return {"exact": config, "decoupled": decoupled_config(config, 4, 4)}
+    return {"exact": config, "decoupled": decoupled_config(config, 4, NUM_DIVISIONS)}
 
 
 def _single_row(priced: Original, profile: ClusterProfile, specs: Sequence[DeviceSpec], number: int) -> dict:
@@ -257,7 +263,7 @@ def random_ensemble(
         torch.manual_seed(0)
         config = type(config)(**config.to_dict() | {"num_labels": NUM_CLASSES})
         sub_models = decompose(BertForSequenceClassification(config).eval(), scaled)
-        aggregator = make_aggregator("coformer", scaled.widths, NUM_CLASSES, pooling="first").eval()
+        aggregator = make_aggregator("coformer", scaled.widths, NUM_CLASSES).eval()
     return save_ensemble(folder, sub_models, aggregator, scaled, sizes, central)
 
 

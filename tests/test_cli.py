@@ -388,14 +388,14 @@ def drop_layer(folder):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (lambda folder: edit_config(folder, model_type="gpt2"), ["not a BERT checkpoint", "'gpt2'"]),
+        (lambda folder: edit_config(folder, model_type="gpt2"), ["is not supported: of GPT-2, choose one of"]),
         (lambda folder: edit_config(folder, model_type="decoupled_bert"), ["decoupled already"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["config.json is damaged"]),
         (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["has no weights", "model.safetensors"]),
-        (damage_weights, ["damaged", "fetch the checkpoint again"]),
-        (drop_layer, ["not a whole BERT", "layer.3"]),
-        (lambda folder: edit_config(folder, intermediate_size=100), ["cannot be loaded"]),
+        (damage_weights, ["cannot be read", "save or copy the model again"]),
+        (drop_layer, ["not a whole BertModel", "layer.3"]),
+        (lambda folder: edit_config(folder, intermediate_size=100), ["do not fit config.json", "[100]"]),
     ],
     ids=["gpt2", "decoupled", "config-damaged", "no-config", "no-weights", "weights-damaged", "layer-missing", "shape"],
 )

@@ -1,4 +1,4 @@
-"""Aggregators: Eq. 2 and pooling before sending, votes and ties, missing sub-models, training, costs."""
+"""Aggregators: Eq. 2 and the token that is sent, votes and ties, missing sub-models, training, costs."""
 
 import dataclasses
 
@@ -7,15 +7,19 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ViTForImageClassification,
+)
 
 from detransformer.coformer.aggregator import (
     KINDS,
-    POOLINGS,
     aggregator_flops,
     features_and_logits,
     make_aggregator,
-    pool_features,
 )
 from detransformer.coformer.calibration import (
     AggregatorConfig,
@@ -24,7 +28,7 @@ from detransformer.coformer.calibration import (
     random_presence,
     train_aggregator,
 )
-from detransformer.coformer.outputs import Outputs, collect_outputs, predict
+from detransformer.coformer.outputs import Outputs, collect_outputs, compute_outputs
 from detransformer.coformer.tasks import ImageTask
 from detransformer.training.data.images import generated_images
 from detransformer.training.images import ImageConfig
@@ -45,18 +49,17 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def made(kind, pooling="mean"):
+def made(kind):
     torch.manual_seed(1)
-    aggregator = make_aggregator(kind, WIDTHS, CLASSES, pooling).double().eval()
+    aggregator = make_aggregator(kind, WIDTHS, CLASSES).double().eval()
     if aggregator.learned:
         aggregator.set_means([random(50, width, seed=90 + width) + 1 for width in WIDTHS])
     return aggregator
 
 
-def answers(num=7, tokens=None):
-    """(features [B, S, d_n] or [B, d_n], logits [B, C]) of three sub-models."""
-    shape = (num,) if tokens is None else (num, tokens)
-    features = [random(*shape, width, seed=n) for n, width in enumerate(WIDTHS)]
+def answers(num=7):
+    """(features [B, d_n], logits [B, C]) of three sub-models."""
+    features = [random(num, width, seed=n) for n, width in enumerate(WIDTHS)]
     return features, [random(num, CLASSES, seed=10 + n) for n in range(3)]
 
 
@@ -83,38 +86,15 @@ def learnable(num=400, seed=0, noise=0.6) -> Outputs:
     return Outputs(features, [None] * 3, torch.from_numpy(labels))
 
 
-# --- Eq. 2 and pooling ----------------------------------------------------------------------------------------------
+# --- Eq. 2 ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_coformer_is_equation_2_and_pooling_before_sending_is_exact(masked, pooling):
-    """Eq. 2 pools what is projected of all tokens; devices send pooled features, which is the same."""
-    aggregator, (tokens, _) = made("coformer", pooling=pooling), answers(tokens=9)
-    mask = (torch.arange(9) < torch.tensor([9, 1, 5, 9, 2, 7, 8])[:, None]).long() if masked else None
+def test_coformer_is_equation_2():
+    aggregator, (features, _) = made("coformer"), answers()
     weight, bias = aggregator.projection.weight, aggregator.projection.bias  # [d_i, d_agg], [d_i]
-    expected = aggregator.head(pool_features(torch.cat(tokens, dim=-1) @ weight.T + bias, mask, pooling))
-    sent = [pool_features(x, mask, pooling) for x in tokens]
-    assert [tuple(x.shape) for x in sent] == [(7, width) for width in WIDTHS]
-    torch.testing.assert_close(aggregator(sent), expected, atol=1e-12, rtol=0)
-    assert made("coformer").hidden_size == 10  # the widest
-
-
-def test_pooling_counts_the_tokens_that_count():
-    x = random(2, 4, 3)
-    torch.testing.assert_close(pool_features(x), x.mean(1))
-    pooled = pool_features(x, torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]))
-    torch.testing.assert_close(pooled[0], x[0, :2].mean(0))
-    assert (pooled[1] == 0).all()  # nothing to divide by
-    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])  # padding may stand on either side
-    assert torch.equal(pool_features(x, mask, "first"), torch.stack([x[0, 0], x[1, 1]]))
-    assert torch.equal(pool_features(x, mask, "last"), torch.stack([x[0, 1], x[1, 3]]))
-    assert torch.equal(pool_features(x, None, "first"), x[:, 0]) and torch.equal(
-        pool_features(x, None, "last"), x[:, 3]
-    )
-    for wrong in (lambda: pool_features(x, None, "max"), lambda: make_aggregator("senet", WIDTHS, 5, pooling="max")):
-        with pytest.raises(ValueError, match="pooling 'max' is unknown: choose one of mean, first, last"):
-            wrong()
+    expected = aggregator.head(torch.cat(features, dim=-1) @ weight.T + bias)
+    torch.testing.assert_close(aggregator(features), expected, atol=1e-12, rtol=0)
+    assert aggregator.hidden_size == 10  # the widest
 
 
 def test_attention_and_senet_are_what_they_are_called():
@@ -274,15 +254,8 @@ def test_what_has_nothing_to_learn_comes_back_at_once():
 def test_wrong_training_data_says_what_is_wrong():
     outputs = learnable(20)
     first, labels = outputs.features[0], outputs.labels
-    with pytest.raises(ValueError, match=r"sub-model 1 are \[20, 3, 6\] for 20 labels: give pooled"):
-        Outputs([first[:, None].expand(-1, 3, -1)], [], labels)
-    with pytest.raises(ValueError, match=r"\[19, 6\] for 20 labels"):
-        Outputs([first[:-1]], [], labels)
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
         train_aggregator("coformer", Outputs([first * float("nan")], [], labels), 8, AggregatorConfig())
-    start = make_aggregator("senet", WIDTHS, 8)
-    with pytest.raises(ValueError, match=r"to start from is senet of \[6, 10, 4\], pooling mean, not coformer"):
-        train_aggregator("coformer", outputs, 8, AggregatorConfig(), start=start)
     for fields, said in (({"drop": 1.0}, "drop=1.0 is outside"), ({"num_epochs": 0}, "num_epochs=0 is not above 0")):
         with pytest.raises(ValueError, match=said):
             AggregatorConfig(**fields)
@@ -317,16 +290,25 @@ def test_costs_are_in_order():
 # --- models and files -----------------------------------------------------------------------------------------------
 
 
-def test_features_and_logits_are_of_one_pass():
+def test_features_are_of_the_token_that_the_head_reads_and_logits_of_the_same_pass():
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     bert = BertForSequenceClassification(BertConfig(**sizes, vocab_size=50, num_labels=3)).eval()
-    inputs = {"input_ids": torch.arange(14).reshape(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    sizes = dict(n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    gpt2 = GPT2ForSequenceClassification(GPT2Config(**sizes, vocab_size=50, num_labels=3)).eval()
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    inputs = {"input_ids": torch.arange(1, 15).reshape(2, 7) * mask, "attention_mask": mask}
     with torch.no_grad():
         features, logits = features_and_logits(bert, inputs)
-        assert torch.equal(features, bert.bert(**inputs).last_hidden_state) and features.shape == (2, 7, 16)
-        assert torch.equal(logits, bert(**inputs).logits)
-    assert not bert.bert._forward_hooks
+        assert torch.equal(features, bert.bert(**inputs).last_hidden_state[:, 0])
+        assert torch.equal(logits, bert(**inputs).logits) and not bert.bert._forward_hooks
+        features, logits = features_and_logits(gpt2, inputs)
+        assert torch.equal(features, gpt2.transformer(**inputs).last_hidden_state[[0, 1], [6, 3]])
+        torch.testing.assert_close(gpt2.score(features), logits)
+        assert torch.equal(
+            features_and_logits(gpt2, {"input_ids": inputs["input_ids"][:1]})[0],
+            gpt2.transformer(inputs["input_ids"][:1]).last_hidden_state[:, -1],
+        )
 
 
 def test_outputs_are_collected_once(tmp_path):
@@ -338,17 +320,14 @@ def test_outputs_are_collected_once(tmp_path):
         models.append(ViTForImageClassification(sizes.vit_config(20)).train())
     found = collect_outputs(models, task, "test", tmp_path)
     assert found.widths == (16, 24) and [x.shape for x in found.logits] == [(20, 20)] * 2
-    torch.testing.assert_close(found.logits[1], predict(models[1], task, "test", batch_size=7))
+    torch.testing.assert_close(found.logits[1], compute_outputs(models[1], task, "test", batch_size=7)["logits"])
     pixels = next(iter(task.ordered_batches("test", 20)))["pixel_values"]
     with torch.no_grad():
-        expected = models[0].eval().vit(pixels).last_hidden_state.mean(1)
+        expected = models[0].eval().vit(pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(found.features[0], expected)
     assert torch.equal(found.labels, torch.from_numpy(task.test_labels))
-    train = collect_outputs(models, task, "train", tmp_path, pooling="first")
-    assert len(list(tmp_path.iterdir())) == 4 and len(train.labels) == 30 and train.pooling == "first"
-    pixels = next(iter(task.ordered_batches("train", 30)))["pixel_values"]
-    with torch.no_grad():
-        torch.testing.assert_close(train.features[0], models[0].vit(pixels).last_hidden_state[:, 0])
+    train = collect_outputs(models, task, "train", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4 and len(train.labels) == 30
     task.ordered_batches = None  # what is kept is not computed again
     again = collect_outputs(models, task, "test", tmp_path)
     assert all(torch.equal(one, two) for one, two in zip(found.features, again.features, strict=True))

@@ -9,17 +9,14 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
 
-from detransformer.coformer import booster
 from detransformer.coformer.booster import (
     BoostConfig,
     BoostLoss,
     boost,
-    load_calibrated,
     sample_losses,
-    teacher_logits,
     update_weights,
 )
-from detransformer.coformer.outputs import predict, read_tensors, weights_hash
+from detransformer.coformer.outputs import collect_outputs, compute_outputs, weights_hash
 from detransformer.coformer.tasks import ImageTask, TextTask
 from detransformer.training import FinetuneConfig, open_data
 from detransformer.training.data.images import generated_images
@@ -35,12 +32,18 @@ class Stop(Exception):
     pass
 
 
-def stop_at(number, step):
-    def on_step(at, done, loss):
-        if (at, done) == (number, step):
-            raise Stop
+class Watched(ImageTask):
+    """Notes from which order of samples (of sub-model n: n - 1) each batch was taken; stops before batch `stop_at`."""
 
-    return on_step
+    def __init__(self, data, stop_at=None):
+        super().__init__(data)
+        self.seen, self.stop_at = [], stop_at
+
+    def train_batch(self, seed, step, batch_size):
+        if (seed, step) == self.stop_at:
+            raise Stop
+        self.seen.append((seed, step))
+        return super().train_batch(seed, step, batch_size)
 
 
 def vit(hidden_size=16, seed=0, num_classes=20, num_layers=1):
@@ -201,35 +204,12 @@ def test_questions_have_no_classes():
 
 def test_predictions_are_by_number_whatever_the_order(text, text_models):
     model = text_models(16, 0)
-    one, many = predict(model, text, "test", batch_size=1), predict(model, text, "test", batch_size=7)
+    one, many = (compute_outputs(model, text, "test", batch_size=size)["logits"] for size in (1, 7))
     torch.testing.assert_close(one, many, atol=1e-5, rtol=0)  # other padding
     assert one.shape == (20, 2) and one[:, 0].std() > 0
 
 
 # --- the large model ------------------------------------------------------------------------------------------------
-
-
-def test_the_large_model_is_asked_once(task, tmp_path, monkeypatch):
-    teacher = vit(24, seed=9)
-    first = teacher_logits(teacher, task, tmp_path)
-    assert torch.equal(first, predict(teacher, task, "train"))
-    with monkeypatch.context() as patch:
-        patch.setattr(booster, "predict", lambda *args: pytest.fail("asked again"))
-        assert torch.equal(teacher_logits(teacher, task, tmp_path), first)
-    other = teacher_logits(vit(24, seed=8), task, tmp_path)
-    assert (other != first).any() and len(list(tmp_path.iterdir())) == 2
-    next(tmp_path.iterdir()).write_bytes(b"cut off")
-    with pytest.raises(ValueError, match=r"teacher-.* is damaged.*delete it"):
-        for seed in (8, 9):
-            teacher_logits(vit(24, seed=seed), task, tmp_path)
-
-
-def test_in_bfloat16_it_is_left_as_it_is(task, tmp_path):
-    teacher = vit(24, seed=9)
-    exact, low = (teacher_logits(teacher, task, tmp_path, precision) for precision in ("no", "bf16-weights"))
-    assert teacher.dtype == torch.float32 and low.dtype == torch.float32
-    torch.testing.assert_close(low, exact, atol=0.05, rtol=0)
-    assert (low != exact).any()
 
 
 def test_a_large_model_of_other_classes_is_an_error(task, tmp_path):
@@ -265,19 +245,12 @@ def test_sub_models_are_calibrated_and_found_again(task, tmp_path):
     for result, start in zip(results, subs, strict=True):
         loss = result.history.train_loss
         assert len(loss) == 25 and loss.tail(8).mean() < loss.head(8).mean()
-        (model,) = load_calibrated([result], [start])
-        assert type(model) is type(start) and not same_weights(model, start) and not model.training
-        found = (
-            predict(model, task, "train"),
-            torch.from_numpy(task.train_labels),
-            teacher_logits(teacher, task, tmp_path),
-        )
-        losses = read_tensors(result.checkpoint.parent / "losses.safetensors", "")["losses"]
-        torch.testing.assert_close(losses, sample_losses(*found), rtol=1e-4, atol=1e-5)
-        assert result.score == task.score(predict(model, task, "test").argmax(-1).numpy())
+        assert type(result.model) is type(start) and not same_weights(result.model, start) and not result.model.training
+        assert same_weights(type(start).from_pretrained(result.checkpoint), result.model)
         assert not (result.checkpoint.parent / "checkpoint").exists()
-    again = boost(subs, teacher, task, config, tmp_path, on_step=stop_at(1, 1))
-    assert [r.identity for r in again] == [r.identity for r in results] and again[1].score == results[1].score
+    watched = Watched(task.data)
+    again = boost(subs, teacher, watched, config, tmp_path)
+    assert [r.identity for r in again] == [r.identity for r in results] and not watched.seen
 
 
 def test_the_next_sub_model_sees_the_weights_of_the_last(task, tmp_path, monkeypatch):
@@ -289,13 +262,15 @@ def test_the_next_sub_model_sees_the_weights_of_the_last(task, tmp_path, monkeyp
 
     monkeypatch.setattr(BoostLoss, "forward", spy)
     config = dataclasses.replace(TINY, num_steps=1, micro_batch_size=16)
-    results = boost([vit(16, 1), vit(16, 2), vit(16, 3)], vit(24, 9), task, config, tmp_path)
+    teacher = vit(24, 9)
+    results = boost([vit(16, 1), vit(16, 2), vit(16, 3)], teacher, task, config, tmp_path)
     expected = np.ones(60)
     for (pixels, weights), result in zip(seen, results, strict=True):
         batch = task.train_batch(result.number - 1, 0, 16)  # its own order
         assert torch.equal(pixels, batch["pixel_values"])
         np.testing.assert_allclose(weights, expected[batch["rows"]], rtol=1e-6)
-        losses = read_tensors(result.checkpoint.parent / "losses.safetensors", "")["losses"].numpy()
+        student, taught = collect_outputs([result.model, teacher], task, "train", tmp_path).logits
+        losses = sample_losses(student, torch.from_numpy(task.train_labels), taught).numpy()
         expected = update_weights(expected, losses, "boosting", 20)
 
 
@@ -303,24 +278,23 @@ def test_an_interrupted_calibration_goes_on_in_the_middle_of_a_sub_model(task, t
     subs, teacher = [vit(16, 1), vit(16, 2)], vit(24, 9)
     whole = boost(subs, teacher, task, TINY, tmp_path / "whole")
     with pytest.raises(Stop):
-        boost(subs, teacher, task, TINY, tmp_path / "parts", on_step=stop_at(2, 4))
-    steps = []
-    parts = boost(subs, teacher, task, TINY, tmp_path / "parts", on_step=lambda n, step, loss: steps.append((n, step)))
-    assert steps == [(2, 5), (2, 6)]
+        boost(subs, teacher, Watched(task.data, stop_at=(1, 8)), TINY, tmp_path / "parts")  # two batches a step
+    watched = Watched(task.data)
+    parts = boost(subs, teacher, watched, TINY, tmp_path / "parts")
+    assert watched.seen == [(1, 8), (1, 9), (1, 10), (1, 11)]
     for one, two in zip(whole, parts, strict=True):
         assert one.history.train_loss.tolist() == two.history.train_loss.tolist()
-    assert all(map(same_weights, load_calibrated(whole, subs), load_calibrated(parts, subs)))
+    assert all(same_weights(one.model, two.model) for one, two in zip(whole, parts, strict=True))
 
 
 def test_what_a_sub_model_depends_on_is_what_trains_it_again(task, tmp_path):
     teacher = vit(24, 9)
-    trained = []
 
     def run(first, second, **changed):
-        trained.clear()
-        note = lambda number, step, loss: trained.append(number)  # noqa: E731
-        boost([first, second], teacher, task, dataclasses.replace(TINY, num_steps=1, **changed), tmp_path, note)
-        return list(trained)
+        watched = Watched(task.data)
+        config = dataclasses.replace(TINY, num_steps=1, micro_batch_size=16, **changed)
+        boost([first, second], teacher, watched, config, tmp_path)
+        return [seed + 1 for seed, _ in watched.seen]
 
     assert run(vit(16, 1), vit(16, 2)) == [1, 2]
     assert run(vit(16, 1), vit(16, 5)) == [2]
@@ -331,21 +305,11 @@ def test_what_a_sub_model_depends_on_is_what_trains_it_again(task, tmp_path):
     assert run(vit(16, 1), vit(16, 2), checkpoint_every_s=9.0) == []
 
 
-def test_damaged_losses_say_what_to_delete(task, tmp_path):
-    subs, config = [vit(16, 1), vit(16, 2)], dataclasses.replace(TINY, num_steps=1)
-    folder = boost(subs[:1], vit(24, 9), task, config, tmp_path)[0].checkpoint.parent
-    for content in (b"", b"PK\3\4"):
-        (folder / "losses.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"losses.safetensors is damaged.*delete {folder}"):
-            boost(subs, vit(24, 9), task, config, tmp_path)
-
-
 def test_text_is_calibrated_in_bfloat16_with_soft_targets(text, text_models, tmp_path):
     config = dataclasses.replace(
         TINY, num_steps=8, mixed_precision="bf16-weights", target="soft", rule="published", micro_batch_size=16
     )
     subs = [text_models(16, 1), text_models(8, 2)]
     results = boost(subs, text_models(32, 9), text, config, tmp_path)
-    models = load_calibrated(results, subs)
-    assert all(model.dtype == torch.float32 for model in models)
-    assert predict(models[1], text, "test").shape == (20, 2)
+    assert all(result.model.dtype == torch.float32 for result in results)
+    assert compute_outputs(results[1].model, text, "test")["logits"].shape == (20, 2)

@@ -85,8 +85,19 @@ def test_runs_have_a_row_a_seed_and_tables_are_made_of_them(lab, cases):
     pd.testing.assert_frame_equal(comparison.all_runs(lab, few, SETTINGS), runs)
     assert {path: path.stat().st_mtime_ns for path in lab.folder.rglob("result.json")} == records, "trained again"
     recipes = tables.recipe_table(runs, model)
-    accuracies = comparison.method_accuracies(model["accuracy"], recipes)
+    decoupled = comparison.decoupled_rows(lab, cases["coformer"], SETTINGS)
+    spent = cases["coformer"].policy.sub_models
+    share = sum(flops(sizes, lab.original) for sizes in spent) / flops(lab.original.whole, lab.original)
+    assert decoupled["num_steps"].tolist() == [max(1, round(2 * share / decoupled["flops_share"].iloc[0]))] * 2
+    # Attention's two products are those of four sub-blocks of full width, all else is the original's.
+    extra = 4 * 3 * 4 * 17 * 17 * 48
+    whole = flops(lab.original.whole, lab.original)
+    assert decoupled["flops_share"].iloc[0] == pytest.approx(1 + extra / whole, rel=0.01)
+    decoupled = tables.decoupled_table(decoupled, model)
+    assert decoupled["accuracy"].tolist() == [model["accuracy"] - given for given in decoupled["given_up"]]
+    accuracies = comparison.method_accuracies(model["accuracy"], recipes, decoupled)
     assert accuracies["galaxy"] == model["accuracy"] and 0 <= accuracies["coformer"] <= 100
+    assert accuracies["bp+paper"] == decoupled.set_index("recipe").loc["2 steps, hard targets", "accuracy"]
 
 
 def test_parts_aggregators_and_lost_devices(lab, cases):
@@ -150,6 +161,7 @@ def test_a_probe_reads_features():
         return SimpleNamespace(logits=model.base_model(pixel_values))
 
     model = torch.nn.Module()
+    model.config = ViTConfig()
     model.base_model = torch.nn.Flatten(2)  # its features are the pixels
     model.base_model.forward = lambda pixel_values: (pixel_values,)
     model.forward = forward

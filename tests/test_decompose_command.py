@@ -12,6 +12,7 @@ from detransformer.cli import main
 from detransformer.coformer.ensemble import load_ensemble, whole_answer
 from detransformer.coformer.policy import Limits, Original, violations
 from detransformer.coformer.sampling import filled
+from detransformer.commands.classifiers import check_labels
 from detransformer.commands.decompose import PLAN_FILE
 from detransformer.files import repository_root
 from detransformer.training.data import open_data
@@ -40,7 +41,7 @@ def ensemble(vit, tmp_path_factory):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "one.png"
-    Image.fromarray(open_images("built-in").test_images[3]).save(path)
+    Image.fromarray(open_images("built-in").images["test"][3]).save(path)
     return path
 
 
@@ -151,3 +152,21 @@ def test_run_refuses_other_clusters_and_pictures_for_plain_models(ensemble, vit,
     assert "lists real hosts" in refused(capsys, "run", "--cluster", examples / "four-pis.yaml", "--model", ensemble)
     plain = refused(capsys, "run", "--cluster", CLUSTER, "--model", vit, "--image", "a.png")
     assert "is for an ensemble" in plain
+
+
+def test_labels_in_another_order_than_the_tasks_are_named(tmp_path):
+    def has(*labels):
+        (tmp_path / "config.json").write_text(json.dumps({"id2label": dict(enumerate(labels))}))
+
+    for task, labels in (
+        ("MNLI", ("contradiction", "Entailment", "neutral")),
+        ("MRPC", ("equivalent", "not_equivalent")),
+    ):
+        has(*labels)
+        with pytest.raises(
+            ValueError, match=f"has its labels in the order {', '.join(labels)}, and {task} in the order"
+        ):
+            check_labels(tmp_path, task)
+    for labels in (("LABEL_0", "LABEL_1"), ("Negative", "POSITIVE")):
+        has(*labels)
+        check_labels(tmp_path, "SST-2")

@@ -48,7 +48,8 @@ executor = DTensorExecutor(folder, plan, Comm(group, rank, num_ranks))
 masked = load_file(inputs)
 for request in (masked, {"input_ids": masked["input_ids"]}):
     log = Log()
-    comm = Comm(group, rank, num_ranks, log)
+    comm = Comm(group, rank, num_ranks)
+    comm.observer = log
     executor.comm = comm
     output = executor(**request)
     print(json.dumps({

@@ -6,10 +6,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from detransformer.cluster import hello, roster
 from detransformer.cluster.devices import DeviceError, DeviceLost
-from detransformer.cluster.fleet import Fleet
+from detransformer.cluster.fleet import Fleet, JobFailed
 from detransformer.cluster.hello import meet
 from detransformer.cluster.line import HEAD, Line, listen
 from detransformer.cluster.roster import join_words
@@ -62,7 +63,7 @@ class Worker:
 
 
 def said_and_gone(line: Line) -> None:
-    line.send({"error": "it was interrupted", "own": True})
+    line.send({"error": "it was interrupted", "whose": "device"})
     line.close()
 
 
@@ -113,7 +114,10 @@ def test_who_ends_all_is_named(started, monkeypatch):
     monkeypatch.setattr(roster, "CODE_S", 0.5)
     for end, words in (
         (lambda at, made: made[2].line.close(), r"c \(10.0.0.3\) is gone: its process ended while starting; the"),
-        (lambda at, made: made[1].line.send({"error": "no memory", "own": True}), r"b \(10.0.0.2\) failed .*: no mem"),
+        (
+            lambda at, made: made[1].line.send({"error": "no memory", "whose": "device"}),
+            r"b \(10.0.0.2\) failed .*: no mem",
+        ),
         (lambda at, made: said_and_gone(made[2].line), r"c \(10.0.0.3\) failed while .*: it was interrupted"),
         (lambda at, made: Worker(at, None, monkeypatch).line.send({"ended": 1, "code": -9}), "was killed by SIGKILL"),
     ):
@@ -269,9 +273,52 @@ def test_a_job_is_a_public_function_of_this_package():
 
 def test_a_broken_collective_is_not_blamed_on_who_saw_it():
     text = "[pair.cc:553] Connection closed by peer [10.77.0.1]:8630"
-    assert blame(RuntimeError(text)) == (f"RuntimeError: {text}", False)
-    assert blame(ValueError("no plan fits")) == ("no plan fits", True)
-    assert blame(MemoryError()) == ("MemoryError: ", True)
+    assert blame(RuntimeError(text)) == (f"RuntimeError: {text}", "peer")
+    assert blame(MemoryError()) == ("MemoryError: ", "device")
+    assert blame(RuntimeError("DefaultCPUAllocator: can't allocate memory"))[1] == "device"
+    assert blame(OSError("no space left"))[1] == "device"
+
+
+def test_an_error_that_would_come_again_is_the_requests_own():
+    assert blame(ValueError("no plan fits")) == ("no plan fits", "request")
+    assert blame(IndexError("index out of range in self"))[1] == "request"
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert blame(caught.value)[1] == "request"
+
+
+def failing(fleet: Fleet, workers: list, errors: dict[int, str]) -> None:
+    """Asks the workers a job at which each of `errors` fails; the others never answer."""
+
+    def answer() -> None:
+        for device in list(errors):
+            told = workers[device].hear("job")
+            workers[device].line.send({"error": errors.pop(device), "whose": "request", "job": told["job"]})
+
+    with pytest.raises(JobFailed, match="index out of range"):
+        fleet.run("job", meanwhile=answer)
+
+
+def test_a_job_that_fails_on_all_devices_takes_none_of_them(started, monkeypatch):
+    fleet = started(stays=True)
+    workers = workers_of(fleet, monkeypatch)
+    for made in workers:
+        made.join()
+    fleet.wait(5)
+    failing(fleet, workers, dict.fromkeys(range(3), "index out of range"))
+    assert fleet.devices == (0, 1, 2) and fleet.number == 1
+    assert [kind for kind, _ in fleet.said if kind != "waiting"] == ["serving"]
+
+
+def test_where_a_job_fails_on_one_device_all_meet_anew_and_none_is_lost(started, monkeypatch):
+    fleet = started(stays=True)
+    workers = workers_of(fleet, monkeypatch)
+    for made in workers:
+        made.join()
+    fleet.wait(5)
+    failing(fleet, workers, {1: "index out of range"})
+    assert fleet.devices == () and all("again" in made.hear("again") for made in workers)
+    assert [kind for kind, _ in fleet.said if kind != "waiting"] == ["serving", "meeting"]
 
 
 def test_words_are_joined():

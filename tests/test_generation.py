@@ -1,7 +1,8 @@
 """Text generated over 1 to 4 real processes is the single device's, token for token; plans, caches and errors."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
 from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.generation import check_generation
+from detransformer.parallel.comm import Comm
+from detransformer.parallel.draw import END, Draw, Sampling
+from detransformer.parallel.generation import Generator, check_generation
 from detransformer.parallel.layer import STRATEGIES
 from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.weights import WeightSource
 from detransformer.planning.generation import place_generation, price_generation
 from detransformer.planning.memory import cache_bytes, held_bytes
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
@@ -31,6 +35,7 @@ class Text:
     def __init__(self, folder, model):
         folder.mkdir()
         self.checkpoint, self.config, self.inputs = str(folder), model.config, str(folder / "inputs.safetensors")
+        self.model = model
         model.save_pretrained(folder)
         ids = torch.randint(101, (2, 9), generator=torch.Generator().manual_seed(5))
         self.mask = torch.ones_like(ids)
@@ -120,6 +125,105 @@ def test_text_equals_single_device(cluster, texts, tmp_path, model, strategy, nu
         assert sum(result["bytes"].values()) == sum(step.num_bytes for step in started)
         assert result["weights_bytes"] == 2 * held_bytes(text.config, [prefill, decode], rank)
         assert result["cache_bytes"] == 2 * cache_bytes(text.config, decode, rank, 9 + NEW_TOKENS, 2)
+
+
+def drawn(model, ids: torch.Tensor, mask: torch.Tensor, rows: list[Sampling]) -> list[list[int]]:
+    """The definition once more: each token the largest of logit / temperature + Gumbel noise, among the nucleus."""
+    made, generators = [], [torch.Generator().manual_seed(row.seed) for row in rows]
+    for _ in range(NEW_TOKENS):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        tokens = []
+        for row, generator, own in zip(rows, generators, logits, strict=True):
+            if not row.temperature:
+                tokens.append(int(own.argmax()))
+                continue
+            probabilities = (own / row.temperature).softmax(-1)
+            order = probabilities.argsort(descending=True).tolist()
+            sums = [sum(float(probabilities[i]) for i in order[:n]) for n in range(len(order))]
+            nucleus = [i for i, before in zip(order, sums, strict=True) if before < row.top_p]
+            noise = -torch.log(-torch.log(torch.rand(len(own), generator=generator, dtype=torch.float64)))
+            tokens.append(max(nucleus, key=lambda i: float(own[i] / row.temperature + noise[i])))
+        made.append(tokens)
+        ids = torch.cat([ids, torch.tensor(tokens)[:, None]], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    return torch.tensor(made).T.tolist()
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [Sampling(0.9, seed=4), Sampling()],
+        [Sampling(0.9, seed=4), Sampling(2.0, seed=2**62)],
+        [Sampling(), Sampling(1.5, 0.6, 7)],
+        [Sampling(0.7, 0.9, 4), Sampling(3.0, 0.2, 4)],
+    ],
+)
+def test_tokens_are_drawn_alike_on_any_number_of_devices(cluster, texts, num_devices, rows):
+    text = texts["original"]
+    inputs = load_file(text.inputs)
+    expected = drawn(text.model, inputs["input_ids"], inputs["attention_mask"], rows)
+    plan = plan_of(text.config, "tensor", UNEVEN[num_devices])
+    results = generate(cluster, text, plan, plan, sampling=[asdict(row) for row in rows])
+    assert len(results) == num_devices and all(result["tokens"] == expected for result in results)
+    assert expected != text.tokens
+
+
+def test_draws_have_the_probabilities_of_a_softmax():
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    seeds = 4000
+    draws = [int(Draw([Sampling(1.3, seed=n)], 4)(logits, [4], Comm(None, 0, 1)).argmax()) for n in range(seeds)]
+    found = torch.bincount(torch.tensor(draws), minlength=4) / seeds
+    assert torch.allclose(found, (logits[0] / 1.3).softmax(-1), atol=3 * 0.5 / seeds**0.5)  # three standard errors
+    among = Draw([Sampling(1.0, 0.7)], 4)(logits, [4], Comm(None, 0, 1))  # 0.66 + 0.24 is the first sum above 0.7
+    assert among.isinf().tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"top_p": 2}, "top_p"),
+    ],
+)
+def test_sampling_says_what_is_out_of_range(fields, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**fields)
+
+
+def test_generation_ends_where_every_row_has_ended(cluster, texts):
+    text = texts["original"]
+    plan = plan_of(text.config, "tensor", [1.0, 1.0])
+    stops = [row[4] for row in text.tokens]  # each row's fifth token, unless it has one of both before
+    last = max(min(row.index(stop) for stop in stops if stop in row) for row in text.tokens)
+    for result in generate(cluster, text, plan, plan, stop_tokens=stops):
+        assert result["tokens"] == [row[: last + 1] for row in text.tokens] and len(result["token_s"]) == last + 1
+
+
+def test_rows_that_nobody_wants_end_on_all_devices_whoever_knows(texts):
+    """What one device sends for such a row is chosen by all; the other row goes on."""
+    text = texts["original"]
+    plan = plan_of(text.config, "tensor", [1.0])
+    inputs = load_file(text.inputs)
+    made = Generator(text.config, plan, plan, WeightSource(Path(text.checkpoint), torch.float64), Comm(None, 0, 1))
+    first = made.start(inputs["input_ids"], inputs["attention_mask"], NEW_TOKENS)
+    made.finish([1])
+    second = made.step(first)
+    assert second.tolist() == [text.tokens[0][1], END] and not made.ended
+    assert made.step(second).tolist() == [text.tokens[0][2], END]
+    made.finish([0])
+    made.step(second)
+    assert made.ended
+    best = torch.tensor([[[0.5, 7.0], [0.9, 8.0]]] * 2)  # [P, B, 2]: value and token of each row, from two devices
+    draw = Draw([Sampling(), Sampling()], 9)
+    draw.enough = {0}
+    draw.end(best[1])
+    values, tokens = best.unbind(-1)
+    assert tokens.gather(0, values.argmax(0, keepdim=True))[0].tolist() == [END, 8]
 
 
 def test_devices_in_another_order(cluster, texts):

@@ -13,7 +13,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
     GPT2Tokenizer,
-    RobertaConfig,
+    OPTConfig,
 )
 
 from detransformer.checkpoints import decouple_checkpoint
@@ -30,6 +30,7 @@ from detransformer.models import (
 from detransformer.models.configuration import GPT2_SIZES, decoupled_config
 from detransformer.models.conversion import slice_parameter
 from detransformer.models.sizes import layer_flops, model_flops, model_parameters
+from detransformer.opening import open_checkpoint
 
 SMALL = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=101, n_positions=40)
 
@@ -112,11 +113,12 @@ def test_generate_with_and_without_cache(gpt2, batch, options, num_divisions, wi
     assert torch.equal(generate(model, alone, **options)[0], cached[1, 4:]), "padding on the left does not matter"
 
 
-def test_the_cache_holds_sub_blocks_as_heads(gpt2, batch):
+def test_the_cache_holds_sub_blocks_inside_heads(gpt2, batch):
     model = decouple(gpt2, 2, 4)  # D O D O
     cache = model(**batch).past_key_values
     shapes = [tuple(layer.keys.shape) for layer in cache.layers]
-    assert shapes == [(2, 24, 9, 8), (2, 6, 9, 8), (2, 24, 9, 8), (2, 6, 9, 8)]  # [B, P*H, T, s], [B, H, T, s]
+    assert shapes == [(2, 6, 9, 32), (2, 6, 9, 8), (2, 6, 9, 32), (2, 6, 9, 8)]  # [B, H, T, P*s], [B, H, T, s]
+    assert [layer.head_dim for layer in model.config.per_layer_config] == [32, 8, 32, 8]
     whole = model(batch["input_ids"]).logits
     first = model(batch["input_ids"][:, :6], use_cache=True)
     rest = model(batch["input_ids"][:, 6:], past_key_values=first.past_key_values).logits
@@ -143,7 +145,21 @@ def test_eager_attention_equals_sdpa(gpt2, batch):
         atol=1e-10,
     )
     assert len(output.hidden_states) == 5
-    assert [tuple(weights.shape) for weights in output.attentions] == [(2, heads, 9, 9) for heads in (24, 6, 24, 6)]
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 6, 9, 9)] * 4
+
+
+def test_attentions_are_the_mean_over_sub_blocks(gpt2, batch):
+    model = decouple(gpt2, 2, 4).transformer
+    model.set_attn_implementation("eager")
+    layer, x = model.h[0], model.wte(batch["input_ids"]) + model.wpe(torch.arange(9))
+    causal, weights = torch.ones(9, 9).tril().bool(), []
+    for p, part in enumerate(x.split(12, dim=-1)):
+        normed = torch.nn.functional.layer_norm(part, (12,), layer.ln_1.weight[p], layer.ln_1.bias[p], layer.ln_1.eps)
+        q, k, _ = (normed @ layer.attn.c_attn.weight[p] + layer.attn.c_attn.bias[p]).view(2, 9, 3, 6, 8).unbind(2)
+        scores = torch.einsum("bihs,bjhs->bhij", q, k) / 8**0.5
+        weights.append(scores.masked_fill(~causal, -torch.inf).softmax(-1))
+    obtained = model(batch["input_ids"], output_attentions=True).attentions[0]
+    torch.testing.assert_close(obtained, torch.stack(weights).mean(0), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -296,10 +312,10 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     "break_it, options, words",
     [
-        (lambda folder: edit_config(folder, n_layer=5), {}, "not a whole GPT-2.*h.4"),
+        (lambda folder: edit_config(folder, n_layer=5), {}, "not a whole GPT2LMHeadModel.*h.4"),
         (lambda folder: edit_config(folder, model_type="decoupled_gpt2"), {}, "decoupled already"),
-        (lambda folder: edit_config(folder, model_type="opt"), {}, "nor a GPT-2 one .model_type 'opt'"),
-        (lambda folder: edit_config(folder, n_inner=64), {}, "cannot be loaded"),
+        (lambda folder: edit_config(folder, model_type="opt"), {}, "is not supported: model_type is 'opt'"),
+        (lambda folder: edit_config(folder, n_inner=64), {}, "do not fit config.json"),
         (lambda folder: None, {"num_divisions": 5}, "num_divisions=5 does not divide hidden_size=48"),
         (lambda folder: None, {"num_original_layers": 5}, "outside 1..4"),
         (lambda folder: None, {"head": "masked-lm"}, "--head masked-lm is not for GPT-2.*base, causal-lm"),
@@ -331,8 +347,8 @@ def test_what_is_no_original_gpt2_is_refused(gpt2):
         decouple(decouple(gpt2, 2, 4))
     with pytest.raises(ValueError, match="set add_cross_attention=False"):
         DecoupledGPT2Model(DecoupledGPT2Config(**SMALL, num_original_layers=2, add_cross_attention=True))
-    with pytest.raises(ValueError, match="'roberta' is neither BERT nor GPT-2"):
-        architecture(RobertaConfig())
+    with pytest.raises(ValueError, match="'opt' is not supported"):
+        architecture(OPTConfig())
 
 
 # --- checkpoints of latency runs ------------------------------------------------------------------------------------
@@ -357,7 +373,7 @@ def test_presets_are_made_once_with_their_reference(small_preset, tmp_path):
     decoupled = small_preset.decoupled_checkpoint("gpt2", 2, 4, "full")
     assert decoupled.decoupled and decoupled.config.num_divisions == 4
     assert small_preset.decoupled_checkpoint("gpt2", 2, 4, "full").path == decoupled.path
-    assert small_preset.open_folder(decoupled.path).config.model_type == "decoupled_gpt2"
+    assert open_checkpoint(decoupled.path).config.model_type == "decoupled_gpt2"
     from safetensors.torch import load_file
 
     for found in (original, decoupled):

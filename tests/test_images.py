@@ -25,6 +25,7 @@ from detransformer.training.data.images import (
 from detransformer.training.images import (
     ImageConfig,
     evaluate_images,
+    train_best_vit,
     train_vit,
 )
 from stopping import Stop, stop_at
@@ -344,6 +345,18 @@ def test_a_vit_learns_the_generated_images_and_is_found_again(generated, tmp_pat
         train_vit(dataclasses.replace(config, seed=1), data, tmp_path, on_step=stop_at(1))
     with pytest.raises(Stop):
         train_vit(config, data.cut(399), tmp_path, on_step=stop_at(1))
+
+
+def test_the_recipe_is_chosen_on_images_held_out(generated, tmp_path):
+    data = generated.cut(400, 100).hold_out(0.25)
+    recipes = [dataclasses.replace(TINY, num_steps=steps, dropout=0.0) for steps in (2, 45)]
+    best = train_best_vit(recipes, data, tmp_path)
+    made = [train_vit(recipe, data, tmp_path) for recipe in recipes]  # found again
+    assert best.num_steps == 45 and best.held_out_accuracy == made[1].held_out_accuracy > made[0].held_out_accuracy
+    model = AutoModelForImageClassification.from_pretrained(best.checkpoint)
+    assert evaluate_images(model, data, split="held") == best.held_out_accuracy
+    with pytest.raises(ValueError, match="no images are held out to choose a recipe by"):
+        train_best_vit(recipes, generated, tmp_path)
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(generated, tmp_path):

@@ -8,8 +8,9 @@ from detransformer.files import PACKAGE
 FLOORS = (
     {"__init__", "files", "settings", "machine", "presets", "typed_json", "record", "profiles"},
     {"models"},
-    {"checkpoints"},
     {"parallel"},
+    {"opening"},
+    {"checkpoints"},
     {"planning", "answers"},
     {"cluster"},
     {"training", "coformer", "service"},

@@ -18,13 +18,13 @@ from tests.chaos.rounds import small_model
 from transformers import BertConfig
 
 from detransformer.cluster.answering import plan_of
-from detransformer.cluster.checkpoints import open_folder
 from detransformer.cluster.devices import cluster_profile, device_specs
 from detransformer.cluster.hello import model_facts
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.commands.options import read_plan
+from detransformer.opening import open_checkpoint
 from detransformer.parallel.plan import published_plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.service.session import Session
@@ -171,7 +171,7 @@ def copied(checkpoint: Path, folder: Path) -> Path:
 def read_all(folder: Path) -> None:
     """What a host does with a model's folder before it computes."""
     model_facts(str(folder))
-    checkpoint = open_folder(folder)
+    checkpoint = open_checkpoint(folder)
     source = WeightSource(folder)
     for name in WEIGHTS:
         source.take(name)

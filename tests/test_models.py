@@ -141,7 +141,18 @@ def test_eager_attention_equals_sdpa(bert, batch):
     torch.testing.assert_close(
         eager(**batch).last_hidden_state, decoupled(**batch).last_hidden_state, rtol=0, atol=1e-5
     )
-    assert len(decoupled(**batch, output_hidden_states=True).hidden_states) == 5
+    output = eager(**batch, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 5
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 3, 11, 11)] * 4
+    layer, mask = eager.encoder.layer[0].attention.self, batch["attention_mask"].bool()
+    weights = []  # of each sub-block, written out
+    for p, part in enumerate(output.hidden_states[0].split(12, dim=-1)):
+        q, k = (
+            (part @ linear.weight[p].T + linear.bias[p]).view(2, 11, 3, 16).transpose(1, 2)
+            for linear in (layer.query, layer.key)
+        )
+        weights.append((q @ k.transpose(2, 3) / 4).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1))
+    torch.testing.assert_close(output.attentions[0], torch.stack(weights).mean(0), rtol=0, atol=1e-5)
 
 
 def test_gradients_reach_every_parameter(batch):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from detransformer.models import preset_config
 from detransformer.parallel.comm import Pending
-from detransformer.parallel.layer import SEQ, STRATEGIES, Request, Strategy, attend, register, together
+from detransformer.parallel.layer import SEQ, STRATEGIES, Request, Strategy, register, together
 from detransformer.parallel.parameters import LayerParameters
 from detransformer.parallel.partition import split
 from detransformer.parallel.plan import layer_plan, strategies_for
@@ -70,7 +70,7 @@ class GatheredX(Strategy):
         for part, x, chunk in zip(qkv, xs, request.chunks, strict=True):
             start, stop = chunk.of(self.comm.rank)
             mask = request.mask_of(chunk.start + start, chunk.start + stop)
-            yield self.after_attention(attend(part[:, start:stop, 0], k, v, self.head_size, mask), x)
+            yield self.after_attention(self.attend(part[:, start:stop, 0], k, v, mask), x)
 
 
 @pytest.fixture(params=[TwoStepSums, GatheredX])

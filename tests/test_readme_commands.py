@@ -292,10 +292,10 @@ def serve(words: list[str], sandbox: Sandbox) -> None:
 def test_what_is_asked_by_curl_is_served_by_a_command_that_is_shown(sandbox):
     from transformers import AutoConfig
 
-    from detransformer.service.http import path_of
+    from detransformer.service.tasks import path_of
 
     models = {option(words, "--model").rstrip("/") for words in SHOWN if words[0] == "serve"}
-    paths = {path_of(model, AutoConfig.from_pretrained(sandbox.made(model))) for model in models}
+    paths = {path_of(AutoConfig.from_pretrained(sandbox.made(model))) for model in models}
     for line in CURLS:
         assert any(f"localhost:8000{path}" in line for path in (*paths, "/health", "/metrics")), line
 

@@ -32,7 +32,7 @@ from tests.chaos.faults import (
 )
 from tests.chaos.rounds import Clients, small_model
 from tests.chaos.soak import soak_result
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertForMultipleChoice, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from detransformer.cluster import answering
 from detransformer.cluster.devices import DeviceLost
@@ -153,6 +153,20 @@ def test_a_second_answer_is_counted_and_one_to_who_has_given_up_is_not():
     given_up = Asked(Request(), {"input_ids": torch.ones(1, 1)}, deadline=0.0)
     given_up.future.cancel()
     assert given_up.settle({"logits": 1})
+
+
+def test_tokens_are_told_once_and_an_answer_that_begins_otherwise_is_none():
+    heard: list[list[int]] = []
+    asked = Asked(Request(), {"input_ids": torch.ones(2, 1)}, deadline=0.0, on_token=heard.append)
+    for step, tokens in enumerate([[1, 2], [3, 4]]):
+        asked.hear(step, tokens)
+    for step, tokens in enumerate([[1, 2], [3, 4], [5, 6]]):  # asked again of the devices that are left
+        asked.hear(step, tokens)
+    assert heard == [[1, 2], [3, 4], [5, 6]]
+    asked.hear(0, [7, 2])
+    assert asked.settle({"tokens": torch.ones(2, 3)})
+    with pytest.raises(Unanswered, match="differ from those told already"):
+        asked.future.result()
 
 
 class Workers:
@@ -479,7 +493,8 @@ TOKEN = {"Authorization": "Bearer the token of this test", "Content-Type": "appl
 
 @emulated
 def test_http_answers_as_the_model_does(client, model):
-    reply = client.post("/classify", json={"input_ids": [1, 2, 3]}, headers=TOKEN)
+    body = {"input_ids": [1, 2, 3], "model": "what clients send", "user": "and is not known"}
+    reply = client.post("/classify", json=body, headers=TOKEN)
     assert reply.status_code == 200
     with torch.inference_mode():
         (logits,) = model(input_ids=torch.tensor([[1, 2, 3]])).logits
@@ -499,7 +514,7 @@ def test_http_answers_as_the_model_does(client, model):
         ({"json": {"input_ids": [1, 100_000]}}, 422, "vocabulary"),
         ({"json": {"input_ids": [1] * 65}}, 422, "shorten"),
         ({"json": {"input_ids": [1], "deadline_s": 1e9}}, 422, "deadline_s"),
-        ({"json": {"input_ids": [1], "colour": 1}}, 422, "colour"),
+        ({"json": {"input_ids": [1], "text_pair": "both"}}, 422, "text_pair goes with text"),
         ({"json": {"input_ids": [1], "deadline_s": 1e-9}}, 504, "deadline"),
         ({"content": b"{"}, 422, "no JSON"),
         ({"content": b"x" * (MAX_BODY_BYTES + 1)}, 413, "bytes at most"),
@@ -516,7 +531,7 @@ def test_http_wants_its_token_and_tells_nothing_without(client):
     for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "Basic dXNlcjpwdw=="}):
         for reply in (client.post("/classify", json={"input_ids": [1]}, headers=headers), client.get("/metrics")):
             assert reply.status_code == 401
-            assert list(reply.json()) == ["error"]
+            assert list(reply.json()) == ["error", "error_type"]
     assert client.get("/nothing").status_code == 404
     assert "/classify" in client.get("/nothing").json()["error"]
 
@@ -633,7 +648,7 @@ devices:
         (["--token-file", "{folder}/nothing"], "is no file"),
         (["--token-file", "{folder}/open"], "can be read by others"),
         (["--token-file", "{folder}/short"], "characters"),
-        (["--model", "{folder}/headless"], "no head"),
+        (["--model", "{folder}/choices"], "BertForMultipleChoice"),
         (["--cluster", "{folder}/real.yaml"], "--secret-file"),
     ],
 )
@@ -643,7 +658,7 @@ def test_serve_says_what_is_wrong_before_anything_starts(tmp_path, model, capsys
     (tmp_path / "cluster.yaml").write_text(CLUSTER)
     (tmp_path / "real.yaml").write_text(REAL)
     model.save_pretrained(tmp_path / "model")
-    model.bert.save_pretrained(tmp_path / "headless")
+    BertForMultipleChoice(model.config).save_pretrained(tmp_path / "choices")
     for name, text, mode in (("open", "x" * 32, 0o644), ("short", "x", 0o600)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(mode)

@@ -71,11 +71,9 @@ def test_damaged_files_are_one_sentence(path):
     whole = path.read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], b"\0" * 100, b"\x02" + bytes(7) + b"[]"):
         path.write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match="model.safetensors cannot be read as safetensors .*: save the model again"
-        ):
+        with pytest.raises(ValueError, match="the weights in .*model.safetensors cannot be read .*: save or copy the"):
             WeightSource(path)
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+    with pytest.raises(ValueError, match="cannot be read"):
         WeightSource(path.parent / "none.safetensors")
     path.write_bytes(whole)
     source = WeightSource(path)

@@ -4,38 +4,54 @@ Each task is a function in `TASKS`; where it is another job than `run_plan`, it 
 `cluster.answering.prepare`.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from detransformer.checkpoints import VOCABULARY_FILES, has_tokenizer
-from detransformer.parallel.plan import is_decoder
+from detransformer.models.configuration import generates, head_of, max_tokens
+from detransformer.opening import Checkpoint, has_tokenizer, load_model, load_tokenizer
 
 SEED = 0
 MAX_ANSWER_TOKENS = 30
+PADDING = 0  # the token that transformers' `generate` is told to pad with
+Inputs = dict[str, torch.Tensor]  # input_ids, attention_mask and token_type_ids, [B, T] each
+Outputs = dict[str, torch.Tensor]
 
 
-def random_tokens(config: PretrainedConfig, num_tokens: int) -> dict[str, torch.Tensor]:
-    """input_ids [1, num_tokens], the same in every process."""
+# --- What a model reads ------------------------------------------------------------------------------------------
+
+
+def random_tokens(config: PretrainedConfig, num_tokens: int) -> Inputs:
+    """input_ids [1, num_tokens], the same in every process; of a text that goes on also what `generate` masks in it.
+
+    Without a mask `generate` takes a prompt's `PADDING` for padding, wherever it stands; the last token is always read.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    return {"input_ids": torch.randint(config.vocab_size, (1, num_tokens), generator=generator)}
+    ids = torch.randint(config.vocab_size, (1, num_tokens), generator=generator)
+    if not generates(config):
+        return {"input_ids": ids}
+    mask = (ids != PADDING).long()
+    mask[:, -1] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None = None, generates: bool = False
-) -> dict[str, torch.Tensor]:
-    """The tensors [1, T] that a model reads of a text or a pair of texts; `generates`: it continues the text."""
-    encoded = tokenizer(text, pair, return_tensors="pt")
-    names = ("input_ids", "attention_mask") if generates else ("input_ids", "attention_mask", "token_type_ids")
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    pair: str | None = None,
+    limit: int | None = None,
+) -> Inputs:
+    """The tensors [1, T] that the model reads of a text or a pair of texts; after `limit` tokens it is cut."""
+    options = {"truncation": True, "max_length": limit} if limit else {}
+    encoded = tokenizer(text, pair, return_tensors="pt", **options)
+    has_types = getattr(config, "type_vocab_size", 0)  # DistilBERT and GPT-2 have none, whatever tokenizer they have
+    names = ("input_ids", "attention_mask") + (("token_type_ids",) if has_types else ())
     return {name: encoded[name].to(torch.int64) for name in names if name in encoded}
 
 
@@ -44,65 +60,170 @@ def check_length(config: PretrainedConfig, seq_len: int, max_new_tokens: int = 0
     Raises:
         ValueError: where the model has no positions for so many tokens. The last new one is not run.
     """
-    limit, words = config.max_position_embeddings, f" and {max_new_tokens} new ones" if max_new_tokens else ""
+    limit, words = max_tokens(config), f" and {max_new_tokens} new ones" if max_new_tokens else ""
     if seq_len + max(0, max_new_tokens - 1) > limit:
         raise ValueError(f"the request has {seq_len} tokens{words}, and the model takes {limit}: shorten it.")
 
 
-def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        ValueError: where there is none, or a damaged one.
+def check_inputs(config: PretrainedConfig, inputs: Inputs, max_new_tokens: int = 0) -> None:
     """
-    try:
-        if not has_tokenizer(folder):
-            raise ValueError(f"no {VOCABULARY_FILES[0]}")
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]}): save it there with the model, "
-            "or run on random tokens by --tokens."
-        ) from None
+    Raises:
+        ValueError: for tensors of other shapes than [rows, tokens], tokens out of the vocabulary, token types that the
+            model does not have, or too many tokens.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim != 2 or not ids.numel():
+        shape = None if ids is None else list(ids.shape)
+        raise ValueError(f"input_ids are of shape {shape}; give [rows, tokens], one of each at least.")
+    if any(tensor.shape != ids.shape for tensor in inputs.values()):
+        raise ValueError(f"attention_mask and token_type_ids are of other shapes than input_ids, {list(ids.shape)}.")
+    sizes = {"input_ids": ("vocabulary", config.vocab_size)}
+    sizes["token_type_ids"] = ("token types", getattr(config, "type_vocab_size", 1))
+    for name, (words, size) in sizes.items():
+        if name in inputs:
+            low, high = int(inputs[name].min()), int(inputs[name].max())
+            if low < 0 or high >= size:
+                raise ValueError(f"{name} go from {low} to {high}; the model's {words} from 0 to {size - 1}.")
+    check_length(config, ids.shape[1], max_new_tokens)
+
+
+# --- What its outputs mean ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was asked, as it was written, with its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    pair: str | None = None
+
+    def places(self) -> list[tuple[int, int] | None]:
+        """For each token, where it stands in the pair, or in the text where there is none; None elsewhere.
+
+        Raises:
+            ValueError: for a tokenizer that does not say.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"the tokenizer ({type(self.tokenizer).__name__}) does not say where its tokens stand.")
+        encoded = self.tokenizer(self.text, self.pair, return_offsets_mapping=True)
+        part = 0 if self.pair is None else 1
+        numbered = zip(encoded["offset_mapping"], encoded.sequence_ids(), strict=True)
+        return [tuple(place) if number == part else None for place, number in numbered]
 
 
 def task_of(config: PretrainedConfig) -> str:
     """A key of `TASKS`, by the class that the checkpoint was saved with."""
-    if is_decoder(config):
+    if generates(config):
         return "generation"
-    (name, *_) = config.architectures or [""]
-    if name.endswith("ForSequenceClassification"):
-        return "classification"
-    return "question-answering" if name.endswith("ForQuestionAnswering") else "base"
+    head = head_of(config)
+    return head if head in TASKS else "base"
 
 
-def classify(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
-    """The label of the largest logit, with its probability."""
+def scores(config: PretrainedConfig, logits: torch.Tensor) -> torch.Tensor:
+    """What a classifier's logits [..., C] mean: probabilities of one label, of each label by itself, or numbers.
+
+    By `problem_type`; where the configuration has none, several labels exclude each other, and one is a yes or no, as
+    transformers' pipelines have it.
+    """
+    kind = getattr(config, "problem_type", None)
+    if kind == "regression":
+        return logits
+    several = kind == "multi_label_classification" or logits.shape[-1] == 1
+    return logits.sigmoid() if several else logits.softmax(-1)
+
+
+def label(config: PretrainedConfig, number: int) -> str:
+    """The name of a label."""
+    return config.id2label.get(number, f"LABEL_{number}")
+
+
+def classify(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+    """The likeliest label, or all that are likelier than not; of a regression, its number."""
     (logits,) = outputs["logits"]  # [C]
-    best, share = int(logits.argmax()), float(logits.softmax(-1).max())
-    label = config.id2label.get(best, str(best)) if config.num_labels > 1 else ""
+    found = scores(config, logits)
     listed = ", ".join(f"{value:.3f}" for value in logits.tolist())
-    line = f"{label} ({share:.0%})" if label else f"{float(logits[0]):.3f}"
-    return f"{line}; logits {listed}", {"label": label, "logits": logits.tolist()}
+    best = int(found.argmax())
+    fields = {"label": label(config, best), "probabilities": found.tolist(), "logits": logits.tolist()}
+    if getattr(config, "problem_type", None) == "regression":
+        line = ", ".join(f"{label(config, i)} {value:.3f}" for i, value in enumerate(found.tolist()))
+    elif getattr(config, "problem_type", None) == "multi_label_classification":
+        likely = [i for i in found.argsort(descending=True).tolist() if found[i] >= 0.5]
+        line = ", ".join(f"{label(config, i)} ({float(found[i]):.0%})" for i in likely) or "no label"
+        fields["labels"] = [label(config, i) for i in likely]
+    else:
+        line = f"{label(config, best)} ({float(found[best]):.0%})"
+    return f"{line}; logits {listed}", fields
 
 
-def find_answer(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
-    """The span of the passage with the largest sum of start and end logit."""
+def find_answer(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+    """The span of the passage with the largest sum of start and end logit, as characters of the passage.
+
+    Where the first token, which is in no passage, has a larger sum, there is no answer (SQuAD 2): it is "". Of tokens
+    without a text the span is counted in tokens.
+    """
     start, end = outputs["logits"][0].unbind(-1)  # [T] each
-    if "token_type_ids" in inputs:  # the passage is the second part
-        outside = inputs["token_type_ids"][0] == 0
-        start, end = start.masked_fill(outside, -1e9), end.masked_fill(outside, -1e9)
-    spans = (start[:, None] + end[None, :]).triu().tril(MAX_ANSWER_TOKENS - 1)
-    allowed = torch.ones_like(spans).triu().tril(MAX_ANSWER_TOKENS - 1).bool()
-    first, last = divmod(int(spans.masked_fill(~allowed, -2e9).argmax()), len(start))
-    fields = {"start": first, "end": last}
-    if "token_type_ids" not in inputs:
-        return f"tokens {first} to {last} (random tokens have no text)", fields
-    text = tokenizer_of(folder).decode(inputs["input_ids"][0, first : last + 1])
-    return text, fields | {"answer": text}
+    places = asked.places() if asked else [(i, i + 1) for i in range(len(start))]
+    inside = torch.tensor([place is not None and place[1] > place[0] for place in places])
+    sums = start[:, None] + end[None, :]  # [T, T]
+    allowed = (inside[:, None] & inside[None, :]).triu().tril(MAX_ANSWER_TOKENS - 1)
+    shares = start.softmax(-1)[:, None] * end.softmax(-1)[None, :]
+    nothing = asked is not None and (not bool(allowed.any()) or bool(sums[0, 0] > sums[allowed].max()))
+    if nothing:
+        return "no answer", {"answer": "", "start": 0, "end": 0, "score": float(shares[0, 0])}
+    first, last = divmod(int(sums.masked_fill(~allowed, -torch.inf).argmax()), len(start))
+    fields = {"start": places[first][0], "end": places[last][1], "score": float(shares[first, last])}
+    if not asked:
+        return f"tokens {first} to {last} (random tokens have no text)", fields | {"answer": None}
+    answer = asked.pair[fields["start"] : fields["end"]]
+    return answer, fields | {"answer": answer}
 
 
-def show_state(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
+def find_entities(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+    """Runs of tokens with the same label, as characters of the text; `B-` begins one, and `O` is none.
+
+    A run's score is the mean of its tokens' (transformers' `aggregation_strategy="simple"`).
+    """
+    (logits,) = outputs["logits"]  # [T, C]
+    likeliest, labels = scores(config, logits).max(-1)
+    if not asked:
+        names = [label(config, number) for number in labels.tolist()]
+        return f"labels {', '.join(names)}", {"labels": names}
+    runs: list[dict] = []
+    for place, share, number in zip(asked.places(), likeliest.tolist(), labels.tolist(), strict=True):
+        if place is None:
+            continue
+        name = label(config, number)
+        begins, kind = name.startswith("B-"), name[2:] if name[:2] in ("B-", "I-") else name
+        if runs and not begins and runs[-1]["entity_group"] == kind:
+            runs[-1]["end"] = place[1]
+            runs[-1]["shares"].append(share)
+        else:
+            runs.append({"entity_group": kind, "start": place[0], "end": place[1], "shares": [share]})
+    entities = [
+        {
+            "entity_group": run["entity_group"],
+            "score": sum(run["shares"]) / len(run["shares"]),
+            "word": asked.text[run["start"] : run["end"]],
+            "start": run["start"],
+            "end": run["end"],
+        }
+        for run in runs
+        if run["entity_group"] != "O"
+    ]
+    listed = ", ".join(f"{entity['word']} ({entity['entity_group']}, {entity['score']:.0%})" for entity in entities)
+    return listed or "no entity", {"entities": entities}
+
+
+def continue_text(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+    """The generated tokens up to the end of the text, as text where the folder has a tokenizer."""
+    tokens = outputs["tokens"][0].tolist()
+    kept = until_end(tokens, config)
+    text = asked.tokenizer.decode(kept) if asked else None
+    return f"tokens {kept}" if text is None else text, {"tokens": tokens, "text": text}
+
+
+def show_state(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
     """A model without a head: the shape of its hidden states, and the first values of [CLS]."""
     state = outputs["last_hidden_state"]
     begin = state[0, 0, :8].tolist()
@@ -110,41 +231,147 @@ def show_state(config: PretrainedConfig, inputs: dict, outputs: dict, folder: st
     return f"hidden states {list(state.shape)}; of [CLS] {listed} ...", {"cls": state[0, 0].tolist()}
 
 
-def continue_text(config: PretrainedConfig, inputs: dict, outputs: dict, folder: str) -> tuple[str, dict]:
-    """The generated tokens up to the end of the text, as text where the folder has a tokenizer."""
-    tokens = outputs["tokens"][0].tolist()
-    kept = until_end(tokens, config)
-    text = tokenizer_of(folder).decode(kept) if has_tokenizer(folder) else None
-    return f"tokens {kept}" if text is None else text, {"tokens": tokens, "text": text}
-
-
-TASKS: dict[str, Callable] = {
+TASKS: dict[str, Callable[[PretrainedConfig, Inputs, Outputs, Text | None], tuple[str, dict]]] = {
     "classification": classify,
+    "token-classification": find_entities,
     "question-answering": find_answer,
     "generation": continue_text,
     "base": show_state,
 }
 
 
+def read_outputs(
+    folder: str, config: PretrainedConfig, inputs: Inputs, outputs: Outputs, text: str | None, pair: str | None = None
+) -> tuple[str, dict]:
+    """What the outputs of one request mean, in words and as fields; `text` is None where its tokens were random."""
+    task, asked = task_of(config), None
+    if text is not None or (task == "generation" and has_tokenizer(folder)):
+        asked = Text(load_tokenizer(folder, config), text or "", pair)
+    words, fields = TASKS[task](config, inputs, outputs, asked)
+    if task == "base":
+        pooling = Pooling.of(folder) or Pooling()
+        fields["embedding"] = pooling(outputs["last_hidden_state"], inputs.get("attention_mask"))[0].tolist()
+    return words, fields
+
+
+def end_tokens(config: PretrainedConfig) -> list[int]:
+    """The tokens that end a text."""
+    ends = config.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
 def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
     """The tokens before the first that ends a text."""
-    return tokens[: tokens.index(config.eos_token_id)] if config.eos_token_id in tokens else tokens
+    ends = end_tokens(config)
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+# --- A sentence's vector -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a vector is made of the hidden states of a text's tokens, as sentence-transformers makes it.
+
+    Args:
+        modes: some of `mean`, `cls` and `max`; the vectors of several stand one after another.
+        normalize: whether the vector is brought to length 1.
+        limit: tokens after which a text is cut; None: the model's own limit.
+    """
+
+    modes: tuple[str, ...] = ("mean",)
+    normalize: bool = False
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "Pooling | None":
+        """As the folder's own `modules.json` says; None where it has none.
+
+        Raises:
+            ValueError: for a module or a mode that is not computed, or a damaged file.
+        """
+        path = Path(folder)
+        if not (path / "modules.json").is_file():
+            return None
+        try:
+            return cls._read(path)
+        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}/modules.json, or what it names, is damaged ({error}): copy it again.") from None
+
+    @classmethod
+    def _read(cls, path: Path) -> "Pooling":
+        def read(name: str) -> dict:
+            return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
+
+        modes, normalize = ("mean",), False
+        for module in json.loads((path / "modules.json").read_text(encoding="utf-8")):
+            kind = module["type"].rpartition(".")[2]
+            if kind == "Pooling":
+                options = read(f"{module['path']}/config.json")
+                named = options.get("pooling_mode")
+                named = [named] if isinstance(named, str) else named
+                modes = tuple(named or [mode for key, mode in _POOLING_OPTIONS.items() if options.get(key)] or ["mean"])
+            elif kind == "Normalize":
+                normalize = True
+            elif kind != "Transformer":
+                raise ValueError(f"{path}/modules.json has a module {kind}, which is not computed: leave it out.")
+        if strange := set(modes) - {"mean", "cls", "max"}:
+            raise ValueError(f"{path} pools by {', '.join(sorted(strange))}, and only mean, cls and max are computed.")
+        if prompt := read("config_sentence_transformers.json").get("default_prompt_name"):
+            raise ValueError(f"{path} puts the prompt {prompt!r} before each text, which is not done: unset it.")
+        return cls(modes, normalize, read("sentence_bert_config.json").get("max_seq_length"))
+
+    def __call__(self, state: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [B, T, D] and their mask [B, T] -> vectors [B, D], or of several modes [B, n*D]."""
+        mask = torch.ones(state.shape[:2]) if attention_mask is None else attention_mask
+        mask = mask.to(state.dtype).unsqueeze(-1)  # [B, T, 1]
+        first = mask.argmax(1).squeeze(-1)  # texts may be padded before
+        made = {
+            "mean": lambda: (state * mask).sum(1) / mask.sum(1).clamp(min=1e-9),
+            "cls": lambda: state[torch.arange(len(state)), first],
+            "max": lambda: state.masked_fill(mask == 0, -torch.inf).amax(1),
+        }
+        vectors = torch.cat([made[mode]() for mode in self.modes], -1)
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+_POOLING_OPTIONS = {  # of older files, in the order in which vectors stand one after another
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+# --- One device --------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def single_device_outputs(folder: str, config: PretrainedConfig, inputs: dict, max_new_tokens: int = 0) -> dict:
+def single_device_outputs(folder: str, config: PretrainedConfig, inputs: Inputs, max_new_tokens: int = 0) -> Outputs:
     """The outputs of the Hugging Face model for `inputs`, computed by this process alone."""
     task = task_of(config)
-    if task == "generation":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        model.generation_config.eos_token_id = None  # generate all tokens
-        text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
-        return {"tokens": text[:, inputs["input_ids"].shape[1] :]}
-    if task == "classification":
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        return {"logits": model(**inputs).logits}
-    if task == "question-answering":
-        result = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()(**inputs)
-        return {"logits": torch.stack([result.start_logits, result.end_logits], -1)}
-    state = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()(**inputs).last_hidden_state
-    return {"last_hidden_state": state}
+    model = load_model(Checkpoint(Path(folder), config), torch.float32)
+    return SINGLE[task](model, inputs, max_new_tokens)
+
+
+def _generated(model, inputs: Inputs, max_new_tokens: int) -> Outputs:
+    model.generation_config.eos_token_id = None  # generate all tokens
+    text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=PADDING)
+    return {"tokens": text[:, inputs["input_ids"].shape[1] :]}
+
+
+def _spans(model, inputs: Inputs, max_new_tokens: int) -> Outputs:
+    found = model(**inputs)
+    return {"logits": torch.stack([found.start_logits, found.end_logits], -1)}
+
+
+# How transformers' model gives what the devices give, by task.
+SINGLE: dict[str, Callable[..., Outputs]] = {
+    "classification": lambda model, inputs, _: {"logits": model(**inputs).logits},
+    "token-classification": lambda model, inputs, _: {"logits": model(**inputs).logits},
+    "question-answering": _spans,
+    "generation": _generated,
+    "base": lambda model, inputs, _: {"last_hidden_state": model.base_model(**inputs).last_hidden_state},
+}

@@ -20,3 +20,12 @@ GPT2_SIZES = {
 }
 PRESETS = (*PRESET_SIZES, *GPT2_SIZES)
 PLANNING_ONLY = ("opt-6.7b-shape",)
+HEADS = (
+    "auto",
+    "base",
+    "masked-lm",
+    "classification",
+    "token-classification",
+    "question-answering",
+    "causal-lm",
+)

@@ -15,23 +15,23 @@ import torch
 from transformers import PretrainedConfig
 
 from detransformer.answers import (
-    TASKS,
-    check_length,
+    Pooling,
+    check_inputs,
     encode,
     random_tokens,
+    read_outputs,
     single_device_outputs,
     task_of,
-    tokenizer_of,
 )
-from detransformer.cluster.checkpoints import open_folder
 from detransformer.cluster.jobs import generate, output_errors, run_plan
 from detransformer.cluster.request import Request
 from detransformer.cluster.selfcheck import wrong_output
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.cluster.state import WorkerState
-from detransformer.models.configuration import layer_kinds
+from detransformer.models.configuration import generates, layer_kinds, max_tokens
+from detransformer.opening import Checkpoint, load_tokenizer, open_checkpoint
 from detransformer.parallel.generation import check_generation
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import compute_seconds, predict
 from detransformer.planning.generation import place_generation, price_generation
 from detransformer.planning.placement import place, place_freely
@@ -59,9 +59,9 @@ class Prepared:
 
 
 @functools.cache
-def _opened(cluster: str, model: str) -> tuple[ClusterSpec, PretrainedConfig, ClusterProfile]:
-    spec, config = ClusterSpec.load(cluster), open_folder(model).config
-    return spec, config, spec.profile(config)
+def _opened(cluster: str, model: str) -> tuple[ClusterSpec, Checkpoint, ClusterProfile]:
+    spec, checkpoint = ClusterSpec.load(cluster), open_checkpoint(model)
+    return spec, checkpoint, spec.profile(checkpoint.config)
 
 
 # --- Planning ----------------------------------------------------------------------------------------------------
@@ -86,10 +86,10 @@ def plan(
         could answer, else `refused`.
     """
     asked, folder = from_json(Request, request), state.home["model"]
-    _, config, whole = _opened(state.home["cluster"], folder)
-    inputs = None
+    _, checkpoint, whole = _opened(state.home["cluster"], folder)
+    config, inputs = checkpoint.config, None
     if seq_len is not None:
-        limit = config.max_position_embeddings - (asked.max_new_tokens if is_decoder(config) else 0)
+        limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
         inputs = {"input_ids": torch.zeros(1, max(1, min(seq_len, limit)), dtype=torch.int64)}
     slowed = [_slowed(whole.devices[d], (slower or {}).get(str(d), 1.0)) for d in devices]
     profile = replace(whole.of(devices), devices=tuple(slowed))
@@ -138,9 +138,9 @@ def prepare(
     Raises:
         ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit model or devices.
     """
-    inputs = _inputs(request, folder, config) if inputs is None else inputs
+    inputs = inputs_of(request, folder, config) if inputs is None else inputs
     batch_size, seq_len = inputs["input_ids"].shape
-    if not is_decoder(config):
+    if not generates(config):
         chosen, notes = plan_of(request, config, profile, batch_size, seq_len)
         predicted_s = predict(config, chosen, profile, seq_len, batch_size).latency_s
         job = {"plan": chosen.to_dict(), "repeats": request.repeats}
@@ -158,16 +158,21 @@ def prepare(
     return Prepared("generate", job, inputs, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
 
 
-def _inputs(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """The request's text, or random tokens: input_ids and, of a text, its mask and types, [1, T] each."""
-    generates = is_decoder(config)
+def inputs_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """The request's text, or random tokens: input_ids and, of a text, its mask and types, [1, T] each.
+
+    Raises:
+        ValueError: for a text without tokenizer, one that has no tokens, and inputs that the model does not take.
+    """
     if request.text is None:
         inputs = random_tokens(config, request.num_tokens)
     elif task_of(config) == "question-answering" and request.context is None:
         raise ValueError("the model answers questions about a passage: give the question by --text, it by --context.")
     else:
-        inputs = encode(tokenizer_of(folder), request.text, request.context, generates)
-    check_length(config, inputs["input_ids"].shape[1], request.max_new_tokens if generates else 0)
+        pooling = Pooling.of(folder) if task_of(config) == "base" else None
+        limit = pooling.limit if pooling else None
+        inputs = encode(config, load_tokenizer(folder, config), request.text, request.context, limit)
+    check_inputs(config, inputs, request.max_new_tokens if generates(config) else 0)
     return inputs
 
 
@@ -276,15 +281,17 @@ def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mappin
     """
     prepared, request, config = state.kept["prepared"]
     plan, folder, outputs, task = prepared.plan, state.home["model"], dict(inputs), task_of(config)
-    names = _opened(state.home["cluster"], folder)[0].names
+    spec, checkpoint, _ = _opened(state.home["cluster"], folder)
+    names = spec.names
     taking_part = {name: result for name, result in zip(names, results, strict=True) if result is not None}
-    found, fields = TASKS[task](config, prepared.inputs, outputs, folder)
+    found, fields = read_outputs(folder, config, prepared.inputs, outputs, request.text, request.context)
     batch_size, seq_len = prepared.inputs["input_ids"].shape
     timed, times = (_generation_times if task == "generation" else _times)(request, prepared, taking_part)
     weights = {name: result["weights_bytes"] for name, result in taking_part.items()}
     lines = [
         f"plan: {plan.method}, {plan.describe()}, on {', '.join(names[i] for i in plan.device_ids)}; {plan.wire}",
         *(f"{note}." for note in prepared.notes),
+        *([checkpoint.note] if checkpoint.note else []),
         f"weights: {', '.join(f'{name} {size / 2**20:.0f} MiB' for name, size in weights.items())}",
         f"{(request.text or f'{seq_len} random tokens')!r} -> {found}",
         timed,

@@ -16,13 +16,12 @@ from typing import Any
 import pandas as pd
 import psutil
 from tqdm.auto import tqdm
-from transformers import BertConfig, GPT2Config, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.checkpoints import (
     Checkpoint,
     decoupled_checkpoint,
-    open_folder,
     original_checkpoint,
     request,
 )
@@ -39,7 +38,8 @@ from detransformer.cluster.selfcheck import (
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESETS, config_fields, decoupled_config, preset_config
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.opening import open_checkpoint
+from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import Prediction, alone_seconds, predict
 from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
@@ -115,7 +115,7 @@ class Bench:
 
     def config(self, cell: Cell) -> PretrainedConfig:
         """The configuration of `cell`'s model, without making its checkpoint."""
-        known = preset_config(cell.model) if cell.model in PRESETS else open_folder(cell.model).config
+        known = preset_config(cell.model) if cell.model in PRESETS else open_checkpoint(cell.model).config
         if not cell.needs_decoupled or hasattr(known, "num_divisions"):
             return known
         width = "narrow" if cell.method == "bp+narrow" else cell.attention_width
@@ -334,7 +334,7 @@ def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
 def _original(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration that `config` was decoupled from, or itself."""
     added = ("num_original_layers", "num_divisions", "attention_width")
-    kind = GPT2Config if is_decoder(config) else BertConfig
+    kind = CONFIG_MAPPING[config.model_type.removeprefix("decoupled_")]
     return kind(**{name: value for name, value in config_fields(config).items() if name not in added})
 
 

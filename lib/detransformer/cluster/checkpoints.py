@@ -12,43 +12,27 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    BertConfig,
     BertModel,
-    GPT2Config,
     GPT2LMHeadModel,
-    PretrainedConfig,
     PreTrainedModel,
 )
 
+from detransformer.cluster.hello import model_facts
 from detransformer.files import atomic_folder, atomic_write
-from detransformer.models import architecture, decouple
-from detransformer.models.configuration import decoupled_config, preset_config
+from detransformer.models import decouple
+from detransformer.models.configuration import decoupled_config, generates, max_tokens, preset_config
+from detransformer.opening import Checkpoint, load_model, open_checkpoint, read_configuration
 from detransformer.presets import PLANNING_ONLY, PRESETS
 from detransformer.settings import cache_folder
 
 SEED = 0
-MODEL_CLASS = {"bert": BertModel, "gpt2": GPT2LMHeadModel}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder with config.json and model.safetensors, and the configuration in it."""
-
-    path: Path
-    config: PretrainedConfig
-
-    @property
-    def decoupled(self) -> bool:
-        return hasattr(self.config, "num_divisions")
 
 
 def original_checkpoint(model: str) -> Checkpoint:
     """The original model: a preset's name (random weights, made once and cached) or a folder.
 
     Raises:
-        ValueError: if it is neither, the preset is for planning only, or the folder holds no BERT or GPT-2.
+        ValueError: if it is neither, the preset is for planning only, or the folder holds no model that can be run.
     """
     if model in PLANNING_ONLY:
         raise ValueError(
@@ -56,12 +40,12 @@ def original_checkpoint(model: str) -> Checkpoint:
             f"{', '.join(name for name in PRESETS if name not in PLANNING_ONLY)}, or a checkpoint folder."
         )
     if model not in PRESETS:
-        return open_folder(model)
+        return open_checkpoint(model)
 
     def build() -> PreTrainedModel:
         torch.manual_seed(SEED)
         config = preset_config(model)
-        built = MODEL_CLASS[architecture(config)](config)
+        built = (GPT2LMHeadModel if generates(config) else BertModel)(config)
         for name, parameter in built.named_parameters():
             if name.endswith("bias") or "LayerNorm" in name or ".ln_" in name:
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
@@ -77,50 +61,13 @@ def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: in
         return original
     name = model
     if model not in PRESETS:
-        stamp = (original.path / "model.safetensors").stat()
-        name = "folder-" + hashlib.sha256(f"{original.path.resolve()} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
+        name = "folder-" + hashlib.sha256(str(model_facts(str(original.path))).encode()).hexdigest()[:12]
     decoupled_config(original.config, *sizes)  # checks the sizes before a large model is loaded
 
     def build() -> PreTrainedModel:
-        return decouple(MODEL_CLASS[architecture(original.config)].from_pretrained(original.path), *sizes)
+        return decouple(load_model(original), *sizes)
 
     return _cached(f"{name}-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}", build)
-
-
-def open_folder(folder: str | Path) -> Checkpoint:
-    """A BERT or GPT-2 checkpoint in `folder`, original or decoupled."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"model {str(folder)!r} is neither a preset ({', '.join(PRESETS)}) nor a folder that exists.")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # transformers raises errors of many kinds for a broken configuration
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ValueError(f"{path} holds no readable config.json ({lines[0]}): save the model there.") from None
-    if not isinstance(config, BertConfig | GPT2Config):
-        raise ValueError(
-            f"{path} is a {config.model_type} checkpoint, not BERT or GPT-2: only these two can be run, original or "
-            f"decoupled."
-        )
-    check_sizes(path, config)
-    if not (path / "model.safetensors").is_file():
-        raise ValueError(
-            f"{path} has no model.safetensors: save the model with `save_pretrained` (safetensors, one file)."
-        )
-    return Checkpoint(path, config)
-
-
-def check_sizes(path: Path, config: PretrainedConfig) -> None:
-    """Raises ValueError for an impossible `config`: a size is no positive integer, or heads do not divide the width."""
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"):
-        size = getattr(config, name, None)
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
-            raise ValueError(f"{path}/config.json: {name} is {size!r}, and must be a whole number from 1.")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{path}/config.json: {config.num_attention_heads} heads do not divide the hidden size "
-            f"{config.hidden_size}."
-        )
 
 
 def _cached(name: str, build) -> Checkpoint:
@@ -130,7 +77,7 @@ def _cached(name: str, build) -> Checkpoint:
         if not (folder / "config.json").is_file():
             with atomic_folder(folder) as temporary:
                 build().save_pretrained(temporary, max_shard_size="50GB")
-    return Checkpoint(folder, AutoConfig.from_pretrained(folder))
+    return Checkpoint(folder, read_configuration(folder))
 
 
 @dataclass(frozen=True)
@@ -149,7 +96,7 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
     Raises:
         ValueError: if the model has fewer positions than `seq_len`.
     """
-    limit = checkpoint.config.max_position_embeddings
+    limit = max_tokens(checkpoint.config)
     if not 1 <= seq_len <= limit:
         raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the positions that the model has.")
     if batch_size < 1:
@@ -162,7 +109,7 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
     if not made.reference.is_file():
         generator = torch.Generator().manual_seed(SEED)
         ids = torch.randint(checkpoint.config.vocab_size, (batch_size, seq_len), generator=generator)
-        model = AutoModel.from_pretrained(checkpoint.path).eval()
+        model = load_model(checkpoint, torch.float32).base_model
         with torch.inference_mode():
             output = model(input_ids=ids).last_hidden_state.contiguous()
         files = {made.inputs: {"input_ids": ids}, made.reference: {"last_hidden_state": output}}

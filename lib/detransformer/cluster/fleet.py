@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from detransformer.cluster.devices import DeviceError, DeviceLost
-from detransformer.cluster.roster import CODE_S, FAILED, LOST, REFUSED, Group, Roster, join_words
+from detransformer.cluster.roster import CODE_S, EVIDENCE_S, FAILED, LOST, REFUSED, Group, Roster, join_words
 
 START_S = 180.0  # limit for the first device's worker to start, which imports torch
 LATE_S = 1.0  # wait for the other answers, after that of the one needed device
 ANNOUNCE_S = 10.0  # between two sentences on the devices that are absent
+
+
+class JobFailed(Exception):
+    """A job that would fail on every device: its own error, for which no device is lost."""
 
 
 class Fleet(Roster):
@@ -72,6 +76,13 @@ class Fleet(Roster):
             if member := self.members.get(device):
                 member.line.tell({"say": sentence})
 
+    def enough(self, rows: Sequence[int]) -> None:
+        """Tells the workers that the present job has rows that are wanted no more."""
+        with self.changed:
+            for device in self.asked:
+                if member := self.members.get(device):
+                    member.line.tell({"enough": list(rows), "job": self.job})
+
     def hello(self, device: int) -> dict:
         """The hello of the worker of `device`, which is in the group."""
         return self.group.members[device].hello
@@ -87,6 +98,7 @@ class Fleet(Roster):
         needed: int | None = None,
         number: int | None = None,
         meanwhile: Callable[[], None] = lambda: None,
+        on_part: Callable[[object], None] = lambda part: None,
     ) -> dict[int, tuple[object, bytes]]:
         """Gives each worker of the group one job; returns device -> (result, bytes of its tensors).
 
@@ -99,10 +111,12 @@ class Fleet(Roster):
                 after that one, is left out from then on (`left_out` says why), and is not in the result.
             number: of the group that is meant; None: any.
             meanwhile: called several times a second.
+            on_part: called with each part of its result that a worker tells before the end; must not wait.
 
         Raises:
             DeviceLost: if a worker died, was silent or took too long. In a fleet that stays the job may be asked again.
             DeviceError: if a worker reports an error.
+            JobFailed: in a fleet that stays, where the error is the job's own.
         """
         doing = job.rpartition(":")[2]
         with self.changed:
@@ -113,6 +127,7 @@ class Fleet(Roster):
             self.job += 1
             asked = [d for d in (group.members if devices is None else devices) if d not in self.left_out]
             self.asked, self.needed, self.answers = set(asked), needed, {}
+            self.objections, self.objected_at, self.on_part = {}, 0.0, on_part
             lines, job_number = {device: group.members[device].line for device in asked}, self.job
         try:
             for device, line in lines.items():
@@ -127,8 +142,10 @@ class Fleet(Roster):
     def _collect(self, group: Group, doing: str, timeout_s: float, meanwhile: Callable[[], None]) -> dict:
         deadline, answered_at = time.monotonic() + timeout_s, None
         with self.changed:
-            while left := self.asked - set(self.answers) - set(self.left_out):
+            while left := self.asked - set(self.answers) - set(self.left_out) - set(self.objections):
                 now = time.monotonic()
+                if self.objections and now - self.objected_at > EVIDENCE_S:
+                    break  # the others wait for a message of who has failed
                 if self.needed in self.answers:
                     answered_at = answered_at or now
                     ending = any(group.members[device].closed_at for device in left)  # its exit code is on the way
@@ -146,6 +163,11 @@ class Fleet(Roster):
                     raise DeviceLost(late, f"{self.names[late]} had no result after {timeout_s:.0f} s while {doing}.")
                 self.changed.wait(0.1)
                 meanwhile()
+            if self.objections:
+                sentence = min(self.objections.items())[1]
+                if left or self.answers or len(set(self.objections.values())) > 1:
+                    self.regroup({}, "a job has failed on some devices, and they meet anew")
+                raise JobFailed(sentence)  # where all failed alike, each has begun the messages that the others await
             return dict(self.answers)
 
     def _check(self, doing: str) -> None:

@@ -133,7 +133,7 @@ def model_facts(folder: str) -> dict[str, Any]:
     """Digests of a model's config.json and weights, and the weights' size in bytes.
 
     Raises:
-        ValueError: if config.json or model.safetensors is missing or unreadable.
+        ValueError: if config.json or the weights are missing or unreadable.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -144,9 +144,9 @@ def model_facts(folder: str) -> dict[str, Any]:
         raise ValueError(f"{folder} has no config.json: copy the whole checkpoint there.") from None
     except ValueError:
         raise ValueError(f"{folder}/config.json is damaged: copy the checkpoint there again.") from None
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
-        raise ValueError(f"{folder} has no model.safetensors: copy the whole checkpoint there.")
+        raise ValueError(f"{folder} has no model.safetensors or pytorch_model.bin: copy the whole checkpoint there.")
     kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     try:
         size = sum(file.stat().st_size for file in files)

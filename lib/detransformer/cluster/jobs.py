@@ -12,7 +12,8 @@ from transformers import BertConfig
 from detransformer import machine
 from detransformer.cluster.pacing import Pacer
 from detransformer.cluster.state import Loaded, WorkerState
-from detransformer.parallel.executor import Executor
+from detransformer.parallel.draw import Sampling
+from detransformer.parallel.executor import Executor, request_shape
 from detransformer.parallel.generation import Generator
 from detransformer.parallel.linear import can_pack
 from detransformer.parallel.plan import Plan, published_plan
@@ -43,7 +44,8 @@ def run_plan(
 
     Args:
         checkpoint: folder with config.json and model.safetensors.
-        inputs: input_ids and, where given, attention_mask and token_type_ids [B, T], or their safetensors file.
+        inputs: input_ids and, where given, attention_mask and token_type_ids [B, T], or a ViT's pixel_values; or their
+            safetensors file.
         device: this rank's `DeviceProfile` as a dict, to pace by; None runs at the host's own speed.
         link: `LinkProfile` as a dict, where the link is modelled; None where it is real.
         time_scale: everything modelled lasts this many times longer; times are reported in the device's seconds.
@@ -62,8 +64,8 @@ def run_plan(
     if not state.takes_part(made.device_ids):
         return None
     tensors = _read(inputs)
-    batch_size, seq_len = tensors["input_ids"].shape
-    executor, is_new = state.runner(loaded, made, lambda: _executor(state, loaded, checkpoint, made))
+    batch_size, seq_len = request_shape(loaded.config, tensors.get("pixel_values", tensors.get("input_ids")))
+    executor, is_new = state.runner(loaded, made, lambda: _executor(state, loaded, checkpoint, made, dtype))
     comm = executor.comm
     machine.restart_peak()
     segment_s, link_s = loaded.pace(made, comm.rank, device, link, time_scale, seq_len, batch_size)
@@ -129,12 +131,19 @@ def generate(
     time_scale: float = 1.0,
     dtype: str = "float32",
     output: str | dict[str, torch.Tensor] | None = None,
+    sampling: Sequence[dict] = (),
+    stop_tokens: Sequence[int] = (),
+    tells: bool = False,
 ) -> dict | None:
-    """Generates text greedily, the prompt by plan `prefill`, each further token by `decode`; None if left out.
+    """Generates text, the prompt by plan `prefill`, each further token by `decode`; None if left out.
 
-    Arguments as in `run_plan`; prompts are padded on the left. Returns `tokens` [B][max_new_tokens], the seconds of
-    each token `token_s` (the first is the prompt's), `overrun_s` and `modelled_s` summed over them, `counts` and
-    `bytes` of the collectives of one decoding step, and the bytes of weights and of keys and values kept.
+    Arguments as in `run_plan`; prompts are padded on the left. `sampling` are a `Sampling` a row, as dicts; without,
+    tokens are the likeliest. Generation ends early where every row has had one of `stop_tokens`, or the front wants no
+    more of it. `tells`: the front hears of each token [B] when it is made.
+
+    Returns `tokens` [B][max_new_tokens at most], the seconds of each token `token_s` (the first is the prompt's),
+    `overrun_s` and `modelled_s` summed over them, `counts` and `bytes` of the collectives of one decoding step, and the
+    bytes of weights and of keys and values kept.
     """
     plans = Plan.from_dict(prefill), Plan.from_dict(decode)
     devices = plans[0].device_ids
@@ -150,24 +159,33 @@ def generate(
 
     comm.observer = None
     if is_new:  # warm up
-        generator(ids, mask, min(2, max_new_tokens))
+        first = generator.start(ids, mask, min(2, max_new_tokens))
+        if not generator.ended:
+            generator.step(first)
     sizes = [(plans[0], seq_len, 0)] + [(plans[1], 1, seq_len + i) for i in range(max_new_tokens - 1)]
     paces = [  # modelled before, not between, the tokens
         loaded.pace(plan, comm.rank, device, link, time_scale, length, batch_size, past) for plan, length, past in sizes
     ]
     pacer = comm.observer = Pacer(*paces[0], state.arrivals, comm.rank, devices)
     state.start_together(comm, devices, 0)
+    rows, has_result = [Sampling(**row) for row in sampling], comm.rank == plans[0].num_devices - 1
     made, token_s = [], []
     for segment_s, link_s in paces:
         comm.reset()
         start = time.perf_counter()
         pacer.segment_s, pacer.link_s = segment_s, link_s
         pacer.begin()
-        made.append(generator.step(made[-1]) if made else generator.start(ids, mask, max_new_tokens))
+        asked = (ids, mask, max_new_tokens, rows, stop_tokens)
+        made.append(generator.step(made[-1]) if made else generator.start(*asked))
         pacer.end()
         token_s.append((time.perf_counter() - start) / time_scale)
-    tokens = torch.stack(made, dim=1)  # [B, max_new_tokens]
-    if output is not None and comm.rank == plans[0].num_devices - 1:
+        if tells and has_result:
+            state.tell(made[-1].tolist())
+        if generator.ended:
+            break
+        generator.finish(state.enough())
+    tokens = torch.stack(made, dim=1)  # [B, max_new_tokens at most]
+    if output is not None and has_result:
         _hand_over({"tokens": tokens}, output)
     return {
         "tokens": tokens.tolist(),
@@ -182,12 +200,12 @@ def generate(
     }
 
 
-def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan) -> Executor:
+def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan, dtype: str) -> Executor:
     comm = state.comm(plan.device_ids)
     if plan.runs == "dtensor":
         from detransformer.parallel.dtensor import DTensorExecutor
 
-        return DTensorExecutor(checkpoint, plan, comm)
+        return DTensorExecutor(checkpoint, plan, comm, getattr(torch, dtype))
     return Executor(loaded.config, plan, loaded.weights, comm, loaded.held_with)
 
 

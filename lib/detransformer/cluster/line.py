@@ -17,6 +17,7 @@ HEAD = struct.Struct("!IQ")  # bytes of the header and of the payload
 STRANGER_BYTES, MEMBER_BYTES = 2**16, 2**30  # limit of a message, before and after its sender is known
 BEAT_S = 0.5  # between two heartbeats
 SEND_S = 60.0  # limit for sending one message
+PEER, DEVICE, REQUEST = "peer", "device", "request"  # whose an error is, that a worker reports
 
 
 class Message(NamedTuple):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from detransformer.cluster.hello import difference, is_proof, prove
-from detransformer.cluster.line import BEAT_S, MEMBER_BYTES, Line, Message
+from detransformer.cluster.line import BEAT_S, DEVICE, MEMBER_BYTES, PEER, REQUEST, Line, Message
 
 STRANGER_S, MAX_STRANGERS = 5.0, 64  # limits of connections without a valid hello: their age and number
 LAST_CALL_S = 1.5  # wait for further devices, once the expected ones have come
@@ -91,6 +91,9 @@ class Roster:
         self.why = "the devices have not met yet"  # why there is no group
         self.job, self.asked, self.needed = 0, set(), None  # the current job: number, devices, `needed` of `Fleet.run`
         self.answers: dict[int, tuple[object, bytes]] = {}
+        self.objections: dict[int, str] = {}  # of devices that found the current job itself at fault, and how
+        self.objected_at = 0.0
+        self.on_part: Callable[[object], None] = lambda part: None  # hears what a worker tells before the job's end
         self.first_came_at = 0.0  # when the first device's worker came
         self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
         self._on_event, self._listener = on_event, listener
@@ -252,9 +255,16 @@ class Roster:
                     self._announce_serving()
             elif "result" in header and header["job"] == self.job:
                 self.answers[member.device] = header["result"], payload
+            elif "part" in header and header["job"] == self.job:
+                self.on_part(header["part"])
             elif "error" in header and header.get("job", self.job) == self.job:
-                self._failed[member.device] = str(header["error"]), bool(header.get("own"))
-                self._failed_at = self._failed_at or time.monotonic()
+                text, whose = str(header["error"]), header.get("whose", DEVICE)
+                if whose == REQUEST and self.stays:
+                    self.objections[member.device] = text
+                    self.objected_at = self.objected_at or time.monotonic()
+                else:  # elsewhere an error of any kind ends all
+                    self._failed[member.device] = text, whose != PEER
+                    self._failed_at = self._failed_at or time.monotonic()
 
     # --- Losses ---
 

@@ -62,10 +62,10 @@ def run_emulated(
     Raises:
         ValueError, DeviceError: as `ask`.
     """
-    from detransformer.cluster.checkpoints import open_folder
     from detransformer.cluster.selfcheck import host_time_scale, lateness, warn_if_late
+    from detransformer.opening import open_checkpoint
 
-    config = open_folder(model).config
+    config = open_checkpoint(model).config
     profile = spec.profile(config)
     home = {"cluster": str(spec.path.resolve()), "model": str(Path(model).resolve())}
     with spec.emulate(transport=transport, threads=threads, home=home) as cluster:

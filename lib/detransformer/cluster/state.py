@@ -1,7 +1,7 @@
 """What a worker keeps between jobs: its groups, and of each model the weights, executors and modelled segments."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-import detransformer.models  # noqa: F401  registers decoupled models with AutoConfig
 from detransformer import machine
 from detransformer.cluster.pacing import Arrivals, sleep_until
+from detransformer.opening import open_checkpoint, read_configuration
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
@@ -84,6 +84,8 @@ class WorkerState:
     device: int = 0  # in the cluster file; `rank` counts the present devices
     home: Mapping[str, Any] = field(default_factory=dict)  # settings that this host was started with: model, ...
     kept: dict[str, Any] = field(default_factory=dict)  # what one job leaves for the next
+    tell: Callable[[Any], None] = lambda part: None  # sends the front a part of the job's result before its end
+    enough: Callable[[], Iterable[int]] = tuple  # rows of the job that the front wants no more of
 
     def takes_part(self, devices: tuple[int, ...]) -> bool:
         """Whether this rank is one of `devices`. All workers have to ask, since all of them make a new group."""
@@ -131,7 +133,9 @@ class WorkerState:
             weights = None
             if held[0].runs != "dtensor":
                 weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
-            config = AutoConfig.from_pretrained(checkpoint)
+            config = read_configuration(checkpoint, images=True)
+            if not config.architectures:  # its weights tell the class
+                config = open_checkpoint(checkpoint).config
             self.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())
         return self.loaded[key]
 

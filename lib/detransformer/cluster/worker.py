@@ -18,19 +18,22 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from detransformer.cluster.hello import End, meet
 from detransformer.cluster.jobs import WorkerState, warm_up_libraries
-from detransformer.cluster.line import BEAT_S, Line, Message, listen
+from detransformer.cluster.line import BEAT_S, DEVICE, PEER, REQUEST, Line, Message, listen
 from detransformer.cluster.pacing import Arrivals
 from detransformer.machine import die_with_parent
 
 COLLECTIVE_ERRORS = ("peer", "gloo", "timed out", "timeout", "broken pipe", "connection")  # words in their messages
+MEMORY_ERRORS = ("allocate memory", "out of memory")  # words in torch's, which are of RuntimeError
 
 
 def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
@@ -53,7 +56,8 @@ def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     orders: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=keep_line, args=(job, line, orders, end, heard), daemon=True).start()
+    enough: dict[int, list[int]] = {}
+    threading.Thread(target=keep_line, args=(job, line, orders, end, heard, enough), daemon=True).start()
     state = None
     while True:
         header, payload = orders.get()
@@ -62,15 +66,24 @@ def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
                 state = join(job, device, header)
                 line.send({"ready": header["group"]})
             else:
+                number = header["job"]
+                state.tell, state.enough = partial(_tell, line, number), partial(enough.get, number, ())
                 result, tensors = perform(state, header, payload)
                 line.send({"job": header["job"], "result": result}, save(tensors) if tensors else b"")
         except Exception as error:  # the front decides
             with contextlib.suppress(OSError):  # the log's disk may be full
                 traceback.print_exc()
                 sys.stderr.flush()
-            sentence, own = blame(error)
+            sentence, whose = blame(error)
+            if whose == REQUEST and "job" not in header:
+                whose = DEVICE
             with contextlib.suppress(OSError):
-                line.send({"error": sentence, "own": own, **({"job": header["job"]} if "job" in header else {})})
+                line.send({"error": sentence, "whose": whose, **({"job": header["job"]} if "job" in header else {})})
+
+
+def _tell(line: Line, job: int, part: Any) -> None:
+    with contextlib.suppress(OSError):  # a closed line ends this process anyway
+        line.send({"job": job, "part": part})
 
 
 def join(job: Mapping[str, Any], device: int, order: Mapping[str, Any]) -> WorkerState:
@@ -127,15 +140,32 @@ def resolve(name: str, allowed: str = "detransformer.") -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-def blame(error: Exception) -> tuple[str, bool]:
-    """An error in a sentence, and whether this worker caused it; a peer or the link causes a failed collective."""
+def blame(error: Exception) -> tuple[str, str]:
+    """An error in a sentence, and whose it is: a peer's (or the link's), this device's, or else the request's own.
+
+    A failed collective is a peer's. Memory and files are the device's. Any other error would come again on every device
+    that is asked the same.
+    """
     text = " ".join(str(error).split())
-    own = not (isinstance(error, RuntimeError) and any(word in text.lower() for word in COLLECTIVE_ERRORS))
-    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:300]}"), own
+    sentence = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:300]}"
+    if isinstance(error, RuntimeError) and any(word in text.lower() for word in COLLECTIVE_ERRORS):
+        return sentence, PEER
+    is_device = isinstance(error, (MemoryError, OSError, SafetensorError)) or any(w in text for w in MEMORY_ERRORS)
+    return sentence, DEVICE if is_device else REQUEST
 
 
-def keep_line(job: Mapping[str, Any], line: Line, orders: queue.SimpleQueue, end: End, heard: socket.socket) -> None:
-    """The thread that keeps the line to the front while the main thread computes; ends the process with the front."""
+def keep_line(
+    job: Mapping[str, Any],
+    line: Line,
+    orders: queue.SimpleQueue,
+    end: End,
+    heard: socket.socket,
+    enough: dict[int, list[int]],
+) -> None:
+    """The thread that keeps the line to the front while the main thread computes; ends the process with the front.
+
+    `enough` gets the rows of a job, by its number, that the front wants no more of.
+    """
     first = f"{job['first']}, the first device,"
 
     def take(messages: list[Message]) -> None:
@@ -145,6 +175,9 @@ def keep_line(job: Mapping[str, Any], line: Line, orders: queue.SimpleQueue, end
                 end()
             elif "end" in header:
                 end(header["end"], header["sentence"])
+            elif "enough" in header:
+                enough.clear()
+                enough[header["job"]] = header["enough"]
             elif "say" in header:
                 end.say(header["say"])
             else:
@@ -157,7 +190,7 @@ def keep_line(job: Mapping[str, Any], line: Line, orders: queue.SimpleQueue, end
     while True:
         for key, _ in selector.select(BEAT_S / 2):
             if key.fileobj is heard:
-                line.tell({"error": "it was interrupted", "own": True})
+                line.tell({"error": "it was interrupted", "whose": DEVICE})
                 end()
             elif (messages := line.receive()) is None:
                 end("lost", f"{first} is lost: its process ended.")

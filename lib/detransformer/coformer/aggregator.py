@@ -2,16 +2,15 @@
 
 | kind | made of | what a device sends | learned |
 |---|---|---|---|
-| `coformer` | X_agg = Pool(W Concat(X_1, .., X_N) + b), then the task's head (Eq. 2) | pooled features | yes |
-| `attention` | self-attention over the N projected features, mean, head (Vaswani et al. 2017) | pooled features | yes |
-| `senet` | features of all gated by squeeze and excitation, projected, head (Hu et al. 2018) | pooled features | yes |
+| `coformer` | X_agg = Pool(W Concat(X_1, .., X_N) + b), then the task's head (Eq. 2) | one token's features | yes |
+| `attention` | self-attention over the N projected features, mean, head (Vaswani et al. 2017) | the same | yes |
+| `senet` | features of all gated by squeeze and excitation, projected, head (Hu et al. 2018) | the same | yes |
 | `average` | mean of the sub-models' probabilities | logits | no |
 | `majority` | most votes; of classes with as many votes the one of the largest summed probability | logits | no |
 
-Pool is the mean over S tokens and the projection is linear, so they commute: a device pools before
-it sends, which is exact and S times fewer bytes. Published is the mean (`POOLINGS`). Classifiers of BERT and ViT read
-the first token only and those of GPT-2 the last, so features of calibrated classifiers say most there; to pick a token
-is linear as well and commutes alike.
+Published, Pool is the mean over the S tokens. Classifiers of BERT and ViT read their first token only and those of
+GPT-2 the last, so features of calibrated classifiers say most there: Pool takes this token. That is linear, as the
+projection is, so they commute: a device pools before it sends, which is exact and S times fewer bytes.
 
 A device may be missing (`present`). For the learned kinds its features are then the mean of the training samples', kept
 with the weights; for `average` and `majority` it is left out.
@@ -26,62 +25,51 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-POOLINGS = ("mean", "first", "last")
 SENET_REDUCTION = 16  # Hu et al. 2018, Section 3.2
 
 
-def pool_features(
-    features: torch.Tensor, attention_mask: torch.Tensor | None = None, pooling: str = "mean"
-) -> torch.Tensor:
-    """One vector of all tokens, [B, S, d] -> [B, d].
-
-    Args:
-        attention_mask: [B, S] of the tokens that count; None counts all.
-        pooling: their `"mean"`, or the `"first"` (BERT's and ViT's [CLS]) or `"last"` of them (GPT-2's).
-    """
-    _check_pooling(pooling)
-    mask = features.new_ones(features.shape[:2]) if attention_mask is None else attention_mask.to(features.dtype)
-    if pooling == "mean":
-        return (features * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-    at = mask.argmax(1) if pooling == "first" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
-    return features[torch.arange(len(features), device=features.device), at]
-
-
 def features_and_logits(sub_model: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(X_n [B, S, d_n], logits [B, C]) of one forward pass of a classifier of transformers."""
+    """(X_n [B, d_n], logits [B, C]) of one forward pass of a classifier of transformers.
+
+    X_n are the features of the token that its head reads: GPT-2's is the last that `attention_mask` [B, S] counts, that
+    of BERT and ViT the first.
+    """
     seen = []
     handle = sub_model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     try:
         logits = sub_model(**inputs).logits
     finally:
         handle.remove()
-    return seen[0], logits
+    (features,) = seen  # [B, S, d_n]
+    if not sub_model.config.model_type.endswith("gpt2"):
+        return features[:, 0], logits
+    mask = inputs.get("attention_mask", features.new_ones(features.shape[:2]))
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return features[torch.arange(len(features), device=features.device), last], logits
 
 
 class Aggregator(nn.Module):
     """The common part of all kinds: which sub-models are present, and a stand-in for those that are not.
 
-    A learned kind has `build`, which makes its layers, and `fuse`: pooled features of all sub-models [B, d_n] to logits
+    A learned kind has `build`, which makes its layers, and `fuse`: features of all sub-models [B, d_n] to logits
     [B, C]. The others have `vote`: probabilities [B, N, C] and weights [B, N, 1], 1 where present, to logits [B, C].
 
     Args:
         widths: d_n of each sub-model.
         num_labels: C.
-        pooling: of the features that devices send, as in `pool_features`.
     """
 
     kind: str
     learned = True
 
-    def __init__(self, widths: Sequence[int], num_labels: int, pooling: str = "mean"):
+    def __init__(self, widths: Sequence[int], num_labels: int):
         super().__init__()
-        _check_pooling(pooling)
         if not widths or min(widths) < 1 or num_labels < 2:
             raise ValueError(
                 f"widths={list(widths)}, num_labels={num_labels}: give a width above 0 for each of one or more "
                 "sub-models, and two classes or more."
             )
-        self.widths, self.num_labels, self.pooling = tuple(widths), num_labels, pooling
+        self.widths, self.num_labels = tuple(widths), num_labels
         self.hidden_size = max(widths)  # d_i, that of the central device
         if self.learned:
             self.register_buffer("mean", torch.zeros(sum(widths)))  # features of the training samples, all sub-models'
@@ -90,10 +78,10 @@ class Aggregator(nn.Module):
     @property
     def sizes(self) -> dict:
         """What `make_aggregator` takes to make one like this."""
-        return {name: getattr(self, name) for name in ("kind", "widths", "num_labels", "pooling")}
+        return {name: getattr(self, name) for name in ("kind", "widths", "num_labels")}
 
     def set_means(self, features: Sequence[torch.Tensor]) -> None:
-        """From training samples' pooled features [M, d_n]."""
+        """From training samples' features [M, d_n]."""
         self.mean.copy_(torch.cat([x.mean(0) for x in features]))
 
     def forward(
@@ -102,7 +90,7 @@ class Aggregator(nn.Module):
         """Logits [B, C]; of `average` the log of the mean probabilities, of `majority` votes plus a fraction for ties.
 
         Args:
-            answers: of each sub-model its pooled features [B, d_n] for learned kinds, its logits [B, C] for the others;
+            answers: of each sub-model its features [B, d_n] for learned kinds, its logits [B, C] for the others;
                 None for one that is missing.
             present: which sub-models answered, [N] or, by sample, [B, N]; None takes all that are not None.
 
@@ -201,11 +189,11 @@ CLASSES = {
 KINDS = tuple(CLASSES)
 
 
-def make_aggregator(kind: str, widths: Sequence[int], num_labels: int, pooling: str = "mean") -> Aggregator:
+def make_aggregator(kind: str, widths: Sequence[int], num_labels: int) -> Aggregator:
     """A new aggregator of `kind`, one of `KINDS`."""
     if kind not in CLASSES:
         raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(KINDS)}.")
-    return CLASSES[kind](widths, num_labels, pooling)
+    return CLASSES[kind](widths, num_labels)
 
 
 def squeezed_width(widths: Sequence[int]) -> int:
@@ -229,8 +217,3 @@ def aggregator_flops(kind: str, widths: Sequence[int], num_labels: int, hidden_s
         "average": 5 * num * num_labels,
         "majority": 6 * num * num_labels,
     }[kind]
-
-
-def _check_pooling(pooling: str) -> None:
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling {pooling!r} is unknown: choose one of {', '.join(POOLINGS)}.")

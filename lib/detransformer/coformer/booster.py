@@ -24,9 +24,8 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +35,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from detransformer.coformer.outputs import kept, predict, read_tensors, weights_hash, write_tensors
+from detransformer.coformer.outputs import collect_outputs, weights_hash
 from detransformer.coformer.tasks import BoostTask
 from detransformer.training.config import PRECISIONS, StepRecipe, config_hash, not_negative, one_of, positive
-from detransformer.training.hardware import place, resolve_precision
+from detransformer.training.hardware import resolve_precision
 from detransformer.training.loop import Run, fit, micro_batches
 from detransformer.training.results import Result, as_result, read_result, write_result
 
@@ -116,41 +115,44 @@ def boost(
     task: BoostTask,
     config: BoostConfig,
     output_dir: str | Path,
-    on_step: Callable[[int, int, float], None] | None = None,
 ) -> list[Result]:
     """Calibrates each sub-model in turn into `output_dir/sub-model-N-*/` (model/, history.csv, result.json).
 
-    The models given stay as they are; `load_calibrated` reads the calibrated ones. A finished sub-model is not trained
-    again as long as nothing it depends on has changed (its first weights, the large model's, task, configuration and,
-    unless the rule is `"none"`, the sub-models before it); an interrupted one goes on.
+    The models given stay as they are. A finished sub-model is not trained again as long as nothing it depends on has
+    changed (its first weights, the large model's decisions, task, configuration and, unless the rule is `"none"`, the
+    sub-models before it); an interrupted one goes on.
 
     Args:
         sub_models: models with `.logits` [B, C], in the order of calibration, as they were decomposed.
         teacher: the large model, fine-tuned on the task.
-        on_step: `on_step(number, step, loss)` is called after each step of sub-model `number`, from 1.
 
     Returns:
-        Of each sub-model: number, score (the task's metric on the test samples, times 100), task.
+        Of each sub-model: number, model (calibrated, in eval mode), task.
 
     Raises:
-        ValueError: without sub-models, for damaged files, or a loss that is not finite.
+        ValueError: without sub-models, for a large model of other classes, damaged files, or a loss that is not finite.
     """
     if not sub_models:
         raise ValueError("there are no sub-models to calibrate: decompose the large model first.")
+    if teacher.config.num_labels != task.num_classes:
+        raise ValueError(
+            f"the large model tells {teacher.config.num_labels} classes apart, {task.name} has {task.num_classes}: "
+            "fine-tune it on this task first."
+        )
     config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
-    taught = teacher_logits(teacher, task, Path(output_dir), config.mixed_precision)
+    (taught,) = collect_outputs([teacher], task, "train", output_dir).logits
     said = (taught.argmax(-1) if config.target == "hard" else taught).numpy()
     before = config_hash("calibration", config, task.name, task.fingerprint, hashlib.sha256(said).hexdigest())
     weights, results = np.ones(len(task.train_labels)), []
     for number, sub_model in enumerate(sub_models, start=1):
         identity = config_hash(before, number, weights_hash(sub_model))
-        folder = Path(output_dir) / f"sub-model-{number}-{identity[:6]}"
-        report = None if on_step is None else partial(on_step, number)
-        run = Run(f"sub-model {number}", folder, identity, report)
+        run = Run(f"sub-model {number}", Path(output_dir) / f"sub-model-{number}-{identity[:6]}", identity)
         record = read_result(run) or _calibrate(sub_model, number, taught, weights, task, config, run)
-        results.append(as_result(run, record))
+        model = type(sub_model).from_pretrained(run.folder / "model").eval()
+        results.append(as_result(run, record, model=model))
         if config.rule != "none":
-            losses = read_tensors(folder / "losses.safetensors", f"delete {folder}")["losses"].numpy()
+            said_now = collect_outputs([model], task, "train", output_dir)
+            losses = sample_losses(said_now.logits[0], said_now.labels, taught, config.target).numpy()
             weights = update_weights(weights, losses, config.rule, task.num_classes)
             before = identity
     return results
@@ -158,7 +160,7 @@ def boost(
 
 def _calibrate(sub_model, number, taught, weights, task, config, run: Run) -> dict:
     model, seed = copy.deepcopy(sub_model), config.seed + number - 1
-    labels, sample_weights = torch.from_numpy(task.train_labels), torch.from_numpy(weights).float()
+    sample_weights = torch.from_numpy(weights).float()
 
     def train_batch(index: int, batch_size: int) -> dict[str, torch.Tensor]:
         batch = task.train_batch(seed, index, batch_size)
@@ -167,44 +169,6 @@ def _calibrate(sub_model, number, taught, weights, task, config, run: Run) -> di
 
     set_seed(seed + 1)  # dropout
     trained = fit(BoostLoss(model, config.target), micro_batches(train_batch, config), config, config.num_steps, run)
-    # In the number format that the model was trained in, which is the fast one.
-    losses = sample_losses(predict(model, task, "train"), labels, taught, config.target)
-    score = task.score(predict(model, task, "test").argmax(-1).numpy())
     trained.restore_float32()
-    record = {
-        "number": number,
-        "score": score,
-        "task": task.name,
-        "config": dataclasses.asdict(config),
-    }
-    write_tensors(run.folder / "losses.safetensors", {"losses": losses})
+    record = {"number": number, "task": task.name, "config": dataclasses.asdict(config)}
     return write_result(run, trained, record, "samples", config.global_batch_size, model.save_pretrained)
-
-
-def load_calibrated(results: Sequence[Result], sub_models: Sequence[PreTrainedModel]) -> list[PreTrainedModel]:
-    """The calibrated models of `results`, of the classes of `sub_models`, in eval mode."""
-    pairs = zip(results, sub_models, strict=True)
-    return [type(sub_model).from_pretrained(result.checkpoint).eval() for result, sub_model in pairs]
-
-
-def teacher_logits(teacher: PreTrainedModel, task: BoostTask, folder: Path, precision: str = "no") -> torch.Tensor:
-    """The large model's logits [M, C] of all training samples: computed once, then kept in `folder`.
-
-    Raises:
-        ValueError: for another number of classes than the task's, or a damaged file.
-    """
-    if teacher.config.num_labels != task.num_classes:
-        raise ValueError(
-            f"the large model tells {teacher.config.num_labels} classes apart, {task.name} has {task.num_classes}: "
-            "fine-tune it on this task first."
-        )
-
-    def make() -> dict[str, torch.Tensor]:
-        model = copy.deepcopy(teacher)
-        place(model, precision)
-        if precision == "bf16-weights":
-            model.to(torch.bfloat16)
-        return {"logits": predict(model, task, "train")}
-
-    key = config_hash("teacher", weights_hash(teacher), task.name, task.fingerprint, precision)
-    return kept(folder / f"teacher-{key}.safetensors", make)["logits"]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from detransformer.coformer.aggregator import Aggregator, make_aggregator
-from detransformer.coformer.booster import BoostConfig, boost, load_calibrated
+from detransformer.coformer.booster import BoostConfig, boost
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.outputs import Outputs, collect_outputs
 from detransformer.coformer.policy import Policy
@@ -63,7 +63,7 @@ class AggregatorLoss(nn.Module):
         self.model, self.label_smoothing = model, label_smoothing
 
     def forward(self, labels: torch.Tensor, present: torch.Tensor | None = None, **features) -> torch.Tensor:
-        """labels [B], present [B, N] and, by the sub-model's number, pooled features [B, d_n] -> mean loss."""
+        """labels [B], present [B, N] and, by the sub-model's number, features [B, d_n] -> mean loss."""
         logits = self.model(list(features.values()), present=present)
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
@@ -82,19 +82,12 @@ def train_aggregator(
 
     Args:
         num_labels: C.
-        start: a trained aggregator to go on from, e.g. with `drop` above 0; it stays as it is.
-
-    Raises:
-        ValueError: for an aggregator to start from that is another one.
+        start: a trained aggregator of this kind to go on from, e.g. with `drop` above 0; it stays as it is.
     """
-    widths, pooling = outputs.widths, outputs.pooling
-    if start is not None and (start.kind, start.widths, start.pooling) != (kind, widths, pooling):
-        raise ValueError(
-            f"the aggregator to start from is {start.kind} of {list(start.widths)}, pooling {start.pooling}, not "
-            f"{kind} of {list(widths)}, pooling {pooling}: give one of this kind."
-        )
+    widths = outputs.widths
+    assert start is None or (start.kind, start.widths) == (kind, widths), (start.sizes, kind, widths)
     set_seed(seed)
-    aggregator = make_aggregator(kind, widths, num_labels, pooling=pooling) if start is None else copy.deepcopy(start)
+    aggregator = make_aggregator(kind, widths, num_labels) if start is None else copy.deepcopy(start)
     if not aggregator.learned:
         return aggregator.eval(), []
     aggregator.set_means(outputs.features)
@@ -149,15 +142,16 @@ class Calibrated:
     Args:
         boosted: of each sub-model, in the devices' order.
         train, test: the sub-models' outputs for all samples.
+        scores: of each sub-model alone on the test samples, by the task's metric, times 100.
         aggregator: of the kind asked for.
         accuracy: of the ensemble on the test samples, times 100.
         held_out_accuracy: on training samples that nothing was trained on; NaN where the task holds none out.
     """
 
     boosted: list[Result]
-    sub_models: list[PreTrainedModel]
     train: Outputs
     test: Outputs
+    scores: list[float]
     aggregator: Aggregator
     accuracy: float
     held_out_accuracy: float
@@ -171,26 +165,23 @@ def calibrate_policy(
     aggregation: AggregatorConfig,
     output_dir: str | Path,
     kind: str = "coformer",
-    pooling: str = "first",
 ) -> Calibrated:
     """Decomposes `model` by `policy`, boosts its sub-models, trains an aggregator; resumable, kept in `output_dir`.
 
     Args:
-        kind, pooling: of the aggregator.
+        kind: of the aggregator.
 
     Raises:
         ValueError: for a policy outside C1-C4, or what `boost` refuses.
     """
-    folder, cut = Path(output_dir), decompose(model, policy)
-    boosted = boost(cut, model, task, boosting, folder)
-    calibrated = load_calibrated(boosted, cut)
+    boosted = boost(decompose(model, policy), model, task, boosting, output_dir)
 
     def outputs(split: str) -> Outputs:
-        return collect_outputs(calibrated, task, split, folder, pooling)
+        return collect_outputs([result.model for result in boosted], task, split, output_dir)
 
-    train = outputs("train")
+    train, test = outputs("train"), outputs("test")
+    scores = [task.score(logits.argmax(-1).numpy()) for logits in test.logits]
     aggregator, _ = train_aggregator(kind, train, task.num_classes, aggregation, boosting.seed)
     held_out = math.nan if task.held_labels is None else ensemble_accuracy(aggregator, outputs("held"))
-    test = outputs("test")
     accuracy = ensemble_accuracy(aggregator, test)
-    return Calibrated(boosted, calibrated, train, test, aggregator, accuracy, held_out)
+    return Calibrated(boosted, train, test, scores, aggregator, accuracy, held_out)

@@ -21,42 +21,27 @@ from transformers.initialization import no_init_weights
 
 from detransformer.coformer.policy import Original, Policy, SubModelConfig, check_policy
 from detransformer.coformer.submodels import SUB_MODEL_CLASS, sub_model_config
+from detransformer.parallel.parameters import NAMING, Naming
 
 LAYER_NAME = re.compile(r"^(?:bert\.|transformer\.|vit\.)?(?:encoder\.layer|layers|h)\.(\d+)\.(.+)$")
 PREFIX = re.compile(r"^(?:bert|transformer|vit)\.")
 
-# Which axis of a parameter is cut by what, first axis first; axes that are not listed stay whole. "heads" are the
-# columns of all heads, "qkv" those of Q, K and V in one.
-LAYER_AXES = {
-    "bert": {
-        r"attention\.self\.\w+\.weight": ("heads", "dims"),
-        r"attention\.self\.\w+\.bias": ("heads",),
-        r"attention\.output\.dense\.weight": ("dims", "heads"),
-        r"intermediate\.dense\.weight": ("ffn", "dims"),
-        r"intermediate\.dense\.bias": ("ffn",),
-        r"output\.dense\.weight": ("dims", "ffn"),
-        r"(attention\.)?output\.(dense\.bias|LayerNorm\.\w+)": ("dims",),
-    },
-    "gpt2": {  # Conv1D's weights are input-major
-        r"attn\.c_attn\.weight": ("dims", "qkv"),
-        r"attn\.c_attn\.bias": ("qkv",),
-        r"attn\.c_proj\.weight": ("heads", "dims"),
-        r"mlp\.c_fc\.weight": ("dims", "ffn"),
-        r"mlp\.c_fc\.bias": ("ffn",),
-        r"mlp\.c_proj\.weight": ("ffn", "dims"),
-        r"(ln_1|ln_2)\.\w+|(attn|mlp)\.c_proj\.bias": ("dims",),
-    },
-    "vit": {
-        r"attention\.[qkv]_proj\.weight": ("heads", "dims"),
-        r"attention\.[qkv]_proj\.bias": ("heads",),
-        r"attention\.o_proj\.weight": ("dims", "heads"),
-        r"mlp\.fc1\.weight": ("ffn", "dims"),
-        r"mlp\.fc1\.bias": ("ffn",),
-        r"mlp\.fc2\.weight": ("dims", "ffn"),
-        r"layernorm_(before|after)\.\w+|attention\.o_proj\.bias|mlp\.fc2\.bias": ("dims",),
-    },
-}
-OUTER_AXES = {  # of all three: outside the layers
+
+def layer_axes(naming: Naming) -> dict[str, tuple[str, ...]]:
+    """Which axis of a layer's parameters is cut by what, first axis first.
+
+    "heads" are the columns of all heads, "qkv" those of Q, K and V in one.
+    """
+    cuts = {name: ("heads" if len(naming.qkv) == 3 else "qkv", "dims") for name in naming.qkv}
+    cuts |= {naming.out: ("dims", "heads"), naming.ffn_in: ("ffn", "dims"), naming.ffn_out: ("dims", "ffn")}
+    axes = {f"{name}.weight": cut[::-1] if naming.input_major else cut for name, cut in cuts.items()}
+    axes |= {f"{name}.bias": cut[:1] for name, cut in cuts.items()}
+    norms = (naming.attention_norm, naming.ffn_norm)
+    return axes | {f"{name}.{kind}": ("dims",) for name in norms for kind in ("weight", "bias")}
+
+
+LAYER_AXES = {architecture: layer_axes(naming) for architecture, naming in NAMING.items()}
+OUTER_AXES = {  # of all three: outside the layers; axes that are not cut are None, or not listed
     r"embeddings\.\w+_embeddings\.weight|wte\.weight|wpe\.weight": (None, "dims"),
     r"embeddings\.(cls_token|position_embeddings)": (None, None, "dims"),
     r"embeddings\.patch_embeddings\.projection\.(weight|bias)": ("dims",),
@@ -116,10 +101,11 @@ def magnitude_importance(model: PreTrainedModel) -> Importance:
 def axes_of(name: str, architecture: str) -> tuple[int | None, tuple[str | None, ...]]:
     """(its layer or None, what cuts each axis) of a parameter of a BERT, GPT-2 or ViT."""
     found = LAYER_NAME.match(name)
-    layer, inner = (int(found[1]), found[2]) if found else (None, PREFIX.sub("", name))
-    for pattern, axes in (LAYER_AXES[architecture] if found else OUTER_AXES).items():
-        if re.fullmatch(pattern, inner):
-            return layer, axes
+    if found and found[2] in LAYER_AXES[architecture]:
+        return int(found[1]), LAYER_AXES[architecture][found[2]]
+    for pattern, axes in () if found else OUTER_AXES.items():
+        if re.fullmatch(pattern, PREFIX.sub("", name)):
+            return None, axes
     raise ValueError(f"parameter {name} of {architecture} is not known to the decomposer: it cannot be sliced.")
 
 

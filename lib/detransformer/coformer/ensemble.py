@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 
 from detransformer.checkpoints import copy_tokenizer
-from detransformer.coformer.aggregator import Aggregator, features_and_logits, make_aggregator, pool_features
+from detransformer.coformer.aggregator import Aggregator, features_and_logits, make_aggregator
 from detransformer.coformer.policy import Original, Policy
 from detransformer.files import atomic_folder
 from detransformer.typed_json import from_json
@@ -93,11 +93,9 @@ def load_ensemble(folder: str | Path) -> Ensemble:
 
 @torch.inference_mode()
 def answer(sub_model: PreTrainedModel, inputs: dict, aggregator: Aggregator) -> torch.Tensor:
-    """The message of one device: features pooled as `aggregator` wants them [B, d_n], or logits [B, C]; float32."""
+    """The message of one device: features [B, d_n], or logits [B, C], as `aggregator` wants them; float32."""
     features, logits = features_and_logits(sub_model, inputs)
-    if not aggregator.learned:
-        return logits.float()
-    return pool_features(features, inputs.get("attention_mask"), aggregator.pooling).float()
+    return (features if aggregator.learned else logits).float()
 
 
 @torch.inference_mode()

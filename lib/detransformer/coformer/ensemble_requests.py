@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from detransformer.answers import SEED, check_length, classify, encode, tokenizer_of
+from detransformer.answers import SEED, check_length, classify, encode
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.request import Request
 from detransformer.cluster.selfcheck import host_time_scale, lateness, warn_if_late
@@ -15,6 +15,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.distributed import EnsembleRun, run_ensemble
 from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answer
 from detransformer.coformer.predictor import latency
+from detransformer.opening import load_tokenizer
 
 MAX_ABS_ERROR = 1e-5  # between devices and one process, which compute alike
 
@@ -45,7 +46,7 @@ def run_emulated(
         cluster.set_link(spec.bandwidth_bps, scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
-    _, answer = classify(config, inputs, {"logits": run.logits}, model)
+    _, answer = classify(config, inputs, {"logits": run.logits}, None)
     record = _record(run, ensemble, spec, request, predicted_s) | {"answer": answer}
     print("\n".join([name, *_lines(record, request, run)]))
     late = lateness(run.records)
@@ -91,10 +92,8 @@ def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) ->
         generator = torch.Generator().manual_seed(SEED)
         inputs = {"input_ids": torch.randint(config.vocab_size, (1, request.num_tokens), generator=generator)}
     else:
-        inputs = encode(tokenizer_of(str(folder)), request.text)
+        inputs = encode(config, load_tokenizer(folder), request.text)
     check_length(config, inputs["input_ids"].shape[1])
-    if ensemble.model_type == "gpt2":
-        inputs.pop("token_type_ids", None)
     return inputs
 
 

@@ -14,6 +14,8 @@ from itertools import zip_longest
 import numpy as np
 from transformers import PretrainedConfig
 
+from detransformer.models.configuration import max_tokens
+
 FLOAT_BYTES = 4
 NUM_STEPS = 24  # in which widths are divided where policies are drawn
 SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size")  # L, d, h, D
@@ -135,8 +137,10 @@ class Original:
             rows = config.vocab_size + config.max_position_embeddings + 2
             return cls(layers, hidden, heads, config.n_inner or 4 * hidden, seq_len or 128, rows)
         if config.model_type == "vit":
-            image, patch = np.broadcast_to(config.image_size, 2), np.broadcast_to(config.patch_size, 2)
-            tokens, values = int(np.prod(image // patch)) + 1, config.num_channels * int(np.prod(patch))
+            tokens, values = (
+                max_tokens(config),
+                config.num_channels * int(np.prod(np.broadcast_to(config.patch_size, 2))),
+            )
             rows = tokens + 1 + values + 1 + 2  # positions, class token, patch weights and bias, last LayerNorm
             return cls(layers, hidden, heads, config.intermediate_size, seq_len or tokens, rows, values)
         raise ValueError(f"model type {config.model_type!r} cannot be decomposed: choose a BERT, GPT-2 or ViT.")

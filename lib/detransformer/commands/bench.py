@@ -126,9 +126,9 @@ def cells_of(
     Of these a decoupled checkpoint runs on one device alone: TP and SP are for unmodified models.
     """
     from detransformer.cluster.cells import grid
-    from detransformer.cluster.checkpoints import open_folder
+    from detransformer.opening import open_checkpoint
 
-    decoupled = model not in PRESETS and open_folder(model).decoupled
+    decoupled = model not in PRESETS and open_checkpoint(model).decoupled
     references = REFERENCES[:1] if decoupled else REFERENCES
     cells = grid(model, references, bandwidths, num_devices, **common) if wire != "float32" else []
     cells += grid(model, methods, bandwidths, num_devices, wire, **common)

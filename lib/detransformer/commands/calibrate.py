@@ -44,23 +44,24 @@ def calibrate(
 
     While it trains, OUTPUT.work beside the output holds what it goes on from.
     """
-    from detransformer.checkpoints import check_output, locate, read_config
-    from detransformer.models.configuration import check_decoupling
+    from detransformer.checkpoints import check_output
+    from detransformer.models.configuration import decoupled_config, head_of, max_tokens
+    from detransformer.opening import find_folder, open_checkpoint
     from detransformer.training import calibration
     from detransformer.training.config import ModelRow
     from detransformer.training.data.text import text_for
 
     structure = num_original_layers, num_divisions, attention_width, original_placement
     row = ModelRow("minilm", *structure)  # a name that nothing is built from: the sizes are the teacher's
-    folder = locate(teacher)
+    folder = find_folder(teacher)
     check_output(output, folder, force)
-    sizes = read_config(str(folder))
-    if seq_len > sizes.get("max_position_embeddings", 512):
-        raise ValueError(f"--seq-len {seq_len} is above the model's {sizes['max_position_embeddings']} positions.")
-    if sizes["model_type"] == "bert":  # said before any text is read
-        check_decoupling(
-            *(sizes[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")), *structure
-        )
+    opened = open_checkpoint(folder)
+    if head_of(opened.config) not in calibration.TRAINED_HEADS:
+        print(open_checkpoint(folder, head="base").note)
+    if seq_len > max_tokens(opened.config):
+        raise ValueError(f"--seq-len {seq_len} is above the model's {max_tokens(opened.config)} positions.")
+    if not opened.decoupled:  # said before any text is read
+        decoupled_config(opened.config, *structure)
     config = calibration.CalibrationConfig(
         num_steps=steps,
         seq_len=seq_len,

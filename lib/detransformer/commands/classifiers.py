@@ -1,6 +1,7 @@
 """Trained classifiers that can be decomposed: BERT, GPT-2 and ViT, each with the task that it learned."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -9,9 +10,9 @@ from transformers import PreTrainedModel
 from detransformer.coformer.tasks import BoostTask, ImageTask, TextTask
 from detransformer.training.config import FinetuneConfig
 from detransformer.training.data.images import IMAGE_SIZE, open_images
+from detransformer.training.data.tasks import get_task
 from detransformer.training.data.text import text_for
 
-POOLING = {"bert": "first", "vit": "first", "gpt2": "last"}  # the token that the model's own head reads
 FAMILIES = {
     "bert": "BertForSequenceClassification",
     "gpt2": "GPT2ForSequenceClassification",
@@ -49,6 +50,19 @@ def load_classifier(folder: Path, family: str) -> PreTrainedModel:
         raise ValueError(f"the weights of {folder} cannot be read ({error}): copy the checkpoint again.") from error
 
 
+def check_labels(folder: Path, task: str) -> None:
+    """Raises ValueError where the classifier's labels are the task's in another order, by their names."""
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    found = [re.sub(r"\W|_", "", str(named[number])).lower() for number in sorted(named, key=int)]
+    for labels in (get_task(task).labels, ("not_equivalent", "equivalent")):  # MRPC's other names
+        usual = [re.sub(r"\W|_", "", label).lower() for label in labels]
+        if sorted(found) == sorted(usual) and found != usual:
+            raise ValueError(
+                f"{folder} has its labels in the order {', '.join(named[n] for n in sorted(named, key=int))}, and "
+                f"{task} in the order {', '.join(labels)}: reorder the rows of the head, and id2label with them."
+            )
+
+
 def learned_task(
     folder: Path, family: str, task: str | None, source: str, cache: Path, seq_len: int, rows: int | None
 ) -> BoostTask:
@@ -69,6 +83,7 @@ def learned_task(
         return ImageTask(open_images(source, cache).cut(rows))
     if task is None:
         raise ValueError("--task is missing: say what the model was fine-tuned on, CoLA, SST-2, MRPC or MNLI.")
+    check_labels(folder, task)
     data = text_for(folder, None, source, cache)
     names = ("input_ids", "attention_mask") + (("token_type_ids",) if family == "bert" else ())
     return TextTask(data, task, FinetuneConfig(seq_len=seq_len, max_train_rows=rows), names)

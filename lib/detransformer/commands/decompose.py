@@ -82,12 +82,12 @@ def decompose(
     from detransformer.coformer.booster import BoostConfig
     from detransformer.coformer.calibration import AggregatorConfig, calibrate_policy, missing_table
     from detransformer.coformer.ensemble import save_ensemble
-    from detransformer.coformer.outputs import predict, weights_hash
+    from detransformer.coformer.outputs import collect_outputs, weights_hash
     from detransformer.coformer.policy import Limits, Original
     from detransformer.coformer.predictor import fastest_device, latency, roofline_s
     from detransformer.coformer.sampling import filled
     from detransformer.coformer.search import Evaluator, SearchConfig, search_policy, training_batches
-    from detransformer.commands.classifiers import POOLING, family_of, learned_task, load_classifier
+    from detransformer.commands.classifiers import family_of, learned_task, load_classifier
     from detransformer.files import atomic_write
     from detransformer.training.config import config_hash
 
@@ -145,13 +145,14 @@ def decompose(
         f"{spec.names[fastest]}, the fastest device{slower}.\n"
     )
     aggregation = AggregatorConfig(drop=0.1)  # some answers come without a device
-    made = calibrate_policy(
-        *(model, policy, learned, boosting, aggregation, work / "sub-models", aggregator, POOLING[family])
-    )
-    large = learned.score(predict(model, learned, "test").argmax(-1).numpy())
+    made = calibrate_policy(model, policy, learned, boosting, aggregation, work / "sub-models", aggregator)
+    (said,) = collect_outputs([model], learned, "test", work / "sub-models").logits
+    large = learned.score(said.argmax(-1).numpy())
     lost = missing_table(made.aggregator, made.test)
     tokenizer_of = None if family == "vit" else checkpoint
-    save_ensemble(output, made.sub_models, made.aggregator, policy, original, times.central, tokenizer_of)
+    save_ensemble(
+        output, [part.model for part in made.boosted], made.aggregator, policy, original, times.central, tokenizer_of
+    )
     if (checkpoint / IMAGE_FILE).is_file():
         shutil.copyfile(checkpoint / IMAGE_FILE, output / IMAGE_FILE)
     plan = {
@@ -164,7 +165,7 @@ def decompose(
         "scores": {
             "metric": learned.metric,
             "large_model": large,
-            "sub_models": [result.score for result in made.boosted],
+            "sub_models": made.scores,
             "ensemble_accuracy": made.accuracy,
             "without_each": lost["accuracy"].tolist()[1:],
         },
@@ -207,7 +208,7 @@ def score_table(
     import pandas as pd
 
     rows = [("the large model", metric, large)]
-    rows += [(f"{name} alone", metric, result.score) for name, result in zip(names, made.boosted, strict=True)]
+    rows += [(f"{name} alone", metric, score) for name, score in zip(names, made.scores, strict=True)]
     for row in lost.itertuples():
         who = f"all but {names[row.missing - 1]}" if row.missing else f"all {len(names)}, aggregated"
         rows.append((who, "accuracy", row.accuracy))

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from detransformer.checkpoints import HEADS
 from detransformer.commands import options
 from detransformer.files import with_home
+from detransformer.presets import HEADS
 
 
 def decouple(
     checkpoint: Annotated[
-        str, typer.Argument(parser=with_home, help="Folder of a BERT or GPT-2 checkpoint, or its name on the Hub.")
+        str, typer.Argument(parser=with_home, help="Folder of a checkpoint, its name on the Hub, or minilm.")
     ],
     output: Annotated[Path, typer.Option(parser=options.path, help="Folder to write the decoupled checkpoint to.")],
     num_original_layers: options.Layers = 4,
@@ -22,7 +22,7 @@ def decouple(
     head: Annotated[Literal[HEADS], typer.Option(help="auto is the head that the checkpoint was saved with.")] = "auto",
     force: options.Force = False,
 ) -> None:
-    """Convert a BERT or GPT-2 checkpoint to a decoupled one by slicing its weights."""
+    """Convert a checkpoint to a decoupled one by slicing its weights."""
     from detransformer.checkpoints import decouple_checkpoint
 
     sizes = num_original_layers, num_divisions, attention_width

@@ -56,12 +56,13 @@ def plan(
 
     from detransformer.cluster.devices import cluster_profile, device_specs
     from detransformer.files import atomic_write
+    from detransformer.models.configuration import max_tokens
     from detransformer.planning.placement import bottleneck, place_freely
     from detransformer.planning.profile import ClusterProfile
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
-    if seq_len > config.max_position_embeddings:
-        raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {config.max_position_embeddings}.")
+    if seq_len > max_tokens(config):
+        raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {max_tokens(config)}.")
     known = ClusterProfile.load(profile) if profile else None
     if known and len(known.devices) < num_devices:
         raise ValueError(
@@ -192,12 +193,12 @@ def profile(
 
 def config_of(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> "PretrainedConfig":
     """The decoupled configuration of a preset, or a folder's own."""
-    from detransformer.cluster.checkpoints import open_folder
     from detransformer.models.configuration import preset_config
+    from detransformer.opening import open_checkpoint
 
     if model in PRESETS:
         return preset_config(model, num_original_layers, num_divisions, attention_width)
-    return open_folder(model).config
+    return open_checkpoint(model).config
 
 
 def cluster_file(path: Path | None, beside: Mapping[str, Any]) -> "ClusterSpec | None":

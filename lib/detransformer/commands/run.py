@@ -57,6 +57,7 @@ def run(
     from detransformer.cluster.run import run_emulated, run_on_hosts
     from detransformer.cluster.spec import ClusterSpec
     from detransformer.files import atomic_write
+    from detransformer.opening import find_folder
 
     if text is not None and tokens is not None:
         raise ValueError(f"--tokens {tokens} stands beside --text; give a text or a number of random tokens.")
@@ -67,6 +68,7 @@ def run(
     spec = ClusterSpec.load(cluster)
     if model in PRESETS and not Path(model).is_dir():
         raise ValueError(f"--model {model} is a preset with random weights, for bench and plan; give a model's folder.")
+    model = str(find_folder(model))
     ensemble = (Path(model) / ENSEMBLE_FILE).is_file()
     if image is not None and not ensemble:
         raise ValueError(f"--image {image} is for an ensemble, and {model} is none: make one with `decompose`.")

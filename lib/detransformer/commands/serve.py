@@ -64,11 +64,13 @@ def serve(
     elif host:
         raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
 
-    from detransformer.cluster.checkpoints import open_folder
-    from detransformer.service.http import build_app, path_of, server_config
+    from detransformer.opening import find_folder, open_checkpoint
+    from detransformer.service.http import build_app, server_config
     from detransformer.service.session import Session
+    from detransformer.service.tasks import path_of
 
-    path = path_of(model, open_folder(model).config)
+    model = str(find_folder(model))
+    path = path_of(open_checkpoint(model).config)
     if options.get("own"):
         with Hosts(spec, model, **options) as hosts:
             hosts.start()

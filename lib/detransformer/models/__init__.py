@@ -1,4 +1,4 @@
-"""Decoupled and original BERT and GPT-2, and the conversion between them. Knows no rank, clock, file path or plot."""
+"""Decoupled and original models, and the conversion between them. Knows no rank, clock, file path or plot."""
 
 from detransformer.models.configuration import (
     DecoupledBertConfig,
@@ -11,19 +11,36 @@ from detransformer.models.configuration import (
 from detransformer.models.conversion import decouple
 from detransformer.models.decoupled_bert import (
     DecoupledBertForMaskedLM,
+    DecoupledBertForMultipleChoice,
+    DecoupledBertForNextSentencePrediction,
+    DecoupledBertForPreTraining,
     DecoupledBertForQuestionAnswering,
     DecoupledBertForSequenceClassification,
+    DecoupledBertForTokenClassification,
     DecoupledBertModel,
 )
-from detransformer.models.decoupled_gpt2 import DecoupledGPT2LMHeadModel, DecoupledGPT2Model
+from detransformer.models.decoupled_gpt2 import (
+    DecoupledGPT2ForQuestionAnswering,
+    DecoupledGPT2ForSequenceClassification,
+    DecoupledGPT2ForTokenClassification,
+    DecoupledGPT2LMHeadModel,
+    DecoupledGPT2Model,
+)
 
 __all__ = [
     "DecoupledBertConfig",
     "DecoupledBertForMaskedLM",
+    "DecoupledBertForMultipleChoice",
+    "DecoupledBertForNextSentencePrediction",
+    "DecoupledBertForPreTraining",
     "DecoupledBertForQuestionAnswering",
     "DecoupledBertForSequenceClassification",
+    "DecoupledBertForTokenClassification",
     "DecoupledBertModel",
     "DecoupledGPT2Config",
+    "DecoupledGPT2ForQuestionAnswering",
+    "DecoupledGPT2ForSequenceClassification",
+    "DecoupledGPT2ForTokenClassification",
     "DecoupledGPT2LMHeadModel",
     "DecoupledGPT2Model",
     "architecture",

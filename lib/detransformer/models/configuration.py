@@ -1,27 +1,42 @@
-"""Configuration of decoupled BERT (DATE 2024, Section III-B, Figs. 4 and 5) and GPT-2 (its extension in TPDS 2025).
+"""Model families, and the configurations of their decoupled models.
+
+BERT: DATE 2024, Section III-B, Figs. 4 and 5; GPT-2: its extension in TPDS 2025; the others by analogy.
 
 A decoupled model is a stack of `num_hidden_layers` (l) layers cut in `num_original_layers` (Nb) groups. The last layer
 of each group is an original Transformer layer; the others are decoupled layers of `num_divisions` (Ndiv) sub-blocks.
 The original layers may stand elsewhere too (`original_placement`), which the papers do not try.
 """
 
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 from huggingface_hub.dataclasses import strict
-from transformers import BertConfig, GPT2Config, PretrainedConfig
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    PretrainedConfig,
+    RobertaConfig,
+    ViTConfig,
+    XLMRobertaConfig,
+)
 
 from detransformer.presets import GPT2_SIZES, PRESET_SIZES, PRESETS, AttentionWidth, OriginalPlacement
 
 ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS = get_args(AttentionWidth), get_args(OriginalPlacement)
 
 
-@strict
-class DecoupledBertConfig(BertConfig):
-    """`BertConfig` plus the four choices of structure decoupling.
+@dataclass(kw_only=True)
+class Decoupling:
+    """The four choices of structure decoupling that a decoupled model's configuration has beside the original's.
 
     Args:
         num_original_layers: Nb, how many of the `num_hidden_layers` stay original. Where Nb does not divide the number
-            of layers, group sizes differ by one. Nb = `num_hidden_layers` is plain BERT.
+            of layers, group sizes differ by one. Nb = `num_hidden_layers` is the original model.
         num_divisions: Ndiv, the number of sub-blocks in a decoupled layer; must divide `hidden_size`.
         attention_width: `"full"` is the published layer (every sub-block has all heads at full head size, Eq. 2);
             `"narrow"` keeps attention inside the slice (head size `hidden_size / num_attention_heads / Ndiv`), the
@@ -34,8 +49,6 @@ class DecoupledBertConfig(BertConfig):
         ValueError: for sizes that do not divide, naming the value, the limit and a remedy.
     """
 
-    model_type = "decoupled_bert"
-
     num_original_layers: int = 4
     num_divisions: int = 4
     attention_width: AttentionWidth = "full"
@@ -43,42 +56,86 @@ class DecoupledBertConfig(BertConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        _check_config(self)
+        check_decoupling(
+            self.hidden_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_original_layers,
+            self.num_divisions,
+            self.attention_width,
+            self.original_placement,
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: `transformers` would copy this file beside the weights, where models save a module of their own."""
 
 
 @strict
-class DecoupledGPT2Config(GPT2Config):
-    """`GPT2Config` plus the four choices of structure decoupling, as in `DecoupledBertConfig`.
+class DecoupledBertConfig(Decoupling, BertConfig):
+    """`BertConfig` plus the choices of `Decoupling`."""
 
-    Raises:
-        ValueError: for sizes that do not divide, naming the value, the limit and a remedy.
-    """
+    model_type = "decoupled_bert"
+
+
+@strict
+class DecoupledRobertaConfig(Decoupling, RobertaConfig):
+    """`RobertaConfig` plus the choices of `Decoupling`."""
+
+    model_type = "decoupled_roberta"
+
+
+@strict
+class DecoupledXLMRobertaConfig(Decoupling, XLMRobertaConfig):
+    """`XLMRobertaConfig` plus the choices of `Decoupling`."""
+
+    model_type = "decoupled_xlm-roberta"
+
+
+@strict
+class DecoupledCamembertConfig(Decoupling, CamembertConfig):
+    """`CamembertConfig` plus the choices of `Decoupling`."""
+
+    model_type = "decoupled_camembert"
+
+
+@strict
+class DecoupledDistilBertConfig(Decoupling, DistilBertConfig):
+    """`DistilBertConfig` plus the choices of `Decoupling`."""
+
+    model_type = "decoupled_distilbert"
+
+
+@strict
+class DecoupledGPT2Config(Decoupling, GPT2Config):
+    """`GPT2Config` plus the choices of `Decoupling`."""
 
     model_type = "decoupled_gpt2"
 
-    num_original_layers: int = 4
-    num_divisions: int = 4
-    attention_width: AttentionWidth = "full"
-    original_placement: OriginalPlacement = "last"
+    @property
+    def per_layer_config(self) -> list[PretrainedConfig]:
+        """Of each layer, for what sizes a cache by it: `head_dim` is the width of a head in the cache, P*s."""
+        configs = [copy.copy(self) for _ in range(self.num_hidden_layers)]
+        for config, kind in zip(configs, layer_kinds(self), strict=True):
+            wider = self.num_divisions if kind == "decoupled" and self.attention_width == "full" else 1
+            config.head_dim = wider * self.hidden_size // self.num_attention_heads
+        return configs
+
+
+@strict
+class DecoupledViTConfig(Decoupling, ViTConfig):
+    """`ViTConfig` plus the choices of `Decoupling`.
+
+    Raises:
+        ValueError: without biases of Q, K and V, too.
+    """
+
+    model_type = "decoupled_vit"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        _check_config(self)
-
-
-DECOUPLED_CONFIG = {"bert": DecoupledBertConfig, "gpt2": DecoupledGPT2Config}
-
-
-def _check_config(config: DecoupledBertConfig | DecoupledGPT2Config) -> None:
-    check_decoupling(
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_original_layers,
-        config.num_divisions,
-        config.attention_width,
-        config.original_placement,
-    )
+        if not self.qkv_bias:
+            raise ValueError("qkv_bias=False: a decoupled ViT has biases of Q, K and V; choose a ViT with them.")
 
 
 def check_decoupling(
@@ -117,27 +174,124 @@ def check_decoupling(
         )
 
 
+@dataclass(frozen=True)
+class Family:
+    """What there is to know of a model type.
+
+    Args:
+        name: as people write it.
+        stem: how the names of its classes in transformers begin.
+        architecture: the layer that it has, `"bert"`, `"distilbert"`, `"gpt2"` or `"vit"`.
+        decoupled: the configuration of its decoupled models.
+        pads_positions: whether positions are counted from the padding token's number on, over what does not pad.
+    """
+
+    name: str
+    stem: str
+    architecture: str
+    decoupled: type[PretrainedConfig]
+    pads_positions: bool = False
+
+    @property
+    def class_endings(self) -> dict[str, str]:
+        """How its classes' names end, by head."""
+        return {"gpt2": DECODER_HEADS, "vit": IMAGE_HEADS}.get(self.architecture, ENCODER_HEADS)
+
+    def class_name(self, head: str) -> str:
+        """The name of transformers' class with this head."""
+        return self.stem + self.class_endings[head]
+
+
+FAMILIES = {
+    "bert": Family("BERT", "Bert", "bert", DecoupledBertConfig),
+    "roberta": Family("RoBERTa", "Roberta", "bert", DecoupledRobertaConfig, pads_positions=True),
+    "xlm-roberta": Family("XLM-RoBERTa", "XLMRoberta", "bert", DecoupledXLMRobertaConfig, pads_positions=True),
+    "camembert": Family("CamemBERT", "Camembert", "bert", DecoupledCamembertConfig, pads_positions=True),
+    "distilbert": Family("DistilBERT", "DistilBert", "distilbert", DecoupledDistilBertConfig),
+    "gpt2": Family("GPT-2", "GPT2", "gpt2", DecoupledGPT2Config),
+    "vit": Family("ViT", "ViT", "vit", DecoupledViTConfig),
+}
+ENCODER_HEADS = {
+    "base": "Model",
+    "masked-lm": "ForMaskedLM",
+    "classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+}
+DECODER_HEADS = {"base": "Model", "causal-lm": "LMHeadModel"} | {
+    head: ENCODER_HEADS[head] for head in ("classification", "token-classification", "question-answering")
+}
+IMAGE_HEADS = {"base": "Model", "image-classification": "ForImageClassification"}
+WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # and the one that is kept
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model, original, decoupled or a sub-model; ValueError for one that is in none of `FAMILIES`."""
+    name = config.model_type.removeprefix("decoupled_").removeprefix("coformer_")
+    if name not in FAMILIES:
+        known = ", ".join(family.name for family in FAMILIES.values())
+        raise ValueError(f"model type {config.model_type!r} is not supported: choose a model of {known}.")
+    return FAMILIES[name]
+
+
 def architecture(config: PretrainedConfig) -> str:
-    """`"bert"` or `"gpt2"`, original or decoupled; ValueError for any other model."""
-    name = config.model_type.removeprefix("decoupled_")
-    if name not in DECOUPLED_CONFIG:
+    """The layer of a model, original or decoupled, as `Family.architecture` names it; ValueError for others."""
+    return family_of(config).architecture
+
+
+def head_of(config: PretrainedConfig) -> str:
+    """The head, a key of `Family.class_endings`, of the class that a configuration names.
+
+    Without a class it is `"base"`.
+
+    Raises:
+        ValueError: for a class of another family, or with another head.
+    """
+    (made_as, *_) = config.architectures or [""]
+    family = family_of(config)
+    if not made_as:
+        return "base"
+    endings = {ending: head for head, ending in family.class_endings.items()}
+    endings |= {ending: head for ending, head in WITH_TWO_HEADS.items() if head in family.class_endings}
+    stem, ending = made_as.removeprefix("Decoupled")[: len(family.stem)], made_as.removeprefix("Decoupled")
+    ending = ending[len(family.stem) :]
+    if stem != family.stem or ending not in endings:
         raise ValueError(
-            f"model type {config.model_type!r} is neither BERT nor GPT-2: choose a model of one of these two."
+            f"{made_as} is not supported: of {family.name}, choose one of "
+            f"{', '.join(map(family.class_name, family.class_endings))}."
         )
-    return name
+    return endings[ending]
+
+
+def generates(config: PretrainedConfig) -> bool:
+    """Whether the model continues a text: a GPT-2 with its LM head, or without one, which is its word embeddings."""
+    return architecture(config) == "gpt2" and head_of(config) in ("base", "causal-lm")
+
+
+def max_tokens(config: PretrainedConfig) -> int:
+    """How many tokens a request may have: the positions, without those that RoBERTa leaves for padding.
+
+    An image has always as many: its patches and the class token.
+    """
+    if architecture(config) == "vit":
+        sizes = (config.image_size, config.patch_size)
+        sides = (size if isinstance(size, Sequence) else (size, size) for size in sizes)  # height, width
+        return 1 + math.prod(image // patch for image, patch in zip(*sides, strict=True))
+    unused = config.pad_token_id + 1 if family_of(config).pads_positions else 0
+    return config.max_position_embeddings - unused
 
 
 def ffn_size(config: PretrainedConfig) -> int:
     """I, the inner width of the FFN; GPT-2's is four times the hidden size where its configuration names none."""
-    if architecture(config) == "bert":
-        return config.intermediate_size
-    return config.n_inner or 4 * config.hidden_size
+    if architecture(config) == "gpt2":
+        return config.n_inner or 4 * config.hidden_size
+    return config.hidden_dim if architecture(config) == "distilbert" else config.intermediate_size
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
     """`"original"` or `"decoupled"` for each layer, first to last, by `original_placement` (published: Fig. 5).
 
-    A plain `BertConfig` or `GPT2Config` is all original.
+    A configuration that is not decoupled is all original.
     """
     num_layers = config.num_hidden_layers
     num_original = getattr(config, "num_original_layers", num_layers)
@@ -164,9 +318,9 @@ def decoupled_config(
     num_divisions: int,
     attention_width: str = "full",
     original_placement: str = "last",
-) -> DecoupledBertConfig | DecoupledGPT2Config:
-    """The configuration of `original`, a BERT or GPT-2, decoupled; ValueError where its sizes do not divide so."""
-    return DECOUPLED_CONFIG[architecture(original)](
+) -> PretrainedConfig:
+    """The configuration of `original` decoupled; ValueError where its sizes do not divide so."""
+    return family_of(original).decoupled(
         **config_fields(original),
         num_original_layers=num_original_layers,
         num_divisions=num_divisions,

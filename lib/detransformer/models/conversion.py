@@ -1,4 +1,4 @@
-"""Conversion of a trained original BERT or GPT-2 to a decoupled one by slicing its weights (DATE 2024, Fig. 4).
+"""Conversion of a trained original model to a decoupled one by slicing its weights (DATE 2024, Fig. 4).
 
 Sub-block p takes the weights of Q, K, V and FFN-in that read its input slice, and those of both output projections that
 write its output slice. Original layers, embeddings, last LayerNorm, pooler and heads are copied.
@@ -11,11 +11,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.models import decoupled_bert, decoupled_gpt2
-from detransformer.models.configuration import architecture, decoupled_config, layer_kinds
+from detransformer.models.auto import DECOUPLED_CLASS
+from detransformer.models.configuration import decoupled_config, layer_kinds
 
-DECOUPLED_CLASS = decoupled_bert.DECOUPLED_CLASS | decoupled_gpt2.DECOUPLED_CLASS
-LAYER_NAME = re.compile(r"(?:^|\.)(?:encoder\.layer|h)\.(\d+)\.(.+)$")
+LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h|layers)\.(\d+)\.(.+)$")
+QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # how names begin
+FFN_IN = ("intermediate.", "ffn.lin1.", "mlp.fc1.")
+ATTENTION_OUT = ("attention.output.dense.weight", "attention.out_lin.weight", "attention.o_proj.weight")
 
 
 def decouple(
@@ -28,8 +30,7 @@ def decouple(
     """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
 
     Args:
-        model: a `BertModel`, `BertForMaskedLM`, `BertForSequenceClassification`, `BertForQuestionAnswering`,
-            `GPT2Model` or `GPT2LMHeadModel`.
+        model: of an original class that `auto.DECOUPLED_CLASS` lists.
         num_original_layers: Nb; `model`'s layers at those places are copied.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.
@@ -37,16 +38,17 @@ def decouple(
             `DecoupledBertConfig`.
 
     Raises:
-        ValueError: if `model` is not one of these six classes, or the sizes do not divide.
+        ValueError: if `model` is of no such class, or the sizes do not divide.
     """
     decoupled_class = DECOUPLED_CLASS.get(type(model))
     if decoupled_class is None:
         raise ValueError(
-            f"{type(model).__name__} cannot be decoupled: it is not an original BERT or GPT-2. "
-            f"Load the checkpoint as one of {', '.join(c.__name__ for c in DECOUPLED_CLASS)}."
+            f"{type(model).__name__} cannot be decoupled: load the checkpoint as one of "
+            f"{', '.join(c.__name__ for c in DECOUPLED_CLASS)}."
         )
     config = decoupled_config(model.config, num_original_layers, num_divisions, attention_width, original_placement)
     config._attn_implementation = model.config._attn_implementation
+    config.architectures = [decoupled_class.__name__]
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
     with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds
         decoupled = decoupled_class(config, **kwargs)
@@ -59,7 +61,7 @@ def decouple(
 
 
 def decoupled_state_dict(state: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """The decoupled layers' entries of a BERT or GPT-2 state dict sliced, views mostly; all else passes through."""
+    """The decoupled layers' entries of an original's state dict sliced, views mostly; all else passes through."""
     kinds = layer_kinds(config)
     sliced = {}
     for name, value in state.items():
@@ -75,19 +77,19 @@ def slice_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfi
 
     `parameter` is the name inside the layer, e.g. `attention.self.query.weight` or `attn.c_attn.weight`.
     """
-    if architecture(config) == "gpt2":
+    if config.model_type == "decoupled_gpt2":
         return _slice_gpt2_parameter(parameter, value, config)
     blocks = config.num_divisions
     narrow = config.attention_width == "narrow"
-    is_qkv = parameter.startswith("attention.self.")
-    if is_qkv or parameter.startswith("intermediate."):  # reads a slice: columns; the bias is whole in each sub-block
+    is_qkv = parameter.startswith(QKV)
+    if is_qkv or parameter.startswith(FFN_IN):  # reads a slice: columns; the bias is whole in each sub-block
         if parameter.endswith("weight"):
             value = value.unflatten(1, (blocks, -1)).transpose(0, 1)  # [out, D] -> [P, out, d]
         else:
             value = value.expand(blocks, -1)
         return _narrow_heads(value, config, dim=1) if is_qkv and narrow else value
     value = value.unflatten(0, (blocks, -1))  # writes a slice: rows, bias and LayerNorm entries [P, d, ...]
-    if parameter == "attention.output.dense.weight" and narrow:
+    if parameter in ATTENTION_OUT and narrow:
         value = _narrow_heads(value, config, dim=2)
     return value
 

@@ -9,54 +9,47 @@ if narrow), H heads, I intermediate size.
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
+    BertPreTrainedModel,
 )
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention, eager_attention_forward
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertLayer,
+    BertPooler,
+    BertSelfAttention,
+    eager_attention_forward,
+)
 
 from detransformer.models.configuration import DecoupledBertConfig, layer_kinds
-
-
-class BatchedLinear(nn.Module):
-    """P independent linear maps as one batched matrix product: [P, M, in] -> [P, M, out]."""
-
-    def __init__(self, num_blocks: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_blocks, out_features, in_features))  # as nn.Linear, stacked
-        self.bias = nn.Parameter(torch.empty(num_blocks, out_features))
-        for block in self.weight.data:
-            nn.init.kaiming_uniform_(block, a=5**0.5)  # nn.Linear's own default
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
-
-
-class BatchedLayerNorm(nn.Module):
-    """P independent LayerNorms of width d: [P, M, d] -> [P, M, d]."""
-
-    def __init__(self, num_blocks: int, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_blocks, width))
-        self.bias = nn.Parameter(torch.zeros(num_blocks, width))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return torch.addcmul(self.bias.unsqueeze(1), normed, self.weight.unsqueeze(1))
+from detransformer.models.stacked import (
+    BatchedLayerNorm,
+    BatchedLinear,
+    DecoupledHead,
+    DecoupledModel,
+    attend_in_slices,
+    merge_hidden,
+    split_hidden,
+)
 
 
 class DecoupledSelfAttention(BertSelfAttention):
@@ -78,25 +71,23 @@ class DecoupledSelfAttention(BertSelfAttention):
         self.is_decoder, self.is_causal = False, False  # read by the attention functions of transformers
 
     def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
-        """x [P, B*T, d] -> ([P, B*T, A], attention weights [P*B, H, T, T] or None)."""
-        blocks, rows, _ = x.shape
+        """x [P, B*T, d] -> ([P, B*T, A], attention weights [B, H, T, T], the mean over sub-blocks, or None)."""
 
-        def heads(projected: torch.Tensor) -> torch.Tensor:  # -> [P*B, H, T, A/H]
-            split = projected.view(blocks * batch_size, rows // batch_size, self.num_attention_heads, -1)
-            return split.transpose(1, 2)
+        def heads(projected: torch.Tensor) -> torch.Tensor:  # [P, B*T, A] -> [P, B, H, T, A/H]
+            split = projected.view(len(x), batch_size, -1, self.num_attention_heads, self.attention_head_size)
+            return split.transpose(2, 3)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        context, weights = attend(
+        return attend_in_slices(
+            ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward),
             self,
             heads(self.query(x)),
             heads(self.key(x)),
             heads(self.value(x)),
-            None if attention_mask is None else attention_mask.repeat(blocks, 1, 1, 1),  # [B,...] -> [P*B,...]
+            attention_mask,
             dropout=self.dropout.p if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return context.reshape(blocks, rows, -1), weights
 
 
 class DecoupledAttention(nn.Module):
@@ -149,8 +140,11 @@ class DecoupledBertLayer(BertLayer):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *args, **kwargs):
         """hidden_states [B, T, D] -> [B, T, D]; the remaining arguments are BertLayer's and unused (no decoder)."""
-        for unused in ("encoder_attention_mask", "past_key_values"):
-            kwargs.pop(unused, None)
+        kwargs.pop("encoder_attention_mask", None)
+        if kwargs.pop("past_key_values", None) is not None:
+            raise ValueError(
+                "decoupled BERT keeps no past_key_values, which prefix tuning gives: choose another kind of adapter."
+            )
         batch_size, num_tokens, _ = hidden_states.shape
         x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]
         x, _ = self.attention(x, batch_size, attention_mask, **kwargs)
@@ -158,91 +152,73 @@ class DecoupledBertLayer(BertLayer):
         return merge_hidden(x, batch_size)
 
 
-def split_hidden(hidden_states: torch.Tensor, num_divisions: int) -> torch.Tensor:
-    """Cuts the hidden axis in slices: [B, T, D] -> [P, B*T, d]."""
-    return hidden_states.flatten(0, 1).unflatten(-1, (num_divisions, -1)).transpose(0, 1)
+class _DecoupledBertEncoder(BertEncoder):
+    """BERT's stack of layers, decoupled and original ones by `layer_kinds`."""
+
+    def __init__(self, config: DecoupledBertConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        layer_class = {"decoupled": DecoupledBertLayer, "original": BertLayer}
+        self.layer = nn.ModuleList(layer_class[kind](config, layer_idx=i) for i, kind in enumerate(layer_kinds(config)))
 
 
-def merge_hidden(slices: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Concatenates the slices again: [P, B*T, d] -> [B, T, D]."""
-    return slices.transpose(0, 1).flatten(1).unflatten(0, (batch_size, -1))
-
-
-class _DecoupledBertMixin:
-    """What the four models below share: their configuration and the initialisation of stacked weights."""
+class DecoupledBertModel(DecoupledModel, BertModel):
+    """Decoupled BERT encoder (and pooler); outputs as `transformers.BertModel`."""
 
     config_class = DecoupledBertConfig
     _no_split_modules = ["BertEmbeddings", "BertLayer", "DecoupledBertLayer"]
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, BatchedLinear):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif isinstance(module, BatchedLayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
-
-class DecoupledBertModel(_DecoupledBertMixin, BertModel):
-    """Decoupled BERT encoder (and pooler); outputs as `transformers.BertModel`."""
-
     def __init__(self, config: DecoupledBertConfig, add_pooling_layer: bool = True):
         if config.is_decoder or config.add_cross_attention:
             raise ValueError("decoupled BERT is an encoder: set is_decoder=False and add_cross_attention=False.")
-        super().__init__(config, add_pooling_layer)
-        for i, kind in enumerate(layer_kinds(config)):
-            if kind == "decoupled":
-                self.encoder.layer[i] = DecoupledBertLayer(config, layer_idx=i)
+        BertPreTrainedModel.__init__(self, config)  # BertModel's own would make the original layers too
+        self.gradient_checkpointing = False
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = _DecoupledBertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
 
 
-class DecoupledBertForMaskedLM(_DecoupledBertMixin, BertForMaskedLM):
+class _DecoupledBertHead(DecoupledHead):
+    config_class = DecoupledBertConfig
+    body_class = DecoupledBertModel
+
+
+class DecoupledBertForPreTraining(_DecoupledBertHead, BertForPreTraining):
+    """Decoupled BERT with BERT's two heads of pre-training: logits [B, T, vocabulary] and [B, 2]."""
+
+
+class DecoupledBertForMaskedLM(_DecoupledBertHead, BertForMaskedLM):
     """Decoupled BERT with BERT's own masked-language-model head: logits [B, T, vocabulary]."""
 
-    def __init__(self, config: DecoupledBertConfig):
-        super().__init__(config)
-        self.bert = DecoupledBertModel(config, add_pooling_layer=False)
-        self.post_init()
+
+class DecoupledBertForNextSentencePrediction(_DecoupledBertHead, BertForNextSentencePrediction):
+    """Decoupled BERT with BERT's own next-sentence head: logits [B, 2]."""
 
 
-class DecoupledBertForSequenceClassification(_DecoupledBertMixin, BertForSequenceClassification):
+class DecoupledBertForSequenceClassification(_DecoupledBertHead, BertForSequenceClassification):
     """Decoupled BERT with BERT's own classifier of the pooled [CLS]: logits [B, labels]."""
 
-    def __init__(self, config: DecoupledBertConfig):
-        super().__init__(config)
-        self.bert = DecoupledBertModel(config)
-        self.post_init()
+
+class DecoupledBertForMultipleChoice(_DecoupledBertHead, BertForMultipleChoice):
+    """Decoupled BERT with BERT's own head that rates each of C choices: input_ids [B, C, T], logits [B, C]."""
 
 
-class DecoupledBertForQuestionAnswering(_DecoupledBertMixin, BertForQuestionAnswering):
+class DecoupledBertForTokenClassification(_DecoupledBertHead, BertForTokenClassification):
+    """Decoupled BERT with BERT's own classifier of tokens: logits [B, T, labels]."""
+
+
+class DecoupledBertForQuestionAnswering(_DecoupledBertHead, BertForQuestionAnswering):
     """Decoupled BERT with BERT's own span head: logits [B, T] of an answer's start and of its end."""
 
-    def __init__(self, config: DecoupledBertConfig):
-        super().__init__(config)
-        self.bert = DecoupledBertModel(config, add_pooling_layer=False)
-        self.post_init()
 
-
-DECOUPLED_CLASS = {
-    BertModel: DecoupledBertModel,
-    BertForMaskedLM: DecoupledBertForMaskedLM,
-    BertForSequenceClassification: DecoupledBertForSequenceClassification,
-    BertForQuestionAnswering: DecoupledBertForQuestionAnswering,
-}
-
-
-def register() -> None:
-    """Makes `AutoConfig` and the AutoModel classes know decoupled BERT."""
-    AutoConfig.register(DecoupledBertConfig.model_type, DecoupledBertConfig, exist_ok=True)
-    for auto, model in (
-        (AutoModel, DecoupledBertModel),
-        (AutoModelForMaskedLM, DecoupledBertForMaskedLM),
-        (AutoModelForSequenceClassification, DecoupledBertForSequenceClassification),
-        (AutoModelForQuestionAnswering, DecoupledBertForQuestionAnswering),
-    ):
-        auto.register(DecoupledBertConfig, model, exist_ok=True)
-
-
-register()
+CLASSES = (  # the AutoModel class, the original, the decoupled one
+    (AutoModel, BertModel, DecoupledBertModel),
+    (AutoModelForPreTraining, BertForPreTraining, DecoupledBertForPreTraining),
+    (AutoModelForMaskedLM, BertForMaskedLM, DecoupledBertForMaskedLM),
+    (AutoModelForNextSentencePrediction, BertForNextSentencePrediction, DecoupledBertForNextSentencePrediction),
+    (AutoModelForSequenceClassification, BertForSequenceClassification, DecoupledBertForSequenceClassification),
+    (AutoModelForMultipleChoice, BertForMultipleChoice, DecoupledBertForMultipleChoice),
+    (AutoModelForTokenClassification, BertForTokenClassification, DecoupledBertForTokenClassification),
+    (AutoModelForQuestionAnswering, BertForQuestionAnswering, DecoupledBertForQuestionAnswering),
+)

@@ -2,8 +2,8 @@
 
 Only the layers differ from `transformers`' GPT-2: embeddings, original layers, the last LayerNorm and the head are its
 own classes, and `generate` is too. A decoupled layer is a pre-norm layer on each slice of the hidden axis: of slice p,
-x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds keys and values of all
-sub-blocks as further heads. Parameter names are GPT-2's, with a leading sub-block axis.
+x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds, for each head, the keys of all
+sub-blocks side by side, and so the values: [B, H, T, P*s]. Parameter names are GPT-2's, with a leading sub-block axis.
 
 Shapes: B batch, T tokens, D hidden size, P = Ndiv sub-blocks, d = D/P slice, A attention width of a sub-block (D, or d
 if narrow), H heads, s = A/H head size, I intermediate size.
@@ -12,36 +12,36 @@ if narrow), H heads, s = A/H head size, I intermediate size.
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Cache,
+    GenerationMixin,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
-    GPT2Tokenizer,
+    GPT2PreTrainedModel,
 )
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, eager_attention_forward
 
 from detransformer.models.configuration import DecoupledGPT2Config, ffn_size, layer_kinds
-from detransformer.models.decoupled_bert import BatchedLayerNorm, merge_hidden, split_hidden
-
-
-class BatchedConv1D(nn.Module):
-    """P independent linear maps, weights input-major as in GPT-2's Conv1D: [P, M, in] -> [P, M, out]."""
-
-    def __init__(self, num_blocks: int, in_features: int, out_features: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_blocks, in_features, out_features))  # as Conv1D, stacked
-        self.bias = nn.Parameter(torch.zeros(num_blocks, out_features))
-        nn.init.normal_(self.weight, std=0.02)  # Conv1D's own default
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+from detransformer.models.stacked import (
+    BatchedConv1D,
+    BatchedLayerNorm,
+    DecoupledHead,
+    DecoupledModel,
+    attend_in_slices,
+    merge_hidden,
+    split_hidden,
+)
 
 
 class DecoupledGPT2Attention(GPT2Attention):
@@ -73,24 +73,46 @@ class DecoupledGPT2Attention(GPT2Attention):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ):
-        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, P*H, T, T_all] or None)."""
-        blocks, rows, _ = x.shape
-        packed = self.c_attn(x).view(blocks, batch_size, rows // batch_size, 3, self.num_heads, self.head_dim)
-        # Sub-blocks stand beside heads, not beside requests: a cache is reordered, cut and repeated by requests.
-        q, k, v = packed.permute(3, 1, 0, 4, 2, 5).flatten(2, 3)  # [B, P*H, T, s] each
+        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T_all], the mean over sub-blocks, or None)."""
+        blocks = len(x)
+        packed = self.c_attn(x).view(blocks, batch_size, -1, 3, self.num_heads, self.head_dim)
+        query = packed[:, :, :, 0].transpose(2, 3)  # [P, B, H, T, s]
+        # A cache is reordered, cut and repeated by requests, and has the configuration's heads: sub-blocks widen those.
+        key, value = packed[:, :, :, 1:].permute(3, 1, 4, 2, 0, 5).flatten(-2)  # [B, H, T, P*s] each
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            _check_width(past_key_values, self.layer_idx, key.shape[-1])
+            key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if name == "eager" and self.reorder_and_upcast_attn:
-            context, weights = self._upcast_and_reordered_attn(q, k, v, attention_mask)
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-            dropout = self.attn_dropout.p if self.training else 0.0
-            context, weights = attend(
-                self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )  # [B, T, P*H, s]
-        context = context.unflatten(2, (blocks, -1)).permute(2, 0, 1, 3, 4)  # [P, B, T, H, s]
-        return self.resid_dropout(self.c_proj(context.reshape(blocks, rows, -1))), weights
+            attend = _upcast_attention
+        context, weights = attend_in_slices(
+            attend,
+            self,
+            query,
+            key.unflatten(-1, (blocks, -1)).movedim(-2, 0),  # [P, B, H, T_all, s]
+            value.unflatten(-1, (blocks, -1)).movedim(-2, 0),
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.resid_dropout(self.c_proj(context)), weights
+
+
+def _check_width(cache: Cache, layer_idx: int, width: int) -> None:
+    """Raises ValueError where `cache` came with keys [B, H, T, s] of another width, as prefix tuning makes."""
+    held = cache.layers[layer_idx].keys if layer_idx < len(cache.layers) else None
+    if held is not None and held.ndim == 4 and held.shape[-1] != width:
+        raise ValueError(
+            f"past_key_values holds keys of width {held.shape[-1]} a head for layer {layer_idx}, and a decoupled layer "
+            f"keeps {width}, those of all sub-blocks: prefix tuning needs attention_width='narrow'."
+        )
+
+
+def _upcast_attention(module: GPT2Attention, query, key, value, attention_mask, **kwargs):
+    """GPT-2's attention in float32 (`reorder_and_upcast_attn`), called as the other attention functions are."""
+    return module._upcast_and_reordered_attn(query, key, value, attention_mask)
 
 
 class DecoupledGPT2MLP(GPT2MLP):
@@ -135,60 +157,59 @@ class DecoupledGPT2Block(GPT2Block):
         return merge_hidden(x, batch_size)
 
 
-class _DecoupledGPT2Mixin:
-    """What the two models below share: their configuration and the initialisation of stacked weights."""
+class DecoupledGPT2Model(DecoupledModel, GPT2Model):
+    """Decoupled GPT-2 without a head; outputs as `transformers.GPT2Model`."""
 
     config_class = DecoupledGPT2Config
     _no_split_modules = ["GPT2Block", "DecoupledGPT2Block"]
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
-        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, BatchedConv1D):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif isinstance(module, BatchedLayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
-
-class DecoupledGPT2Model(_DecoupledGPT2Mixin, GPT2Model):
-    """Decoupled GPT-2 without a head; outputs as `transformers.GPT2Model`."""
-
     def __init__(self, config: DecoupledGPT2Config):
         if config.add_cross_attention:
             raise ValueError("decoupled GPT-2 attends to its own tokens only: set add_cross_attention=False.")
-        super().__init__(config)
-        for i, kind in enumerate(layer_kinds(config)):
-            if kind == "decoupled":
-                self.h[i] = DecoupledGPT2Block(config, layer_idx=i)
+        GPT2PreTrainedModel.__init__(self, config)  # GPT2Model's own would make the original layers too
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        block_class = {"decoupled": DecoupledGPT2Block, "original": GPT2Block}
+        self.h = nn.ModuleList(block_class[kind](config, layer_idx=i) for i, kind in enumerate(layer_kinds(config)))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
 
 
-class DecoupledGPT2LMHeadModel(_DecoupledGPT2Mixin, GPT2LMHeadModel):
+class _DecoupledGPT2Head(DecoupledHead):
+    config_class = DecoupledGPT2Config
+    body_class = DecoupledGPT2Model
+
+
+class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel, GenerationMixin):
     """Decoupled GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
 
-    def __init__(self, config: DecoupledGPT2Config):
-        super().__init__(config)
-        self.transformer = DecoupledGPT2Model(config)
-        self.post_init()
+    def init_continuous_batching(self, *args, **kwargs):
+        """Not for this model: ValueError."""
+        raise ValueError(
+            "continuous batching (generate_batch) keeps the keys of one attention a layer, and a decoupled layer has "
+            f"num_divisions={self.config.num_divisions}: call generate on padded prompts, or `detransformer serve`."
+        )
 
 
-DECOUPLED_CLASS = {GPT2Model: DecoupledGPT2Model, GPT2LMHeadModel: DecoupledGPT2LMHeadModel}
+class DecoupledGPT2ForSequenceClassification(_DecoupledGPT2Head, GPT2ForSequenceClassification):
+    """Decoupled GPT-2 with GPT-2's own classifier of the last token: logits [B, labels]."""
 
 
-def register() -> None:
-    """Makes `AutoConfig`, the AutoModel classes and `AutoTokenizer` know decoupled GPT-2."""
-    AutoConfig.register(DecoupledGPT2Config.model_type, DecoupledGPT2Config, exist_ok=True)
-    AutoModel.register(DecoupledGPT2Config, DecoupledGPT2Model, exist_ok=True)
-    AutoModelForCausalLM.register(DecoupledGPT2Config, DecoupledGPT2LMHeadModel, exist_ok=True)
-    AutoTokenizer.register(DecoupledGPT2Config, GPT2Tokenizer, exist_ok=True)  # GPT-2's own files name no class
+class DecoupledGPT2ForTokenClassification(_DecoupledGPT2Head, GPT2ForTokenClassification):
+    """Decoupled GPT-2 with GPT-2's own classifier of tokens: logits [B, T, labels]."""
 
 
-register()
+class DecoupledGPT2ForQuestionAnswering(_DecoupledGPT2Head, GPT2ForQuestionAnswering):
+    """Decoupled GPT-2 with GPT-2's own span head: logits [B, T] of an answer's start and of its end."""
+
+
+CLASSES = (  # the AutoModel class, the original, the decoupled one
+    (AutoModel, GPT2Model, DecoupledGPT2Model),
+    (AutoModelForPreTraining, GPT2LMHeadModel, DecoupledGPT2LMHeadModel),
+    (AutoModelForCausalLM, GPT2LMHeadModel, DecoupledGPT2LMHeadModel),
+    (AutoModelForSequenceClassification, GPT2ForSequenceClassification, DecoupledGPT2ForSequenceClassification),
+    (AutoModelForTokenClassification, GPT2ForTokenClassification, DecoupledGPT2ForTokenClassification),
+    (AutoModelForQuestionAnswering, GPT2ForQuestionAnswering, DecoupledGPT2ForQuestionAnswering),
+)

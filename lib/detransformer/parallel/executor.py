@@ -1,6 +1,6 @@
 """Runs a plan on one device: embeddings, layers with resharding between them, and what the model ends in.
 
-BERT ends in pooler and task head, GPT-2 in the next token.
+Encoders end in pooler and task head, a GPT-2 in the next token or a classifier.
 
 Every rank of the plan makes an `Executor` and calls it with the same request. Model parallel plans leave the result on
 every rank; a pipeline leaves it on its last.
@@ -13,8 +13,11 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from detransformer.models.configuration import architecture, family_of, generates, head_of, max_tokens
 from detransformer.parallel.comm import Comm
+from detransformer.parallel.draw import Draw
 from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
+from detransformer.parallel.parameters import naming_of
 from detransformer.parallel.partition import bounds
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.parallel.reshard import reshard
@@ -25,7 +28,7 @@ from detransformer.parallel.weights import WeightSource
 class Output:
     """last_hidden_state [B, T, D]; the rest where the model has it.
 
-    `next_token` [B] is the likeliest token after the last one, of a decoder.
+    `next_token` [B] is the token after the last one, of a decoder: the likeliest, or one that is drawn.
     """
 
     last_hidden_state: torch.Tensor
@@ -35,18 +38,29 @@ class Output:
 
 
 class Embeddings:
-    """Word, position and token type look-ups and their LayerNorm, at full width on every device."""
+    """Word, position and, but for DistilBERT, token type look-ups and their LayerNorm, at full width on every device.
+
+    RoBERTa and its kind count positions from the padding token's number on, over the tokens that do not pad.
+    """
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource):
-        self.eps = config.layer_norm_eps
+        self.eps = naming_of(config).eps_of(config)
+        self.padding = config.pad_token_id if family_of(config).pads_positions else None
         self.word = weights.once("embeddings.word_embeddings.weight")
         self.position = weights.once("embeddings.position_embeddings.weight")
-        self.token_type = weights.once("embeddings.token_type_embeddings.weight")
+        has_types = architecture(config) != "distilbert"
+        self.token_type = weights.once("embeddings.token_type_embeddings.weight") if has_types else None
         self.norm = [weights.once(f"embeddings.LayerNorm.{n}") for n in ("weight", "bias")]
 
     def __call__(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:
-        token_types = self.token_type[0] if token_type_ids is None else F.embedding(token_type_ids, self.token_type)
-        x = F.embedding(input_ids, self.word) + token_types + self.position[: input_ids.shape[1]]
+        x = F.embedding(input_ids, self.word)
+        if self.token_type is not None:
+            x = x + (self.token_type[0] if token_type_ids is None else F.embedding(token_type_ids, self.token_type))
+        if self.padding is None:
+            x = x + self.position[: input_ids.shape[1]]
+        else:
+            is_text = (input_ids != self.padding).long()
+            x = x + F.embedding(is_text.cumsum(-1) * is_text + self.padding, self.position)
         return F.layer_norm(x, x.shape[-1:], *self.norm, eps=self.eps)  # [B, T, D]
 
 
@@ -61,50 +75,118 @@ class DecoderEmbeddings:
         return F.embedding(input_ids, self.word) + F.embedding(position_ids, self.position)  # [B, T, D]
 
 
-class NextToken:
-    """GPT-2's last LayerNorm and the likeliest next token; each device looks at its part of the vocabulary.
+class PatchEmbeddings:
+    """A ViT's patches, each projected, its class token before them, and positions; at full width on every device."""
 
-    What devices exchange is their best logit and its token, two numbers a sequence.
+    def __init__(self, weights: WeightSource):
+        self.projection = [weights.once(f"embeddings.patch_embeddings.projection.{n}") for n in ("weight", "bias")]
+        self.class_token = weights.once("embeddings.cls_token")
+        self.position = weights.once("embeddings.position_embeddings")
+
+    def __call__(self, pixel_values: torch.Tensor, following: None = None) -> torch.Tensor:
+        patch_size = self.projection[0].shape[-2:]
+        patches = F.conv2d(pixel_values, *self.projection, stride=patch_size).flatten(2).transpose(1, 2)
+        return torch.cat([self.class_token.expand(len(patches), -1, -1), patches], 1) + self.position  # [B, T, D]
+
+
+class NextToken:
+    """GPT-2's last LayerNorm and the next token; each device looks at its part of the vocabulary.
+
+    What devices exchange is their best logit (or what `draw` makes of it) and its token, two numbers a sequence.
     """
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm):
         self.eps = config.layer_norm_epsilon
         self.norm = [weights.once(f"ln_f.{n}") for n in ("weight", "bias")]
-        self.start, stop = bounds(plan.vocabulary(config.vocab_size), comm.rank)
-        untied = "lm_head.weight" in weights and not config.tie_word_embeddings
-        self.words = weights.once("lm_head.weight" if untied else "wte.weight")[self.start : stop]  # [V/P, D]
+        self.sizes = plan.vocabulary(config.vocab_size)
+        self.start, stop = bounds(self.sizes, comm.rank)
+        words = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self.words = weights.once(words)[self.start : stop]  # [V/P, D]
         self.comm = comm
 
-    def __call__(self, x: torch.Tensor) -> Output:
+    def __call__(self, x: torch.Tensor, draw: Draw | None = None) -> Output:
         x = F.layer_norm(x, x.shape[-1:], *self.norm, eps=self.eps)
+        logits = F.linear(x[:, -1], self.words)  # [B, V/P]
+        if draw:
+            logits = draw(logits, self.sizes, self.comm)
         if not len(self.words):  # a device too slow for a share
             best = torch.stack([x.new_full((len(x),), -torch.inf), x.new_zeros(len(x))], -1)
         else:
-            logits, token = F.linear(x[:, -1], self.words).max(-1)
-            best = torch.stack([logits, (token + self.start).to(x.dtype)], -1)  # [B, 2]; exact up to 2^24 tokens
+            value, token = logits.max(-1)
+            best = torch.stack([value, (token + self.start).to(x.dtype)], -1)  # [B, 2]; exact up to 2^24 tokens
+        if draw:
+            draw.end(best)
         every = self.comm.start_all_gather(best, [best.shape] * self.comm.num_ranks, name="token").wait()
         logits, tokens = torch.stack(every).unbind(-1)  # [P, B] each
         token = tokens.gather(0, logits.argmax(0, keepdim=True))[0]
         return Output(x, next_token=token.long())
 
 
-class Head:
-    """Pooler and task head, whichever the checkpoint has; small, so each device that has X runs them whole."""
+# The maps of a task head, each with what follows it, by head and by family; a head of one token has two.
+_OF_ONE_TOKEN = {
+    "bert": (("pooler.dense", torch.tanh), ("classifier", None)),
+    "distilbert": (("pre_classifier", torch.relu), ("classifier", None)),
+    "gpt2": (("score", None),),
+    "vit": (("classifier", None),),
+}
+_LAST_NORM = {"gpt2": "ln_f", "vit": "layernorm"}  # of pre-norm families
+_ROBERTA = (("classifier.dense", torch.tanh), ("classifier.out_proj", None))
+_READ_ONE = ("classification", "image-classification")
+_OF_EACH_TOKEN = {"token-classification": (("classifier", None),), "question-answering": (("qa_outputs", None),)}
 
-    def __init__(self, weights: WeightSource):
-        self.pooler = self._linear(weights, "pooler.dense")
-        self.classifier = self._linear(weights, "classifier")
-        self.qa_outputs = self._linear(weights, "qa_outputs")
+
+class Head:
+    """Pooler or task head, as the configuration's class has it; small, so each device that has X runs it whole.
+
+    A masked-language-model head is not run: the outputs are the hidden states that it reads.
+    """
+
+    def __init__(self, config: PretrainedConfig, weights: WeightSource):
+        self.reads = head_of(config)
+        last_norm = _LAST_NORM.get(architecture(config))
+        self.norm = [weights.once(f"{last_norm}.{n}") for n in ("weight", "bias")] if last_norm else None
+        self.eps = naming_of(config).eps_of(config)
+        maps = _OF_EACH_TOKEN.get(self.reads, ())
+        if self.reads in _READ_ONE:
+            maps = _ROBERTA if family_of(config).pads_positions else _OF_ONE_TOKEN[architecture(config)]
+        self.maps = [(self._linear(weights, name), activation) for name, activation in maps]
+        has_pooler = self.reads == "base" and "pooler.dense.weight" in weights
+        self.pooler = self._linear(weights, "pooler.dense") if has_pooler else None
 
     @staticmethod
-    def _linear(weights: WeightSource, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (weights.once(f"{name}.weight"), weights.once(f"{name}.bias")) if f"{name}.weight" in weights else None
+    def _linear(weights: WeightSource, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weights.once(f"{name}.weight"), weights.once(f"{name}.bias") if f"{name}.bias" in weights else None
 
-    def __call__(self, x: torch.Tensor) -> Output:
-        pooled = torch.tanh(F.linear(x[:, 0], *self.pooler)) if self.pooler else None
-        if self.classifier:
-            return Output(x, pooled, F.linear(pooled, *self.classifier))
-        return Output(x, pooled, F.linear(x, *self.qa_outputs) if self.qa_outputs else None)
+    def __call__(self, x: torch.Tensor, last: torch.Tensor | None = None) -> Output:
+        """x [B, T, D]; `last` [B] is each text's last token, which a decoder's classifier reads."""
+        if self.norm:
+            x = F.layer_norm(x, x.shape[-1:], *self.norm, eps=self.eps)
+        if not self.maps:
+            return Output(x, torch.tanh(F.linear(x[:, 0], *self.pooler)) if self.pooler else None)
+        y = x
+        if self.reads in _READ_ONE:
+            y = x[:, 0] if last is None else x[torch.arange(len(x)), last]
+        for weights, activation in self.maps:
+            y = F.linear(y, *weights)
+            y = activation(y) if activation else y
+        return Output(x, logits=y)
+
+
+def embeddings_of(config: PretrainedConfig, weights: WeightSource) -> Embeddings | DecoderEmbeddings | PatchEmbeddings:
+    """What a model begins with."""
+    if architecture(config) == "vit":
+        return PatchEmbeddings(weights)
+    return DecoderEmbeddings(weights) if is_decoder(config) else Embeddings(config, weights)
+
+
+def ending_of(config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm) -> Head | NextToken:
+    """What a model ends in."""
+    return NextToken(config, weights, plan, comm) if generates(config) else Head(config, weights)
+
+
+def request_shape(config: PretrainedConfig, given: torch.Tensor) -> tuple[int, int]:
+    """(B, T) of a request of input_ids [B, T], or of pixel_values [B, 3, H, W] to a ViT."""
+    return (len(given), max_tokens(config)) if architecture(config) == "vit" else tuple(given.shape)
 
 
 class Executor:
@@ -129,7 +211,6 @@ class Executor:
         held_with: Sequence[Plan] = (),
     ):
         plan.check(config)
-        decoder = is_decoder(config)
         if comm.num_ranks != plan.num_devices:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         self.config = config
@@ -140,38 +221,42 @@ class Executor:
         self.plan = plan if plan.splits_layers else plan.on_one_device()
         local = comm if plan.splits_layers else Comm(None, 0, 1)
         self.local_comm = local
-        self.decoder = decoder
+        self.decoder = is_decoder(config)
         self.embeddings = self.head = None
         if self.is_first:
-            self.embeddings = DecoderEmbeddings(weights) if decoder else Embeddings(config, weights)
+            self.embeddings = embeddings_of(config, weights)
         device = plan.device_ids[comm.rank]
         self.layers = []
         for i in plan.layers(comm.rank):
             keeps_whole = any(other.keeps_whole(i, device) for other in held_with)
             self.layers.append(STRATEGIES[plan.strategies[i]](config, self.plan, local, weights, i, keeps_whole))
         if self.is_last:
-            self.head = NextToken(config, weights, self.plan, local) if decoder else Head(weights)
+            self.head = ending_of(config, weights, self.plan, local)
         self.dtype, self.weights_bytes = weights.dtype, weights.num_bytes
 
     @torch.inference_mode()
     def __call__(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
+        draw: Draw | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> Output | None:
-        """All three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last.
+        """The first three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last.
 
-        With a decoder's `cache`, the tokens follow those in it, and `attention_mask` is [B, T_all].
+        A ViT takes `pixel_values` [B, 3, H, W] alone.
+
+        With a decoder's `cache`, the tokens follow those in it, and `attention_mask` is [B, T_all]; its next token is
+        chosen by `draw`, where that is given.
         """
-        batch_size, seq_len = input_ids.shape
+        given = input_ids if pixel_values is None else pixel_values
+        batch_size, seq_len = request_shape(self.config, given)
         past = cache.num_tokens if cache else 0
-        if past + seq_len > self.config.max_position_embeddings:
-            raise ValueError(
-                f"seq_len={past + seq_len} is above the model's {self.config.max_position_embeddings}: "
-                "shorten the input."
-            )
+        limit = max_tokens(self.config)
+        if past + seq_len > limit:
+            raise ValueError(f"seq_len={past + seq_len} is above the model's {limit}: shorten the input.")
         if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         if self.decoder:
@@ -182,7 +267,7 @@ class Executor:
             following = token_type_ids
         request = Request.of(self.plan, batch_size, seq_len, mask, cache)
         if self.is_first:
-            x = self.embeddings(input_ids, following)
+            x = self.embeddings(given, following)
         else:
             shape = (batch_size, seq_len, self.config.hidden_size)
             x = self.comm.receive(shape, self.dtype, self.stage - 1, self.plan.wire)
@@ -198,7 +283,12 @@ class Executor:
             self.comm.send(x, self.stage + 1, plan.wire)
             return None
         # A message's buffer is used again by the next request: what is given out must not lie in it.
-        return self.head(x.clone() if layout != REPLICATE else x)
+        x = x.clone() if layout != REPLICATE else x
+        if isinstance(self.head, NextToken):
+            return self.head(x, draw)
+        if self.decoder:
+            return self.head(x, last_tokens(input_ids, attention_mask, self.config.pad_token_id))
+        return self.head(x)
 
 
 def causal_mask(seq_len: int, past: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -209,6 +299,15 @@ def causal_mask(seq_len: int, past: int, attention_mask: torch.Tensor | None) ->
     if attention_mask is not None:  # what pads attends to itself, so that its softmax has something to sum
         mask = mask & (attention_mask[:, None, None, :].bool() | torch.eye(past + seq_len, dtype=torch.bool)[past:])
     return mask
+
+
+def last_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, padding: int | None) -> torch.Tensor:
+    """[B]: where the last token of each text stands that is neither masked nor the padding token, as transformers has
+    it."""
+    is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    if padding is not None:
+        is_text = is_text * (input_ids != padding)
+    return (torch.arange(input_ids.shape[1]) * is_text).argmax(-1)
 
 
 def positions(batch_size: int, seq_len: int, past: int, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -4,21 +4,23 @@ The prompt is run by one plan (many tokens: compute counts), each further token 
 reading of weights count). Both share a device's weights, and the keys and values, which never leave it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PretrainedConfig
 
+from detransformer.models.configuration import generates
 from detransformer.parallel.comm import Comm
+from detransformer.parallel.draw import END, Draw, Sampling
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import STRATEGIES, KeyValueCache
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
 
 
 def check_generation(config: PretrainedConfig, prefill: Plan, decode: Plan) -> None:
     """Raises ValueError unless `decode` can go on from what `prefill` has kept, layer by layer."""
-    if not is_decoder(config):
+    if not generates(config):
         raise ValueError(f"a {config.model_type} model does not generate text: take a GPT-2.")
     if prefill.stages or decode.stages:
         raise ValueError("a pipeline does not generate text here: plan with any method but pp.")
@@ -35,7 +37,7 @@ def check_generation(config: PretrainedConfig, prefill: Plan, decode: Plan) -> N
 
 
 class Generator:
-    """Greedy decoding on one device of a plan's group; every device has the tokens.
+    """Decoding on one device of a plan's group, greedily or by drawing; every device has the tokens.
 
     Raises:
         ValueError: where the two plans cannot take turns, or the model is no decoder.
@@ -50,8 +52,18 @@ class Generator:
         self.weights_bytes = weights.num_bytes
         self.cache = KeyValueCache(0)
 
-    def start(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int) -> torch.Tensor:
+    def start(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        max_new_tokens: int,
+        sampling: Sequence[Sampling] = (),
+        stop_tokens: Sequence[int] = (),
+    ) -> torch.Tensor:
         """The prompts [B, T], padded on the left where `attention_mask` [B, T] is 0 -> the first new token [B].
+
+        `sampling` says how each row's tokens are chosen; without, all are the likeliest. After one of `stop_tokens` a
+        row has ended; what follows in it has no meaning.
 
         Raises:
             ValueError: if prompt and new tokens do not fit the model's positions.
@@ -68,32 +80,28 @@ class Generator:
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask ends in 0: pad prompts on the left.")
         self.cache = KeyValueCache(total)
-        self._mask = attention_mask
+        self._mask, self._left = attention_mask, max_new_tokens
+        self._stops, self._ended = torch.tensor(stop_tokens, dtype=torch.long), torch.zeros(len(input_ids)).bool()
+        self._draw = Draw(sampling or [Sampling()] * len(input_ids), self.config.vocab_size)
         return self._forward(self.prefill, input_ids)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """The next tokens [B] after `tokens` [B]."""
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        return self._forward(self.decode, tokens[:, None])
+        return self._forward(self.decode, tokens.clamp(min=0)[:, None])
 
     def _forward(self, executor: Executor, input_ids: torch.Tensor) -> torch.Tensor:
-        return executor(input_ids, self._mask, cache=self.cache).next_token
+        tokens = executor(input_ids, self._mask, cache=self.cache, draw=self._draw).next_token
+        self._left -= 1
+        self._ended |= torch.isin(tokens, self._stops) | (tokens == END)
+        return tokens
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        max_new_tokens: int = 64,
-        stop_tokens: Sequence[int] = (),
-        pad_token: int = 0,
-    ) -> torch.Tensor:
-        """The new tokens [B, at most max_new_tokens]; after one of `stop_tokens` a row is filled with `pad_token`."""
-        stops = torch.tensor(list(stop_tokens), dtype=torch.long)
-        tokens = self.start(input_ids, attention_mask, max_new_tokens)
-        made, done = [tokens], torch.isin(tokens, stops)
-        while len(made) < max_new_tokens and not bool(done.all()):
-            tokens = self.step(tokens).where(~done, torch.tensor(pad_token))
-            made.append(tokens)
-            done |= torch.isin(tokens, stops)
-        return torch.stack(made, dim=1)
+    def finish(self, rows: Iterable[int]) -> None:
+        """Ends these rows at the next token, on all devices, though perhaps only this one was told."""
+        self._draw.enough.update(rows)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all tokens are made, or every row has ended: alike on all devices."""
+        return not self._left or bool(self._ended.all())

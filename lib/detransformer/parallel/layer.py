@@ -148,7 +148,7 @@ class Strategy:
         self.head_size = config.hidden_size // config.num_attention_heads
         parameters = LayerParameters(config, weights, layer, keeps_whole, packs)
         naming = parameters.naming
-        self.pre_norm, self.eps = naming.pre_norm, getattr(config, naming.eps)
+        self.pre_norm, self.eps = naming.pre_norm, naming.eps_of(config)
         self.activation = ACT2FN[getattr(config, naming.activation)]
         self.load(parameters)  # a device keeps its own part, not the source
 
@@ -236,7 +236,17 @@ class Strategy:
             mask = request.mask_of(chunk.start, chunk.stop)
             if mask is not None and len(mask) > 1:  # one of all sequences is that of all copies
                 mask = mask.repeat(copies, 1, 1, 1)
-            yield attend(part[:, :, 0], k, v, self.head_size, mask)
+            yield self.attend(part[:, :, 0], k, v, mask)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Scaled dot-product attention: q [B, t, A], k and v [B, T, A] -> [B, t, A]."""
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, H, T, s]
+
+        scale = attention_scale(self.config, self.layer, self.head_size)
+        context = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask, scale=scale)
+        return context.transpose(1, 2).flatten(2)
 
     def remember(self, k: torch.Tensor, v: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v [rows, T, A] of the request's tokens, after those of earlier ones where they are kept."""
@@ -278,12 +288,7 @@ def arrived(chunks: Iterable[Pending]) -> Iterator[torch.Tensor]:
     return (chunk.wait() for chunk in chunks)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_size: int, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Scaled dot-product attention: q [B, t, A], k and v [B, T, A] -> [B, t, A]."""
-
-    def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, head_size)).transpose(1, 2)  # [B, H, T, s]
-
-    return F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=mask).transpose(1, 2).flatten(2)
+def attention_scale(config: PretrainedConfig, layer: int, head_size: int) -> float:
+    """What scores are multiplied by: the root of 1/s, but where a GPT-2's configuration says otherwise."""
+    scale = head_size**-0.5 if getattr(config, "scale_attn_weights", True) else 1.0
+    return scale / (layer + 1) if getattr(config, "scale_attn_by_inverse_layer_idx", False) else scale

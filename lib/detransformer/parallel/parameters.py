@@ -31,8 +31,12 @@ class Naming:
     ffn_norm: str
     input_major: bool
     pre_norm: bool  # LayerNorm stands before attention and FFN, not after their residuals
-    eps: str  # the configuration's names of LayerNorm's epsilon and of the FFN's activation
-    activation: str
+    eps: str | float  # the configuration's name of LayerNorm's epsilon, or what it always is
+    activation: str  # the configuration's name of the FFN's activation
+
+    def eps_of(self, config: PretrainedConfig) -> float:
+        """LayerNorm's epsilon."""
+        return getattr(config, self.eps) if isinstance(self.eps, str) else self.eps
 
 
 NAMING = {
@@ -49,6 +53,19 @@ NAMING = {
         eps="layer_norm_eps",
         activation="hidden_act",
     ),
+    "distilbert": Naming(
+        prefix="transformer.layer.{}.",
+        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        out="attention.out_lin",
+        ffn_in="ffn.lin1",
+        ffn_out="ffn.lin2",
+        attention_norm="sa_layer_norm",
+        ffn_norm="output_layer_norm",
+        input_major=False,
+        pre_norm=False,
+        eps=1e-12,
+        activation="activation",
+    ),
     "gpt2": Naming(
         prefix="h.{}.",
         qkv=("attn.c_attn",),
@@ -62,11 +79,24 @@ NAMING = {
         eps="layer_norm_epsilon",
         activation="activation_function",
     ),
+    "vit": Naming(
+        prefix="layers.{}.",
+        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        out="attention.o_proj",
+        ffn_in="mlp.fc1",
+        ffn_out="mlp.fc2",
+        attention_norm="layernorm_before",
+        ffn_norm="layernorm_after",
+        input_major=False,
+        pre_norm=True,
+        eps="layer_norm_eps",
+        activation="hidden_act",
+    ),
 }
 
 
 def naming_of(config: PretrainedConfig) -> Naming:
-    """Where a checkpoint of this architecture keeps each parameter; ValueError for neither BERT nor GPT-2."""
+    """Where a checkpoint of this architecture keeps each parameter; ValueError for one that is not supported."""
     return NAMING[architecture(config)]
 
 

@@ -184,7 +184,7 @@ class Plan:
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether the model attends to earlier tokens only and goes on with the next one (GPT-2)."""
+    """Whether the model's tokens attend to earlier ones only (GPT-2)."""
     return architecture(config) == "gpt2"
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from detransformer.models.decoupled_bert import merge_hidden, split_hidden
+from detransformer.models.stacked import merge_hidden, split_hidden
 from detransformer.parallel.comm import Comm, Pending, joined
 from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, Chunk, Request, together
 from detransformer.parallel.partition import bounds

@@ -27,7 +27,6 @@ from detransformer.parallel.layer import (
     Request,
     Strategy,
     arrived,
-    attend,
     register,
     together,
 )
@@ -119,7 +118,7 @@ class SequenceParallel(Strategy):
         for q, x, chunk in zip(queries, xs, request.chunks, strict=True):
             start, stop = chunk.of(self.comm.rank)
             mask = request.mask_of(chunk.start + start, chunk.start + stop)
-            yield self.after_attention(attend(q, k, v, self.head_size, mask), x)
+            yield self.after_attention(self.attend(q, k, v, mask), x)
 
 
 @register("ulysses")

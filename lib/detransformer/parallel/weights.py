@@ -14,7 +14,22 @@ from pathlib import Path
 import torch
 
 CHUNK_BYTES = 2**20  # or one row of a tensor, where that is more
-_PREFIXES = ("bert.", "transformer.")
+_PREFIXES = ("bert.", "roberta.", "distilbert.", "transformer.", "vit.")
+_RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # in files of old versions
+_RENAMED_IN_VIT = {  # parts of names in a ViT's files, and how transformers calls them in memory
+    "encoder.layer.": "layers.",
+    **{f"attention.attention.{name}.": f"attention.{name[0]}_proj." for name in ("query", "key", "value")},
+    "attention.output.dense.": "attention.o_proj.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+}
+_POINTER = b"version https://git-lfs"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -27,10 +42,14 @@ class _Stored:
     shape: tuple[int, ...]
     offset: int
 
-    def copy(self, out: torch.Tensor, dim: int, start: int, stop: int, buffer: Callable[[int], torch.Tensor]) -> None:
-        """Its part start..stop along `dim` into `out`, a tensor or a part of one; `buffer(n)` lends n bytes."""
+    def check_type(self) -> None:
+        """Raises ValueError for numbers of a type that is not read, as quantised ones."""
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.path} has weights of type {self.dtype}: save them as one of {', '.join(_DTYPES)}.")
+
+    def copy(self, out: torch.Tensor, dim: int, start: int, stop: int, buffer: Callable[[int], torch.Tensor]) -> None:
+        """Its part start..stop along `dim` into `out`, a tensor or a part of one; `buffer(n)` lends n bytes."""
+        self.check_type()
         dtype = _DTYPES[self.dtype]
         first, last = (start, stop) if dim == 0 else (0, self.shape[0])
         row = math.prod(self.shape[1:])
@@ -58,9 +77,9 @@ class _Stored:
 class WeightSource:
     """Named tensors of a checkpoint, whole or a range along one axis, in one dtype.
 
-    `source` is a state dict, a safetensors file, or a folder with `model.safetensors`, in one file or in several with
-    their index. Names are given without the prefix (`bert.`, `transformer.`) that models with a head put before them.
-    `kept` is for those who read parts that others may ask for again.
+    `source` is a state dict, a file of weights, or a folder with one of `WEIGHT_FILES`: of safetensors only parts are
+    read, a `pytorch_model.bin` is mapped. Names are given without the prefix (`bert.`, `transformer.`) that models with
+    a head put before them. `kept` is for those who read parts that others may ask for again.
 
     Raises:
         ValueError: if the files cannot be read.
@@ -73,16 +92,27 @@ class WeightSource:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tensors: dict[str, torch.Tensor | _Stored]
         if isinstance(source, (str, Path)):
-            try:
-                self._tensors = {name: tensor for file in _files(Path(source)) for name, tensor in _header(file)}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{source} cannot be read as safetensors ({error}): save the model again.") from error
+            found = dict(_tensors_in(Path(source)))
+            is_vit = any(".layernorm_before." in name for name in found)
+            self._tensors = {_renamed(name, is_vit): tensor for name, tensor in found.items()}
         else:
             self._tensors = dict(source)
         self._prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in self._tensors)), "")
 
     def __contains__(self, name: str) -> bool:
         return self._resolve(name) in self._tensors
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by its whole name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def check_type(self, name: str) -> None:
+        """Raises ValueError where the numbers of tensor `name` are of a type that is not read, as quantised ones."""
+        tensor = self._tensors[self._resolve(name)]
+        if isinstance(tensor, _Stored):
+            tensor.check_type()
+        elif tensor.dtype not in _DTYPES.values():
+            raise ValueError(f"{name} has weights of type {tensor.dtype}: save them as one of {', '.join(_DTYPES)}.")
 
     def _resolve(self, name: str) -> str:
         return name if name in self._tensors else self._prefix + name
@@ -138,14 +168,55 @@ class WeightSource:
         return self._memory[:num_bytes]
 
 
-def _files(source: Path) -> list[Path]:
-    """The safetensors files of `source`, a file or a folder."""
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError where `path` is what git leaves in a file's place that git-lfs is to fetch."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` in its clone.")
+
+
+def _renamed(name: str, is_vit: bool) -> str:
+    if is_vit:
+        for old, new in _RENAMED_IN_VIT.items():
+            name = name.replace(old, new)
+        return name
+    for old, new in _RENAMED.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _tensors_in(source: Path) -> "Iterator[tuple[str, torch.Tensor | _Stored]]":
+    """All tensors of `source`, a file or a folder; ValueError where they cannot be read."""
+    path = source
     if source.is_dir():
-        index = source / "model.safetensors.index.json"
-        if index.is_file() and not (source / "model.safetensors").is_file():
-            return sorted({source / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-        source = source / "model.safetensors"
-    return [source]
+        found = [source / name for name in WEIGHT_FILES if (source / name).is_file()]
+        if not found:
+            raise ValueError(f"{source} has no weights; it needs one of {', '.join(WEIGHT_FILES)}.")
+        path = found[0]
+    try:
+        files = [path]
+        if path.suffix == ".json":
+            refuse_pointer(path)
+            files = sorted({path.parent / name for name in json.loads(path.read_text("utf-8"))["weight_map"].values()})
+        for file in files:
+            refuse_pointer(file)
+            yield from _pickled(file).items() if file.suffix == ".bin" else _header(file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "git-lfs" in str(error):
+            raise
+        raise ValueError(f"the weights in {source} cannot be read ({error}): save or copy the model again.") from error
+
+
+def _pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that `torch.save` made, mapped where its format allows it; never runs code in it."""
+    for mapped in (True, False):
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+        except Exception as error:  # torch, pickle and zipfile each have their own
+            first = error
+    raise ValueError(f"{path.name} is damaged: {str(first).splitlines()[0]}")
 
 
 def _header(path: Path) -> Iterator[tuple[str, _Stored]]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from transformers import PretrainedConfig
 
 from detransformer.models.configuration import ffn_size
-from detransformer.parallel.executor import DecoderEmbeddings, Embeddings, Head, NextToken
+from detransformer.parallel.executor import embeddings_of, ending_of
 from detransformer.parallel.layer import STRATEGIES, Strategy
 from detransformer.parallel.plan import Plan, is_decoder
 from detransformer.parallel.weights import WeightSource
@@ -25,9 +25,9 @@ def ends_bytes(sizes: Sizes) -> tuple[int, int, int]:
     for first, last in ((True, False), (False, True), (True, True)):
         source = WeightSource(state)
         if first:
-            DecoderEmbeddings(source) if is_decoder(config) else Embeddings(config, source)
+            embeddings_of(config, source)
         if last:
-            NextToken(config, source, plan, comm) if is_decoder(config) else Head(source)
+            ending_of(config, source, plan, comm)
         taken.append(source.num_bytes)
     return tuple(taken)
 

@@ -10,12 +10,12 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
 
 import detransformer.models  # noqa: F401  registers decoupled models
-from detransformer.models.configuration import layer_kinds
+from detransformer.models.configuration import generates, layer_kinds
 from detransformer.parallel.comm import Comm
-from detransformer.parallel.executor import Head, NextToken
+from detransformer.parallel.executor import ending_of
 from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, KeyValueCache, Request, Strategy, chunks_of
 from detransformer.parallel.partition import split
 from detransformer.parallel.plan import Plan, is_decoder
@@ -37,7 +37,15 @@ from detransformer.planning.tape import (
 
 MAX_KEPT = 4096  # recordings of each kind, some 10 kB each
 Sizes = tuple[tuple[str, str | int], ...]  # all of a configuration that recordings depend on, by name
-_SIZES = ("model_type", "hidden_size", "num_attention_heads", "intermediate_size", "n_inner", "vocab_size")
+_SIZES = (
+    "model_type",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "n_inner",
+    "hidden_dim",
+    "vocab_size",
+)
 _SIZES += ("max_position_embeddings", "type_vocab_size", "num_divisions", "attention_width")
 
 
@@ -47,6 +55,8 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     sizes = [(names.get(name, name), getattr(config, name)) for name in _SIZES if hasattr(config, name)]
     decoupled = hasattr(config, "num_divisions")
     one_of_each = {"num_hidden_layers": 2, "num_original_layers": 1} if decoupled else {"num_hidden_layers": 1}
+    if is_decoder(config) and not generates(config):
+        one_of_each["num_labels"] = config.num_labels
     return (*sizes, *((names.get(name, name), count) for name, count in one_of_each.items()))
 
 
@@ -55,8 +65,11 @@ def small_model(sizes: Sizes) -> tuple[PretrainedConfig, dict[str, torch.Tensor]
     """The model with one layer of each kind, and its weights without numbers."""
     fields = dict(sizes)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    made_by = AutoModel
+    if "num_labels" in fields:
+        made_by, config.architectures = AutoModelForSequenceClassification, ["GPT2ForSequenceClassification"]
     with torch.device("meta"):
-        return config, AutoModel.from_config(config).state_dict()
+        return config, made_by.from_config(config).state_dict()
 
 
 def load_layer(
@@ -162,10 +175,7 @@ def _record_end(sizes: Sizes, part: _Part) -> Recording:
     shapes = part.shapes(REPLICATE, config)
     xs = [chunk.wait() for chunk in tape.arriving(shapes, part.dtype)]
     source = WeightSource(state, part.dtype)
-    if is_decoder(config):
-        head = NextToken(config, source, part.plan, TapeComm(part.rank, part.num_ranks, tape))
-    else:
-        head = Head(source)
+    head = ending_of(config, source, part.plan, TapeComm(part.rank, part.num_ranks, tape))
     with torch.inference_mode(), tape:
         head(xs[-1])
     steps = tape.cut()

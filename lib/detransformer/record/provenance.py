@@ -77,7 +77,7 @@ def pins(root: Path) -> dict[str, str]:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [
         *project["dependencies"],
-        *(d for extra in project.get("optional-dependencies", {}).values() for d in extra),
+        *project.get("optional-dependencies", {}).get("dev", []),
     ]
     return dict(re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line).groups() for line in lines)
 

@@ -1,23 +1,56 @@
-"""Bodies of requests and answers over HTTP, each field checked."""
+"""Bodies of requests and answers over HTTP, each field checked.
 
-from typing import Annotated
+Three dialects besides this project's own routes: Hugging Face's task shape (`Hub...`), Text Embeddings Inference's
+(`Embed`, `Predict`, `Rerank`, `Similarity`) and OpenAI's (`Embeddings`, `Completions`). A field that is not known is
+ignored, since clients send many; one that would change the answer and is not honoured is refused.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_TEXT = 20_000  # characters
 MAX_DEADLINE_S = 600.0
 MAX_NEW_TOKENS = 1024
+MAX_STOPS = 16
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=8192)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Prompts = Text | Tokens | Texts | Annotated[list[Tokens], Field(min_length=1)]
+NewTokens = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
 
 
-class Body(BaseModel):
+class Checked(BaseModel):
+    """What is checked as it stands, without conversion; fields that are not known are ignored.
+
+    But those in `only`, which would change the answer: they are refused, unless they are null or have the one value
+    that changes nothing.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    only: ClassVar[dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _no_other(self) -> Self:
+        for name, value in self.only.items():
+            if (given := self.model_extra.get(name)) is not None and given != value:
+                raise ValueError(f"{name} is {given!r}, which this server does not do; leave it out")
+        return self
+
+
+class Body(Checked):
     """What all requests have."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S, description="seconds to answer in")] = 60.0
+
+
+# --- This project's own routes -----------------------------------------------------------------------------------
 
 
 class Classify(Body):
@@ -28,7 +61,9 @@ class Classify(Body):
     input_ids: Tokens | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> "Classify":
+    def _one_of(self) -> Self:
+        if self.input_ids is not None and self.text_pair is not None:
+            raise ValueError("text_pair goes with text, not with input_ids")
         return _either(self, "text", self.text)
 
 
@@ -40,53 +75,36 @@ class Answer(Body):
     input_ids: Tokens | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> "Answer":
+    def _one_of(self) -> Self:
         if (self.question is None) != (self.passage is None):
             raise ValueError("question and passage go together")
         return _either(self, "question and passage", self.question)
 
 
 class Generate(Body):
-    """A text to go on with, or its tokens."""
+    """A text to go on with, or its tokens; without `temperature` by the likeliest tokens."""
 
     text: Text | None = None
     input_ids: Tokens | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 32
+    max_new_tokens: NewTokens = 32
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: Seed | None = None
+    stop: Stops = []
 
     @model_validator(mode="after")
-    def _one_of(self) -> "Generate":
+    def _one_of(self) -> Self:
         return _either(self, "text", self.text)
+
+    @property
+    def prompt(self) -> str | list[int]:
+        return self.input_ids or self.text
 
 
 def _either(body: Body, name: str, value: str | None) -> Body:
     if (value is None) == (body.input_ids is None):
         raise ValueError(f"give either {name} or input_ids")
-    if body.input_ids is not None and getattr(body, "text_pair", None) is not None:
-        raise ValueError("text_pair goes with text, not with input_ids")
     return body
-
-
-class Label(BaseModel):
-    """A classifier's answer."""
-
-    label: str
-    probabilities: list[float]
-    logits: list[float]
-
-
-class Span(BaseModel):
-    """Where the passage answers: its tokens from `start` to `end`, and their text."""
-
-    answer: str | None
-    start: int
-    end: int
-
-
-class Continuation(BaseModel):
-    """What a text goes on with; `text` is null without a tokenizer."""
-
-    text: str | None
-    tokens: list[int]
 
 
 class Health(BaseModel):
@@ -103,3 +121,216 @@ class Problem(BaseModel):
     """A refusal, in a sentence."""
 
     error: str
+    error_type: str
+
+
+# --- Hugging Face's task shape: POST / ---------------------------------------------------------------------------
+
+
+class Pair(Checked):
+    """Two texts that are classified together."""
+
+    text: Text
+    text_pair: Text | None = None
+
+
+class ClassificationParameters(Checked):
+    """How logits become scores (None: as the model says), and how many labels are wanted."""
+
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+
+
+class HubClassification(Body):
+    """A text, a pair, or a list of these."""
+
+    inputs: Text | Pair | Annotated[list[Text | Pair], Field(min_length=1)]
+    parameters: ClassificationParameters = ClassificationParameters()
+
+
+class EntityParameters(Checked):
+    """Runs of tokens with one label are joined; `O` is no entity."""
+
+    only = {"aggregation_strategy": "simple", "ignore_labels": ["O"]}
+
+
+class HubEntities(Body):
+    """A text, or a list."""
+
+    inputs: Text | Texts
+    parameters: EntityParameters = EntityParameters()
+
+
+class QuestionParameters(Checked):
+    """One answer."""
+
+    only = {"top_k": 1}
+
+
+class QuestionAndContext(Checked):
+    """A question, and the passage that has the answer."""
+
+    question: Text
+    context: Text
+
+
+class HubQuestion(Body):
+    """A question about a passage."""
+
+    inputs: QuestionAndContext
+    parameters: QuestionParameters = QuestionParameters()
+
+
+class Sentences(Checked):
+    """A sentence, and those that it is compared with."""
+
+    source_sentence: Text
+    sentences: Texts
+
+
+class Vectors(Body):
+    """Options of texts that become vectors. `normalize` None: as the checkpoint says."""
+
+    normalize: bool | None = None
+    truncate: bool | None = None
+    dimensions: int | None = None
+    only = {"prompt_name": None}
+
+
+class HubFeatures(Vectors):
+    """Options stand beside `inputs`, as the client sends them."""
+
+    inputs: Text | Texts | Sentences
+
+
+class TextParameters(Checked):
+    """Of a text that is generated; without `do_sample`, `temperature` and `top_p` by the likeliest tokens."""
+
+    max_new_tokens: NewTokens = 20
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
+    return_full_text: bool | None = None
+    only = {"top_k": 0, "repetition_penalty": 1, "frequency_penalty": 0, "typical_p": 1, "best_of": 1} | {
+        "grammar": None,
+        "adapter_id": None,
+    }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.do_sample is False and (self.temperature is not None or self.top_p is not None):
+            raise ValueError("do_sample is false beside temperature or top_p: leave out the one or the others")
+        return self
+
+
+class HubText(Body):
+    """A text to go on with."""
+
+    inputs: Text
+    parameters: TextParameters = TextParameters()
+    stream: bool | None = None
+
+
+# --- Text Embeddings Inference -----------------------------------------------------------------------------------
+
+
+class Embed(Vectors):
+    """Texts, or rows of tokens, that become vectors."""
+
+    inputs: Prompts
+    normalize: bool = True
+
+
+class Predict(Body):
+    """A text, a pair [a, b], or a list of lists, each of one text or of a pair."""
+
+    inputs: Text | Texts | Annotated[list[Annotated[Texts, Field(max_length=2)]], Field(min_length=1)]
+    raw_scores: bool = False
+    truncate: bool | None = None
+
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        if isinstance(self.inputs, list) and isinstance(self.inputs[0], str) and len(self.inputs) > 2:
+            raise ValueError("a list of texts is one text or a pair; give several as [[a], [b], ...]")
+        return self
+
+
+class Rerank(Body):
+    """A query, and texts that are put in order by it."""
+
+    query: Text
+    texts: Texts
+    raw_scores: bool = False
+    return_text: bool = False
+    truncate: bool | None = None
+
+
+class SimilarityParameters(Checked):
+    """Whether texts that are too long are cut."""
+
+    truncate: bool | None = None
+    only = {"prompt_name": None}
+
+
+class Similarity(Body):
+    """Sentences to compare."""
+
+    inputs: Sentences
+    parameters: SimilarityParameters | None = None
+
+
+# --- OpenAI ------------------------------------------------------------------------------------------------------
+
+
+class Embeddings(Vectors):
+    """Texts, or rows of tokens, that become vectors, in one of two notations."""
+
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class StreamOptions(Checked):
+    """Whether a stream ends with the numbers of tokens."""
+
+    include_usage: bool | None = None
+
+
+class Completions(Body):
+    """As OpenAI's, also in what is not said: 16 tokens, drawn at temperature 1."""
+
+    prompt: Prompts
+    max_tokens: NewTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Text | Stops | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    only = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "logit_bias": {}, "suffix": ""} | {
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+    }
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) and len(self.prompt) > 1
+        if self.stream and several:
+            raise ValueError("a stream has one prompt; ask for several without stream, or one after another")
+        return self
+
+
+class OpenAIError(BaseModel):
+    """What OpenAI's clients look for in a refusal."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIProblem(BaseModel):
+    """A refusal, in a sentence, as OpenAI's clients read it."""
+
+    error: OpenAIError

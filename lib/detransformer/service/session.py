@@ -4,12 +4,13 @@ One thread plans, gives batches to the workers (`cluster.fleet`) and gives each 
 group breaks is asked again, request by request, of the devices that are left.
 """
 
+import itertools
 import json
 import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,14 +19,15 @@ import torch
 from safetensors.torch import load, save
 from transformers import PretrainedConfig
 
-from detransformer.answers import check_length
-from detransformer.cluster.checkpoints import open_folder
+from detransformer.answers import check_inputs, end_tokens
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.fleet import Fleet
+from detransformer.cluster.fleet import Fleet, JobFailed
 from detransformer.cluster.hosts import Hosts
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
-from detransformer.parallel.plan import is_decoder
+from detransformer.models.configuration import generates
+from detransformer.opening import open_checkpoint
+from detransformer.parallel.draw import Sampling
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
@@ -77,9 +79,9 @@ class Session:
         **hosts: Any,
     ):
         self.spec, self.model = spec, str(model)
-        self.config: PretrainedConfig = open_folder(model).config
+        self.config: PretrainedConfig = open_checkpoint(model).config
         self.defaults = Request(plan=plan, method=method, repeats=1)
-        self.max_batch = max_batch
+        self.max_batch, self.max_waiting = max_batch, max_waiting
         spec.profile(self.config)  # raises what is wrong, before anything starts
         self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)
         self.fleet: Fleet | None = None
@@ -126,19 +128,26 @@ class Session:
         inputs: Mapping[str, torch.Tensor],
         deadline_s: float = 60.0,
         max_new_tokens: int | None = None,
+        sampling: Sequence[Sampling] = (),
+        on_token: Callable[[list[int]], None] | None = None,
     ) -> Future:
         """The future of the outputs of `inputs`, tensors [B, T] by name; padded on the right, a GPT-2's on the left.
 
         It becomes a dict of tensors, as `jobs.run_plan` or `jobs.generate` give them, or raises `Expired`,
-        `Unanswered`, or `ValueError` where the model does not take the input.
+        `Unanswered`, `ValueError` where the model does not take the input, or `JobFailed` where its job fails at it.
+        Who cancels it wants no more tokens.
+
+        Args:
+            sampling: of a GPT-2, how each row's tokens are chosen; without, they are the likeliest.
+            on_token: hears of the next token of each row when it is made, in a thread that must not wait.
 
         Raises:
             QueueFull: when `max_waiting` requests wait already.
-            ValueError: for input_ids of another shape or out of the vocabulary.
+            ValueError: for inputs that the model does not take.
         """
         new = max_new_tokens if max_new_tokens is not None else self.defaults.max_new_tokens
         request = replace(self.defaults, max_new_tokens=new)
-        asked = Asked(request, self._checked(inputs, new), time.monotonic() + deadline_s)
+        asked = Asked(request, self._checked(inputs, new), time.monotonic() + deadline_s, sampling, on_token)
         self._waiting.add(asked)
         return asked.future
 
@@ -184,20 +193,10 @@ class Session:
         self._waiting.close()
 
     def _checked(self, inputs: Mapping[str, torch.Tensor], new: int) -> dict[str, torch.Tensor]:
-        ids = inputs.get("input_ids")
-        if ids is None or ids.ndim != 2 or not ids.numel():
-            shape = None if ids is None else list(ids.shape)
-            raise ValueError(f"input_ids are of shape {shape}; give [rows, tokens], one of each at least.")
         if set(inputs) - set(EXAMPLES):
             raise ValueError(f"inputs {sorted(set(inputs) - set(EXAMPLES))} are not known; give {', '.join(EXAMPLES)}.")
-        if any(tensor.shape != ids.shape for tensor in inputs.values()):
-            raise ValueError(
-                f"attention_mask and token_type_ids are of other shapes than input_ids, {list(ids.shape)}."
-            )
-        low, high, size = int(ids.min()), int(ids.max()), self.config.vocab_size
-        if low < 0 or high >= size:
-            raise ValueError(f"input_ids go from {low} to {high}; the model's vocabulary from 0 to {size - 1}.")
-        check_length(self.config, ids.shape[1], new if is_decoder(self.config) else 0)
+        check_inputs(self.config, inputs, new if generates(self.config) else 0)
+        ids = inputs["input_ids"]
         if len(ids) > self.max_batch:
             raise ValueError(f"{len(ids)} rows are asked for at once; give {self.max_batch} at most.")
         mask = inputs.get("attention_mask")
@@ -227,6 +226,10 @@ class Session:
             self._ask(batch)
         except DeviceError:  # the fleet has said which device is lost, or that all meet anew
             pass
+        except JobFailed as error:
+            if len(batch) == 1:  # else each is asked alone, which shows whose error it is
+                self.counts["failed"] += 1
+                batch[0].settle(error=error)
         except Exception:
             traceback.print_exc()
         self._waiting.ask_again(batch, self.events[-1].sentence if self.events else "")
@@ -238,7 +241,7 @@ class Session:
             DeviceError: when the group broke meanwhile.
         """
         started = time.monotonic()
-        left = is_decoder(self.config)
+        left = generates(self.config)
         plan = self._plan(batch[0].request)
         if "postponed" in plan:
             self._short = True
@@ -255,15 +258,34 @@ class Session:
         kind, num_tokens = json.dumps(plan["job"], sort_keys=True), inputs["input_ids"].numel()
         told = {name: plan[name] for name in ("op", "job", "last")}
         told |= {name: self.hosts.job[name] for name in ("paced", "time_scale")}
+        if left:
+            told["job"] = told["job"] | self._how_to_generate(batch)
         answers = self.fleet.run(
             f"{ANSWERING}:answer", told, save(inputs), timeout_s=self._patience.limit_s(kind, num_tokens),
-            number=self._number, meanwhile=self._waiting.drop_expired,
+            number=self._number, meanwhile=lambda: self._between(batch), on_part=_hearing(batch),
         )  # fmt: skip
-        took_s = time.monotonic() - started
-        self._patience.took(kind, num_tokens, took_s)
-        self.seconds.extend(self._waiting.settle(batch, load(answers[plan["last"]][1]), left, took_s))
+        took_s, outputs = time.monotonic() - started, load(answers[plan["last"]][1])
+        share = outputs["tokens"].shape[1] / batch[0].request.max_new_tokens if left else 1  # it may have ended early
+        self._patience.took(kind, num_tokens, took_s / share)
+        self.seconds.extend(self._waiting.settle(batch, outputs, left, took_s))
         self._compare_speeds(took_s, {device: result for device, (result, _) in answers.items()})
         return None
+
+    def _how_to_generate(self, batch: list[Asked]) -> dict:
+        """Arguments of `jobs.generate` that differ from request to request under one plan."""
+        rows = [row for asked in batch for row in asked.sampling or [Sampling()] * asked.size]
+        return {
+            "sampling": [asdict(row) for row in rows],
+            "stop_tokens": end_tokens(self.config),
+            "tells": any(asked.on_token for asked in batch),
+        }
+
+    def _between(self, batch: list[Asked]) -> None:
+        """What is done while the workers answer: who waits too long is told, and rows that nobody wants end."""
+        self._waiting.drop_expired()
+        rows = [asked for asked in batch for _ in range(asked.size)]
+        if (unwanted := [row for row, asked in enumerate(rows) if asked.future.done()]) and generates(self.config):
+            self.fleet.enough(unwanted)
 
     def _plan(self, request: Request) -> Mapping:
         """How the devices that are there answer requests of this kind; made once, for the length that is planned for.
@@ -312,3 +334,16 @@ class Session:
         self.events.append(Event(time.monotonic(), kind, sentence, tuple(devices)))
         if self._on_event:
             self._on_event(sentence)
+
+
+def _hearing(batch: list[Asked]) -> Callable[[list[int]], None]:
+    """Gives each request of `batch` its rows' tokens [B], one step after another."""
+    steps = itertools.count()
+
+    def hear(tokens: list[int]) -> None:
+        step, first = next(steps), 0
+        for asked in batch:
+            asked.hear(step, tokens[first : first + asked.size])
+            first += asked.size
+
+    return hear

@@ -4,13 +4,14 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import torch
 
 from detransformer.cluster.request import Request
+from detransformer.parallel.draw import Sampling
 
 MAX_ATTEMPTS = 6
 EXAMPLES = ("input_ids", "attention_mask", "token_type_ids")
@@ -34,14 +35,21 @@ class Unanswered(Exception):
 
 @dataclass(eq=False)  # tensors do not compare to one truth
 class Asked:
-    """A request, its tensors [B, T] by name, and the future of its answer."""
+    """A request, its tensors [B, T] by name, and the future of its answer.
+
+    `sampling` says of each row how its tokens are chosen; `on_token` hears of each row's next token.
+    """
 
     request: Request
     inputs: dict[str, torch.Tensor]
     deadline: float
+    sampling: Sequence[Sampling] = ()
+    on_token: Callable[[list[int]], None] | None = None
     future: Future = field(default_factory=Future)
     attempts: int = 0
     since: float = field(default_factory=time.monotonic)
+    told: list[list[int]] = field(default_factory=list)  # what `on_token` has heard
+    torn: Unanswered | None = None  # where that is not how the answer begins
 
     @property
     def size(self) -> int:
@@ -51,8 +59,19 @@ class Asked:
         """Whether both may be asked together; one whose batch broke is asked alone."""
         return self.request == other.request and not self.attempts and not other.attempts
 
+    def hear(self, step: int, tokens: list[int]) -> None:
+        """Takes in the token of each row at `step`, from 0. Those that were told before a group broke are told once."""
+        if self.on_token is None or self.future.done():
+            return
+        if step == len(self.told):
+            self.told.append(tokens)
+            self.on_token(tokens)
+        elif self.told[step] != tokens:  # devices in another number round otherwise
+            self.torn = Unanswered("the devices changed, and their tokens differ from those told already.")
+
     def settle(self, answer=None, error: Exception | None = None) -> bool:
         """Whether this is the first answer; a second one reaches nobody."""
+        error = error or self.torn
         try:
             self.future.set_exception(error) if error else self.future.set_result(answer)
         except InvalidStateError:

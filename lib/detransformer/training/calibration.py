@@ -25,10 +25,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from detransformer.checkpoints import ARCHITECTURE_HEADS, FAMILIES, copy_tokenizer, load_original, read_config
+from detransformer.checkpoints import copy_files, copy_tokenizer
 from detransformer.files import atomic_folder
 from detransformer.models import decouple, layer_kinds
-from detransformer.models.configuration import config_fields, decoupled_config
+from detransformer.models.configuration import config_fields, decoupled_config, head_of
+from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
 from detransformer.training.config import (
     ModelRow,
     TextRecipe,
@@ -290,22 +291,25 @@ def cut(teacher: PreTrainedModel, row: ModelRow) -> tuple[PreTrainedModel, list[
     return student.eval(), depths
 
 
+TRAINED_HEADS = ("masked-lm", "classification", "base")  # others are left out
+
+
 def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
     """The original encoder of `folder`, with the head it was saved with; it must read `data`'s tokens.
 
     Raises:
         ValueError: for a folder without a whole BERT, or a vocabulary that is not `data`'s.
     """
-    config = read_config(str(folder))
-    if config["model_type"] != "bert":
+    opened = open_checkpoint(folder)
+    if opened.decoupled:
+        raise ValueError(f"{folder} is decoupled already: give the original checkpoint.")
+    if opened.config.model_type != "bert":
         raise ValueError(
-            f"{folder} is a {config['model_type']} checkpoint: only encoders of BERT's kind are calibrated."
+            f"{folder} is a {opened.config.model_type} checkpoint: only encoders of BERT's kind are calibrated."
         )
-    head = ARCHITECTURE_HEADS.get((config.get("architectures") or [""])[0], "base")
-    head = head if head in ("masked-lm", "classification") else "base"
-    teacher, fresh = load_original(str(folder), FAMILIES["bert"], head)
-    if fresh and head != "base":
-        raise ValueError(f"{folder} has no weights for {fresh[0]}: save the checkpoint with its head, or without one.")
+    if head_of(opened.config) not in TRAINED_HEADS:
+        opened = open_checkpoint(folder, head="base")
+    teacher = load_model(opened, torch.float32)
     tokenizer = folder / "tokenizer.json"
     known = json.loads(tokenizer.read_text("utf-8"))["model"].get("vocab") if tokenizer.is_file() else None
     if data.vocab_size > teacher.config.vocab_size or (known and known != data.tokenizer.get_vocab(False)):
@@ -321,6 +325,7 @@ def save(result: Result, teacher: str | Path, output: str | Path) -> None:
     facts = {name: value for name, value in vars(result).items() if name not in ("row", "checkpoint", "history")}
     with atomic_folder(output) as folder:
         shutil.copytree(result.checkpoint, folder, dirs_exist_ok=True)
-        copy_tokenizer(str(teacher), folder)
+        copy_tokenizer(teacher, folder)
+        copy_files(teacher, folder, OTHER_FILES)
         result.history.to_csv(folder / "calibration.csv", index=False)
         (folder / "calibration.json").write_text(json.dumps(facts, indent=1))

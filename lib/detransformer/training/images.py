@@ -1,14 +1,16 @@
 """A ViT (Dosovitskiy et al. 2021) trained from scratch on small images: the large model that CoFormer decomposes.
 
 Published: DeiT-B, pre-trained on ImageNet, on CIFAR-100 (CoFormer 2025, Section IV). Here: a small
-`ViTForImageClassification` of transformers. A finished run is not repeated; an interrupted one goes on.
+`ViTForImageClassification` of transformers, by the recipe that is best on training images held out. A finished run is
+not repeated; an interrupted one goes on.
 
 Shapes: B batch, C classes; images [B, 3, 32, 32], (32 / patch_size)^2 + 1 tokens.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +99,17 @@ class ImageLoss(nn.Module):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
+def train_best_vit(recipes: Sequence[ImageConfig], data: ImageData, output_dir: str | Path) -> Result:
+    """Trains a ViT by each recipe; the one that gets most held-out images right. Test images choose nothing.
+
+    Raises:
+        ValueError: where no images are held out, or what `train_vit` raises.
+    """
+    if "held" not in data.labels:
+        raise ValueError("no images are held out to choose a recipe by: call hold_out with a share first.")
+    return max((train_vit(recipe, data, output_dir) for recipe in recipes), key=lambda made: made.held_out_accuracy)
+
+
 def train_vit(
     config: ImageConfig,
     data: ImageData,
@@ -108,8 +121,9 @@ def train_vit(
     `on_step(step, loss)` is called after each step.
 
     Returns:
-        Of this run: accuracy, train_accuracy and chance_accuracy (times 100), num_steps, num_epochs, num_parameters,
-        train_rows, test_rows, images_per_s, seed, precision, source, note.
+        Of this run: accuracy, train_accuracy, held_out_accuracy (NaN where no images are held out) and chance_accuracy
+        (times 100), num_steps, num_epochs, num_parameters, train_rows, test_rows, images_per_s, seed, precision,
+        source, note.
 
     Raises:
         ValueError: for a damaged checkpoint, or a loss that is not finite.
@@ -133,12 +147,14 @@ def train_vit(
     trained = fit(objective, micro_batches(train_batch, config), config, config.num_steps, run)
     accuracy = evaluate_images(model, data)  # in the number format it was trained in, which is the fast one
     train_accuracy = evaluate_images(model, data.cut(max_train_rows=len(data.labels["test"])), split="train")
+    held_out_accuracy = evaluate_images(model, data, split="held") if "held" in data.labels else math.nan
     trained.restore_float32()
     images, test_labels = config.num_steps * config.global_batch_size, data.labels["test"]
     epochs = images / len(data.labels["train"])
     record = {
         "accuracy": accuracy,
         "train_accuracy": train_accuracy,
+        "held_out_accuracy": held_out_accuracy,
         "chance_accuracy": 100 * float(np.bincount(test_labels).max()) / len(test_labels),
         "num_steps": config.num_steps,
         "num_epochs": epochs,

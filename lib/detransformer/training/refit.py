@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from detransformer.models.decoupled_bert import BatchedLinear, merge_hidden, split_hidden
+from detransformer.models.stacked import BatchedLinear, merge_hidden, split_hidden
 
 BATCH = 16  # sequences at once
 RIDGE = 1e-4  # added to the inputs' second moments, relative to their mean

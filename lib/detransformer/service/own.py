@@ -1,0 +1,37 @@
+"""This project's own route of each task, on single texts or tokens: `/classify`, `/answer`, `/generate`."""
+
+from fastapi import APIRouter
+
+from detransformer import answers
+from detransformer.service.bodies import Answer, Classify, Generate
+from detransformer.service.tasks import OWN_PATHS, Tasks
+
+
+def routes(tasks: Tasks, guarded: dict) -> APIRouter:
+    """The route of the served model's task."""
+    router, path = APIRouter(), OWN_PATHS[tasks.task]
+    if tasks.task == "classification":
+
+        @router.post(path, **guarded)
+        async def classify(body: Classify) -> dict:
+            """The label of a text, with all probabilities and logits; of a regression both are its numbers."""
+            row = tasks.row(body.input_ids or body.text, body.text_pair)
+            (logits,) = await tasks.logits([row], body.deadline_s)
+            return answers.classify(tasks.config, row, {"logits": logits[None]}, None)[1]
+
+    elif tasks.task == "question-answering":
+
+        @router.post(path, **guarded)
+        async def answer(body: Answer) -> dict:
+            """Where a passage answers a question: its characters `start` to `end`; of input_ids the tokens."""
+            return await tasks.span(body.input_ids or body.question, body.passage, body.deadline_s)
+
+    elif tasks.task == "generation":
+
+        @router.post(path, **guarded)
+        async def generate(body: Generate) -> dict:
+            """Goes on with a text; `text` is null without a tokenizer."""
+            (written,) = await tasks.write([body])
+            return {"text": written.text if tasks.tokenizer else None, "tokens": written.tokens}
+
+    return router

@@ -1,0 +1,240 @@
+"""What a served model can be asked, once: every dialect of HTTP translates onto these calls.
+
+Texts become rows of tokens, rows are asked in as few requests of the session as its batches permit, and outputs become
+labels, spans, entities, vectors or text.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from starlette.exceptions import HTTPException
+from transformers import PretrainedConfig
+
+from detransformer import answers
+from detransformer.models.configuration import max_tokens
+from detransformer.opening import has_tokenizer, load_tokenizer
+from detransformer.parallel.draw import Sampling
+from detransformer.service.bodies import Generate, Sentences, Vectors
+from detransformer.service.session import Session
+from detransformer.service.waiting import Expired, cut, join_rows
+from detransformer.service.writing import Writer
+
+MAX_TEXTS = 128
+OWN_PATHS = {  # of `answers.TASKS`: this project's own route of each
+    "classification": "/classify",
+    "token-classification": "/",
+    "question-answering": "/answer",
+    "generation": "/generate",
+    "base": "/embed",
+}
+DOES = {
+    "classification": "classifies texts",
+    "token-classification": "labels the words of texts",
+    "question-answering": "answers questions about a passage",
+    "generation": "generates text",
+    "base": "embeds texts",
+}
+
+Row = dict[str, torch.Tensor]
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text since the last piece, and its token; `reason` "stop" or "length" where the text ends with it."""
+
+    text: str
+    token: int | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that was generated; the end token is not among `tokens`."""
+
+    text: str
+    tokens: list[int]
+    reason: str
+    num_prompt_tokens: int
+
+
+def path_of(config: PretrainedConfig) -> str:
+    """The path of a model among this project's own routes."""
+    return OWN_PATHS[answers.task_of(config)]
+
+
+class Tasks:
+    """The calls of one session's model."""
+
+    def __init__(self, session: Session):
+        self.session, self.config = session, session.config
+        self.name = session.model.rstrip("/").rpartition("/")[2]
+        self.task = answers.task_of(session.config)
+        self.tokenizer = load_tokenizer(session.model, self.config) if has_tokenizer(session.model) else None
+        self.max_texts = min(MAX_TEXTS, session.max_batch * session.max_waiting)
+        self.pooling = answers.Pooling.of(session.model) or answers.Pooling()
+
+    def only(self, task: str) -> None:
+        """
+        Raises:
+            HTTPException: 424 where the model does something else.
+        """
+        if self.task != task:
+            raise HTTPException(424, f"{self.name} {DOES[self.task]}; this route is of a model that {DOES[task]}.")
+
+    def row(self, text: Prompt, pair: str | None = None, truncate: bool = False) -> Row:
+        """Tensors [1, T] by name.
+
+        Raises:
+            HTTPException: 422 for a text where the model's folder has no tokenizer, or one that has no tokens.
+        """
+        if isinstance(text, list):
+            return {"input_ids": torch.tensor([text])}
+        if self.tokenizer is None:
+            raise HTTPException(422, "the model's folder has no tokenizer: give tokens (input_ids).")
+        limit = self.pooling.limit if self.task == "base" else None  # where sentence-transformers cuts, too
+        limit = limit or (max_tokens(self.config) if truncate else None)
+        row = answers.encode(self.config, self.tokenizer, text, pair, limit)
+        if not row["input_ids"].numel():
+            raise HTTPException(422, "the text has no tokens.")
+        return row
+
+    async def outputs(self, rows: Sequence[Row], deadline_s: float) -> list[dict[str, torch.Tensor]]:
+        """The session's outputs [1, ...] of each row; all of them, or what the first that has none raises.
+
+        Raises:
+            HTTPException: 413 for more rows than fit the queue.
+        """
+        if len(rows) > self.max_texts:
+            raise HTTPException(413, f"{len(rows)} texts are asked for at once; give {self.max_texts} at most.")
+        size, futures = self.session.max_batch, []
+        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+        try:
+            for part in parts:
+                full = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in part]
+                futures.append(self.session.submit(join_rows(full, left=False), deadline_s))
+            async with asyncio.timeout(deadline_s + 1):
+                found = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except TimeoutError:
+            raise Expired("no answer by the deadline.") from None
+        finally:
+            for future in futures:
+                future.cancel()
+        return [
+            cut({name: tensor[i : i + 1] for name, tensor in outputs.items()}, row["input_ids"].shape[1])
+            for part, outputs in zip(parts, found, strict=True)
+            for i, row in enumerate(part)
+        ]
+
+    async def logits(self, rows: Sequence[Row], deadline_s: float) -> list[torch.Tensor]:
+        """A classifier's logits [C] of each row."""
+        self.only("classification")
+        return [outputs["logits"][0] for outputs in await self.outputs(rows, deadline_s)]
+
+    def labelled(self, scores: torch.Tensor) -> list[dict]:
+        """Scores [C] with their labels, the largest first."""
+        listed = [{"label": answers.label(self.config, i), "score": score} for i, score in enumerate(scores.tolist())]
+        return sorted(listed, key=lambda one: -one["score"])
+
+    async def vectors(self, texts: Sequence[Prompt], options: Vectors) -> tuple[torch.Tensor, int]:
+        """Vectors [N, D] of texts, and the number of their tokens.
+
+        Raises:
+            HTTPException: 422 for `dimensions` that are not the model's.
+        """
+        self.only("base")
+        size = self.config.hidden_size
+        if options.dimensions not in (None, size):
+            raise HTTPException(422, f"dimensions is {options.dimensions}, and the vectors have {size}: leave it out.")
+        rows = [self.row(text, truncate=bool(options.truncate)) for text in texts]
+        pooling = self.pooling
+        if options.normalize is not None:
+            pooling = replace(pooling, normalize=options.normalize)
+        found = await self.outputs(rows, options.deadline_s)
+        vectors = torch.cat([pooling(one["last_hidden_state"]) for one in found])
+        return vectors, sum(row["input_ids"].numel() for row in rows)
+
+    async def similarities(self, sentences: Sentences, options: Vectors) -> list[float]:
+        """The cosine of the source's vector and each sentence's."""
+        texts = [sentences.source_sentence, *sentences.sentences]
+        vectors, _ = await self.vectors(texts, options.model_copy(update={"normalize": True}))
+        return (vectors[1:] @ vectors[0]).tolist()
+
+    async def span(self, question: Prompt, passage: str | None, deadline_s: float) -> dict:
+        """The answer in characters of the passage, with its probability; of tokens alone, counted in tokens."""
+        self.only("question-answering")
+        row = self.row(question, passage)
+        (outputs,) = await self.outputs([row], deadline_s)
+        asked = answers.Text(self.tokenizer, question, passage) if passage else None
+        return answers.find_answer(self.config, row, outputs, asked)[1]
+
+    async def entities(self, texts: Sequence[str], deadline_s: float) -> list[list[dict]]:
+        """The entities of each text, in characters."""
+        self.only("token-classification")
+        rows = [self.row(text) for text in texts]
+        found = zip(rows, await self.outputs(rows, deadline_s), texts, strict=True)
+        return [
+            answers.find_entities(self.config, row, outputs, answers.Text(self.tokenizer, text))[1]["entities"]
+            for row, outputs, text in found
+        ]
+
+    async def stream(self, wish: Generate) -> AsyncIterator[Piece]:
+        """The text that follows, as its tokens are made; who stops reading stops its generation.
+
+        What the session raises is raised here: before the first piece where it refuses the prompt.
+        """
+        self.only("generation")
+        if wish.stop and self.tokenizer is None:
+            raise ValueError("the model's folder has no tokenizer, so no stop string can be found: leave stop out.")
+        seed = secrets.randbits(62) if wish.seed is None else wish.seed
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+        def put(item: int | None) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        sampling = [Sampling(wish.temperature, wish.top_p, seed)]
+        future = self.session.submit(
+            self.row(wish.prompt), wish.deadline_s, wish.max_new_tokens, sampling, lambda tokens: put(tokens[0])
+        )
+        future.add_done_callback(lambda _: put(None))
+        writer = Writer(self.tokenizer, wish.stop, answers.end_tokens(self.config))
+        deadline = loop.time() + wish.deadline_s + 1
+        try:
+            while (token := await asyncio.wait_for(queue.get(), deadline - loop.time())) is not None:
+                text = writer.add(token)
+                yield Piece(text, token, writer.reason)
+                if writer.reason:
+                    return
+            future.result()
+            yield Piece(writer.finish(), reason="length")
+        except TimeoutError:
+            raise Expired("no answer by the deadline.") from None
+        finally:
+            future.cancel()
+
+    async def write(self, wishes: Sequence[Generate]) -> list[Written]:
+        """Each prompt's text, whole."""
+        self.only("generation")
+        if len(wishes) > min(MAX_TEXTS, self.session.max_waiting):
+            raise HTTPException(413, f"{len(wishes)} prompts are asked for at once; ask for fewer.")
+        tasks = [asyncio.ensure_future(self._written(wish)) for wish in wishes]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _written(self, wish: Generate) -> Written:
+        pieces = [piece async for piece in self.stream(wish)]
+        ends = answers.end_tokens(self.config)
+        tokens = [piece.token for piece in pieces if piece.token is not None and piece.token not in ends]
+        return Written("".join(piece.text for piece in pieces), tokens, pieces[-1].reason, self.num_tokens(wish))
+
+    def num_tokens(self, wish: Generate) -> int:
+        """How many tokens the prompt has."""
+        return self.row(wish.prompt)["input_ids"].shape[1]
