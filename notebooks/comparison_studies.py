@@ -41,7 +41,7 @@ from detransformer.models.configuration import preset_config
 from detransformer.models.conversion import decouple
 from detransformer.training.config import FinetuneConfig, ModelRow, config_hash, make_config
 from detransformer.training.data.images import open_images
-from detransformer.training.data.reduced import reduced_data
+from detransformer.training.data.text import reduced_data
 from detransformer.training.finetuning import finetune
 from detransformer.training.images import ImageConfig, train_best_vit
 from detransformer.training.pretraining import PretrainConfig, pretrain_all

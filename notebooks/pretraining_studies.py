@@ -12,8 +12,7 @@ from detransformer.tables.accuracy import (
     is_original,
     structure_names,
 )
-from detransformer.training.results import Result
-from detransformer.training.summary import nullable
+from detransformer.training.results import Result, nullable
 
 LOSS_POINTS = 200  # a model, of its training losses
 WIRE_LIMIT = 0.3  # points that a number format on the wire may cost

@@ -20,7 +20,7 @@ from detransformer.tables.accuracy import (
     typed,
 )
 from detransformer.training.config import ModelRow
-from detransformer.training.summary import accuracy_table, pretraining_table
+from detransformer.training.results import accuracy_table, pretraining_table
 from table_frames import SPREAD, accuracy_rows, pretraining_rows
 
 sys.path.insert(0, str(repository_root() / "notebooks"))

@@ -9,7 +9,7 @@ from detransformer.training.config import FinetuneConfig, ModelRow, make_config,
 from detransformer.training.data import TrainingData, open_data, reduced_data
 from detransformer.training.finetuning import finetune, finetune_all
 from detransformer.training.pretraining import CausalConfig, PretrainConfig, pretrain, pretrain_all
-from detransformer.training.summary import accuracy_table, pretraining_table
+from detransformer.training.results import accuracy_table, pretraining_table
 
 __all__ = [
     "CalibrationConfig",

@@ -47,6 +47,8 @@ from detransformer.training.loop import Run, fit, micro_batches
 from detransformer.training.refit import refit
 from detransformer.training.results import Result, as_result, read_result, write_result
 
+TEMPERATURE = 2.0  # both models' logits are divided by it in the divergence of their probabilities
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(TextRecipe):
@@ -57,8 +59,6 @@ class CalibrationConfig(TextRecipe):
         fit_sequences: sequences that the closed form reads; 0 leaves the slices as they are.
         alone_share: share of the steps in which each decoupled layer is trained alone, before all are together; after
             the closed form it did not help.
-        logits_weight: of the divergence from the teacher's probabilities, where there is a head; layers weigh 1.
-        temperature: both models' logits are divided by it in the divergence.
     """
 
     num_steps: int = not_negative(250)
@@ -67,8 +67,6 @@ class CalibrationConfig(TextRecipe):
     learning_rate: float = positive(1e-3)
     fit_sequences: int = not_negative(256)
     alone_share: float = fraction(0.0)
-    logits_weight: float = not_negative(1.0)
-    temperature: float = positive(2.0)
     max_valid_tokens: int | None = positive(32_768)
 
 
@@ -88,14 +86,11 @@ class LayerErrors(nn.Module):
         teacher: PreTrainedModel,
         depths: Sequence[int],
         alone: Sequence[int],
-        logits_weight: float = 1.0,
-        temperature: float = 2.0,
     ):
         super().__init__()
         self.model, self.depths, self.alone_layers = student, list(depths), list(alone)
-        self.logits_weight, self.temperature = logits_weight, temperature
         self._beside = [teacher.eval().requires_grad_(False)]  # in a list, since a module would be registered
-        self.has_head = student.base_model is not student and logits_weight > 0
+        self.has_head = student.base_model is not student
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -123,7 +118,7 @@ class LayerErrors(nn.Module):
         outputs = obtained.hidden_states[1:]
         errors = [relative_error(x, targets[depth]) for x, depth in zip(outputs, self.depths, strict=True)]
         loss = torch.stack(errors).mean()
-        return loss + self.logits_weight * self._divergence(obtained, expected, positions) if self.has_head else loss
+        return loss + self._divergence(obtained, expected, positions) if self.has_head else loss
 
     def _divergence(self, obtained, expected, positions: torch.Tensor | None) -> torch.Tensor:
         """KL divergence from the teacher's probabilities, times temperature squared; mean over places."""
@@ -131,7 +126,7 @@ class LayerErrors(nn.Module):
         with torch.no_grad():
             theirs = self._log_probabilities(self.teacher, expected, positions)
         each = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-        return self.temperature**2 * each.mean()
+        return TEMPERATURE**2 * each.mean()
 
     def _log_probabilities(self, model: PreTrainedModel, output, positions: torch.Tensor | None) -> torch.Tensor:
         if hasattr(model, "cls"):  # an LM head, at the masked positions only
@@ -139,7 +134,7 @@ class LayerErrors(nn.Module):
             logits = model.cls(hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
         else:
             logits = model.classifier(model.dropout(output.pooler_output))
-        return F.log_softmax(logits.float() / self.temperature, dim=-1)
+        return F.log_softmax(logits.float() / TEMPERATURE, dim=-1)
 
 
 def relative_error(ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -222,7 +217,7 @@ def calibrate(
     if config.mixed_precision == "bf16-weights":  # as its student will be
         original.to(torch.bfloat16)
     alone = [] if row.is_original else [i for i, kind in enumerate(layer_kinds(student.config)) if kind == "decoupled"]
-    objective = LayerErrors(student, original, depths, alone, config.logits_weight, config.temperature)
+    objective = LayerErrors(student, original, depths, alone)
     set_seed(config.seed + 1)
     first = alone and (start is None or not start.tokens)
     batches = _batches(objective, data, train, config, round(config.alone_share * config.num_steps) if first else 0)

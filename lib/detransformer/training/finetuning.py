@@ -35,8 +35,7 @@ from detransformer.training.hardware import resolve_precision
 from detransformer.training.jobs import run_jobs
 from detransformer.training.loop import Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
-from detransformer.training.results import read_result, write_result
-from detransformer.training.summary import accuracy_table
+from detransformer.training.results import accuracy_table, read_result, write_result
 
 # The paper's "Acc" for SQuAD is not defined there; exact match is the share of questions answered right.
 TABLE_METRIC = {"mcc": "mcc", "accuracy": "accuracy", "f1": "exact_match"}
