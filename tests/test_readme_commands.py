@@ -41,7 +41,7 @@ PROFILES = [path.stem for path in (PACKAGE / "profiles").glob("*.yaml")]
 # By command: what is added, unless it is given, to be done in seconds.
 SHORTER = {
     "bench": "--model my-decoupled-bert/ --repeats 1 --seq-len 16 --time-scale 1",
-    "calibrate": "--steps 2 --batch-size 4 --seq-len 16 --fit-sequences 8 --precision no",
+    "calibrate": "--text my-text --steps 2 --batch-size 4 --seq-len 16 --fit-sequences 8 --precision no",
     "decompose": "--source built-in --evaluations 4 --steps 4 --batch-size 16 --train-rows 32 --seq-len 16",
     "decouple": "",
     "doctor": "",

@@ -281,7 +281,7 @@ def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: boo
 
 def _bare(name: str, config: "PretrainedConfig") -> str:
     """A tensor's name without the prefix that models with a head put before it."""
-    return name.removeprefix(f"{_model_class(config).base_model_prefix}.")
+    return name.removeprefix(f"{model_class(config).base_model_prefix}.")
 
 
 def _head_by(names: set[str], architecture: str) -> str:
@@ -301,7 +301,8 @@ def _head_by(names: set[str], architecture: str) -> str:
     return "masked-lm" if has("cls.predictions.bias", "lm_head.bias", "vocab_projector.bias") else "base"
 
 
-def _model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+def model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+    """The class that a configuration names, transformers' own or a decoupled one."""
     import transformers
 
     from detransformer.models.auto import DECOUPLED_CLASS
@@ -322,7 +323,7 @@ def _empty_model(config: "PretrainedConfig", has_pooler: bool) -> "PreTrainedMod
     import torch
 
     with torch.device("meta"):
-        return _model_class(config)(copy.deepcopy(config), **_pooler(config, has_pooler))
+        return model_class(config)(copy.deepcopy(config), **_pooler(config, has_pooler))
 
 
 def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":
@@ -340,7 +341,7 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "
     config = checkpoint.config
     pooler = _pooler(config, "pooler.dense.weight" in WeightSource(checkpoint.path))
     try:
-        return _model_class(config).from_pretrained(checkpoint.path, config=config, dtype=dtype, **pooler).eval()
+        return model_class(config).from_pretrained(checkpoint.path, config=config, dtype=dtype, **pooler).eval()
     except Exception as error:  # safetensors, torch and transformers each have their own
         if getattr(error, "errno", None):
             raise

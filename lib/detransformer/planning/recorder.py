@@ -10,10 +10,11 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 import detransformer.models  # noqa: F401  registers decoupled models
-from detransformer.models.configuration import generates, layer_kinds
+from detransformer.models.configuration import generates, head_of, layer_kinds
+from detransformer.opening import model_class
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import ending_of
 from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, KeyValueCache, Request, Strategy, chunks_of
@@ -36,7 +37,7 @@ from detransformer.planning.tape import (
 )
 
 MAX_KEPT = 4096  # recordings of each kind, some 10 kB each
-Sizes = tuple[tuple[str, str | int], ...]  # all of a configuration that recordings depend on, by name
+Sizes = tuple[tuple[str, str | int | tuple[str, ...]], ...]  # all of a configuration that recordings depend on, by name
 _SIZES = (
     "model_type",
     "hidden_size",
@@ -55,21 +56,21 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     sizes = [(names.get(name, name), getattr(config, name)) for name in _SIZES if hasattr(config, name)]
     decoupled = hasattr(config, "num_divisions")
     one_of_each = {"num_hidden_layers": 2, "num_original_layers": 1} if decoupled else {"num_hidden_layers": 1}
-    if is_decoder(config) and not generates(config):
-        one_of_each["num_labels"] = config.num_labels
-    return (*sizes, *((names.get(name, name), count) for name, count in one_of_each.items()))
+    if not generates(config) and head_of(config) != "base":
+        one_of_each |= {"num_labels": config.num_labels, "architectures": (config.architectures[0],)}
+    return (*sizes, *((names.get(name, name), value) for name, value in one_of_each.items()))
 
 
 @lru_cache(MAX_KEPT)
 def small_model(sizes: Sizes) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
     """The model with one layer of each kind, and its weights without numbers."""
     fields = dict(sizes)
+    if "architectures" in fields:
+        fields["architectures"] = list(fields["architectures"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    made_by = AutoModel
-    if "num_labels" in fields:
-        made_by, config.architectures = AutoModelForSequenceClassification, ["GPT2ForSequenceClassification"]
     with torch.device("meta"):
-        return config, made_by.from_config(config).state_dict()
+        model = model_class(config)(config) if config.architectures else AutoModel.from_config(config)
+        return config, model.state_dict()
 
 
 def load_layer(
@@ -169,7 +170,7 @@ def _record_reshard(sizes: Sizes, source: str, target: str, part: _Part) -> Reco
 
 @lru_cache(MAX_KEPT)
 def _record_end(sizes: Sizes, part: _Part) -> Recording:
-    """What follows the last layer: the pooler, or a decoder's next token."""
+    """What follows the last layer: pooler or task head, or a decoder's next token."""
     tape = Tape(tokens=part.batch_size * part.num_tokens)
     config, state = small_model(sizes)
     shapes = part.shapes(REPLICATE, config)
