@@ -132,6 +132,9 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
 
     folder = find_folder(folder)
     fields = _read_json(folder / "config.json")
+    made_as = fields.get("architectures")
+    if made_as is not None and not (isinstance(made_as, list) and all(isinstance(name, str) for name in made_as)):
+        raise ValueError(f"{folder}/config.json: architectures is {made_as!r}, and must be a list of class names.")
     kind = fields.get("model_type") or _type_of(fields)
     family = kind.removeprefix("decoupled_") if isinstance(kind, str) else None
     if family == "vit" and not images:

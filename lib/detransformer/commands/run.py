@@ -1,5 +1,6 @@
 """`detransformer run`: one request over a cluster's devices. On a host it loads no torch: its worker does."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +69,10 @@ def run(
     spec = ClusterSpec.load(cluster)
     if model in PRESETS and not Path(model).is_dir():
         raise ValueError(f"--model {model} is a preset with random weights, for bench and plan; give a model's folder.")
-    model = str(find_folder(model))
+    with (
+        contextlib.nullcontext() if spec.emulated else contextlib.suppress(ValueError)
+    ):  # of hosts the worker says it to all
+        model = str(find_folder(model))
     ensemble = (Path(model) / ENSEMBLE_FILE).is_file()
     if image is not None and not ensemble:
         raise ValueError(f"--image {image} is for an ensemble, and {model} is none: make one with `decompose`.")

@@ -5,6 +5,7 @@ as `comm` does it. So splits, scales of rows, what a device keeps exact of its o
 of real devices, whatever the plan. It is for scoring a model under a wire format, not for speed.
 """
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +79,9 @@ class _Devices:
         weights = WeightSource(model.state_dict(), dtype)  # one: parts that several devices keep are kept once
         self.meeting = _Meeting(plan.num_devices)
         comms = [_InProcessComm(rank, self.meeting, model.device) for rank in range(plan.num_devices)]
-        self.executors = [Executor(model.config, plan, weights, comm) for comm in comms]
+        config = copy.deepcopy(model.config)
+        config.architectures = None  # the body alone: the head around it runs as it is
+        self.executors = [Executor(config, plan, weights, comm) for comm in comms]
         threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(plan.num_devices, "device", torch.set_num_threads, (1,))
         started = threading.Barrier(plan.num_devices)

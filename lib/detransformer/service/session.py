@@ -301,7 +301,7 @@ class Session:
             told = {"request": asked, "devices": self._group, "seq_len": self._seq_len, "slower": slower}
             options = dict(devices=[0], number=self._number, meanwhile=self._waiting.drop_expired)
             (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, **options)[0]
-            if plan["op"] == "run_plan":  # workers warm up by the first requests
+            if plan.get("op") == "run_plan":  # workers warm up by the first requests
                 plan["job"] |= {"warmup": 0, "repeats": 1}
             self._plans[key] = plan
         return self._plans[key]
