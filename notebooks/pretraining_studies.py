@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from detransformer.record.run import RunFolder
 from detransformer.tables.accuracy import (
     PUBLISHED_STRUCTURE,
     ROW_COLUMNS,
@@ -12,7 +13,7 @@ from detransformer.tables.accuracy import (
     is_original,
     structure_names,
 )
-from detransformer.training.results import Result, nullable
+from detransformer.training.results import VARIANT_COLUMNS, Result, accuracy_table, nullable
 
 LOSS_POINTS = 200  # a model, of its training losses
 WIRE_LIMIT = 0.3  # points that a number format on the wire may cost
@@ -32,6 +33,14 @@ def loss_table(results: Iterable[Result]) -> pd.DataFrame:
         frames.append(frame.assign(row=result.row.label, **structure))
     columns = ["row", *ROW_COLUMNS[1:], "step", "tokens", "train_loss"]
     return nullable(pd.concat(frames, ignore_index=True)[columns])
+
+
+def published_runs(run: RunFolder) -> pd.DataFrame:
+    """The fine-tuning runs of the paper's structures, with column `structure`; no rows where none was fine-tuned."""
+    rows = run.load_table("accuracy_runs") if run.has_table("accuracy_runs") else accuracy_table([])
+    rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *VARIANT_COLUMNS])))
+    rows = rows[(rows["attention_width"] == "full") & (rows["original_placement"] == "last")]
+    return rows.assign(structure=structure_names(rows))
 
 
 def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:

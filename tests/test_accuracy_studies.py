@@ -3,11 +3,15 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertModel
 
 from detransformer.files import repository_root
+from detransformer.record.published import published
+from detransformer.record.run import RunFolder
+from detransformer.tables.accuracy import table_iii
 from detransformer.tables.claims import structure_of
 from detransformer.training import open_data
 
@@ -24,6 +28,7 @@ from accuracy_studies import (  # noqa: E402
     sentence_vectors,
     wide,
 )
+from pretraining_studies import published_runs  # noqa: E402
 
 TASKS = {
     "SST-2": ProbeConfig(max_train_rows=200, max_eval_rows=80, seq_len=32),
@@ -100,3 +105,12 @@ def test_the_share_kept_is_of_what_the_original_has_learned():
     assert table.loc["bag of words", "share"] == 50 and table.loc["bag of words", "judged"] == ""
     assert structure_of("m Nb=2, Ndiv=4, 1,000,000 tokens") == "m Nb=2, Ndiv=4"
     assert structure_of("m, 3 layers, cut") == "m, 3 layers"
+
+
+def test_notebook_02_goes_on_where_nothing_was_fine_tuned(tmp_path):
+    runs = published_runs(RunFolder(tmp_path))
+    assert runs.empty and {"structure", "score", "pretraining", "f1"} <= set(runs)
+    models = pd.read_csv(repository_root() / "results/reference/tables/pretraining.csv")
+    table = table_iii(runs, published("table_iii"), "quick", models)
+    tasks = table[table["task"] != "MLM"]  # perplexity is pre-training's
+    assert tasks["obtained_mean"].isna().all() and set(tasks["status"]) == {"not run (profile quick)"}
