@@ -347,7 +347,7 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
     words reaches shows no knowledge that could be kept. Baselines are rows too, for what a share is to be held against.
 
     Columns: row, num_tasks, mean, share (per cent), low, high, judged (share of `KEPT_PERCENT` or more). The interval
-    adds the tasks' intervals as independent. Not tested where the original has learned nothing.
+    adds the tasks' intervals as independent. Where the original has learned nothing, the share is NaN and not tested.
     """
     base = scores[scores["row"] == original].set_index("task")
     floors = scores[scores["row"].isin(BASELINES)].groupby("task")["score"].max().reindex(base.index)
@@ -356,11 +356,11 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
     rows = []
     for row, group in scores.groupby("row", sort=False):
         cells = group.set_index("task").reindex(known)
-        if not known or cells["score"].isna().any():
+        if known and cells["score"].isna().any():
             continue
         mean, whole = cells["score"].mean(), base.loc[known, "score"].mean()
         spread = (cells["difference_high"] - cells["difference_low"]) / (2 * NUM_ERRORS)
-        error = 100 * math.sqrt((spread**2).sum(skipna=False)) / len(known) / whole if row != original else math.nan
+        error = 100 * math.sqrt((spread**2).sum(skipna=False)) / max(len(known), 1) / whole if row != original else math.nan
         low, high = around(100 * mean / whole, error)
         verdict = Verdict(
             f"{row}: share kept", KEPT_PERCENT, 100 * mean / whole, "measured", low=low, high=high, side="at least"

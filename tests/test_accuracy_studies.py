@@ -99,7 +99,8 @@ def test_the_share_kept_is_of_what_the_original_has_learned():
     cut = table.loc["m, 3 layers, cut"]
     assert cut["share"] == 75 and cut["low"] < 75 < cut["high"] and cut["judged"] == "does not hold"
     outcomes |= {"bag of words": {"SST-2": right, "MRPC": blind}}  # a task that counting words does as well is no test
-    assert kept(probe_table(outcomes, "m original"), "m original").empty
+    table = kept(probe_table(outcomes, "m original"), "m original").set_index("row")
+    assert table["share"].isna().all() and table.loc["m, 3 layers, cut", "judged"] == "not tested"
     outcomes |= {"bag of words": {"SST-2": blind, "MRPC": blind}}
     table = kept(probe_table(outcomes, "m original"), "m original").set_index("row")
     assert table.loc["bag of words", "share"] == 50 and table.loc["bag of words", "judged"] == ""

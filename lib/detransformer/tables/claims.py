@@ -83,7 +83,7 @@ def accuracy_claim(shares: pd.DataFrame, probes: pd.DataFrame) -> tuple | None:
     """What real weights keep of their scores after decoupling: the best row of each structure, beside fewer layers."""
     rows = shares[shares["how"] == "probe"]
     original = next(iter(rows["row"]), "")
-    models = rows[rows["judged"].fillna("") != ""]
+    models = rows[(rows["judged"].fillna("") != "") & rows["share"].notna()]
     if not len(models):
         return None
     models = models.assign(structure=models["row"].map(structure_of))
