@@ -178,7 +178,7 @@ def _type_of(fields: dict) -> str | None:
     from detransformer.models.configuration import FAMILIES
 
     made_as = next(iter(fields.get("architectures") or []), "")
-    stems = {family.stem: kind for kind, family in FAMILIES.items() if str(made_as).startswith(family.stem)}
+    stems = {family.stem: kind for kind, family in FAMILIES.items() if made_as.startswith(family.stem)}
     if stems:
         return stems[max(stems, key=len)]
     telling = {"n_embd": "gpt2", "n_heads": "distilbert", "type_vocab_size": "bert"}

@@ -69,9 +69,8 @@ def run(
     spec = ClusterSpec.load(cluster)
     if model in PRESETS and not Path(model).is_dir():
         raise ValueError(f"--model {model} is a preset with random weights, for bench and plan; give a model's folder.")
-    with (
-        contextlib.nullcontext() if spec.emulated else contextlib.suppress(ValueError)
-    ):  # of hosts the worker says it to all
+    # On a real host that lacks the folder, its worker says so, and all hosts hear of it.
+    with contextlib.nullcontext() if spec.emulated else contextlib.suppress(ValueError):
         model = str(find_folder(model))
     ensemble = (Path(model) / ENSEMBLE_FILE).is_file()
     if image is not None and not ensemble:

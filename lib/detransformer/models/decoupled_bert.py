@@ -55,6 +55,8 @@ from detransformer.models.stacked import (
 class DecoupledSelfAttention(BertSelfAttention):
     """Self-attention of P sub-blocks: Q, K, V are Linear(d -> A), all heads in each sub-block."""
 
+    dropout_name = "attention_probs_dropout_prob"  # the configuration's name of its rate
+
     def __init__(self, config: DecoupledBertConfig, layer_idx: int | None = None):
         nn.Module.__init__(self)
         self.config = config
@@ -67,7 +69,7 @@ class DecoupledSelfAttention(BertSelfAttention):
         self.query = BatchedLinear(blocks, width, attention_width)
         self.key = BatchedLinear(blocks, width, attention_width)
         self.value = BatchedLinear(blocks, width, attention_width)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = nn.Dropout(getattr(config, self.dropout_name))
         self.is_decoder, self.is_causal = False, False  # read by the attention functions of transformers
 
     def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
@@ -88,6 +90,28 @@ class DecoupledSelfAttention(BertSelfAttention):
             scaling=self.scaling,
             **kwargs,
         )
+
+
+class ProjectedSelfAttention(DecoupledSelfAttention):
+    """`DecoupledSelfAttention` under another architecture's names, with the output projection Linear(A -> d)."""
+
+    maps: tuple[str, str, str, str]  # the names of Q, K, V and the output projection
+
+    def __init__(self, config: DecoupledBertConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        for name, other in zip(("query", "key", "value"), self.maps, strict=False):
+            self.add_module(other, self._modules.pop(name))
+        blocks, attention_width, width = self.query.weight.shape  # [P, A, d]
+        self.add_module(self.maps[3], BatchedLinear(blocks, attention_width, width))
+
+    query = property(lambda self: getattr(self, self.maps[0]))
+    key = property(lambda self: getattr(self, self.maps[1]))
+    value = property(lambda self: getattr(self, self.maps[2]))
+
+    def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
+        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T], the mean over sub-blocks, or None)."""
+        context, weights = super().forward(x, batch_size, attention_mask, **kwargs)
+        return getattr(self, self.maps[3])(context), weights
 
 
 class DecoupledAttention(nn.Module):

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 
 from detransformer.models.configuration import FAMILIES, DecoupledDistilBertConfig, Family, layer_kinds
-from detransformer.models.decoupled_bert import DecoupledBertLayer, DecoupledSelfAttention
+from detransformer.models.decoupled_bert import DecoupledBertLayer, DecoupledSelfAttention, ProjectedSelfAttention
 from detransformer.models.stacked import (
     BatchedLayerNorm,
     BatchedLinear,
@@ -38,31 +38,11 @@ AUTO_CLASS = {
 }
 
 
-class DecoupledDistilBertAttention(DecoupledSelfAttention):
-    """`DecoupledSelfAttention` under DistilBERT's names, with the output projection Linear(A -> d)."""
+class DecoupledDistilBertAttention(ProjectedSelfAttention):
+    """Attention of P sub-blocks under DistilBERT's names."""
 
-    def __init__(self, config: DecoupledDistilBertConfig):
-        nn.Module.__init__(self)
-        self.config = config
-        blocks, width = config.num_divisions, config.dim // config.num_divisions
-        attention_width = config.dim if config.attention_width == "full" else width
-        self.num_attention_heads = config.n_heads
-        self.attention_head_size = attention_width // config.n_heads
-        self.scaling = self.attention_head_size**-0.5
-        for name in ("q_lin", "k_lin", "v_lin"):
-            setattr(self, name, BatchedLinear(blocks, width, attention_width))
-        self.out_lin = BatchedLinear(blocks, attention_width, width)
-        self.dropout = nn.Dropout(config.attention_dropout)
-        self.is_decoder, self.is_causal = False, False  # read by the attention functions of transformers
-
-    query = property(lambda self: self.q_lin)
-    key = property(lambda self: self.k_lin)
-    value = property(lambda self: self.v_lin)
-
-    def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
-        """x [P, B*T, d] -> ([P, B*T, d], attention weights or None)."""
-        context, weights = super().forward(x, batch_size, attention_mask, **kwargs)
-        return self.out_lin(context), weights
+    maps = ("q_lin", "k_lin", "v_lin", "out_lin")
+    dropout_name = "attention_dropout"
 
 
 class _SliceFFN(nn.Module):

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMLP
 
 from detransformer.models.configuration import DecoupledViTConfig, layer_kinds
-from detransformer.models.decoupled_bert import DecoupledSelfAttention
+from detransformer.models.decoupled_bert import ProjectedSelfAttention
 from detransformer.models.stacked import (
     BatchedLayerNorm,
     BatchedLinear,
@@ -30,24 +30,10 @@ from detransformer.models.stacked import (
 )
 
 
-class DecoupledViTAttention(DecoupledSelfAttention):
-    """`DecoupledSelfAttention` under ViT's names, with the output projection Linear(A -> d)."""
+class DecoupledViTAttention(ProjectedSelfAttention):
+    """Attention of P sub-blocks under ViT's names."""
 
-    def __init__(self, config: DecoupledViTConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        for name, map_name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-            self.add_module(map_name, self._modules.pop(name))
-        blocks, width, attention_width = config.num_divisions, self.q_proj.weight.shape[2], self.q_proj.weight.shape[1]
-        self.o_proj = BatchedLinear(blocks, attention_width, width)
-
-    query = property(lambda self: self.q_proj)
-    key = property(lambda self: self.k_proj)
-    value = property(lambda self: self.v_proj)
-
-    def forward(self, x: torch.Tensor, batch_size: int, attention_mask: torch.Tensor | None = None, **kwargs):
-        """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T], the mean over sub-blocks, or None)."""
-        context, weights = super().forward(x, batch_size, attention_mask, **kwargs)
-        return self.o_proj(context), weights
+    maps = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class DecoupledViTMLP(ViTMLP):
