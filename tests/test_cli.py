@@ -313,7 +313,7 @@ def test_a_long_temporary_folder_leaves_room_for_the_names_of_sockets(capsys, mo
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert call(capsys, "--version")[0] == 0
-    assert tempfile.gettempdir() == (str(tmp_path) if len(str(tmp_path)) <= 64 else "/tmp")
+    assert tempfile.gettempdir() == (str(tmp_path) if len(str(tmp_path)) <= cli.MAX_TEMPORARY else "/tmp")
 
 
 def test_an_address_or_port_that_cannot_be_had_is_named():

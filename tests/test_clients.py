@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -160,6 +161,13 @@ def tagger(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def filler(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filler") / "model"
+    with served(folder, bert(folder, BertForMaskedLM)) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
 def writer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("writer") / "model"
     with served(folder, gpt2(folder)) as service:
@@ -238,6 +246,28 @@ def test_hub_feature_extraction_and_similarity(embedder):
     assert close(raw.tolist(), vectors(embedder, TEXTS[1:2], normalize=False))
     alike = embedder.hub.sentence_similarity(TEXTS[0], other_sentences=TEXTS[1:])
     assert close(alike, vectors(embedder)[1:] @ vectors(embedder)[0])
+
+
+def test_hub_fill_mask(filler):
+    pipe = pipeline("fill-mask", model=filler.model, tokenizer=filler.tokenizer)
+    for text, asked, given in (("the [MASK] was great", None, 5), ("who [MASK] it ?", 99, len(WORDS))):
+        found, expected = filler.hub.fill_mask(text, top_k=asked), pipe(text, top_k=given)
+        assert [(one.token, one.token_str, one.sequence) for one in found] == [
+            (one["token"], one["token_str"], one["sequence"]) for one in expected
+        ]
+        assert close([one.score for one in found], torch.tensor([one["score"] for one in expected]))
+    texts = ["[MASK] wrote [MASK]", "the [MASK] was bad"]
+    found = filler.http.post("/", json={"inputs": texts}).json()
+    assert [[one["sequence"] for one in words] for words in (*found[0], found[1])] == [
+        [one["sequence"] for one in words] for words in (*pipe(texts[0]), pipe(texts[1]))
+    ]
+    for body, words in (
+        ({"inputs": ["a [MASK]", "a"]}, "some of the texts have no [MASK]"),
+        ({"inputs": "a [MASK]", "parameters": {"targets": ["film"]}}, "targets is ['film']"),
+    ):
+        reply = filler.http.post("/", json=body)
+        assert reply.status_code == 422 and words in reply.json()["error"]
+    assert len(filler.http.post("/embed", json={"inputs": "a film"}).json()[0]) == 48  # it has vectors, too
 
 
 def test_hub_text_generation_whole_streamed_and_stopped(writer):

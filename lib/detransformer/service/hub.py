@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
-from starlette.exceptions import HTTPException
 
 from detransformer.answers import scores
 from detransformer.service.bodies import (
@@ -71,14 +70,14 @@ def _question(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
 def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def embed(body: HubFeatures) -> list:
-        """A vector of each text; of `source_sentence` and `sentences` their similarities."""
+        """A vector of each text; of `source_sentence` and `sentences` their similarities; of a mask tokens for it."""
         if isinstance(body.inputs, Sentences):
             return await tasks.similarities(body.inputs, body)
         texts = listed(body.inputs)
-        mask = tasks.tokenizer.mask_token if tasks.tokenizer else None
-        if mask and any(mask in text for text in texts):
-            raise HTTPException(424, f"{tasks.name} embeds texts; this server does not fill {mask}.")
-        return (await tasks.vectors(texts, body))[0].tolist()
+        if not any(tasks.has_mask(text) for text in texts):
+            return (await tasks.vectors(texts, body))[0].tolist()
+        found = await tasks.fillings(texts, body.parameters.top_k or 5, body.deadline_s)
+        return found if isinstance(body.inputs, list) else found[0]
 
 
 def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
