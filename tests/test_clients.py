@@ -225,6 +225,16 @@ def test_hub_question_answering(reader):
     assert found.answer == PASSAGE[found.start : found.end] and 0 < found.score <= 1
 
 
+def test_hub_question_answering_refuses_what_would_change_the_answer(reader):
+    asked = {"inputs": {"question": "who wrote it ?", "context": PASSAGE}}
+    plain = reader.http.post("/", json=asked | {"parameters": None}).json()
+    same = {"handle_impossible_answer": True, "max_answer_len": 30}
+    assert reader.http.post("/", json=asked | {"parameters": same}).json() == plain
+    for name, value in (("handle_impossible_answer", False), ("max_answer_len", 3), ("top_k", 2)):
+        reply = reader.http.post("/", json=asked | {"parameters": {name: value}})
+        assert reply.status_code == 422 and f"{name} is {value}" in reply.json()["error"]
+
+
 def test_hub_token_classification(tagger):
     pipe = pipeline(
         "token-classification", model=tagger.model, tokenizer=tagger.tokenizer, aggregation_strategy="simple"
@@ -288,7 +298,12 @@ def test_hub_refusals_are_read_by_the_client(embedder, classifier, writer):
         embedder.hub.fill_mask("the [MASK] was great")
     assert refused.value.response.status_code == 424
     assert "does not fill [MASK]" in refused.value.response.json()["error"]
-    for kind, words in (({"do_sample": False, "temperature": 0.5}, "do_sample"), ({"top_k": 5}, "top_k")):
+    for kind, words in (
+        ({"do_sample": False, "temperature": 0.5}, "do_sample"),
+        ({"top_k": 5}, "top_k"),
+        ({"stop_sequences": ["."]}, "stop_sequences"),
+        ({"truncate": 3}, "truncate"),
+    ):
         reply = writer.http.post("/", json={"inputs": "a", "parameters": kind})
         assert reply.status_code == 422 and words in reply.json()["error"]
     reply = classifier.http.post("/", json={"inputs": {"question": "who", "context": "jane"}})
@@ -376,6 +391,9 @@ def test_openai_completions_come_while_they_are_made_and_end_when_nobody_reads(w
 
 def test_openai_models_and_refusals(embedder, classifier, writer):
     assert [one.id for one in writer.ai.models.list()] == ["model"]
+    assert writer.ai.models.retrieve("model").owned_by == "detransformer"
+    with pytest.raises(openai.NotFoundError, match="there is no model some/other; this server has model"):
+        writer.ai.models.retrieve("some/other")
     with pytest.raises(openai.NotFoundError, match="no such path; this server has .*/v1/completions"):
         writer.ai.chat.completions.create(model="any", messages=[])
     with pytest.raises(openai.AuthenticationError, match="show the token"):
@@ -383,6 +401,7 @@ def test_openai_models_and_refusals(embedder, classifier, writer):
     for ask, words in (
         (lambda: writer.ai.completions.create(model="any", prompt="a", n=2), "n is 2"),
         (lambda: writer.ai.completions.create(model="any", prompt="a", logprobs=3), "logprobs is 3"),
+        (lambda: writer.ai.completions.create(model="any", prompt="a", extra_body={"min_p": 0.1}), "min_p is 0.1"),
         (lambda: writer.ai.completions.create(model="any", prompt=["a", "b"], stream=True), "one prompt"),
         (lambda: writer.ai.completions.create(model="any", prompt="a", max_tokens=0), "max_tokens"),
         (lambda: writer.ai.completions.create(model="any", prompt="a " * 2000), "shorten"),
@@ -415,8 +434,10 @@ def test_tei_embed_and_similarity(embedder):
     assert close(raw, vectors(embedder, normalize=False))
     long = {"inputs": "film " * 100}
     assert embedder.http.post("/embed", json=long).status_code == 422
-    cut = embedder.http.post("/embed", json=long | {"truncate": True}).json()
+    cut = embedder.http.post("/embed", json=long | {"truncate": True, "truncation_direction": "Right"}).json()
     assert close(cut, vectors(embedder, ["film " * 62]))
+    reply = embedder.http.post("/embed", json=long | {"truncate": True, "truncation_direction": "Left"})
+    assert reply.status_code == 422 and "truncation_direction is 'Left'" in reply.json()["error"]
     body = {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS}}
     assert close(embedder.http.post("/similarity", json=body).json(), vectors(embedder) @ vectors(embedder)[0])
 

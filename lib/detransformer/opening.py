@@ -128,7 +128,7 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
     from transformers import CONFIG_MAPPING
 
     import detransformer.models  # noqa: F401  registers decoupled models
-    from detransformer.models.configuration import FAMILIES
+    from detransformer.models.configuration import FAMILIES, generates, read_generation
 
     folder = find_folder(folder)
     fields = _read_json(folder / "config.json")
@@ -153,6 +153,8 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
         _check(config)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
+    if generates(config) and (folder / "generation_config.json").is_file():
+        read_generation(config, _read_json(folder / "generation_config.json"))
     return config
 
 

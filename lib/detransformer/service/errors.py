@@ -77,7 +77,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         status, sentence, headers = refusal(request.url.path, error)
-        if status == 404:
+        if sentence == "Not Found":  # of a path that is none
             sentence = f"there is no such path; this server has {', '.join(paths)}."
         return problem(request.url.path, status, sentence, **headers)
 

@@ -10,6 +10,8 @@ from fastapi import APIRouter
 
 from detransformer.answers import scores
 from detransformer.service.bodies import (
+    ClassificationParameters,
+    FillParameters,
     Generate,
     HubClassification,
     HubEntities,
@@ -18,6 +20,7 @@ from detransformer.service.bodies import (
     HubText,
     Pair,
     Sentences,
+    TextParameters,
 )
 from detransformer.service.sse import streamed
 from detransformer.service.tasks import Piece, Tasks
@@ -44,7 +47,7 @@ def _classification(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def classify(body: HubClassification) -> list[list[dict]]:
         """Labels and scores of each text, the likeliest first."""
-        given, wanted = body.inputs, body.parameters
+        given, wanted = body.inputs, body.parameters or ClassificationParameters()
         pairs = [Pair(text=one) if isinstance(one, str) else one for one in listed(given)]
         logits = await tasks.logits([tasks.row(pair.text, pair.text_pair) for pair in pairs], body.deadline_s)
         functions = {"sigmoid": lambda x: x.sigmoid(), "softmax": lambda x: x.softmax(-1), "none": lambda x: x}
@@ -76,7 +79,8 @@ def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
         texts = listed(body.inputs)
         if not any(tasks.has_mask(text) for text in texts):
             return (await tasks.vectors(texts, body))[0].tolist()
-        found = await tasks.fillings(texts, body.parameters.top_k or 5, body.deadline_s)
+        wanted = body.parameters or FillParameters()
+        found = await tasks.fillings(texts, wanted.top_k or 5, body.deadline_s)
         return found if isinstance(body.inputs, list) else found[0]
 
 
@@ -84,7 +88,7 @@ def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def generate(body: HubText) -> list[dict]:
         """The text that follows; with `stream` an event a token."""
-        wanted = body.parameters
+        wanted = body.parameters or TextParameters()
         draws = wanted.do_sample or (wanted.do_sample is None and (wanted.temperature or wanted.top_p))
         wish = Generate(
             text=body.inputs,
