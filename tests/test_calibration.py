@@ -343,7 +343,7 @@ def test_a_byte_level_tokenizer_names_its_special_tokens_otherwise(tmp_path, cap
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     words.train_from_iterator(["a line of text that is read"] * 20, trainer)
     assert SpecialTokens.of(words) == SpecialTokens(pad=1, cls=0, sep=2, mask=4)
-    with pytest.raises(ValueError, match="neither .PAD. nor <pad>"):
+    with pytest.raises(ValueError, match=r"neither \[PAD\] nor <pad>"):
         SpecialTokens.of(Tokenizer(tokenizers.models.BPE()))
     sizes = dict(hidden_size=32, intermediate_size=64, vocab_size=words.get_vocab_size())
     small("roberta", "ForMaskedLM", **sizes | dict(pad_token_id=1)).save_pretrained(tmp_path / "roberta")

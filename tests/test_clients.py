@@ -299,7 +299,7 @@ def test_hub_refusals_are_read_by_the_client(embedder, classifier, writer):
     assert refused.value.response.status_code == 424
     assert "does not fill [MASK]" in refused.value.response.json()["error"]
     for kind, words in (
-        ({"do_sample": False, "temperature": 0.5}, "do_sample"),
+        ({"do_sample": False, "temperature": 0.5}, "do_sample is false beside temperature"),
         ({"top_k": 5}, "top_k"),
         ({"stop_sequences": ["."]}, "stop_sequences"),
         ({"truncate": 3}, "truncate"),

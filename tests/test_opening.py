@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from detransformer import opening
-from detransformer.checkpoints import decouple_checkpoint
 from detransformer.answers import end_tokens
+from detransformer.checkpoints import decouple_checkpoint
 from detransformer.models.configuration import FAMILIES, head_of
 from detransformer.opening import find_folder, load_model, open_checkpoint, read_configuration
 from detransformer.parallel.weights import WeightSource
