@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from detransformer.checkpoints import copy_files, copy_tokenizer
 from detransformer.files import atomic_folder
 from detransformer.models import decouple, layer_kinds
-from detransformer.models.configuration import architecture, config_fields, decoupled_config, head_of
+from detransformer.models.configuration import ENCODER_HEADS, architecture, config_fields, decoupled_config, head_of
 from detransformer.models.heads import lm_logits
 from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
 from detransformer.parallel.parameters import layers_of
@@ -92,7 +92,8 @@ class LayerErrors(nn.Module):
         super().__init__()
         self.model, self.depths, self.alone_layers = student, list(depths), list(alone)
         self._beside = [teacher.eval().requires_grad_(False)]  # in a list, since a module would be registered
-        self.head = head_of(student.config)  # "masked-lm", "classification" or "base"
+        self.classifies = type(student).__name__.endswith(ENCODER_HEADS["classification"])
+        self.fills_masks = not self.classifies and student.base_model is not student
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -120,11 +121,12 @@ class LayerErrors(nn.Module):
         outputs = obtained.hidden_states[1:]
         errors = [relative_error(x, targets[depth]) for x, depth in zip(outputs, self.depths, strict=True)]
         loss = torch.stack(errors).mean()
-        return loss if self.head == "base" else loss + self._divergence(obtained, expected, positions)
+        has_head = self.classifies or self.fills_masks
+        return loss + self._divergence(obtained, expected, positions) if has_head else loss
 
     def _outputs(self, model: PreTrainedModel, input_ids: torch.Tensor):
         """Hidden states, and a classifier's logits; an LM head's follow where they are wanted."""
-        whole = model if self.head == "classification" else model.base_model
+        whole = model if self.classifies else model.base_model
         return whole(input_ids, output_hidden_states=True)
 
     def _divergence(self, obtained, expected, positions: torch.Tensor | None) -> torch.Tensor:
@@ -136,7 +138,7 @@ class LayerErrors(nn.Module):
         return TEMPERATURE**2 * each.mean()
 
     def _log_probabilities(self, model: PreTrainedModel, output, positions: torch.Tensor | None) -> torch.Tensor:
-        if self.head == "classification":
+        if self.classifies:
             logits = output.logits
         else:  # at the masked positions only
             hidden = output.last_hidden_state
@@ -255,8 +257,7 @@ def _batches(
 ):
     """What each step sees: masked text for an LM head, else plain text in pieces; the first steps are layers' alone."""
     source = (sequences, data.vocab_size, data.special, config.seed)
-    masked = objective.head == "masked-lm"
-    text = MaskedBatches(*source, num_masked(config.seq_len)) if masked else CutBatches(*source)
+    text = MaskedBatches(*source, num_masked(config.seq_len)) if objective.fills_masks else CutBatches(*source)
     of_step = micro_batches(text.train_batch, config)
 
     def batches(step: int):
