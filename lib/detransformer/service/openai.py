@@ -31,7 +31,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     async def one_model(name: str) -> dict:
         """The model of this name."""
         if name != tasks.name:
-            raise HTTPException(404, f"there is no model {name}; this server has {tasks.name}.")
+            raise HTTPException(404, f"there is no model {name!r}; this server has {tasks.name}.")
         return model
 
     @router.post("/embeddings", **guarded)
