@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -483,6 +483,17 @@ def test_tei_info_health_and_shapes_of_errors(embedder, classifier):
     assert empty.status_code == 422 and empty.json()["error"].startswith("inputs.0.text: String should have")
     other = classifier.http.get("/classify")
     assert other.status_code == 405 and other.json()["error"] == "GET is not taken here; use POST."
+
+
+def test_numbers_that_are_not_finite_are_no_answer(classifier, monkeypatch):
+    def submit(self, *asked):
+        future = Future()
+        future.set_result({"logits": torch.tensor([[1.0, float("nan"), 0.0]])})
+        return future
+
+    monkeypatch.setattr(Session, "submit", submit)
+    reply = classifier.http.post("/classify", json={"text": "a"})
+    assert reply.status_code == 424 and "are not finite" in reply.json()["error"]
 
 
 def test_a_full_queue_is_each_dialects_own_refusal(classifier, monkeypatch):

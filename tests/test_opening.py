@@ -121,6 +121,8 @@ def test_a_head_that_is_not_named_is_told_by_the_weights(tmp_path, head):
         (dict(architectures=["BertForMultipleChoice"]), "BertForMultipleChoice is not supported: of BERT"),
         (dict(architectures=["BertLMHeadModel"]), "BertLMHeadModel is not supported"),
         (dict(hidden_size="wide"), "config.json cannot be read"),
+        (dict(pad_token_id=9999), "describes no model that can be made"),
+        (dict(hidden_dropout_prob=7.0), "describes no model that can be made"),
     ],
 )
 def test_options_that_are_not_computed_are_refused_by_name(tmp_path, fields, words):
@@ -157,6 +159,13 @@ def test_what_generates_text_may_have_other_end_tokens_and_no_other_likeliest_te
         path.write_text(json.dumps(fields))
         with pytest.raises(ValueError, match=words):
             open_checkpoint(tmp_path)
+
+
+def test_options_that_are_of_another_program_are_not_the_models(tmp_path):
+    save(tmp_path)
+    edit_config(tmp_path, _attn_implementation="flash_attention_2", return_dict=False)
+    checkpoint = open_checkpoint(tmp_path)
+    assert load_model(checkpoint)(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 2)
 
 
 def test_no_configuration_or_a_damaged_one(tmp_path):

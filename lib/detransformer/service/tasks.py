@@ -110,7 +110,7 @@ class Tasks:
         """The session's outputs [1, ...] of each row; all of them, or what the first that has none raises.
 
         Raises:
-            HTTPException: 413 for more rows than fit the queue.
+            HTTPException: 413 for more rows than fit the queue, 424 where the model's numbers are not finite.
         """
         if len(rows) > self.max_texts:
             raise HTTPException(413, f"{len(rows)} texts are asked for at once; give {self.max_texts} at most.")
@@ -127,6 +127,8 @@ class Tasks:
         finally:
             for future in futures:
                 future.cancel()
+        if not all(torch.isfinite(tensor).all() for outputs in found for tensor in outputs.values()):
+            raise HTTPException(424, f"{self.name} computes numbers that are not finite: look at its weights.")
         return [
             cut({name: tensor[i : i + 1] for name, tensor in outputs.items()}, row["input_ids"].shape[1])
             for part, outputs in zip(parts, found, strict=True)
