@@ -17,6 +17,8 @@ import httpx
 import torch
 from tests.chaos.rounds import GIVE_UP_S, TOLERANCE, small_model
 
+from detransformer.service.session import START_S
+
 NUM_CLIENTS = 30
 ONE_IN = 10  # requests: malformed
 NUM_INPUTS = 60
@@ -60,7 +62,7 @@ def serving(cluster: str, model: Path) -> Iterator[tuple[str, str]]:
         [*command, "--method", "tp", "--port", str(port)], env=os.environ | {"DETRANSFORMER_TOKEN": token}
     )
     try:
-        deadline = time.monotonic() + GIVE_UP_S
+        deadline = time.monotonic() + START_S + GIVE_UP_S
         while True:
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{url}/health").status_code == 200:
