@@ -13,7 +13,7 @@ export DETRANSFORMER_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: chaos soak fuzz help install smoke reproduce test test-all lab figures lint docs coverage clean
+.PHONY: chaos soak load fuzz help install smoke reproduce test test-all lab figures lint docs coverage clean
 help:
 	@echo "make smoke       two minutes: this machine, parity on four processes, TP and BP+Auto emulated, one figure"
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
@@ -27,7 +27,8 @@ help:
 	@echo "make chaos       break a serving cluster in every way, five times each, and count what is lost (needs root)"
 	@echo "make fuzz        ten thousand malformed cluster files, plans, checkpoints and requests"
 	@echo "make soak        half an hour of load, a fault a minute (needs root)"
-	@echo "                 RUN=results/reference with chaos, soak or coverage: where their tables and figures go"
+	@echo "make load        a minute of 30 clients over HTTP, one request in ten malformed (needs root)"
+	@echo "                 RUN=results/reference with chaos, soak, load or coverage: where their tables and figures go"
 	@echo "make clean       remove .venv, caches and build (results stay)"
 
 install: $(STAMP)
@@ -93,3 +94,6 @@ fuzz: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.chaos --soak 30 --output $(or $(RUN),results/soak)
+
+load: $(STAMP)
+	$(BIN)/python -m tests.chaos --load 1 --output $(or $(RUN),results/load)

@@ -8,12 +8,26 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from accuracy_studies import calibration_curve, calibration_table
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedModel,
+)
 
 from detransformer import cli
 from detransformer.models import decouple, layer_kinds
+from detransformer.models.configuration import FAMILIES
+from detransformer.opening import load_model, open_checkpoint
+from detransformer.parallel.parameters import layers_of
 from detransformer.training import (
     CalibrationConfig,
     FinetuneConfig,
@@ -62,11 +76,20 @@ def teacher(data, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def models():
+def small(family: str, ending: str, **sizes) -> PreTrainedModel:
+    """A random model of four layers, of a family and with a head, without dropout."""
+    stem = FAMILIES[family].stem
+    options = SIZES | dict(pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) | sizes
+    if family == "distilbert":
+        options |= dict(hidden_dim=options["intermediate_size"], dropout=0.0, attention_dropout=0.0)
+    return getattr(transformers, stem + ending)(getattr(transformers, f"{stem}Config")(**options))
+
+
+@pytest.fixture(params=["bert", "roberta", "distilbert"])
+def models(request):
     """(teacher, its slices D O D O, both in eval mode, masked tokens) with random weights."""
     torch.manual_seed(0)
-    original = BertForMaskedLM(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    original = small(request.param, "ForMaskedLM")
     for parameter in original.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     batch = mask_tokens(torch.randint(5, 60, (3, 20)), 60, SpecialTokens(0, 1, 2, 3), 4, torch.Generator())
@@ -87,7 +110,7 @@ def test_the_closed_form_comes_closer_on_text_it_has_not_read(models, width):
     seen, unseen = torch.randint(5, 60, (300, 20)), torch.randint(5, 60, (64, 20))
     depths = range(1, 5)
     before = distance(student, original, unseen, depths)
-    refit(student.bert, original.bert, seen)
+    refit(student.base_model, original.base_model, seen)
     after = distance(student, original, unseen, depths)
     assert after[0][0] < 0.5 * before[0][0]  # of a random model later layers amplify whatever is left
 
@@ -96,7 +119,7 @@ def test_the_closed_form_of_one_division_stays_the_teacher(models):
     original = models[0]
     student = decouple(original, 2, 1).eval()
     ids = torch.randint(5, 60, (300, 20))
-    refit(student.bert, original.bert, ids)
+    refit(student.base_model, original.base_model, ids)
     errors, cosine = distance(student, original, ids[:32], range(1, 5))
     assert max(errors) < 1e-3 and cosine > 0.999
 
@@ -120,7 +143,7 @@ def test_losses_by_hand(models):
     torch.testing.assert_close(
         objective(**batch, alone=torch.tensor(False)), together + divergence, rtol=1e-4, atol=1e-5
     )
-    layers = student.bert.encoder.layer
+    layers = layers_of(student.base_model)
     alone = sum(error(layers[i](targets[i]), targets[i + 1]) for i in (0, 2)) / 2
     torch.testing.assert_close(objective(**batch, alone=torch.tensor(True)), alone, rtol=1e-4, atol=1e-5)
 
@@ -134,7 +157,7 @@ def test_only_the_student_is_trained_and_saved(models, dtype):
     assert loss.dtype == torch.float32
     assert len(objective.state_dict()) == len(student.state_dict())
     assert not original.training and all(p.grad is None for p in original.parameters())
-    assert all(p.grad is not None for p in student.bert.encoder.parameters())
+    assert all(p.grad is not None for p in layers_of(student.base_model).parameters())
 
 
 def test_batches_have_every_token_in_pieces_of_several_lengths():
@@ -192,6 +215,32 @@ def test_interrupted_calibration_ends_bit_equal(data, teacher, tmp_path, precisi
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert states[0]["bert.encoder.layer.0.attention.self.query.weight"].dtype == torch.float32
     assert not list((tmp_path / "parts").glob("*/checkpoint"))
+
+
+@pytest.mark.parametrize("ending", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_every_encoder_is_calibrated(data, tmp_path, family, ending):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=64, vocab_size=data.vocab_size, num_labels=3)
+    small(family, ending, **sizes, initializer_range=0.1).save_pretrained(tmp_path / "teacher")
+    data.save_tokenizer(tmp_path / "teacher")
+    slices, fitted, trained = calibration_curve(
+        tmp_path / "teacher", ROW, [2 * 256], dataclasses.replace(TINY, num_steps=2), data, tmp_path
+    )
+    assert np.mean(fitted.errors) < np.mean(slices.errors) and np.isfinite(trained.errors).all()
+    whole = dataclasses.replace(TINY, num_steps=1, learning_rate=1e-12, fit_sequences=0)
+    same = calibrate(tmp_path / "teacher", ModelRow("bert-base", 2, 1), whole, data, tmp_path)
+    assert same.history["train_loss"][0] < 1e-5 and max(same.errors) < 1e-5
+    fewer = calibrate(tmp_path / "teacher", ModelRow("bert-base", num_layers=2), whole, data, tmp_path)
+    assert len(fewer.errors) == 2
+    before, after = (load_model(open_checkpoint(r.checkpoint)) for r in (slices, trained))
+    assert type(after).__name__ == f"Decoupled{FAMILIES[family].stem}{ending}"
+    moved = {
+        name.partition("layer.")[0]
+        for name, weights in after.state_dict().items()
+        if not torch.equal(weights, before.state_dict()[name])
+    }
+    assert len(moved) == 1, moved  # the layers alone
 
 
 def test_one_division_and_no_training_is_the_teacher(data, teacher, tmp_path):
@@ -280,6 +329,27 @@ def test_an_encoder_without_a_head_is_calibrated(data, teacher, tmp_path, capsys
         cli.main([str(a) for a in arguments])
     assert end.value.code == 0
     assert type(AutoModel.from_pretrained(tmp_path / "ours")).__name__ == "DecoupledBertModel"
+
+
+def test_a_byte_level_tokenizer_names_its_special_tokens_otherwise(tmp_path, capsys):
+    words = Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    words.train_from_iterator(["a line of text that is read"] * 20, trainer)
+    assert SpecialTokens.of(words) == SpecialTokens(pad=1, cls=0, sep=2, mask=4)
+    with pytest.raises(ValueError, match=r"neither \[PAD\] nor <pad>"):
+        SpecialTokens.of(Tokenizer(tokenizers.models.BPE()))
+    sizes = dict(hidden_size=32, intermediate_size=64, vocab_size=words.get_vocab_size())
+    small("roberta", "ForMaskedLM", **sizes | dict(pad_token_id=1)).save_pretrained(tmp_path / "roberta")
+    words.save(str(tmp_path / "roberta" / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i} of a text that is read here" for i in range(200)))
+    arguments = ("calibrate", tmp_path / "roberta", tmp_path / "ours", "--text", tmp_path / "a.txt", *SHORT)
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    assert end.value.code == 0
+    assert type(AutoModel.from_pretrained(tmp_path / "ours")).__name__ == "DecoupledRobertaModel"
 
 
 @pytest.mark.parametrize(

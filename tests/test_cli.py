@@ -101,7 +101,7 @@ def test_help_imports_nothing_heavy():
         (["bench", "--devices", "8", "--methods", "bp+tp", "--transport", "loopback"], ["8 devices", "8 divisions"]),
         (["bench", "--timeline", "/"], ["--timeline /", "file name"]),
         (["bench", "--cluster", "/nowhere/c.yaml"], ["/nowhere/c.yaml", "examples/"]),
-        (["bench", "--cluster", EXAMPLES / "four-pis.yaml"], ["real hosts", "detransformer run"]),
+        (["bench", "--cluster", EXAMPLES / "four-pis.yaml"], ["lists real hosts", "detransformer run"]),
         (["bench", "--cluster", EXAMPLES / "unequal.yaml", "--delay", "5"], ["--delay 5", "leave one out"]),
         (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "beside --cluster"]),
         (["run", "--cluster", "c", "--model", "m", "--text", "caf\udce9"], [r"--text 'caf\udce9' is not UTF-8 text"]),
@@ -313,7 +313,7 @@ def test_a_long_temporary_folder_leaves_room_for_the_names_of_sockets(capsys, mo
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert call(capsys, "--version")[0] == 0
-    assert tempfile.gettempdir() == (str(tmp_path) if len(str(tmp_path)) <= 64 else "/tmp")
+    assert tempfile.gettempdir() == (str(tmp_path) if len(str(tmp_path)) <= cli.MAX_TEMPORARY else "/tmp")
 
 
 def test_an_address_or_port_that_cannot_be_had_is_named():

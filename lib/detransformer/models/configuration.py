@@ -222,6 +222,10 @@ DECODER_HEADS = {"base": "Model", "causal-lm": "LMHeadModel"} | {
     head: ENCODER_HEADS[head] for head in ("classification", "token-classification", "question-answering")
 }
 IMAGE_HEADS = {"base": "Model", "image-classification": "ForImageClassification"}
+# Options of generation_config.json that change which text is the likeliest, and their values that do not.
+LIKELIEST_TEXT = {"num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0}
+LIKELIEST_TEXT |= {"min_new_tokens": 0, "bad_words_ids": [], "suppress_tokens": [], "begin_suppress_tokens": []}
+LIKELIEST_TEXT |= {"forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1}
 WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # and the one that is kept
 
 
@@ -266,6 +270,23 @@ def head_of(config: PretrainedConfig) -> str:
 def generates(config: PretrainedConfig) -> bool:
     """Whether the model continues a text: a GPT-2 with its LM head, or without one, which is its word embeddings."""
     return architecture(config) == "gpt2" and head_of(config) in ("base", "causal-lm")
+
+
+def read_generation(config: PretrainedConfig, fields: dict) -> None:
+    """Takes from the fields of a generation_config.json, which transformers prefers, the tokens that end a text.
+
+    Raises:
+        ValueError: for an option that changes which text is the likeliest, or end tokens that are no numbers.
+    """
+    place = "generation_config.json"
+    for name, value in LIKELIEST_TEXT.items():
+        if fields.get(name) not in (None, value):
+            raise ValueError(f"{place}: {name} is {fields[name]!r}, and only {value!r} is computed: take it out there.")
+    ends = fields.get("eos_token_id")
+    if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise ValueError(f"{place}: eos_token_id is {ends!r}, and must be the number of a token, or a list of them.")
+    if ends is not None:
+        config.eos_token_id = ends
 
 
 def max_tokens(config: PretrainedConfig) -> int:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from detransformer.models.configuration import architecture
 from detransformer.parallel.linear import Linear, StackedLinear
@@ -98,6 +99,11 @@ NAMING = {
 def naming_of(config: PretrainedConfig) -> Naming:
     """Where a checkpoint of this architecture keeps each parameter; ValueError for one that is not supported."""
     return NAMING[architecture(config)]
+
+
+def layers_of(body: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a model without a head, original or decoupled, first to last."""
+    return body.get_submodule(naming_of(body.config).prefix.removesuffix(".{}."))
 
 
 class LayerParameters:

@@ -5,9 +5,11 @@ Three dialects besides this project's own routes: Hugging Face's task shape (`Hu
 ignored, since clients send many; one that would change the answer and is not honoured is refused.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from detransformer.answers import MAX_ANSWER_TOKENS
 
 MAX_TEXT = 20_000  # characters
 MAX_DEADLINE_S = 600.0
@@ -26,20 +28,31 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
 
 
+# Options by which several programs choose or cut tokens, and the values that change nothing.
+LIKELIEST = {"n": (1,), "best_of": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,), "num_beams": (1,)}
+LIKELIEST |= {"use_beam_search": (False,), "repetition_penalty": (1,), "presence_penalty": (0,)}
+LIKELIEST |= {"frequency_penalty": (0,), "no_repeat_ngram_size": (0,), "logit_bias": ({},), "bad_words": ([],)}
+LIKELIEST |= {"min_tokens": (0,), "min_new_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],)}
+LIKELIEST |= dict.fromkeys(("stop_sequences", "max_length", "truncate", "truncate_prompt_tokens"), ())
+LIKELIEST |= {"watermark": (False,)} | dict.fromkeys(("grammar", "guided_json", "response_format", "adapter_id"), ())
+AT_THE_END = {"truncation_direction": ("right",)}  # a text that is too long is cut there
+
+
 class Checked(BaseModel):
     """What is checked as it stands, without conversion; fields that are not known are ignored.
 
-    But those in `only`, which would change the answer: they are refused, unless they are null or have the one value
-    that changes nothing.
+    But those in `only`, which would change the answer: they are refused, unless they are null or have one of the
+    values that change nothing.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
-    only: ClassVar[dict[str, Any]] = {}
+    only: ClassVar[dict[str, tuple]] = {}
 
     @model_validator(mode="after")
     def _no_other(self) -> Self:
-        for name, value in self.only.items():
-            if (given := self.model_extra.get(name)) is not None and given != value:
+        for name, values in self.only.items():
+            given = self.model_extra.get(name)
+            if given is not None and (given.lower() if isinstance(given, str) else given) not in values:
                 raise ValueError(f"{name} is {given!r}, which this server does not do; leave it out")
         return self
 
@@ -84,6 +97,7 @@ class Answer(Body):
 class Generate(Body):
     """A text to go on with, or its tokens; without `temperature` by the likeliest tokens."""
 
+    only = LIKELIEST
     text: Text | None = None
     input_ids: Tokens | None = None
     max_new_tokens: NewTokens = 32
@@ -145,26 +159,26 @@ class HubClassification(Body):
     """A text, a pair, or a list of these."""
 
     inputs: Text | Pair | Annotated[list[Text | Pair], Field(min_length=1)]
-    parameters: ClassificationParameters = ClassificationParameters()
+    parameters: ClassificationParameters | None = None
 
 
 class EntityParameters(Checked):
     """Runs of tokens with one label are joined; `O` is no entity."""
 
-    only = {"aggregation_strategy": "simple", "ignore_labels": ["O"]}
+    only = {"aggregation_strategy": ("simple",), "ignore_labels": (["O"],)}
 
 
 class HubEntities(Body):
     """A text, or a list."""
 
     inputs: Text | Texts
-    parameters: EntityParameters = EntityParameters()
+    parameters: EntityParameters | None = None
 
 
 class QuestionParameters(Checked):
-    """One answer."""
+    """One answer, or none where the passage has none."""
 
-    only = {"top_k": 1}
+    only = {"top_k": (1,), "max_answer_len": (MAX_ANSWER_TOKENS,), "handle_impossible_answer": (True,)}
 
 
 class QuestionAndContext(Checked):
@@ -178,7 +192,7 @@ class HubQuestion(Body):
     """A question about a passage."""
 
     inputs: QuestionAndContext
-    parameters: QuestionParameters = QuestionParameters()
+    parameters: QuestionParameters | None = None
 
 
 class Sentences(Checked):
@@ -194,13 +208,21 @@ class Vectors(Body):
     normalize: bool | None = None
     truncate: bool | None = None
     dimensions: int | None = None
-    only = {"prompt_name": None}
+    only = AT_THE_END | {"prompt_name": ()}
+
+
+class FillParameters(Checked):
+    """How many tokens are wanted for a mask."""
+
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    only = {"targets": ()}
 
 
 class HubFeatures(Vectors):
-    """Options stand beside `inputs`, as the client sends them."""
+    """Options of vectors stand beside `inputs`, as the client sends them; `parameters` are of tokens for a mask."""
 
     inputs: Text | Texts | Sentences
+    parameters: FillParameters | None = None
 
 
 class TextParameters(Checked):
@@ -213,10 +235,7 @@ class TextParameters(Checked):
     seed: Seed | None = None
     stop: Stops | None = None
     return_full_text: bool | None = None
-    only = {"top_k": 0, "repetition_penalty": 1, "frequency_penalty": 0, "typical_p": 1, "best_of": 1} | {
-        "grammar": None,
-        "adapter_id": None,
-    }
+    only = LIKELIEST
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -229,7 +248,7 @@ class HubText(Body):
     """A text to go on with."""
 
     inputs: Text
-    parameters: TextParameters = TextParameters()
+    parameters: TextParameters | None = None
     stream: bool | None = None
 
 
@@ -249,6 +268,7 @@ class Predict(Body):
     inputs: Text | Texts | Annotated[list[Annotated[Texts, Field(max_length=2)]], Field(min_length=1)]
     raw_scores: bool = False
     truncate: bool | None = None
+    only = AT_THE_END
 
     @model_validator(mode="after")
     def _pair(self) -> Self:
@@ -265,13 +285,14 @@ class Rerank(Body):
     raw_scores: bool = False
     return_text: bool = False
     truncate: bool | None = None
+    only = AT_THE_END
 
 
 class SimilarityParameters(Checked):
     """Whether texts that are too long are cut."""
 
     truncate: bool | None = None
-    only = {"prompt_name": None}
+    only = AT_THE_END | {"prompt_name": ()}
 
 
 class Similarity(Body):
@@ -308,10 +329,7 @@ class Completions(Body):
     stop: Text | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    only = {"n": 1, "best_of": 1, "echo": False, "logprobs": None, "logit_bias": {}, "suffix": ""} | {
-        "presence_penalty": 0,
-        "frequency_penalty": 0,
-    }
+    only = LIKELIEST | {"echo": (False,), "logprobs": (), "suffix": ("",)}
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:

@@ -77,7 +77,9 @@ def add_handlers(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         status, sentence, headers = refusal(request.url.path, error)
-        if status == 404:
+        if status == 405:
+            sentence = f"{request.method} is not taken here; use {headers['Allow']}."
+        elif sentence == "Not Found":  # of a path that is none
             sentence = f"there is no such path; this server has {', '.join(paths)}."
         return problem(request.url.path, status, sentence, **headers)
 
@@ -87,7 +89,8 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a field's kinds the one that went furthest
-        where = ".".join(str(part) for part in found["loc"] if part != "body") or "body"
+        parts = (str(part) for part in found["loc"][1:])  # without the names of a field's kinds, as of `str | list`
+        where = ".".join(part for part in parts if part.isidentifier() or part.isdigit()) or "body"
         if found["type"] == "json_invalid":
             return problem(request.url.path, 422, f"the body is no JSON ({found['ctx']['error']}).")
         return problem(request.url.path, 422, f"{where}: {found['msg'].removeprefix('Value error, ')}.")

@@ -7,10 +7,11 @@ import json
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
-from starlette.exceptions import HTTPException
 
 from detransformer.answers import scores
 from detransformer.service.bodies import (
+    ClassificationParameters,
+    FillParameters,
     Generate,
     HubClassification,
     HubEntities,
@@ -19,6 +20,7 @@ from detransformer.service.bodies import (
     HubText,
     Pair,
     Sentences,
+    TextParameters,
 )
 from detransformer.service.sse import streamed
 from detransformer.service.tasks import Piece, Tasks
@@ -45,7 +47,7 @@ def _classification(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def classify(body: HubClassification) -> list[list[dict]]:
         """Labels and scores of each text, the likeliest first."""
-        given, wanted = body.inputs, body.parameters
+        given, wanted = body.inputs, body.parameters or ClassificationParameters()
         pairs = [Pair(text=one) if isinstance(one, str) else one for one in listed(given)]
         logits = await tasks.logits([tasks.row(pair.text, pair.text_pair) for pair in pairs], body.deadline_s)
         functions = {"sigmoid": lambda x: x.sigmoid(), "softmax": lambda x: x.softmax(-1), "none": lambda x: x}
@@ -71,21 +73,22 @@ def _question(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
 def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def embed(body: HubFeatures) -> list:
-        """A vector of each text; of `source_sentence` and `sentences` their similarities."""
+        """A vector of each text; of `source_sentence` and `sentences` their similarities; of a mask tokens for it."""
         if isinstance(body.inputs, Sentences):
             return await tasks.similarities(body.inputs, body)
         texts = listed(body.inputs)
-        mask = tasks.tokenizer.mask_token if tasks.tokenizer else None
-        if mask and any(mask in text for text in texts):
-            raise HTTPException(424, f"{tasks.name} embeds texts; this server does not fill {mask}.")
-        return (await tasks.vectors(texts, body))[0].tolist()
+        if not any(tasks.has_mask(text) for text in texts):
+            return (await tasks.vectors(texts, body))[0].tolist()
+        wanted = body.parameters or FillParameters()
+        found = await tasks.fillings(texts, wanted.top_k or 5, body.deadline_s)
+        return found if isinstance(body.inputs, list) else found[0]
 
 
 def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def generate(body: HubText) -> list[dict]:
         """The text that follows; with `stream` an event a token."""
-        wanted = body.parameters
+        wanted = body.parameters or TextParameters()
         draws = wanted.do_sample or (wanted.do_sample is None and (wanted.temperature or wanted.top_p))
         wish = Generate(
             text=body.inputs,

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
+from starlette.exceptions import HTTPException
 
 from detransformer.service.bodies import Completions, Embeddings, Generate
 from detransformer.service.sse import streamed
@@ -25,6 +26,13 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
     async def models() -> dict:
         """The one model that is served."""
         return {"object": "list", "data": [model]}
+
+    @router.get("/models/{name:path}", **guarded)
+    async def one_model(name: str) -> dict:
+        """The model of this name."""
+        if name != tasks.name:
+            raise HTTPException(404, f"there is no model {name!r}; this server has {tasks.name}.")
+        return model
 
     @router.post("/embeddings", **guarded)
     async def embeddings(body: Embeddings) -> dict:

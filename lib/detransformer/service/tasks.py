@@ -5,18 +5,21 @@ labels, spans, entities, vectors or text.
 """
 
 import asyncio
+import copy
+import functools
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from starlette.exceptions import HTTPException
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from detransformer import answers
-from detransformer.models.configuration import max_tokens
-from detransformer.opening import has_tokenizer, load_tokenizer
+from detransformer.models.configuration import head_of, max_tokens
+from detransformer.opening import Checkpoint, has_tokenizer, load_model, load_tokenizer
 from detransformer.parallel.draw import Sampling
 from detransformer.service.bodies import Generate, Sentences, Vectors
 from detransformer.service.session import Session
@@ -107,7 +110,7 @@ class Tasks:
         """The session's outputs [1, ...] of each row; all of them, or what the first that has none raises.
 
         Raises:
-            HTTPException: 413 for more rows than fit the queue.
+            HTTPException: 413 for more rows than fit the queue, 424 where the model's numbers are not finite.
         """
         if len(rows) > self.max_texts:
             raise HTTPException(413, f"{len(rows)} texts are asked for at once; give {self.max_texts} at most.")
@@ -124,6 +127,8 @@ class Tasks:
         finally:
             for future in futures:
                 future.cancel()
+        if not all(torch.isfinite(tensor).all() for outputs in found for tensor in outputs.values()):
+            raise HTTPException(424, f"{self.name} computes numbers that are not finite: look at its weights.")
         return [
             cut({name: tensor[i : i + 1] for name, tensor in outputs.items()}, row["input_ids"].shape[1])
             for part, outputs in zip(parts, found, strict=True)
@@ -157,6 +162,32 @@ class Tasks:
         found = await self.outputs(rows, options.deadline_s)
         vectors = torch.cat([pooling(one["last_hidden_state"]) for one in found])
         return vectors, sum(row["input_ids"].numel() for row in rows)
+
+    def has_mask(self, text: str) -> bool:
+        """Whether a word of the text is masked."""
+        return bool(self.tokenizer and self.tokenizer.mask_token and self.tokenizer.mask_token in text)
+
+    async def fillings(self, texts: Sequence[str], top_k: int, deadline_s: float) -> list:
+        """The likeliest tokens for the masks of each text.
+
+        Raises:
+            HTTPException: 424 for a model without an LM head; 422 for a text without a mask.
+        """
+        if head_of(self.config) != "masked-lm":
+            raise HTTPException(424, f"{self.name} has no LM head, so it does not fill {self.tokenizer.mask_token}.")
+        if not all(self.has_mask(text) for text in texts):
+            raise HTTPException(422, f"some of the texts have no {self.tokenizer.mask_token}: ask them by themselves.")
+        rows = [self.row(text) for text in texts]
+        found = list(zip(rows, await self.outputs(rows, deadline_s), strict=True))
+        fill = functools.partial(answers.fill_masks, self.tokenizer)
+        return await asyncio.to_thread(lambda: [fill(self._lm_head, *each, top_k) for each in found])
+
+    @functools.cached_property
+    def _lm_head(self) -> PreTrainedModel:
+        """The checkpoint without its layers: embeddings and LM head, small enough to be run by the front."""
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = 0
+        return load_model(Checkpoint(Path(self.session.model), config), torch.float32)
 
     async def similarities(self, sentences: Sentences, options: Vectors) -> list[float]:
         """The cosine of the source's vector and each sentence's."""

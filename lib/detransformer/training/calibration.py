@@ -28,8 +28,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from detransformer.checkpoints import copy_files, copy_tokenizer
 from detransformer.files import atomic_folder
 from detransformer.models import decouple, layer_kinds
-from detransformer.models.configuration import config_fields, decoupled_config, head_of
+from detransformer.models.configuration import ENCODER_HEADS, architecture, config_fields, decoupled_config, head_of
+from detransformer.models.heads import lm_logits
 from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
+from detransformer.parallel.parameters import layers_of
 from detransformer.training.config import (
     ModelRow,
     TextRecipe,
@@ -90,7 +92,8 @@ class LayerErrors(nn.Module):
         super().__init__()
         self.model, self.depths, self.alone_layers = student, list(depths), list(alone)
         self._beside = [teacher.eval().requires_grad_(False)]  # in a list, since a module would be registered
-        self.has_head = student.base_model is not student
+        self.classifies = type(student).__name__.endswith(ENCODER_HEADS["classification"])
+        self.fills_masks = not self.classifies and student.base_model is not student
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -105,20 +108,26 @@ class LayerErrors(nn.Module):
     ) -> torch.Tensor:
         """input_ids [B, T]; alone: whether each layer gets the teacher's input; positions [B, K] masked -> loss."""
         with torch.no_grad():
-            expected = self.teacher.base_model(input_ids, output_hidden_states=True)
+            expected = self._outputs(self.teacher, input_ids)
         targets = expected.hidden_states
-        layers = self.model.base_model.encoder.layer
+        layers = layers_of(self.model.base_model)
         if bool(alone):
             errors = [
                 relative_error(layers[i](targets[self.depths[i] - 1]), targets[self.depths[i]])
                 for i in self.alone_layers
             ]
             return torch.stack(errors).mean()
-        obtained = self.model.base_model(input_ids, output_hidden_states=True)
+        obtained = self._outputs(self.model, input_ids)
         outputs = obtained.hidden_states[1:]
         errors = [relative_error(x, targets[depth]) for x, depth in zip(outputs, self.depths, strict=True)]
         loss = torch.stack(errors).mean()
-        return loss + self._divergence(obtained, expected, positions) if self.has_head else loss
+        has_head = self.classifies or self.fills_masks
+        return loss + self._divergence(obtained, expected, positions) if has_head else loss
+
+    def _outputs(self, model: PreTrainedModel, input_ids: torch.Tensor):
+        """Hidden states, and a classifier's logits; an LM head's follow where they are wanted."""
+        whole = model if self.classifies else model.base_model
+        return whole(input_ids, output_hidden_states=True)
 
     def _divergence(self, obtained, expected, positions: torch.Tensor | None) -> torch.Tensor:
         """KL divergence from the teacher's probabilities, times temperature squared; mean over places."""
@@ -129,11 +138,11 @@ class LayerErrors(nn.Module):
         return TEMPERATURE**2 * each.mean()
 
     def _log_probabilities(self, model: PreTrainedModel, output, positions: torch.Tensor | None) -> torch.Tensor:
-        if hasattr(model, "cls"):  # an LM head, at the masked positions only
+        if self.classifies:
+            logits = output.logits
+        else:  # at the masked positions only
             hidden = output.last_hidden_state
-            logits = model.cls(hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
-        else:
-            logits = model.classifier(model.dropout(output.pooler_output))
+            logits = lm_logits(model, hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
         return F.log_softmax(logits.float() / TEMPERATURE, dim=-1)
 
 
@@ -171,7 +180,7 @@ def calibrate(
     the closed form's sequences too the slices as they are.
 
     Args:
-        teacher: folder of an original BERT checkpoint, with or without a head.
+        teacher: folder of an original encoder, with or without a head.
         row: a decoupled structure, or an original one of fewer layers.
         data: the text; its tokenizer must be the teacher's.
         start: a calibration of the same row to go on from, instead of the slices.
@@ -211,7 +220,7 @@ def calibrate(
         refit(student.base_model, original.base_model, torch.from_numpy(train[np.sort(rows)].astype(np.int64)))
         fit_tokens = len(rows) * config.seq_len
     record = {"row": dataclasses.asdict(row), "config": dataclasses.asdict(config), "fit_tokens": fit_tokens}
-    student.requires_grad_(False).base_model.encoder.requires_grad_(True)
+    layers_of(student.requires_grad_(False).base_model).requires_grad_(True)
     for model in (original, student):
         place(model, config.mixed_precision)
     if config.mixed_precision == "bf16-weights":  # as its student will be
@@ -247,9 +256,8 @@ def _batches(
     objective: LayerErrors, data: TrainingData, sequences: np.ndarray, config: CalibrationConfig, num_alone: int
 ):
     """What each step sees: masked text for an LM head, else plain text in pieces; the first steps are layers' alone."""
-    masked = objective.has_head and hasattr(objective.model, "cls")
     source = (sequences, data.vocab_size, data.special, config.seed)
-    text = MaskedBatches(*source, num_masked(config.seq_len)) if masked else CutBatches(*source)
+    text = MaskedBatches(*source, num_masked(config.seq_len)) if objective.fills_masks else CutBatches(*source)
     of_step = micro_batches(text.train_batch, config)
 
     def batches(step: int):
@@ -286,37 +294,41 @@ def cut(teacher: PreTrainedModel, row: ModelRow) -> tuple[PreTrainedModel, list[
     depths = [-(-(i + 1) * num_layers // row.num_layers) for i in range(row.num_layers)]
     student = type(teacher)(row_config(teacher.config, row))
     student.load_state_dict(teacher.state_dict(), strict=False)
-    for layer, depth in zip(student.base_model.encoder.layer, depths, strict=True):
-        layer.load_state_dict(teacher.base_model.encoder.layer[depth - 1].state_dict())
+    for layer, depth in zip(layers_of(student.base_model), depths, strict=True):
+        layer.load_state_dict(layers_of(teacher.base_model)[depth - 1].state_dict())
     return student.eval(), depths
 
 
 TRAINED_HEADS = ("masked-lm", "classification", "base")  # others are left out
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+DROPOUTS += ("dropout", "attention_dropout", "seq_classif_dropout")  # DistilBERT's names
 
 
 def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
     """The original encoder of `folder`, with the head it was saved with; it must read `data`'s tokens.
 
     Raises:
-        ValueError: for a folder without a whole BERT, or a vocabulary that is not `data`'s.
+        ValueError: for a folder without a whole encoder, or a vocabulary that is not `data`'s.
     """
     opened = open_checkpoint(folder)
     if opened.decoupled:
         raise ValueError(f"{folder} is decoupled already: give the original checkpoint.")
-    if opened.config.model_type != "bert":
-        raise ValueError(
-            f"{folder} is a {opened.config.model_type} checkpoint: only encoders of BERT's kind are calibrated."
-        )
+    if architecture(opened.config) not in ("bert", "distilbert"):
+        raise ValueError(f"{folder} is a {opened.config.model_type} checkpoint: only encoders of text are calibrated.")
     if head_of(opened.config) not in TRAINED_HEADS:
         opened = open_checkpoint(folder, head="base")
     teacher = load_model(opened, torch.float32)
     tokenizer = folder / "tokenizer.json"
     known = json.loads(tokenizer.read_text("utf-8"))["model"].get("vocab") if tokenizer.is_file() else None
+    if isinstance(known, list):  # pieces and scores, as SentencePiece has them
+        known = {piece: number for number, (piece, _) in enumerate(known)}
     if data.vocab_size > teacher.config.vocab_size or (known and known != data.tokenizer.get_vocab(False)):
         raise ValueError(
             f"{folder} has another vocabulary than the {data.name} text is cut into: read the text with its tokenizer."
         )
-    teacher.config.hidden_dropout_prob = teacher.config.attention_probs_dropout_prob = 0.0  # text is hardly seen twice
+    for name in DROPOUTS:  # text is hardly seen twice
+        if getattr(teacher.config, name, None) is not None:
+            setattr(teacher.config, name, 0.0)
     return teacher.eval()
 
 

@@ -10,14 +10,16 @@ too: a layer makes up for the errors of those before it. Text is read once, with
 Shapes: B sequences of a batch, T tokens, M = B T, P sub-blocks, d slice, D hidden, A attention width, I intermediate.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
-from detransformer.models.stacked import BatchedLinear, merge_hidden, split_hidden
+from detransformer.models.stacked import merge_hidden, split_hidden
+from detransformer.parallel.parameters import Naming, layers_of, naming_of
 
 BATCH = 16  # sequences at once
 RIDGE = 1e-4  # added to the inputs' second moments, relative to their mean
@@ -27,39 +29,45 @@ Pairs = Iterable[tuple[torch.Tensor, list[torch.Tensor]]]  # inputs [P, M, in], 
 
 @torch.no_grad()
 def refit(student: PreTrainedModel, teacher: PreTrainedModel, sequences: torch.Tensor) -> None:
-    """Fits all layers of `student`, decoupled and original ones, in place.
+    """Fits the decoupled layers of `student` in place.
 
     Args:
-        student: a decoupled BERT encoder, sliced from `teacher`, float32, in eval mode.
+        student: a decoupled encoder without a head, sliced from `teacher`, float32, in eval mode.
         teacher: the original encoder, as well.
         sequences: token ids [N, T] without padding.
     """
     theirs = [teacher.embeddings(ids) for ids in sequences.split(BATCH)]
     ours = list(theirs)
-    pairs = zip(student.encoder.layer, teacher.encoder.layer, strict=True)
+    naming = naming_of(teacher.config)
+    activation = ACT2FN[getattr(teacher.config, naming.activation)]
+    pairs = zip(layers_of(student), layers_of(teacher), strict=True)
     for layer, original in tqdm(list(pairs), desc="closed form", unit="layer", leave=False):
         if hasattr(layer, "num_divisions"):
-            ours, theirs = fit_layer(layer, original, ours, theirs)
+            ours, theirs = fit_layer(layer, original, naming, activation, ours, theirs)
         else:
             ours, theirs = [layer(x) for x in ours], [original(x) for x in theirs]
 
 
 @torch.no_grad()
 def fit_layer(
-    layer: nn.Module, original: nn.Module, ours: list[torch.Tensor], theirs: list[torch.Tensor]
+    layer: nn.Module,
+    original: nn.Module,
+    naming: Naming,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    ours: list[torch.Tensor],
+    theirs: list[torch.Tensor],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Fits a layer to give for `ours` what the original layer gives for `theirs`; returns both outputs.
+    """Fits a decoupled layer to give for `ours` what the original layer gives for `theirs`; returns both outputs.
 
     Args:
-        layer: decoupled, or original (one sub-block).
+        naming: what both call their parts.
+        activation: the FFN's.
         ours, theirs: batches of hidden states [B, T, D].
     """
-    blocks = getattr(layer, "num_divisions", 1)
-    attention, mixed = layer.attention, layer.attention.output
-    activation = original.intermediate.intermediate_act_fn
-    qkv = [
-        (getattr(attention.self, name), getattr(original.attention.self, name)) for name in ("query", "key", "value")
-    ]
+    blocks = layer.num_divisions
+
+    def both(name: str) -> tuple[nn.Module, nn.Module]:
+        return layer.get_submodule(name), original.get_submodule(name)
 
     def cut(states: torch.Tensor) -> torch.Tensor:  # [B, T, D] -> [P, M, d]
         return split_hidden(states, blocks)
@@ -67,34 +75,44 @@ def fit_layer(
     def shared(states: torch.Tensor) -> torch.Tensor:  # [B, T, n] -> [P, M, n]
         return states.flatten(0, 1).expand(blocks, -1, -1)
 
-    def context(x: torch.Tensor, size: int) -> torch.Tensor:  # [P, M, d] -> [P, M, A]
-        if blocks == 1 and not isinstance(qkv[0][0], BatchedLinear):
-            return attention.self(x.unflatten(1, (size, -1))[0])[0].flatten(0, 1)[None]
-        return attention.self(x, size)[0]
-
-    attended = [original.attention.output.dense(original.attention.self(x)[0]) + x for x in theirs]
-    middles = [original.attention.output.LayerNorm(x) for x in attended]
+    qkv = [both(name) for name in naming.qkv]
+    out, full_out = both(naming.out)
+    norm, full_norm = both(naming.attention_norm)
+    ffn_in, full_ffn_in = both(naming.ffn_in)
+    ffn_out, full_ffn_out = both(naming.ffn_out)
+    last_norm, full_last_norm = both(naming.ffn_norm)
+    attended = [full_out(_given(full_out, original.attention, x)) + x for x in theirs]
+    middles = [full_norm(x) for x in attended]
     xs, sizes = [cut(x) for x in ours], [len(x) for x in ours]
     if qkv[0][0].bias.numel() == blocks * qkv[0][1].bias.numel():  # narrow heads would need a part of the targets
         _regress(
             [m for m, _ in qkv], ((x, [shared(full(t)) for _, full in qkv]) for x, t in zip(xs, theirs, strict=True))
         )
-    contexts = [context(x, size) for x, size in zip(xs, sizes, strict=True)]
-    _regress([mixed.dense], ((c, [cut(t) - x]) for c, t, x in zip(contexts, attended, xs, strict=True)))
-    added = [mixed.dense(c) + x for c, x in zip(contexts, xs, strict=True)]
-    _rescale(mixed.LayerNorm, ((x, cut(y)) for x, y in zip(added, middles, strict=True)))
-    ys = [mixed.LayerNorm(x) for x in added]
+    contexts = [_given(out, layer.attention, x, size) for x, size in zip(xs, sizes, strict=True)]
+    _regress([out], ((c, [cut(t) - x]) for c, t, x in zip(contexts, attended, xs, strict=True)))
+    added = [out(c) + x for c, x in zip(contexts, xs, strict=True)]
+    _rescale(norm, ((x, cut(y)) for x, y in zip(added, middles, strict=True)))
+    ys = [norm(x) for x in added]
     del contexts, added, attended
-    inners = [original.intermediate.dense(y) for y in middles]
-    _regress([layer.intermediate.dense], ((y, [shared(u)]) for y, u in zip(ys, inners, strict=True)))
-    added = [original.output.dense(activation(u)) + y for u, y in zip(inners, middles, strict=True)]
+    inners = [full_ffn_in(y) for y in middles]
+    _regress([ffn_in], ((y, [shared(u)]) for y, u in zip(ys, inners, strict=True)))
+    added = [full_ffn_out(activation(u)) + y for u, y in zip(inners, middles, strict=True)]
     del inners, middles
-    _regress([layer.output.dense], ((layer.intermediate(y), [cut(t) - y]) for y, t in zip(ys, added, strict=True)))
-    outputs = [original.output.LayerNorm(x) for x in added]
-    sums = [layer.output.dense(layer.intermediate(y)) + y for y in ys]
-    _rescale(layer.output.LayerNorm, ((x, cut(y)) for x, y in zip(sums, outputs, strict=True)))
-    merged = [merge_hidden(layer.output.LayerNorm(x), size) for x, size in zip(sums, sizes, strict=True)]
+    _regress([ffn_out], ((activation(ffn_in(y)), [cut(t) - y]) for y, t in zip(ys, added, strict=True)))
+    outputs = [full_last_norm(x) for x in added]
+    sums = [ffn_out(activation(ffn_in(y))) + y for y in ys]
+    _rescale(last_norm, ((x, cut(y)) for x, y in zip(sums, outputs, strict=True)))
+    merged = [merge_hidden(last_norm(x), size) for x, size in zip(sums, sizes, strict=True)]
     return merged, outputs
+
+
+def _given(part: nn.Module, attention: nn.Module, *inputs) -> torch.Tensor:
+    """What `attention`, called with `inputs`, gives to `part` of it: the context, before the output projection."""
+    seen: list[torch.Tensor] = []
+    hook = part.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    attention(*inputs)
+    hook.remove()
+    return seen[0]
 
 
 def _regress(maps: list[nn.Module], pairs: Pairs) -> None:

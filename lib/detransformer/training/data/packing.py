@@ -25,7 +25,7 @@ IGNORED = -100  # cross entropy's ignore_index
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token numbers that BERT's inputs are built with."""
+    """Token numbers that an encoder's inputs are built with."""
 
     pad: int
     cls: int
@@ -34,10 +34,15 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
-        numbers = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("pad", "cls", "sep", "mask")}
-        missing = [name for name, number in numbers.items() if number is None]
-        if missing:
-            raise ValueError(f"the tokenizer has no [{missing[0].upper()}] token: use BERT's vocabulary.")
+        """By BERT's names, or else RoBERTa's."""
+        numbers = {}
+        for name, other in (("pad", "<pad>"), ("cls", "<s>"), ("sep", "</s>"), ("mask", "<mask>")):
+            number = tokenizer.token_to_id(f"[{name.upper()}]")
+            numbers[name] = tokenizer.token_to_id(other) if number is None else number
+            if numbers[name] is None:
+                raise ValueError(
+                    f"the tokenizer has neither [{name.upper()}] nor {other}: use an encoder's vocabulary."
+                )
         return cls(**numbers)
 
     @property
