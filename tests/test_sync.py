@@ -1,6 +1,5 @@
 """Models whose parts are added up later, less often or in part: what they compute, on one device and on several."""
 
-import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,8 +12,10 @@ from detransformer.models import decouple
 from detransformer.models.configuration import layer_kinds
 from detransformer.models.sync_gpt2 import SyncGPT2Config, SyncGPT2ForMaskedLM, SyncGPT2LMHeadModel, synced
 from detransformer.opening import open_checkpoint
+from detransformer.parallel.executor import causal_mask, positions
 from detransformer.parallel.layer import STRATEGIES
 from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
+from detransformer.planning.cost import predict
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.placement import place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
@@ -194,9 +195,12 @@ def checkpoints(gpt2, batch, tmp_path_factory) -> dict[tuple[str, bool], SimpleN
             model.save_pretrained(folder)
             inputs, reference = str(folder / "inputs.safetensors"), str(folder / "reference.safetensors")
             save_file(batch, inputs)
-            positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0) if causal else None  # as the executor's
+            asked = dict(batch)
+            if causal:  # what pads: as the executor has it
+                asked["attention_mask"] = causal_mask(11, 0, batch["attention_mask"])
+                asked["position_ids"] = positions(2, 11, 0, batch["attention_mask"])
             with torch.no_grad():
-                output = model.transformer(**batch, position_ids=positions)
+                output = model.transformer(**asked)
             save_file({"last_hidden_state": output.last_hidden_state.contiguous()}, reference)
             config = open_checkpoint(folder).config
             made[name, causal] = SimpleNamespace(config=config, folder=str(folder), inputs=inputs, reference=reference)
@@ -295,8 +299,6 @@ def test_a_ladder_hides_messages(checkpoints):
     waited = {}
     for name, config in (("ladder", ladder), ("tp", original)):
         plan = layer_plan("tp", config, strategies_for(config, "tensor"), [1.0] * 4)
-        from detransformer.planning.cost import predict
-
         found = predict(config, plan, profile, 32)
         waited[name] = found.comm_s / (8 * sum(found.bytes.values()) / (2e8 * 0.94))
     assert waited["tp"] == pytest.approx(1.0)
