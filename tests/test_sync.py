@@ -1,6 +1,7 @@
 """Models whose parts are added up later, less often or in part: what they compute, on one device and on several."""
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -242,6 +243,17 @@ def test_plan_equals_single_device(cluster, checkpoints, architecture, causal, s
     case = checkpoints[architecture, causal]
     strategies = strategies_for(case.config, "tensor")
     check(cluster, case, layer_plan("tp", case.config, strategies, speeds, num_chunks=num_chunks))
+
+
+def test_a_pipeline_is_cut_where_x_is_whole(cluster, checkpoints):
+    """Of tracks that are fused after two of five layers: before the third one, not before the fourth."""
+    case = checkpoints["tracks", True]
+    plan = published_plan("pp", case.config, [1.0] * 2)
+    with pytest.raises(ValueError, match="cut the model before layer 3, where X is not whole .a 'parts' layer."):
+        replace(plan, stages=(3, 2)).check(case.config)
+    job = dict(plan=replace(plan, stages=(2, 3)).to_dict(), inputs=case.inputs, reference=case.reference)
+    results = cluster.run("run_plan", checkpoint=case.folder, **job, dtype="float64", repeats=1)
+    assert [r["max_abs_error"] < TOLERANCE for r in results if r and "max_abs_error" in r] == [True]
 
 
 @pytest.mark.parametrize("architecture", ["ladder", "both"])

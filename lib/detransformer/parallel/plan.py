@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 import detransformer.parallel.sync  # noqa: F401  registers the strategies, with those that it builds on
 from detransformer.models.configuration import architecture, ffn_size, layer_kinds
-from detransformer.parallel.layer import STRATEGIES
+from detransformer.parallel.layer import STRATEGIES, UNSUMMED
 from detransformer.parallel.methods import BLOCK_METHODS, DIRECT_METHODS, ORIGINAL_LAYER_STRATEGY, SHARDS_LAYERS
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_wire
@@ -138,6 +138,13 @@ class Plan:
             if STRATEGIES[name].layer_kind != kind:
                 raise ValueError(
                     f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
+                )
+        for rank in range(1, len(self.stages)):
+            first = bounds(self.stages, rank)[0]
+            if first < len(kinds) and STRATEGIES[self.strategies[first]].in_layout == UNSUMMED:
+                raise ValueError(
+                    f"stages={list(self.stages)} cut the model before layer {first}, where X is not whole (a "
+                    f"{kinds[first]!r} layer): cut it where everything has been added up, or take another plan."
                 )
         dtensor = {ORIGINAL_LAYER_STRATEGY["dtensor"]}
         if self.runs == "dtensor" and (architecture(config) != "bert" or set(self.strategies) != dtensor):
