@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from detransformer.cluster.devices import DeviceSpec, cluster_profile
-from detransformer.models.configuration import preset_config
-from detransformer.parallel.plan import is_decoder, published_plan
+from detransformer.models.configuration import is_decoder, preset_config
+from detransformer.parallel.plan import published_plan
 from detransformer.planning.cost import predict
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.placement import method_plan

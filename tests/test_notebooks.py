@@ -41,7 +41,7 @@ def tags(cell):
 def test_one_claim_a_notebook_numbered_without_a_gap():
     names = [path.stem for path in NEW]
     assert len({name[:2] for name in names}) == len(names)
-    assert {"01_decoupling", "06_latency", "07_peers", "08_scaling", "09_adaptive", "14_summary"} <= set(names)
+    assert {"01_decoupling", "06_latency", "07_peers", "08_scaling", "09_adaptive", "16_summary"} <= set(names)
 
 
 def test_is_valid_and_committed_without_outputs(notebook):

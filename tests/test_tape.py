@@ -9,9 +9,10 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
+from detransformer.models.configuration import is_decoder
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import STRATEGIES, KeyValueCache
-from detransformer.parallel.plan import is_decoder, layer_plan, published_plan, strategies_for
+from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.recorder import device_steps, segments

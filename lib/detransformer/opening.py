@@ -49,7 +49,7 @@ class Checkpoint:
 
     @property
     def decoupled(self) -> bool:
-        return hasattr(self.config, "num_divisions")
+        return hasattr(self.config, "num_original_layers")
 
     @property
     def note(self) -> str:
@@ -129,7 +129,7 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
     from transformers import CONFIG_MAPPING
 
     import detransformer.models  # noqa: F401  registers decoupled models
-    from detransformer.models.configuration import FAMILIES, generates, read_generation
+    from detransformer.models.configuration import FAMILIES, generates, original_type, read_generation
 
     folder = find_folder(folder)
     fields = _read_json(folder / "config.json")
@@ -137,7 +137,7 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
     if made_as is not None and not (isinstance(made_as, list) and all(isinstance(name, str) for name in made_as)):
         raise ValueError(f"{folder}/config.json: architectures is {made_as!r}, and must be a list of class names.")
     kind = fields.get("model_type") or _type_of(fields)
-    family = kind.removeprefix("decoupled_") if isinstance(kind, str) else None
+    family = original_type(kind) if isinstance(kind, str) else None
     if family == "vit" and not images:
         raise ValueError(f"{folder} is a ViT, which looks at images: give a model of text, or `decompose` the ViT.")
     if family not in FAMILIES:
@@ -309,13 +309,15 @@ def _head_by(names: set[str], architecture: str) -> str:
 
 
 def model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
-    """The class that a configuration names, transformers' own or a decoupled one."""
+    """The class that a configuration names, transformers' own, a decoupled one or one of `models.sync_gpt2`."""
     import transformers
 
-    from detransformer.models.auto import DECOUPLED_CLASS
+    from detransformer.models.auto import DECOUPLED_CLASS, SYNC_CLASS
 
+    if hasattr(config, "sync"):
+        return SYNC_CLASS[config.architectures[0]]
     original = getattr(transformers, config.architectures[0].removeprefix("Decoupled"))
-    return DECOUPLED_CLASS[original] if hasattr(config, "num_divisions") else original
+    return DECOUPLED_CLASS[original] if hasattr(config, "num_original_layers") else original
 
 
 def _pooler(config: "PretrainedConfig", has_pooler: bool) -> dict[str, bool]:

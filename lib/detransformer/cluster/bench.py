@@ -117,7 +117,7 @@ class Bench:
     def config(self, cell: Cell) -> PretrainedConfig:
         """The configuration of `cell`'s model, without making its checkpoint."""
         known = preset_config(cell.model) if cell.model in PRESETS else open_checkpoint(cell.model).config
-        if not cell.needs_decoupled or hasattr(known, "num_divisions"):
+        if not cell.needs_decoupled or hasattr(known, "num_original_layers"):
             return known
         width = "narrow" if cell.method == "bp+narrow" else cell.attention_width
         return decoupled_config(known, cell.num_original_layers, cell.num_divisions, width)

@@ -78,7 +78,7 @@ def profile_operations(
             for count in num_devices
             for chunks in num_chunks
             for tokens in dict.fromkeys((CALIBRATION_TOKENS, *seq_lens))
-            if (decoupled or STRATEGIES[strategy].layer_kind == "original")
+            if STRATEGIES[strategy].layer_kind in layer_kinds(small)
             and (STRATEGIES[strategy].splits or count == min(num_devices))
         ]
         for _ in tqdm(range(repeats + WARM_ROUNDS), desc="profile", unit="round"):

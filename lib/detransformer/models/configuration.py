@@ -9,6 +9,7 @@ The original layers may stand elsewhere too (`original_placement`), which the pa
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -28,6 +29,7 @@ from transformers import (
 from detransformer.presets import GPT2_SIZES, PRESET_SIZES, PRESETS, AttentionWidth, OriginalPlacement
 
 ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS = get_args(AttentionWidth), get_args(OriginalPlacement)
+SYNCS = ("parallel", "ladder", "parts")  # of `models.sync_gpt2`: when the parts of a layer are added up
 
 
 @dataclass(kw_only=True)
@@ -229,9 +231,14 @@ LIKELIEST_TEXT |= {"forced_bos_token_id": None, "forced_eos_token_id": None, "se
 WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # and the one that is kept
 
 
+def original_type(model_type: str) -> str:
+    """The model type that a decoupled model, a sub-model or a `sync_gpt2` was made of."""
+    return re.sub("^(decoupled|coformer|sync)_", "", model_type)
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a model, original, decoupled or a sub-model; ValueError for one that is in none of `FAMILIES`."""
-    name = config.model_type.removeprefix("decoupled_").removeprefix("coformer_")
+    name = original_type(config.model_type)
     if name not in FAMILIES:
         known = ", ".join(family.name for family in FAMILIES.values())
         raise ValueError(f"model type {config.model_type!r} is not supported: choose a model of {known}.")
@@ -257,8 +264,10 @@ def head_of(config: PretrainedConfig) -> str:
         return "base"
     endings = {ending: head for head, ending in family.class_endings.items()}
     endings |= {ending: head for ending, head in WITH_TWO_HEADS.items() if head in family.class_endings}
-    stem, ending = made_as.removeprefix("Decoupled")[: len(family.stem)], made_as.removeprefix("Decoupled")
-    ending = ending[len(family.stem) :]
+    if hasattr(config, "sync"):
+        endings |= {ENCODER_HEADS["masked-lm"]: "masked-lm"}
+    plain = made_as.removeprefix("Decoupled").removeprefix("Sync")
+    stem, ending = plain[: len(family.stem)], plain[len(family.stem) :]
     if stem != family.stem or ending not in endings:
         raise ValueError(
             f"{made_as} is not supported: of {family.name}, choose one of "
@@ -269,7 +278,12 @@ def head_of(config: PretrainedConfig) -> str:
 
 def generates(config: PretrainedConfig) -> bool:
     """Whether the model continues a text: a GPT-2 with its LM head, or without one, which is its word embeddings."""
-    return architecture(config) == "gpt2" and head_of(config) in ("base", "causal-lm")
+    return is_decoder(config) and head_of(config) in ("base", "causal-lm")
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Whether the model's tokens attend to earlier ones only: a GPT-2's, unless its configuration says otherwise."""
+    return architecture(config) == "gpt2" and getattr(config, "is_causal", True)
 
 
 def read_generation(config: PretrainedConfig, fields: dict) -> None:
@@ -312,9 +326,13 @@ def ffn_size(config: PretrainedConfig) -> int:
 def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
     """`"original"` or `"decoupled"` for each layer, first to last, by `original_placement` (published: Fig. 5).
 
-    A configuration that is not decoupled is all original.
+    A configuration that is not decoupled is all original, but one of `models.sync_gpt2`: its layers are of the kind
+    `sync`, with `-first` where X is whole before the layer and parts of it are to be added after.
     """
     num_layers = config.num_hidden_layers
+    if sync := getattr(config, "sync", None):
+        every = {"parallel": None, "ladder": num_layers, "parts": config.fuse_every or num_layers}[sync]
+        return tuple(f"{sync}-first" if every and i % every == 0 else sync for i in range(num_layers))
     num_original = getattr(config, "num_original_layers", num_layers)
     placement = getattr(config, "original_placement", "last")
     if placement in ("last", "first"):
@@ -341,6 +359,8 @@ def decoupled_config(
     original_placement: str = "last",
 ) -> PretrainedConfig:
     """The configuration of `original` decoupled; ValueError where its sizes do not divide so."""
+    if hasattr(original, "sync"):
+        raise ValueError(f"a model with sync={original.sync!r} cannot be decoupled: take the GPT-2 it was made of.")
     return family_of(original).decoupled(
         **config_fields(original),
         num_original_layers=num_original_layers,

@@ -161,6 +161,7 @@ class DecoupledGPT2Model(DecoupledModel, GPT2Model):
     """Decoupled GPT-2 without a head; outputs as `transformers.GPT2Model`."""
 
     config_class = DecoupledGPT2Config
+    block_class = {"decoupled": DecoupledGPT2Block, "original": GPT2Block}
     _no_split_modules = ["GPT2Block", "DecoupledGPT2Block"]
 
     def __init__(self, config: DecoupledGPT2Config):
@@ -171,8 +172,8 @@ class DecoupledGPT2Model(DecoupledModel, GPT2Model):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.drop = nn.Dropout(config.embd_pdrop)
-        block_class = {"decoupled": DecoupledGPT2Block, "original": GPT2Block}
-        self.h = nn.ModuleList(block_class[kind](config, layer_idx=i) for i, kind in enumerate(layer_kinds(config)))
+        kinds = enumerate(layer_kinds(config))
+        self.h = nn.ModuleList(self.block_class[kind](config, layer_idx=i) for i, kind in kinds)
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
 

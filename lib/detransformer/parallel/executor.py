@@ -13,13 +13,13 @@ import torch
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from detransformer.models.configuration import architecture, family_of, generates, head_of, max_tokens
+from detransformer.models.configuration import architecture, family_of, generates, head_of, is_decoder, max_tokens
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.draw import Draw
 from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
 from detransformer.parallel.parameters import naming_of
 from detransformer.parallel.partition import bounds
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.plan import Plan
 from detransformer.parallel.reshard import reshard
 from detransformer.parallel.weights import WeightSource
 
@@ -176,7 +176,7 @@ def embeddings_of(config: PretrainedConfig, weights: WeightSource) -> Embeddings
     """What a model begins with."""
     if architecture(config) == "vit":
         return PatchEmbeddings(weights)
-    return DecoderEmbeddings(weights) if is_decoder(config) else Embeddings(config, weights)
+    return DecoderEmbeddings(weights) if architecture(config) == "gpt2" else Embeddings(config, weights)
 
 
 def ending_of(config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm) -> Head | NextToken:
@@ -265,6 +265,8 @@ class Executor:
         else:
             mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
             following = token_type_ids
+            if architecture(self.config) == "gpt2":  # not causal
+                following = positions(batch_size, seq_len, past, None)
         request = Request.of(self.plan, batch_size, seq_len, mask, cache)
         if self.is_first:
             x = self.embeddings(given, following)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 REPLICATE = "replicate"  # every device holds all of X
 HIDDEN = "shard(hidden)"  # its sub-blocks' feature slices, all tokens
 SEQ = "shard(seq)"  # its tokens, all features
+UNSUMMED = "unsummed"  # X as all have it, and own contributions that are to be added: [1 + n, B, T, D]
 
 STRATEGIES: dict[str, type["Strategy"]] = {}  # by name, as `register` adds them
 

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from transformers import PretrainedConfig
 
-import detransformer.parallel.strategies  # noqa: F401  registers the strategies
+import detransformer.parallel.sync  # noqa: F401  registers the strategies, with those that it builds on
 from detransformer.models.configuration import architecture, ffn_size, layer_kinds
-from detransformer.parallel.layer import STRATEGIES
+from detransformer.parallel.layer import STRATEGIES, UNSUMMED
 from detransformer.parallel.methods import BLOCK_METHODS, DIRECT_METHODS, ORIGINAL_LAYER_STRATEGY, SHARDS_LAYERS
 from detransformer.parallel.partition import bounds, split
 from detransformer.parallel.wire import check_wire
@@ -139,6 +139,13 @@ class Plan:
                 raise ValueError(
                     f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
                 )
+        for rank in range(1, len(self.stages)):
+            first = bounds(self.stages, rank)[0]
+            if first < len(kinds) and STRATEGIES[self.strategies[first]].in_layout == UNSUMMED:
+                raise ValueError(
+                    f"stages={list(self.stages)} cut the model before layer {first}, where X is not whole (a "
+                    f"{kinds[first]!r} layer): cut it where everything has been added up, or take another plan."
+                )
         dtensor = {ORIGINAL_LAYER_STRATEGY["dtensor"]}
         if self.runs == "dtensor" and (architecture(config) != "bert" or set(self.strategies) != dtensor):
             raise ValueError(
@@ -183,15 +190,10 @@ class Plan:
         return from_json(cls, fields, "plan")
 
 
-def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether the model's tokens attend to earlier ones only (GPT-2)."""
-    return architecture(config) == "gpt2"
-
-
 def strategies_for(config: PretrainedConfig, original: str) -> tuple[str, ...]:
-    """One strategy a layer: `original` for original layers, the one for decoupled layers for all others."""
-    (block,) = (name for name, strategy in STRATEGIES.items() if strategy.layer_kind == "decoupled")
-    return tuple(block if kind == "decoupled" else original for kind in layer_kinds(config))
+    """One strategy a layer: `original` for original layers, the one that there is for each other kind of layer."""
+    names = {strategy.layer_kind: name for name, strategy in STRATEGIES.items()} | {"original": original}
+    return tuple(names[kind] for kind in layer_kinds(config))
 
 
 def published_plan(

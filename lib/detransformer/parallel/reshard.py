@@ -7,7 +7,7 @@ import torch
 
 from detransformer.models.stacked import merge_hidden, split_hidden
 from detransformer.parallel.comm import Comm, Pending, joined
-from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, Chunk, Request, together
+from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, UNSUMMED, Chunk, Request, together
 from detransformer.parallel.partition import bounds
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def tokens_to_hidden(x: torch.Tensor, plan: "Plan", comm: Comm, chunk: Chunk) ->
     return pending.then(lambda parts: together(parts, dim=2).flatten(1, 2))
 
 
+def add_unsummed(x: torch.Tensor, comm: Comm, chunk: Chunk, wire: str) -> Pending:
+    """Unsummed -> Replicate: [1 + n, B, T, D] -> [B, T, D] by one all_reduce."""
+    pending = comm.start_all_reduce(x[1:].sum(0), wire, f"unsummed{chunk.index}")
+    return pending.then(lambda summed: summed + x[0])
+
+
 def reshard(
     chunks: Iterable[torch.Tensor], source: str, target: str, plan: "Plan", comm: Comm, request: Request
 ) -> Iterable[Pending]:
@@ -62,7 +68,9 @@ def reshard(
             return hidden_to_tokens(x, plan, comm, request.batch_size, chunk)
         if plan.direct and (source, target) == (SEQ, HIDDEN):
             return tokens_to_hidden(x, plan, comm, chunk)
-        if source == HIDDEN:
+        if source == UNSUMMED:
+            everything = add_unsummed(x, comm, chunk, plan.wire)
+        elif source == HIDDEN:
             everything = gather_hidden(x, plan, comm, request.batch_size, chunk)
         else:
             everything = gather_tokens(x, comm, chunk, plan.wire)
@@ -75,6 +83,8 @@ def _local(x: torch.Tensor, source: str, target: str, plan: "Plan", comm: Comm, 
     """A change of layout without messages: out of Replicate, or between any two on one device."""
     if source == target:
         return x
+    if source == UNSUMMED:  # one device, which has all contributions
+        x = x.sum(0)
     if source == HIDDEN:  # one device, which has all sub-blocks
         x = merge_hidden(x, x.shape[1] // (chunk.stop - chunk.start))
     if target == HIDDEN:

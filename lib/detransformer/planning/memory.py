@@ -6,10 +6,10 @@ from functools import lru_cache
 
 from transformers import PretrainedConfig
 
-from detransformer.models.configuration import ffn_size
+from detransformer.models.configuration import ffn_size, is_decoder
 from detransformer.parallel.executor import embeddings_of, ending_of
 from detransformer.parallel.layer import STRATEGIES, Strategy
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.plan import Plan
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.recorder import MAX_KEPT, Recorder, Sizes, load_layer, sizes_of, small_model
 from detransformer.planning.tape import Tape, TapeComm

@@ -192,7 +192,9 @@ class _Candidates:
         The last one is its own choice because what follows it is: the result is gathered.
         """
         tried, config = self.tried[self.best.plan.num_devices], self.problem.config
-        last = max(i for i, kind in enumerate(layer_kinds(config)) if kind == "original")
+        last = max((i for i, kind in enumerate(layer_kinds(config)) if kind == "original"), default=None)
+        if last is None:
+            return []
 
         def priced(rest: str, final: str) -> list[Alternative]:
             names = list(strategies_for(config, rest))

@@ -13,13 +13,23 @@ import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 import detransformer.models  # noqa: F401  registers decoupled models
-from detransformer.models.configuration import generates, head_of, layer_kinds
+from detransformer.models.configuration import generates, head_of, is_decoder, layer_kinds
 from detransformer.opening import model_class
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import ending_of
-from detransformer.parallel.layer import HIDDEN, REPLICATE, SEQ, STRATEGIES, KeyValueCache, Request, Strategy, chunks_of
+from detransformer.parallel.layer import (
+    HIDDEN,
+    REPLICATE,
+    SEQ,
+    STRATEGIES,
+    UNSUMMED,
+    KeyValueCache,
+    Request,
+    Strategy,
+    chunks_of,
+)
 from detransformer.parallel.partition import split
-from detransformer.parallel.plan import Plan, is_decoder
+from detransformer.parallel.plan import Plan
 from detransformer.parallel.reshard import reshard
 from detransformer.parallel.weights import WeightSource
 from detransformer.parallel.wire import message_bytes
@@ -48,14 +58,16 @@ _SIZES = (
     "vocab_size",
 )
 _SIZES += ("max_position_embeddings", "type_vocab_size", "num_divisions", "attention_width")
+_SIZES += ("sync", "fuse_every", "shared_fraction", "is_causal")
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """The sizes of `config`, as a model that has one layer of each kind."""
     names = config.attribute_map
     sizes = [(names.get(name, name), getattr(config, name)) for name in _SIZES if hasattr(config, name)]
-    decoupled = hasattr(config, "num_divisions")
-    one_of_each = {"num_hidden_layers": 2, "num_original_layers": 1} if decoupled else {"num_hidden_layers": 1}
+    one_of_each = {"num_hidden_layers": len(set(layer_kinds(config)))}
+    if hasattr(config, "num_original_layers"):
+        one_of_each = {"num_hidden_layers": 2, "num_original_layers": 1}
     if not generates(config) and head_of(config) != "base":
         one_of_each |= {"num_labels": config.num_labels, "architectures": (config.architectures[0],)}
     return (*sizes, *((names.get(name, name), value) for name, value in one_of_each.items()))
@@ -112,6 +124,9 @@ class _Part:
         if layout == HIDDEN:
             width = config.hidden_size // config.num_divisions
             return [(self.plan.sub_blocks[self.rank], self.batch_size * total, width) for total, _ in self.chunks]
+        if layout == UNSUMMED:
+            rows = 1 + (self.plan.sub_blocks[self.rank] if self.plan.sub_blocks else 1)
+            return [(rows, self.batch_size, total, config.hidden_size) for total, _ in self.chunks]
         if layout == SEQ:
             return [(self.batch_size, tokens[self.rank], config.hidden_size) for _, tokens in self.chunks]
         return [(self.batch_size, total, config.hidden_size) for total, _ in self.chunks]
@@ -225,7 +240,7 @@ class Recorder:
 
     def reshard(self, source: str, target: str, rank: int) -> Recording | None:
         """Between two layouts of X; None where no message is needed."""
-        fields = {SEQ: ("tokens_share",), HIDDEN: ("sub_blocks",), REPLICATE: ()}
+        fields = {SEQ: ("tokens_share",), HIDDEN: ("sub_blocks",), REPLICATE: (), UNSUMMED: ()}
         if source == target or source == REPLICATE:
             return None
         return _record_reshard(self.sizes, source, target, self._part(rank, (*fields[source], *fields[target])))

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from transformers import PreTrainedModel
+
+from detransformer.models import decouple
 from detransformer.models.configuration import ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS, PRESET_SIZES
 from detransformer.parallel.wire import WIRE_FORMATS
 
@@ -125,6 +128,10 @@ class ModelRow(Checked):
         if self.is_original:
             return f"{self.model} original" if self.num_layers is None else f"{self.model}, {self.num_layers} layers"
         return ", ".join([f"{self.model} Nb={self.num_original_layers}, Ndiv={self.num_divisions}", *self._variant])
+
+    def made_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model of this row's structure with the weights of `model`, an original one."""
+        return model if self.is_original else decouple(model, *self.structure)
 
     @property
     def structure(self) -> tuple[int, int, str, str]:

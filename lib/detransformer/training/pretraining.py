@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
-from detransformer.models import decouple
-from detransformer.models.configuration import PRESET_SIZES, decoupled_config
+from detransformer.models.configuration import PRESET_SIZES, architecture, decoupled_config
 from detransformer.training.config import (
     OPTIMIZERS,
     TOKENS_PER_SPECIAL,
@@ -56,11 +55,20 @@ class ScratchRecipe(TextRecipe):
     Args:
         hidden_size, num_heads: of the original model.
         dropout: of hidden states and attention.
+
+    What is learned are masked tokens, or the next one where `predicts_next`.
     """
+
+    predicts_next = False
 
     hidden_size: int | None = positive(None)
     num_heads: int | None = positive(None)
     dropout: float = fraction(0.1)
+
+    @property
+    def num_masked(self) -> int:
+        """Masked positions in a sequence: a fixed number, so every sequence weighs the same."""
+        return num_masked(self.seq_len)
 
     def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> PretrainedConfig:
         """The original model's configuration at this scale."""
@@ -107,11 +115,6 @@ class PretrainConfig(ScratchRecipe):
     decay_power: float = positive(0.5)  # NVIDIA's PolyWarmUpScheduler
     max_valid_tokens: int | None = positive(2_000_000)
 
-    @property
-    def num_masked(self) -> int:
-        """Masked positions in a sequence: a fixed number, so every sequence weighs the same."""
-        return num_masked(self.seq_len)
-
     def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> BertConfig:
         chosen = {
             "hidden_size": self.hidden_size,
@@ -141,6 +144,8 @@ class CausalConfig(ScratchRecipe):
             a small model's time goes into the LM head; None keeps all.
         dropout: of embeddings, residuals and attention.
     """
+
+    predicts_next = True
 
     num_layers: int = positive(8)
     hidden_size: int = positive(128)
@@ -184,21 +189,22 @@ class CausalConfig(ScratchRecipe):
 
 
 class MaskedLmLoss(nn.Module):
-    """A BERT and its loss as one module, with the vocabulary's projection on masked positions only.
+    """A model of masked tokens and its loss as one module, with the vocabulary's projection on masked positions only.
 
     With K = 0.15 T the projection, the widest product of a small BERT, costs 0.15 of the full one; loss and gradients
     are the same.
     """
 
-    def __init__(self, model: BertForMaskedLM):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """input_ids [B, T], positions [B, K], labels [B, K] -> mean loss in nats over the labels that count."""
-        hidden = self.model.bert(input_ids).last_hidden_state  # [B, T, D]
+        hidden = self.model.base_model(input_ids).last_hidden_state  # [B, T, D]
         picked = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, K, D]
-        logits = self.model.cls(picked)  # [B, K, V]
+        head = self.model.cls if hasattr(self.model, "cls") else self.model.lm_head
+        logits = head(picked)  # [B, K, V]
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
@@ -219,14 +225,13 @@ def build_model(row: ModelRow, config: ScratchRecipe, data: TrainingData) -> Pre
     """The row's model at its seeded start: original weights, sliced where the row is decoupled."""
     set_seed(config.seed)
     original = config.original_config(row.model, data.vocab_size, data.special)
-    model = GPT2LMHeadModel(original) if isinstance(config, CausalConfig) else BertForMaskedLM(original)
-    return model if row.is_original else decouple(model, *row.structure)
+    return row.made_of((GPT2LMHeadModel if architecture(original) == "gpt2" else BertForMaskedLM)(original))
 
 
 def text_batches(data: TrainingData, config: ScratchRecipe) -> tuple[TextBatches, TextBatches]:
     """Batches of the (training, validation) text of a recipe, which is packed where it is not yet."""
     texts = data.packed_splits(config)
-    if isinstance(config, CausalConfig):
+    if config.predicts_next:
         return tuple(NextTokenBatches(text, data.vocab_size, data.special, config.seed) for text in texts)
     masked = config.num_masked
     return tuple(MaskedBatches(text, data.vocab_size, data.special, config.seed, masked) for text in texts)
@@ -263,7 +268,7 @@ def pretrain(
     if isinstance(config, PretrainConfig) and config.frequency_bias:
         with torch.no_grad():
             model.cls.predictions.bias.copy_(train.log_frequencies())
-    objective = NextTokenLoss(model) if isinstance(config, CausalConfig) else MaskedLmLoss(model)
+    objective = NextTokenLoss(model) if config.predicts_next else MaskedLmLoss(model)
     set_seed(config.seed + 1)  # dropout: the same in every row
     trained = fit(objective, micro_batches(train.train_batch, config), config, config.num_steps, run)
     trained.restore_float32()

@@ -1,0 +1,160 @@
+"""Strategies of `models.sync_gpt2`: layers whose parts are added up later, less often or in part.
+
+Shapes as in `parallel.strategies`; n are the rows of X in the layout `unsummed` that are not added to it yet, A = D/P
+the width of a part's heads.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from detransformer.models.configuration import ffn_size
+from detransformer.parallel.comm import Pending
+from detransformer.parallel.layer import REPLICATE, UNSUMMED, Request, Strategy, arrived, register
+from detransformer.parallel.linear import Linear
+from detransformer.parallel.parameters import LayerParameters
+from detransformer.parallel.partition import bounds
+from detransformer.parallel.strategies import TensorParallel
+
+
+@register("parallel")
+class ParallelBlock(TensorParallel):
+    """TP of a layer whose attention and FFN read the same LayerNorm: one all_reduce. X [B, T, D]."""
+
+    layer_kind = "parallel"
+
+    def load_norms(self, parameters: LayerParameters, part: tuple[int, int] | None = None) -> None:
+        self.attention_norm = self.ffn_norm = parameters.norm("attention_norm", part)
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs, qkv = self.projected(chunks)
+        sums = []
+        for i, (context, x) in enumerate(zip(self.attended(qkv, request), xs, strict=True)):
+            both = self.out(context).add_(self.ffn(x))
+            sums.append(self.comm.start_all_reduce(both, self.plan.wire, f"sum{i}"))
+        for summed, x in zip(sums, xs, strict=True):
+            yield summed.wait().add_(self.out_bias).add_(self.ffn_bias).add_(x)
+
+
+@register("ladder")
+class Ladder(TensorParallel):
+    """TP of a ladder: two all_reduces, each under way while the next sub-layer computes. X [2, B, T, D]."""
+
+    layer_kind = "ladder"
+    in_layout = out_layout = UNSUMMED
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        wire, streams, qkv, before = self.plan.wire, [], [], []
+        for i, x in enumerate(arrived(chunks)):
+            stream, *unsummed = x if x.ndim == 4 else (x,)
+            before.append([self.comm.start_all_reduce(ffn, wire, f"ffn{i}") for ffn in unsummed])
+            streams.append(stream)
+            qkv.append(self.qkv(stream))
+        sums = []
+        for i, context in enumerate(self.attended(qkv, request)):
+            sums.append(self.comm.start_all_reduce(self.out(context), wire, f"sum{i}"))
+        for stream, pending, summed in zip(streams, before, sums, strict=True):
+            for ffn in pending:
+                stream = stream + ffn.wait()
+            partial = self.ffn(stream)
+            if self.comm.rank == 0:  # once in the sum over devices
+                partial = partial.add_(self.ffn_bias)
+            yield torch.stack([summed.wait().add_(self.out_bias).add_(stream), partial])
+
+
+@register("ladder-first")
+class FirstOfLadder(Ladder):
+    """A ladder's first layer, before which nothing is under way. X [B, T, D] -> [2, B, T, D]."""
+
+    layer_kind = "ladder-first"
+    in_layout = REPLICATE
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The maps of one part of a layer: D -> 3A, A -> D, D -> I/P, I/P -> D."""
+
+    qkv: Linear
+    out: Linear
+    ffn_in: Linear
+    ffn_out: Linear
+
+
+@register("parts")
+class Parts(Strategy):
+    """Own parts of a layer, of which shared channels are added up by two all_reduces. X [1 + p, B, T, D]."""
+
+    layer_kind = "parts"
+    in_layout = out_layout = UNSUMMED
+    splits = ("sub_blocks",)
+    qkv_weights = rest_weights = cache = "own"
+
+    def load(self, parameters: LayerParameters) -> None:
+        num_parts = self.config.num_divisions
+        width, inner = self.config.hidden_size // num_parts, ffn_size(self.config) // num_parts
+        self.parts = []
+        for number in range(*bounds(self.plan.sub_blocks, self.comm.rank)):
+            heads, columns = ((number * size, (number + 1) * size) for size in (width, inner))
+            self.parts.append(
+                _Part(
+                    parameters.qkv(heads),
+                    parameters.linear("out", inputs=heads),
+                    parameters.linear("ffn_in", outputs=columns),
+                    parameters.linear("ffn_out", inputs=columns),
+                )
+            )
+        if not self.parts:
+            raise ValueError(
+                f"sub_blocks={list(self.plan.sub_blocks)} leaves device {self.comm.rank} without a part of the model: "
+                "give each device one, or take fewer devices."
+            )
+        self.ffn_bias, self.out_bias = parameters.bias("ffn_out"), parameters.bias("out")
+        self.load_norms(parameters)
+
+    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
+        xs, qkv, steps = [], [], []
+        for x in arrived(chunks):
+            if x.ndim == 3:  # whole: nothing of its own yet
+                x = torch.cat([x[None], x.new_zeros(len(self.parts), *x.shape)])
+            xs.append(x)
+            read = self.read(x, self.attention_norm)
+            projected = torch.cat([part.qkv(y) for part, y in zip(self.parts, read, strict=True)])
+            qkv.append(projected.unflatten(-1, (3, -1)))  # [p*B, T, 3, A]
+        for i, context in enumerate(self.attended(qkv, request, copies=len(self.parts))):  # [p*B, T, A]
+            contexts = context.chunk(len(self.parts))
+            steps.append(self.start([p.out(y) for p, y in zip(self.parts, contexts, strict=True)], i))
+        ffns = []
+        for i, (step, x) in enumerate(zip(steps, xs, strict=True)):
+            x = self.added(x, *step, self.out_bias)
+            pairs = zip(self.parts, self.read(x, self.ffn_norm), strict=True)
+            ffns.append((x, self.start([p.ffn_out(self.activation(p.ffn_in(y))) for p, y in pairs], i)))
+        for x, step in ffns:
+            yield self.added(x, *step, self.ffn_bias)
+
+    def read(self, x: torch.Tensor, norm: list[torch.Tensor]) -> torch.Tensor:
+        """What each own part reads of X, normalised: [1 + p, B, T, D] -> [p, B, T, D]."""
+        return self.norm(x[0] + x[1:], norm)
+
+    def start(self, made: Sequence[torch.Tensor], chunk: int) -> tuple[torch.Tensor, Pending]:
+        """What each own part adds, [p, B, T, D], and the sum over all parts of its shared channels, on its way."""
+        stacked = torch.stack(list(made))
+        shared = stacked[..., : self.config.num_shared].sum(0)
+        if not self.config.num_shared:
+            return stacked, Pending(shared)
+        return stacked, self.comm.start_all_reduce(shared, self.plan.wire, f"sum{chunk}")
+
+    def added(self, x: torch.Tensor, made: torch.Tensor, shared: Pending, bias: torch.Tensor) -> torch.Tensor:
+        """X with what its parts have made: all of the shared channels, of the others each part's own."""
+        num_shared, width = self.config.num_shared, x.shape[-1]
+        stream = F.pad(shared.wait(), (0, width - num_shared)).add_(x[0]).add_(bias)
+        return torch.cat([stream[None], x[1:] + F.pad(made[..., num_shared:], (num_shared, 0))])
+
+
+@register("parts-first")
+class FirstOfParts(Parts):
+    """The first layer after everything was added up. X [B, T, D] -> [1 + p, B, T, D]."""
+
+    layer_kind = "parts-first"
+    in_layout = REPLICATE

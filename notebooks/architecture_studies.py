@@ -1,0 +1,203 @@
+"""The study of notebook 15: architectures for slow links, trained alike, with what a request sends and takes.
+
+All have GPT-2's layer, LayerNorm before attention and FFN: trained on the next token as decoders, and on masked tokens
+as encoders whose tokens attend to all others. Every row starts from the same seeded weights and sees the same text.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
+
+from detransformer import training
+from detransformer.cluster.devices import cluster_profile, device_specs
+from detransformer.models.configuration import config_fields, decoupled_config
+from detransformer.models.sync_gpt2 import SyncGPT2Config, synced
+from detransformer.parallel.plan import layer_plan, strategies_for
+from detransformer.planning.cost import Prediction, predict
+from detransformer.planning.placement import CHUNKS, place_freely
+from detransformer.planning.profile import ClusterProfile
+from detransformer.record.intervals import around
+from detransformer.tables.accuracy import compared
+from detransformer.training.data.packing import SpecialTokens
+from detransformer.training.results import Result
+
+ORIGINAL = "original"  # the row that all others are compared with
+OBJECTIVES = ("causal", "masked")
+BERT_BASE = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 30522, "seq_len": 512}
+
+
+@dataclass(frozen=True)
+class ArchitectureRow(training.ModelRow):
+    """A row that is the original, decoupled, or one of `models.sync_gpt2`: `sync` and what belongs to it.
+
+    Args:
+        name: by which tables call it.
+        sync, fuse_every, shared_fraction: as in `SyncGPT2Config`; the parts are four.
+    """
+
+    name: str = ORIGINAL
+    sync: str | None = None
+    fuse_every: int | None = None
+    shared_fraction: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return "".join(letter if letter.isalnum() else "-" for letter in self.name)
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    @property
+    def _sync(self) -> dict:
+        return {name: getattr(self, name) for name in ("sync", "fuse_every", "shared_fraction")}
+
+    def config_of(self, original: GPT2Config) -> PretrainedConfig:
+        """The configuration that this row makes of an original one."""
+        if self.sync is not None:
+            return SyncGPT2Config(**config_fields(original) | self._sync)
+        return original if self.is_original else decoupled_config(original, *self.structure)
+
+    def made_of(self, model: GPT2LMHeadModel) -> PreTrainedModel:
+        made = super().made_of(model) if self.sync is None else synced(model, **self._sync)
+        for layer in made.transformer.h:  # transformers' own layers take every decoder to be causal
+            layer.attn.is_causal = getattr(made.config, "is_causal", True)
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureRecipe(training.CausalConfig):
+    """`CausalConfig`, also for masked tokens of a model that attends to all of them (`masked`)."""
+
+    masked: bool = False
+
+    @property
+    def predicts_next(self) -> bool:
+        return not self.masked
+
+    def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> GPT2Config:
+        config = super().original_config(model, vocab_size, special)
+        config.is_causal = not self.masked
+        return config
+
+
+def architecture_rows(architectures: Mapping[str, Mapping]) -> list[ArchitectureRow]:
+    """The rows of a profile's mapping from a name to an `ArchitectureRow`'s other fields."""
+    return [ArchitectureRow(model="gpt2", name=name, **fields) for name, fields in architectures.items()]
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+def train_architectures(
+    folder: str | Path,
+    rows: Sequence[ArchitectureRow],
+    recipe: ArchitectureRecipe,
+    data: training.TrainingData,
+    seeds: Iterable[int],
+    objectives: Sequence[str] = OBJECTIVES,
+) -> Iterable[dict]:
+    """Trains every row, by seed, then by objective; gives out `loss_row` of each. Finished ones are read back."""
+    for seed, objective, row in itertools.product(seeds, objectives, rows):
+        config = replace(recipe, seed=seed, masked=objective == "masked")
+        yield loss_row(training.pretrain(row, config, data, Path(folder) / f"{objective}-{seed}"), objective)
+
+
+def loss_row(result: Result, objective: str) -> dict:
+    """One run: what was trained, on how much, and its held-out loss in nats a token that was asked for."""
+    names = ("seed", "valid_loss", "unigram_loss", "num_steps", "tokens", "valid_tokens", "hidden_size", "seconds")
+    made = {"architecture": result.row.name, "objective": objective} | {name: getattr(result, name) for name in names}
+    return made | {"precision": result.precision, "source": result.source, "note": result.note}
+
+
+def compared_losses(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row an objective and architecture: mean loss over seeds, and its difference to the original's by seed.
+
+    low and high are two standard errors of the difference on each side; of one seed there are none.
+    """
+    rows = []
+    for (objective, name), group in runs.groupby(["objective", "architecture"], sort=False):
+        losses = group.set_index("seed")["valid_loss"]
+        known = runs[(runs["objective"] == objective) & (runs["architecture"] == ORIGINAL)].set_index("seed")
+        common = losses.index.intersection(known.index)
+        made = compared(losses[common], known.loc[common, "valid_loss"])
+        low, high = around(made["difference"], made["difference_std_error"])
+        below = (known.loc[common, "unigram_loss"] - losses[common]).mean()
+        rows.append({"objective": objective, "architecture": name, "valid_loss": made["mean"]} | made)
+        rows[-1] |= {"low": low, "high": high, "below_unigram": below}
+    return pd.DataFrame(rows).drop(columns="mean")
+
+
+# Prices -----------------------------------------------------------------------------------------------------------
+
+
+def cost_rows(
+    rows: Sequence[ArchitectureRow],
+    recipe: ArchitectureRecipe,
+    bandwidths_mbps: Sequence[float],
+    device: str = "rpi4b",
+    num_devices: int = 4,
+    seq_len: int = 128,
+) -> pd.DataFrame:
+    """What each architecture's fastest plan over all devices sends and takes, at the trained size and at BERT-Base's.
+
+    One row an architecture, size and bandwidth. A request is `seq_len` tokens of an encoder; all is predicted by the
+    roofline pace, since how efficient small shares are was not measured for all strategies. The original is there
+    twice: by any strategies, and by tensor parallelism alone, on which the new ones are built. `alone_s` is the
+    original on one device.
+    """
+    specs, found = device_specs(num_devices, device), []
+    for size, scaled in (("trained", recipe), ("BERT-Base", replace(recipe, **BERT_BASE))):
+        original = scaled.original_config("gpt2", scaled.vocab_size, SpecialTokens(0, 1, 2, 3))
+        original.is_causal = False
+        for row, mbps in itertools.product(rows, bandwidths_mbps):
+            config = row.config_of(original)
+            profile = cluster_profile(specs, config, mbps * 1e6, pace="roofline")
+            _, alone = _fixed(original, cluster_profile(specs[:1], original, mbps * 1e6, pace="roofline"), seq_len)
+            with torch.device("meta"):
+                parameters = AutoModel.from_config(config).num_parameters()
+            common = {"size": size, "bandwidth_mbps": mbps, "parameters": parameters, "alone_s": alone.latency_s}
+            choose = _free if row.sync is None else _fixed
+            planned = {row.name: choose(config, profile, seq_len)}
+            if row.name == ORIGINAL:
+                planned[f"{ORIGINAL}, tensor parallel"] = _fixed(config, profile, seq_len)
+            found += [common | _price(name, *plan) for name, plan in planned.items()]
+    return pd.DataFrame(found)
+
+
+def _free(config: PretrainedConfig, profile: ClusterProfile, seq_len: int) -> tuple[str, Prediction]:
+    """The fastest plan of any strategies that takes all devices."""
+    listed = place_freely(config, profile, seq_len).alternatives
+    best = next(found for found in listed if found.plan.num_devices == len(profile.devices))
+    return best.plan.describe(), best.prediction
+
+
+def _fixed(config: PretrainedConfig, profile: ClusterProfile, seq_len: int) -> tuple[str, Prediction]:
+    """The fastest number of chunks of the one strategy that a layer has, or of tensor parallelism."""
+    speeds, strategies = [1.0] * len(profile.devices), strategies_for(config, "tensor")
+    plans = [layer_plan("tp", config, strategies, speeds, num_chunks=count) for count in CHUNKS]
+    priced = [(plan.describe(), predict(config, plan, profile, seq_len)) for plan in plans]
+    return min(priced, key=lambda pair: pair[1].latency_s)
+
+
+def _price(name: str, plan: str, prediction: Prediction) -> dict:
+    return {
+        "architecture": name,
+        "plan": plan,
+        "latency_s": prediction.latency_s,
+        "compute_s": prediction.compute_s,
+        "messages": sum(prediction.counts.values()),
+        "sent_bytes": sum(prediction.bytes.values()),
+        "weights_bytes": max(prediction.weights_bytes),
+    }
+
+
+def beside_losses(costs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
+    """Prices with the losses of the same architecture; the original's two plans have the same loss."""
+    known = costs.assign(trained=costs["architecture"].str.removesuffix(", tensor parallel"))
+    return known.merge(losses.rename(columns={"architecture": "trained"}), on="trained").drop(columns="trained")
