@@ -1,4 +1,4 @@
-"""The studies of notebook 14: where decoupling pays, on links from 5 to 500 Mbps with and without delay, and on one air.
+"""The studies of notebook 14: where decoupling pays, on links from 5 to 500 Mbps, delayed or not, and on one air.
 
 `predicted_rows` prices a whole grid, `measured_rows` measures part of it; both give rows with the same columns
 (`COLUMNS`), told apart by `kind`. `margins` and `crossovers` say what a decoupled model wins over the unmodified one.
@@ -7,6 +7,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -196,23 +197,30 @@ def _interval(slower: pd.Series, faster: pd.Series) -> tuple[float, float]:
 
 
 def crossovers(table: pd.DataFrame) -> pd.DataFrame:
-    """The rate above which a decoupled structure no longer pays (`PAYS`), between the grid's rates by their logarithm.
+    """Between which rates a decoupled structure pays (`PAYS`): `from_mbps`, below which one device wins, and `to_mbps`.
 
-    `crossover_mbps` is infinite where it pays at the fastest rate of the grid, and 0 where it pays at none.
+    Between the grid's rates by their logarithm; 0 and infinite where it pays at the slowest and the fastest of them,
+    both 0 where it pays at none.
     """
     keys, made = [name for name in SETTING if name != "bandwidth_mbps"], []
     for key, part in table.groupby([*keys, "kind", "structure"], sort=False):
         part = part.sort_values("bandwidth_mbps")
         rates, gain = np.log(part["bandwidth_mbps"].to_numpy()), part["margin"].to_numpy() - PAYS
-        last = int(np.flatnonzero(gain >= 0)[-1]) if (gain >= 0).any() else -1
-        if 0 <= last < len(gain) - 1:
-            share = gain[last] / (gain[last] - gain[last + 1])
-            crossover = math.exp(rates[last] + share * (rates[last + 1] - rates[last]))
-        else:
-            crossover = 0.0 if last < 0 else math.inf
-        own = dict(zip([*keys, "kind", "structure"], key, strict=True))
-        made.append(own | {"crossover_mbps": crossover, "num_rates": len(part)})
+        own = dict(zip([*keys, "kind", "structure"], key, strict=True)) | {"num_rates": len(part)}
+        pays = np.flatnonzero(gain >= 0)
+        if not len(pays):
+            made.append(own | {"from_mbps": 0.0, "to_mbps": 0.0})
+            continue
+        first, last = pays[0], pays[-1]
+        low = _zero(rates, gain, first - 1) if first else 0.0
+        made.append(own | {"from_mbps": low, "to_mbps": _zero(rates, gain, last) if last + 1 < len(gain) else math.inf})
     return pd.DataFrame(made)
+
+
+def _zero(rates: np.ndarray, gain: np.ndarray, place: int) -> float:
+    """Where the line from `place` to the next place crosses zero, as a rate."""
+    share = gain[place] / (gain[place] - gain[place + 1])
+    return math.exp(rates[place] + share * (rates[place + 1] - rates[place]))
 
 
 def beside(rows: pd.DataFrame) -> pd.DataFrame:
@@ -257,14 +265,16 @@ def wire_outcomes(
     """What an unmodified encoder loses, without any training, where its original layers' messages are coarser.
 
     Each of `plans` names a strategy and a format. Texts are asked one at a time, as a request is: a padded token would
-    be averaged into its segment. Returns a row a plan (bytes that a device sends for the texts, and the RMS of the
-    output's difference over that of the output on `num_texts` texts) and the outcomes of its probes.
+    be averaged into its segment. Returns a row a plan, on `num_texts` texts: bytes that a device sends, how many times
+    fewer than in float32, and the RMS of the output's difference over that of the output; and the probes' outcomes.
     """
     model = AutoModel.from_pretrained(teacher).eval()
     texts = data.task("SQuAD").validation["context"][:num_texts]
     exact = _hidden(model, texts, data)
     rows, outcomes = [], {ONE_DEVICE: probed(model, tasks, data)}
-    devices = (preset_profile(DEVICE, model.config),) * num_devices  # bytes do not depend on them
+    profile = ClusterProfile(
+        (preset_profile(DEVICE, model.config),) * num_devices, LinkProfile(1e6)
+    )  # any: bytes count
     for strategy, wire in tqdm(plans, unit="plan", desc="messages"):
         plan = layer_plan("auto", model.config, strategies_for(model.config, strategy), [1.0] * num_devices, wire)
         with wired(model, plan):
@@ -272,13 +282,14 @@ def wire_outcomes(
             outcomes[f"{strategy}, {wire}"] = probed(model, tasks, data)
         error = math.sqrt(sum(float((h - e).square().sum()) for h, e in zip(hidden, exact, strict=True)))
         size = math.sqrt(sum(float(e.square().sum()) for e in exact))
-        profile = ClusterProfile(devices, LinkProfile(1e6))
-        sent = [sum(predict(model.config, plan, profile, len(e)).bytes.values()) / 2**10 for e in exact]
+        sent, plain = (
+            sum(sum(predict(model.config, each, profile, len(e)).bytes.values()) for e in exact)
+            for each in (plan, replace(plan, wire="float32"))
+        )
         row = dict(strategy=strategy, wire=wire, num_devices=num_devices, relative_error=error / size)
-        rows.append(row | dict(mean_sent_kib=float(np.mean(sent)), mean_tokens=float(np.mean([len(e) for e in exact]))))
-    table = pd.DataFrame(rows)
-    plain = table[table["wire"] == "float32"].set_index("strategy")["mean_sent_kib"]
-    return table.assign(over_float32=table["strategy"].map(plain) / table["mean_sent_kib"]), outcomes
+        mean_tokens = sum(map(len, exact)) / len(exact)
+        rows.append(row | dict(sent_kib=sent / len(exact) / 2**10, over_float32=plain / sent, mean_tokens=mean_tokens))
+    return pd.DataFrame(rows), outcomes
 
 
 def probed(model, tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, Outcome]:

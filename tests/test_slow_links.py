@@ -52,12 +52,14 @@ def test_measured_margins_have_the_interval_of_interleaved_requests():
 def test_crossovers_lie_between_rates_by_their_logarithm():
     def crossover(*decoupled):
         ends = studies.crossovers(studies.margins(rows_of([1.05 * 1.1, 1.05, 1.05 / 1.1], decoupled)))
-        return ends["crossover_mbps"].iloc[0]
+        return tuple(ends[["from_mbps", "to_mbps"]].iloc[0])
 
-    assert crossover(1.0, 1.0, 1.0) == pytest.approx(100)
+    assert crossover(1.0, 1.0, 1.0) == pytest.approx((0.0, 100))
     halfway = crossover(1.0, 1.05 / (1.05 - 0.105), 1.0)  # gains 0.105, -0.105
-    assert halfway == pytest.approx(math.sqrt(10 * 100))
-    assert crossover(0.9, 0.9, 0.8) == math.inf and crossover(2.0, 2.0, 2.0) == 0.0
+    assert halfway == pytest.approx((0.0, math.sqrt(10 * 100)))
+    assert crossover(0.9, 0.9, 0.8) == (0.0, math.inf) and crossover(2.0, 2.0, 2.0) == (0.0, 0.0)
+    low, high = crossover(1.155 / (1.05 - 0.105), 1.05 / (1.05 + 0.105), 1.0)
+    assert low == pytest.approx(math.sqrt(10 * 100)) and 100 < high < 1000
 
 
 @pytest.mark.parametrize(

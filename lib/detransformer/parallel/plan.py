@@ -85,7 +85,7 @@ class Plan:
     @property
     def number_format(self) -> str:
         """The format of all messages but `sequence`'s K and V, which alone may be in a format of tokens."""
-        return "float32" if self.wire in TOKEN_FORMATS else self.wire
+        return "int8" if self.wire in TOKEN_FORMATS else self.wire
 
     @property
     def splits_layers(self) -> bool:

@@ -3,7 +3,7 @@
 Numbers: `float32` means as computed; `bfloat16` rounds; `int8` has one scale a row, `int4` one for `GROUP` numbers.
 
 Tokens: what `sequence` sends of K and V, where a device need not know the others' tokens as well as its own. All other
-messages of such a plan are float32. Both are approximations that their authors train models for; here nothing is.
+messages of such a plan are int8. Both are approximations that their authors train models for; here nothing is.
     means8  the means of `SEGMENT` tokens each, in int8 (Segment Means of Prism, arXiv 2507.12145)
     vq4     a device's mean token in int8, and of each token's difference from it vectors of `VECTOR` numbers as one of
             `CODES` in a codebook that comes with the message (vector quantisation as in ASTRA, arXiv 2505.19342,
