@@ -63,8 +63,8 @@ figures: $(STAMP)
 	$(BIN)/detransformer figures $(or $(RUN),results/reference)
 
 lint: $(STAMP)
-	$(BIN)/ruff check lib tests docs
-	$(BIN)/ruff format --check lib tests docs
+	$(BIN)/ruff check lib tests docs notebooks/*.py
+	$(BIN)/ruff format --check lib tests docs notebooks/*.py
 	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb || \
 	{ echo "a notebook has outputs or execution counts: $(BIN)/nbstripout --keep-id notebooks/*.ipynb" >&2; exit 1; }
 

@@ -363,7 +363,8 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
             continue
         mean, whole = cells["score"].mean(), base.loc[known, "score"].mean()
         spread = (cells["difference_high"] - cells["difference_low"]) / (2 * NUM_ERRORS)
-        error = 100 * math.sqrt((spread**2).sum(skipna=False)) / max(len(known), 1) / whole if row != original else math.nan
+        summed = math.sqrt((spread**2).sum(skipna=False)) / max(len(known), 1)
+        error = 100 * summed / whole if row != original else math.nan
         low, high = around(100 * mean / whole, error)
         verdict = Verdict(
             f"{row}: share kept", KEPT_PERCENT, 100 * mean / whole, "measured", low=low, high=high, side="at least"

@@ -171,36 +171,34 @@ def latency_cells(
     models: Sequence[str],
     methods: Sequence[str],
     bandwidths_mbps: Sequence[float],
-    repeats: Mapping[str, int],
+    repeats: int,
     scaling_bandwidth_mbps: float = 500,
-    scaling_devices: Sequence[int] = (2, 3),
+    scaling_devices: Sequence[int] = (),
     scaling_methods: Sequence[str] = ("tp", "sp", "bp+auto"),
-    fewer_original_layers: Sequence[int] = (1, 2, 3),
-    fewer_bandwidths_mbps: Sequence[float] = (1000, 500, 125),
-    table_ii_methods: Sequence[str] = ("dp", "pp"),
-    wire_formats: Sequence[str] = ("bfloat16", "int8"),
+    fewer_original_layers: Sequence[int] = (),
+    fewer_bandwidths_mbps: Sequence[float] = (),
+    table_ii_methods: Sequence[str] = (),
+    wire_formats: Sequence[str] = (),
     wire_methods: Sequence[str] = ("tp", "ulysses", "bp+auto"),
-    wire_bandwidths_mbps: Sequence[float] = (500, 125),
+    wire_bandwidths_mbps: Sequence[float] = (),
     roofline_bandwidths_mbps: Sequence[float] = (),
 ) -> list[Cell]:
-    """All rows of notebooks 06 to 08 on clean links, model by model.
+    """A grid of rows of notebooks 06 to 08 on clean links, model by model; what is not named is left out.
 
     Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
-    `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8
-    (first model): BP+Auto with fewer original layers. Table II (first model): data and pipeline parallelism at the
-    scaling bandwidth. Beyond the paper: `wire_methods` on other wires; `methods` by the roofline pace (first model).
+    `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8:
+    BP+Auto with fewer original layers. Table II: data and pipeline parallelism at the scaling bandwidth. Beyond the
+    paper: `wire_methods` on other wires; `methods` by the roofline pace.
     """
     methods = list(METHODS) if list(methods) == ["all"] else methods
-    cells = []
+    common, cells = dict(repeats=repeats), []
     for model in models:
-        common = dict(repeats=repeats[model])
         cells += grid(model, ["single"], [scaling_bandwidth_mbps], 4, **common)
         cells += grid(model, [m for m in methods if m != "single"], bandwidths_mbps, 4, **common)
-        if model == models[0]:
-            cells += grid(model, methods, roofline_bandwidths_mbps, 4, pace="roofline", **common)
-            cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
-            for layers in fewer_original_layers:
-                cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
+        cells += grid(model, methods, roofline_bandwidths_mbps, 4, pace="roofline", **common)
+        cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
+        for layers in fewer_original_layers:
+            cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
         for wire in wire_formats:
             cells += grid(model, wire_methods, wire_bandwidths_mbps, 4, wire, **common)
         for count in scaling_devices:

@@ -122,7 +122,7 @@ def predicted_rows(
 
 
 def original_layers(original: Original, priced: Original) -> int:
-    """Nb of a model that is decoupled as the one of size `priced` is with Nb=4: one layer in three of a ViT's twelve."""
+    """Nb of a model that is decoupled as that of size `priced` is with Nb=4: one layer in three of twelve."""
     return max(1, 4 * original.num_layers // priced.num_layers)
 
 

@@ -1,22 +1,10 @@
 """Probes of frozen vectors: the vectors themselves, what a probe and retrieval find, their table."""
 
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertModel
-
-from detransformer.files import repository_root
-from detransformer.record.published import published
-from detransformer.record.run import RunFolder
-from detransformer.tables.accuracy import table_iii
-from detransformer.tables.claims import structure_of
-from detransformer.training import open_data
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-from accuracy_studies import (  # noqa: E402
+from accuracy_studies import (
     Outcome,
     ProbeConfig,
     bag_of_words,
@@ -28,7 +16,15 @@ from accuracy_studies import (  # noqa: E402
     sentence_vectors,
     wide,
 )
-from pretraining_studies import published_runs  # noqa: E402
+from pretraining_studies import published_runs
+from transformers import AutoModel, BertConfig, BertModel
+
+from detransformer.files import repository_root
+from detransformer.record.published import published
+from detransformer.record.run import RunFolder
+from detransformer.tables.accuracy import table_iii
+from detransformer.tables.claims import structure_of
+from detransformer.training import open_data
 
 TASKS = {
     "SST-2": ProbeConfig(max_train_rows=200, max_eval_rows=80, seq_len=32),

@@ -1,21 +1,17 @@
 """The experiments of notebooks 09 and 10 at small size, with real processes: what they list, measure and keep."""
 
-import sys
 from dataclasses import replace
 
+import adaptive_studies as adaptive
 import pytest
+from generation_studies import generation_rows
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from detransformer.cluster.bench import Bench
-from detransformer.files import repository_root
 from detransformer.models import decouple
 from detransformer.models.configuration import preset_config
 from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-import adaptive_studies as adaptive  # noqa: E402
-from generation_studies import generation_rows  # noqa: E402
 
 PI = DeviceProfile("pi", 4 * 2**30, 14e9, "assumed", 4.8e9)
 

@@ -5,15 +5,14 @@ import gzip
 import json
 import math
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
+from accuracy_studies import calibration_curve, calibration_table
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from detransformer import cli
-from detransformer.files import repository_root
 from detransformer.models import decouple, layer_kinds
 from detransformer.training import (
     CalibrationConfig,
@@ -29,9 +28,6 @@ from detransformer.training.data.text import LONGEST, text_data
 from detransformer.training.refit import refit
 from stopping import Stop, stop_at
 from test_cli import assert_one_sentence, call
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-from accuracy_studies import calibration_curve, calibration_table  # noqa: E402
 
 TINY = CalibrationConfig(
     **dict(num_steps=6, global_batch_size=16, micro_batch_size=8, seq_len=16, learning_rate=2e-3, seed=5),

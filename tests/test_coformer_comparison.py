@@ -1,7 +1,6 @@
 """CoFormer beside other methods: what is predicted at DeiT-B's size, and a row that is really measured."""
 
-import sys
-
+import method_rows as comparison
 import pandas as pd
 import pytest
 import torch
@@ -11,11 +10,7 @@ from detransformer.cluster.devices import DeviceSpec
 from detransformer.coformer.policy import Original, Policy, parameters
 from detransformer.coformer.predictor import Latency
 from detransformer.coformer.sampling import uniform_policy
-from detransformer.files import repository_root
 from detransformer.models.sizes import embedding_parameters
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-import method_rows as comparison  # noqa: E402
 
 SPECS = tuple(
     DeviceSpec(preset, name=name)

@@ -11,13 +11,15 @@ all tables were, not of the mean over tokens.
 import copy
 import hashlib
 import json
-import sys
 from pathlib import Path
 
+import coformer_tables as tables
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from decomposition_studies import describe, fit_predictor
+from method_rows import energy_j, predicted_rows, scale_policy, tdp_w
 from threadpoolctl import threadpool_limits
 from transformers import (
     BertConfig,
@@ -47,11 +49,6 @@ from detransformer.coformer.predictor import latency, roofline_s
 from detransformer.coformer.sampling import filled, sample_policy, sample_uniform_policy, uniform_policy
 from detransformer.coformer.search import Evaluation, SearchConfig, search_policy
 from detransformer.files import repository_root
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-import coformer_tables as tables  # noqa: E402
-from decomposition_studies import describe, fit_predictor  # noqa: E402
-from method_rows import energy_j, predicted_rows, scale_policy, tdp_w  # noqa: E402
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "coformer.json").read_text())
 REFERENCE = repository_root() / "results" / "reference" / "tables"

@@ -1,8 +1,10 @@
 """The helpers of notebooks 11 to 13 on a tiny ViT: cases, runs that are kept, predictors, proxies, searches."""
 
-import sys
 from types import SimpleNamespace
 
+import coformer_tables as tables
+import comparison_studies as comparison
+import decomposition_studies as decomposition
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,14 +21,8 @@ from detransformer.coformer.predictor import latency
 from detransformer.coformer.sampling import sample_policy
 from detransformer.coformer.search import METHODS, SearchConfig
 from detransformer.coformer.tasks import ImageTask
-from detransformer.files import repository_root
 from detransformer.training.data.images import generated_images
 from detransformer.training.images import ImageConfig
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-import coformer_tables as tables  # noqa: E402
-import comparison_studies as comparison  # noqa: E402
-import decomposition_studies as decomposition  # noqa: E402
 
 JETSONS = tuple(
     DeviceSpec(preset, name=name)

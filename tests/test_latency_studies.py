@@ -1,19 +1,8 @@
 """What notebooks 04 to 06 ask for: the rows of the paper's tables, profiles on any transport, placements."""
 
-import sys
-
 import pytest
 import torch
-from transformers import AutoModel
-
-from detransformer.cluster.cells import Cell
-from detransformer.cluster.network import can_emulate
-from detransformer.files import repository_root
-from detransformer.parallel.methods import METHODS
-from detransformer.planning.profile import ClusterProfile, LinkProfile
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-from latency_studies import (  # noqa: E402
+from latency_studies import (
     collective_counts,
     latency_cells,
     measure_latency,
@@ -23,12 +12,20 @@ from latency_studies import (  # noqa: E402
     read_timeline,
     save_profiles,
 )
+from transformers import AutoModel
+
+from detransformer.cluster.cells import Cell
+from detransformer.cluster.network import can_emulate
+from detransformer.parallel.methods import METHODS
+from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 
 def test_cells_make_every_table_and_figure():
-    cells = latency_cells(
-        ["bert-base", "bert-large"], ["tp", "sp", "bp+auto"], [1000, 125], {"bert-base": 3, "bert-large": 1}
-    )
+    wires = dict(wire_formats=("bfloat16", "int8"), wire_bandwidths_mbps=(500, 125))
+    fewer = dict(fewer_original_layers=(1, 2, 3), fewer_bandwidths_mbps=(125,), table_ii_methods=("dp", "pp"))
+    common = dict(methods=["tp", "sp", "bp+auto"], bandwidths_mbps=[1000, 125], scaling_devices=(2, 3), **wires)
+    cells = latency_cells(["bert-base"], repeats=3, **fewer, **common)
+    cells += latency_cells(["bert-large"], repeats=1, **common)
     assert len(cells) == len(set(cells))
     found = {(c.model, c.method, c.num_devices, c.bandwidth_mbps, c.num_original_layers) for c in cells}
     for model in ("bert-base", "bert-large"):
@@ -46,7 +43,7 @@ def test_cells_make_every_table_and_figure():
 
 
 def test_all_methods_and_eight_devices():
-    cells = latency_cells(["bert-base"], ["all"], [125], {"bert-base": 1}, scaling_devices=(2, 8))
+    cells = latency_cells(["bert-base"], ["all"], [125], 1, scaling_devices=(2, 8))
     assert {c.method for c in cells if c.num_devices == 4 and c.bandwidth_mbps == 125} >= set(METHODS) - {"single"}
     assert {c.num_divisions for c in cells if c.num_devices == 8} == {8}
     assert {c.num_divisions for c in cells if c.num_devices != 8} == {4}

@@ -5,11 +5,13 @@ import builtins
 import inspect
 import re
 import shutil
-import sys
 
+import adaptive_studies as adaptive
+import latency_studies as latency
 import matplotlib
 import nbformat
 import pytest
+from generation_studies import generation_rows
 
 from detransformer.files import repository_root
 from detransformer.notebooks import USES, find_notebooks
@@ -17,10 +19,6 @@ from detransformer.profiles import built_in_profiles, load_profile, load_setting
 from detransformer.training import CausalConfig
 
 ROOT = repository_root()
-sys.path.insert(0, str(ROOT / "notebooks"))
-import adaptive_studies as adaptive  # noqa: E402
-import latency_studies as latency  # noqa: E402
-from generation_studies import generation_rows  # noqa: E402
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NEW = [path for path in PATHS if "load_settings" in path.read_text(encoding="utf-8")]
@@ -154,7 +152,7 @@ def test_profile_has_known_notebooks_and_settings(profile):
 
 def test_a_setting_that_nothing_reads_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("06_latency:\n  methdos: [tp]\n")
-    with pytest.raises(ValueError, match="'methdos' in section 06_latency .*choose from published, peers"):
+    with pytest.raises(ValueError, match="'methdos' in section 06_latency .*choose from grids"):
         load_settings(str(tmp_path / "mine.yaml"), "06_latency")
     assert load_settings("reference", "05_placement") == load_settings("quick", "05_placement")
 
@@ -169,8 +167,7 @@ def test_settings_that_a_notebook_reads_are_in_quick():
 def test_settings_fit_the_functions_that_take_them(profile):
     """The sections that a notebook passes on as keyword arguments."""
     rows, adaptive_settings = load_settings(profile, "06_latency"), load_settings(profile, "09_adaptive")
-    assert latency.latency_cells(**rows["published"]) and isinstance(rows["peers"], dict)
-    assert latency.latency_cells(**rows["peers"])
+    assert all(latency.latency_cells(**grid) for grid in rows["grids"])
     for function, settings in (
         (latency.plan_map_rows, adaptive_settings["plan_map"]),
         (adaptive.choice_rows, adaptive_settings["choices"]),

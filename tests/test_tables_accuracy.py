@@ -1,14 +1,13 @@
 """Table III with seeds: differences and their errors, means, trends, variants and number formats, from made-up runs."""
 
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from pretraining_studies import data_note, variant_table, wire_table
 
-from detransformer.files import repository_root
 from detransformer.record.published import published
 from detransformer.tables.accuracy import (
     learned,
@@ -22,9 +21,6 @@ from detransformer.tables.accuracy import (
 from detransformer.training.config import ModelRow
 from detransformer.training.results import accuracy_table, pretraining_table
 from table_frames import SPREAD, accuracy_rows, pretraining_rows
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-from pretraining_studies import data_note, variant_table, wire_table  # noqa: E402
 
 PUBLISHED = published("table_iii")
 DIFFERENCES = ["published_difference", "obtained_difference", "difference_std_error", "beyond_noise"]

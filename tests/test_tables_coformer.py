@@ -1,15 +1,10 @@
 """Tables of CoFormer from made-up runs: published values beside, which recipe, which method, and claims with noise."""
 
 import math
-import sys
 
+import coformer_tables as tables
 import pandas as pd
 import pytest
-
-from detransformer.files import repository_root
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-import coformer_tables as tables  # noqa: E402
 
 SEEDS = (0, 1, 2)
 MODEL = dict(

@@ -4,20 +4,16 @@
 purpose, it is said here.
 """
 
-import sys
 from pathlib import Path
 
+import adaptive_studies as adaptive
 import pandas as pd
+import pretraining_studies as variants
 import pytest
 
-from detransformer.files import repository_root
 from detransformer.record.published import published
 from detransformer.record.run import RunFolder
 from detransformer.tables import accuracy, claims, latency, peers, summary
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-import adaptive_studies as adaptive  # noqa: E402
-import pretraining_studies as variants  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "tables"
 # Columns that are no more: nothing showed them.

@@ -3,18 +3,17 @@
 import dataclasses
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pretraining_studies import loss_table
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from detransformer.files import repository_root
 from detransformer.models import DecoupledBertConfig, DecoupledBertForMaskedLM
 from detransformer.tables.accuracy import table_iii
 from detransformer.training import (
@@ -41,9 +40,6 @@ from detransformer.training.metrics import classification_scores, majority_score
 from detransformer.training.optim import Lamb, learning_rate, parameter_groups
 from detransformer.training.pretraining import MaskedLmLoss
 from stopping import Stop, stop_at
-
-sys.path.insert(0, str(repository_root() / "notebooks"))
-from pretraining_studies import loss_table  # noqa: E402
 
 TINY = PretrainConfig(
     **dict(hidden_size=16, num_heads=2, intermediate_size=32, num_steps=4, seq_len=16, global_batch_size=4),

@@ -10,6 +10,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,8 @@ class Bench:
         """Measures several trials in rounds of one request of each; links and pacing are checked before each round.
 
         A host that shares its processors is disturbed now and then: a request that was late, or during which other
-        guests took much of the processors, is run again, and the less disturbed one counts. Where a request is late at
-        every attempt in the first round, all trials start anew at `SLOWER` times the time scale.
+        guests took much of the processors, is run again, and the less disturbed one counts. Where a request of the
+        first round is late at every attempt, all trials start anew at `SLOWER` times the time scale.
 
         Args:
             scale: the time scale to begin with.
@@ -234,26 +235,20 @@ class Bench:
             found: list[list] = [[] for _ in range(num_trials)]
             steals = [0.0] * num_trials
             scale, check = self.set_link(bandwidth_mbps, num_devices, scale, checks_links)
+            can_slow = not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE
             for turn in range(repeats):
                 if turn:
                     check = check.joined(check_cluster(*where))
-                is_late = False
                 for number in range(num_trials):
-                    attempts = []
-                    for _ in range(ATTEMPTS):
-                        before = psutil.cpu_times()
-                        result = measure(number, turn == repeats - 1)
-                        steal, overrun = stolen_share(before, psutil.cpu_times()), late(result)
-                        attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, result))
-                        if not attempts[-1][0] and steal <= DISTURBING_STEAL:
-                            break
-                    was_late, steal, _, result = min(attempts, key=lambda attempt: attempt[:3])
+                    was_late, steal, result = _undisturbed(partial(measure, number, turn == repeats - 1), late)
+                    if was_late and not turn and can_slow:
+                        break
                     found[number].append(result)
                     steals[number] = max(steals[number], steal)
-                    is_late |= was_late
-                if is_late and not turn and not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE:
-                    break
-                self.on_round()
+                else:
+                    self.on_round()
+                    continue
+                break
             else:
                 return list(zip(found, steals, strict=True)), scale, check.joined(check_cluster(*where))
             scale *= SLOWER
@@ -320,6 +315,20 @@ class Bench:
         }
         why = why_invalid(row)
         return row | {"valid": not why, "why_invalid": why}
+
+
+def _undisturbed(measure: Callable[[], Any], late: Callable[[Any], float]) -> tuple[bool, float, Any]:
+    """(was late, the host's steal, result) of the least disturbed of `ATTEMPTS`, which end with an undisturbed one."""
+    attempts = []
+    for _ in range(ATTEMPTS):
+        before = psutil.cpu_times()
+        result = measure()
+        steal, overrun = stolen_share(before, psutil.cpu_times()), late(result)
+        attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, result))
+        if not attempts[-1][0] and steal <= DISTURBING_STEAL:
+            break
+    was_late, steal, _, result = min(attempts, key=lambda attempt: attempt[:3])
+    return was_late, steal, result
 
 
 def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
