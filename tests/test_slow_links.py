@@ -1,10 +1,10 @@
 """Where decoupling pays: what rows of notebook 14 say, and the advice that is made of prices and saved tables."""
 
 import math
-import sys
 
 import pandas as pd
 import pytest
+import slow_link_studies as studies
 
 from detransformer import cli
 from detransformer.files import repository_root
@@ -12,8 +12,6 @@ from detransformer.planning.advice import advised, next_best
 from detransformer.tables.costs import compression_costs, decoupling_costs, saved_tables
 
 ROOT = repository_root()
-sys.path.insert(0, str(ROOT / "notebooks"))
-import slow_link_studies as studies  # noqa: E402
 
 
 def row(structure, mbps, latency_s, kind="predicted", plan="tensor on 4 devices", wire="float32", **fields):
@@ -90,6 +88,17 @@ def test_costs_name_the_row_that_they_are_from():
     assert "wire_accuracy" in compression_costs(run, "int8", is_decoupled=True)[0]
     assert compression_costs(run, "float9", False) == ["No saved table says what messages in float9 cost such a model."]
     assert decoupling_costs(None, 0.5) == ["No saved table says what decoupling costs; run notebook 03."]
+
+
+def test_advice_leaves_out_what_cannot_be_run_and_says_why(capsys):
+    """A GPT-2's messages are float32; a model that one device cannot hold whole may still be shared."""
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--advise", "--model", "gpt2", "--bandwidth", "10", "--seq-len", "16"])
+    out = capsys.readouterr().out
+    assert "Left out: compress: a decoder's messages are float32." in out and "- compress" not in out
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", "--advise", "--memory", "20"])
+    assert end.value.code == 2 and "no plan fits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("example", ["emulated-four-pis", "unequal", "jetsons"])

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from detransformer.planning.advice import CHOICES, WORTH, advised, next_best, priced_choices
+from detransformer.planning.advice import WORTH, advised, next_best, priced_choices
 from detransformer.tables.costs import compression_costs, decoupling_costs, saved_tables
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def advice(
 
     from detransformer.planning.cost import alone_seconds
 
-    priced = priced_choices(original, decoupled, profile, wire, **request)
+    priced, left_out = priced_choices(original, decoupled, profile, wire, **request)
     latency_s = {name: choice.latency_s for name, choice in priced.items()}
     sizes = request["seq_len"], request["batch_size"]
     one_s = min(alone_seconds(original, profile, range(len(profile.devices)), *sizes))
@@ -38,7 +38,7 @@ def advice(
     ]
     chosen = advised(latency_s)
     lines = [f"Advice: {chosen}. {WORDS[chosen]}: {_seconds(latency_s, chosen)}."]
-    lines += [f"Left out: {name}, which fits no memory." for name in CHOICES if name not in priced]
+    lines += [f"Left out: {name}: {why}." for name, why in left_out.items()]
     other = next_best(latency_s, chosen)
     if other:
         ratio = latency_s[chosen] / latency_s[other]
@@ -50,7 +50,8 @@ def advice(
     named = f"Nb={decoupled.num_original_layers} of {decoupled.num_hidden_layers} layers"
     lines.append("Accuracy is not predicted; saved rows are of other models and settings:")
     lines += [f"- decouple ({named}): {text}" for text in decoupling_costs(run, _original_share(decoupled))]
-    lines += [f"- compress: {text}" for text in compression_costs(run, wire, is_decoupled=chosen == "both")]
+    if "compress" in priced:
+        lines += [f"- compress: {text}" for text in compression_costs(run, wire, is_decoupled=chosen == "both")]
     return pd.DataFrame(rows), lines
 
 

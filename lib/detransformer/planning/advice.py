@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from transformers import PretrainedConfig
 
+from detransformer.parallel.plan import is_decoder
 from detransformer.planning.placement import place_freely
 from detransformer.planning.problem import Alternative
 from detransformer.planning.profile import ClusterProfile
@@ -18,28 +19,31 @@ def priced_choices(
     profile: ClusterProfile,
     wire: str = "int8",
     **request: int | None,
-) -> dict[str, Alternative]:
-    """The best plan under each of `CHOICES`; one that fits no device's memory is left out.
+) -> tuple[dict[str, Alternative], dict[str, str]]:
+    """The best plan under each of `CHOICES`, and why one is left out.
 
     Args:
-        wire: the format of compressed messages.
+        wire: the format of compressed messages; a decoder's are float32.
         request: seq_len, batch_size and memory_budget_bytes, as of `place_freely`.
 
     Raises:
-        ValueError: where none fits, as `place_freely`.
+        ValueError: where nothing fits the memory, as `place_freely`.
     """
     configs = dict(zip(CHOICES, (original, original, decoupled, decoupled), strict=True))
-    priced, why = {}, None
+    priced: dict[str, Alternative] = {}
+    left_out: dict[str, str] = {}
     for name, config in configs.items():
-        wires = (wire,) if name in ("compress", "both") else ("float32",)
+        compresses = name in ("compress", "both")
+        if compresses and is_decoder(config):
+            left_out[name] = "a decoder's messages are float32"
+            continue
         try:
-            priced[name] = place_freely(config, profile, wires=wires, **request).chosen
+            priced[name] = place_freely(config, profile, wires=(wire if compresses else "float32",), **request).chosen
         except ValueError as error:
-            why = error
+            left_out[name] = str(error).rstrip(".")
     if not priced:
-        assert why is not None
-        raise why
-    return priced
+        raise ValueError(f"{left_out['neither']}.")
+    return priced, left_out
 
 
 def advised(latency_s: Mapping[str, float]) -> str:
