@@ -131,19 +131,22 @@ class Outcome:
 
 
 @torch.no_grad()
-def sentence_vectors(model, texts: Sequence[str], data: TrainingData, seq_len: int) -> np.ndarray:
+def sentence_vectors(
+    model, texts: Sequence[str], data: TrainingData, seq_len: int, batch_size: int = TEXTS_PER_BATCH
+) -> np.ndarray:
     """Mean over tokens of the last layer's output, normalised [N, D]: sentence-transformers' mean pooling.
 
     Args:
         model: an encoder in eval mode, whose tokens are `data`'s.
+        batch_size: texts at once, the shorter ones padded.
     """
     tokenizer = type(data.tokenizer).from_str(data.tokenizer.to_str())  # a copy: truncation is a tokenizer's state
     tokenizer.enable_truncation(seq_len)
     rows = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     vectors = np.zeros((len(rows), model.config.hidden_size), dtype=np.float32)
-    for start in range(0, len(order), TEXTS_PER_BATCH):
-        part = order[start : start + TEXTS_PER_BATCH]
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
         ids = pad_sequence([rows[i] for i in part], batch_first=True, padding_value=data.special.pad)
         mask = pad_sequence([torch.ones_like(rows[i]) for i in part], batch_first=True)
         hidden = model(ids, attention_mask=mask).last_hidden_state.float()
@@ -189,7 +192,7 @@ def probe(
         if not path.exists():
             model = _encoder(folder) if model is None else model
             read = partial(sentence_vectors, model, data=data, seq_len=config.seq_len)
-            made = _outcome(read, name, config, data)
+            made = outcome_of(read, name, config, data)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, "wb") as file:
                 np.savez_compressed(file, predicted=made.predicted, labels=made.labels, note=made.note)
@@ -215,7 +218,7 @@ def bag_of_words(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[s
             rows = data.task(name, config.max_train_rows, config.max_eval_rows)
             texts = [text for column in rows.task.columns for text in rows.train[column]]
             words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-        found[name] = _outcome(words.fit(texts).transform, name, config, data)
+        found[name] = outcome_of(words.fit(texts).transform, name, config, data)
     return found
 
 
@@ -233,7 +236,7 @@ def majority(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, 
     return found
 
 
-def _outcome(read: Read, name: str, config: ProbeConfig, data: TrainingData) -> Outcome:
+def outcome_of(read: Read, name: str, config: ProbeConfig, data: TrainingData) -> Outcome:
     """Of the vectors that `read` gives: a probe's predictions, or of retrieval the rank (from 1) of each paragraph."""
     if name == RETRIEVAL:
         questions, paragraphs, right = _questions(config, data)

@@ -107,6 +107,7 @@ def test_help_imports_nothing_heavy():
         (["run", "--cluster", "c", "--model", "m", "--text", "caf\udce9"], [r"--text 'caf\udce9' is not UTF-8 text"]),
         (["plan", "--wire", "float8"], ["--wire float8", "bfloat16"]),
         (["plan", "--bandwidth", "125,500", "--output", "x.json"], ["--output x.json", "several"]),
+        (["plan", "--advise", "--output", "x.json"], ["--output x.json", "--advise compares several"]),
         (["profile", "--output", "x", "--device", "toaster"], ["--device toaster", "jetson-tx2"]),
     ],
 )
@@ -490,7 +491,6 @@ def test_doctor_speaks_plainly(capsys, monkeypatch):
         "Disk",
         "GPU",
         "Emulated cluster",
-        "Link delay",
     ):
         assert f"{name} " in output
     assert "DETRANSFORMER_DATA names /nowhere/data, which is not a folder" in output

@@ -23,10 +23,7 @@ from detransformer.cluster.devices import DEVICES, DeviceError, DeviceLost, Devi
 from detransformer.cluster.jobs import link_rounds
 from detransformer.cluster.network import (
     EmulatedNetwork,
-    Shape,
-    can_delay,
     can_emulate,
-    disciplines,
     remove_stale_namespaces,
 )
 from detransformer.cluster.pacing import Arrivals, Pacer, seconds_of, timeline_rows
@@ -36,6 +33,8 @@ from detransformer.cluster.session import EmulatedCluster
 from detransformer.models import preset_config
 from detransformer.parallel.layer import STRATEGIES
 from detransformer.parallel.plan import published_plan
+from detransformer.planning.cost import predict
+from detransformer.planning.profile import LinkProfile
 
 needs_namespaces = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 
@@ -198,13 +197,14 @@ def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
 
 def test_bench_names_what_makes_a_row_invalid():
     good = dict(bandwidth_mbps=100, link_min_mbps=95.0, link_max_mbps=96.0, pacing_error=0.001, pacing_overrun=0.0)
-    good |= dict(max_abs_error=1e-6, relative_error=1e-7, host_steal=0.0, wire="float32")
+    good |= dict(max_abs_error=1e-6, relative_error=1e-7, host_steal=0.0, wire="float32", packet_error_ms=0.1)
     assert why_invalid(good) == ""
     assert why_invalid(good | dict(link_min_mbps=float("nan"), link_max_mbps=float("nan"))) == ""
     for fields, words in [
         (dict(link_min_mbps=80.0), "carried 80 of 100 Mbps"),
         (dict(link_max_mbps=100.5), "carried 100.5 Mbps, more than"),
         (dict(pacing_error=0.05), "paced 5.0% too slow"),
+        (dict(packet_error_ms=-0.8), "-0.80 ms more than the links' delay"),
         (dict(pacing_overrun=0.5), "late by 50.0%"),
         (dict(host_steal=0.4), "took 40%"),
         (dict(max_abs_error=1.0), "differs"),
@@ -482,24 +482,43 @@ def test_shaped_links_carry_their_rate_and_never_more():
 
 
 @needs_namespaces
-def test_delay_where_the_kernel_has_netem():
-    """Elsewhere one sentence says that it has not."""
-    delays, why = can_delay()
-    if not delays:
-        with pytest.raises(ValueError, match="no netem .* sch_netem"):
-            EmulatedCluster(2, delay_s=0.02, transport="namespaces")
-        return
-    with EmulatedCluster(2, bandwidth_bps=100e6, delay_s=0.02, transport="namespaces") as session:
+def test_packets_of_a_delayed_link_are_late_and_its_rate_is_kept():
+    """One way, any two devices; a changed delay counts from then on, also at a time scale."""
+    with EmulatedCluster(2, bandwidth_bps=50e6, delay_s=0.02, transport="namespaces") as session:
+        assert 0.02 <= session.packet_s() < 0.06
         results = session.run("time_collective", kind="send", num_floats=1, num_devices=2, repeats=3)
-        assert 0.02 <= min(results[1]["seconds"]) < 0.06
+        assert min(results[1]["seconds"]) >= 0.02
+        waited = [
+            profile.collective_s("send", 4, 2)
+            for profile in (session.profile(preset_config("bert-base")).link, LinkProfile(50e6))
+        ]
+        assert waited[0] - waited[1] == pytest.approx(2 * 0.02)
+        session.delay_s = 0.01
+        session.set_link(50e6, time_scale=2.0)
+        assert 0.01 <= session.packet_s() < 0.03
+        check = dict(num_devices=2, link_bytes=3_000_000, segment_s=0.01, num_segments=1)
+        seconds = transfer_seconds(session.run("self_check", **check))
+        assert all(0.6 * 25 < 8 * 3 / s <= 25 for s in seconds.values())
 
 
-def test_a_delayed_link_is_netem_around_the_token_bucket():
-    shape = Shape(125e6, delay_s=0.002, jitter_s=0.0005)
-    (bucket,) = disciplines(shape, delayed=False)
-    outer, inner = disciplines(shape, delayed=True)
-    assert (outer["kind"], outer["delay"], outer["jitter"]) == ("netem", 2000, 500)  # in microseconds
-    assert inner == bucket | {"parent": "1:1"} and bucket["rate"] == 125e6 / 8
+@needs_namespaces
+def test_a_shared_medium_carries_one_message_at_a_time_and_is_priced_so(cases, tmp_path):
+    """All that four devices send together has the rate: the kernel's counters, and what is priced, say how long."""
+    case, rate_bps = cases["original"], 20e6
+    plan = published_plan("tp", case.config, [1.0] * 4)
+    with EmulatedCluster(4, bandwidth_bps=rate_bps, shared=True, transport="namespaces") as session:
+        profile = session.profile(case.config)
+        files = dict(checkpoint=case.checkpoint, inputs=case.request(tmp_path, 4, 64)[0])
+        results = session.run("run_plan", plan=plan.to_dict(), repeats=2, **files)
+        sent = sum(result["samples"][1]["link_bytes"] for result in results)
+        counted = sum(sum(result["bytes"].values()) for result in results)
+        assert counted < sent < 1.3 * counted  # headers and acknowledgements
+        assert max(result["samples"][1]["latency_s"] for result in results) >= 8 * counted / rate_bps
+    switched = replace(profile, link=replace(profile.link, shared=False))
+    shared, own = (predict(case.config, plan, where, 64, 4) for where in (profile, switched))
+    num_bytes, rate = sum(own.bytes.values()), profile.link.efficiency["*"] * rate_bps
+    assert shared.bytes == own.bytes and counted == 4 * num_bytes
+    assert shared.latency_s - own.latency_s == pytest.approx(8 * 3 * num_bytes / rate)
 
 
 @needs_namespaces

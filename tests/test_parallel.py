@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.comm import Comm, decode, encode
+from detransformer.parallel.codec import decode, encode
+from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.linear import Linear, StackedLinear, input_major
 from detransformer.parallel.plan import layer_plan, published_plan
@@ -20,8 +21,8 @@ from detransformer.planning.tape import Start
 # float64: what is left is the order of summation
 TOLERANCE = 1e-12
 # RMS error over the RMS of the output, of a 5-layer model whose every message is rounded: 8 bits of mantissa err by up
-# to 0.4% a number, 127 steps a row's largest by up to 0.4% of that, and errors add up over layers.
-WIRE_TOLERANCE = {"bfloat16": 0.02, "int8": 0.05}
+# to 0.4% a number, 127 steps a row's largest by up to 0.4% of that, 7 steps by up to 7%, and errors add up over layers.
+WIRE_TOLERANCE = {"bfloat16": 0.02, "int8": 0.05, "int4": 0.5}
 UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 ORIGINAL = ("single", "dp", "pp", "tp", "sp", "ulysses", "galaxy")
 BLOCKS = ("bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
@@ -126,7 +127,7 @@ def test_lengths_and_batches(cluster, cases, tmp_path, model, method, num_chunks
     check(case, plan, run(cluster, case, plan, reference, inputs=inputs), seq_len, batch_size)
 
 
-@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+@pytest.mark.parametrize("wire", WIRE_TOLERANCE)
 @pytest.mark.parametrize(
     "model, method", [("original", m) for m in ORIGINAL if m != "single"] + [("decoupled", m) for m in BLOCKS]
 )
@@ -145,16 +146,32 @@ def test_wire_formats(cluster, cases, model, method, wire):
 
 
 def test_wire_messages_keep_what_they_carry():
-    """bfloat16 keeps 8 bits of mantissa; int8 errs by half a step of its row's largest; zeros and signs stay."""
+    """bfloat16 keeps 8 bits of mantissa; int8 and int4 err by half a step of the largest; zeros and signs stay."""
     x = torch.randn(3, 5, 7, dtype=torch.float64) * 10.0 ** torch.arange(-8, 7).reshape(3, 5, 1)
     x[1, 2] = 0
-    for number_format, relative in (("float32", 0), ("bfloat16", 2**-8), ("int8", 0.5001 / 127)):
+    formats = ("float32", 0), ("bfloat16", 2**-8), ("int8", 0.5001 / 127), ("int4", 0.5 / 7 + 2**-8)
+    for number_format, relative in formats:
         message = torch.zeros(message_bytes(x.shape, number_format, 8), dtype=torch.uint8)
         encode(x, number_format, message)
         back = decode(message, x.shape, number_format, x.dtype)
         assert ((back - x).abs() <= relative * x.abs().amax(-1, keepdim=True)).all()
         assert (back[1, 2] == 0).all()
     assert message_bytes((4, 96), "int8") == 4 * 4 + 4 * 96  # the rows' scales travel in front of them
+    assert message_bytes((4, 96), "int4") == 4 * 3 * (2 + 16)  # a scale for 32 numbers
+
+
+def test_messages_of_tokens_keep_what_tokens_have_in_common():
+    """K and V [2, t, B, n]: equal tokens of a segment stay as they are in int8, as do tokens of few other vectors."""
+    torch.manual_seed(0)
+    segments = torch.randn(2, 2, 3, 40, dtype=torch.float64)
+    x = torch.cat([segments[:, :1].expand(-1, 8, -1, -1), segments[:, 1:].expand(-1, 5, -1, -1)], dim=1)
+    few = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)[None, :, None, None].expand(2, 16, 3, 40)
+    for number_format, tokens, num_bytes in (("means8", x, 2 * 2 * 3 * 44), ("vq4", few, 2 * 3 * 44 + 512 + 240)):
+        message = torch.zeros(message_bytes(tokens.shape, number_format, 8), dtype=torch.uint8)
+        encode(tokens, number_format, message)
+        back = decode(message, tokens.shape, number_format, tokens.dtype)
+        assert ((back - tokens).abs() <= 0.5001 / 127 * tokens.abs().amax(-1, keepdim=True)).all()
+        assert num_bytes <= len(message) < num_bytes + 16
 
 
 @pytest.mark.parametrize("wire", ["fp8", ""])

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -59,10 +60,29 @@ def test_a_cluster_of_real_hosts(tmp_path):
     profile = spec.profile(CONFIG)
     assert [device.name for device in profile.devices] == ["pi1", "desk", "tx2"]
     assert (profile.link.bandwidth_bps, profile.link.shares) == (200e6, (1.0, 0.5, 1.0))
-    assert profile.link.step_latency_s["*"] == pytest.approx(2.2e-3)
+    assert profile.link.delay_s == 2e-3 and profile.link.step_latency_s == LinkProfile(1.0).step_latency_s
     cluster = load(tmp_path, REAL.replace(", delay_ms: 2", "")).emulate(transport="loopback", bandwidth_bps=50e6)
     assert cluster.profile_name.startswith("Raspberry Pi 4B with 3000 MiB, Raspberry Pi 4B at 2x speed on a 0.5x link")
     assert (cluster.bandwidth_bps, cluster.num_devices) == (50e6, 3)
+
+
+def test_one_air_is_priced_and_emulated_as_one(tmp_path):
+    """Four devices take turns: a gather takes as long as all they send, one message as long as itself."""
+    spec = load(
+        tmp_path,
+        "emulated: true\nlink: {bandwidth_mbps: 50, shared: true}\ndevices: [{device: rpi4b}, {device: rpi4b}]",
+    )
+    cluster, link = spec.emulate(transport="loopback"), spec.profile(CONFIG).link
+    assert cluster.shared and cluster.link == "shared modelled" and cluster.profile(CONFIG).link == link
+    own = replace(link, shared=False)
+    rate = 0.94 * 50e6
+    for kind, sent in (("all_gather", [1000, 5000]), ("all_to_all", [4000, 2000])):
+        alone_s = own.exchange_s(kind, [0, 0], [0, 0], [1, 1], 2)
+        assert link.exchange_s(kind, sent, sent[::-1], [1, 1], 2) - alone_s == pytest.approx(8 * 6000 / rate)
+        assert own.exchange_s(kind, sent, sent[::-1], [1, 1], 2) - alone_s == pytest.approx(8 * max(sent) / rate)
+    assert link.collective_s("send", 9000, 2) == own.collective_s("send", 9000, 2)
+    with pytest.raises(ValueError, match="of a shared medium"):
+        replace(link, shares=(1.0, 0.5))
 
 
 def test_defaults(tmp_path):
@@ -103,6 +123,11 @@ ONE = "devices: [{name: a, address: 10.0.0.1, device: rpi4b}]\n"
             "link.bandwidth_mbps 0 is wrong: input should be greater",
         ),
         (ONE + "link: {delay_ms: -1}", "link.delay_ms -1 is wrong: input should be greater than or equal to 0"),
+        (ONE + "link: {shared: 1}", "link.shared 1 is wrong: input should be a valid boolean"),
+        (
+            "link: {shared: true}\ndevices: [{name: a, address: 10.0.0.1, device: rpi4b, bandwidth_mbps: 5}]",
+            "(a).bandwidth_mbps stands beside link.shared: one medium has one rate",
+        ),
         (ONE + "link: {kind: best}", "link.kind is not a known key; choose from bandwidth_mbps"),
         (
             ONE + "rendezvous: {port: 70000}",

@@ -14,6 +14,7 @@ from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import STRATEGIES, KeyValueCache
 from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
+from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.recorder import device_steps, segments
 from detransformer.planning.tape import Compute, Start, Step, Tape, TapeComm
@@ -82,7 +83,7 @@ def test_layers_put_together_are_the_whole_request(models, model, strategy, num_
         check(models[model], layer_plan("test", config, names, UNEVEN[num_devices]), past=7)
 
 
-@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+@pytest.mark.parametrize("wire", WIRE_FORMATS[1:])
 @pytest.mark.parametrize("strategy", ORIGINAL)
 def test_compressed_messages_are_recorded_as_they_are_sent(models, strategy, wire):
     config, _ = models["bert, decoupled"]

@@ -1,6 +1,7 @@
 """A wired model computes what the executor's devices compute over real messages, and is left as it was."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 from conftest import SIZES
 from detransformer.models import decouple, layer_kinds, preset_config
 from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.wire import TOKEN_FORMATS
 from detransformer.parallel.wire_model import wire_plan, wired
 
 # float64, the same operations in the same order; only gloo's all_reduce, of the float32 format, has an order of its own
@@ -25,7 +27,7 @@ TOLERANCE = 1e-12
 UNEVEN = {2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 ORIGINAL = ("tp", "sp", "ulysses", "galaxy")
 BLOCKS = ("bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
-WIRES = ("float32", "bfloat16", "int8")
+WIRES = ("float32", "bfloat16", "int8", "int4")
 
 
 def on_devices(cluster, case, plan, inputs, folder) -> dict[str, torch.Tensor]:
@@ -66,6 +68,23 @@ def test_it_is_what_devices_compute(cluster, cases, tmp_path, model, method, wir
     plain = case.model(**load_file(case.inputs))
     error = (ours.last_hidden_state - plain.last_hidden_state).abs().max()
     assert error < TOLERANCE if wire == "float32" else error > 1e-6
+
+
+@pytest.mark.parametrize("wire", TOKEN_FORMATS)
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_approximate_tokens_are_those_of_other_devices_alone(cluster, cases, tmp_path, wire, num_chunks):
+    """As devices compute it; one device knows all tokens, and what travels besides K and V is int8."""
+    case = cases["original"]
+    plan = replace(published_plan("sp", case.config, UNEVEN[3], wire), num_chunks=num_chunks)
+    ours = check(cluster, case, plan, tmp_path)
+    plain = case.model(**load_file(case.inputs)).last_hidden_state
+    assert 1e-5 < ((ours.last_hidden_state - plain).square().mean() / plain.square().mean()).sqrt() < 1
+    for method, devices in (("tp", 3), ("ulysses", 3), ("sp", 1)):
+        ours, rounded = (
+            check(cluster, case, published_plan(method, case.config, UNEVEN.get(devices, [1.0]), name), tmp_path)
+            for name in (wire, "int8")
+        )
+        assert torch.equal(ours.last_hidden_state, rounded.last_hidden_state)
 
 
 @pytest.mark.parametrize("first, last", [("ulysses", "tensor"), ("heads", "sequence"), ("replicate", "ulysses")])
@@ -149,6 +168,7 @@ def test_the_plan_for_scores(num_divisions, heads, expected):
     assert plan.num_devices == expected and plan.wire == "bfloat16" and plan == wire_plan(config, wire="bfloat16")
     original = "heads" if heads >= expected else "sequence"
     assert plan.strategies.count(original) == (4 if num_divisions else 12)
+    assert "sequence" in wire_plan(config, wire="means8").strategies
 
 
 def test_what_cannot_be_wired_is_one_sentence(cases):

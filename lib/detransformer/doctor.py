@@ -99,14 +99,12 @@ def usable_gpu() -> bool:
 
 
 def network() -> list[Finding]:
-    """Makes and removes a small network of namespaces with shaped links, and tries to give links latency."""
-    from detransformer.cluster.network import can_delay, can_emulate
+    """Makes and removes a small network of namespaces with shaped links."""
+    from detransformer.cluster.network import can_emulate
 
     return [
         _enough("Emulated cluster", *can_emulate(),
                 "run as root (or with CAP_NET_ADMIN and CAP_SYS_ADMIN); until then links are modelled in the process."),
-        _enough("Link delay", *can_delay(),
-                "only `detransformer bench --delay` and `--jitter` need it: a kernel with sch_netem, as root."),
     ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ USES = {
     "10_generation": ("04_profiling",),
     "12_comparison": ("02_pretraining", "11_decomposition"),
     "13_aggregation": ("02_pretraining", "12_comparison"),
+    "14_slow_links": ("04_profiling",),
     "16_summary": ("02_pretraining", "03_accuracy", "06_latency", "07_peers"),
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import psutil
 from tqdm.auto import tqdm
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import PretrainedConfig
 
 from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.checkpoints import (
@@ -38,7 +38,7 @@ from detransformer.cluster.selfcheck import (
 )
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
-from detransformer.models.configuration import PRESETS, config_fields, decoupled_config, preset_config
+from detransformer.models.configuration import PRESETS, decoupled_config, original_config, preset_config
 from detransformer.opening import open_checkpoint
 from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import Prediction, alone_seconds, predict
@@ -108,7 +108,7 @@ class Bench:
             sizes = dict(seq_len=cell.seq_len, batch_size=cell.batch_size)
             budget = self.memory_budget_bytes
             taken = plan or method_plan(cell.method, config, profile, cell.wire, memory_budget_bytes=budget, **sizes)
-            alone_s = alone_seconds(_original(config), profile, taken.device_ids, **sizes)
+            alone_s = alone_seconds(original_config(config), profile, taken.device_ids, **sizes)
             limit_s = 1 / sum(1 / seconds for seconds in alone_s)
             prediction = predict(config, taken, profile, **sizes)
             self._cases[cell, plan] = Case(cell, config, self.every_device(cell), taken, prediction, limit_s)
@@ -338,13 +338,6 @@ def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
     conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
     events = [r["samples"][0]["events"] for r in runs[median]]
     return [conditions | part for part in timeline_rows(events, row["time_scale"])]
-
-
-def _original(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration that `config` was decoupled from, or itself."""
-    added = ("num_original_layers", "num_divisions", "attention_width")
-    kind = CONFIG_MAPPING[config.model_type.removeprefix("decoupled_")]
-    return kind(**{name: value for name, value in config_fields(config).items() if name not in added})
 
 
 def measure_grid(

@@ -168,6 +168,7 @@ def cluster_profile(
     link: LinkProfile | None = None,
     pace: str = "measured",
     efficiency: Sequence | None = None,
+    shared: bool = False,
 ) -> ClusterProfile:
     """Devices and links on a model of `config`.
 
@@ -177,14 +178,14 @@ def cluster_profile(
             device itself, where it has a profile, or else on a core as in `efficiency`; `roofline`: all shares compute
             at the whole layer's rate, but no product is faster than its weights are read.
         efficiency: rows of `DeviceProfile.efficiency`; None: those that come with the package.
+        shared: as in `LinkProfile`.
     """
     if pace not in PACES:
         raise ValueError(f"pace={pace!r} is unknown: choose one of {', '.join(PACES)}.")
     devices = tuple(spec.on(config, pace, efficiency) for spec in specs)
-    shares = link_shares(specs)
     known = link or LinkProfile(bandwidth_bps)
-    steps = {name: step_s + delay_s for name, step_s in known.step_latency_s.items()}
-    return ClusterProfile(devices, replace(known, bandwidth_bps=bandwidth_bps, step_latency_s=steps, shares=shares))
+    link_now = dict(bandwidth_bps=bandwidth_bps, shares=link_shares(specs), shared=shared, delay_s=delay_s)
+    return ClusterProfile(devices, replace(known, **link_now))
 
 
 def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:

@@ -247,11 +247,17 @@ def output_errors(outputs: Tensors, expected: Tensors) -> dict[str, float]:
 
 
 def self_check(
-    state: WorkerState, num_devices: int, link_bytes: int, segment_s: float, num_segments: int
+    state: WorkerState,
+    num_devices: int,
+    link_bytes: int,
+    segment_s: float,
+    num_segments: int,
+    in_turn: bool = False,
 ) -> dict | None:
     """Sends `link_bytes` over every link (0: over none), then paces `num_segments` segments that compute nothing.
 
-    Links are checked one direction at a time: with both at once, acknowledgements would wait behind data. Returns
+    Links are checked one direction at a time: with both at once, acknowledgements would wait behind data; and `in_turn`
+    one after another, where they share a medium. Returns
     `sent` and `received`, (from, to, seconds on the host's clock) of each transfer's start and end as this device saw
     it, and `pacing_error`, the relative excess of the segments' time.
     """
@@ -261,7 +267,8 @@ def self_check(
     comm = state.comm(tuple(range(n)))
     result: dict = {"sent": [], "received": []}
     buffer = torch.zeros(link_bytes, dtype=torch.uint8)
-    for pairs in link_rounds(n) if link_bytes else []:
+    rounds = link_rounds(n) if link_bytes else []
+    for pairs in [[pair] for part in rounds for pair in part] if in_turn else rounds:
         comm.barrier()
         for source, target in pairs:
             if state.rank == source:

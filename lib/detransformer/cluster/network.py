@@ -2,8 +2,8 @@
 
 Each device is a network namespace with one interface; its cable ends at a bridge in a separate namespace. A token
 bucket (tbf) shapes both ends of the cable, so a device sends and receives at most at the link's rate, as on a
-full-duplex switch port. Latency and jitter are netem's, where the kernel has it: it delays a device's packets before
-they reach the bucket. Nothing touches the host's own interfaces.
+full-duplex switch port. Where packets are delayed, or devices share one medium, a switch in user space stands in the
+bridge's place (`cluster.switch`). Nothing touches the host's own interfaces.
 
 The namespaces belong to a small keeper process (this module run with `-m`), which removes them when its input closes,
 also when the process that asked for them was killed. Names start with `dtf<pid of the keeper>`; the leftovers of a
@@ -17,8 +17,11 @@ import json
 import os
 import re
 import signal
+import socket
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +29,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from detransformer.cluster.switch import Switch, finish_checksums
+
 Result = TypeVar("Result")
 PREFIX = "dtf"
 INTERFACE = "eth0"
 SUBNET = "10.77.0"
 BURST_BYTES = 10_000  # a few MTU: with a 32 kB bucket small messages exceed the line rate
 QUEUE_BYTES = 4_000_000  # deep enough that an all_to_all's incast is delayed, not dropped
-DELAYED_PACKETS = 10_000  # netem's queue, longer than fits in QUEUE_BYTES
+TIMED_PACKETS = 21  # whose median is the delay that was measured
 _CLONE_NEWNET = 0x40000000
 
 
@@ -67,28 +72,16 @@ def can_emulate() -> tuple[bool, str]:
     return True, "network namespaces, veth, bridge and tbf work"
 
 
-@functools.cache
-def can_delay() -> tuple[bool, str]:
-    """Whether this kernel can add latency to links (netem), by trying, and the reason."""
-    permitted, why = can_emulate()
-    if not permitted:
-        return False, why
-    try:
-        with EmulatedNetwork(2, 100e6, delay_s=0.001, jitter_s=0.0001):
-            return True, "netem adds latency and jitter"
-    except OSError as error:
-        return False, f"this kernel has no netem queueing discipline ({error})"
-
-
 class EmulatedNetwork:
     """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
 
     `namespaces` and `switch`, the bridge's, are known once entered; `addresses` before.
 
     Args:
-        delay_s: one way, between any two devices; needs netem.
-        jitter_s: largest deviation of a packet's delay, which can reorder packets; needs netem.
+        delay_s: one way, between any two devices.
+        jitter_s: largest deviation of a packet's delay, which can reorder packets.
         shares: each link's part of the rate, one a device; empty: all have the whole of it.
+        shared: one medium, on which the devices take turns: all that they send together has the rate.
 
     Raises:
         OSError: on entering, where the kernel does not permit it, with the reason.
@@ -101,9 +94,10 @@ class EmulatedNetwork:
         delay_s: float = 0.0,
         jitter_s: float = 0.0,
         shares: Sequence[float] = (),
+        shared: bool = False,
     ):
         self.num_devices = num_devices
-        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, shares)
+        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, shares, shared)
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(num_devices)]
         self.namespaces: list[str] = []
         self.switch = ""
@@ -134,11 +128,30 @@ class EmulatedNetwork:
         return answer["names"]
 
     def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
-        """Changes the rate, and the latency of a network that was made with a delay. Connections stay open."""
+        """Changes the rate, and the latency of a network that was made with some. Connections stay open."""
         self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, delay_s=delay_s, jitter_s=jitter_s)
         self._keeper.stdin.write(f"{json.dumps(asdict(self.shape))}\n")
         self._keeper.stdin.flush()
         self._answer()
+
+    def packet_s(self) -> float:
+        """Seconds that an empty packet takes from the first device to the last: the median of some, sent in turn."""
+
+        def endpoint() -> socket.socket:
+            made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            made.bind(("", 0))
+            made.settimeout(10 + 2 * self.shape.delay_s)
+            return made
+
+        seconds = []
+        with inside(self.namespaces[0], endpoint) as here, inside(self.namespaces[-1], endpoint) as there:
+            target = self.addresses[-1], there.getsockname()[1]
+            for _ in range(TIMED_PACKETS + 1):  # before the first one, addresses are resolved
+                start = time.perf_counter()
+                here.sendto(b"", target)
+                there.recv(1)
+                seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
 
     def close(self) -> None:
         """Removes the namespaces; safe to call twice."""
@@ -152,32 +165,40 @@ class EmulatedNetwork:
 
 @dataclass(frozen=True)
 class Shape:
-    """The links' rate and latency; `shares` as in `EmulatedNetwork`."""
+    """The links' rate and latency; fields as in `EmulatedNetwork`."""
 
     bandwidth_bps: float
     delay_s: float = 0.0
     jitter_s: float = 0.0
     shares: Sequence[float] = ()
+    shared: bool = False
 
-    def of(self, device: int) -> "Shape":
-        """The shape of one device's link."""
-        share = self.shares[device] if self.shares else 1.0
-        return replace(self, bandwidth_bps=share * self.bandwidth_bps, shares=())
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernel's bridge will do."""
+        return not (self.delay_s or self.jitter_s or self.shared)
 
 
-def _build(switch: str, devices: Sequence[str], shape: Shape) -> None:
-    """Makes the namespaces: a bridge in `switch`, and one interface in each of `devices`, joined by a cable."""
+def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:
+    """Makes the namespaces: a bridge in `switch`, and one interface in each of `devices`, joined by a cable.
+
+    Returns the switch that has to be run in the bridge's place, where one has.
+    """
     from pyroute2 import NetNS, netns
 
     for name in (switch, *devices):
         netns.create(name)
+    ports = [f"port{i}" for i in range(len(devices))]
     with NetNS(switch) as space:
-        space.link("add", ifname="br0", kind="bridge")
-        bridge = _index(space, "br0")
-        space.link("set", index=bridge, state="up")
-        for i, name in enumerate(devices):
-            space.link("add", ifname=f"port{i}", kind="veth", peer={"ifname": INTERFACE, "net_ns_fd": name})
-            space.link("set", index=_index(space, f"port{i}"), master=bridge, state="up")
+        for port, name in zip(ports, devices, strict=True):
+            space.link("add", ifname=port, kind="veth", peer={"ifname": INTERFACE, "net_ns_fd": name})
+            space.link("set", index=_index(space, port), state="up")
+        if shape.is_plain:
+            space.link("add", ifname="br0", kind="bridge")
+            bridge = _index(space, "br0")
+            space.link("set", index=bridge, state="up")
+            for port in ports:
+                space.link("set", index=_index(space, port), master=bridge)
     for i, name in enumerate(devices):
         with NetNS(name) as space:
             interface = _index(space, INTERFACE)
@@ -185,37 +206,25 @@ def _build(switch: str, devices: Sequence[str], shape: Shape) -> None:
             space.link("set", index=interface, state="up")
             space.link("set", index=_index(space, "lo"), state="up")
     _set_shape("add", switch, devices, shape)
+    if shape.is_plain:
+        return None
+    for name in devices:
+        inside(name, lambda: finish_checksums(INTERFACE))
+    return inside(switch, lambda: Switch(ports, shape, QUEUE_BYTES))
 
 
 def _set_shape(action: str, switch: str, devices: Sequence[str], shape: Shape) -> None:
-    """Shapes both ends of every cable (`action` add or change).
-
-    Only the device's end delays, so that the delay counts once on the way from any device to any other.
-    """
+    """Shapes both ends of every cable (`action` add or change)."""
     from pyroute2 import NetNS
 
-    delayed = shape.delay_s > 0 or shape.jitter_s > 0
-    ends = {switch: [(f"port{i}", i, False) for i in range(len(devices))]}
-    ends |= {name: [(INTERFACE, i, delayed)] for i, name in enumerate(devices)}
+    ends = {switch: [(f"port{i}", i) for i in range(len(devices))]}
+    ends |= {name: [(INTERFACE, i)] for i, name in enumerate(devices)}
     for namespace, interfaces in ends.items():
         with NetNS(namespace) as space:
-            for interface, i, delays in interfaces:
-                index = _index(space, interface)
-                for discipline in disciplines(shape.of(i), delays):
-                    space.tc(action, index=index, **discipline)
-
-
-def disciplines(shape: Shape, delayed: bool) -> list[dict]:
-    """The queueing disciplines of one interface, outermost first, as arguments of pyroute2's `tc`.
-
-    A token bucket alone, or netem with the token bucket in it: packets are delayed, then sent at the rate.
-    """
-    rate = int(shape.bandwidth_bps / 8)  # bytes per second
-    bucket = {"kind": "tbf", "handle": "2:", "rate": rate, "burst": BURST_BYTES, "limit": QUEUE_BYTES}
-    if not delayed:
-        return [bucket]
-    microseconds = {"delay": round(shape.delay_s * 1e6), "jitter": round(shape.jitter_s * 1e6)}
-    return [{"kind": "netem", "handle": "1:", "limit": DELAYED_PACKETS, **microseconds}, bucket | {"parent": "1:1"}]
+            for interface, i in interfaces:
+                share = shape.shares[i] if shape.shares else 1.0
+                bucket = {"rate": int(share * shape.bandwidth_bps / 8), "burst": BURST_BYTES, "limit": QUEUE_BYTES}
+                space.tc(action, kind="tbf", index=_index(space, interface), handle="2:", **bucket)
 
 
 def _keep(num_devices: int, shape: Shape) -> None:
@@ -227,10 +236,15 @@ def _keep(num_devices: int, shape: Shape) -> None:
     prefix = f"{PREFIX}{os.getpid()}"
     switch, devices = f"{prefix}-sw", [f"{prefix}-d{i}" for i in range(num_devices)]
     try:
-        _build(switch, devices, shape)
+        in_user_space = _build(switch, devices, shape)
+        if in_user_space:
+            threading.Thread(target=in_user_space.run, daemon=True).start()
         print(json.dumps({"names": [switch, *devices]}), flush=True)
         for line in sys.stdin:
-            _set_shape("change", switch, devices, Shape(**json.loads(line)))
+            shape = Shape(**json.loads(line))
+            _set_shape("change", switch, devices, shape)
+            if in_user_space:
+                in_user_space.medium = shape
             print(json.dumps({"names": []}), flush=True)
     except Exception as error:  # NetlinkError, PermissionError, a missing module: the parent reports it
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)

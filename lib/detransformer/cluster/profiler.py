@@ -21,7 +21,8 @@ from detransformer.cluster.devices import EFFICIENCY, EFFICIENCY_COLUMNS, effici
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.files import atomic_write
 from detransformer.models.configuration import config_fields, layer_kinds, preset_config
-from detransformer.parallel.comm import Comm, Pending, decode
+from detransformer.parallel.codec import decode
+from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.layer import STRATEGIES, Request
 from detransformer.parallel.plan import layer_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
@@ -163,18 +164,19 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
             num_bytes = max(r["bytes"] for r in results)
             rows.append((kind, num_bytes, statistics.median(seconds) / cluster.time_scale))
     frame = pd.DataFrame(rows, columns=["kind", "num_bytes", "latency_s"])
+    ideal = LinkProfile(cluster.bandwidth_bps, {"*": 0.0}, {"*": 1.0}, shared=cluster.shared)
     latency, efficiency = {}, {}
     for kind, part in frame.groupby("kind"):
         # Relative errors count: a millisecond matters more on a small message than on a large one.
         weight = 1 / part["latency_s"].to_numpy()
         steps = np.full(len(part), latency_steps(kind, n), float)
-        columns = np.stack([steps, 8 * part["num_bytes"].to_numpy()], axis=1)
-        (step_s, s_per_bit), *_ = np.linalg.lstsq(columns * weight[:, None], np.ones(len(part)), rcond=None)
+        columns = np.stack([steps, [ideal.collective_s(kind, size, n) for size in part["num_bytes"]]], axis=1)
+        (step_s, over_ideal), *_ = np.linalg.lstsq(columns * weight[:, None], np.ones(len(part)), rcond=None)
         latency[kind] = max(float(step_s), 0.0)
-        efficiency[kind] = float(min(1.0, 1 / (s_per_bit * cluster.bandwidth_bps)))
+        efficiency[kind] = float(min(1.0, 1 / over_ideal))
     latency["*"], efficiency["*"] = latency["send"], efficiency["send"]
     source = f"measured on {n} devices at {cluster.bandwidth_bps / 1e6:g} Mbps ({cluster.link})"
-    link = LinkProfile(cluster.bandwidth_bps, latency, efficiency, source)
+    link = LinkProfile(cluster.bandwidth_bps, latency, efficiency, source, shared=cluster.shared)
     fitted = [link.collective_s(r.kind, r.num_bytes, n) for r in frame.itertuples()]
     return link, frame.assign(fitted_s=fitted)
 

@@ -8,6 +8,7 @@ error that names it (`fleet`).
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ from detransformer.cluster.devices import (
 )
 from detransformer.cluster.fleet import Fleet
 from detransformer.cluster.line import listen
-from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_delay, can_emulate
+from detransformer.cluster.network import INTERFACE, EmulatedNetwork, can_emulate
 from detransformer.cluster.pacing import Arrivals
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
@@ -53,7 +54,8 @@ class EmulatedCluster:
         bandwidth_bps: of every link, times the device's `link_share`; change it with `set_link`.
         transport: `auto` takes namespaces where they are permitted.
         threads: of each worker's compute.
-        delay_s, jitter_s: of a packet between two devices, one way; on shaped links where the kernel has netem.
+        delay_s, jitter_s: of a packet between two devices, one way; on shaped links alone.
+        shared: the links are one medium, such as Wi-Fi: all that the devices send together has the rate.
         pins: each device keeps to one core, in turn, and so do the threads that send its messages.
         home: settings that jobs find in `WorkerState.home`, such as the model's folder and the cluster file.
 
@@ -70,6 +72,7 @@ class EmulatedCluster:
         threads: int = 1,
         delay_s: float = 0.0,
         jitter_s: float = 0.0,
+        shared: bool = False,
         pins: bool = False,
         home: Mapping[str, str] | None = None,
     ):
@@ -89,18 +92,16 @@ class EmulatedCluster:
             if not permitted and transport == "namespaces":
                 raise ValueError(f"{why}: run as root on Linux, or use transport='loopback'.")
             transport = "namespaces" if permitted else "loopback"
-        if delay_s or jitter_s:
-            if transport == "loopback":
-                raise ValueError(
-                    "delay and jitter are set on shaped links, and these are modelled: leave them out, "
-                    "or use shaped links where network namespaces are permitted."
-                )
-            delays, why = can_delay()
-            if not delays:
-                raise ValueError(f"{why}: leave delay and jitter out, or run on a kernel with sch_netem.")
+        if (delay_s or jitter_s) and transport == "loopback":
+            raise ValueError(
+                "delay and jitter are set on shaped links, and these are modelled: leave them out, "
+                "or use shaped links where network namespaces are permitted."
+            )
+        if shared and link_shares(self.devices):
+            raise ValueError("a shared medium has one rate: give no device a link of its own.")
         self.num_devices, self.bandwidth_bps, self.time_scale = num_devices, bandwidth_bps, 1.0
         self.transport, self.threads, self.pins = transport, threads, pins
-        self.delay_s, self.jitter_s = delay_s, jitter_s
+        self.delay_s, self.jitter_s, self.shared = delay_s, jitter_s, shared
         self.folder: Path | None = None  # for files that live as long as the session
         self.fleet: Fleet | None = None
         self._home = dict(home or {})
@@ -119,8 +120,8 @@ class EmulatedCluster:
 
     @property
     def link(self) -> str:
-        """The links' name in table rows: `line-rate`, shaped by the kernel, or `modelled` in the process."""
-        return "line-rate" if self.transport == "namespaces" else "modelled"
+        """The links' name in table rows: `line-rate`, shaped by the kernel, or `modelled` in the process; `shared`."""
+        return ("shared " if self.shared else "") + ("line-rate" if self.transport == "namespaces" else "modelled")
 
     def profile(
         self,
@@ -131,14 +132,14 @@ class EmulatedCluster:
     ) -> ClusterProfile:
         """The devices of this cluster and its link at its present rate; arguments as in `cluster_profile`."""
         where = self.bandwidth_bps, self.delay_s, link
-        return cluster_profile(self.devices, config, *where, pace, efficiency)
+        return cluster_profile(self.devices, config, *where, pace, efficiency, self.shared)
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
         try:
             if self.transport == "namespaces":
-                latency = self.delay_s, self.jitter_s, self.link_shares
-                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, *latency).__enter__()
+                how = self.delay_s, self.jitter_s, self.link_shares, self.shared
+                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, *how).__enter__()
             Arrivals(self.folder / "arrivals", self.num_devices, create=True)
             self._start()
         except BaseException:
@@ -192,6 +193,10 @@ class EmulatedCluster:
         self.time_scale = time_scale
         if self._network:
             self._network.set_rate(bandwidth_bps / time_scale, self.delay_s * time_scale, self.jitter_s * time_scale)
+
+    def packet_s(self) -> float:
+        """Seconds of a packet from the first device to the last, in the devices' own; NaN where links are modelled."""
+        return self._network.packet_s() / self.time_scale if self._network else math.nan
 
     @property
     def lost(self) -> dict[int, str]:

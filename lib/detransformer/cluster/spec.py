@@ -38,11 +38,15 @@ class _Keys(BaseModel):
 
 
 class Link(_Keys):
-    """The links between the devices, alike except for a device's `bandwidth_mbps`."""
+    """The links between the devices, alike except for a device's `bandwidth_mbps`.
+
+    `shared`: one medium, such as Wi-Fi or a hub, whose rate all devices have together.
+    """
 
     bandwidth_mbps: Bandwidth = 125
     delay_ms: Delay = 0
     jitter_ms: Delay = 0
+    shared: StrictBool = False
 
 
 class Rendezvous(_Keys):
@@ -154,13 +158,14 @@ class ClusterSpec(_Keys):
         `bandwidth_bps`: instead of the file's.
         """
         where = bandwidth_bps or self.bandwidth_bps, self.delay_s
-        return cluster_profile(self.device_specs, config, *where, pace=pace)
+        return cluster_profile(self.device_specs, config, *where, pace=pace, shared=self.link.shared)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
         """This cluster emulated on one machine, whether the file is of real hosts or not; as in `EmulatedCluster`."""
         from detransformer.cluster.session import EmulatedCluster
 
         links = dict(bandwidth_bps=self.bandwidth_bps, delay_s=self.delay_s, jitter_s=self.jitter_s)
+        links["shared"] = self.link.shared
         return EmulatedCluster(len(self.members), self.device_specs, **links | overrides)
 
     def _wrong(self) -> str:
@@ -175,6 +180,8 @@ class ClusterSpec(_Keys):
                 return f"{key}.address {device.address!r} is neither an IPv4 address nor a host name"
             if not device.device and not device.profile:
                 return f"{key}.device is missing; give one of {', '.join(DEVICES)}, or a profile"
+            if self.link.shared and device.bandwidth_mbps:
+                return f"{key}.bandwidth_mbps stands beside link.shared: one medium has one rate; leave one out"
             if device.device and device.device not in DEVICES:
                 return f"{key}.device {device.device} is unknown; choose one of {', '.join(DEVICES)}"
             for j, other in enumerate(self.members[:i]):

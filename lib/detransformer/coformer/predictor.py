@@ -78,8 +78,9 @@ def latency(
     else:
         backbone = [float(predict(c)) for c, predict in zip(policy.sub_models, predictors, strict=True)]
     link, send = cluster.link, []
+    all_sent = sum(policy.widths) - policy.widths[central]
     for n, width in enumerate(policy.widths):
-        num_bytes = FLOAT_BYTES * tokens * width / link.share(n)
+        num_bytes = FLOAT_BYTES * tokens * (all_sent if link.shared else width) / link.share(n)
         send.append(0.0 if n == central else link.collective_s("send", num_bytes, policy.num_devices))
     operations = 2 * tokens * policy.widths[central] * sum(policy.widths)
     aggregate = cluster.devices[central].compute_s(operations, STRATEGY)

@@ -48,7 +48,7 @@ def bench(
     device: options.Preset = None,
     wire: Annotated[Literal[WIRE_FORMATS], typer.Option(help="Number format of messages.")] = "float32",
     delay: Annotated[
-        float | None, typer.Option(min=0, max=10_000, help="One-way, of a link in ms, where the kernel has netem.")
+        float | None, typer.Option(min=0, max=10_000, help="One-way, of a packet between two devices, in ms.")
     ] = None,
     jitter: Annotated[
         float | None, typer.Option(min=0, max=10_000, help="How far a packet's delay may lie from it, in ms.")

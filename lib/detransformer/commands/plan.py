@@ -44,25 +44,40 @@ def plan(
     batch_size: options.Batch = 1,
     wire: options.Wires = options.FLOAT32,
     explain: Annotated[bool, typer.Option("--explain", help="Say what limits the chosen plan.")] = False,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Say whether decoupling or compressing is worth it, and what it costs.")
+    ] = False,
     output: options.Output = None,
     pace: options.Pace = "measured",
 ) -> None:
-    """Predict every plan for a model on a cluster and say which is chosen; --output saves that one as JSON."""
+    """Predict every plan for a model on a cluster and say which is chosen; --output saves that one as JSON.
+
+    --advise compares the unmodified model, the decoupled one, and both with compressed messages (of --wire, else int8).
+    """
     spec = cluster_file(cluster, {"devices": devices, "device": device, "profile": profile})
     num_devices = len(spec.members) if spec else devices or 4
     rates = bandwidths_of(bandwidth, spec)
     if output and len(rates) > 1:
         raise ValueError(f"--output {output} takes the plan of one bandwidth, and --bandwidth names several.")
+    if output and advise:
+        raise ValueError(f"--output {output} takes a plan, and --advise compares several: leave one of them out.")
 
     from detransformer.cluster.devices import cluster_profile, device_specs
     from detransformer.files import atomic_write
-    from detransformer.models.configuration import max_tokens
+    from detransformer.models.configuration import decoupled_config, max_tokens, original_config
     from detransformer.planning.placement import bottleneck, place_freely
     from detransformer.planning.profile import ClusterProfile
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
     if seq_len > max_tokens(config):
         raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {max_tokens(config)}.")
+    if advise:
+        from detransformer.commands.advice import advice
+
+        original = original_config(config)
+        is_original = original.model_type == config.model_type
+        sizes = num_original_layers, num_divisions, attention_width
+        split = decoupled_config(original, *sizes) if is_original else config
     known = ClusterProfile.load(profile) if profile else None
     if known and len(known.devices) < num_devices:
         raise ValueError(
@@ -78,8 +93,15 @@ def plan(
         else:
             specs = device_specs(num_devices, device or "rpi4b")
             planned, name = cluster_profile(specs, config, mbps * 1e6, pace=pace), on_devices(specs)
+        request = dict(seq_len=seq_len, batch_size=batch_size, memory_budget_bytes=options.in_bytes(memory))
+        if advise:
+            compressed = next((word for word in wire if word != "float32"), "int8")
+            print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
+            prices, lines = advice(original, split, planned, compressed, request)
+            print("\n".join([markdown(prices), "", *lines]))
+            continue
         started = time.perf_counter()
-        placement = place_freely(config, planned, seq_len, batch_size, options.in_bytes(memory), wires=wire)
+        placement = place_freely(config, planned, wires=wire, **request)
         planning_s = time.perf_counter() - started
         print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
         print("\n".join(_lines(placement, planning_s)))
@@ -169,8 +191,9 @@ def profile(
         computes = (preset_profile(device, config),) * num_devices
     for name, rate, source in dict.fromkeys((c.name, c.flops_per_s, c.source) for c in computes):
         print(f"{name}: {rate / 1e9:.1f} GFLOP/s ({source})")
-    link = LinkProfile(mbps * 1e6)
-    emulated = EmulatedCluster(num_devices, bandwidth_bps=mbps * 1e6)  # with equal links, whatever their shares
+    link = LinkProfile(mbps * 1e6, shared=bool(spec and spec.link.shared))
+    # with equal links, whatever their shares
+    emulated = EmulatedCluster(num_devices, bandwidth_bps=link.bandwidth_bps, shared=link.shared)
     if emulated.transport == "namespaces" and not (spec and not spec.emulated):
         with emulated:
             link, rows = profile_link(emulated)

@@ -16,6 +16,7 @@ from typing import get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
+    CONFIG_MAPPING,
     BertConfig,
     CamembertConfig,
     DistilBertConfig,
@@ -368,6 +369,13 @@ def decoupled_config(
         attention_width=attention_width,
         original_placement=original_placement,
     )
+
+
+def original_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration that `config` was decoupled from, or itself."""
+    added = ("num_original_layers", "num_divisions", "attention_width", "original_placement")
+    kind = CONFIG_MAPPING[config.model_type.removeprefix("decoupled_")]
+    return kind(**{name: value for name, value in config_fields(config).items() if name not in added})
 
 
 def preset_config(

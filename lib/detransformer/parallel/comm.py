@@ -10,7 +10,6 @@ and holds until the next collective of the same name. `transfers` are what the t
 this rank could begin to its end, so with the wait for peers that came later.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from detransformer.parallel.codec import decode, encode
 from detransformer.parallel.partition import split
 from detransformer.parallel.wire import message_bytes
 
@@ -55,41 +55,10 @@ class Pending:
         return Pending(finish=lambda: change(self.wait()))
 
 
-def encode(x: torch.Tensor, number_format: str, message: torch.Tensor) -> None:
-    """Writes `x` [..., n] into `message` (uint8, of `message_bytes`), in a number format of `parallel.wire`.
-
-    An int8 message carries its rows' scales in front of its numbers, so that both travel together. Rows are the leading
-    axes of a tensor (tokens, and q, k, v or sub-blocks where they travel in one message): a scale's group is one
-    token's features on one device, or fewer.
-    """
-    if number_format == "float32":
-        message[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-    elif number_format == "bfloat16":
-        message[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
-    else:
-        rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(1, keepdim=True).float() / 127  # symmetric: zero stays zero
-        message[: 4 * len(rows)].view(torch.float32).copy_(scale[:, 0])
-        quantised = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()
-        message[4 * len(rows) : 4 * len(rows) + rows.numel()].view(torch.int8).view(rows.shape).copy_(quantised)
-
-
-def decode(message: torch.Tensor, shape: Sequence[int], number_format: str, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor of `shape` that `message` carries; a view of the message where it needs no conversion."""
-    numbers = math.prod(shape)
-    if number_format == "float32":
-        return message[: dtype.itemsize * numbers].view(dtype).view(*shape)
-    if number_format == "bfloat16":
-        return message[: 2 * numbers].view(torch.bfloat16).view(*shape).to(dtype)
-    rows = math.prod(shape[:-1])
-    scale = message[: 4 * rows].view(torch.float32).view(*shape[:-1], 1)
-    return message[4 * rows : 4 * rows + numbers].view(torch.int8).view(*shape).to(dtype).mul_(scale)
-
-
 class Comm:
     """The collectives of one group of ranks; with one rank every collective is the identity and counts nothing.
 
-    `wire` is a number format of `parallel.wire`; `name` tells the buffers of collectives apart that are under way, or
+    `wire` is a format of `parallel.wire`; `name` tells the buffers of collectives apart that are under way, or
     whose results are in use, at the same time.
     """
 

@@ -272,7 +272,7 @@ class Executor:
             x = self.embeddings(given, following)
         else:
             shape = (batch_size, seq_len, self.config.hidden_size)
-            x = self.comm.receive(shape, self.dtype, self.stage - 1, self.plan.wire)
+            x = self.comm.receive(shape, self.dtype, self.stage - 1, self.plan.number_format)
         layout, plan, local = REPLICATE, self.plan, self.local_comm
         chunks: Iterable[torch.Tensor] = (x[:, chunk.start : chunk.stop] for chunk in request.chunks)
         for layer in self.layers:
@@ -282,7 +282,7 @@ class Executor:
         if cache:
             cache.num_tokens += seq_len
         if not self.is_last:
-            self.comm.send(x, self.stage + 1, plan.wire)
+            self.comm.send(x, self.stage + 1, plan.number_format)
             return None
         # A message's buffer is used again by the next request: what is given out must not lie in it.
         x = x.clone() if layout != REPLICATE else x

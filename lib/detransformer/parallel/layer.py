@@ -261,13 +261,13 @@ class Strategy:
         """Own tokens, all heads -> all tokens, own heads, by one all_to_all: [B, t, 3, D] -> [B, T, 3, h*s]."""
         parts = qkv.split([heads * self.head_size for heads in self.plan.heads], dim=-1)
         shapes = [(len(qkv), tokens, 3, parts[self.comm.rank].shape[-1]) for tokens in chunk.tokens]
-        return self.comm.start_all_to_all(parts, shapes, self.plan.wire, f"qkv{chunk.index}").then(together)
+        return self.comm.start_all_to_all(parts, shapes, self.plan.number_format, f"qkv{chunk.index}").then(together)
 
     def heads_to_tokens(self, context: torch.Tensor, chunk: Chunk) -> Pending:
         """All tokens, own heads -> own tokens, all heads, by one all_to_all: [B, T, h*s] -> [B, t, D]."""
         parts = context.split(list(chunk.tokens), dim=1)
         shapes = [(*parts[self.comm.rank].shape[:2], heads * self.head_size) for heads in self.plan.heads]
-        pending = self.comm.start_all_to_all(parts, shapes, self.plan.wire, f"context{chunk.index}")
+        pending = self.comm.start_all_to_all(parts, shapes, self.plan.number_format, f"context{chunk.index}")
         return pending.then(lambda parts: together(parts, dim=-1))
 
     def after_exchange(

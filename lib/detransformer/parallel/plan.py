@@ -17,7 +17,7 @@ from detransformer.models.configuration import architecture, ffn_size, layer_kin
 from detransformer.parallel.layer import STRATEGIES, UNSUMMED
 from detransformer.parallel.methods import BLOCK_METHODS, DIRECT_METHODS, ORIGINAL_LAYER_STRATEGY, SHARDS_LAYERS
 from detransformer.parallel.partition import bounds, split
-from detransformer.parallel.wire import check_wire
+from detransformer.parallel.wire import TOKEN_FORMATS, check_wire
 from detransformer.typed_json import STRICT, from_json
 
 Counts = tuple[Annotated[int, Field(strict=True, ge=0, lt=2**31)], ...]
@@ -34,7 +34,7 @@ class Plan:
         heads, tokens_share, ffn_columns, sub_blocks: what each device takes; tokens are split per request, in
             proportion to `tokens_share`, since the sequence length belongs to the request.
         stages: layers a device, in order, where `runs` is `stages`; empty for every other plan.
-        wire: number format of messages, one of `parallel.wire.WIRE_FORMATS`.
+        wire: format of messages, one of `parallel.wire.WIRE_FORMATS`.
         direct: whether X goes from one sharded layout to the other by one all_to_all; otherwise through Replicate, as
             published.
         num_chunks: how many parts a request's tokens are cut in, so that one part travels while another is computed;
@@ -81,6 +81,11 @@ class Plan:
     def device_ids(self) -> tuple[int, ...]:
         """The cluster's device that each rank runs on."""
         return self.devices or tuple(range(self.num_devices))
+
+    @property
+    def number_format(self) -> str:
+        """The format of all messages but `sequence`'s K and V, which alone may be in a format of tokens."""
+        return "int8" if self.wire in TOKEN_FORMATS else self.wire
 
     @property
     def splits_layers(self) -> bool:

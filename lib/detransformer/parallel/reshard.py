@@ -24,7 +24,7 @@ def gather_tokens(x: torch.Tensor, comm: Comm, chunk: Chunk, wire: str) -> Pendi
 def gather_hidden(x: torch.Tensor, plan: "Plan", comm: Comm, batch_size: int, chunk: Chunk) -> Pending:
     """Shard(hidden) -> Replicate: [p, B*T, d] -> [B, T, D] by one all_gather."""
     shapes = [(blocks, *x.shape[1:]) for blocks in plan.sub_blocks]
-    pending = comm.start_all_gather(x, shapes, plan.wire, f"hidden{chunk.index}")
+    pending = comm.start_all_gather(x, shapes, plan.number_format, f"hidden{chunk.index}")
     return pending.then(lambda parts: merge_hidden(joined(parts), batch_size))
 
 
@@ -32,7 +32,7 @@ def hidden_to_tokens(x: torch.Tensor, plan: "Plan", comm: Comm, batch_size: int,
     """Shard(hidden) -> Shard(seq): [p, B*T, d] -> [B, t, D] by one all_to_all, 1/P of an all_gather's bytes."""
     parts = x.unflatten(1, (batch_size, -1)).split(list(chunk.tokens), dim=2)  # [p, B, t, d]
     shapes = [(blocks, *parts[comm.rank].shape[1:]) for blocks in plan.sub_blocks]
-    pending = comm.start_all_to_all(parts, shapes, plan.wire, f"hidden{chunk.index}")
+    pending = comm.start_all_to_all(parts, shapes, plan.number_format, f"hidden{chunk.index}")
     return pending.then(lambda parts: together(parts, dim=0).permute(1, 2, 0, 3).flatten(2))
 
 
@@ -41,7 +41,7 @@ def tokens_to_hidden(x: torch.Tensor, plan: "Plan", comm: Comm, chunk: Chunk) ->
     blocks = x.unflatten(-1, (sum(plan.sub_blocks), -1)).permute(2, 0, 1, 3)  # [P, B, t, d]
     parts = blocks.split(list(plan.sub_blocks))
     shapes = [(*parts[comm.rank].shape[:2], tokens, blocks.shape[-1]) for tokens in chunk.tokens]
-    pending = comm.start_all_to_all(parts, shapes, plan.wire, f"tokens{chunk.index}")
+    pending = comm.start_all_to_all(parts, shapes, plan.number_format, f"tokens{chunk.index}")
     return pending.then(lambda parts: together(parts, dim=2).flatten(1, 2))
 
 
@@ -73,7 +73,7 @@ def reshard(
         elif source == HIDDEN:
             everything = gather_hidden(x, plan, comm, request.batch_size, chunk)
         else:
-            everything = gather_tokens(x, comm, chunk, plan.wire)
+            everything = gather_tokens(x, comm, chunk, plan.number_format)
         return everything.then(lambda x: _local(x, REPLICATE, target, plan, comm, chunk))
 
     return [start(x, chunk) for x, chunk in zip(chunks, request.chunks, strict=True)]

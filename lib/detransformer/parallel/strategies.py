@@ -86,7 +86,7 @@ class TensorParallel(Strategy):
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         """Partial sums of the projection and of the FFN, each added up over the devices."""
         xs, qkv = self.projected(chunks)
-        wire, sums, ffns = self.plan.wire, [], []
+        wire, sums, ffns = self.plan.number_format, [], []
         for i, context in enumerate(self.attended(qkv, request)):  # [B, T, h*s]
             sums.append(self.comm.start_all_reduce(self.out(context), wire, f"sum{i}"))
         for i, (summed, x) in enumerate(zip(sums, xs, strict=True)):
@@ -98,22 +98,27 @@ class TensorParallel(Strategy):
 
 @register("sequence")
 class SequenceParallel(Strategy):
-    """Sequence parallelism (SP): own tokens x all weights, K and V of all tokens by one all_gather. X [B, t, D]."""
+    """Sequence parallelism (SP): own tokens x all weights, K and V of all tokens by one all_gather. X [B, t, D].
+
+    A device's own K and V are exact; those of other tokens are as the plan's wire format leaves them.
+    """
 
     in_layout = out_layout = SEQ
     splits = ("tokens_share",)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        xs, queries, gathers = [], [], []
+        xs, queries, owns, gathers = [], [], [], []
         for x, chunk in zip(arrived(chunks), request.chunks, strict=True):
             xs.append(x)
             q, kv = self.qkv(x).split((1, 2), dim=2)
             queries.append(q[:, :, 0])
+            owns.append(kv.permute(2, 1, 0, 3))
             shapes = [(2, tokens, len(x), kv.shape[-1]) for tokens in chunk.tokens]
-            gathers.append(
-                self.comm.start_all_gather(kv.permute(2, 1, 0, 3), shapes, self.plan.wire, f"kv{chunk.index}")
-            )
-        k, v = together([part for gather in gathers for part in gather.wait()]).transpose(1, 2)  # [B, T, D] each
+            gathers.append(self.comm.start_all_gather(owns[-1], shapes, self.plan.wire, f"kv{chunk.index}"))
+        parts = [gather.wait() for gather in gathers]
+        for every, own in zip(parts, owns, strict=True):
+            every[self.comm.rank] = own
+        k, v = together([part for every in parts for part in every]).transpose(1, 2)  # [B, T, D] each
         k, v = self.remember(k, v, request)
         for q, x, chunk in zip(queries, xs, request.chunks, strict=True):
             start, stop = chunk.of(self.comm.rank)
@@ -188,12 +193,13 @@ class Galaxy(TensorParallel):
 
     def gather(self, xs: Sequence[torch.Tensor], request: Request) -> list[Pending]:
         """All tokens of each chunk, on their way."""
-        return [gather_tokens(x, self.comm, chunk, self.plan.wire) for x, chunk in zip(xs, request.chunks, strict=True)]
+        wire = self.plan.number_format
+        return [gather_tokens(x, self.comm, chunk, wire) for x, chunk in zip(xs, request.chunks, strict=True)]
 
     def scatter(self, partial: torch.Tensor, chunk: Chunk) -> Pending:
         """Own tokens of the sum over devices, on their way."""
         parts = partial.split(list(chunk.tokens), dim=1)
-        return self.comm.start_reduce_scatter(parts, self.plan.wire, f"sum{chunk.index}")
+        return self.comm.start_reduce_scatter(parts, self.plan.number_format, f"sum{chunk.index}")
 
 
 @register("replicate")

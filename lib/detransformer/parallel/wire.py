@@ -1,12 +1,23 @@
-"""Number formats of messages: words and sizes, no torch.
+"""Formats of messages: words and sizes, no torch. `parallel.codec` writes and reads them.
 
-`float32` means as computed; `bfloat16` rounds; `int8` has one scale a row. `parallel.comm` writes and reads them.
+Numbers: `float32` means as computed; `bfloat16` rounds; `int8` has one scale a row, `int4` one for `GROUP` numbers.
+
+Tokens: what `sequence` sends of K and V, where a device need not know the others' tokens as well as its own. All other
+messages of such a plan are int8. Both are approximations that their authors train models for; here nothing is.
+    means8  the means of `SEGMENT` tokens each, in int8 (Segment Means of Prism, arXiv 2507.12145)
+    vq4     a device's mean token in int8, and of each token's difference from it vectors of `VECTOR` numbers as one of
+            `CODES` in a codebook that comes with the message (vector quantisation as in ASTRA, arXiv 2505.19342,
+            whose codebooks are trained and stay)
 """
 
 import math
 from collections.abc import Sequence
 
-WIRE_FORMATS = ("float32", "bfloat16", "int8")
+TOKEN_FORMATS = ("means8", "vq4")
+WIRE_FORMATS = ("float32", "bfloat16", "int8", "int4", *TOKEN_FORMATS)  # the most exact first
+GROUP = 32
+SEGMENT = 8
+VECTOR, CODES = 8, 16
 _ALIGNMENT = 8  # bytes, so that every message can be viewed as any dtype
 
 
@@ -17,7 +28,35 @@ def check_wire(wire: str) -> None:
 
 
 def message_bytes(shape: Sequence[int], wire: str, itemsize: int = 4) -> int:
-    """Bytes of a message that carries a tensor of `shape` [..., n] whose computed numbers have `itemsize` bytes."""
+    """Bytes of a message that carries a tensor of `shape` [..., n] whose computed numbers have `itemsize` bytes.
+
+    In a format of tokens the shape is [2, t, B, n], K and V of t tokens.
+    """
     numbers, rows = math.prod(shape), math.prod(shape[:-1])
-    num_bytes = {"float32": itemsize * numbers, "bfloat16": 2 * numbers, "int8": 4 * rows + numbers}[wire]
+    if not numbers:
+        return 0
+    match wire:
+        case "float32":
+            num_bytes = itemsize * numbers
+        case "bfloat16":
+            num_bytes = 2 * numbers
+        case "int8":
+            num_bytes = 4 * rows + numbers
+        case "int4":
+            num_bytes = rows * -(-shape[-1] // GROUP) * (2 + GROUP // 2)
+        case "means8":
+            num_bytes = message_bytes(means_shape(shape), "int8")
+        case "vq4":
+            num_bytes = sum(vq_parts(shape))
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def means_shape(shape: Sequence[int], tokens: int = SEGMENT) -> tuple[int, ...]:
+    """Of K and V's [2, t, B, n] the shape of their means over `tokens` tokens each, the last ones of fewer."""
+    return shape[0], -(-shape[1] // tokens), *shape[2:]
+
+
+def vq_parts(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Bytes of the mean tokens, of the codebooks in bfloat16, one for K and one for V, and of the codes of `vq4`."""
+    codes = math.prod(shape[:-1]) * -(-shape[-1] // VECTOR)
+    return message_bytes(means_shape(shape, shape[1]), "int8"), shape[0] * CODES * VECTOR * 2, -(-codes // 2)

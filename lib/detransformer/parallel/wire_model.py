@@ -20,6 +20,7 @@ from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.executor import Executor, Output
 from detransformer.parallel.plan import Plan, layer_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
+from detransformer.parallel.wire import TOKEN_FORMATS
 
 
 def wire_plan(config: PretrainedConfig, num_devices: int = 4, wire: str = "int8") -> Plan:
@@ -28,11 +29,13 @@ def wire_plan(config: PretrainedConfig, num_devices: int = 4, wire: str = "int8"
     Decoupled layers by block, original ones by heads, X from one sharded layout to the other by one all_to_all: what
     the planner chooses for BERT-Base over four Raspberry Pis, original or decoupled, at 50 to 500 Mbps (but for the
     chunks, which only change when messages travel). A model with fewer heads than devices runs its original layers by
-    sequence, where K and V travel. Equal devices; fewer where sub-blocks are fewer.
+    sequence, where K and V travel; so does one under a format of tokens. Equal devices; fewer where sub-blocks are
+    fewer.
     """
     decoupled = "decoupled" in layer_kinds(config)
     devices = min(num_devices, config.num_divisions) if decoupled else num_devices
-    original = "heads" if config.num_attention_heads >= devices else "sequence"
+    by_heads = config.num_attention_heads >= devices and wire not in TOKEN_FORMATS
+    original = "heads" if by_heads else "sequence"
     method = "bp+auto" if decoupled else "auto"
     return layer_plan(method, config, strategies_for(config, original), [1.0] * devices, wire)
 

@@ -170,7 +170,8 @@ class Pieces:
     def _message(self, number: int, starts: Sequence[Start]) -> Message:
         kind, sent = starts[0].kind, [start.num_bytes for start in starts]
         received = [start.received_bytes for start in starts]
-        seconds = self.link.exchange_s(kind, sent, received, self.shares, self.num_ranks)
+        every = [[values[group] for group in self.group_of] for values in (sent, received, self.shares)]
+        seconds = self.link.exchange_s(kind, *every, self.num_ranks)
         return Message(number, kind, max(sent), seconds)
 
     def _moved(self, source: Row, target: Row) -> list[list] | None:

@@ -278,7 +278,7 @@ def limits(plan: Plan, config: PretrainedConfig, profile: ClusterProfile, *reque
         return Pieces(config, plan, profile, *request).price(plan.strategies)[0]
 
     def without(profile: ClusterProfile, rate: bool, steps: bool) -> ClusterProfile:
-        link = replace(profile.link, step_latency_s={"*": 0.0}) if steps else profile.link
+        link = replace(profile.link, step_latency_s={"*": 0.0}, delay_s=0.0) if steps else profile.link
         return replace(profile, link=link.at(float("inf")) if rate else link)
 
     whole_s, no_rate_s, no_steps_s, local_s = (

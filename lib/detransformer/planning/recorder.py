@@ -269,7 +269,7 @@ class Recorder:
             taken += [tokens[rank] for tokens in self.tokens]
             if is_decoder(self.config):
                 taken.append(self.plan.vocabulary(self.config.vocab_size)[rank])
-        if self.plan.wire != "float32":  # a compressed all_reduce deals out rows evenly
+        if self.plan.number_format != "float32":  # a compressed all_reduce deals out rows evenly
             equal = [1.0] * self.plan.num_devices
             taken += [split(self.common["batch_size"] * sum(tokens), equal)[rank] for tokens in self.tokens]
         return tuple(taken)
@@ -323,7 +323,7 @@ def device_steps(
     rows += [(STRATEGIES[name].in_layout, STRATEGIES[name].out_layout, recorder.layer(name, own)) for name in names]
     rows.append((REPLICATE, REPLICATE, recorder.end(own) if is_last else passed_on))
 
-    message = message_bytes((batch_size, seq_len, config.hidden_size), plan.wire, dtype.itemsize)
+    message = message_bytes((batch_size, seq_len, config.hidden_size), plan.number_format, dtype.itemsize)
     steps: list[Step] = []
     numbers: dict[tuple, list[int]] = {}  # of each recording, the numbers of its starts
     num_started = 0

@@ -1,0 +1,160 @@
+"""Messages as bytes: tensors written and read in the formats of `parallel.wire`, one class each."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from detransformer.parallel.wire import CODES, GROUP, SEGMENT, VECTOR, means_shape, vq_parts
+
+KMEANS_ROUNDS = 5  # of Lloyd's algorithm, which makes a message's codebook
+
+Shape = Sequence[int]
+
+
+class Codec(Protocol):
+    """How one format is written and read; `message` is uint8, of `message_bytes`, and x is not empty."""
+
+    def write(self, x: torch.Tensor, message: torch.Tensor) -> None: ...
+
+    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+class AsComputed:
+    """The numbers as they are; what is read is a view of the message."""
+
+    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
+        message[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return message[: dtype.itemsize * math.prod(shape)].view(dtype).view(*shape)
+
+
+class BFloat16:
+    """The numbers rounded to bfloat16."""
+
+    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
+        message[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
+
+    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return message[: 2 * math.prod(shape)].view(torch.bfloat16).view(*shape).to(dtype)
+
+
+class Int8:
+    """Its rows' scales in front of its numbers, so that both travel together.
+
+    Rows are the leading axes of a tensor (tokens, and q, k, v or sub-blocks where they travel in one message): a
+    scale's group is one token's features on one device, or fewer.
+    """
+
+    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        scale = rows.abs().amax(1, keepdim=True).float() / 127  # symmetric: zero stays zero
+        message[: 4 * len(rows)].view(torch.float32).copy_(scale[:, 0])
+        quantised = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()
+        message[4 * len(rows) : 4 * len(rows) + rows.numel()].view(torch.int8).view(rows.shape).copy_(quantised)
+
+    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        numbers, rows = math.prod(shape), math.prod(shape[:-1])
+        scale = message[: 4 * rows].view(torch.float32).view(*shape[:-1], 1)
+        return message[4 * rows : 4 * rows + numbers].view(torch.int8).view(*shape).to(dtype).mul_(scale)
+
+
+class Int4:
+    """A scale in bfloat16 for each `GROUP` numbers of a row, all scales in front; two numbers a byte, from -7 to 7."""
+
+    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
+        groups = F.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % GROUP)).view(-1, GROUP)
+        scale = (groups.abs().amax(1, keepdim=True) / 7).bfloat16()
+        message[: 2 * len(groups)].view(torch.bfloat16).copy_(scale[:, 0])
+        quantised = (groups / scale.float().clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-7, 7)
+        _pack(quantised.add_(8).to(torch.uint8), message[2 * len(groups) :])
+
+    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        groups = math.prod(shape[:-1]) * -(-shape[-1] // GROUP)
+        scale = message[: 2 * groups].view(torch.bfloat16).view(-1, 1).to(dtype)
+        numbers = _unpack(message[2 * groups :], GROUP * groups).view(-1, GROUP).to(dtype).sub_(8).mul_(scale)
+        return numbers.view(*shape[:-1], -1)[..., : shape[-1]]
+
+
+class SegmentMeans:
+    """K and V [2, t, B, n] as means of `SEGMENT` tokens each, in int8; each is read as often as it has tokens.
+
+    Attention to equal keys adds up, so that a mean weighs as much as its tokens together (Prism's scaled softmax).
+    """
+
+    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
+        INT8.write(torch.cat([segment.mean(1, keepdim=True) for segment in x.split(SEGMENT, dim=1)], dim=1), message)
+
+    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        means = INT8.read(message, means_shape(shape), dtype)
+        return means.repeat_interleave(SEGMENT, dim=1)[:, : shape[1]]
+
+
+class VectorQuantised:
+    """K and V [2, t, B, n]: their mean tokens in int8, codebooks, and which of its vectors each difference is like."""
+
+    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
+        mean, books, codes = message[: sum(vq_parts(x.shape))].split(vq_parts(x.shape))
+        INT8.write(x.mean(1, keepdim=True), mean)
+        rest = (x - INT8.read(mean, means_shape(x.shape, x.shape[1]), x.dtype)).float()
+        vectors = F.pad(rest, (0, -x.shape[-1] % VECTOR)).reshape(len(x), -1, VECTOR)
+        made = torch.stack([_codebook(part) for part in vectors]).bfloat16()
+        books.view(torch.bfloat16).view(made.shape).copy_(made)
+        _pack(torch.cdist(vectors, made.float()).argmin(-1).to(torch.uint8).flatten(), codes)
+
+    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        mean, books, codes = message[: sum(vq_parts(shape))].split(vq_parts(shape))
+        books = books.view(torch.bfloat16).view(shape[0], CODES, VECTOR).to(dtype)
+        width = -(-shape[-1] // VECTOR)
+        chosen = _unpack(codes, math.prod(shape[:-1]) * width).long().view(shape[0], -1)
+        rest = torch.stack([book[own] for book, own in zip(books, chosen, strict=True)])
+        rest = rest.view(*shape[:-1], VECTOR * width)[..., : shape[-1]]
+        return rest + INT8.read(mean, means_shape(shape, shape[1]), dtype)
+
+
+INT8 = Int8()
+CODECS: dict[str, Codec] = {
+    "float32": AsComputed(),
+    "bfloat16": BFloat16(),
+    "int8": INT8,
+    "int4": Int4(),
+    "means8": SegmentMeans(),
+    "vq4": VectorQuantised(),
+}
+
+
+def encode(x: torch.Tensor, wire: str, message: torch.Tensor) -> None:
+    """Writes `x` [..., n] into `message` (uint8, of `message_bytes`), in a format of `parallel.wire`."""
+    if x.numel():
+        CODECS[wire].write(x, message)
+
+
+def decode(message: torch.Tensor, shape: Shape, wire: str, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor of `shape` that `message` carries; a view of the message where it needs no conversion."""
+    return CODECS[wire].read(message, shape, dtype) if math.prod(shape) else message.new_zeros(shape, dtype=dtype)
+
+
+def _codebook(vectors: torch.Tensor) -> torch.Tensor:
+    """`CODES` vectors [CODES, VECTOR] near to `vectors` [N, VECTOR]: k-means from evenly spaced ones."""
+    book = vectors[torch.linspace(0, len(vectors) - 1, CODES, device=vectors.device).long()]
+    for _ in range(KMEANS_ROUNDS):
+        nearest = torch.cdist(vectors, book).argmin(1)
+        sums = torch.zeros_like(book).index_add_(0, nearest, vectors)
+        counts = torch.bincount(nearest, minlength=CODES).unsqueeze(1)
+        book = torch.where(counts > 0, sums / counts.clamp_min(1), book)
+    return book
+
+
+def _pack(numbers: torch.Tensor, message: torch.Tensor) -> None:
+    """Writes numbers from 0 to 15 (uint8) into the front of `message`, two a byte, the first one low."""
+    pairs = F.pad(numbers.flatten(), (0, numbers.numel() % 2)).view(-1, 2)
+    message[: len(pairs)].copy_(pairs[:, 0] | pairs[:, 1] << 4)
+
+
+def _unpack(message: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` numbers that `_pack` wrote."""
+    packed = message[: -(-count // 2)]
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten()[:count]

@@ -1,0 +1,72 @@
+"""What decoupling and compressing cost in accuracy, in sentences that name the saved table and row they are from."""
+
+import re
+
+import pandas as pd
+
+from detransformer.files import repository_root
+from detransformer.record.run import RunFolder
+
+STRUCTURE = re.compile(r"Nb=(\d+), Ndiv=(\d+), [\d,]+ tokens")  # of a row that was trained after it was cut
+PROBED_LAYERS = 6  # of MiniLM, whose rows tables `kept` and `probes` have
+
+
+def saved_tables() -> RunFolder | None:
+    """The committed run of this clone; None where the package runs without one."""
+    try:
+        folder = repository_root() / "results" / "reference"
+    except FileNotFoundError:
+        return None
+    return RunFolder(folder) if folder.is_dir() else None
+
+
+def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
+    """Sentences on what a decoupled model keeps of its original's scores.
+
+    `original_share`: of the layers, those that stay original; the saved row whose share is nearest is named.
+    """
+    rows = _rows(run, "kept")
+    rows = rows[rows["how"] == "probe"] if "how" in rows else rows
+    found = {row: int(match[1]) / PROBED_LAYERS for row in rows.get("row", ()) if (match := STRUCTURE.search(row))}
+    if not found:
+        return ["No saved table says what decoupling costs; run notebook 03."]
+    name = min(found, key=lambda row: abs(found[row] - original_share))
+    row, words = rows.set_index("row").loc[name], rows[rows["row"] == "bag of words"]["share"]
+    counting = f"; counting words keeps {words.iloc[0]:.0f}%" if len(words) else ""
+    sentences = [
+        f"Nearest row, {name!r}: {row['share']:.0f}% ({row['low']:.0f} to {row['high']:.0f}) of the original's mean "
+        f"over {row['tasks']}{counting} (table kept)."
+    ]
+    probes = _rows(run, "probes")
+    probes = probes[(probes["row"] == name) & (probes["task"] == "retrieval@1")] if len(probes) else probes
+    for probe in probes.itertuples():
+        low, high = probe.difference_low, probe.difference_high
+        sentences.append(
+            f"The same row: retrieval@1 {probe.difference:+.1f} points ({low:+.1f} to {high:+.1f}) (table probes)."
+        )
+    return sentences
+
+
+def compression_costs(run: RunFolder | None, wire: str, is_decoupled: bool) -> list[str]:
+    """Sentences on what messages in a format cost, of an original or a decoupled model."""
+    rows, sentences = _rows(run, "wire_accuracy"), []
+    if len(rows):
+        alike = rows[(rows["wire"] == wire) & (rows["num_original_layers"].notna() == is_decoupled)]
+        for name, part in alike.groupby("row", sort=False):
+            worst = part.loc[part["change"].abs().idxmax()]
+            sentences.append(
+                f"Nearest row, {name!r} in {wire}: {worst['change']:+.2f} points at most, on {worst['task']}; a model "
+                "of width 128, at chance in most tasks (table wire_accuracy)."
+            )
+    rows = _rows(run, "wire_probes")
+    if len(rows) and not is_decoupled:
+        for row in rows[rows["row"].str.endswith(f" {wire}") & (rows["task"] == "retrieval@1")].itertuples():
+            sentences.append(
+                f"Row {row.row!r}: retrieval@1 {row.difference:+.1f} points ({row.difference_low:+.1f} to "
+                f"{row.difference_high:+.1f}) (table wire_probes)."
+            )
+    return sentences or [f"No saved table says what messages in {wire} cost such a model."]
+
+
+def _rows(run: RunFolder | None, name: str) -> pd.DataFrame:
+    return run.load_table(name) if run and run.has_table(name) else pd.DataFrame()

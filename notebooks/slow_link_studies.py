@@ -1,0 +1,308 @@
+"""The studies of notebook 14: where decoupling pays, on links from 5 to 500 Mbps, delayed or not, and on one air.
+
+`predicted_rows` prices a whole grid, `measured_rows` measures part of it; both give rows with the same columns
+(`COLUMNS`), told apart by `kind`. `margins` and `crossovers` say what a decoupled model wins over the unmodified one.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accuracy_studies import Outcome, ProbeConfig, outcome_of, sentence_vectors
+from latency_studies import in_words, measured_bench, measured_efficiency, measured_link
+from tqdm.auto import tqdm
+from transformers import AutoModel
+
+from detransformer.cluster.bench import measure_grid
+from detransformer.cluster.cells import Cell
+from detransformer.cluster.devices import cluster_profile, device_specs, preset_profile
+from detransformer.cluster.session import EmulatedCluster
+from detransformer.models.configuration import max_tokens, preset_config
+from detransformer.parallel.plan import layer_plan, strategies_for
+from detransformer.parallel.wire_model import wired
+from detransformer.planning.cost import alone_seconds, predict
+from detransformer.planning.placement import place_freely
+from detransformer.planning.profile import ClusterProfile, LinkProfile
+from detransformer.record.intervals import MIN_SAMPLES, bootstrap_median, bootstrap_ratio, samples_of
+from detransformer.record.verdict import Verdict
+from detransformer.record.verdict import table as verdict_table
+from detransformer.training import TrainingData
+
+SETTING = ["model", "num_devices", "bandwidth_mbps", "delay_ms", "shared", "wire", "pace"]
+COLUMNS = [
+    *(*SETTING, "structure", "kind", "plan", "latency_s", "low", "high", "predicted_s", "samples_s", "repeats"),
+    *("relative_error", "link_bytes", "link", "time_scale", "packet_error_ms", "device", "valid", "why_invalid"),
+]
+DEVICE = "rpi4b"
+PAYS = 1.05  # times as fast as the best plan of the unmodified model: below, decoupling does not pay
+ONE_DEVICE = "one device"
+
+
+def structure_of(num_original_layers: float | None) -> str:
+    """How a table names a model: `original`, or such as `Nb=4`."""
+    given = num_original_layers is not None and num_original_layers == num_original_layers
+    return f"Nb={int(num_original_layers)}" if given else "original"
+
+
+# Rows -------------------------------------------------------------------------------------------------------------
+
+
+def predicted_rows(
+    run_path: str | Path,
+    model: str,
+    structures: Sequence[int | None],
+    bandwidths_mbps: Sequence[float],
+    delays_ms: Sequence[float],
+    wires: Sequence[str],
+    device_counts: Sequence[int],
+    paces: Sequence[str] = ("measured",),
+    shared: Sequence[bool] = (False,),
+) -> pd.DataFrame:
+    """The planner's best plan and its price for each structure (Nb; None: unmodified) and setting, and one device.
+
+    It may leave devices out, so the unmodified model is never slower than on one device.
+    """
+    link, efficiency = measured_link(Path(run_path) / "profiles"), measured_efficiency(run_path).get(model)
+    rows = []
+    settings = itertools.product(device_counts, bandwidths_mbps, delays_ms, shared, paces)
+    for count, mbps, delay_ms, on_one_air, pace in settings:
+        where = device_specs(count, DEVICE), 1e6 * mbps, delay_ms / 1e3
+        for layers in structures:
+            config = preset_config(model, layers, 4)
+            specs, *at = where
+            profile = cluster_profile(specs, config, *at, link, pace, efficiency, on_one_air)
+            common = dict(model=model, num_devices=count, bandwidth_mbps=mbps, delay_ms=delay_ms, shared=on_one_air)
+            common |= dict(pace=pace, kind="predicted", device=profile.devices[0].name, valid=True)
+            for wire in wires:
+                best = place_freely(config, profile, wires=(wire,)).chosen
+                named = dict(structure=structure_of(layers), wire=wire, plan=in_words(best.plan))
+                rows.append(common | named | {"latency_s": best.latency_s, "predicted_s": best.latency_s})
+                if layers is None:
+                    (alone_s,) = alone_seconds(config, profile, [0], 128)
+                    named = dict(structure=ONE_DEVICE, wire=wire, plan=ONE_DEVICE)
+                    rows.append(common | named | {"latency_s": alone_s, "predicted_s": alone_s})
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def measured_rows(run_path: str | Path, model: str, groups: Sequence[Mapping], repeats: int) -> pd.DataFrame:
+    """Rows of emulated devices; `groups` are arguments of `measured_group`.
+
+    What has been measured is kept in `slow_link_rows.json` in the run's folder: an interrupted call goes on from there.
+    """
+    frames = [measured_group(run_path, model, repeats=repeats, **group) for group in groups]
+    _rows_path(run_path).unlink(missing_ok=True)
+    frame = pd.concat(frames, ignore_index=True).assign(kind="emulated")
+    intervals = [bootstrap_median(samples_of(samples)) for samples in frame["samples_s"]]
+    frame["low"], frame["high"] = zip(*intervals, strict=True)
+    return frame.reindex(columns=COLUMNS)
+
+
+def measured_group(
+    run_path: str | Path,
+    model: str,
+    structures: Sequence[int | None],
+    bandwidths_mbps: Sequence[float],
+    wires: Sequence[str],
+    num_devices: int,
+    repeats: int,
+    delay_ms: float = 0.0,
+    shared: bool = False,
+) -> pd.DataFrame:
+    """One device, and each structure in each wire format by the planner's best plan, in turn at each bandwidth."""
+    cells = slow_link_cells(model, structures, bandwidths_mbps, wires, num_devices, repeats)
+    links = dict(bandwidth_bps=1e6 * bandwidths_mbps[0], delay_s=delay_ms / 1e3, shared=shared)
+    with EmulatedCluster(num_devices, DEVICE, **links) as cluster:
+        frame = measure_grid(measured_bench(run_path, cluster), cells, _rows_path(run_path), keep=True)
+    named = frame["num_original_layers"].map(structure_of).where(frame["method"] != "single", ONE_DEVICE)
+    taken = frame["num_devices"].map(lambda n: f" on {n} device{'s' if n > 1 else ''}")
+    return frame.assign(structure=named, plan=frame["plan"] + taken, num_devices=num_devices, shared=shared)
+
+
+def _rows_path(run_path: str | Path) -> Path:
+    return Path(run_path) / "slow_link_rows.json"
+
+
+def slow_link_cells(
+    model: str,
+    structures: Sequence[int | None],
+    bandwidths_mbps: Sequence[float],
+    wires: Sequence[str],
+    num_devices: int,
+    repeats: int,
+) -> list[Cell]:
+    """At each bandwidth one device, and each structure in each wire format by the planner's best plan."""
+    cells = []
+    for mbps in bandwidths_mbps:
+        cells.append(Cell(model, "single", num_devices, mbps, repeats=repeats))
+        for layers, wire in itertools.product(structures, wires):
+            method, original_layers = ("auto", 4) if layers is None else ("bp+auto", layers)
+            cells.append(Cell(model, method, num_devices, mbps, original_layers, wire=wire, repeats=repeats))
+    return cells
+
+
+# What they say ------------------------------------------------------------------------------------------------------
+
+
+def margins(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each decoupled structure against the best plan of the unmodified model and one device, by setting and kind.
+
+    `margin` is how many times as fast it is as the former (`margin_low`, `margin_high`: the 95% interval of
+    interleaved requests), `over_one` as the latter; `winner` the fastest structure of its setting.
+    """
+    made = []
+    for key, part in rows[rows["valid"].astype(bool)].groupby([*SETTING, "kind"], sort=False, dropna=False):
+        by = part.drop_duplicates("structure").set_index("structure")
+        if "original" not in by.index:
+            continue
+        own = dict(zip([*SETTING, "kind"], key, strict=True))
+        alone = _one_device(rows, own)
+        plain = by.loc["original"]
+        best_plain = min(plain["latency_s"], alone)  # measured, one device may be the faster of the two
+        ranked = by["latency_s"].drop(ONE_DEVICE, errors="ignore").sort_values()
+        winner = ranked.index[0] if ranked.iloc[0] < alone and not _is_alone(by.loc[ranked.index[0]]) else ONE_DEVICE
+        for structure, row in by.drop(["original", ONE_DEVICE], errors="ignore").iterrows():
+            low, high = _interval(plain, row) if plain["latency_s"] == best_plain else (math.nan, math.nan)
+            made.append(
+                own
+                | dict(structure=structure, latency_s=row["latency_s"], unmodified_s=best_plain, one_device_s=alone)
+                | dict(margin=best_plain / row["latency_s"], margin_low=low, margin_high=high)
+                | dict(over_one=alone / row["latency_s"], winner=winner)
+                | dict(plan=row["plan"], unmodified_plan=plain["plan"])
+            )
+    return pd.DataFrame(made)
+
+
+def _one_device(rows: pd.DataFrame, own: Mapping) -> float:
+    """One device's latency beside a setting: it sends nothing, so that its wire format says nothing."""
+    alike = rows[rows["structure"] == ONE_DEVICE]
+    for name in (*(name for name in SETTING if name != "wire"), "kind"):
+        alike = alike[alike[name] == own[name]]
+    return float(alike["latency_s"].median())
+
+
+def _is_alone(row: pd.Series) -> bool:
+    return str(row["plan"]).endswith("on 1 device")
+
+
+def _interval(slower: pd.Series, faster: pd.Series) -> tuple[float, float]:
+    samples = [samples_of(row["samples_s"]) for row in (slower, faster)]
+    enough = len(samples[0]) == len(samples[1]) >= MIN_SAMPLES
+    return bootstrap_ratio(*samples) if enough else (math.nan, math.nan)
+
+
+def crossovers(table: pd.DataFrame) -> pd.DataFrame:
+    """Between which rates a decoupled structure pays (`PAYS`): `from_mbps`, below which one device wins, and `to_mbps`.
+
+    Between the grid's rates by their logarithm; 0 and infinite where it pays at the slowest and the fastest of them,
+    both 0 where it pays at none.
+    """
+    keys, made = [name for name in SETTING if name != "bandwidth_mbps"], []
+    for key, part in table.groupby([*keys, "kind", "structure"], sort=False):
+        part = part.sort_values("bandwidth_mbps")
+        rates, gain = np.log(part["bandwidth_mbps"].to_numpy()), part["margin"].to_numpy() - PAYS
+        own = dict(zip([*keys, "kind", "structure"], key, strict=True)) | {"num_rates": len(part)}
+        pays = np.flatnonzero(gain >= 0)
+        if not len(pays):
+            made.append(own | {"from_mbps": 0.0, "to_mbps": 0.0})
+            continue
+        first, last = pays[0], pays[-1]
+        low = _zero(rates, gain, first - 1) if first else 0.0
+        made.append(own | {"from_mbps": low, "to_mbps": _zero(rates, gain, last) if last + 1 < len(gain) else math.inf})
+    return pd.DataFrame(made)
+
+
+def _zero(rates: np.ndarray, gain: np.ndarray, place: int) -> float:
+    """Where the line from `place` to the next place crosses zero, as a rate."""
+    share = gain[place] / (gain[place] - gain[place + 1])
+    return math.exp(rates[place] + share * (rates[place + 1] - rates[place]))
+
+
+def beside(rows: pd.DataFrame) -> pd.DataFrame:
+    """Measured rows with what was predicted of the same plan, and the error of the prediction."""
+    measured = rows[(rows["kind"] == "emulated") & rows["valid"].astype(bool)]
+    return measured.assign(error=measured["predicted_s"] / measured["latency_s"] - 1)
+
+
+def slow_link_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
+    """This repository's claims about slow links, of measured rows on four devices without delay; not the paper's."""
+    table, errors = margins(rows), beside(rows)["error"].abs()
+    plain = table[(table["num_devices"] == 4) & (table["delay_ms"] == 0) & ~table["shared"].astype(bool)]
+    verdicts = []
+    for claim, structure, wire, mbps, side, limit in (
+        ("Nb=1 over the best plan of the unmodified model", "Nb=1", "float32", 10, "at least", 2.0),
+        ("Nb=4 over the best plan of the unmodified model", "Nb=4", "float32", 10, "at least", 1.05),
+        ("the same with int8 messages on both sides", "Nb=1", "int8", 10, "at least", 1.5),
+        ("on a fast link decoupling no longer pays", "Nb=1", "int8", 500, "at most", PAYS),
+    ):
+        found = plain[(plain["structure"] == structure) & (plain["wire"] == wire) & (plain["bandwidth_mbps"] == mbps)]
+        found = found[(found["kind"] == "emulated") & (found["pace"] == "measured")]
+        values = found[["margin", "margin_low", "margin_high"]].median()
+        where = f"{mbps} Mbps, {structure}, {wire}"
+        bounds = dict(low=values["margin_low"], high=values["margin_high"])
+        verdicts.append(Verdict(claim, limit, values["margin"], "emulated", where, side=side, **bounds))
+    priced = "median error of a plan's price", 0.1, errors.median(), "emulated", "all measured rows"
+    verdicts.append(Verdict(*priced, side="at most"))
+    return verdict_table(verdicts)
+
+
+# Coarser messages -----------------------------------------------------------------------------------------------------
+
+
+def wire_outcomes(
+    teacher: str | Path,
+    tasks: Mapping[str, ProbeConfig],
+    data: TrainingData,
+    plans: Sequence[Sequence[str]],
+    num_devices: int = 4,
+    num_texts: int = 32,
+) -> tuple[pd.DataFrame, dict[str, dict[str, Outcome]]]:
+    """What an unmodified encoder loses, without any training, where its original layers' messages are coarser.
+
+    Each of `plans` names a strategy and a format. Texts are asked one at a time, as a request is: a padded token would
+    be averaged into its segment. Returns a row a plan, on `num_texts` texts: bytes that a device sends, how many times
+    fewer than in float32, and the RMS of the output's difference over that of the output; and the probes' outcomes.
+    """
+    model = AutoModel.from_pretrained(teacher).eval()
+    texts = data.task("SQuAD").validation["context"][:num_texts]
+    exact = _hidden(model, texts, data)
+    rows, outcomes = [], {ONE_DEVICE: probed(model, tasks, data)}
+    profile = ClusterProfile(
+        (preset_profile(DEVICE, model.config),) * num_devices, LinkProfile(1e6)
+    )  # any: bytes count
+    for strategy, wire in tqdm(plans, unit="plan", desc="messages"):
+        plan = layer_plan("auto", model.config, strategies_for(model.config, strategy), [1.0] * num_devices, wire)
+        with wired(model, plan):
+            hidden = _hidden(model, texts, data)
+            outcomes[f"{strategy}, {wire}"] = probed(model, tasks, data)
+        error = math.sqrt(sum(float((h - e).square().sum()) for h, e in zip(hidden, exact, strict=True)))
+        size = math.sqrt(sum(float(e.square().sum()) for e in exact))
+        sent, plain = (
+            sum(sum(predict(model.config, each, profile, len(e)).bytes.values()) for e in exact)
+            for each in (plan, replace(plan, wire="float32"))
+        )
+        row = dict(strategy=strategy, wire=wire, num_devices=num_devices, relative_error=error / size)
+        mean_tokens = sum(map(len, exact)) / len(exact)
+        rows.append(row | dict(sent_kib=sent / len(exact) / 2**10, over_float32=plain / sent, mean_tokens=mean_tokens))
+    return pd.DataFrame(rows), outcomes
+
+
+def probed(model, tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, Outcome]:
+    """The probes of `accuracy_studies`, of texts that are asked one at a time."""
+
+    def read(seq_len: int, texts: Sequence[str]) -> np.ndarray:
+        return sentence_vectors(model, texts, data, seq_len, batch_size=1)
+
+    return {name: outcome_of(partial(read, task.seq_len), name, task, data) for name, task in tasks.items()}
+
+
+@torch.no_grad()
+def _hidden(model, texts: Sequence[str], data: TrainingData) -> list[torch.Tensor]:
+    """The last hidden state [T, D] of each text."""
+    rows = [torch.tensor([e.ids[: max_tokens(model.config)]]) for e in data.tokenizer.encode_batch(list(texts))]
+    return [model(ids).last_hidden_state[0] for ids in rows]
