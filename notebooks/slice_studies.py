@@ -9,8 +9,9 @@ everything).
 Shapes: D hidden, P slices, N tokens.
 """
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
 from detransformer.training import CalibrationConfig, ModelRow, TrainingData, calibrate
 from detransformer.training.results import Result
 
+ALONE_SHARE = 0.3  # of the steps
 STARTS = 5  # of the search for slices
 READS = r"(query|key|value|intermediate\.dense|pooler\.dense)\.(weight|bias)$"  # maps [out, D] that read hidden units
 
@@ -101,6 +103,23 @@ def save_reordered(teacher: str | Path, order: np.ndarray, folder: Path) -> Path
     return folder
 
 
+def recipes(config: CalibrationConfig) -> dict[str, CalibrationConfig]:
+    """`config`, and what precedes it: the slices as they are, and after the closed form."""
+    closed = dataclasses.replace(config, num_steps=0)
+    return {"sliced": dataclasses.replace(closed, fit_sequences=0), "closed form": closed, "trained": config}
+
+
+def ways(config: CalibrationConfig) -> dict[str, CalibrationConfig]:
+    """`config` with and without the closed form, and with and without steps in which each layer is alone."""
+    plain, alone = dataclasses.replace(config, fit_sequences=0), dict(alone_share=ALONE_SHARE)
+    return {
+        "together": plain,
+        "alone, then together": dataclasses.replace(plain, **alone),
+        "closed form, together": config,
+        "closed form, alone, then together": dataclasses.replace(config, **alone),
+    }
+
+
 def slice_study(
     teacher: str | Path,
     row: ModelRow,
@@ -135,5 +154,5 @@ def alone_study(
     teacher: str | Path, row: ModelRow, recipes: Mapping[str, CalibrationConfig], data: TrainingData, output_dir: Path
 ) -> pd.DataFrame:
     """`row` calibrated by each of `recipes`, which differ in what comes before all layers are trained together."""
-    found: Iterable = ((name, calibrate(teacher, row, config, data, output_dir)) for name, config in recipes.items())
-    return pd.DataFrame({"recipe": name} | errors_of(result) for name, result in found)
+    found = {name: calibrate(teacher, row, config, data, output_dir) for name, config in recipes.items()}
+    return pd.DataFrame({"recipe": name} | errors_of(result) for name, result in found.items())

@@ -5,24 +5,27 @@ second is sequence parallelism that gathers X, where the published one gathers K
 """
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from detransformer.models import preset_config
-from detransformer.parallel.comm import Pending
+from detransformer.parallel.comm import Comm, Pending
+from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import SEQ, STRATEGIES, Request, Strategy, register, together
 from detransformer.parallel.parameters import LayerParameters
 from detransformer.parallel.partition import split
-from detransformer.parallel.plan import layer_plan, strategies_for
+from detransformer.parallel.plan import Plan, layer_plan, strategies_for
 from detransformer.parallel.reshard import gather_tokens
 from detransformer.parallel.strategies import TensorParallel
+from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import predict
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.placement import place_freely
@@ -81,29 +84,17 @@ def name(request) -> Iterator[str]:
     del STRATEGIES["own"]
 
 
-RANK = """
-import json, sys
-import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
-import detransformer.models, test_new_strategy as here
-from detransformer.parallel.comm import Comm
-from detransformer.parallel.executor import Executor
-from detransformer.parallel.layer import register
-from detransformer.parallel.plan import Plan
-from detransformer.parallel.weights import WeightSource
-
-rank, size, store, folder, inputs, plan, strategy, out = sys.argv[1:]
-register("own")(getattr(here, strategy))
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
-comm, weights = Comm(dist.group.WORLD, int(rank), int(size)), WeightSource(folder, torch.float64)
-executor = Executor(AutoConfig.from_pretrained(folder), Plan.from_dict(json.loads(plan)), weights, comm)
-output = executor(**load_file(inputs))
-save_file({"state": output.last_hidden_state.contiguous()}, f"{out}/{rank}.safetensors")
-with open(f"{out}/{rank}.json", "w") as file:
-    json.dump({"sent": [list(t[:2]) for t in comm.transfers], "weights": weights.num_bytes}, file)
-"""
+def run_rank(rank: int, size: int, store: Path, folder: str, inputs: str, plan: Plan, strategy: str, out: Path) -> None:
+    """One device of a request, in a process of its own: writes its output, what it sent and its weights' bytes."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    register("own")(globals()[strategy])
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    comm, weights = Comm(dist.group.WORLD, rank, size), WeightSource(folder, torch.float64)
+    output = Executor(AutoConfig.from_pretrained(folder), plan, weights, comm)(**load_file(inputs))
+    save_file({"state": output.last_hidden_state.contiguous()}, out / f"{rank}.safetensors")
+    record = {"sent": [transfer[:2] for transfer in comm.transfers], "weights": weights.num_bytes}
+    (out / f"{rank}.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("model", ["original", "decoupled"])
@@ -111,17 +102,15 @@ def test_it_runs_over_real_processes(cases, tmp_path, name, model):
     """Every device has the single device's output, and launched and keeps what its own tape says."""
     case, size = cases[model], 3
     plan = layer_plan("own", case.config, strategies_for(case.config, name), [1.0, 1.0, 2.0], num_chunks=2)
-    arguments = [str(size), str(tmp_path / "store"), case.checkpoint, case.inputs, json.dumps(plan.to_dict())]
-    arguments += [STRATEGIES[name].__name__, str(tmp_path)]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), *arguments],
-            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
-        )
-        for rank in range(size)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0] * size
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # which imports everything once
+    arguments = size, tmp_path / "store", case.checkpoint, case.inputs, plan, STRATEGIES[name].__name__, tmp_path
+    ranks = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [0] * size
     expected = load_file(case.reference)["last_hidden_state"]
     for rank in range(size):
         state = load_file(tmp_path / f"{rank}.safetensors")["state"]
