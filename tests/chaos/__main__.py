@@ -103,7 +103,8 @@ def load(
 ) -> bool:
     """The load, saved; whether no answer was wrong, and every malformed request was refused by the status it should."""
     row = run_load(given.cluster, given.load, say=say) | made_by()
-    note = f"One request in {ONE_IN} malformed; latency is a client's, of requests that were answered. {note}"
+    note = f"One request in {ONE_IN} malformed; latency is a client's, of requests that were answered. "
+    note += f"On {cpu_model()}, {usable_cores()} cores; emulated devices at the pace of their presets."
     run.save_table(pd.DataFrame([row]), "load", note=note)
     return row["held"]
 

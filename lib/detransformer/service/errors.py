@@ -15,6 +15,7 @@ UNANSWERED_RETRY_S = 5
 REFUSALS = {
     400: "the body is no JSON",
     401: "no token, or another one",
+    404: "no such path, or another model's name",
     405: "another method",
     408: "the body came too slowly",
     413: "the body is too large, or has too many texts",
