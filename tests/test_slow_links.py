@@ -79,8 +79,9 @@ def test_costs_name_the_row_that_they_are_from():
     run = saved_tables()
     kept, probes = run.load_table("kept"), run.load_table("probes")
     for share, name in ((1 / 12, "Nb=1"), (1 / 3, "Nb=2"), (1.0, "Nb=3")):
-        first, second = decoupling_costs(run, share)
-        quoted = first.split("'")[1]
+        first, fewer, second = decoupling_costs(run, share)
+        quoted, cut = first.split("'")[1], fewer.split("'")[1]
+        assert "3 layers" in cut and f"{kept.set_index('row').loc[cut, 'share']:.0f}%" in fewer
         assert name in quoted and "tokens" in quoted and quoted in set(kept["row"])
         assert f"{kept.set_index('row').loc[quoted, 'share']:.0f}%" in first
         found = probes[(probes["row"] == quoted) & (probes["task"] == "retrieval@1")]["difference"].iloc[0]
