@@ -79,7 +79,7 @@ def test_costs_name_the_row_that_they_are_from():
     run = saved_tables()
     kept, probes = run.load_table("kept"), run.load_table("probes")
     for share, name in ((1 / 12, "Nb=1"), (1 / 3, "Nb=2"), (1.0, "Nb=3")):
-        first, fewer, second = decoupling_costs(run, share)
+        first, second, fewer = decoupling_costs(run, share)
         quoted, cut = first.split("'")[1], fewer.split("'")[1]
         assert "3 layers" in cut and f"{kept.set_index('row').loc[cut, 'share']:.0f}%" in fewer
         assert name in quoted and "tokens" in quoted and quoted in set(kept["row"])

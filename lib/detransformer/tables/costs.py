@@ -38,17 +38,17 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
         f"Nearest row, {name!r}: {row['share']:.0f}% ({row['low']:.0f} to {row['high']:.0f}) of the original's mean "
         f"over {row['tasks']}{counting} (table kept)."
     ]
-    for fewer in rows[rows["row"].str.contains(FEWER_LAYERS)].itertuples():
-        sentences.append(
-            f"Fewer layers instead, row {fewer.row!r}: {fewer.share:.0f}% ({fewer.low:.0f} to {fewer.high:.0f}) of the "
-            "same mean (table kept); see notebook 03 before you decouple."
-        )
     probes = _rows(run, "probes")
     probes = probes[(probes["row"] == name) & (probes["task"] == "retrieval@1")] if len(probes) else probes
     for probe in probes.itertuples():
         low, high = probe.difference_low, probe.difference_high
         sentences.append(
             f"The same row: retrieval@1 {probe.difference:+.1f} points ({low:+.1f} to {high:+.1f}) (table probes)."
+        )
+    for fewer in rows[rows["row"].str.contains(FEWER_LAYERS)].itertuples():
+        sentences.append(
+            f"Fewer layers instead, row {fewer.row!r}: {fewer.share:.0f}% ({fewer.low:.0f} to {fewer.high:.0f}) of the "
+            "same mean (table kept); see notebook 03 before you decouple."
         )
     return sentences
 
