@@ -47,6 +47,17 @@ def test_measured_margins_have_the_interval_of_interleaved_requests():
     assert not len(studies.margins(pd.DataFrame(rows).reindex(columns=studies.COLUMNS)))
 
 
+def test_a_measured_margin_is_held_against_the_predicted_one():
+    rows = rows_of([2.0, 1.0, 0.5], [0.75, 0.8, 0.5])
+    measured = rows.assign(kind="emulated", latency_s=rows["latency_s"] * 1.02)
+    verdicts = studies.slow_link_verdicts(pd.concat([rows, measured]))
+    assert verdicts["where"].tolist() == ["10 Mbps, float32", "all measured rows"]
+    assert verdicts[["expected", "obtained"]].iloc[0].tolist() == pytest.approx([2.0, 2.0])
+    assert verdicts["judged"].tolist() == ["matches", "holds"]
+    alone = studies.slow_link_verdicts(measured)
+    assert alone["judged"].iloc[0] == "not tested"
+
+
 def test_crossovers_lie_between_rates_by_their_logarithm():
     def crossover(*decoupled):
         ends = studies.crossovers(studies.margins(rows_of([1.05 * 1.1, 1.05, 1.05 / 1.1], decoupled)))
