@@ -47,6 +47,17 @@ def test_measured_margins_have_the_interval_of_interleaved_requests():
     assert not len(studies.margins(pd.DataFrame(rows).reindex(columns=studies.COLUMNS)))
 
 
+def test_a_measured_margin_is_held_against_the_predicted_one():
+    rows = rows_of([2.0, 1.0, 0.5], [0.75, 0.8, 0.5])
+    measured = rows.assign(kind="emulated", latency_s=rows["latency_s"] * 1.02)
+    verdicts = studies.slow_link_verdicts(pd.concat([rows, measured]))
+    assert verdicts["where"].tolist() == ["10 Mbps, float32", "all measured rows"]
+    assert verdicts[["expected", "obtained"]].iloc[0].tolist() == pytest.approx([2.0, 2.0])
+    assert verdicts["judged"].tolist() == ["matches", "holds"]
+    alone = studies.slow_link_verdicts(measured)
+    assert alone["judged"].iloc[0] == "not tested"
+
+
 def test_crossovers_lie_between_rates_by_their_logarithm():
     def crossover(*decoupled):
         ends = studies.crossovers(studies.margins(rows_of([1.05 * 1.1, 1.05, 1.05 / 1.1], decoupled)))
@@ -79,8 +90,9 @@ def test_costs_name_the_row_that_they_are_from():
     run = saved_tables()
     kept, probes = run.load_table("kept"), run.load_table("probes")
     for share, name in ((1 / 12, "Nb=1"), (1 / 3, "Nb=2"), (1.0, "Nb=3")):
-        first, second = decoupling_costs(run, share)
-        quoted = first.split("'")[1]
+        first, second, fewer = decoupling_costs(run, share)
+        quoted, cut = first.split("'")[1], fewer.split("'")[1]
+        assert "3 layers" in cut and f"{kept.set_index('row').loc[cut, 'share']:.0f}%" in fewer
         assert name in quoted and "tokens" in quoted and quoted in set(kept["row"])
         assert f"{kept.set_index('row').loc[quoted, 'share']:.0f}%" in first
         found = probes[(probes["row"] == quoted) & (probes["task"] == "retrieval@1")]["difference"].iloc[0]

@@ -23,9 +23,9 @@ MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output 
 # Largest relative error (RMS) of an output whose messages were rounded. One rounding of a row moves it by some 0.2%
 # (bfloat16, 8 bits of mantissa) or 0.7% (int8: a step of max / 127, and a row's largest number is some three times its
 # RMS), and roundings add up like noise. BERT-Base's 12 layers have 0.2 to 0.5% and 0.8 to 2.0%, by method; twice the
-# layers have up to 1.4 times that. int4's step is 18 times int8's, for a group's largest number, which is smaller. In a
-# format of tokens other tokens are approximate: the error is reported, and no more than an unrelated output's.
-MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04, "int4": 0.4, "means8": 1.0, "vq4": 1.0}
+# layers have up to 1.4 times that. int4 has 10 to 30%. In a format of tokens other tokens are approximate: their error
+# is reported, and is to be less than an unrelated output's.
+MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04, "int4": 0.5, "means8": 1.0, "vq4": 1.0}
 MAX_STEAL = 0.3  # of the processors, taken by other guests: above it a row says more about the neighbours
 # The rate that two cores shape and move without making collectives late, summed over the devices' links; above it
 # everything is run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its

@@ -8,6 +8,7 @@ from detransformer.files import repository_root
 from detransformer.record.run import RunFolder
 
 STRUCTURE = re.compile(r"Nb=(\d+), Ndiv=(\d+), [\d,]+ tokens")  # of a row that was trained after it was cut
+FEWER_LAYERS = re.compile(r", \d+ layers, [\d,]+ tokens")
 PROBED_LAYERS = 6  # of MiniLM, whose rows tables `kept` and `probes` have
 
 
@@ -21,7 +22,7 @@ def saved_tables() -> RunFolder | None:
 
 
 def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
-    """Sentences on what a decoupled model keeps of its original's scores.
+    """Sentences on what a decoupled model keeps of its original's scores, and what fewer layers keep.
 
     `original_share`: of the layers, those that stay original; the saved row whose share is nearest is named.
     """
@@ -43,6 +44,11 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
         low, high = probe.difference_low, probe.difference_high
         sentences.append(
             f"The same row: retrieval@1 {probe.difference:+.1f} points ({low:+.1f} to {high:+.1f}) (table probes)."
+        )
+    for fewer in rows[rows["row"].str.contains(FEWER_LAYERS)].itertuples():
+        sentences.append(
+            f"Fewer layers instead, row {fewer.row!r}: {fewer.share:.0f}% ({fewer.low:.0f} to {fewer.high:.0f}) of the "
+            "same mean (table kept); see notebook 03 before you decouple."
         )
     return sentences
 
