@@ -69,7 +69,7 @@ def reshard(
         if plan.direct and (source, target) == (SEQ, HIDDEN):
             return tokens_to_hidden(x, plan, comm, chunk)
         if source == UNSUMMED:
-            everything = add_unsummed(x, comm, chunk, plan.wire)
+            everything = add_unsummed(x, comm, chunk, plan.number_format)
         elif source == HIDDEN:
             everything = gather_hidden(x, plan, comm, request.batch_size, chunk)
         else:

@@ -33,7 +33,7 @@ class ParallelBlock(TensorParallel):
         sums = []
         for i, (context, x) in enumerate(zip(self.attended(qkv, request), xs, strict=True)):
             both = self.out(context).add_(self.ffn(x))
-            sums.append(self.comm.start_all_reduce(both, self.plan.wire, f"sum{i}"))
+            sums.append(self.comm.start_all_reduce(both, self.plan.number_format, f"sum{i}"))
         for summed, x in zip(sums, xs, strict=True):
             yield summed.wait().add_(self.out_bias).add_(self.ffn_bias).add_(x)
 
@@ -46,7 +46,7 @@ class Ladder(TensorParallel):
     in_layout = out_layout = UNSUMMED
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        wire, streams, qkv, before = self.plan.wire, [], [], []
+        wire, streams, qkv, before = self.plan.number_format, [], [], []
         for i, x in enumerate(arrived(chunks)):
             stream, *unsummed = x if x.ndim == 4 else (x,)
             before.append([self.comm.start_all_reduce(ffn, wire, f"ffn{i}") for ffn in unsummed])
@@ -143,7 +143,7 @@ class Parts(Strategy):
         shared = stacked[..., : self.config.num_shared].sum(0)
         if not self.config.num_shared:
             return stacked, Pending(shared)
-        return stacked, self.comm.start_all_reduce(shared, self.plan.wire, f"sum{chunk}")
+        return stacked, self.comm.start_all_reduce(shared, self.plan.number_format, f"sum{chunk}")
 
     def added(self, x: torch.Tensor, made: torch.Tensor, shared: Pending, bias: torch.Tensor) -> torch.Tensor:
         """X with what its parts have made: all of the shared channels, of the others each part's own."""
