@@ -37,7 +37,7 @@ class Worker:
         self.line = meet(job, device, end)
         self.heard: list = list(self.line.unread)
 
-    def hear(self, key: str, timeout_s: float = 5.0) -> dict:
+    def hear(self, key: str, timeout_s: float = 60.0) -> dict:
         """The next message that has `key`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from transformers import PretrainedConfig
 
-from detransformer.parallel.plan import is_decoder
+from detransformer.models.configuration import is_decoder
 from detransformer.planning.placement import place_freely
 from detransformer.planning.problem import Alternative
 from detransformer.planning.profile import ClusterProfile
