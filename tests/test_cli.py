@@ -129,6 +129,7 @@ def test_choices_are_those_of_the_library():
     assert set(found["--search"]) == set(search.METHODS) - {search.FITTED}
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
     """Over loopback, on another wire: TP, SP and one device stand in float32 beside it."""
     options = ["--bandwidth", "100", "--methods", "bp+auto", "--wire", "int8", "--seq-len", "8", "--repeats", "1"]
@@ -167,6 +168,7 @@ def test_plan_explains_itself(capsys):
     assert end.value.code == 0 and "\nchosen: " in shown and "Bottleneck: compute" in shown
 
 
+@pytest.mark.slow
 def test_bench_of_a_cluster_file(bert, tmp_path):
     (tmp_path / "c.yaml").write_text(
         "emulated: true\nlink: {bandwidth_mbps: 80}\n"
@@ -440,6 +442,7 @@ def full_disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_decouple_onto_a_full_disk(bert, full_disk):
     done = run_cli("decouple", bert, "--output", full_disk / "out", "--num-original-layers", "2")
     assert_one_sentence(done.returncode, done.stderr, "disk is full")

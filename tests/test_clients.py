@@ -46,7 +46,11 @@ from detransformer.service.waiting import Asked, QueueFull, Waiting
 
 openai = pytest.importorskip("openai")
 llama = pytest.importorskip("llama_index.embeddings.text_embeddings_inference")
-pytestmark = [pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1]), pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1]),
+]
 
 TOKEN = "the token of these tests"
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the a film great bad who wrote it jane austen in london not was . , ?".split()

@@ -383,6 +383,7 @@ def test_a_failing_job_names_the_device_and_the_error(cases):
 @pytest.mark.parametrize(
     "how, words", [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "has been silent for 10 s")]
 )
+@pytest.mark.slow
 def test_a_lost_device_ends_the_run_and_is_named(cases, how, words):
     """Killed or frozen in the middle of inference: within 30 s one sentence names it, and nothing is left running."""
     case = cases["original"]
@@ -465,6 +466,7 @@ def test_leftovers_of_dead_processes_are_removed():
 
 
 @needs_namespaces
+@pytest.mark.slow
 def test_shaped_links_carry_their_rate_and_never_more():
     """Real gloo over namespaces at two rates; changed while connections are open."""
     with EmulatedCluster(2, bandwidth_bps=100e6, transport="namespaces") as session:
@@ -482,6 +484,7 @@ def test_shaped_links_carry_their_rate_and_never_more():
 
 
 @needs_namespaces
+@pytest.mark.slow
 def test_packets_of_a_delayed_link_are_late_and_its_rate_is_kept():
     """One way, any two devices; a changed delay counts from then on, also at a time scale."""
     with EmulatedCluster(2, bandwidth_bps=50e6, delay_s=0.02, transport="namespaces") as session:
@@ -502,6 +505,7 @@ def test_packets_of_a_delayed_link_are_late_and_its_rate_is_kept():
 
 
 @needs_namespaces
+@pytest.mark.slow
 def test_a_shared_medium_carries_one_message_at_a_time_and_is_priced_so(cases, tmp_path):
     """All that four devices send together has the rate: the kernel's counters, and what is priced, say how long."""
     case, rate_bps = cases["original"], 20e6

@@ -31,6 +31,7 @@ def search(method="bayesian", seed=0, num_iterations=8, objective=synthetic, **k
     return search_policy(objective, ORIGINAL, 3, SearchConfig(6, num_iterations, seed=seed), LIMITS, method, **kwargs)
 
 
+@pytest.mark.slow
 def test_bayesian_search_is_at_least_as_good_as_chance():
     wins = 0
     for seed in range(5):

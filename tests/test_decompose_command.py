@@ -76,6 +76,7 @@ def test_writes_sub_models_aggregator_and_plan(ensemble, vit):
     assert not ensemble.with_name("ensemble.work").exists()
 
 
+@pytest.mark.slow
 def test_run_answers_a_picture_as_one_process_does(ensemble, picture, tmp_path, capfd):
     record = tmp_path / "record.json"
     asked = ("run", "--cluster", CLUSTER, "--model", ensemble, "--image", picture, "--check", "--repeats", "2")
@@ -90,6 +91,7 @@ def test_run_answers_a_picture_as_one_process_does(ensemble, picture, tmp_path, 
     assert "All 3 sub-models answered." in printed and "aggregated on tx2" in printed
 
 
+@pytest.mark.slow
 def test_a_text_classifier_is_decomposed_and_asked(tmp_path, capfd):
     data = open_data("built-in", tmp_path / "data")
     config = BertConfig(

@@ -98,6 +98,7 @@ def largest_difference(outputs, reference) -> float:
 TOLERANCE = 1e-12  # float64: sums in another order
 
 
+@pytest.mark.slow
 def test_two_devices_equal_one(cases, single, tmp_path):
     case = cases["original"]
     num_collectives, one_x = 2 * case.config.num_hidden_layers, 8 * 2 * 11 * case.config.hidden_size

@@ -64,6 +64,7 @@ def test_an_aggregator_comes_back_from_its_files(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["coformer", "average"])
+@pytest.mark.slow
 def test_devices_answer_as_one_process_does(kind, inputs, tmp_path):
     ensemble = make_ensemble(kind, tmp_path / kind)
     with EmulatedCluster(3, JETSONS, 100e6) as cluster:
@@ -78,6 +79,7 @@ def test_devices_answer_as_one_process_does(kind, inputs, tmp_path):
     assert len(run.samples_s) == 2 and 0 < run.latency_s < 1
 
 
+@pytest.mark.slow
 def test_a_killed_device_is_left_out_and_named(ensemble, inputs):
     with EmulatedCluster(3, JETSONS, 100e6) as cluster:
         run_ensemble(cluster, ensemble, inputs)
@@ -93,6 +95,7 @@ def test_a_killed_device_is_left_out_and_named(ensemble, inputs):
         torch.testing.assert_close(again.logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_device_that_hangs_is_late_and_left_out(ensemble, inputs):
     with EmulatedCluster(3, JETSONS, 100e6) as cluster:
         run_ensemble(cluster, ensemble, inputs)
@@ -106,6 +109,7 @@ def test_a_device_that_hangs_is_late_and_left_out(ensemble, inputs):
         )
 
 
+@pytest.mark.slow
 def test_without_the_central_device_there_is_no_answer(ensemble, inputs):
     with EmulatedCluster(3, JETSONS, 100e6) as cluster:
         run_ensemble(cluster, ensemble, inputs)
@@ -114,6 +118,7 @@ def test_without_the_central_device_there_is_no_answer(ensemble, inputs):
             run_ensemble(cluster, ensemble, inputs)
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused(ensemble, inputs, tmp_path):
     with pytest.raises(ValueError, match="has no ensemble.json"):
         load_ensemble(tmp_path)

@@ -73,6 +73,7 @@ def test_prices_are_what_they_were(model):
 
 
 @pytest.mark.parametrize("source", ["grid", "plan_map", "choices", "latency"])
+@pytest.mark.slow
 def test_choices_are_no_slower_than_they_were(source):
     for row in rows_of("choices.csv"):
         if row["source"] != source:

@@ -176,6 +176,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_three_hosts_answer_as_one_does(classifier, tmp_path):
     """A worker a host over shaped links, by a plan of a file; each has its own copy of the model; all end well."""
     copies = [shutil.copytree(classifier, tmp_path / f"copy{i}") for i in range(3)]
@@ -197,6 +198,7 @@ def test_three_hosts_answer_as_one_does(classifier, tmp_path):
     assert not (tmp_path / "1.json").exists()
 
 
+@pytest.mark.slow
 def test_a_text_goes_on_over_two_hosts_as_on_one(tmp_path):
     """The tokens that transformers generates; the request crosses JSON on its way to the workers."""
     folder = save_decoder(tmp_path / "gpt2")
@@ -232,6 +234,7 @@ def wait_for(stream, words: str, timeout_s: float = HANG_S) -> list[str]:
     raise AssertionError(f"no {words!r} in {timeout_s} s: {lines}")
 
 
+@pytest.mark.slow
 def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
     """In the middle of requests: within seconds one sentence on each of the others, and no process is left."""
     with hosts(tmp_path, 3) as shelf:
@@ -366,6 +369,7 @@ def test_the_command_on_a_host_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_the_models_are_known_to_transformers_once_they_are_imported(classifier):
     code = (
         "import detransformer.models\nfrom transformers import AutoModel\n"
@@ -468,6 +472,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.slow
 def test_answers_bytes_and_weights_are_those_of_earlier_commits(capsys, tmp_path, name):
     asked = {
         "qa": ["--text", "who made it", "--context", "the studio in rome made it", "--method", "bp+sp"],
@@ -487,6 +492,7 @@ def test_answers_bytes_and_weights_are_those_of_earlier_commits(capsys, tmp_path
     assert {field: record.get(field) for field in GOLDEN[name]} == GOLDEN[name]
 
 
+@pytest.mark.slow
 def test_the_same_command_over_emulated_devices(capsys, tmp_path):
     """A question, answered by two unequal devices over modelled links; the plan it kept is run again."""
     folder = save_model(tmp_path / "qa", BertForQuestionAnswering)
@@ -509,6 +515,7 @@ def test_the_same_command_over_emulated_devices(capsys, tmp_path):
     assert code == 0 and "plan: bp+sp" in shown, error
 
 
+@pytest.mark.slow
 def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
     """A GPT-2 over two unequal devices: the single device's tokens, and the text that they are."""
     folder = save_decoder(tmp_path / "gpt2")
@@ -544,6 +551,7 @@ def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
         (["--output", "/"], "--output / is a folder"),
     ],
 )
+@pytest.mark.slow
 def test_wrong_requests_are_one_sentence(capsys, classifier, tmp_path, options, words):
     path = tmp_path / "c.yaml"
     path.write_text("emulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b}]")

@@ -49,6 +49,7 @@ def test_all_methods_and_eight_devices():
     assert {c.num_divisions for c in cells if c.num_devices != 8} == {4}
 
 
+@pytest.mark.slow
 def test_measuring_over_modelled_links(cases, tmp_path):
     """Rows in the cells' order, from one cluster of four; the timeline keeps plain rows at the lowest bandwidth."""
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
@@ -98,6 +99,7 @@ def test_counts_of_the_paper():
 
 
 @pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
+@pytest.mark.slow
 def test_busy_devices_are_compared_with_sleeping_ones(cases, tmp_path):
     """The same requests, in turn, on devices that keep to a core each; what a busy one computes has no effect."""
     folder = tmp_path / "model"

@@ -180,6 +180,7 @@ def read_all(folder: Path) -> None:
 
 @pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 @pytest.mark.timeout(0)
+@pytest.mark.slow
 def test_http_survives_whatever_its_description_allows_and_forbids(tmp_path, checkpoint):
     import schemathesis
     from fastapi.testclient import TestClient

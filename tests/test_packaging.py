@@ -105,6 +105,7 @@ def test_a_clone_reads_its_own_published_values(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_wheel_works_without_the_repository(tmp_path):
     """The commands that need no notebooks: published device figures and profiles are in the package."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "dist", ROOT]

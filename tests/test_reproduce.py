@@ -319,6 +319,7 @@ def test_seeds_are_collected_from_the_profile(clone):
     assert manifest["seeds"] == {"01_first.seed": 7}
 
 
+@pytest.mark.slow
 def test_a_saved_run_is_drawn_without_measuring(clone, tmp_path):
     """Executed copies are renewed, what lacks a table says so, and a notebook without `measure` is left alone."""
     run, _, before = run_all(clone)

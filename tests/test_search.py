@@ -232,6 +232,7 @@ GPT2_XL_SIZES = dict(
 
 @pytest.mark.parametrize("speeds", [[1.0, 2.0, 4.0, 8.0] * 16, [1 + i / 64 for i in range(64)]], ids=["4 kinds", "64"])
 @pytest.mark.parametrize("num_original_layers", [None, 12])
+@pytest.mark.slow
 def test_64_devices_are_planned_in_seconds(speeds, num_original_layers):
     """Some 7 s of processor time where nothing is recorded yet, half a second afterwards."""
     config = BertConfig(**GPT2_XL_SIZES)

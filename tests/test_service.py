@@ -348,6 +348,7 @@ def test_a_session_answers_as_one_device_does_also_in_batches(session, model):
 
 @emulated
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_a_session_names_a_killed_device_and_answers_all_the_same(session, model):
     import psutil
 
@@ -418,6 +419,7 @@ def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_reques
 @emulated
 @pytest.mark.skipif(not can_step_clock()[0], reason=can_step_clock()[1])
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_a_device_whose_clock_is_an_hour_late_is_taken_back(session, model):
     clock = Path(session.hosts.variables[2]["CLOCK_STEP_FILE"])
     place = Field(session, 2, clock.parent, clock)
@@ -438,6 +440,7 @@ def test_a_device_whose_clock_is_an_hour_late_is_taken_back(session, model):
 
 @emulated
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_a_slow_device_is_named_and_nothing_is_lost(session, model):
     fault, place = FAULTS["slow"], Field(session, 2, Path())
 
@@ -608,6 +611,7 @@ def test_no_process_and_no_namespace_outlive_a_session(session):
 @emulated
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("method", ["tp", "bp+tp"])
+@pytest.mark.slow
 def test_http_goes_on_with_a_text_as_transformers_does(tmp_path, method):
     """A GPT-2 as it is, and decoupled, on two devices; prompts of unlike lengths that are answered in one batch."""
     torch.manual_seed(3)

@@ -138,6 +138,7 @@ def test_no_jobs_at_a_time_is_refused():
         run_jobs(square, [(1,)], 0, "squares")
 
 
+@pytest.mark.slow
 def test_side_by_side_is_what_one_after_the_other_is(data, tmp_path):
     finetuning = {
         "MRPC": FinetuneConfig(num_epochs=1, seq_len=32, max_train_rows=32, max_eval_rows=16, num_seeds=2),

@@ -117,6 +117,7 @@ print(executor.weights_bytes, resident_bytes("VmHWM") - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("method", ["tp", "bp+tp", "bp+sp"])
+@pytest.mark.slow
 def test_loading_peaks_at_most_25_percent_above_the_plans_weights(method, tmp_path):
     """BERT-Base over four devices; the file is all holes, which read as zeros and take no room."""
     config = preset_config("bert-base", 4 if method.startswith("bp") else None)
