@@ -72,11 +72,10 @@ def predicted_rows(
     rows = []
     settings = itertools.product(device_counts, bandwidths_mbps, delays_ms, shared, paces)
     for count, mbps, delay_ms, on_one_air, pace in settings:
-        where = device_specs(count, DEVICE), 1e6 * mbps, delay_ms / 1e3
+        specs = device_specs(count, DEVICE)
         for layers in structures:
             config = preset_config(model, layers, 4)
-            specs, *at = where
-            profile = cluster_profile(specs, config, *at, link, pace, efficiency, on_one_air)
+            profile = cluster_profile(specs, config, 1e6 * mbps, delay_ms / 1e3, link, pace, efficiency, on_one_air)
             common = dict(model=model, num_devices=count, bandwidth_mbps=mbps, delay_ms=delay_ms, shared=on_one_air)
             common |= dict(pace=pace, kind="predicted", device=profile.devices[0].name, valid=True)
             for wire in wires:

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
 
@@ -64,6 +64,20 @@ def cases(tmp_path_factory) -> dict[str, Case]:
         "decoupled": Case(folder / "decoupled", decouple(bert, num_original_layers=2, num_divisions=4)),
         "narrow": Case(folder / "narrow", decouple(bert, 2, 4, attention_width="narrow")),
     }
+
+
+@pytest.fixture(scope="session")
+def random_gpt2():
+    """A GPT-2 of given sizes, its biases and LayerNorms random too; float64, so that orders of summing hardly show."""
+
+    def make(sizes: dict) -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).double().eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")

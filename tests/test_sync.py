@@ -36,13 +36,8 @@ TOLERANCE = 1e-12
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> GPT2LMHeadModel:
-    """Random weights, biases and LayerNorms too."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**SMALL, bos_token_id=None, eos_token_id=None)).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+def gpt2(random_gpt2) -> GPT2LMHeadModel:
+    return random_gpt2(SMALL)
 
 
 @pytest.fixture(scope="module")
