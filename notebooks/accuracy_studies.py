@@ -92,7 +92,7 @@ def calibration_curve(
 
 
 def calibration_table(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a model: row, Nb, Ndiv, num_layers, stage, tokens, errors, cosine, seconds of training, source, note.
+    """One row a model: row, Nb, Ndiv, num_layers (in all), stage, tokens, errors, cosine, seconds of training, source, note.
 
     stage: `sliced` or `cut` (fewer layers) as they are, `closed form`, `trained`; tokens are those trained on, or what
     the closed form read. `error` is the last layer's, `mean_error` over layers, held-out and relative to the teacher's.
@@ -100,6 +100,7 @@ def calibration_table(results: Iterable[Result]) -> pd.DataFrame:
     frame = pd.DataFrame(vars(result) | vars(result.row) | {"row": result.row.label} for result in results)
     frame["tokens"] = frame["tokens"].where(frame["tokens"] > 0, frame["fit_tokens"])
     frame["error"], frame["mean_error"] = frame["errors"].str[-1], frame["errors"].map(np.mean)
+    frame["num_layers"] = frame["errors"].str.len()
     columns = ["row", *STRUCTURE, "stage", "tokens", "error", "mean_error", "cosine", "seconds", "source", "note"]
     return frame[columns].astype(dict.fromkeys(STRUCTURE, "Int64"))
 

@@ -254,6 +254,16 @@ def test_what_cannot_take_turns_is_refused(texts):
         check_generation(config, pipeline, pipeline)
 
 
+def test_numbers_that_are_not_finite_are_no_text(texts):
+    text = texts["original"]
+    plan = plan_of(text.config, "tensor", [1.0])
+    inputs = load_file(text.inputs)
+    made = Generator(text.config, plan, plan, WeightSource(Path(text.checkpoint), torch.float64), Comm(None, 0, 1))
+    made.prefill.head.words[60, 0] = torch.nan
+    with pytest.raises(ValueError, match="numbers that are not finite: look at its weights"):
+        made.start(inputs["input_ids"], inputs["attention_mask"], NEW_TOKENS)
+
+
 def test_too_long_a_text_is_refused_before_it_starts(cluster, texts):
     from detransformer.cluster.devices import DeviceError
     from detransformer.cluster.session import EmulatedCluster

@@ -4,15 +4,14 @@ Sub-block p takes the weights of Q, K, V and FFN-in that read its input slice, a
 write its output slice. Original layers, embeddings, last LayerNorm, pooler and heads are copied.
 """
 
-import copy
 import re
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from detransformer.models.auto import DECOUPLED_CLASS
 from detransformer.models.configuration import decoupled_config, layer_kinds
+from detransformer.models.stacked import made_from
 
 LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h|layers)\.(\d+)\.(.+)$")
 QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # how names begin
@@ -47,17 +46,8 @@ def decouple(
             f"{', '.join(c.__name__ for c in DECOUPLED_CLASS)}."
         )
     config = decoupled_config(model.config, num_original_layers, num_divisions, attention_width, original_placement)
-    config._attn_implementation = model.config._attn_implementation
-    config.architectures = [decoupled_class.__name__]
     kwargs = {"add_pooling_layer": model.pooler is not None} if hasattr(model, "pooler") else {}
-    with no_init_weights():  # every weight comes from `model`, and drawing 110 M random ones takes seconds
-        decoupled = decoupled_class(config, **kwargs)
-    decoupled.tie_weights()  # the LM head's matrix is the word embeddings; drawing weights would have tied them
-    decoupled = decoupled.to(next(model.parameters()).dtype)
-    decoupled.load_state_dict(decoupled_state_dict(model.state_dict(), config))
-    if model.can_generate():
-        decoupled.generation_config = copy.deepcopy(model.generation_config)
-    return decoupled.train(model.training)
+    return made_from(decoupled_class, config, model, decoupled_state_dict(model.state_dict(), config), **kwargs)
 
 
 def decoupled_state_dict(state: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:

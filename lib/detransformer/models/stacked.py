@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.initialization import no_init_weights
 
@@ -98,6 +98,29 @@ except ImportError as error:
 
 globals().update(BY_NAME)
 '''
+
+
+def made_from(
+    made_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    **kwargs: bool,
+) -> PreTrainedModel:
+    """A model of another class with the weights `state` [name: tensor], else as `model`: number format, mode, texts.
+
+    kwargs: of the class's constructor.
+    """
+    config._attn_implementation = model.config._attn_implementation
+    config.architectures = [made_class.__name__]
+    with no_init_weights():  # every weight comes from `state`, and drawing 110 M random ones takes seconds
+        made = made_class(config, **kwargs)
+    made.tie_weights()  # the LM head's matrix is the word embeddings; drawing weights would have tied them
+    made = made.to(next(model.parameters()).dtype)
+    made.load_state_dict(state)
+    if made.can_generate():
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made.train(model.training)
 
 
 class DecoupledModel:

@@ -16,8 +16,6 @@ read and write; here each has the whole width, so that all models have the same 
 Shapes: B batch, T tokens, D hidden size, P parts, A = D/P the width of a part's heads.
 """
 
-import copy
-
 import torch
 from huggingface_hub.dataclasses import strict
 from torch.nn import functional as F
@@ -32,13 +30,12 @@ from transformers import (
     GPT2Model,
     PreTrainedModel,
 )
-from transformers.initialization import no_init_weights
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from detransformer.models.configuration import SYNCS, config_fields, ffn_size, layer_kinds
 from detransformer.models.decoupled_gpt2 import DecoupledGPT2Model
-from detransformer.models.stacked import DecoupledHead
+from detransformer.models.stacked import DecoupledHead, made_from
 
 
 @strict
@@ -223,15 +220,6 @@ def synced(model: GPT2LMHeadModel, **sync) -> PreTrainedModel:
     trained as GPT-2 does not compute the same, unless all channels are shared; it is where training starts.
     """
     config = SyncGPT2Config(**config_fields(model.config) | sync)
-    config._attn_implementation = model.config._attn_implementation
     made_class = SyncGPT2LMHeadModel if config.is_causal else SyncGPT2ForMaskedLM
-    config.architectures = [made_class.__name__]
-    with no_init_weights():  # every weight comes from `model`
-        made = made_class(config)
-    made.tie_weights()
-    made = made.to(next(model.parameters()).dtype)
-    known = made.state_dict().keys()
-    made.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in known})
-    if made.can_generate():
-        made.generation_config = copy.deepcopy(model.generation_config)
-    return made.train(model.training)
+    state, left_out = model.state_dict(), ".ln_2." if config.sync == "parallel" else None
+    return made_from(made_class, config, model, {n: w for n, w in state.items() if not left_out or left_out not in n})

@@ -14,6 +14,7 @@ import torch
 from detransformer.parallel.comm import Comm
 
 END = -1  # in place of a token: the row has ended
+NOT_FINITE = -2  # in place of a token: the model's numbers are not finite
 
 
 @dataclass(frozen=True)

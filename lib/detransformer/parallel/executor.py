@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from detransformer.models.configuration import architecture, family_of, generates, head_of, is_decoder, max_tokens
 from detransformer.parallel.comm import Comm
-from detransformer.parallel.draw import Draw
+from detransformer.parallel.draw import NOT_FINITE, Draw
 from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
 from detransformer.parallel.parameters import naming_of
 from detransformer.parallel.partition import bounds
@@ -118,7 +118,8 @@ class NextToken:
             draw.end(best)
         every = self.comm.start_all_gather(best, [best.shape] * self.comm.num_ranks, name="token").wait()
         logits, tokens = torch.stack(every).unbind(-1)  # [P, B] each
-        token = tokens.gather(0, logits.argmax(0, keepdim=True))[0]
+        best, rank = logits.max(0)  # NaN is the largest of all
+        token = tokens.gather(0, rank[None])[0].masked_fill(best.isnan(), NOT_FINITE)
         return Output(x, next_token=token.long())
 
 

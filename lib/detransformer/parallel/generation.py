@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from detransformer.models.configuration import generates
 from detransformer.parallel.comm import Comm
-from detransformer.parallel.draw import END, Draw, Sampling
+from detransformer.parallel.draw import END, NOT_FINITE, Draw, Sampling
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import STRATEGIES, KeyValueCache
 from detransformer.parallel.plan import Plan
@@ -93,6 +93,8 @@ class Generator:
 
     def _forward(self, executor: Executor, input_ids: torch.Tensor) -> torch.Tensor:
         tokens = executor(input_ids, self._mask, cache=self.cache, draw=self._draw).next_token
+        if (tokens == NOT_FINITE).any():  # on all devices alike
+            raise ValueError("the model computes numbers that are not finite: look at its weights.")
         self._left -= 1
         self._ended |= torch.isin(tokens, self._stops) | (tokens == END)
         return tokens

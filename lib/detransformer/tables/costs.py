@@ -7,9 +7,6 @@ import pandas as pd
 from detransformer.files import repository_root
 from detransformer.record.run import RunFolder
 
-STRUCTURE = re.compile(r"Nb=(\d+), Ndiv=(\d+), [\d,]+ tokens")  # of a row that was trained after it was cut
-FEWER_LAYERS = re.compile(r", \d+ layers, [\d,]+ tokens")
-PROBED_LAYERS = 6  # of MiniLM, whose rows tables `kept` and `probes` have
 
 
 def saved_tables() -> RunFolder | None:
@@ -26,12 +23,17 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
 
     `original_share`: of the layers, those that stay original; the saved row whose share is nearest is named.
     """
-    rows = _rows(run, "kept")
-    rows = rows[rows["how"] == "probe"] if "how" in rows else rows
-    found = {row: int(match[1]) / PROBED_LAYERS for row in rows.get("row", ()) if (match := STRUCTURE.search(row))}
-    if not found:
+    rows, trained = _rows(run, "kept"), _rows(run, "calibration")
+    trained = trained[trained["stage"] == "trained"] if len(trained) else trained
+    if not len(rows) or not len(trained):
         return ["No saved table says what decoupling costs; run notebook 03."]
-    name = min(found, key=lambda row: abs(found[row] - original_share))
+    # Of each structure the one with most tokens, which its curve ends with.
+    trained = trained.drop_duplicates("row", keep="last")
+    trained["label"] = [f"{row}, {tokens:,} tokens" for row, tokens in zip(trained["row"], trained["tokens"], strict=True)]
+    is_cut = trained["num_original_layers"].isna()
+    trained["distance"] = (trained["num_original_layers"] / trained["num_layers"] - original_share).abs()
+    name = trained.loc[trained["distance"].idxmin(), "label"]
+    rows = rows[rows["how"] == "probe"]
     row, words = rows.set_index("row").loc[name], rows[rows["row"] == "bag of words"]["share"]
     counting = f"; counting words keeps {words.iloc[0]:.0f}%" if len(words) else ""
     sentences = [
@@ -45,7 +47,7 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
         sentences.append(
             f"The same row: retrieval@1 {probe.difference:+.1f} points ({low:+.1f} to {high:+.1f}) (table probes)."
         )
-    for fewer in rows[rows["row"].str.contains(FEWER_LAYERS)].itertuples():
+    for fewer in rows[rows["row"].isin(trained[is_cut]["label"])].itertuples():
         sentences.append(
             f"Fewer layers instead, row {fewer.row!r}: {fewer.share:.0f}% ({fewer.low:.0f} to {fewer.high:.0f}) of the "
             "same mean (table kept); see notebook 03 before you decouple."
