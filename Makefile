@@ -1,4 +1,4 @@
-# make smoke | reproduce | test | lab | figures | lint | docs | coverage | clean. Each sets up .venv first, once.
+# make smoke | reproduce | test | lab | figures | lint | docs | coverage | clean. The first call sets up .venv.
 PYTHON ?= python3
 PROFILE ?= quick
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?= tests
 
-# A mirror of the data beside the clone is used where there is one and nothing else was named.
+# Uses a data mirror beside the clone if there is one and DETRANSFORMER_DATA is not set.
 ifndef DETRANSFORMER_DATA
 ifneq ($(wildcard ../shared/data/.),)
 export DETRANSFORMER_DATA := $(abspath ../shared/data)
@@ -17,18 +17,18 @@ endif
 help:
 	@echo "make smoke       two minutes: this machine, parity on four processes, TP and BP+Auto emulated, one figure"
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
-	@echo "make test        the tests, but for those that take long"
+	@echo "make test        the tests, except those that take long"
 	@echo "make test-all    all tests"
 	@echo "make lab         JupyterLab on the notebooks"
-	@echo "make figures     draw the figures of RUN (results/reference) anew from its saved tables"
-	@echo "make lint        ruff, and notebooks without outputs"
+	@echo "make figures     redraw the figures of RUN (results/reference) from its saved tables"
+	@echo "make lint        ruff, and a check that notebooks have no outputs"
 	@echo "make docs        API pages from the docstrings, into build/docs"
-	@echo "make coverage    the tests (or TESTS=...) with their line coverage, into build/coverage"
+	@echo "make coverage    the tests (or TESTS=...) with line coverage, into build/coverage"
 	@echo "make chaos       break a serving cluster in every way, five times each, and count what is lost (needs root)"
 	@echo "make fuzz        ten thousand malformed cluster files, plans, checkpoints and requests"
-	@echo "make soak        half an hour of load, a fault a minute (needs root)"
+	@echo "make soak        half an hour of load with a fault per minute (needs root)"
 	@echo "make load        a minute of 30 clients over HTTP, one request in ten malformed (needs root)"
-	@echo "                 RUN=results/reference with chaos, soak, load or coverage: where their tables and figures go"
+	@echo "                 with chaos, soak, load or coverage, RUN=results/reference says where tables and figures go"
 	@echo "make clean       remove .venv, caches and build (results stay)"
 
 install: $(STAMP)
@@ -73,14 +73,14 @@ docs: $(STAMP)
 	rm -rf build/docs
 	$(BIN)/python docs/build_api.py build/docs
 
-# Processes that tests start are counted too, but for emulated devices: they are killed, and write nothing down.
+# Processes that tests start are counted too, except emulated devices: these are killed and write no coverage.
 coverage: $(STAMP)
 	rm -rf build/coverage && mkdir -p build/coverage
 	@$(PYTEST) --cov --cov-report=html:build/coverage $(TESTS); \
 	failed=$$?; \
 	$(BIN)/coverage json -q -o build/coverage/coverage.json && \
 	$(BIN)/python docs/coverage_table.py build/coverage/coverage.json $(or $(RUN),build/coverage) && exit $$failed
-	@echo "build/coverage/index.html has them by file"
+	@echo "build/coverage/index.html lists them by file"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build
