@@ -13,7 +13,7 @@ export DETRANSFORMER_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: chaos soak load fuzz help install smoke reproduce test test-all lab figures lint docs coverage clean
+.PHONY: chaos soak load fuzz size help install smoke reproduce test test-all lab figures lint docs coverage clean
 help:
 	@echo "make smoke       two minutes: this machine, parity on four processes, TP and BP+Auto emulated, one figure"
 	@echo "make reproduce [PROFILE=quick|reference|laptop|paper]  every table and figure into results/PROFILE"
@@ -29,6 +29,7 @@ help:
 	@echo "make soak        half an hour of load with a fault per minute (needs root)"
 	@echo "make load        a minute of 30 clients over HTTP, one request in ten malformed (needs root)"
 	@echo "                 with chaos, soak, load or coverage, RUN=results/reference says where tables and figures go"
+	@echo "make size        lines of Python by room"
 	@echo "make clean       remove .venv, caches and build (results stay)"
 
 install: $(STAMP)
@@ -85,6 +86,9 @@ coverage: $(STAMP)
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build
 	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+size: $(STAMP)
+	@$(BIN)/python docs/lines.py
 
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos --output $(or $(RUN),results/chaos)

@@ -92,7 +92,7 @@ def calibration_curve(
 
 
 def calibration_table(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a model: row, Nb, Ndiv, num_layers (in all), stage, tokens, errors, cosine, seconds of training, source, note.
+    """One row a model: row, Nb, Ndiv, num_layers in all, stage, tokens, errors, cosine, seconds, source, note.
 
     stage: `sliced` or `cut` (fewer layers) as they are, `closed form`, `trained`; tokens are those trained on, or what
     the closed form read. `error` is the last layer's, `mean_error` over layers, held-out and relative to the teacher's.

@@ -1,12 +1,9 @@
 """What decoupling and compressing cost in accuracy, in sentences that name the saved table and row they are from."""
 
-import re
-
 import pandas as pd
 
 from detransformer.files import repository_root
 from detransformer.record.run import RunFolder
-
 
 
 def saved_tables() -> RunFolder | None:
@@ -27,9 +24,8 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
     trained = trained[trained["stage"] == "trained"] if len(trained) else trained
     if not len(rows) or not len(trained):
         return ["No saved table says what decoupling costs; run notebook 03."]
-    # Of each structure the one with most tokens, which its curve ends with.
-    trained = trained.drop_duplicates("row", keep="last")
-    trained["label"] = [f"{row}, {tokens:,} tokens" for row, tokens in zip(trained["row"], trained["tokens"], strict=True)]
+    trained = trained.drop_duplicates("row", keep="last").copy()  # each structure's longest training
+    trained["label"] = trained["row"] + trained["tokens"].map(", {:,} tokens".format)
     is_cut = trained["num_original_layers"].isna()
     trained["distance"] = (trained["num_original_layers"] / trained["num_layers"] - original_share).abs()
     name = trained.loc[trained["distance"].idxmin(), "label"]
