@@ -80,15 +80,15 @@ def _how_sure(rows: pd.DataFrame) -> str:
 
 
 def accuracy_claim(shares: pd.DataFrame, probes: pd.DataFrame) -> tuple | None:
-    """What real weights keep of their scores after decoupling: the best row of each structure, beside fewer layers."""
+    """What real weights keep of their scores after decoupling: each structure's longest training, and fewer layers."""
     rows = shares[shares["how"] == "probe"]
     original = next(iter(rows["row"]), "")
     models = rows[(rows["judged"].fillna("") != "") & rows["share"].notna()]
     if not len(models):
         return None
     models = models.assign(structure=models["row"].map(structure_of))
-    best = models.sort_values("share", ascending=False).drop_duplicates("structure")
-    parts = [f"{r.share:.1f}% ({r.low:.1f} to {r.high:.1f}) {r.row}" for r in best.itertuples()]
+    last = models.drop_duplicates("structure", keep="last")
+    parts = [f"{r.share:.1f}% ({r.low:.1f} to {r.high:.1f}) {r.row}" for r in last.itertuples()]
     sure = f"linear probes on frozen vectors, the {rows['num_tasks'].iloc[0]} tasks that the original has learned "
     sure += f"({rows['tasks'].iloc[0]})"
     counting = rows.loc[rows["row"] == WORDS, "share"]
@@ -96,7 +96,7 @@ def accuracy_claim(shares: pd.DataFrame, probes: pd.DataFrame) -> tuple | None:
     sure += "; one calibration each, intervals over validation rows"
     found = probes[probes["task"] == "retrieval@1"].set_index("row")["score"]
     if original in found:
-        falls = [f"{found[r.row]:.1f} ({r.structure})" for r in best.itertuples()]
+        falls = [f"{found[r.row]:.1f} ({r.structure})" for r in last.itertuples()]
         sure += f"; retrieval@1 falls from {found[original]:.1f} to {', '.join(falls)}"
     name = "Scores kept after decoupling a pretrained model"
     return name, "100.9% (Table III, trained anew)", "; ".join(parts), "measured", sure
