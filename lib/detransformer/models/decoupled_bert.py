@@ -55,7 +55,7 @@ from detransformer.models.stacked import (
 class DecoupledSelfAttention(BertSelfAttention):
     """Self-attention of P sub-blocks: Q, K, V are Linear(d -> A), all heads in each sub-block."""
 
-    dropout_name = "attention_probs_dropout_prob"  # the configuration's name of its rate
+    dropout_name = "attention_probs_dropout_prob"  # the configuration's field of its rate
 
     def __init__(self, config: DecoupledBertConfig, layer_idx: int | None = None):
         nn.Module.__init__(self)
