@@ -142,8 +142,8 @@ class Plan:
         for i, (name, kind) in enumerate(zip(self.strategies, kinds, strict=True)):
             if STRATEGIES[name].layer_kind != kind:
                 raise ValueError(
-                    f"strategy {name!r} at layer {i} is for {STRATEGIES[name].layer_kind} layers, and this one is {kind}: "
-                    "choose another strategy."
+                    f"strategy {name!r} at layer {i} is for {STRATEGIES[name].layer_kind} layers, and this one is "
+                    f"{kind}: choose another strategy."
                 )
         for rank in range(1, len(self.stages)):
             first = bounds(self.stages, rank)[0]
