@@ -89,7 +89,7 @@ class _Cells:
         return self._pieces[key]
 
     def contenders(self, split: Plan) -> list[Plan]:
-        """For each number of chunks: plans with one strategy for all original layers, and the fastest plan in each cell."""
+        """For each number of chunks: plans of one strategy for all original layers, and each cell's fastest plan."""
         plans = []
         for num_chunks in chunk_counts(self.largest.seq_len, split.num_devices):
             split = replace(split, num_chunks=num_chunks)
