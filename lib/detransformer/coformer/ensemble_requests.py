@@ -1,4 +1,4 @@
-"""`detransformer run` of an ensemble: text, picture or random input goes to the sub-models, whose answers are joined."""
+"""`detransformer run` of an ensemble: text, picture or random input goes to the sub-models, which answer together."""
 
 from dataclasses import asdict
 from pathlib import Path

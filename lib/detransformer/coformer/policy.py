@@ -217,7 +217,7 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
         ValueError: if `limits` has another number of devices.
     """
     if limits is not None and len(limits.flops) != policy.num_devices:
-        raise ValueError(f"limits are of {len(limits.flops)} devices and the policy of {policy.num_devices}.")
+        raise ValueError(f"limits are for {len(limits.flops)} devices and the policy for {policy.num_devices}.")
     configs = policy.sub_models
     found = [
         f"C1: sub-model {n} has {c.num_layers} layers, the original {original.num_layers}: give it no more"

@@ -216,5 +216,5 @@ def _load(path: str | Path | None, settings: dict) -> SearchResult:
         raise ValueError(f"{path} is not the history of a search ({error}): remove it, or give another.") from error
     if known != settings:
         others = ", ".join(f"{name}={known.get(name)!r}" for name in settings if known.get(name) != settings[name])
-        raise ValueError(f"{path} is of a search with {others}: give another file, or search as it did.")
+        raise ValueError(f"{path} is of a search with {others}: give another file, or search with these settings.")
     return found

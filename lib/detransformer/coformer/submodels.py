@@ -3,8 +3,8 @@
 Only a layer's projections differ from `transformers`' own: it has `layer_heads[k]` heads of the large model's head size
 and `layer_ffn_sizes[k]` FFN columns, and its attention is as wide as its heads, which may differ from the embedding's
 width. All else, including parameter names, is the original class's, so a sub-model whose layers are alike and as wide
-as their heads is a plain smaller model. `facebook/deit-base-patch16-224`, DeiT-B without distillation token, is a ViT to
-`transformers`.
+as their heads is a plain smaller model. `facebook/deit-base-patch16-224`, DeiT-B without distillation token, is a ViT
+to `transformers`.
 
 Shapes: B batch, S tokens, d embedding width, A = heads x head size, D FFN columns of a layer.
 """

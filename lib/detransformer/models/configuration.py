@@ -294,10 +294,10 @@ def read_generation(config: PretrainedConfig, fields: dict) -> None:
     place = "generation_config.json"
     for name, value in LIKELIEST_TEXT.items():
         if fields.get(name) not in (None, value):
-            raise ValueError(f"{place}: {name} is {fields[name]!r}, and only {value!r} is computed: take it out there.")
+            raise ValueError(f"{place}: {name} is {fields[name]!r}, and only {value!r} is supported: remove it there.")
     ends = fields.get("eos_token_id")
     if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
-        raise ValueError(f"{place}: eos_token_id is {ends!r}, and must be the number of a token, or a list of them.")
+        raise ValueError(f"{place}: eos_token_id is {ends!r}, and must be a token id or a list of them.")
     if ends is not None:
         config.eos_token_id = ends
 

@@ -167,7 +167,7 @@ class DecoupledBertLayer(BertLayer):
         kwargs.pop("encoder_attention_mask", None)
         if kwargs.pop("past_key_values", None) is not None:
             raise ValueError(
-                "decoupled BERT keeps no past_key_values, which prefix tuning gives: choose another kind of adapter."
+                "decoupled BERT takes no past_key_values, which prefix tuning adds: choose another kind of adapter."
             )
         batch_size, num_tokens, _ = hidden_states.shape
         x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]

@@ -99,7 +99,7 @@ class TensorParallel(Strategy):
 class SequenceParallel(Strategy):
     """Sequence parallelism (SP): own tokens and all weights; K and V of all tokens by one all_gather. X [B, t, D].
 
-    A device's own K and V are exact; the wire format rounds those of other tokens.
+    A device's own K and V are exact; those of other tokens pass through the plan's wire format.
     """
 
     in_layout = out_layout = SEQ
