@@ -46,7 +46,7 @@ class Decoupling:
             size that the authors' released latency code times.
         original_placement: `"last"` makes the last layer of each of the Nb groups original, as published (Fig. 5), and
             so the model's last; `"first"` the first of each group; `"bottom"`, `"middle"` and `"top"` make Nb layers in
-            a row original: the first, those in the middle (the earlier ones where it is not whole), the last.
+            a row original: the first, those in the middle (rounded towards the first), the last.
 
     Raises:
         ValueError: for sizes that do not divide, naming the value, the limit and a remedy.

@@ -96,7 +96,7 @@ class Comm:
     def _start(
         self, kind: str, num_bytes: int, received_bytes: int, run: Callable[[], None], result: Callable
     ) -> Pending:
-        """`run()` performs the collective, `result()` is its value; this rank sends and receives so many bytes."""
+        """`run()` performs the collective, `result()` is its value; bytes are those this rank sends and receives."""
         number = self._launch(kind, num_bytes)
 
         def timed() -> None:

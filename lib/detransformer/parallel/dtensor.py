@@ -37,8 +37,8 @@ def check_shards(config: BertConfig, num_devices: int) -> None:
 class DTensorExecutor:
     """One device's part of the model in the folder `checkpoint`; called like `parallel.executor.Executor`.
 
-    Each device reads the whole checkpoint and keeps its shards. `weights_bytes` counts the shards and what every device
-    holds.
+    Each device reads the whole checkpoint and keeps its shards. `weights_bytes` counts the shards and the weights
+    that every device has.
 
     Args:
         plan: a plan with `runs='dtensor'`; only its number of devices is used.

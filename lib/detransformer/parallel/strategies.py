@@ -7,7 +7,7 @@ of `comm`; everything else is local.
 BERT's LayerNorms stand after the residuals, GPT-2's before attention and FFN; GPT-2 attends only to earlier tokens, and
 keeps their K and V (`KeyValueCache`).
 
-Shapes: B batch, T tokens (of a chunk, where one chunk is meant), t this device's tokens, D hidden, H heads, h this
+Shapes: B batch, T tokens (or those of one chunk), t this device's tokens, D hidden, H heads, h this
 device's heads, s head size, I the intermediate size, P sub-blocks, p this device's sub-blocks, d = D/P, A attention
 width of a sub-block.
 """
