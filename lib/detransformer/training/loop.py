@@ -87,7 +87,7 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
     accelerator = Accelerator(mixed_precision="no")  # one for the process: it would refuse another for the next run
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
     if accelerator.num_processes > 1:
-        raise ValueError(f"{accelerator.num_processes} processes were launched: a training run is one process.")
+        raise ValueError(f"{accelerator.num_processes} processes were launched: a training run takes one, start one.")
     model = objective.model
     place(model, precision)
     copies = MasterWeights(model) if precision == "bf16-weights" else None
