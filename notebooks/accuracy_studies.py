@@ -1,10 +1,10 @@
-"""The studies of notebook 03: calibration over tokens, and what a changed encoder keeps of the original's scores.
+"""The studies of notebook 03: calibration over tokens, and how much of the original's scores a changed encoder keeps.
 
-A probe is a logistic regression (scikit-learn) on frozen vectors, of a pair on [u, v, |u - v|, u v] (Conneau et al.
-2017); how strongly it is regularised is chosen on a fifth of the training rows (Matthews correlation). Retrieval looks
-for the paragraph of each SQuAD question among all by the cosine of their vectors. Beside them stand the most frequent
-label and bags of words (TF-IDF). Differences to the original model have intervals from a paired bootstrap over the
-validation rows: what another sample of rows would have said, not another training.
+A probe is a logistic regression (scikit-learn) on frozen vectors, for a pair on [u, v, |u - v|, u v] (Conneau et al.
+2017); a fifth of the training rows decides its regularisation (Matthews correlation). Retrieval ranks all paragraphs
+for each SQuAD question by the cosine of their vectors. Baselines are the most frequent label and bags of words
+(TF-IDF). Differences to the original model have intervals from a paired bootstrap over the validation rows: the effect
+of another sample of rows, not of another training.
 
 Shapes: N texts, D hidden, C classes.
 """
@@ -46,7 +46,7 @@ from detransformer.training.results import Result
 
 STRUCTURE = ["num_original_layers", "num_divisions", "num_layers"]
 RETRIEVAL = "retrieval"
-STRENGTHS = (10.0, 1.0, 0.1, 0.01)  # of C, the inverse strength of regularisation; of equal ones the first is taken
+STRENGTHS = (10.0, 1.0, 0.1, 0.01)  # of C, the inverse strength of regularisation; the first wins a tie
 TEXTS_PER_BATCH = 64
 RESAMPLES = 500
 KEPT_PERCENT = 97.0  # of the original's mean over the tasks it has learned
@@ -67,10 +67,10 @@ def calibration_curve(
     data: TrainingData,
     output_dir: str | Path,
 ) -> list[Result]:
-    """`row` as it is cut, after the closed form, and trained on each number of tokens, one going on from another.
+    """`row` as cut, after the closed form, and trained on each number of tokens, each training continuing the last.
 
     Args:
-        budgets: tokens trained on in all, ascending; each has a schedule of its own.
+        budgets: total tokens trained on, ascending; each has a schedule of its own.
 
     Raises:
         ValueError: for budgets that do not ascend, and as `calibrate`.
@@ -92,10 +92,10 @@ def calibration_curve(
 
 
 def calibration_table(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a model: row, Nb, Ndiv, num_layers in all, stage, tokens, errors, cosine, seconds, source, note.
+    """One row a model: row, Nb, Ndiv, num_layers (all), stage, tokens, errors, cosine, training seconds, source, note.
 
-    stage: `sliced` or `cut` (fewer layers) as they are, `closed form`, `trained`; tokens are those trained on, or what
-    the closed form read. `error` is the last layer's, `mean_error` over layers, held-out and relative to the teacher's.
+    stage: `sliced` or `cut` (fewer layers), `closed form`, `trained`; tokens are those trained on, or those that the
+    closed form read. `error` is the last layer's, `mean_error` over layers, held-out and relative to the teacher's.
     """
     frame = pd.DataFrame(vars(result) | vars(result.row) | {"row": result.row.label} for result in results)
     frame["tokens"] = frame["tokens"].where(frame["tokens"] > 0, frame["fit_tokens"])
@@ -110,11 +110,11 @@ def calibration_table(results: Iterable[Result]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class ProbeConfig(Checked):
-    """Rows and lengths of one task; of retrieval `max_train_rows` is the number of paragraphs, all if None.
+    """Rows and lengths of one task; for retrieval `max_train_rows` is the number of paragraphs, all if None.
 
     Args:
-        max_train_rows, max_eval_rows: None takes all; a cut set is called reduced in every table.
-        seq_len: tokens of a text, at most.
+        max_train_rows, max_eval_rows: None takes all; every table calls a cut set reduced.
+        seq_len: the most tokens of a text.
     """
 
     max_train_rows: int | None = positive(None)
@@ -124,7 +124,7 @@ class ProbeConfig(Checked):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one model and task, a row each: predicted and true label, or the rank and number of a question's paragraph."""
+    """For one model and task, by row: predicted and true label, or the rank and number of a question's paragraph."""
 
     predicted: np.ndarray
     labels: np.ndarray
@@ -138,8 +138,8 @@ def sentence_vectors(
     """Mean over tokens of the last layer's output, normalised [N, D]: sentence-transformers' mean pooling.
 
     Args:
-        model: an encoder in eval mode, whose tokens are `data`'s.
-        batch_size: texts at once, the shorter ones padded.
+        model: an encoder in eval mode, with `data`'s tokens.
+        batch_size: texts at once, shorter ones padded.
     """
     tokenizer = type(data.tokenizer).from_str(data.tokenizer.to_str())  # a copy: truncation is a tokenizer's state
     tokenizer.enable_truncation(seq_len)
@@ -157,7 +157,7 @@ def sentence_vectors(
 
 
 def pair_features(vectors: Sequence) -> Any:
-    """One column of vectors as it is; of two [N, D] the four parts [N, 4 D]."""
+    """One column of vectors unchanged; for two [N, D] the four parts [N, 4 D]."""
     if len(vectors) == 1:
         return vectors[0]
     u, v = vectors
@@ -180,10 +180,10 @@ def fit_probe(train, labels: np.ndarray, test) -> np.ndarray:
 def probe(
     checkpoint: Any, tasks: Mapping[str, ProbeConfig], data: TrainingData, output_dir: str | Path
 ) -> dict[str, Outcome]:
-    """What the encoder of `checkpoint` (a folder, or a result that has one) predicts for each task; kept and read back.
+    """Predictions of the encoder of `checkpoint` (a folder, or a result that has one) for each task; kept in a file.
 
     Raises:
-        ValueError: for an unknown task, or a folder that is no checkpoint.
+        ValueError: for an unknown task, or a folder that is not a checkpoint.
     """
     folder, source = source_of(getattr(checkpoint, "checkpoint", checkpoint))
     model, found = None, {}
@@ -203,14 +203,14 @@ def probe(
 
 
 def _encoder(folder: Path):
-    """The encoder of a checkpoint, in bfloat16 where that is what this processor is fast with."""
+    """The encoder of a checkpoint, in bfloat16 if this processor is fast with it."""
     model, precision = AutoModel.from_pretrained(folder).eval(), resolve_precision("auto")
     place(model, precision)
     return model.cpu().to(torch.float32 if precision == "no" else torch.bfloat16)
 
 
 def bag_of_words(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, Outcome]:
-    """The same with TF-IDF vectors of words (and pairs of words) in place of a model's."""
+    """As `probe`, with TF-IDF vectors of words (and pairs of words) in place of a model's."""
     found = {}
     for name, config in tasks.items():
         if name == RETRIEVAL:
@@ -224,7 +224,7 @@ def bag_of_words(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[s
 
 
 def majority(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, Outcome]:
-    """The same with the training rows' most frequent label for all; of retrieval one paragraph for all."""
+    """As `probe`, with the training rows' most frequent label for all; for retrieval one paragraph for all."""
     found = {}
     for name, config in tasks.items():
         if name == RETRIEVAL:
@@ -238,7 +238,7 @@ def majority(tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, 
 
 
 def outcome_of(read: Read, name: str, config: ProbeConfig, data: TrainingData) -> Outcome:
-    """Of the vectors that `read` gives: a probe's predictions, or of retrieval the rank (from 1) of each paragraph."""
+    """From `read`'s vectors: a probe's predictions, or for retrieval the rank (from 1) of each question's paragraph."""
     if name == RETRIEVAL:
         questions, paragraphs, right = _questions(config, data)
         scores = read(questions) @ read(paragraphs).T
@@ -269,7 +269,7 @@ def _questions(config: ProbeConfig, data: TrainingData) -> tuple[list[str], list
 
 
 def score_columns(name: str) -> list[str]:
-    """The scores of a task: its metric's, or recall at 1 and 10."""
+    """The score columns of a task: its metric's, or recall at 1 and 10."""
     return [f"{RETRIEVAL}@1", f"{RETRIEVAL}@10"] if name == RETRIEVAL else [name]
 
 
@@ -284,7 +284,7 @@ def score(column: str, predicted: np.ndarray, labels: np.ndarray) -> float:
 def probe_table(outcomes: Mapping[str, dict[str, Outcome]], original: str) -> pd.DataFrame:
     """One row a model and score: row, task, metric, score, majority_score, difference to `original`, low, high, note.
 
-    The interval is of the difference: 95%, by a bootstrap over the validation rows that both models share.
+    The interval is for the difference: 95%, by a bootstrap over the validation rows that both models share.
     """
     rng, rows = np.random.default_rng(0), []
     for row, found in outcomes.items():
@@ -313,7 +313,7 @@ def probe_table(outcomes: Mapping[str, dict[str, Outcome]], original: str) -> pd
 
 
 def finetuned_scores(runs: pd.DataFrame, original: str) -> pd.DataFrame:
-    """One row a model and task: score (mean over seeds), difference to `original`, its interval, as table `probes`.
+    """One row a model and task: score (mean over seeds), difference to `original`, its interval, as in table `probes`.
 
     The interval is two standard errors over paired seeds (the head's first weights, dropout, order of data).
     """
@@ -332,7 +332,7 @@ def finetuned_scores(runs: pd.DataFrame, original: str) -> pd.DataFrame:
 
 
 def wide(scores: pd.DataFrame) -> pd.DataFrame:
-    """One line a model, one column a score; an arrow where a difference to the original is beyond its interval."""
+    """One line a model, one column a score; an arrow marks a difference to the original beyond its interval."""
     marks = ["▲" if low > 0 else "▼" if high < 0 else "" for low, high in scores[RANGE].itertuples(index=False)]
     texts = [f"{score:.1f} {mark}".strip() for score, mark in zip(scores["score"], marks, strict=True)]
     cells = scores.assign(cell=pd.Series(texts, scores.index, dtype=str))
@@ -347,11 +347,11 @@ def wide(scores: pd.DataFrame) -> pd.DataFrame:
 def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
     """One row a model: its mean over the tasks that `original` has learned, as a share of the original's.
 
-    A task is learned where the original is above guessing and above every baseline in `scores`: a score that counting
-    words reaches shows no knowledge that could be kept. Baselines are rows too, for what a share is to be held against.
+    A task counts as learned if the original is above guessing and above every baseline in `scores`: a score that
+    counting words reaches shows no knowledge that could be kept. Baselines have rows too, to compare shares with.
 
     Columns: row, num_tasks, mean, share (per cent), low, high, judged (share of `KEPT_PERCENT` or more). The interval
-    adds the tasks' intervals as independent. Where the original has learned nothing, the share is NaN and not tested.
+    adds the tasks' intervals as independent. If the original has learned nothing, the share is NaN and not tested.
     """
     base = scores[scores["row"] == original].set_index("task")
     floors = scores[scores["row"].isin(BASELINES)].groupby("task")["score"].max().reindex(base.index)

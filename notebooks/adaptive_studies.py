@@ -1,6 +1,6 @@
-"""The studies of notebook 09: is the chosen plan the fastest, also while a link changes?
+"""The studies of notebook 09: is the chosen plan the fastest, even while a link changes?
 
-Each function measures on an emulated cluster and returns a frame in the form in which its table is saved.
+Each function measures on an emulated cluster and returns a frame in the form of its saved table.
 """
 
 import itertools
@@ -40,7 +40,7 @@ GRID_COLUMNS = (
 
 
 def contenders(placement: Placement, paper: Placement, num_rivals: int) -> list[Plan]:
-    """The chosen plan, the best `num_rivals` others that run layers otherwise, and the best of the paper's three."""
+    """The chosen plan, the best `num_rivals` others with other strategies, and the best of the paper's three."""
     plans = [placement.plan]
     for alternative in placement.alternatives:
         known = {(plan.strategies, plan.device_ids) for plan in plans}
@@ -65,8 +65,8 @@ def choice_rows(
 ) -> pd.DataFrame:
     """The chosen plan and its best rivals, measured for every model, bandwidth, length and number of devices.
 
-    One row a plan (`GRID_COLUMNS`), the chosen one marked. All plans of a model on so many devices are held at once, so
-    that none waits for weights. Rows are kept in the run's folder as they come: an interrupted call goes on from there.
+    One row a plan (`GRID_COLUMNS`), the chosen one marked. All plans of a model on the same number of devices are
+    loaded at once, so that none waits for weights. Rows are kept in the run's folder; an interrupted call resumes.
     """
     rows = []
     for count in device_counts:
@@ -100,9 +100,9 @@ def unequal_rows(
 ) -> pd.DataFrame:
     """Devices of these relative `speeds` (1: a Raspberry Pi 4B): the planned split against even ones.
 
-    Splits: `planned`; `even, same strategies`; `even, best strategies`, those a planner takes that believes all devices
-    equal. `ideal_s` is the work of the model over the speed of all devices, nothing sent; `over_ideal` the latency over
-    it and what communication could not be hidden.
+    Splits: `planned`; `even, same strategies`; `even, best strategies`, those chosen by a planner that takes all
+    devices to be equal. `ideal_s` is the model's work over the speed of all devices, nothing sent; `over_ideal` is the
+    latency over `ideal_s` and the communication that could not be hidden.
     """
     rows = []
     specs = [DeviceSpec(speed=speed) for speed in speeds]
@@ -135,7 +135,7 @@ def unequal_rows(
 
 @dataclass(frozen=True)
 class Phase:
-    """So many requests at one link rate."""
+    """A number of requests at one link rate."""
 
     num_requests: int
     bandwidth_mbps: float
@@ -162,11 +162,11 @@ def trace_rows(
     transport: str = "auto",
     time_scale: float | None = None,
 ) -> pd.DataFrame:
-    """Requests of mixed lengths while the link's rate drops and recovers: run-time planning, and each held plan alone.
+    """Requests of mixed lengths while the link's rate drops and recovers: run-time planning, and each plan alone.
 
-    The planner is told each request's length, never the link's rate: it sees what the traffic takes. Where the plan in
-    use sends nothing, a probe is sent now and then, whose time counts as the request's. One row a request and policy,
-    `adaptive` or `fixed: PLAN`, in the order of the requests; all policies serve the same ones.
+    The planner is told each request's length, never the link's rate: it sees only the duration of its traffic. If the
+    plan in use sends nothing, a probe is sent now and then, whose time counts as the request's. One row a request and
+    policy, `adaptive` or `fixed: PLAN`, in the order of the requests; all policies serve the same requests.
     """
     path = Path(run_path) / "trace_rows.json"
     rates = sorted({phase.bandwidth_mbps for phase in phases}, reverse=True)
@@ -253,10 +253,10 @@ def _serve(
 
 
 def as_transferred(transfers: Sequence[Sequence[tuple[str, int, float]]]) -> list[tuple[str, int, float]]:
-    """A request's collectives, of which each device has its own list: the busiest device's bytes, and seconds.
+    """A request's collectives, from each device's own list: the busiest device's bytes, and seconds.
 
-    The seconds are the longest that a device saw: one that came late finds its data there already, and would take the
-    link for faster than it is. That others waited for it only makes the rate look smaller, for some of the collectives.
+    The seconds are the longest that a device saw: a late device finds its data already there, and would overestimate
+    the link. That others waited for it only makes the rate look smaller, for some of the collectives.
     """
     return [
         (same[0][0], max(num_bytes for _, num_bytes, _ in same), max(seconds for *_, seconds in same))
@@ -273,7 +273,7 @@ def probe_link(cluster: EmulatedCluster) -> tuple[int, float]:
 
 
 def sizes_in_words(plan: Plan) -> str:
-    """What each device takes, such as `tokens 1:1:2:4, heads 1+1+3+7, sub-blocks 1+1+2+4`."""
+    """Each device's sizes, such as `tokens 1:1:2:4, heads 1+1+3+7, sub-blocks 1+1+2+4`."""
     shares = [share / min(plan.tokens_share) for share in plan.tokens_share]
     parts = ["tokens " + ":".join(f"{share:g}" for share in shares), "heads " + "+".join(map(str, plan.heads))]
     if "block" in plan.strategies:
@@ -285,7 +285,7 @@ def sizes_in_words(plan: Plan) -> str:
 
 
 def choice_cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell of table `choices`: the chosen plan's latency over that of the best measured one (valid rows)."""
+    """One row a cell of table `choices`: the chosen plan's latency over the best measured plan's (valid rows)."""
     cells = []
     where = ["model", "num_devices", "bandwidth_mbps", "seq_len"]
     for key, part in checked_rows(rows).groupby(where, sort=False):
@@ -303,7 +303,7 @@ def choice_cells(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plan_in_short(plan: str) -> tuple[str, int]:
-    """(strategy of most original layers, or `one device`; chunks) of a plan in words."""
+    """(strategy of most original layers, or `one device`; chunks) of a described plan."""
     if plan.endswith("on 1 device"):
         return "one device", 1
     names = Counter(word for word in re.findall(r"[a-z]+", plan) if word in ORIGINAL_LAYERS)
@@ -312,7 +312,7 @@ def plan_in_short(plan: str) -> tuple[str, int]:
 
 
 def adaptive_verdicts(cells: pd.DataFrame, unequal: pd.DataFrame, trace: pd.DataFrame) -> pd.DataFrame:
-    """One row a claim of this repository about adaptive execution, judged by `record.verdict`: all of them limits."""
+    """One row a claim of this repository about adaptive execution, judged by `record.verdict`: all are limits."""
     within = (cells["over_best"] <= 1.03).mean()
     rows = [
         ("cells whose chosen plan is within 3% of the best measured of a few", "at least", 0.95, within),

@@ -1,7 +1,8 @@
-"""The study of notebook 15: architectures for slow links, trained alike, with what a request sends and takes.
+"""The study of notebook 15: architectures for slow links, trained alike, with bytes and latency of a request.
 
-All have GPT-2's layer, LayerNorm before attention and FFN: trained on the next token as decoders, and on masked tokens
-as encoders whose tokens attend to all others. Every row starts from the same seeded weights and sees the same text.
+All have GPT-2's layer, LayerNorm before attention and FFN. As decoders they are trained on the next token, as encoders,
+whose tokens attend to all others, on masked tokens. Every row starts from the same seeded weights and sees the same
+text.
 """
 
 import itertools
@@ -26,18 +27,18 @@ from detransformer.tables.accuracy import compared
 from detransformer.training.data.packing import SpecialTokens
 from detransformer.training.results import Result
 
-ORIGINAL = "original"  # the row that all others are compared with
+ORIGINAL = "original"  # the row to which all others are compared
 OBJECTIVES = ("causal", "masked")
 BERT_BASE = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 30522, "seq_len": 512}
 
 
 @dataclass(frozen=True)
 class ArchitectureRow(training.ModelRow):
-    """A row that is the original, decoupled, or one of `models.sync_gpt2`: `sync` and what belongs to it.
+    """A row that is the original, decoupled, or one of `models.sync_gpt2`, with `sync` and its settings.
 
     Args:
-        name: by which tables call it.
-        sync, fuse_every, shared_fraction: as in `SyncGPT2Config`; the parts are four.
+        name: its name in tables.
+        sync, fuse_every, shared_fraction: as in `SyncGPT2Config`, with four parts.
     """
 
     name: str = ORIGINAL
@@ -58,21 +59,21 @@ class ArchitectureRow(training.ModelRow):
         return {name: getattr(self, name) for name in ("sync", "fuse_every", "shared_fraction")}
 
     def config_of(self, original: GPT2Config) -> PretrainedConfig:
-        """The configuration that this row makes of an original one."""
+        """The configuration of this row's model, made from an original one."""
         if self.sync is not None:
             return SyncGPT2Config(**config_fields(original) | self._sync)
         return original if self.is_original else decoupled_config(original, *self.structure)
 
     def made_of(self, model: GPT2LMHeadModel) -> PreTrainedModel:
         made = super().made_of(model) if self.sync is None else synced(model, **self._sync)
-        for layer in made.transformer.h:  # transformers' own layers take every decoder to be causal
+        for layer in made.transformer.h:  # transformers' own layers assume that every decoder is causal
             layer.attn.is_causal = getattr(made.config, "is_causal", True)
         return made
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureRecipe(training.CausalConfig):
-    """`CausalConfig`, also for masked tokens of a model that attends to all of them (`masked`)."""
+    """`CausalConfig`, or with `masked` training on masked tokens of a model that attends to all tokens."""
 
     masked: bool = False
 
@@ -87,7 +88,7 @@ class ArchitectureRecipe(training.CausalConfig):
 
 
 def architecture_rows(architectures: Mapping[str, Mapping]) -> list[ArchitectureRow]:
-    """The rows of a profile's mapping from a name to an `ArchitectureRow`'s other fields."""
+    """The rows of a profile's mapping from names to an `ArchitectureRow`'s other fields."""
     return [ArchitectureRow(model="gpt2", name=name, **fields) for name, fields in architectures.items()]
 
 
@@ -102,14 +103,14 @@ def train_architectures(
     seeds: Iterable[int],
     objectives: Sequence[str] = OBJECTIVES,
 ) -> Iterable[dict]:
-    """Trains every row, by seed, then by objective; gives out `loss_row` of each. Finished ones are read back."""
+    """Trains every row, by seed, then by objective; yields `loss_row` of each. Finished rows are read back."""
     for seed, objective, row in itertools.product(seeds, objectives, rows):
         config = replace(recipe, seed=seed, masked=objective == "masked")
         yield loss_row(training.pretrain(row, config, data, Path(folder) / f"{objective}-{seed}"), objective)
 
 
 def loss_row(result: Result, objective: str) -> dict:
-    """One run: what was trained, on how much, and its held-out loss in nats a token that was asked for."""
+    """One run: the model, its training data, and its held-out loss in nats per predicted token."""
     names = ("seed", "valid_loss", "unigram_loss", "num_steps", "tokens", "valid_tokens", "hidden_size", "seconds")
     made = {"architecture": result.row.name, "objective": objective} | {name: getattr(result, name) for name in names}
     return made | {"precision": result.precision, "source": result.source, "note": result.note}
@@ -118,7 +119,7 @@ def loss_row(result: Result, objective: str) -> dict:
 def compared_losses(runs: pd.DataFrame) -> pd.DataFrame:
     """One row an objective and architecture: mean loss over seeds, and its difference to the original's by seed.
 
-    low and high are two standard errors of the difference on each side; of one seed there are none.
+    low and high are two standard errors of the difference on each side; with one seed there are none.
     """
     rows = []
     for (objective, name), group in runs.groupby(["objective", "architecture"], sort=False):
@@ -144,11 +145,11 @@ def cost_rows(
     num_devices: int = 4,
     seq_len: int = 128,
 ) -> pd.DataFrame:
-    """What each architecture's fastest plan over all devices sends and takes, at the trained size and at BERT-Base's.
+    """Bytes and latency of each architecture's fastest plan over all devices, at the trained size and at BERT-Base's.
 
     One row an architecture, size and bandwidth. A request is `seq_len` tokens of an encoder; all is predicted by the
-    roofline pace, since how efficient small shares are was not measured for all strategies. The original is there
-    twice: by any strategies, and by tensor parallelism alone, on which the new ones are built. `alone_s` is the
+    roofline pace, since the efficiency of small shares was not measured for all strategies. The original is there
+    twice: with any strategies, and with tensor parallelism alone, on which the new ones are built. `alone_s` is the
     original on one device.
     """
     specs, found = device_specs(num_devices, device), []
@@ -171,14 +172,14 @@ def cost_rows(
 
 
 def _free(config: PretrainedConfig, profile: ClusterProfile, seq_len: int) -> tuple[str, Prediction]:
-    """The fastest plan of any strategies that takes all devices."""
+    """The fastest plan of any strategies that uses all devices."""
     listed = place_freely(config, profile, seq_len).alternatives
     best = next(found for found in listed if found.plan.num_devices == len(profile.devices))
     return best.plan.describe(), best.prediction
 
 
 def _fixed(config: PretrainedConfig, profile: ClusterProfile, seq_len: int) -> tuple[str, Prediction]:
-    """The fastest number of chunks of the one strategy that a layer has, or of tensor parallelism."""
+    """The fastest number of chunks with a layer's only strategy, or with tensor parallelism."""
     speeds, strategies = [1.0] * len(profile.devices), strategies_for(config, "tensor")
     plans = [layer_plan("tp", config, strategies, speeds, num_chunks=count) for count in CHUNKS]
     priced = [(plan.describe(), predict(config, plan, profile, seq_len)) for plan in plans]
@@ -198,6 +199,6 @@ def _price(name: str, plan: str, prediction: Prediction) -> dict:
 
 
 def beside_losses(costs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
-    """Prices with the losses of the same architecture; the original's two plans have the same loss."""
+    """Costs with the losses of the same architecture; the original's two plans have the same loss."""
     known = costs.assign(trained=costs["architecture"].str.removesuffix(", tensor parallel"))
     return known.merge(losses.rename(columns={"architecture": "trained"}), on="trained").drop(columns="trained")

@@ -1,6 +1,6 @@
-"""Tables II to V of CoFormer (2025) from rows of runs, published values beside them, and the claims judged from them.
+"""Tables II to V of CoFormer (2025) from rows of runs, with published values, and the claims judged from them.
 
-A mean over seeds has its standard deviation and the number of seeds; the rows of one seed have none, and test nothing.
+A mean over seeds has its standard deviation and the number of seeds; rows of one seed have none, and test nothing.
 """
 
 import math
@@ -39,7 +39,7 @@ def spread(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def ablation_table(model: Mapping, rows: pd.DataFrame) -> pd.DataFrame:
-    """Table III: the large model, its sub-models as cut and calibrated, alone and together."""
+    """Table III: the large model, and its sub-models as cut and calibrated, alone and together."""
     made = spread(rows, ["part", "calibrated", "latency_ms"]).sort_values("calibrated", kind="stable")
     whole = {name: model[name] for name in ("accuracy", "train_accuracy", "latency_ms")}
     made = pd.concat([pd.DataFrame([{"part": "large model", "num_seeds": 1} | whole]), made], ignore_index=True)
@@ -54,7 +54,7 @@ def ablation_table(model: Mapping, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def aggregator_table(model: Mapping, rows: pd.DataFrame) -> pd.DataFrame:
-    """Table IV: each aggregator on the same sub-models, and the points that it gives up against the large model."""
+    """Table IV: each aggregator on the same sub-models, and the points that it loses against the large model."""
     made, (whole, _) = spread(rows, ["kind", "latency_ms"]), _published("IV", "DeiT-B")
     known = [_published("IV", {"majority": "majority voting"}.get(kind, kind)) for kind in made["kind"]]
     return made.assign(
@@ -66,7 +66,7 @@ def aggregator_table(model: Mapping, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def case_table(runs: pd.DataFrame, model: Mapping, cases: Sequence[str]) -> pd.DataFrame:
-    """One row a case: accuracy over seeds, points given up, best sub-model alone, costs; speedup over the TX2 alone."""
+    """One row a case: accuracy over seeds, points lost, best sub-model alone, costs; speedup over the TX2 alone."""
     chosen = runs[runs["case"].isin(cases)]
     best_alone, costs = chosen.groupby("case")["best_alone"].mean(), chosen.groupby("case")[COSTS].first()
     made = spread(chosen, ["case", "rule"]).join(best_alone, on="case").join(costs, on="case")
@@ -75,7 +75,7 @@ def case_table(runs: pd.DataFrame, model: Mapping, cases: Sequence[str]) -> pd.D
 
 
 def device_table(runs: pd.DataFrame, model: Mapping) -> pd.DataFrame:
-    """Table V: the large model on one device, then 1 to 4 sub-models of together the same FLOPs."""
+    """Table V: the large model on one device, then 1 to 4 sub-models with the same FLOPs together."""
     cases = ["1 device", "2 devices", "coformer", "4 devices"]
     made = case_table(runs, model, cases).sort_values("num_devices", kind="stable")
     whole = {name: model[name] for name in ("accuracy", *COSTS) if name in model}
@@ -89,7 +89,7 @@ def device_table(runs: pd.DataFrame, model: Mapping) -> pd.DataFrame:
 
 
 def recipe_table(runs: pd.DataFrame, model: Mapping) -> pd.DataFrame:
-    """Table II's fair part: CoFormer, like sub-models and one small model of equal FLOPs, by their `recipe`."""
+    """Table II's fair part: CoFormer, equal sub-models and one small model of equal FLOPs, by their `recipe`."""
     rows = runs[runs["case"].isin(EQUAL_FLOPS)]
     columns = ["flops_share", "latency_ms", "seconds", "held_out_accuracy"]
     made = spread(rows, ["recipe", "case"]).join(
@@ -100,7 +100,7 @@ def recipe_table(runs: pd.DataFrame, model: Mapping) -> pd.DataFrame:
 
 
 def decoupled_table(rows: pd.DataFrame, model: Mapping) -> pd.DataFrame:
-    """DeTransformer's accuracy by the recipe whose operations its distillation takes, and the points given up."""
+    """DeTransformer's accuracy by the recipe whose operations its distillation takes, and the points lost."""
     made = spread(rows, ["recipe", "num_steps", "flops_share", "as_cut"])
     return made.assign(given_up=model["accuracy"] - made["accuracy"])
 
@@ -108,7 +108,7 @@ def decoupled_table(rows: pd.DataFrame, model: Mapping) -> pd.DataFrame:
 def best_recipe(recipes: pd.DataFrame) -> pd.DataFrame:
     """The rows of the one recipe by which methods are compared: CoFormer's best on held-out training samples.
 
-    Only recipes that all methods were calibrated by take part; test samples choose nothing.
+    Only recipes with which all methods were calibrated take part; test samples choose nothing.
     """
     whole = recipes[recipes.groupby("recipe")["case"].transform("nunique") == len(EQUAL_FLOPS)]
     own = whole[whole["case"] == "coformer"]
@@ -117,7 +117,7 @@ def best_recipe(recipes: pd.DataFrame) -> pd.DataFrame:
 
 
 def missing_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by the device lost, for each aggregator, and the points lost by it."""
+    """Accuracy by lost device for each aggregator, and the points that the loss costs."""
     made = spread(rows, ["aggregator", "missing"])
     full = made[made["missing"] == 0].set_index("aggregator")["accuracy"]
     return made.assign(lost=made["aggregator"].map(full) - made["accuracy"])
@@ -126,7 +126,7 @@ def missing_table(rows: pd.DataFrame) -> pd.DataFrame:
 def latency_table(predicted: pd.DataFrame, measured: pd.DataFrame, accuracies: Mapping[str, float]) -> pd.DataFrame:
     """Figs. 10 and 12: all rows, with the accuracy of their method and speedups over the TX2 alone and over Galaxy.
 
-    Speedups are of rows of the same kind, size and bandwidth; rows that failed their check have none.
+    Speedups are between rows of the same kind, size and bandwidth; rows that failed their check have none.
     """
     rows = pd.concat([predicted, measured], ignore_index=True)
     rows = rows.assign(title=rows["method"].map(METHOD_TITLES), accuracy=rows["method"].map(accuracies))
@@ -146,7 +146,7 @@ def latency_table(predicted: pd.DataFrame, measured: pd.DataFrame, accuracies: M
 def which_one(latency: pd.DataFrame, large_accuracy: float) -> pd.DataFrame:
     """By bandwidth: the fastest exact method, the fastest decoupled one, and the fastest of all; all predicted.
 
-    Methods whose accuracy nobody measured (other FLOPs than those trained) do not take part.
+    Methods without a measured accuracy (FLOPs other than those trained) do not take part.
     """
     rows = latency[(latency["kind"] == "predicted") & (latency["method"] != "coformer-published")]
     made = []
@@ -174,7 +174,7 @@ def difference(
 ) -> Verdict:
     """Points of accuracy of `first` over `second`, rows of means over seeds, with two standard errors on each side.
 
-    The large model's accuracy may be given as a number, which has no error. `known` is the published difference.
+    The large model's accuracy may be a number, which has no error. `known` is the published difference.
     """
     rows = [row if isinstance(row, pd.Series) else {"accuracy": row} for row in (first, second)]
     obtained = rows[0]["accuracy"] - rows[1]["accuracy"]
@@ -185,7 +185,7 @@ def difference(
 
 
 def accuracy_claims(devices: pd.DataFrame, recipes: pd.DataFrame) -> list[Verdict]:
-    """Points given up by CoFormer, and its points over methods of equal FLOPs, for each recipe that all share."""
+    """Points lost by CoFormer, and its points over methods of equal FLOPs, for each recipe that all share."""
     devices, large = devices.set_index("case"), float(devices["accuracy"].iloc[0])
     known = _published("III", "original DeiT-B")[0] - _published("III", "decomposed and aggregated")[0]
     made = []
@@ -250,7 +250,7 @@ def aggregation_claims(
 
 
 def _published(table: str, row: str) -> tuple:
-    """(accuracy, latency in ms) of a row of published/coformer_tables.csv; lists where it has one a sub-model."""
+    """(accuracy, latency in ms) of a row of published/coformer_tables.csv; lists if it has one a sub-model."""
     found = published("coformer_tables").set_index(["table", "row"]).loc[(table, row)]
     cells = [[float(part) for part in str(found[name]).split("/")] for name in ("accuracy_pct", "latency_ms")]
     return tuple(cell if len(cell) > 1 else cell[0] for cell in cells)

@@ -1,7 +1,7 @@
 """The studies of notebooks 12 and 13: one large model, decomposed in many ways, calibrated once a seed.
 
-Accuracy is measured on the model trained here; latency, energy and memory beside it are of the policy scaled to DeiT-B
-(`policy.scale_policy`), predicted or modelled.
+Accuracy is measured on the model trained here; latency, energy and memory are predicted or modelled for the policy
+scaled to DeiT-B (`method_rows.scale_policy`).
 """
 
 import copy
@@ -47,12 +47,12 @@ from detransformer.training.images import ImageConfig, train_best_vit
 from detransformer.training.pretraining import PretrainConfig, pretrain_all
 
 DEIT = Original.of(ViTConfig())  # DeiT-B: 12 layers of 768 over 197 tokens (Touvron et al. 2021)
-SEED_STEP = 10  # sub-model n of a run has the order of seed + n - 1: runs share none
+SEED_STEP = 10  # sub-model n of a run has the sample order of seed + n - 1: runs share no order
 
 
 @dataclass(frozen=True)
 class Lab:
-    """A trained classifier, its task, the devices that its sub-models are for, and how these are calibrated."""
+    """A trained classifier, its task, the devices of its sub-models, and how these are calibrated."""
 
     model: torch.nn.Module
     task: ImageTask | TextTask
@@ -69,7 +69,7 @@ class Lab:
         return Original.of(self.model.config)
 
     def cluster(self, devices: Sequence = ()):
-        """Devices and gigabit links, by operations and bytes alone."""
+        """Devices and gigabit links, priced by operations and bytes alone."""
         return cluster_profile(devices or self.devices, self.priced, 1e9, pace="roofline")
 
     def evaluator(self, devices: Sequence = (), predictors: Sequence | None = None) -> Evaluator:
@@ -85,7 +85,7 @@ class Lab:
 
 @dataclass(frozen=True)
 class Case:
-    """A policy for some devices, the rule its sub-models are boosted by, and how many seeds it is run with."""
+    """A policy for some devices, the boosting rule of its sub-models, and its number of seeds."""
 
     name: str
     policy: Policy
@@ -95,9 +95,9 @@ class Case:
 
 
 def image_lab(run, settings: dict) -> Lab:
-    """A small ViT trained from scratch on images by the best of some recipes, found again where it is trained already.
+    """A small ViT trained from scratch on images by the best of some recipes; reused if it is trained already.
 
-    A recipe of `settings["vit_recipes"]` are the fields that differ from `settings["vit"]`.
+    A recipe in `settings["vit_recipes"]` has the fields that differ from `settings["vit"]`.
     """
     torch.set_num_threads(settings["num_threads"])
     data = open_images(settings["source"], cache_dir=run.path / "cache")
@@ -123,7 +123,7 @@ def shared_limits(lab: Lab, devices: Sequence, share: float) -> Limits:
 
 
 def find_policy(lab: Lab, devices: Sequence, limits: Limits) -> Policy:
-    """The best policy that a search finds within `limits`, filled up to them; its history is kept in the folder."""
+    """The best policy that a search finds within `limits`, grown to them; its history is kept in the folder."""
     key = config_hash(weights_hash(lab.model), lab.task.fingerprint, lab.search, limits, lab.cluster(devices))
     history = lab.folder / f"search-{len(devices)}-{key}.json"
     found = search_policy(lab.evaluator(devices), lab.original, len(devices), lab.search, limits, history=history)
@@ -131,7 +131,7 @@ def find_policy(lab: Lab, devices: Sequence, limits: Limits) -> Policy:
 
 
 def main_case(lab: Lab, settings: dict, name: str = "coformer", devices: Sequence = ()) -> Case:
-    """A policy that takes `total_share` of the FLOPs, each of `devices` (all of the lab) its part by speed."""
+    """A policy with `total_share` of the FLOPs, split over `devices` (default: all of the lab) by speed."""
     devices = tuple(devices or lab.devices)
     limits = shared_limits(lab, devices, settings["total_share"])
     seeds = settings["num_seeds"]["main" if name == "coformer" else "devices"]
@@ -141,7 +141,7 @@ def main_case(lab: Lab, settings: dict, name: str = "coformer", devices: Sequenc
 def make_cases(lab: Lab, settings: dict) -> dict[str, Case]:
     """All cases by name: `coformer` and `N devices` (Table V), `uniform` (DeViT), `limit 30%` (Fig. 13).
 
-    Devices are the TX2, the TX2 and the Orin Nano, all three, and these with a second TX2.
+    Devices are the TX2, the TX2 and the Orin Nano, all three, and all three with a second TX2.
     """
     by_preset, count = {spec.preset: spec for spec in lab.devices}, len(lab.devices)
     fast, seeds = by_preset["jetson-tx2"], settings["num_seeds"]
@@ -185,25 +185,25 @@ def model_row(lab: Lab) -> dict:
 
 
 def recipe_of(lab: Lab, case: Case, seed: int = 0, **changes) -> BoostConfig:
-    """The lab's recipe by the case's rule, with the orders of samples of `seed`."""
+    """The lab's recipe with the case's rule and the sample orders of `seed`."""
     return make_config(BoostConfig, asdict(lab.boosting) | {"seed": SEED_STEP * seed, "rule": case.rule} | changes)
 
 
 def recipe_name(recipe: BoostConfig) -> str:
-    """A recipe as tables call it."""
+    """A recipe's name in tables."""
     return f"{recipe.num_steps} steps, {recipe.target} targets"
 
 
 def calibrate(lab: Lab, case: Case, seed: int, **changes) -> Calibrated:
-    """One run of a case: its sub-models boosted, the aggregator on top; a finished run is not repeated."""
+    """One run of a case: its sub-models boosted, then the aggregator; a finished run is not repeated."""
     recipe = recipe_of(lab, case, seed, **changes)
     return calibrate_policy(lab.model, case.policy, lab.task, recipe, lab.aggregation, lab.folder)
 
 
 def run_rows(lab: Lab, case: Case, num_seeds: int | None = None, **changes) -> pd.DataFrame:
-    """A row a seed: accuracy (times 100) of all together and of the best sub-model alone, costs and seconds.
+    """A row a seed: accuracy (times 100) of the ensemble and of the best sub-model alone, costs and seconds.
 
-    `accuracy` is of the test samples; `held_out_accuracy`, of training samples held out, is what recipes are chosen by.
+    `accuracy` is on the test samples; recipes are chosen by `held_out_accuracy`, on held-out training samples.
     """
     rows, price, name = [], costs(lab, case), recipe_name(recipe_of(lab, case, **changes))
     for seed in range(min(num_seeds or case.num_seeds, case.num_seeds)):
@@ -216,7 +216,7 @@ def run_rows(lab: Lab, case: Case, num_seeds: int | None = None, **changes) -> p
 
 
 def all_runs(lab: Lab, cases: dict[str, Case], settings: dict) -> pd.DataFrame:
-    """Runs of all cases by the lab's recipe, and of some by those of `settings`, fields that differ from the lab's."""
+    """Runs of all cases by the lab's recipe, and of some by the recipes in `settings`, with fields that differ."""
     frames = [run_rows(lab, case) for case in cases.values()]
     for recipe in map(dict, settings["recipes"]):
         names, seeds = recipe.pop("cases", ["coformer"]), recipe.pop("num_seeds", settings["num_seeds"]["recipes"])
@@ -225,9 +225,9 @@ def all_runs(lab: Lab, cases: dict[str, Case], settings: dict) -> pd.DataFrame:
 
 
 def operations(model: torch.nn.Module, task: ImageTask) -> int:
-    """Of the matrix products of one image."""
+    """Operations of the matrix products of one image."""
     batch, model = next(task.ordered_batches("test", 1)), copy.deepcopy(model)
-    model.set_attn_implementation("eager")  # the products of the fused one are not counted on a CPU
+    model.set_attn_implementation("eager")  # on a CPU, products of fused attention are not counted
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixel_values=batch["pixel_values"])
     return counter.get_total_flops()
@@ -236,8 +236,8 @@ def operations(model: torch.nn.Module, task: ImageTask) -> int:
 def decoupled_rows(lab: Lab, case: Case, settings: dict) -> pd.DataFrame:
     """DeTransformer's accuracy: the large model decoupled, and distilled by each recipe; a row a recipe and seed.
 
-    It is decoupled in the shape that is priced. It gets as many steps as take the operations of all of `case`'s
-    sub-models together, so both cost the same to distil. `as_cut` is its accuracy before.
+    It is decoupled in the priced shape. Its steps take the operations of all of `case`'s sub-models together, so both
+    cost the same to distil. `as_cut` is its accuracy before.
     """
     cut = decouple(lab.model, original_layers(lab.original, lab.priced), NUM_DIVISIONS)
     share, rows = operations(cut, lab.task) / operations(lab.model, lab.task), []
@@ -255,7 +255,7 @@ def decoupled_rows(lab: Lab, case: Case, settings: dict) -> pd.DataFrame:
 
 
 def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) -> dict[str, Policy]:
-    """By method the policies whose latency is compared: those trained, and one of the published share of FLOPs."""
+    """The policies whose latency is compared, by method: the trained ones, and one of the published share of FLOPs."""
     limits = shared_limits(lab, lab.devices, published_share)
     own = {"coformer": "coformer", "devit": "uniform", "small": "1 device"}
     policies = {method: cases[name].policy for method, name in own.items()}
@@ -263,10 +263,10 @@ def method_policies(lab: Lab, cases: dict[str, Case], published_share: float) ->
 
 
 def method_accuracies(large: float, recipes: pd.DataFrame, decoupled: pd.DataFrame) -> dict[str, float]:
-    """By method the accuracy on the images, of the one recipe that methods are compared by; exact ones have `large`.
+    """Accuracy on the images by method, with the recipe by which methods are compared; exact methods have `large`.
 
     Args:
-        recipes, decoupled: of `recipe_table` and `decoupled_table`.
+        recipes, decoupled: from `recipe_table` and `decoupled_table`.
     """
     best = best_recipe(recipes).set_index("case")
     means, recipe = best["accuracy"], best["recipe"].iloc[0]
@@ -281,13 +281,13 @@ def method_accuracies(large: float, recipes: pd.DataFrame, decoupled: pd.DataFra
 def trained(
     lab: Lab, kind: str, outputs: Outputs, seed: int, drop: float = 0.0, start: Aggregator | None = None
 ) -> Aggregator:
-    """An aggregator on these outputs of training samples."""
+    """An aggregator trained on these outputs of training samples."""
     config = replace(lab.aggregation, drop=drop)
     return train_aggregator(kind, outputs, lab.task.num_classes, config, SEED_STEP * seed, start)[0]
 
 
 def ablation_rows(lab: Lab, case: Case) -> pd.DataFrame:
-    """Table III: sub-models as they were cut and calibrated, alone and aggregated; one row a part and seed."""
+    """Table III: sub-models as cut and calibrated, alone and aggregated; one row a part and seed."""
     scaled = scale_policy(case.policy, lab.original, lab.priced)
     times, cut = latency(scaled, lab.priced, lab.cluster(case.devices)), decompose(lab.model, case.policy)
     parts = [*(f"sub-model {n}" for n in range(1, len(cut) + 1)), "all"]
@@ -324,7 +324,7 @@ def aggregator_rows(lab: Lab, case: Case) -> pd.DataFrame:
 
 
 def missing_rows(lab: Lab, case: Case, drop: float) -> pd.DataFrame:
-    """Accuracy with each device lost: the aggregator as trained, trained on with `drop`, and the plain average."""
+    """Accuracy with each device lost: the aggregator as trained, then trained with `drop`, and the plain average."""
     frames = []
     for seed in range(case.num_seeds):
         made = calibrate(lab, case, seed)
@@ -341,7 +341,7 @@ def missing_rows(lab: Lab, case: Case, drop: float) -> pd.DataFrame:
 def text_rows(lab: Lab, run, source: str, study: dict) -> pd.DataFrame:
     """CoFormer of a BERT that notebook 02 pre-trained, fine-tuned on a GLUE task: scores times 100, a row a part.
 
-    By C3 there are no more devices than heads; the narrow BERTs here have two.
+    By C3 there are at most as many devices as heads; the narrow BERTs here have two.
     """
     data = training.open_data(source, cache_dir=run.path / "cache")
     data = reduced_data(data, study.get("vocab_size", 8192))

@@ -55,14 +55,14 @@ from detransformer.typed_json import from_json
 
 PUBLISHED_FEATURES = ("num_layers", "hidden_size", "mean_heads", "mean_ffn_size")  # supplementary A
 DERIVED_FEATURES = ("flops", "weight_bytes")
-PROXIES = {"loss": 1, "probe_error": 1, "loss_after_steps": 1, "log_flops": -1}  # sign that goes with a larger error
+PROXIES = {"loss": 1, "probe_error": 1, "loss_after_steps": 1, "log_flops": -1}  # sign of the relation to the error
 
 
 # The latency predictor ------------------------------------------------------------------------------------------
 
 
 def describe(config: SubModelConfig, original: Original) -> dict[str, float]:
-    """What the predictor may look at; FLOPs and weights follow from the four published features."""
+    """The predictor's inputs; FLOPs and weights follow from the four published features."""
     described = {name: getattr(config, name) for name in PUBLISHED_FEATURES}
     weight_bytes = FLOAT_BYTES * parameters(config, original)
     return described | {"flops": flops(config, original), "weight_bytes": weight_bytes}
@@ -76,9 +76,9 @@ def fit_predictor(
 ) -> Pipeline:
     """f(C_n) of Eq. 4: a multi-layer perceptron with ReLU from a sub-model's sizes to its latency on one device.
 
-    As published (supplementary A) it is "a three-layer MLP with 600 hidden dimension", read as three matrices, over
+    The paper (supplementary A) says "a three-layer MLP with 600 hidden dimension", read here as three matrices, over
     l, d and the mean heads and FFN width. FLOPs and weights may be given too: they are products of the four, which a
-    small network learns slowly. Features and latency are taken by their logarithm and standardised.
+    small network learns slowly. Features and latency enter as standardised logarithms.
 
     Args:
         frame: rows of `describe` with their `latency_s`.
@@ -86,7 +86,7 @@ def fit_predictor(
     Returns:
         A regressor: `predict(frame)` gives the seconds of each row.
     """
-    # Adam stops once the training loss stands still; without held-out points, which are few in a small pool.
+    # Adam stops when the training loss stagnates; no points are held out for this, since a small pool has few.
     network = MLPRegressor(
         hidden_layer_sizes=hidden_sizes,
         learning_rate_init=2e-3,
@@ -100,7 +100,7 @@ def fit_predictor(
     target = TransformedTargetRegressor(network, transformer=log_seconds)
     chosen = make_column_transformer((FunctionTransformer(np.log), list(features)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the error on held-out points is what counts
+        warnings.simplefilter("ignore", ConvergenceWarning)  # only the error on held-out points counts
         return make_pipeline(chosen, StandardScaler(), target).fit(frame, frame["latency_s"].to_numpy(float))
 
 
@@ -113,7 +113,7 @@ def model_pool(original: Original, count: int, seed: int = 0) -> list:
 
 
 def modelled_pool(lab: Lab, count: int) -> pd.DataFrame:
-    """The rooflines of all devices over the same sub-models of DeiT-B's size."""
+    """The rooflines of all devices for the same sub-models of DeiT-B's size."""
     rows = []
     for device in lab.cluster().devices:
         known = {"device": device.name, "kind": "modelled", "source": f"roofline: {device.source}", "spread_s": 0.0}
@@ -124,7 +124,7 @@ def modelled_pool(lab: Lab, count: int) -> pd.DataFrame:
 
 @torch.inference_mode()
 def timed_pool(config: ViTConfig, num_configs: int, limit_s: float, num_repeats: int) -> pd.DataFrame:
-    """ViT sub-models of random weights timed on this machine for `limit_s`; the median of repeats, and their spread."""
+    """Random-weight ViT sub-models timed on this machine for `limit_s`; the median of repeats, and their spread."""
     rows, start, original = [], time.perf_counter(), Original.of(config)
     pixels = torch.randn(1, config.num_channels, config.image_size, config.image_size)
     for sizes in model_pool(original, num_configs):
@@ -143,9 +143,9 @@ def timed_pool(config: ViTConfig, num_configs: int, limit_s: float, num_repeats:
 
 
 def predictor_points(pool: pd.DataFrame, max_iterations: int) -> tuple[dict, pd.DataFrame]:
-    """Predictors by device, of all features, and the predictions for a quarter of its sub-models that no fit has seen.
+    """Predictors by device, with all features, and predictions for a held-out quarter of its sub-models.
 
-    Besides the published four features and these with FLOPs and weights there is a straight line over FLOPs.
+    Feature sets are the published four, and these with FLOPs and weights; a straight line over FLOPs is a baseline.
     """
     features = {"published": PUBLISHED_FEATURES, "published, FLOPs, weights": PUBLISHED_FEATURES + DERIVED_FEATURES}
     predictors, points = {}, []
@@ -192,7 +192,7 @@ def predictor_table(points: pd.DataFrame) -> pd.DataFrame:
 
 @torch.inference_mode()
 def probe_error(sub_model, batches) -> float:
-    """Percent of the second half of `batches` that a ridge regression on [CLS] features of the first gets wrong."""
+    """Percent of `batches`' second half that a ridge regression on [CLS] features of the first half gets wrong."""
     x = torch.cat([features_and_logits(sub_model.eval(), batch)[0] for batch in batches]).numpy()
     y, half = torch.cat([batch["labels"] for batch in batches]).numpy(), len(x) // 2
     scale = x[:half].std(0) + 1e-6
@@ -203,8 +203,8 @@ def probe_error(sub_model, batches) -> float:
 def proxy_points(lab: Lab, evaluator: Evaluator, task, folder: Path, limits: Limits, settings: dict) -> pd.DataFrame:
     """Random policies, their proxies, and the errors of their sub-models on test images once calibrated (Fig. 16b).
 
-    `error_alone` is the mean over sub-models, `error_together` that of their averaged probabilities, in percent. The
-    published error is that of sub-models trained from scratch; here they are calibrated, independently of each other.
+    `error_alone` is the mean over sub-models, `error_together` the error of their averaged probabilities, in percent.
+    The paper's errors are of sub-models trained from scratch; here they are calibrated, independently of each other.
     """
     model, rng, rows = lab.model, np.random.default_rng([0, 7]), []
     boosting, probes = replace(lab.boosting, rule="none"), training_batches(task, settings["probe_rows"])
@@ -229,7 +229,7 @@ def proxy_points(lab: Lab, evaluator: Evaluator, task, folder: Path, limits: Lim
 
 
 def correlations(points: pd.DataFrame) -> pd.DataFrame:
-    """Pearson's coefficient of each proxy and error with its 95% bootstrap interval over policies, and Spearman's."""
+    """Pearson's coefficient of each proxy and error with a 95% bootstrap interval over policies, and Spearman's."""
     rows = []
     for target in ("error_alone", "error_together"):
         for proxy, sign in PROXIES.items():
@@ -245,7 +245,7 @@ def correlations(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def balanced(lab: Lab, evaluator: Evaluator, limits: Limits, num_policies: int = 32) -> Evaluator:
-    """`evaluator` with the delta for which loss and latency vary alike over random policies; the paper gives none."""
+    """`evaluator` with the delta at which loss and latency vary equally over random policies; the paper gives none."""
     rng, count = np.random.default_rng([0, 8]), len(lab.devices)
     drawn = [evaluator(sample_policy(rng, lab.original, limits, count)) for _ in range(num_policies)]
     return replace(evaluator, delta=float(np.std([e.loss for e in drawn]) / np.std([e.latency_s for e in drawn])))
@@ -254,7 +254,7 @@ def balanced(lab: Lab, evaluator: Evaluator, limits: Limits, num_policies: int =
 def evaluation_rows(found: SearchResult) -> pd.DataFrame:
     """A row an evaluation: `policy` as JSON, `loss`, `latency_s`, `objective`, and the best objective so far.
 
-    `best_loss` and `best_latency_s` are those of the best policy so far (Fig. 11).
+    `best_loss` and `best_latency_s` are the best policy's so far (Fig. 11).
     """
     frame = pd.DataFrame(map(asdict, found.evaluations))
     frame.insert(0, "method", found.settings["method"])
@@ -266,10 +266,10 @@ def evaluation_rows(found: SearchResult) -> pd.DataFrame:
 
 
 def search_history(lab: Lab, evaluator: Evaluator, limits: Limits, folder: Path, num_seeds: int) -> pd.DataFrame:
-    """Searches of each method from each seed, one row an evaluation; an interrupted one goes on."""
+    """Searches by each method from each seed, one row an evaluation; an interrupted search is resumed."""
     key = config_hash(weights_hash(lab.model), evaluator.delta, limits, lab.search.num_rows)[:8]
     frames, original, count = [], lab.original, len(lab.devices)
-    with threadpool_limits(1, user_api="blas"):  # the matrices are small: more threads only wait for each other
+    with threadpool_limits(1, user_api="blas"):  # small matrices: more threads only wait for each other
         for seed in range(num_seeds):
             for method in METHODS:
                 history = folder / key / f"{method.replace(' ', '-')}-{seed}.json"
@@ -280,10 +280,10 @@ def search_history(lab: Lab, evaluator: Evaluator, limits: Limits, folder: Path,
 
 
 def search_table(history: pd.DataFrame) -> pd.DataFrame:
-    """The end of each method's searches: medians over seeds, quartiles of the objective, and how it fares with random.
+    """The end of each method's searches: medians over seeds, quartiles of the objective, and the comparison to random.
 
-    `wins` counts the seeds from which a method is at least as good as random with as many evaluations, `ahead` those in
-    which it is better; `evaluations_to_rival` is the median number after which it is as good as random at its end.
+    `wins` counts the seeds from which a method is at least as good as random with as many evaluations, `ahead` the
+    seeds from which it is better; `evaluations_to_rival` is the median number after which it reaches random's end.
     """
     ends = history.groupby(["method", "seed"], sort=False).last()
     rival, rows = ends.loc["random", "best_objective"], []
@@ -303,13 +303,13 @@ def search_table(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_policies(history: pd.DataFrame) -> dict[str, Policy]:
-    """Of each method the policy of the least objective over all seeds."""
+    """For each method the policy of the least objective over all seeds."""
     best = history.loc[history.groupby("method", sort=False)["objective"].idxmin()]
     return {row.method: from_json(Policy, json.loads(row.policy)) for row in best.itertuples()}
 
 
 def policy_rows(policies: dict[str, Policy], lab: Lab, evaluator: Evaluator) -> pd.DataFrame:
-    """C_n of each device at the priced sizes, its costs and the phases of Eq. 3; all predicted, none measured."""
+    """C_n of each device at the priced sizes, its costs and the phases of Eq. 3; all predicted."""
     priced, cluster, rows = lab.priced, lab.cluster(), []
     whole = flops(priced.whole, priced)
     for method, policy in policies.items():

@@ -21,7 +21,7 @@ from detransformer.parallel.plan import published_plan
 from detransformer.planning.generation import GenerationPlan, place_generation, price_generation
 from detransformer.planning.problem import device_speeds
 
-# A token is many short segments, each some 0.1 ms late. More slowness would hide that, and the links' latency with it.
+# A token is many short segments, each some 0.1 ms late. A larger time scale would hide that, and the links' latency.
 MAX_LATE_TOKENS = 0.1
 GENERATION_METHODS = ("single", "tp", "bp+auto")
 
@@ -40,10 +40,10 @@ def generation_rows(
 ) -> pd.DataFrame:
     """Greedy text after one prompt of each length: seconds to the first token and of each further one.
 
-    `single` and `tp` run the original model, `bp+...` the decoupled one; `equal_tokens` counts those that the single
-    device's Hugging Face model gives too. `auto` and `bp+auto` are `planning.generation.place_generation`'s choice.
-    A message's latency is software's, which a time scale of k makes k times smaller in the devices' seconds:
-    `predicted_...` is the cost model's word with that latency, `predicted_unscaled_...` with the whole of it.
+    `single` and `tp` run the original model, `bp+...` the decoupled one; `equal_tokens` counts tokens that equal those
+    of the single-device Hugging Face model. `auto` and `bp+auto` are `planning.generation.place_generation`'s choice.
+    A message's latency comes from software, so a time scale of k makes it k times smaller in the devices' seconds:
+    `predicted_...` is the cost model's prediction with that latency, `predicted_unscaled_...` with all of it.
     """
     path = Path(run_path) / "generation_rows.json"
     rows = []
@@ -65,7 +65,7 @@ def generation_rows(
 
 
 def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> GenerationPlan:
-    """What `cell`'s method runs for a prompt of its length and so many new tokens, and what is predicted of it."""
+    """The plan of `cell`'s method for a prompt of its length and this many new tokens, with its prediction."""
     config, profile = bench.config(cell), bench.profile(cell)
     if cell.method in ("auto", "bp+auto"):
         best = place_generation(config, profile, cell.seq_len, max_new_tokens)[0]
@@ -75,7 +75,7 @@ def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> Generation
 
 
 def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
-    """One row of `generation_rows`; one that was late by more than `MAX_LATE_TOKENS` is measured at twice the scale."""
+    """One row of `generation_rows`; a row late by more than `MAX_LATE_TOKENS` is measured again at twice the scale."""
     cluster, checkpoint, planned = bench.cluster, bench.checkpoint(cell), plan_generation(bench, cell, max_new_tokens)
     inputs, expected = text_request(checkpoint, cell.seq_len, max_new_tokens, cluster.folder)
     profile, everybody = bench.profile(cell), bench.every_device(cell)
@@ -142,7 +142,7 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
 
 
 def text_request(checkpoint: Checkpoint, prompt_len: int, max_new_tokens: int, folder: Path) -> tuple[Path, list[int]]:
-    """A file with a random prompt [1, prompt_len], and the tokens that Hugging Face's model goes on with, greedily."""
+    """A file with a random prompt [1, prompt_len], and the greedy tokens with which Hugging Face's model continues."""
     path = folder / f"{checkpoint.path.name}-prompt{prompt_len}.safetensors"
     generator = torch.Generator().manual_seed(prompt_len)
     ids = torch.randint(checkpoint.config.vocab_size, (1, prompt_len), generator=generator)

@@ -1,7 +1,6 @@
-"""The studies of notebooks 04 to 09 on latency: which rows make the paper's tables and figures, and the link's profile.
+"""The studies of notebooks 04 to 09 on latency: the rows of the paper's tables and figures, and the link's profile.
 
-Each function returns a frame in the form in which its table is saved; the notebooks argue, this module lists and
-measures.
+Each function returns a frame in the form of its saved table; the notebooks argue, this module lists and measures.
 """
 
 import itertools
@@ -72,9 +71,9 @@ def host_latency(model: str, repeats: int, seq_len: int = 128) -> float:
 def save_profiles(
     folder: str | Path, cluster: EmulatedCluster, models: Sequence[str], num_original_layers: int, num_divisions: int
 ) -> pd.DataFrame:
-    """Profiles the links as they are set, writes one profile a model to `folder`, and returns the links' rows.
+    """Profiles the links as set, writes one profile a model to `folder`, and returns the links' rows.
 
-    Where links are modelled there is nothing to measure: the assumed figures are written, and named so.
+    Modelled links cannot be measured: the assumed figures are written, and labelled so.
     """
     link, rows = LinkProfile(cluster.bandwidth_bps), None
     if cluster.transport == "namespaces":
@@ -90,17 +89,17 @@ def save_profiles(
     return rows.assign(source=link.source)
 
 
-# --- What later notebooks take from notebook 04 --------------------------------------------------------------------
+# --- Results of notebook 04 for later notebooks --------------------------------------------------------------------
 
 
 def measured_link(profiles: str | Path, model: str = "*") -> LinkProfile | None:
-    """The link's figures in the folder that `save_profiles` wrote, for `model` or any; None where there are none."""
+    """The link's figures in a folder written by `save_profiles`, for `model` or any; None if there are none."""
     path = next(iter(sorted(Path(profiles).glob(f"{model}.json"))), None)
     return ClusterProfile.load(path).link if path else None
 
 
 def measured_efficiency(run_path: str | Path) -> dict[str, tuple]:
-    """How efficient shares of each model's layers are on this host, as notebook 04 of the run measured it; by model."""
+    """The efficiency of shares of each model's layers on this host, as measured by notebook 04 of the run; by model."""
     path = Path(run_path) / "tables" / "profile.csv"
     operations = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     if "share" not in operations:
@@ -109,13 +108,13 @@ def measured_efficiency(run_path: str | Path) -> dict[str, tuple]:
 
 
 def measured_bench(run_path: str | Path, cluster: EmulatedCluster, time_scale: float | None = None) -> Bench:
-    """A bench on `cluster` that knows links and the efficiency of shares as notebook 04 of the run measured them."""
+    """A bench on `cluster` with links and efficiency of shares as measured by notebook 04 of the run."""
     link = measured_link(Path(run_path) / "profiles")
     return Bench(cluster, link, time_scale, efficiency=measured_efficiency(run_path))
 
 
 def on_testbed(profile: ClusterProfile, time_scale: float) -> ClusterProfile:
-    """`profile` as it is seen at `time_scale`: latency is that of software, which is not slowed, so it is smaller."""
+    """`profile` as seen at `time_scale`: latency is software's, which is not slowed, so it looks smaller."""
     steps = {kind: seconds / time_scale for kind, seconds in profile.link.step_latency_s.items()}
     return replace(profile, link=replace(profile.link, step_latency_s=steps))
 
@@ -133,7 +132,7 @@ def placement_table(
     num_divisions: int = 4,
     memory_budget_mib: float | None = None,
 ) -> pd.DataFrame:
-    """The paper's three plans for each model and bandwidth: predicted seconds, memory, which is chosen and why not."""
+    """The paper's three plans for each model and bandwidth: predicted seconds, memory, the chosen plan and why not."""
     budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
     efficiency, frames = measured_efficiency(Path(profiles).parent), []
     for model in models:
@@ -183,12 +182,12 @@ def latency_cells(
     wire_bandwidths_mbps: Sequence[float] = (),
     roofline_bandwidths_mbps: Sequence[float] = (),
 ) -> list[Cell]:
-    """A grid of rows of notebooks 06 to 08 on clean links, model by model; what is not named is left out.
+    """A grid of rows of notebooks 06 to 08 on clean links, model by model; rows not named are left out.
 
     Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
     `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8:
     BP+Auto with fewer original layers. Table II: data and pipeline parallelism at the scaling bandwidth. Beyond the
-    paper: `wire_methods` on other wires; `methods` by the roofline pace.
+    paper: `wire_methods` with other wire formats; `methods` by the roofline pace.
     """
     methods = list(METHODS) if list(methods) == ["all"] else methods
     common, cells = dict(repeats=repeats), []
@@ -208,11 +207,11 @@ def latency_cells(
 
 
 def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str = "auto") -> pd.DataFrame:
-    """Measures `cells` on emulated clusters of 4 devices, or as many as a cell needs, and returns their rows in order.
+    """Measures `cells` on emulated clusters of 4 devices, or more if a cell needs them; returns their rows in order.
 
-    The cost model takes the profile of notebook 04 where the run has it. Rows are kept in
-    `latency_rows.json` in the run's folder as they come: an interrupted run goes on from there. What each device
-    did when (`read_timeline`) is kept of the first model's plain rows at the lowest bandwidth.
+    The cost model uses notebook 04's profile if the run has it. Rows are kept in `latency_rows.json` in the run's
+    folder; an interrupted run resumes there. The timeline of each device (`read_timeline`) is kept for the first
+    model's plain rows at the lowest bandwidth.
     """
     run_path = Path(run_path)
     cells = list(dict.fromkeys(cells))
@@ -239,7 +238,7 @@ def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str 
 
 
 def read_timeline(run_path: str | Path) -> pd.DataFrame:
-    """What `measure_latency` kept of who did what when: a row an event, in seconds from the request's start."""
+    """The timeline that `measure_latency` kept: a row for each event, in seconds from the request's start."""
     return pd.read_csv(Path(run_path) / TIMELINE)
 
 
@@ -251,11 +250,11 @@ def overlap_rows(
     repeats: int = 10,
     num_devices: int = 2,
 ) -> pd.DataFrame:
-    """What messages cost beside compute on one core: methods with devices that sleep, and that compute all the time.
+    """The cost of messages beside compute on one core: methods with devices that sleep, and that compute all the time.
 
-    Each device has a core of its own for its products and for all threads that send and receive, and runs at its own
-    speed (time scale 1). Where it sleeps once the host has done its products, messages have the core for themselves;
-    where it goes on computing until the segment's time has passed, as a real device does, they have to share it.
+    Each device has its own core for its products and for all threads that send and receive, and runs at its own speed
+    (time scale 1). If it sleeps once the host has done its products, messages have the core for themselves; if it goes
+    on computing until the segment's time has passed, as a real device does, they share it.
     Columns: model, method, plan, num_devices, bandwidth_mbps, asleep_s, busy_s, cost (busy_s over asleep_s, minus 1)
     and its 95% interval, the samples, valid.
     """
@@ -286,7 +285,7 @@ def overlap_rows(
 
 
 def in_words(plan: Plan) -> str:
-    """A plan and the number of devices that it runs on."""
+    """A described plan and its number of devices."""
     return f"{plan.describe()} on {plan.num_devices} device{'s' if plan.num_devices > 1 else ''}"
 
 
@@ -300,7 +299,7 @@ def plan_map_rows(
     num_original_layers: int = 4,
     num_divisions: int = 4,
 ) -> pd.DataFrame:
-    """The plan that is chosen for each bandwidth, length and number of devices; nothing is measured."""
+    """The chosen plan for each bandwidth, length and number of devices; nothing is measured."""
     rows = []
     efficiency = measured_efficiency(run_path)
     link = measured_link(Path(run_path) / "profiles") or LinkProfile(1e6 * bandwidths_mbps[0])
@@ -323,10 +322,10 @@ def scale_out_rows(
     device: str = "rpi4b",
     layers_a_group: int = 3,
 ) -> pd.DataFrame:
-    """Predictions past this machine: one request, models of as many divisions as there are devices, at least 4.
+    """Predictions beyond this machine: one request, models with as many divisions as devices, at least 4.
 
-    `speedup` is over one such device that runs the original model, whether it would fit its memory or not; `fits` says
-    whether the plan does. Memory is not held against the plan: `memory_bytes` is what the fullest device would need.
+    `speedup` is over one such device with the original model, whether or not it fits the memory; `fits` says whether
+    the plan does. Memory does not exclude a plan: `memory_bytes` is the need of the fullest device.
     """
     rows = []
     for model in models:

@@ -1,7 +1,7 @@
 """CoFormer beside other methods (2025, Figs. 9, 10 and 12): latency, energy and memory, predicted and measured.
 
-    predicted_rows   every method at DeiT-B's size on the cluster of the paper, by the cost models
-    measured_rows    the same methods on the emulated cluster, at a size and links that can be measured
+    predicted_rows   every method at DeiT-B's size on the paper's cluster, by the cost models
+    measured_rows    the same methods on the emulated cluster, at a measurable size and with measurable links
 
 Galaxy, EdgeShard (`pp`) and DeTransformer (`bp+paper`, its own plans; `bp+auto`, ours) are `planning`'s; `auto` is our
 planner on the unmodified model. CoFormer and DeViT are priced by `predictor.latency`. Energy is modelled from thermal
@@ -43,13 +43,13 @@ def tdp_w(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
 
 
 def scale_policy(policy: Policy, original: Original, other: Original) -> Policy:
-    """The policy for `other` that takes the same shares of it as `policy` takes of `original`.
+    """The policy that takes the same shares of `other` as `policy` takes of `original`.
 
-    Where `other` has more layers, each repeats its heads and FFN widths. So a policy that was found on a small model of
-    the same kind can be priced at the size of a large one.
+    If `other` has more layers, each layer's heads and FFN widths are repeated. So a policy found on a small model can
+    be priced at the size of a large one of the same kind.
 
     Raises:
-        ValueError: where `other` is not `original` a whole number of times, in layers, width, heads and FFN.
+        ValueError: if `other` is not a whole multiple of `original` in layers, width, heads and FFN.
     """
     ratios = []
     for name in SIZES:
@@ -71,11 +71,11 @@ def scale_policy(policy: Policy, original: Original, other: Original) -> Policy:
 
 
 def energy_j(times: Latency, powers_w: Sequence[float]) -> float:
-    """Modelled energy of one request over all devices: power times the time in which a device computes.
+    """Modelled energy of one request over all devices: power times each device's compute time.
 
-    Nothing is published on sending, and idle power is left out, as the paper subtracts it. With thermal design power
-    this is too high: the published 760.64 mJ of DeiT-B in 123.48 ms on a Jetson TX2 are 6.2 W of its 15 W (Table V). It
-    serves to compare policies.
+    Nothing is published on sending, and idle power is left out, since the paper subtracts it. Thermal design power
+    makes this too high: the published 760.64 mJ of DeiT-B in 123.48 ms on a Jetson TX2 are 6.2 W of its 15 W (Table V).
+    It serves to compare policies.
     """
     busy = list(times.backbone_s)
     busy[times.central] += times.aggregate_s
@@ -100,7 +100,7 @@ def predicted_rows(
     """Every method at every bandwidth, predicted at the size `priced`; one row each.
 
     Args:
-        policies: of `original`'s size by method (`coformer`, `devit`, ..), a sub-model a device; a policy of one
+        policies: by method (`coformer`, `devit`, ..), of `original`'s size, one sub-model a device; a policy of one
             sub-model (`small`) runs on the fastest device.
 
     Columns: bandwidth_mbps, kind (`predicted`), size, answers, method, plan, num_devices, latency_ms, compute_ms,
@@ -122,12 +122,12 @@ def predicted_rows(
 
 
 def original_layers(original: Original, priced: Original) -> int:
-    """Nb of a model that is decoupled as that of size `priced` is with Nb=4: one layer in three of twelve."""
+    """Nb of a model decoupled in the same proportion as size `priced` with Nb=4: one layer in three of twelve."""
     return max(1, 4 * original.num_layers // priced.num_layers)
 
 
 def peer_configs(priced: Original) -> dict[str, PretrainedConfig]:
-    """BERT with the layers and numbers outside them of `priced`: `exact`, and `decoupled` (Nb=4, Ndiv=4)."""
+    """BERT with `priced`'s layers and numbers outside them: `exact`, and `decoupled` (Nb=4, Ndiv=4)."""
     config = preset_config("bert-base")
     config.num_hidden_layers, config.hidden_size = priced.num_layers, priced.hidden_size
     config.num_attention_heads, config.intermediate_size = priced.num_heads, priced.ffn_size
@@ -177,10 +177,10 @@ def _ensemble_row(
 def _peer_row(
     method: str, config: PretrainedConfig, profile: ClusterProfile, specs: Sequence[DeviceSpec], priced: Original
 ) -> dict:
-    """The cost model's prediction for a method; energy by the rule of `energy_j`.
+    """The cost model's prediction for a method; energy as in `energy_j`.
 
-    BERT looks tokens up where a ViT multiplies patches: every device of a plan does that for itself, of a pipeline the
-    first alone.
+    BERT looks tokens up, a ViT multiplies patches: every device of a plan does that itself, in a pipeline only the
+    first.
     """
     plan = method_plan(method, config, profile, seq_len=priced.seq_len)
     prediction = predict(config, plan, profile, priced.seq_len)
@@ -220,11 +220,11 @@ def measured_rows(
 ) -> pd.DataFrame:
     """The methods on emulated devices: real processes and sockets, compute paced, links shaped or modelled.
 
-    `single` runs on the fastest device. Rows are kept in `run_path` as they come: an interrupted call goes on. No rows
-    for no bandwidths.
+    `single` runs on the fastest device. Rows are kept in `run_path`; an interrupted call resumes. No bandwidths give no
+    rows.
 
     Args:
-        policies: of `original`'s size, by method.
+        policies: by method, of `original`'s size.
         model: a preset of BERT, or a folder; its sizes are multiples of `original`'s.
         time_scale: None lets the bench choose.
     """
@@ -234,7 +234,7 @@ def measured_rows(
     with EmulatedCluster(len(specs), specs, bandwidths_mbps[0] * 1e6, transport) as cluster:
         bench, kept = Bench(cluster, time_scale=time_scale), RowFile(Path(run_path) / "comparison_rows.json", cluster)
         for mbps in bandwidths_mbps:
-            # Nobody has measured how efficient sub-models are: all methods are paced by operations and bytes alone.
+            # The efficiency of sub-models was not measured: all methods are paced by operations and bytes alone.
             single = Cell(model, "single", len(specs), mbps, seq_len=seq_len, repeats=repeats, pace="roofline")
             config, central = bench.config(single), fastest_device(bench.profile(single).devices)
             for method in methods:
@@ -256,7 +256,7 @@ def measured_rows(
 def random_ensemble(
     folder: str | Path, config: PretrainedConfig, policy: Policy, original: Original, central: int, seq_len: int
 ) -> Ensemble:
-    """An ensemble of random weights with `policy`'s shares of a BERT of `config`: enough to be timed."""
+    """A random-weight ensemble with `policy`'s shares of a BERT of `config`: enough for timing."""
     sizes = Original.of(config, seq_len)
     scaled = scale_policy(policy, original, sizes)
     with torch.random.fork_rng():
@@ -268,7 +268,7 @@ def random_ensemble(
 
 
 def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) -> dict:
-    """A row as `Bench.measure` makes them, for an ensemble under the conditions of `cell`.
+    """A row like those of `Bench.measure`, for an ensemble under the conditions of `cell`.
 
     Links and pacing are checked before and after; a disturbed row is measured again.
     """
@@ -304,7 +304,7 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
 
 
 def _as_compared(rows: pd.DataFrame, size: str) -> pd.DataFrame:
-    """Bench rows with the columns of `predicted_rows`; `predicted_ms` is the cost model's word for the same row."""
+    """Bench rows with the columns of `predicted_rows`; `predicted_ms` is the cost model's prediction for the row."""
     sent = [name for name in ("sent_bytes", *(f"{kind}_bytes" for kind in SENT_KINDS)) if name in rows]
     same = ["bandwidth_mbps", "method", "plan", "num_devices", "time_scale", "link", "device", "pacing_overrun"]
     made = rows[[*same, "host_steal", "max_abs_error", "valid", "why_invalid"]]

@@ -1,4 +1,4 @@
-"""The studies of notebook 02: losses by step, the cost of number formats on the wire and of other structures."""
+"""The studies of notebook 02: losses by step, and the cost of number formats on the wire and of other structures."""
 
 import math
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ from detransformer.tables.accuracy import (
 )
 from detransformer.training.results import VARIANT_COLUMNS, Result, accuracy_table, nullable
 
-LOSS_POINTS = 200  # a model, of its training losses
+LOSS_POINTS = 200  # training losses shown for each model
 WIRE_LIMIT = 0.3  # points that a number format on the wire may cost
 
 
 def loss_table(results: Iterable[Result]) -> pd.DataFrame:
     """Training losses of each pre-trained model: row, Nb, Ndiv, step, tokens, train_loss.
 
-    Of longer runs a row is the mean over as many steps as leave `LOSS_POINTS` rows, with the last of these steps.
+    In longer runs a row is the mean over as many steps as leave `LOSS_POINTS` rows, labelled with the last step.
     """
     frames = []
     for result in results:
@@ -36,7 +36,7 @@ def loss_table(results: Iterable[Result]) -> pd.DataFrame:
 
 
 def published_runs(run: RunFolder) -> pd.DataFrame:
-    """The fine-tuning runs of the paper's structures, with column `structure`; no rows where none was fine-tuned."""
+    """The fine-tuning runs of the paper's structures, with column `structure`; no rows if there are none."""
     rows = run.load_table("accuracy_runs") if run.has_table("accuracy_runs") else accuracy_table([])
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *VARIANT_COLUMNS])))
     rows = rows[(rows["attention_width"] == "full") & (rows["original_placement"] == "last")]
@@ -44,11 +44,11 @@ def published_runs(run: RunFolder) -> pd.DataFrame:
 
 
 def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
-    """What number formats on the wire cost a trained model in score: one row a model row, task and format.
+    """The cost of number formats on the wire to a trained model's score: one row a model row, task and format.
 
-    `change` is the mean over seeds of the score with that format minus the exact one, in points, of one model each;
-    `largest_change` is the largest absolute one of a seed; `within` says whether the mean is no more than `limit`.
-    Columns of `runs` called `score_FORMAT` count; without any the table is empty.
+    `change` is the mean over seeds of the score with that format minus the exact score, in points, of one model each;
+    `largest_change` is the largest absolute change of a seed; `within` says whether the mean is no more than `limit`.
+    Formats come from columns `score_FORMAT` of `runs`; without any the table is empty.
     """
     formats = [name for name in runs if name.startswith("score_")]
     keys = [*ROW_COLUMNS, *PUBLISHED_STRUCTURE, "task", "metric"]
@@ -66,11 +66,11 @@ def wire_table(runs: pd.DataFrame, limit: float = WIRE_LIMIT) -> pd.DataFrame:
 
 
 def variant_table(pretraining: pd.DataFrame, varies: str) -> pd.DataFrame:
-    """One row a structure of those that come in several kinds of `varies`, the published kind first.
+    """One row for each structure that comes in several kinds of `varies`, the published kind first.
 
     `varies` is `original_placement` (where the original layers stand) or `attention_width` (narrow beside full
     sub-blocks). valid_loss and perplexity are means over pre-training seeds, valid_loss_std their spread; `difference`
-    is the loss minus that of the published kind in nats, with its standard error (paired seeds) where there are more.
+    is the loss minus the published kind's in nats, with its standard error (paired seeds) if there are several.
     """
     base, rows = PUBLISHED_STRUCTURE[varies], []
     alike = [name for name in (*ROW_COLUMNS, *PUBLISHED_STRUCTURE) if name != varies]
@@ -92,7 +92,7 @@ def variant_table(pretraining: pd.DataFrame, varies: str) -> pd.DataFrame:
 
 
 def data_note(runs: pd.DataFrame) -> str:
-    """In words: the scale of pre-training, and of each task its data, rows and seeds."""
+    """In words: the scale of pre-training, and the data, rows and seeds of each task."""
     lines = [f"Pre-training: {'; '.join(dict.fromkeys(runs['pretraining']))}."]
     for task, group in runs.groupby("task", sort=False):
         lines.append(f"{task}: {group['note'].iloc[0]}; seeds {group['seed'].nunique()}.")

@@ -1,10 +1,9 @@
 """Which hidden units share a slice: a study of notebook 03.
 
-The hidden units of a Transformer may be put into any order, if all its weights follow: attention, feed-forward and
-LayerNorm do not mind, and the model computes the same numbers in that order. Slices are runs of this order, so that the
-order decides which units a sub-block sees together. Here four orders are compared: as the model was saved, random ones,
-units together that the layers' maps couple, and units apart that say the same (so that each slice sees something of
-everything).
+The hidden units of a Transformer may be put into any order if all its weights follow: attention, feed-forward and
+LayerNorm do not depend on it, and the model computes the same numbers in that order. Slices are consecutive units, so
+the order decides which units a sub-block sees together. Four orders are compared: as the model was saved; random;
+units together that the layers' maps couple; and similar units apart (so that each slice sees something of everything).
 
 Shapes: D hidden, P slices, N tokens.
 """
@@ -56,21 +55,21 @@ def couplings(model: PreTrainedModel) -> np.ndarray:
 
 @torch.no_grad()
 def likeness(model: PreTrainedModel, sequences: torch.Tensor) -> np.ndarray:
-    """Squared correlation of two hidden units [D, D], mean over layers, on token ids [N, T]."""
+    """Squared correlation of each two hidden units [D, D], mean over layers, on token ids [N, T]."""
     states = model(sequences, output_hidden_states=True).hidden_states
     return np.mean([np.corrcoef(x.flatten(0, 1).T.numpy()) ** 2 for x in states], axis=0)
 
 
 def grouped(affinity: np.ndarray, num_slices: int) -> np.ndarray:
-    """An order of the units in which slices of D/P hold much of `affinity` [D, D].
+    """An order of the units in which slices of D/P units contain much of `affinity` [D, D].
 
-    Two units are swapped as long as that wins something, from several random orders; the best end counts.
+    Two units are swapped as long as that gains something, from several random starts; the best result counts.
     """
     affinity, rng, ends = affinity - np.diag(np.diag(affinity)), np.random.default_rng(0), []
     for _ in range(STARTS):
         slices = rng.permutation(np.arange(len(affinity)) * num_slices // len(affinity))
         while True:
-            within = affinity @ np.eye(num_slices)[slices]  # [D, P]: of each unit with each slice
+            within = affinity @ np.eye(num_slices)[slices]  # [D, P]: each unit with each slice
             moved = within[:, slices] - within[np.arange(len(slices)), slices][:, None]  # i into j's slice
             gain = np.where(slices[:, None] == slices, -np.inf, moved + moved.T - 2 * affinity)
             i, j = np.unravel_index(gain.argmax(), gain.shape)
@@ -92,7 +91,7 @@ def orders(model: PreTrainedModel, sequences: torch.Tensor, num_slices: int, num
 
 
 def save_reordered(teacher: str | Path, order: np.ndarray, folder: Path) -> Path:
-    """The encoder of `teacher` in another order of hidden units, as a checkpoint of its own; made once."""
+    """A checkpoint of the encoder of `teacher` in another order of hidden units; made once."""
     if not folder.is_dir():
         model = reordered(load_model(open_checkpoint(teacher), torch.float32), order)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +103,13 @@ def save_reordered(teacher: str | Path, order: np.ndarray, folder: Path) -> Path
 
 
 def recipes(config: CalibrationConfig) -> dict[str, CalibrationConfig]:
-    """`config`, and what precedes it: the slices as they are, and after the closed form."""
+    """`config` and its earlier stages: the slices as they are, and after the closed form."""
     closed = dataclasses.replace(config, num_steps=0)
     return {"sliced": dataclasses.replace(closed, fit_sequences=0), "closed form": closed, "trained": config}
 
 
 def ways(config: CalibrationConfig) -> dict[str, CalibrationConfig]:
-    """`config` with and without the closed form, and with and without steps in which each layer is alone."""
+    """`config` with and without the closed form, and with and without steps that train each layer alone."""
     plain, alone = dataclasses.replace(config, fit_sequences=0), dict(alone_share=ALONE_SHARE)
     return {
         "together": plain,
@@ -128,7 +127,7 @@ def slice_study(
     output_dir: str | Path,
     num_random: int,
 ) -> pd.DataFrame:
-    """`row` calibrated in each order of units by each of `recipes` (a name for each): order, recipe and `errors_of`."""
+    """`row` calibrated in each order of units by each named recipe: order, recipe and `errors_of`."""
     model = load_model(open_checkpoint(teacher), torch.float32)
     _, valid = data.packed_splits(next(iter(recipes.values())))
     sequences = torch.from_numpy(valid[:32].astype(np.int64))
@@ -153,6 +152,6 @@ def errors_of(result: Result) -> dict:
 def alone_study(
     teacher: str | Path, row: ModelRow, recipes: Mapping[str, CalibrationConfig], data: TrainingData, output_dir: Path
 ) -> pd.DataFrame:
-    """`row` calibrated by each of `recipes`, which differ in what comes before all layers are trained together."""
+    """`row` calibrated by each of `recipes`, which differ in what precedes training all layers together."""
     found = {name: calibrate(teacher, row, config, data, output_dir) for name, config in recipes.items()}
     return pd.DataFrame({"recipe": name} | errors_of(result) for name, result in found.items())

@@ -1,7 +1,7 @@
-"""The studies of notebook 14: where decoupling pays, on links from 5 to 500 Mbps, delayed or not, and on one air.
+"""The studies of notebook 14: where decoupling pays, on links from 5 to 500 Mbps, delayed or not, and on shared media.
 
 `predicted_rows` prices a whole grid, `measured_rows` measures part of it; both give rows with the same columns
-(`COLUMNS`), told apart by `kind`. `margins` and `crossovers` say what a decoupled model wins over the unmodified one.
+(`COLUMNS`), distinguished by `kind`. `margins` and `crossovers` say what a decoupled model gains over the unmodified.
 """
 
 import itertools
@@ -40,12 +40,12 @@ COLUMNS = [
     *("relative_error", "link_bytes", "link", "time_scale", "packet_error_ms", "device", "valid", "why_invalid"),
 ]
 DEVICE = "rpi4b"
-PAYS = 1.05  # times as fast as the best plan of the unmodified model: below, decoupling does not pay
+PAYS = 1.05  # speedup over the best plan of the unmodified model; below it, decoupling does not pay
 ONE_DEVICE = "one device"
 
 
 def structure_of(num_original_layers: float | None) -> str:
-    """How a table names a model: `original`, or such as `Nb=4`."""
+    """A model's name in tables: `original`, or such as `Nb=4`."""
     given = num_original_layers is not None and num_original_layers == num_original_layers
     return f"Nb={int(num_original_layers)}" if given else "original"
 
@@ -66,7 +66,7 @@ def predicted_rows(
 ) -> pd.DataFrame:
     """The planner's best plan and its price for each structure (Nb; None: unmodified) and setting, and one device.
 
-    It may leave devices out, so the unmodified model is never slower than on one device.
+    A plan may leave devices out, so the unmodified model is never slower than on one device.
     """
     link, efficiency = measured_link(Path(run_path) / "profiles"), measured_efficiency(run_path).get(model)
     rows = []
@@ -92,7 +92,7 @@ def predicted_rows(
 def measured_rows(run_path: str | Path, model: str, groups: Sequence[Mapping], repeats: int) -> pd.DataFrame:
     """Rows of emulated devices; `groups` are arguments of `measured_group`.
 
-    What has been measured is kept in `slow_link_rows.json` in the run's folder: an interrupted call goes on from there.
+    Measured rows are kept in `slow_link_rows.json` in the run's folder; an interrupted call resumes there.
     """
     frames = [measured_group(run_path, model, repeats=repeats, **group) for group in groups]
     _rows_path(run_path).unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def measured_group(
     delay_ms: float = 0.0,
     shared: bool = False,
 ) -> pd.DataFrame:
-    """One device, and each structure in each wire format by the planner's best plan, in turn at each bandwidth."""
+    """One device, and the planner's best plan for each structure and wire format, in turn at each bandwidth."""
     cells = slow_link_cells(model, structures, bandwidths_mbps, wires, num_devices, repeats)
     links = dict(bandwidth_bps=1e6 * bandwidths_mbps[0], delay_s=delay_ms / 1e3, shared=shared)
     with EmulatedCluster(num_devices, DEVICE, **links) as cluster:
@@ -135,7 +135,7 @@ def slow_link_cells(
     num_devices: int,
     repeats: int,
 ) -> list[Cell]:
-    """At each bandwidth one device, and each structure in each wire format by the planner's best plan."""
+    """At each bandwidth one device, and the planner's best plan for each structure and wire format."""
     cells = []
     for mbps in bandwidths_mbps:
         cells.append(Cell(model, "single", num_devices, mbps, repeats=repeats))
@@ -145,14 +145,14 @@ def slow_link_cells(
     return cells
 
 
-# What they say ------------------------------------------------------------------------------------------------------
+# Findings -------------------------------------------------------------------------------------------------------------
 
 
 def margins(rows: pd.DataFrame) -> pd.DataFrame:
     """Each decoupled structure against the best plan of the unmodified model and one device, by setting and kind.
 
-    `margin` is how many times as fast it is as the former (`margin_low`, `margin_high`: the 95% interval of
-    interleaved requests), `over_one` as the latter; `winner` the fastest structure of its setting.
+    `margin` is its speedup over the former (`margin_low`, `margin_high`: the 95% interval of interleaved requests),
+    `over_one` over the latter; `winner` is the fastest structure of its setting.
     """
     made = []
     for key, part in rows[rows["valid"].astype(bool)].groupby([*SETTING, "kind"], sort=False, dropna=False):
@@ -162,7 +162,7 @@ def margins(rows: pd.DataFrame) -> pd.DataFrame:
         own = dict(zip([*SETTING, "kind"], key, strict=True))
         alone = _one_device(rows, own)
         plain = by.loc["original"]
-        best_plain = min(plain["latency_s"], alone)  # measured, one device may be the faster of the two
+        best_plain = min(plain["latency_s"], alone)  # in measurements, one device may be faster
         ranked = by["latency_s"].drop(ONE_DEVICE, errors="ignore").sort_values()
         winner = ranked.index[0] if ranked.iloc[0] < alone and not _is_alone(by.loc[ranked.index[0]]) else ONE_DEVICE
         for structure, row in by.drop(["original", ONE_DEVICE], errors="ignore").iterrows():
@@ -178,7 +178,7 @@ def margins(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _one_device(rows: pd.DataFrame, own: Mapping) -> float:
-    """One device's latency beside a setting: it sends nothing, so that its wire format says nothing."""
+    """One device's latency in a setting: it sends nothing, so the wire format does not matter."""
     alike = rows[rows["structure"] == ONE_DEVICE]
     for name in (*(name for name in SETTING if name != "wire"), "kind"):
         alike = alike[alike[name] == own[name]]
@@ -196,10 +196,10 @@ def _interval(slower: pd.Series, faster: pd.Series) -> tuple[float, float]:
 
 
 def crossovers(table: pd.DataFrame) -> pd.DataFrame:
-    """Between which rates a decoupled structure pays (`PAYS`): `from_mbps`, below which one device wins, and `to_mbps`.
+    """The rates between which a decoupled structure pays (`PAYS`): `from_mbps`, below which one device wins, `to_mbps`.
 
-    Between the grid's rates by their logarithm; 0 and infinite where it pays at the slowest and the fastest of them,
-    both 0 where it pays at none.
+    Interpolated between the grid's rates by their logarithm; 0 and infinite if it pays at the slowest and the fastest
+    rate, both 0 if it pays at none.
     """
     keys, made = [name for name in SETTING if name != "bandwidth_mbps"], []
     for key, part in table.groupby([*keys, "kind", "structure"], sort=False):
@@ -217,13 +217,13 @@ def crossovers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _zero(rates: np.ndarray, gain: np.ndarray, place: int) -> float:
-    """Where the line from `place` to the next place crosses zero, as a rate."""
+    """The rate at which the line from `place` to the next place crosses zero."""
     share = gain[place] / (gain[place] - gain[place + 1])
     return math.exp(rates[place] + share * (rates[place + 1] - rates[place]))
 
 
 def beside(rows: pd.DataFrame) -> pd.DataFrame:
-    """Measured rows with what was predicted of the same plan, and the error of the prediction."""
+    """Measured rows with the prediction for the same plan, and the prediction's error."""
     measured = rows[(rows["kind"] == "emulated") & rows["valid"].astype(bool)]
     return measured.assign(error=measured["predicted_s"] / measured["latency_s"] - 1)
 
@@ -231,7 +231,7 @@ def beside(rows: pd.DataFrame) -> pd.DataFrame:
 def slow_link_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """This repository's claims about slow links, not the paper's: Nb=1's margins as predicted and as measured.
 
-    On four devices at 10, 25 and 500 Mbps, with delay or on one medium at 50, where those were measured.
+    On four devices at 10, 25 and 500 Mbps, and with delay or on one medium at 50, if those were measured.
     """
     table, errors = margins(rows), beside(rows)["error"].abs()
     table = table[(table["structure"] == "Nb=1") & (table["num_devices"] == 4) & (table["pace"] == "measured")]
@@ -262,11 +262,11 @@ def wire_outcomes(
     num_devices: int = 4,
     num_texts: int = 32,
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Outcome]]]:
-    """What an unmodified encoder loses, without any training, where its original layers' messages are coarser.
+    """What an unmodified encoder loses, without any training, if its original layers' messages are coarser.
 
-    Each of `plans` names a strategy and a format. Texts are asked one at a time, as a request is: a padded token would
-    be averaged into its segment. Returns a row a plan, on `num_texts` texts: bytes that a device sends, how many times
-    fewer than in float32, and the RMS of the output's difference over that of the output; and the probes' outcomes.
+    Each of `plans` names a strategy and a format. Texts are run one at a time, like requests: a padding token would be
+    averaged into its segment. Returns a row a plan, on `num_texts` texts: bytes that a device sends, the reduction
+    factor against float32, and the RMS of the output's difference over the output's RMS; and the probes' outcomes.
     """
     model = AutoModel.from_pretrained(teacher).eval()
     texts = data.task("SQuAD").validation["context"][:num_texts]
@@ -293,7 +293,7 @@ def wire_outcomes(
 
 
 def probed(model, tasks: Mapping[str, ProbeConfig], data: TrainingData) -> dict[str, Outcome]:
-    """The probes of `accuracy_studies`, of texts that are asked one at a time."""
+    """The probes of `accuracy_studies`, with texts run one at a time."""
 
     def read(seq_len: int, texts: Sequence[str]) -> np.ndarray:
         return sentence_vectors(model, texts, data, seq_len, batch_size=1)

@@ -239,7 +239,7 @@ def test_prefix_tuning_where_the_cache_has_the_configurations_width():
     with pytest.raises(ValueError, match="keys of width 16 a head for layer 0, and a decoupled layer keeps 64"):
         peft.get_peft_model(make(GPT2LMHeadModel), prefix)(ids)
     prefix = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
-    with pytest.raises(ValueError, match="keeps no past_key_values, which prefix tuning gives"):
+    with pytest.raises(ValueError, match="takes no past_key_values, which prefix tuning adds"):
         peft.get_peft_model(make(BertForSequenceClassification), prefix)(**batch())
 
 

@@ -151,7 +151,7 @@ def test_what_generates_text_may_have_other_end_tokens_and_no_other_likeliest_te
     path.write_text(json.dumps({"eos_token_id": [3, 7], "repetition_penalty": 1.0, "do_sample": True, "top_k": 50}))
     assert end_tokens(open_checkpoint(tmp_path).config) == [3, 7]
     for fields, words in (
-        ({"repetition_penalty": 1.2}, "repetition_penalty is 1.2, and only 1 is computed"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty is 1.2, and only 1 is supported"),
         ({"num_beams": 4}, "num_beams is 4"),
         ({"suppress_tokens": [5]}, "suppress_tokens is .5."),
         ({"eos_token_id": "end"}, "eos_token_id is 'end'"),

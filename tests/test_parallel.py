@@ -222,7 +222,7 @@ def test_executor_refuses_what_does_not_fit(cases):
     case = cases["original"]
     with pytest.raises(ValueError, match="is for 2 devices and the group has 1"):
         Executor(case.config, published_plan("tp", case.config, [1, 1]), WeightSource(case.state), Comm(None, 0, 1))
-    with pytest.raises(ValueError, match="needs a decoupled layer"):
+    with pytest.raises(ValueError, match="is for decoupled layers"):
         plan = published_plan("bp+tp", cases["decoupled"].config)
         Executor(case.config, plan, WeightSource(case.state), Comm(None, 0, 1))
 

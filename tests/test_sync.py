@@ -285,7 +285,7 @@ def test_devices_and_parts_must_agree(checkpoints):
         published_plan("tp", config, [1.0] * 6)
     with pytest.raises(ValueError, match="needs a decoupled model"):
         published_plan("bp+tp", config, [1.0] * 2)
-    with pytest.raises(ValueError, match="'tensor' at layer 0 needs a original layer, not a parts-first one"):
+    with pytest.raises(ValueError, match="'tensor' at layer 0 is for original layers, and this one is parts-first"):
         layer_plan("tp", config, ["tensor"] * 5, [1.0] * 2).check(config)
 
 

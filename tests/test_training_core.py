@@ -345,7 +345,7 @@ def test_profiles_hold_runnable_settings(profile):
     configs = {task: make_config(FinetuneConfig, recipe) for task, recipe in pretraining["finetuning"].items()}
     assert profile == "quick" or (len(configs) == 5 and min(configs[task].num_seeds for task in ("CoLA", "MRPC")) >= 2)
     make_config(CalibrationConfig, accuracy["calibration"])
-    for row in model_rows({"model": "minilm"} | row for row in accuracy["rows"]):
+    for row in model_rows({"model": "minilm"} | row["structure"] for row in accuracy["rows"]):
         row_config(BertConfig(hidden_size=384, num_hidden_layers=6), row)
     assert len(pretraining["rows"]) == {"quick": 2, "laptop": 7, "paper": 11}[profile]
 

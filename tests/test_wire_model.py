@@ -178,7 +178,7 @@ def test_what_cannot_be_wired_is_one_sentence(cases):
     for made, plan, words in (
         (gpt2, wire_plan(config), "GPT2Model is no BERT"),
         (model, published_plan("pp", config, [1.0] * 2), "share no layer"),
-        (model, wire_plan(cases["decoupled"].config), "needs a decoupled layer"),
+        (model, wire_plan(cases["decoupled"].config), "is for decoupled layers"),
     ):
         with pytest.raises(ValueError, match=words), wired(made, plan):
             pass

@@ -3,8 +3,8 @@
 `policy` holds the sizes and constraints of sub-models, `sampling` draws policies, `predictor` prices them, `search`
 finds a good one. `decomposer` cuts the sub-models out of the large model's weights, `booster` calibrates them, and
 `calibration` does both and trains the aggregator on their `outputs`. `ensemble` keeps the result in a folder,
-`distributed` runs it on a cluster, `ensemble_requests` answers `detransformer run`. Importing the package makes the
-AutoModel classes know the sub-models.
+`distributed` runs it on a cluster, `ensemble_requests` answers `detransformer run`. Importing the package registers the
+sub-models with the AutoModel classes.
 """
 
 import detransformer.coformer.submodels  # noqa: F401  (AutoModel knows sub-models)

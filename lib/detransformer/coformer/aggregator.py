@@ -3,17 +3,17 @@
 | kind | made of | what a device sends | learned |
 |---|---|---|---|
 | `coformer` | X_agg = Pool(W Concat(X_1, .., X_N) + b), then the task's head (Eq. 2) | one token's features | yes |
-| `attention` | self-attention over the N projected features, mean, head (Vaswani et al. 2017) | the same | yes |
-| `senet` | features of all gated by squeeze and excitation, projected, head (Hu et al. 2018) | the same | yes |
+| `attention` | self-attention over the N projected features, mean, head (Vaswani et al. 2017) | as `coformer` | yes |
+| `senet` | features gated by squeeze and excitation, projected, head (Hu et al. 2018) | as `coformer` | yes |
 | `average` | mean of the sub-models' probabilities | logits | no |
-| `majority` | most votes; of classes with as many votes the one of the largest summed probability | logits | no |
+| `majority` | most votes; ties go to the class of the largest summed probability | logits | no |
 
-Published, Pool is the mean over the S tokens. Classifiers of BERT and ViT read their first token only and those of
-GPT-2 the last, so features of calibrated classifiers say most there: Pool takes this token. That is linear, as the
-projection is, so they commute: a device pools before it sends, which is exact and S times fewer bytes.
+In the paper, Pool is the mean over the S tokens. Classifiers of BERT and ViT read only their first token and those of
+GPT-2 the last, so features of calibrated classifiers say most there: Pool takes this token. Pool and projection are
+both linear and commute, so a device pools before it sends, which is exact and takes S times fewer bytes.
 
-A device may be missing (`present`). For the learned kinds its features are then the mean of the training samples', kept
-with the weights; for `average` and `majority` it is left out.
+A device may be missing (`present`). Learned kinds then use the mean of the training samples' features, stored with the
+weights; `average` and `majority` leave it out.
 
 Shapes: B samples, S tokens, N sub-models, d_n their widths, d_agg their sum, d_i the width after projection, C classes.
 """
@@ -31,8 +31,8 @@ SENET_REDUCTION = 16  # Hu et al. 2018, Section 3.2
 def features_and_logits(sub_model: PreTrainedModel, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """(X_n [B, d_n], logits [B, C]) of one forward pass of a classifier of transformers.
 
-    X_n are the features of the token that its head reads: GPT-2's is the last that `attention_mask` [B, S] counts, that
-    of BERT and ViT the first.
+    X_n are the features of the token that its head reads: for GPT-2 the last that `attention_mask` [B, S] counts, for
+    BERT and ViT the first.
     """
     seen = []
     handle = sub_model.base_model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
@@ -49,10 +49,10 @@ def features_and_logits(sub_model: PreTrainedModel, inputs: dict) -> tuple[torch
 
 
 class Aggregator(nn.Module):
-    """The common part of all kinds: which sub-models are present, and a stand-in for those that are not.
+    """The common part of all kinds: which sub-models are present, and a stand-in for missing ones.
 
-    A learned kind has `build`, which makes its layers, and `fuse`: features of all sub-models [B, d_n] to logits
-    [B, C]. The others have `vote`: probabilities [B, N, C] and weights [B, N, 1], 1 where present, to logits [B, C].
+    A learned kind has `build`, which makes its layers, and `fuse`, from features of all sub-models [B, d_n] to logits
+    [B, C]. The others have `vote`, from probabilities [B, N, C] and weights [B, N, 1], 1 if present, to logits [B, C].
 
     Args:
         widths: d_n of each sub-model.
@@ -70,32 +70,32 @@ class Aggregator(nn.Module):
                 "sub-models, and two classes or more."
             )
         self.widths, self.num_labels = tuple(widths), num_labels
-        self.hidden_size = max(widths)  # d_i, that of the central device
+        self.hidden_size = max(widths)  # d_i, the central device's
         if self.learned:
-            self.register_buffer("mean", torch.zeros(sum(widths)))  # features of the training samples, all sub-models'
+            self.register_buffer("mean", torch.zeros(sum(widths)))  # of the training samples' features, all sub-models
             self.build()
 
     @property
     def sizes(self) -> dict:
-        """What `make_aggregator` takes to make one like this."""
+        """The arguments of `make_aggregator` for an aggregator like this."""
         return {name: getattr(self, name) for name in ("kind", "widths", "num_labels")}
 
     def set_means(self, features: Sequence[torch.Tensor]) -> None:
-        """From training samples' features [M, d_n]."""
+        """Stores the mean of training samples' features [M, d_n]."""
         self.mean.copy_(torch.cat([x.mean(0) for x in features]))
 
     def forward(
         self, answers: Sequence[torch.Tensor | None], present: Sequence[bool] | torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits [B, C]; of `average` the log of the mean probabilities, of `majority` votes plus a fraction for ties.
+        """Logits [B, C]; for `average` log of the mean probabilities, for `majority` votes plus a fraction for ties.
 
         Args:
             answers: of each sub-model its features [B, d_n] for learned kinds, its logits [B, C] for the others;
-                None for one that is missing.
+                None if it is missing.
             present: which sub-models answered, [N] or, by sample, [B, N]; None takes all that are not None.
 
         Raises:
-            ValueError: for another number of sub-models, or samples without any sub-model.
+            ValueError: for another number of sub-models, or samples with no sub-model present.
         """
         if len(answers) != len(self.widths):
             raise ValueError(
@@ -163,7 +163,7 @@ class SENetAggregator(Aggregator):
 
 
 class AverageAggregator(Aggregator):
-    """The mean of the probabilities of those present."""
+    """The mean of the probabilities of the sub-models present."""
 
     kind, learned = "average", False
 
@@ -173,7 +173,7 @@ class AverageAggregator(Aggregator):
 
 
 class MajorityAggregator(Aggregator):
-    """Votes of those present, and a fraction below 1 of a vote by summed probability that decides ties."""
+    """Votes of the sub-models present, plus a fraction of a vote by summed probability that decides ties."""
 
     kind, learned = "majority", False
 
@@ -204,9 +204,9 @@ def squeezed_width(widths: Sequence[int]) -> int:
 def aggregator_flops(kind: str, widths: Sequence[int], num_labels: int, hidden_size: int | None = None) -> int:
     """Operations on the central device for one sample.
 
-    Learned kinds: 2 a multiplication and addition of matrix products, as Eq. 6 counts (2 d_i d_agg for `coformer`, and
-    the head); all else is left out. `average` and `majority`, which have no products: 4 a value for the softmax, 1 a
-    value for the sum, and for votes 1 more to find the largest.
+    Learned kinds: 2 per multiplication and addition of matrix products, as Eq. 6 counts (2 d_i d_agg for `coformer`,
+    and the head); all else is left out. `average` and `majority`, which have no products: 4 a value for the softmax, 1
+    a value for the sum, and for votes 1 more to find the largest.
     """
     num, total, hidden = len(widths), sum(widths), hidden_size or max(widths)
     head = 2 * hidden * num_labels

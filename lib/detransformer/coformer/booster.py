@@ -4,20 +4,20 @@ Each training sample i of M has a weight w_i. Sub-model n is trained on Eq. 14,
 
     L_i = 1/2 [CE(student, y_i) + CE(student, y_t,i)],   the batch's mean of w_i L_i,
 
-with y_t the large model's own decision (DeiT's hard distillation), and the weights are updated by its losses, Eq. 13:
+with y_t the large model's own decision (DeiT's hard distillation). Its losses then update the weights, Eq. 13:
 
     w_i <- w_i exp[(1/M - 1) L_i].
 
 As printed, samples that a sub-model gets wrong weigh less for the next one, which is the opposite of boosting
-(docs/findings.md, "CoFormer's equations"). The rule is therefore a choice (`RULES`):
+(docs/findings.md, "CoFormer's equations"). So the rule is a choice (`RULES`):
 
-    "boosting"   the sign turned: hard samples weigh more. L is measured in ln C, what guessing among C classes costs,
-                 and cut at 1, so that one round raises a sample e times over another at most. The default.
+    "boosting"   the sign reversed: hard samples weigh more. L is measured in ln C, the cost of guessing among C
+                 classes, and cut at 1, so that one round raises a sample at most e times over another. The default.
     "published"  Eq. 13 as printed, with L before its weight.
     "none"       all weights stay: the sub-models are distilled independently of each other.
 
 Weights start at 1 and are normalised to mean 1, where the paper starts at 1/M and states no normalisation: their ratios
-are the same, and the loss keeps its size whatever M is.
+are the same, and the size of the loss does not depend on M.
 """
 
 import copy
@@ -52,9 +52,9 @@ class BoostConfig(StepRecipe):
     """How each sub-model is calibrated; sub-model n has its own order of samples.
 
     Args:
-        rule: of the weights, see the module; one of `RULES`.
-        target: the large model's `"hard"` decision (Eq. 14), or its `"soft"` probabilities in place of it (Hinton et
-            al. 2015: `TEMPERATURE` squared times the divergence).
+        rule: how weights are updated, one of `RULES` (see the module).
+        target: the large model's `"hard"` decision (Eq. 14), or its `"soft"` probabilities instead (Hinton et al.
+            2015: `TEMPERATURE` squared times the divergence).
     """
 
     learning_rate: float = positive(5e-4)
@@ -65,7 +65,7 @@ class BoostConfig(StepRecipe):
 
 
 def update_weights(weights: np.ndarray, losses: np.ndarray, rule: str, num_classes: int) -> np.ndarray:
-    """The weights [M] of mean 1 for the next sub-model (Eq. 13), from those of the last one and its losses [M].
+    """The weights [M] of mean 1 for the next sub-model (Eq. 13), from the last one's weights and losses [M].
 
     Raises:
         ValueError: for a loss that is not finite.
@@ -76,7 +76,7 @@ def update_weights(weights: np.ndarray, losses: np.ndarray, rule: str, num_class
     if rule == "none":
         return weights
     if rule == "published":
-        exponents = decay * (losses - losses.min())  # large losses would make all weights vanish
+        exponents = decay * (losses - losses.min())  # else large losses would make all weights vanish
     else:
         exponents = -decay * np.minimum(losses / math.log(num_classes), 1.0)
     updated = weights * np.exp(exponents)
@@ -118,16 +118,16 @@ def boost(
 ) -> list[Result]:
     """Calibrates each sub-model in turn into `output_dir/sub-model-N-*/` (model/, history.csv, result.json).
 
-    The models given stay as they are. A finished sub-model is not trained again as long as nothing it depends on has
+    The given models are not changed. A finished sub-model is not trained again unless something it depends on has
     changed (its first weights, the large model's decisions, task, configuration and, unless the rule is `"none"`, the
-    sub-models before it); an interrupted one goes on.
+    sub-models before it); an interrupted one is resumed.
 
     Args:
         sub_models: models with `.logits` [B, C], in the order of calibration, as they were decomposed.
         teacher: the large model, fine-tuned on the task.
 
     Returns:
-        Of each sub-model: number, model (calibrated, in eval mode), task.
+        For each sub-model: number, model (calibrated, in eval mode), task.
 
     Raises:
         ValueError: without sub-models, for a large model of other classes, damaged files, or a loss that is not finite.

@@ -1,6 +1,6 @@
 """Calibration of a policy's sub-models, and their aggregator (CoFormer 2025, Algorithm 1, lines 11 to 16).
 
-An aggregator is trained on what frozen sub-models say, and scored with sub-models missing.
+An aggregator is trained on the outputs of frozen sub-models, and scored with sub-models missing.
 
 Shapes: B samples of a batch, M of a split, N sub-models, d_n their widths, C classes.
 """
@@ -35,10 +35,10 @@ class AggregatorConfig(Recipe):
     """How an aggregator is trained on features of frozen sub-models.
 
     Args:
-        num_epochs, batch_size: times all samples are seen, samples a step.
+        num_epochs, batch_size: passes over all samples, samples in a step.
         label_smoothing: share of a label that is spread over all classes.
-        drop: probability that a sub-model is taken for missing, by sample; at least one stays. Above 0, what is
-            trained loses less where a device fails.
+        drop: probability that a sub-model counts as missing, by sample; at least one stays. Training with it above 0
+            loses less when a device fails.
     """
 
     num_epochs: float = positive(40.0)
@@ -63,7 +63,7 @@ class AggregatorLoss(nn.Module):
         self.model, self.label_smoothing = model, label_smoothing
 
     def forward(self, labels: torch.Tensor, present: torch.Tensor | None = None, **features) -> torch.Tensor:
-        """labels [B], present [B, N] and, by the sub-model's number, features [B, d_n] -> mean loss."""
+        """labels [B], present [B, N] and features [B, d_n] of each sub-model, by its number -> mean loss."""
         logits = self.model(list(features.values()), present=present)
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
@@ -78,11 +78,11 @@ def train_aggregator(
 ) -> tuple[Aggregator, list[float]]:
     """An aggregator trained on the features and labels of `outputs`, in eval mode, and the loss of each step.
 
-    `average` and `majority` have nothing to learn and come back as they are made.
+    `average` and `majority` have nothing to learn and are returned unchanged.
 
     Args:
         num_labels: C.
-        start: a trained aggregator of this kind to go on from, e.g. with `drop` above 0; it stays as it is.
+        start: a trained aggregator of this kind to continue from, e.g. with `drop` above 0; it is not changed.
     """
     widths = outputs.widths
     assert start is None or (start.kind, start.widths) == (kind, widths), (start.sizes, kind, widths)
@@ -111,7 +111,7 @@ def train_aggregator(
 
 
 def random_presence(num_rows: int, num_models: int, drop: float, seed: list[int]) -> torch.Tensor:
-    """[B, N] of which each is False with probability `drop`; where all would be, one stays."""
+    """[B, N], each False with probability `drop`; if all of a row would be, one stays True."""
     rng = np.random.default_rng(seed)
     present = rng.random((num_rows, num_models)) >= drop
     kept = rng.integers(num_models, size=num_rows)
@@ -140,12 +140,12 @@ class Calibrated:
     """Calibrated sub-models of one policy, and their aggregator.
 
     Args:
-        boosted: of each sub-model, in the devices' order.
+        boosted: the sub-models, in the devices' order.
         train, test: the sub-models' outputs for all samples.
-        scores: of each sub-model alone on the test samples, by the task's metric, times 100.
-        aggregator: of the kind asked for.
-        accuracy: of the ensemble on the test samples, times 100.
-        held_out_accuracy: on training samples that nothing was trained on; NaN where the task holds none out.
+        scores: each sub-model's own score on the test samples, by the task's metric, times 100.
+        aggregator: of the requested kind.
+        accuracy: the ensemble's on the test samples, times 100.
+        held_out_accuracy: on training samples that nothing was trained on; NaN if the task holds none out.
     """
 
     boosted: list[Result]
@@ -169,10 +169,10 @@ def calibrate_policy(
     """Decomposes `model` by `policy`, boosts its sub-models, trains an aggregator; resumable, kept in `output_dir`.
 
     Args:
-        kind: of the aggregator.
+        kind: the aggregator's.
 
     Raises:
-        ValueError: for a policy outside C1-C4, or what `boost` refuses.
+        ValueError: for a policy outside C1-C4, or as `boost`.
     """
     boosted = boost(decompose(model, policy), model, task, boosting, output_dir)
 

@@ -1,13 +1,13 @@
 """The decomposer: sub-models that inherit the large model's weights (CoFormer 2025, Fig. 14, supplementary B-1).
 
-First `choose_parts`, a pure function, says which layers, heads, FFN columns and embedding dimensions each sub-model
-takes; then `decompose` slices. The paper removes "unimportant" neurons and "redundant" heads and does not say how it
-tells them apart; here the parts with the larger weights are the important ones.
+First `choose_parts`, a pure function, decides which layers, heads, FFN columns and embedding dimensions each sub-model
+takes; then `decompose` slices. The paper removes "unimportant" neurons and "redundant" heads without saying how it
+identifies them; here the parts with the larger weights are the important ones.
 
-LayerNorms: a sub-model keeps the entries of weight and bias of its d_n dimensions, and normalises over these alone. The
-mean and variance of a part of the dimensions differ from those of all, and products read fewer inputs; no weight is
-rescaled for it, since the sub-models are trained afterwards (the booster). Task heads are sliced too, so that each
-sub-model can be evaluated alone (Eq. 7); the aggregation takes `features`.
+LayerNorms: a sub-model keeps the weight and bias entries of its d_n dimensions, and normalises over these alone. The
+mean and variance of some dimensions differ from those of all, and products read fewer inputs; no weight is rescaled for
+it, since the sub-models are trained afterwards (the booster). Task heads are sliced too, so that each sub-model can be
+evaluated alone (Eq. 7); the aggregation takes `features`.
 """
 
 import re
@@ -28,9 +28,9 @@ PREFIX = re.compile(r"^(?:bert|transformer|vit)\.")
 
 
 def layer_axes(naming: Naming) -> dict[str, tuple[str, ...]]:
-    """Which axis of a layer's parameters is cut by what, first axis first.
+    """What cuts each axis of a layer's parameters, first axis first.
 
-    "heads" are the columns of all heads, "qkv" those of Q, K and V in one.
+    "heads" are the columns of all heads, "qkv" those of Q, K and V packed in one.
     """
     cuts = {name: ("heads" if len(naming.qkv) == 3 else "qkv", "dims") for name in naming.qkv}
     cuts |= {naming.out: ("dims", "heads"), naming.ffn_in: ("ffn", "dims"), naming.ffn_out: ("dims", "ffn")}
@@ -41,7 +41,7 @@ def layer_axes(naming: Naming) -> dict[str, tuple[str, ...]]:
 
 
 LAYER_AXES = {architecture: layer_axes(naming) for architecture, naming in NAMING.items()}
-OUTER_AXES = {  # of all three: outside the layers; axes that are not cut are None, or not listed
+OUTER_AXES = {  # outside the layers, for all three; uncut axes are None, or not listed
     r"embeddings\.\w+_embeddings\.weight|wte\.weight|wpe\.weight": (None, "dims"),
     r"embeddings\.(cls_token|position_embeddings)": (None, None, "dims"),
     r"embeddings\.patch_embeddings\.projection\.(weight|bias)": ("dims",),
@@ -55,7 +55,7 @@ OUTER_AXES = {  # of all three: outside the layers; axes that are not cut are No
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each part of the large model counts: dimensions [d], heads [L, h], FFN columns [L, D]."""
+    """The importance of each part of the large model: dimensions [d], heads [L, h], FFN columns [L, D]."""
 
     dims: np.ndarray
     heads: np.ndarray
@@ -64,7 +64,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of the large model one sub-model takes, ascending: layers, dimensions, and heads and FFN by layer."""
+    """The parts of the large model that one sub-model takes, ascending: layers, dimensions, heads and FFN by layer."""
 
     layers: np.ndarray
     dims: np.ndarray
@@ -99,7 +99,7 @@ def magnitude_importance(model: PreTrainedModel) -> Importance:
 
 
 def axes_of(name: str, architecture: str) -> tuple[int | None, tuple[str | None, ...]]:
-    """(its layer or None, what cuts each axis) of a parameter of a BERT, GPT-2 or ViT."""
+    """(layer or None, what cuts each axis) of a parameter of a BERT, GPT-2 or ViT."""
     found = LAYER_NAME.match(name)
     if found and found[2] in LAYER_AXES[architecture]:
         return int(found[1]), LAYER_AXES[architecture][found[2]]
@@ -113,23 +113,23 @@ def axes_of(name: str, architecture: str) -> tuple[int | None, tuple[str | None,
 
 
 def choose_parts(importance: Importance, policy: Policy) -> list[Parts]:
-    """Which parts of the large model each sub-model takes.
+    """The parts of the large model that each sub-model takes.
 
     The parts of a layer, and the embedding dimensions, are *dealt* like cards: ranked by importance, then one to each
-    sub-model in turn until each has as many as the policy says. So no two have the same (C2-C4 leave enough for all),
-    each has important ones, a small one has the best few, and the least important are left over. If the parts were cut
-    in a row, the first sub-model would get all the good ones; if all had the same ones, they would err alike, and their
-    ensemble would gain nothing. The sub-model that begins changes from layer to layer.
+    sub-model in turn until each has as many as the policy says. So no two have the same part (C2-C4 leave enough for
+    all), each has important ones, a small one has the best few, and the least important are left over. If parts were
+    cut in a row, the first sub-model would get all the good ones; if all had the same parts, they would err alike, and
+    their ensemble would gain nothing. The sub-model that begins changes from layer to layer.
 
     C3 and C4 count k-th layers, and the k-th layers of two sub-models may come from different layers of the large
-    model. Where sub-models ask for more of one layer than it has, the most important parts are given twice.
+    model. If sub-models ask for more of one layer than it has, the most important parts are given twice.
 
-    Layers are spread over the depth: the norms of a layer's weights say little of its worth.
+    Layers are spread over the depth: the norms of a layer's weights say little about its worth.
     """
     num_layers, configs = len(importance.heads), policy.sub_models
     dims = deal(importance.dims, policy.widths)
     sources = [choose_layers(num_layers, c.num_layers) for c in configs]
-    heads, ffn = ([[] for _ in configs] for _ in range(2))  # of each sub-model, by layer
+    heads, ffn = ([[] for _ in configs] for _ in range(2))  # for each sub-model, by layer
     for layer in range(num_layers):
         users = [(n, list(own).index(layer)) for n, own in enumerate(sources) if layer in own]  # and their layer k
         for hands, scores, counts in (
@@ -142,17 +142,17 @@ def choose_parts(importance: Importance, policy: Policy) -> list[Parts]:
 
 
 def choose_layers(num_original: int, num_layers: int) -> np.ndarray:
-    """`num_layers` of `num_original` layers, ascending and spread evenly, the first and the last among them.
+    """`num_layers` of `num_original` layers, ascending and spread evenly, including the first and the last.
 
-    A single one is the first, which was trained to read embeddings.
+    A single layer is the first, which was trained to read embeddings.
     """
     return np.round(np.linspace(0, num_original - 1, num_layers)).astype(int)
 
 
 def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.ndarray]:
-    """`counts[n]` items for each n, ascending: the best in turn, beginning with `first` (modulo their number).
+    """`counts[n]` items for each n, ascending: the best are dealt in turn, starting at `first` (modulo their number).
 
-    An item is given twice only when all have been given, and never to the same n.
+    An item is given twice only after all have been given, and never to the same n.
     """
     order = [int(item) for item in np.argsort(-scores, kind="stable")]
     hands: list[list[int]] = [[] for _ in counts]
@@ -173,9 +173,9 @@ def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.n
 
 
 def decompose(model: PreTrainedModel, policy: Policy) -> list[PreTrainedModel]:
-    """The sub-models of `policy`, of the same head as `model` and with weights sliced from its own.
+    """The sub-models of `policy`, with `model`'s head and weights sliced from its own.
 
-    A single sub-model of the full size is `model` again.
+    A single sub-model of the full size equals `model`.
 
     Args:
         model: a `BertForSequenceClassification`, `GPT2ForSequenceClassification` or `ViTForImageClassification`.

@@ -1,7 +1,7 @@
-"""Sub-models side by side on a cluster: each device runs its own, sends one message, the central one aggregates.
+"""Sub-models side by side on a cluster: each device runs its own and sends one message; the central one aggregates.
 
-CoFormer (2025), Fig. 3 and Eqs. 3-6. A device that is lost or late is left out: the answer is then made from those of
-the others, and `EnsembleRun.sentence` names the missing one. Without the central device there is no answer.
+CoFormer (2025), Fig. 3 and Eqs. 3-6. A lost or late device is left out: the other devices make the answer, and
+`EnsembleRun.sentence` names the missing one. Without the central device there is no answer.
 """
 
 import statistics
@@ -37,7 +37,7 @@ class EnsembleRun:
         present: by device, whether it answered.
         lost: by device, why it was left out.
         samples_s: seconds of each repeat on the devices' clock, from the start to the central device's answer.
-        records: each device's report, None for one that is lost.
+        records: each device's report, None for a lost one.
     """
 
     logits: torch.Tensor
@@ -66,16 +66,16 @@ def run_ensemble(
     repeats: int = 1,
     deadline_s: float = DEADLINE_S,
 ) -> EnsembleRun:
-    """One request on `cluster`, device n running sub-model n, as slow as that device.
+    """One request on `cluster`; device n runs sub-model n at that device's speed.
 
     Args:
         inputs: input_ids (attention_mask, token_type_ids) [B, T], or pixel_values [B, 3, H, W].
-        repeats: how often the request is timed; a device that is lost in between is left out of the later ones.
+        repeats: how often the request is timed; a device lost in between is left out of the later ones.
         deadline_s: how long the central device waits for the others, in the devices' seconds.
 
     Raises:
         ValueError: for another number of devices.
-        DeviceLost, DeviceError: where the central device is lost or fails.
+        DeviceLost, DeviceError: if the central device is lost or fails.
     """
     if cluster.num_devices != ensemble.num_devices:
         raise ValueError(
@@ -123,12 +123,12 @@ def segments(
 
 
 def message_widths(aggregator: Aggregator) -> list[int]:
-    """How many numbers of one sample each device sends: its pooled features, or logits."""
+    """Numbers per sample that each device sends: its pooled features, or logits."""
     return [width if aggregator.learned else aggregator.num_labels for width in aggregator.widths]
 
 
 def gather_seconds(ensemble: Ensemble, rank: int, link: LinkProfile, batch_size: int, aggregator: Aggregator) -> float:
-    """Modelled seconds until the message of `rank` is sent, or all others' have come over the central one's link."""
+    """Modelled seconds until the message of `rank` is sent, or (central device) all others have come over its link."""
     sizes = [FLOAT_BYTES * batch_size * width for width in message_widths(aggregator)]
     return link.collective_s("send", sum(sizes) - sizes[rank] if rank == ensemble.central else sizes[rank], 2)
 
@@ -148,9 +148,9 @@ def answer_part(
     lost: Sequence[int] = (),
     start_at: float | None = None,
 ) -> dict:
-    """The job of one device, paced by modelled seconds of its segments and, where links are not real, its message.
+    """The job of one device, paced by modelled seconds of its segments and, if links are not real, its message.
 
-    All start at `start_at` of the clock that they share: a barrier would wait for a device that hangs. Without it, the
+    All start at `start_at` of their shared clock: a barrier would wait for a device that hangs. Without `start_at`, the
     sub-model is loaded and run once.
     """
     is_new = state.kept.get("ensemble", ("",))[0] != folder
@@ -160,10 +160,10 @@ def answer_part(
         machine.free_unused()
         ensemble = load_ensemble(folder)
         state.kept["ensemble"] = folder, ensemble, ensemble.sub_model(state.rank), ensemble.aggregator()
-    _, ensemble, sub_model, aggregator = state.kept["ensemble"]  # the aggregator is small: each device has it
+    _, ensemble, sub_model, aggregator = state.kept["ensemble"]  # every device has the aggregator, which is small
     tensors = load_file(inputs)
     if start_at is None:
-        if is_new:  # one that has run is warm
+        if is_new:  # a model that has run is warm
             answer(sub_model, tensors, aggregator)
         return {}
     batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))

@@ -2,8 +2,8 @@
 
 FOLDER/ensemble.json            policy, sizes of the large model and of the aggregator, which device aggregates
 FOLDER/sub_model_0/ ..          Hugging Face model folders, one a device
-FOLDER/aggregator.safetensors   weights and means of what makes one answer of their features or logits
-FOLDER/tokenizer files          where the model reads text
+FOLDER/aggregator.safetensors   weights and means of the aggregator, which makes one answer of features or logits
+FOLDER/tokenizer files          if the model reads text
 """
 
 import json
@@ -47,7 +47,7 @@ class Ensemble:
         return auto.from_pretrained(self.folder / f"sub_model_{number}").eval()
 
     def aggregator(self) -> Aggregator:
-        """What makes one answer, in eval mode; ValueError that names the file where its weights are not there."""
+        """The aggregator, in eval mode; ValueError naming the file if its weights are missing."""
         aggregator, weights = make_aggregator(**self.aggregator_sizes), self.folder / WEIGHTS
         try:
             aggregator.load_state_dict(load_file(weights))
@@ -65,7 +65,7 @@ def save_ensemble(
     central: int,
     tokenizer_of: str | Path | None = None,
 ) -> Ensemble:
-    """Writes an ensemble; `tokenizer_of` is the large model's folder where it reads text."""
+    """Writes an ensemble; `tokenizer_of` is the large model's folder, if it reads text."""
     assert len(sub_models) == len(aggregator.widths) == policy.num_devices > central >= 0
     model_type = sub_models[0].config.model_type.removeprefix("coformer_")
     described = {"policy": asdict(policy), "original": asdict(original), "central": central, "model_type": model_type}
@@ -81,7 +81,7 @@ def save_ensemble(
 
 
 def load_ensemble(folder: str | Path) -> Ensemble:
-    """The ensemble of `folder`; ValueError that names the file and the remedy where it is missing or damaged."""
+    """The ensemble in `folder`; ValueError naming the file and the remedy if it is missing or damaged."""
     path = Path(folder) / DESCRIPTION
     try:
         return from_json(Ensemble, json.loads(path.read_text(encoding="utf-8")) | {"folder": Path(folder)})
@@ -93,7 +93,7 @@ def load_ensemble(folder: str | Path) -> Ensemble:
 
 @torch.inference_mode()
 def answer(sub_model: PreTrainedModel, inputs: dict, aggregator: Aggregator) -> torch.Tensor:
-    """The message of one device: features [B, d_n], or logits [B, C], as `aggregator` wants them; float32."""
+    """The message of one device: features [B, d_n] or logits [B, C], as `aggregator` needs; float32."""
     features, logits = features_and_logits(sub_model, inputs)
     return (features if aggregator.learned else logits).float()
 

@@ -1,4 +1,4 @@
-"""`detransformer run` of an ensemble: text, picture or random input to the sub-models, and their common answer."""
+"""`detransformer run` of an ensemble: text, picture or random input goes to the sub-models, which answer together."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,17 +17,17 @@ from detransformer.coformer.ensemble import Ensemble, load_ensemble, whole_answe
 from detransformer.coformer.predictor import latency
 from detransformer.opening import load_tokenizer
 
-MAX_ABS_ERROR = 1e-5  # between devices and one process, which compute alike
+MAX_ABS_ERROR = 1e-5  # between devices and one process, which compute the same
 
 
 def run_emulated(
     spec: ClusterSpec, model: str, request: Request, transport: str, time_scale: float | None, threads: int
 ) -> dict:
-    """One request to the ensemble in folder `model` on the devices of `spec`, emulated; prints, returns the record.
+    """Runs one request on the ensemble in folder `model` on the emulated devices of `spec`; prints, returns the record.
 
     Raises:
         ValueError: for input that the sub-models do not take, or another number of devices.
-        DeviceError: where the device that aggregates is lost, or the answer differs from the single process's.
+        DeviceError: if the aggregating device is lost, or the answer differs from the single process's.
     """
     _refuse(request)
     logging.disable_progress_bar()  # of loading weights
@@ -62,7 +62,7 @@ def run_emulated(
 
 
 def _refuse(request: Request) -> None:
-    """ValueError for options that say how one model is cut over devices, which sub-models are not."""
+    """Raises ValueError for options that cut one model over devices, which sub-models do not have."""
     given = {
         "--method": request.method != "auto",
         "--plan": request.plan is not None,
@@ -76,10 +76,10 @@ def _refuse(request: Request) -> None:
 
 
 def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """What the sub-models read: tokens [1, T] and their mask, or pixel_values [1, 3, H, W]; random ones unless given.
+    """The sub-models' inputs: tokens [1, T] and their mask, or pixel_values [1, 3, H, W]; random ones unless given.
 
     Raises:
-        ValueError: for a text to a model of images, or the other way round, or a file that is no picture.
+        ValueError: for text to a model of images or vice versa, or a file that is not a picture.
     """
     folder = ensemble.folder
     if ensemble.model_type == "vit":
@@ -98,7 +98,7 @@ def inputs_of(request: Request, ensemble: Ensemble, config: PretrainedConfig) ->
 
 
 def _pixels(image: str | None, folder: Path, config: PretrainedConfig) -> torch.Tensor:
-    """A picture as the processor of `folder` makes it, ViT's own where there is none."""
+    """A picture preprocessed by the processor of `folder`, or ViT's own if there is none."""
     size = config.image_size
     if image is None:
         return torch.randn(1, config.num_channels, size, size, generator=torch.Generator().manual_seed(SEED))

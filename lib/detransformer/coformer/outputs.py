@@ -1,4 +1,4 @@
-"""What classifiers say of all samples of a task: features and logits, computed once and kept in files.
+"""Outputs of classifiers for all samples of a task: features and logits, computed once and kept in files.
 
 Shapes: M samples of a split, N sub-models, d_n their widths, C classes.
 """
@@ -22,7 +22,7 @@ from detransformer.coformer.tasks import BoostTask
 from detransformer.files import atomic_write
 from detransformer.training.config import config_hash
 
-UNRELATED = ("_name_or_path", "architectures", "transformers_version", "dtype")  # to what a configuration computes
+UNRELATED = ("_name_or_path", "architectures", "transformers_version", "dtype")  # they change no computation
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class Outputs:
         return tuple(x.shape[1] for x in self.features)
 
     def answers(self, aggregator: Aggregator) -> list[torch.Tensor]:
-        """What the sub-models send to an aggregator of this kind."""
+        """The sub-models' messages to an aggregator of this kind."""
         return self.features if aggregator.learned else self.logits
 
     @property
     def accuracies(self) -> list[float]:
-        """Of each sub-model alone, times 100."""
+        """Each sub-model's own accuracy, times 100."""
         return [100 * float((logits.argmax(-1) == self.labels).float().mean()) for logits in self.logits]
 
 
 def collect_outputs(models: Sequence[PreTrainedModel], task: BoostTask, split: str, cache_dir: str | Path) -> Outputs:
-    """What each model says of every sample of `split` (`train`, `test` or `held`), in float32.
+    """Each model's outputs for every sample of `split` (`train`, `test` or `held`), in float32.
 
     Args:
-        cache_dir: where each model's part is kept, and found again for the same weights and samples.
+        cache_dir: folder where each model's outputs are kept, to be reused for the same weights and samples.
 
     Raises:
-        ValueError: for a damaged file there.
+        ValueError: for a damaged file in `cache_dir`.
     """
     parts = []
     for model in models:
@@ -75,7 +75,7 @@ def collect_outputs(models: Sequence[PreTrainedModel], task: BoostTask, split: s
 def compute_outputs(
     model: PreTrainedModel, task: BoostTask, split: str, batch_size: int = 250
 ) -> dict[str, torch.Tensor]:
-    """`features` [M, d_n] and `logits` [M, C] of all samples of `split` by number; the model is put in eval mode."""
+    """`features` [M, d_n] and `logits` [M, C] of all samples of `split` in order; puts the model in eval mode."""
     found: dict[str, torch.Tensor] = {}
     num_rows, home, device = len(getattr(task, f"{split}_labels")), model.device, PartialState().device
     model.eval().to(device)

@@ -1,6 +1,6 @@
-"""Decomposition policies: into which sub-models a large transformer is cut (CoFormer 2025, Section III-B, Eq. 8).
+"""Decomposition policies: the sub-models into which a large transformer is cut (CoFormer 2025, Section III-B, Eq. 8).
 
-A policy names one sub-model a device, C_n = {l_n, d_n, h_n^{1:l_n}, D_n^{1:l_n}}. This file holds its constraints, its
+A policy names one sub-model a device, C_n = {l_n, d_n, h_n^{1:l_n}, D_n^{1:l_n}}. This file has its constraints, its
 costs and its encoding for the Gaussian process, all pure functions of sizes.
 
 Letters: L, d, h, D layers, embedding width, heads and FFN width of the large model; s its head size, which sub-models
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import max_tokens
 
 FLOAT_BYTES = 4
-NUM_STEPS = 24  # in which widths are divided where policies are drawn
+NUM_STEPS = 24  # into which widths are divided when policies are drawn
 SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size")  # L, d, h, D
 
 
@@ -45,7 +45,7 @@ class SubModelConfig:
 
     @classmethod
     def alike(cls, num_layers: int, hidden_size: int, num_heads: int, ffn_size: int) -> "SubModelConfig":
-        """A sub-model whose layers are all of the same sizes."""
+        """A sub-model whose layers all have the same sizes."""
         return cls(num_layers, hidden_size, (num_heads,) * num_layers, (ffn_size,) * num_layers)
 
     @property
@@ -80,14 +80,14 @@ class Policy:
 
 @dataclass(frozen=True)
 class Original:
-    """The large model {L, d, h, D}, and what else its sub-models' FLOPs and memory depend on.
+    """The large model {L, d, h, D}, and the other sizes that its sub-models' FLOPs and memory depend on.
 
     Args:
         num_layers, hidden_size, num_heads, ffn_size: L, d, h, D.
-        seq_len: S, tokens of a request; of an image its patches and the class token.
+        seq_len: S, tokens of a request; for an image its patches and the class token.
         embedding_rows: numbers kept outside the layers for each embedding dimension: embeddings and LayerNorms.
-        patch_values: numbers of an image patch, which one product reads; 0: tokens are looked up.
-        has_pooler: BERT's d x d product on the first token.
+        patch_values: numbers in an image patch, which one product reads; 0: tokens are looked up.
+        has_pooler: whether there is BERT's d x d product on the first token.
     """
 
     num_layers: int
@@ -109,12 +109,12 @@ class Original:
 
     @property
     def hidden_step(self) -> int:
-        """Policies are drawn with embedding widths in multiples of this: 32 for BERT-Base and DeiT-B."""
+        """Embedding widths of drawn policies are multiples of this: 32 for BERT-Base and DeiT-B."""
         return max(1, self.hidden_size // NUM_STEPS)
 
     @property
     def ffn_step(self) -> int:
-        """As `hidden_step`, of FFN widths: 128 for BERT-Base and DeiT-B."""
+        """As `hidden_step`, for FFN widths: 128 for BERT-Base and DeiT-B."""
         return max(1, self.ffn_size // NUM_STEPS)
 
     @property
@@ -124,7 +124,7 @@ class Original:
 
     @classmethod
     def of(cls, config: PretrainedConfig, seq_len: int | None = None) -> "Original":
-        """The sizes of a BERT, GPT-2 or ViT; `seq_len` is 128 (an image's own number of tokens) unless given.
+        """The sizes of a BERT, GPT-2 or ViT; `seq_len` defaults to 128 (an image: its own number of tokens).
 
         Raises:
             ValueError: for another model.
@@ -148,7 +148,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Limits:
-    """Omega_n and Phi_n: the most FLOPs of a request and the most bytes, a device each (C5, C6 of Eq. 8)."""
+    """Omega_n and Phi_n: the most FLOPs of a request and the most bytes on each device (C5, C6 of Eq. 8)."""
 
     flops: tuple[float, ...]
     memory_bytes: tuple[float, ...]
@@ -166,7 +166,7 @@ def products(config: SubModelConfig, original: Original) -> list[tuple[int, int]
     """(operations, bytes of weights) of each matrix product of one request through a sub-model's backbone, in order.
 
     A multiply-add counts as two operations; LayerNorm, GELU and softmax, below 2%, are left out, as in `models.sizes`.
-    Task heads stand outside the decomposition (Section III-A, footnote 1) and outside its costs.
+    Task heads are outside the decomposition (Section III-A, footnote 1) and its costs.
     """
     tokens, width = original.seq_len, config.hidden_size
 
@@ -196,8 +196,8 @@ def parameters(config: SubModelConfig, original: Original) -> int:
 def memory_bytes(config: SubModelConfig, original: Original) -> int:
     """phi(C_n): weights and activations of one request in float32.
 
-    Activations are those that the largest layer keeps alive at once: X twice, Q, K, V, context, scores and the FFN's
-    inner state. This is an upper bound; for the whole model it is that of `planning.cost.activation_bytes`.
+    Activations are what the largest layer keeps alive at once: X twice, Q, K, V, context, scores and the FFN's inner
+    state. This is an upper bound; for the whole model it equals `planning.memory.activation_bytes`.
     """
     tokens = original.seq_len
     layers = zip(config.num_heads, config.ffn_sizes, strict=True)
@@ -209,15 +209,15 @@ def memory_bytes(config: SubModelConfig, original: Original) -> int:
 
 
 def violations(policy: Policy, original: Original, limits: Limits | None = None) -> list[str]:
-    """What is wrong with a policy by C1-C6 of Eq. 8, each sentence beginning with the constraint's name; [] if valid.
+    """The violations of C1-C6 of Eq. 8 by a policy, each sentence beginning with the constraint's name; [] if valid.
 
     C3 and C4 are read as printed: over the k-th layers of the sub-models, whichever layers of the original these are.
 
     Raises:
-        ValueError: if `limits` are of another number of devices.
+        ValueError: if `limits` has another number of devices.
     """
     if limits is not None and len(limits.flops) != policy.num_devices:
-        raise ValueError(f"limits are of {len(limits.flops)} devices and the policy of {policy.num_devices}.")
+        raise ValueError(f"limits are for {len(limits.flops)} devices and the policy for {policy.num_devices}.")
     configs = policy.sub_models
     found = [
         f"C1: sub-model {n} has {c.num_layers} layers, the original {original.num_layers}: give it no more"
@@ -254,7 +254,7 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
 
 
 def check_policy(policy: Policy, original: Original, limits: Limits | None = None) -> None:
-    """Raises ValueError where a policy breaks a constraint of Eq. 8, naming it; without `limits` C1-C4 alone."""
+    """Raises ValueError if a policy breaks a constraint of Eq. 8, naming it; without `limits` only C1-C4 count."""
     found = violations(policy, original, limits)
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -265,10 +265,10 @@ def check_policy(policy: Policy, original: Original, limits: Limits | None = Non
 
 
 def encode(policy: Policy, original: Original) -> np.ndarray:
-    """A policy as a vector [N (2 + 2 L)] for the Gaussian process: of each sub-model l, d, heads and FFN by layer.
+    """A policy as a vector [N (2 + 2 L)] for the Gaussian process: for each sub-model l, d, heads and FFN by layer.
 
-    All are shares of the original's, 0 for layers that are not there. Entries by layer are divided by sqrt(L), so that
-    heads altogether weigh as much in a distance as the number of layers does, and a length scale of 1 is meaningful.
+    All are shares of the original's, 0 for missing layers. Entries by layer are divided by sqrt(L), so that all heads
+    together weigh as much in a distance as the number of layers, and a length scale of 1 is meaningful.
     """
     entries = []
     for config in policy.sub_models:

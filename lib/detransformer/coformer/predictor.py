@@ -1,7 +1,7 @@
 """Latency of a policy: a sub-model on a device, and the three phases of a request (CoFormer 2025, Eqs. 3-6).
 
-Devices and links are `planning`'s profiles. Profiles of emulated devices are rooflines, as the emulated cluster paces
-them: a prediction from them is a model of a model.
+Devices and links are `planning`'s profiles. Profiles of emulated devices are rooflines, by which the emulated cluster
+paces them: a prediction from them is a model of a model.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from detransformer.coformer.policy import FLOAT_BYTES, Original, Policy, SubModelConfig, products
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 
-STRATEGY = "replicate"  # whole products on one device: the name under which profiles list their rate
+STRATEGY = "replicate"  # profiles' name for the rate of whole products on one device
 
 Predict = Callable[[SubModelConfig], float]  # seconds of a sub-model on one device
 
 
 def roofline_s(config: SubModelConfig, original: Original, device: DeviceProfile) -> float:
-    """Seconds of a sub-model's backbone on a device: each product takes what computing or reading its weights takes."""
+    """Seconds of a sub-model's backbone on a device: each product takes the longer of computing and reading weights."""
     return sum(device.compute_s(operations, STRATEGY, size) for operations, size in products(config, original))
 
 
@@ -36,7 +36,7 @@ class Latency:
 
     @property
     def idle_s(self) -> tuple[float, ...]:
-        """How long each device waits for the slowest: the synchronisation delay."""
+        """How long each device waits for the slowest one: the synchronisation delay."""
         done = [a + b for a, b in zip(self.backbone_s, self.send_s, strict=True)]
         return tuple(max(done) - d for d in done)
 
@@ -52,19 +52,19 @@ def latency(
     """Eqs. 3-6 for one request.
 
     The "down-sampled features" that the paper sends may be the pooled ones, one token each, with the same result
-    (`aggregator`); Eq. 6 as printed multiplies M of them, which is read as all tokens. Eq. 5 lets each device send at
-    its link's rate r_n: that all of them share the central node's link is not in it, and not here.
+    (`aggregator`); Eq. 6 as printed multiplies M of them, which is read as all tokens. In Eq. 5 each device sends at
+    its link's rate r_n; that all of them share the central node's link is not in Eq. 5, and not here.
 
     Args:
         cluster: devices in the policy's order and their link; r_n is its bandwidth times the device's share and the
-            efficiency of `send`, and a message takes one step's latency more than Eq. 5 says.
-        predictors: f of each device; without, the devices' rooflines.
-        central: the device that aggregates and has its own features already; without, the fastest.
+            efficiency of `send`, and a message takes one step's latency more than in Eq. 5.
+        predictors: f of each device; default: the devices' rooflines.
+        central: the device that aggregates and already has its own features; default: the fastest.
         sent_tokens: tokens of the features that each device sends, [sent_tokens, d_n] in float32; 1: pooled; None: all
             S of them, as Eqs. 2 and 6 are printed.
 
     Raises:
-        ValueError: where policy and cluster are not of the same number of devices.
+        ValueError: if policy and cluster have different numbers of devices.
     """
     if len(cluster.devices) != policy.num_devices:
         raise ValueError(
@@ -88,6 +88,6 @@ def latency(
 
 
 def fastest_device(devices: Sequence[DeviceProfile]) -> int:
-    """By what it takes for the same product; of equals the first."""
+    """The device that takes least for the same product; of equals the first."""
     seconds = [device.compute_s(1e9, STRATEGY) for device in devices]
     return seconds.index(min(seconds))

@@ -7,16 +7,16 @@ import numpy as np
 
 from detransformer.coformer.policy import Limits, Original, Policy, SubModelConfig, flops, memory_bytes, violations
 
-KINDS = ("width", "ffn", "heads", "layers")  # of changes
-MAX_STEPS = 3  # of one random change
-NUM_TRIES = 20  # random changes of a policy, until one breaks no constraint
+KINDS = ("width", "ffn", "heads", "layers")  # kinds of changes
+MAX_STEPS = 3  # in one random change
+NUM_TRIES = 20  # random changes tried until one breaks no constraint
 
 
 def sample_policy(rng: np.random.Generator, original: Original, limits: Limits | None, num_devices: int) -> Policy:
     """A random policy within C1-C6, its widths in multiples of `hidden_step` and `ffn_step`.
 
-    Each device draws its share of embedding, heads and FFN, which varies from layer to layer; a part of the original
-    may stay unused. Nothing is rejected: a sub-model above its device's limits is made smaller until it fits.
+    Each device draws its share of embedding, heads and FFN, which varies by layer; a part of the original may stay
+    unused. Nothing is rejected: a sub-model above its device's limits is shrunk until it fits.
 
     Raises:
         ValueError: if no policy exists, naming the constraint.
@@ -44,7 +44,7 @@ def sample_policy(rng: np.random.Generator, original: Original, limits: Limits |
 def mutate_policy(rng: np.random.Generator, policy: Policy, original: Original, limits: Limits | None) -> Policy:
     """A valid policy near `policy`: one to four random changes of a sub-model's layers, width, heads or FFN.
 
-    Changes that together break a constraint are drawn again, `NUM_TRIES` times at most; then `policy` is returned.
+    Changes that break a constraint are drawn again, at most `NUM_TRIES` times; then `policy` itself is returned.
     """
     for _ in range(NUM_TRIES):
         configs = list(policy.sub_models)
@@ -62,7 +62,7 @@ def mutate_policy(rng: np.random.Generator, policy: Policy, original: Original, 
 def uniform_policy(original: Original, num_devices: int, limits: Limits | None = None) -> Policy:
     """The same sub-model for each device (the uniform decomposition of Fig. 11): 1/N of embedding, heads and FFN.
 
-    It has all layers, or fewer where a device's limits ask for it.
+    It has all layers, or fewer if a device's limits require it.
 
     Raises:
         ValueError: if not even one layer of it fits, naming the constraint.
@@ -96,9 +96,9 @@ def sample_uniform_policy(
 
 
 def filled(policy: Policy, original: Original, limits: Limits) -> Policy:
-    """`policy` grown step by step until it is at its limits or nothing is left to give (C1-C6).
+    """`policy` grown step by step until it reaches its limits or nothing is left to give (C1-C6).
 
-    A search is free to stay below its limits; rows that are compared at equal FLOPs should not.
+    A search may stay below its limits; rows that are compared at equal FLOPs should not.
     """
     grows = True
     while grows:
@@ -113,9 +113,9 @@ def filled(policy: Policy, original: Original, limits: Limits) -> Policy:
 
 
 def _changed(config: SubModelConfig, kind: str, layers, steps: int, original: Original) -> SubModelConfig:
-    """`config` by so many steps wider (narrower, if negative), with more heads or FFN columns in `layers`, or deeper.
+    """`config` by `steps` wider (narrower, if negative), with more heads or FFN columns in `layers`, or deeper.
 
-    Nothing falls below one step. Layers are added, the smallest there are, and taken away at the end.
+    Nothing falls below one step. Added layers have the smallest sizes; layers are removed from the end.
     """
     if kind == "width":
         return replace(config, hidden_size=max(config.hidden_size + steps * original.hidden_step, original.hidden_step))
@@ -131,7 +131,7 @@ def _changed(config: SubModelConfig, kind: str, layers, steps: int, original: Or
 
 
 def _check_room(original: Original, num_devices: int) -> None:
-    """Each device needs one step of everything."""
+    """Raises ValueError unless each device can have one step of everything."""
     for name, what, parts in (
         ("C2", f"{original.hidden_step} embedding dimensions", original.hidden_size // original.hidden_step),
         ("C3", "one head", original.num_heads),
@@ -145,12 +145,12 @@ def _check_room(original: Original, num_devices: int) -> None:
 
 
 def _vary(rng: np.random.Generator, share: np.ndarray) -> np.ndarray:
-    """Shares near `share`: a device that is given much of one thing tends to be given much of all."""
+    """Shares near `share`: a device with much of one thing tends to get much of all."""
     return rng.dirichlet(1 + 10 * share)
 
 
 def _draw(rng: np.random.Generator, num_parts: int, share: np.ndarray) -> np.ndarray:
-    """At least one part each, and the rest by `share` with chance; mostly all parts are used, at times as few as half.
+    """At least one part each, the rest at random by `share`; mostly all parts are used, sometimes as few as half.
 
     `share` need not sum to 1.
     """
@@ -162,7 +162,7 @@ def _draw(rng: np.random.Generator, num_parts: int, share: np.ndarray) -> np.nda
 def _shrunk(
     rng: np.random.Generator, config: SubModelConfig, original: Original, most: tuple[float, float], device: str
 ) -> SubModelConfig:
-    """`config` made smaller, an eighth of one of its sizes at a time, until it is within `most` FLOPs and bytes."""
+    """`config` made smaller, one of its sizes by an eighth at a time, until it is within `most` FLOPs and bytes."""
 
     def less(size: int, step: int = 1) -> int:
         parts = size // step
@@ -171,7 +171,7 @@ def _shrunk(
     while (over := flops(config, original) > most[0]) or memory_bytes(config, original) > most[1]:
         layers = max(1, config.num_layers - max(1, (config.num_layers - 1) // 8))
         smaller = [
-            # The last layers go: the k-th layers of other sub-models, which C3 and C4 count together, stay the same.
+            # The last layers go, so that the k-th layers of other sub-models, which C3 and C4 add up, stay the same.
             SubModelConfig(layers, config.hidden_size, config.num_heads[:layers], config.ffn_sizes[:layers]),
             replace(config, hidden_size=less(config.hidden_size, original.hidden_step)),
             replace(config, num_heads=tuple(map(less, config.num_heads))),

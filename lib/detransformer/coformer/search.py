@@ -1,10 +1,9 @@
 """Bayesian search of the decomposition policy (CoFormer 2025, Algorithm 1 lines 1-10, Eqs. 7-12 and 15-19).
 
-The objective is the validation loss plus the weighted latency (Eq. 8); the loss of the uncalibrated sub-models stands
-in for the error that they have once they are calibrated. A Gaussian process with a Matern kernel (nu = 1.5, length
-scale 1) is fitted to the policies that were evaluated, and the next one is the candidate with the largest expected
-improvement. Where the printed Eqs. 9, 12 and 19 cannot be meant as they stand, the standard form is used
-(docs/findings.md, "CoFormer's equations").
+The objective is the validation loss plus the weighted latency (Eq. 8); the loss of the uncalibrated sub-models is a
+proxy for their error after calibration. A Gaussian process with a Matern kernel (nu = 1.5, length scale 1) is fitted to
+the evaluated policies, and the next one is the candidate with the largest expected improvement. Where the printed
+Eqs. 9, 12 and 19 cannot be meant as they are, the standard form is used (docs/findings.md, "CoFormer's equations").
 """
 
 import json
@@ -27,12 +26,12 @@ from detransformer.files import atomic_write
 from detransformer.training.config import Checked, not_negative, positive
 from detransformer.typed_json import from_json
 
-NOISE = 1e-6  # variance of the white noise epsilon, of standardised observations: evaluations are repeatable
-LENGTH_SCALES = (0.05, 20.0)  # between which a fitted length scale is looked for
+NOISE = 1e-6  # variance of the white noise epsilon, on standardised observations: evaluations are repeatable
+LENGTH_SCALES = (0.05, 20.0)  # bounds of a fitted length scale
 NUM_CANDIDATES = 256  # half of them neighbours of the best policies so far, half random
 NUM_PARENTS = 5
 FITTED = "bayesian, fitted length scale"
-METHODS = ("bayesian", FITTED, "random", "uniform")  # of a search (Fig. 11)
+METHODS = ("bayesian", FITTED, "random", "uniform")  # of search (Fig. 11)
 
 
 # The objective ---------------------------------------------------------------------------------------------------
@@ -58,9 +57,9 @@ class Evaluator:
     Args:
         model: the large model, with a task head.
         batches: a small part of the samples, on which all policies are compared.
-        latency: predicts that of a policy. For a small model, whose messages take most of the time, it may price the
+        latency: predicts a policy's latency. For a small model, whose messages take most of the time, it may price the
             same shares of a larger one.
-        delta: what a second counts in units of loss.
+        delta: the weight of a second in units of loss.
     """
 
     model: PreTrainedModel
@@ -75,7 +74,7 @@ class Evaluator:
 
 
 def training_batches(task: BoostTask, num_rows: int, seed: int = 0, batch_size: int = 64) -> list[dict]:
-    """`num_rows` training samples, rounded up to whole batches, with their labels, as models take them."""
+    """`num_rows` training samples, rounded up to whole batches, with labels, in the models' input format."""
     total = len(task.train_labels)
     steps = range(math.ceil(min(num_rows, total) / batch_size))
     batches = (task.train_batch(seed, step, min(batch_size, total)) for step in steps)
@@ -86,8 +85,8 @@ def training_batches(task: BoostTask, num_rows: int, seed: int = 0, batch_size: 
 def validation_loss(model: PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> float:
     """The validation loss L_n of a sub-model, the mean over samples; Eq. 7 is the mean over sub-models.
 
-    Eq. 7 sums over samples, which scales the loss with the size of the data set and so delta with it; the text calls it
-    the average. The model is put in eval mode for it.
+    Eq. 7 sums over samples, so that the size of the data set scales the loss and hence delta; the text calls it the
+    average. The model is put in eval mode.
     """
     model.eval()
     sizes = [len(batch["labels"]) for batch in batches]
@@ -100,10 +99,10 @@ def validation_loss(model: PreTrainedModel, batches: Sequence[Mapping[str, torch
 
 @dataclass(frozen=True)
 class SearchConfig(Checked):
-    """How a policy is looked for.
+    """How a policy is searched.
 
     Args:
-        num_initial, num_iterations: random policies first, then chosen ones.
+        num_initial, num_iterations: numbers of random policies first, then of chosen ones.
         num_rows: training samples on which policies are compared.
         seed: of policies and samples.
     """
@@ -124,7 +123,7 @@ class SearchResult:
 
     @property
     def best(self) -> int:
-        """The number of the best evaluation, of equals the first."""
+        """The index of the best evaluation, of equals the first."""
         return int(np.argmin([e.objective for e in self.evaluations]))
 
     @property
@@ -142,18 +141,18 @@ def search_policy(
     history: str | Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """The policy of the least objective (Eq. 8) among `num_initial` + `num_iterations`.
+    """The policy of least objective (Eq. 8) among `num_initial` + `num_iterations`.
 
     Args:
         objective: an `Evaluator`, or another function of a policy.
-        limits: of each device; None: C1 to C4 alone.
+        limits: of each device; None: only C1 to C4.
         method: `"bayesian"` has the published length scale of 1, `FITTED` fits it by maximum likelihood at each step;
             `"random"` chooses nothing, and `"uniform"` draws policies with the same sub-model on each device.
-        history: a JSON file, written after each evaluation. Evaluations that it has are not repeated, and more
-            iterations may be asked for than before: a search that was interrupted goes on as if it had not been.
+        history: a JSON file, written after each evaluation. Its evaluations are not repeated, and more iterations may
+            be requested than before: an interrupted search continues as if uninterrupted.
 
     Raises:
-        ValueError: for an unknown method, where no policy is within the limits, or where `history` is not one or is of
+        ValueError: for an unknown method, if no policy is within the limits, or if `history` is not a history or has
             other settings.
     """
     if method not in METHODS:
@@ -164,7 +163,7 @@ def search_policy(
     found = _load(history, settings)
     total, done = config.num_initial + config.num_iterations, len(found.policies)
     for i in tqdm(range(done, total), method, total, initial=done, unit="policy", disable=not progress):
-        rng = np.random.default_rng([config.seed, i])  # of this evaluation alone, so that a search can go on anywhere
+        rng = np.random.default_rng([config.seed, i])  # for this evaluation alone, so that a search can resume anywhere
         if i < config.num_initial or not chooses:
             policy = draw(rng, original, limits, num_devices)
         else:
@@ -186,11 +185,11 @@ def search_policy(
 def expected_improvement(
     evaluated: np.ndarray, candidates: np.ndarray, observed: np.ndarray, fit_length_scale: bool = False
 ) -> np.ndarray:
-    """By how much each candidate is expected to be below the least of `observed`, in its standard deviations [C].
+    """Expected improvement of each candidate below the least of `observed`, in its standard deviations [C].
 
     Args:
         evaluated, candidates: encoded policies [n, F] and [C, F].
-        observed: the objectives of those evaluated [n].
+        observed: the objectives of the evaluated policies [n].
     """
     from scipy.stats import norm
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -207,7 +206,7 @@ def expected_improvement(
 
 
 def _load(path: str | Path | None, settings: dict) -> SearchResult:
-    """What the history at `path` has, nothing where it is not there."""
+    """The history at `path`; empty if there is none."""
     if path is None or not Path(path).exists():
         return SearchResult(settings)
     try:
@@ -217,5 +216,5 @@ def _load(path: str | Path | None, settings: dict) -> SearchResult:
         raise ValueError(f"{path} is not the history of a search ({error}): remove it, or give another.") from error
     if known != settings:
         others = ", ".join(f"{name}={known.get(name)!r}" for name in settings if known.get(name) != settings[name])
-        raise ValueError(f"{path} is of a search with {others}: give another file, or search as it did.")
+        raise ValueError(f"{path} is of a search with {others}: give another file, or search with these settings.")
     return found

@@ -1,9 +1,10 @@
 """Sub-models of BERT, GPT-2 and ViT classifiers: heads and FFN widths by layer (CoFormer 2025, Fig. 14).
 
 Only a layer's projections differ from `transformers`' own: it has `layer_heads[k]` heads of the large model's head size
-and `layer_ffn_sizes[k]` FFN columns, and its attention is as wide as its heads, which the embedding need not be. All
-else, parameter names too, is the original class's, so a sub-model whose layers are alike and as wide as their heads is
-a plain smaller model. `facebook/deit-base-patch16-224`, DeiT-B without distillation token, is a ViT to `transformers`.
+and `layer_ffn_sizes[k]` FFN columns, and its attention is as wide as its heads, which may differ from the embedding's
+width. All else, including parameter names, is the original class's, so a sub-model whose layers are alike and as wide
+as their heads is a plain smaller model. `facebook/deit-base-patch16-224`, DeiT-B without distillation token, is a ViT
+to `transformers`.
 
 Shapes: B batch, S tokens, d embedding width, A = heads x head size, D FFN columns of a layer.
 """
@@ -47,10 +48,10 @@ class SubModelSizes:
         layer_heads: heads of each layer; `num_attention_heads` is the large model's, h.
         layer_ffn_sizes: FFN columns of each layer; `intermediate_size` (GPT-2's `n_inner`) is the large model's, D.
         head_dim: size of a head, the large model's.
-        source_layers: the large model's layers that this one's were cut from.
+        source_layers: the large model's layers from which this one's were cut.
 
     Raises:
-        ValueError: for lists that are not one entry a layer, a size below 1, or a decoder where an encoder is meant.
+        ValueError: for lists without one entry a layer, a size below 1, or decoder settings for an encoder.
     """
 
     layer_heads: list[int] | None = None
@@ -106,7 +107,7 @@ def sizes_of(config: CoformerConfig) -> SubModelConfig:
 
 
 def sub_model_config(config: PretrainedConfig, sizes: SubModelConfig, source_layers: list[int]) -> CoformerConfig:
-    """The configuration of a sub-model of these sizes of a BERT, GPT-2 or ViT of `config`."""
+    """The configuration of a sub-model with these sizes, cut from a BERT, GPT-2 or ViT of `config`."""
     original = Original.of(config)
     fields = config_fields(config)
     fields[config.attribute_map.get("hidden_size", "hidden_size")] = sizes.hidden_size
@@ -125,7 +126,7 @@ def sub_model_config(config: PretrainedConfig, sizes: SubModelConfig, source_lay
 
 
 def _layer_config(config: CoformerConfig, layer: int, hidden_size: int) -> CoformerConfig:
-    """What `transformers`' layer takes its sizes from: a layer of this width, with its own heads and FFN columns."""
+    """The configuration for `transformers`' layer: a layer of this width, with its own heads and FFN columns."""
     sizes = copy.copy(config)
     sizes.hidden_size = hidden_size
     sizes.num_attention_heads = config.layer_heads[layer]
@@ -137,7 +138,7 @@ class SubModel:
     """Mixin of all sub-models: the original class without layers, then layers of their own sizes."""
 
     layer_class: type[nn.Module]
-    layers_at: str  # where the original keeps its layers, from the backbone
+    layers_at: str  # path of the original's layers in the backbone
 
     def __init__(self, config: CoformerConfig):
         count, config.num_hidden_layers = config.num_hidden_layers, 0
@@ -149,8 +150,8 @@ class SubModel:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
-        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
+        # When it initialises custom code, `transformers` skips modules without parameters of their own, and so GPT-2's
+        # attention and FFN, whose narrower c_proj `_init_weights` draws.
         return False
 
 
@@ -164,7 +165,7 @@ class CoformerBertLayer(BertLayer):
         width, attention = config.hidden_size, config.layer_heads[layer_idx] * config.head_dim
         super().__init__(_layer_config(config, layer_idx, attention), layer_idx)  # as if it were A wide
         attend = self.attention.self
-        attend.config = config  # its attention function is the model's, also after the model's is changed
+        attend.config = config  # it follows later changes of the model's attention function
         attend.query, attend.key, attend.value = (nn.Linear(width, attention) for _ in range(3))
         self.attention.output.dense = nn.Linear(attention, width)
         self.intermediate.dense = nn.Linear(width, config.layer_ffn_sizes[layer_idx])

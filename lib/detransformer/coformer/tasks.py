@@ -1,6 +1,6 @@
-"""What sub-models are calibrated on: images or a GLUE task, M training samples with labels.
+"""The data on which sub-models are calibrated: images or a GLUE task, M training samples with labels.
 
-A batch is a dict of tensors: `rows` [B], the samples' numbers in their split, `labels` [B], and what a model reads.
+A batch is a dict of tensors: `rows` [B], the samples' indices in their split, `labels` [B], and a model's inputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from detransformer.training.metrics import classification_scores
 
 
 class ImageTask:
-    """Classification of images, which are moved and flipped; the large model decides on each image as it is."""
+    """Classification of images, which are shifted and flipped; the large model decides on each image unchanged."""
 
     metric = "accuracy"
 
@@ -25,18 +25,18 @@ class ImageTask:
         self.data, self.name, self.num_classes = data, f"{data.name} images", data.num_classes
         self.fingerprint = data.fingerprint
         self.train_labels, self.test_labels = data.labels["train"], data.labels["test"]
-        self.held_labels = data.labels.get("held")  # of training samples that nothing is trained on
+        self.held_labels = data.labels.get("held")  # training samples that nothing is trained on
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
         """Batch `step`, augmented; a function of its arguments."""
         return self.data.train_batch(seed, step, batch_size)
 
     def ordered_batches(self, split: str, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Every sample of `split` (`train`, `test` or `held`) once, as it is."""
+        """Every sample of `split` (`train`, `test` or `held`) once, unchanged."""
         return self.data.ordered_batches(split, batch_size)
 
     def score(self, predicted: np.ndarray) -> float:
-        """Of the test samples' predicted classes, times 100, by `metric`."""
+        """The score of the test samples' predicted classes, times 100, by `metric`."""
         return 100 * float((predicted == self.test_labels).mean())
 
 
@@ -44,8 +44,8 @@ class TextTask:
     """A GLUE classification task, tokenised and batched as in fine-tuning; its methods are those of `ImageTask`.
 
     Args:
-        config: of which seq_len and the numbers of rows are read.
-        input_names: what the models take; leave token_type_ids out for GPT-2.
+        config: only seq_len and the numbers of rows are used.
+        input_names: the models' inputs; leave token_type_ids out for GPT-2.
 
     Raises:
         ValueError: for a task without classes.

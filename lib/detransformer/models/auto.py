@@ -1,4 +1,4 @@
-"""The table of decoupled models: the class of `transformers` each stands for, and the AutoModel class that opens it."""
+"""The `transformers` class that each decoupled class stands for, and the AutoModel class that opens it."""
 
 from pathlib import Path
 
@@ -23,14 +23,14 @@ BY_NAME |= SYNC_CLASS  # read by a checkpoint's `CODE_FILE`
 
 
 def register() -> None:
-    """Makes `AutoConfig`, the AutoModel classes and `AutoTokenizer` know decoupled models; their folders name them."""
+    """Registers decoupled models with `AutoConfig`, AutoModel classes and `AutoTokenizer`; sets their `auto_map`."""
     module = Path(CODE_FILE).stem
     for config, table in (CLASSES | SYNC_CLASSES).items():
         auto_map = {auto.__name__: f"{module}.{decoupled.__name__}" for auto, _, decoupled in table}
         auto_map["AutoConfig"] = f"{module}.{config.__name__}"
         AutoConfig.register(config.model_type, config, exist_ok=True)
         (_, original, _), *_ = table
-        if original.config_class in TOKENIZER_MAPPING:  # images have none; older files of text name none
+        if original.config_class in TOKENIZER_MAPPING:  # a ViT has none; old text checkpoints name none
             AutoTokenizer.register(config, TOKENIZER_MAPPING[original.config_class], exist_ok=True)
         for auto, _, decoupled in table:
             auto.register(config, decoupled, exist_ok=True)

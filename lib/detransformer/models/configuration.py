@@ -2,9 +2,9 @@
 
 BERT: DATE 2024, Section III-B, Figs. 4 and 5; GPT-2: its extension in TPDS 2025; the others by analogy.
 
-A decoupled model is a stack of `num_hidden_layers` (l) layers cut in `num_original_layers` (Nb) groups. The last layer
-of each group is an original Transformer layer; the others are decoupled layers of `num_divisions` (Ndiv) sub-blocks.
-The original layers may stand elsewhere too (`original_placement`), which the papers do not try.
+A decoupled model has `num_hidden_layers` (l) layers in `num_original_layers` (Nb) groups. The last layer of each group
+is an original Transformer layer; the others are decoupled layers of `num_divisions` (Ndiv) sub-blocks. The original
+layers may also stand elsewhere (`original_placement`), which the papers do not try.
 """
 
 import copy
@@ -30,12 +30,12 @@ from transformers import (
 from detransformer.presets import GPT2_SIZES, PRESET_SIZES, PRESETS, AttentionWidth, OriginalPlacement
 
 ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS = get_args(AttentionWidth), get_args(OriginalPlacement)
-SYNCS = ("parallel", "ladder", "parts")  # of `models.sync_gpt2`: when the parts of a layer are added up
+SYNCS = ("parallel", "ladder", "parts")  # `models.sync_gpt2`: when a layer's parts are summed
 
 
 @dataclass(kw_only=True)
 class Decoupling:
-    """The four choices of structure decoupling that a decoupled model's configuration has beside the original's.
+    """The four settings that a decoupled model's configuration adds to the original's.
 
     Args:
         num_original_layers: Nb, how many of the `num_hidden_layers` stay original. Where Nb does not divide the number
@@ -46,7 +46,7 @@ class Decoupling:
             size that the authors' released latency code times.
         original_placement: `"last"` makes the last layer of each of the Nb groups original, as published (Fig. 5), and
             so the model's last; `"first"` the first of each group; `"bottom"`, `"middle"` and `"top"` make Nb layers in
-            a row original: the first, those in the middle (the earlier ones where it is not whole), the last.
+            a row original: the first, those in the middle (rounded towards the first), the last.
 
     Raises:
         ValueError: for sizes that do not divide, naming the value, the limit and a remedy.
@@ -71,7 +71,7 @@ class Decoupling:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: `transformers` would copy this file beside the weights, where models save a module of their own."""
+        """Does nothing: `transformers` would copy this file beside the weights; models save a module of their own."""
 
 
 @strict
@@ -117,7 +117,7 @@ class DecoupledGPT2Config(Decoupling, GPT2Config):
 
     @property
     def per_layer_config(self) -> list[PretrainedConfig]:
-        """Of each layer, for what sizes a cache by it: `head_dim` is the width of a head in the cache, P*s."""
+        """One configuration a layer, for sizing a cache: `head_dim` is the width of a head in the cache, P*s."""
         configs = [copy.copy(self) for _ in range(self.num_hidden_layers)]
         for config, kind in zip(configs, layer_kinds(self), strict=True):
             wider = self.num_divisions if kind == "decoupled" and self.attention_width == "full" else 1
@@ -130,7 +130,7 @@ class DecoupledViTConfig(Decoupling, ViTConfig):
     """`ViTConfig` plus the choices of `Decoupling`.
 
     Raises:
-        ValueError: without biases of Q, K and V, too.
+        ValueError: as `Decoupling`, and if Q, K and V have no biases.
     """
 
     model_type = "decoupled_vit"
@@ -150,7 +150,7 @@ def check_decoupling(
     attention_width: str = "full",
     original_placement: str = "last",
 ) -> None:
-    """Raises ValueError where a model of these sizes cannot be decoupled so."""
+    """Raises ValueError if a model of these sizes cannot be decoupled in this way."""
     if not 1 <= num_original_layers <= num_layers:
         raise ValueError(
             f"num_original_layers={num_original_layers} is outside 1..{num_layers}: "
@@ -179,14 +179,14 @@ def check_decoupling(
 
 @dataclass(frozen=True)
 class Family:
-    """What there is to know of a model type.
+    """One model type and the names of its classes.
 
     Args:
-        name: as people write it.
-        stem: how the names of its classes in transformers begin.
-        architecture: the layer that it has, `"bert"`, `"distilbert"`, `"gpt2"` or `"vit"`.
-        decoupled: the configuration of its decoupled models.
-        pads_positions: whether positions are counted from the padding token's number on, over what does not pad.
+        name: the name in prose.
+        stem: the beginning of its class names in transformers.
+        architecture: its kind of layer, `"bert"`, `"distilbert"`, `"gpt2"` or `"vit"`.
+        decoupled: the configuration class of its decoupled models.
+        pads_positions: whether positions are counted from the padding token's id, over tokens that are not padding.
     """
 
     name: str
@@ -197,7 +197,7 @@ class Family:
 
     @property
     def class_endings(self) -> dict[str, str]:
-        """How its classes' names end, by head."""
+        """The ending of its class names, by head."""
         return {"gpt2": DECODER_HEADS, "vit": IMAGE_HEADS}.get(self.architecture, ENCODER_HEADS)
 
     def class_name(self, head: str) -> str:
@@ -225,20 +225,20 @@ DECODER_HEADS = {"base": "Model", "causal-lm": "LMHeadModel"} | {
     head: ENCODER_HEADS[head] for head in ("classification", "token-classification", "question-answering")
 }
 IMAGE_HEADS = {"base": "Model", "image-classification": "ForImageClassification"}
-# Options of generation_config.json that change which text is the likeliest, and their values that do not.
+# Options of generation_config.json that change which text is the likeliest, and their neutral values.
 LIKELIEST_TEXT = {"num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0}
 LIKELIEST_TEXT |= {"min_new_tokens": 0, "bad_words_ids": [], "suppress_tokens": [], "begin_suppress_tokens": []}
 LIKELIEST_TEXT |= {"forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": {}, "guidance_scale": 1}
-WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # and the one that is kept
+WITH_TWO_HEADS = {"ForPreTraining": "masked-lm", "DoubleHeadsModel": "causal-lm"}  # class ending: the head that is kept
 
 
 def original_type(model_type: str) -> str:
-    """The model type that a decoupled model, a sub-model or a `sync_gpt2` was made of."""
+    """The model type from which a decoupled model, a sub-model or a `sync_gpt2` was made."""
     return re.sub("^(decoupled|coformer|sync)_", "", model_type)
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model, original, decoupled or a sub-model; ValueError for one that is in none of `FAMILIES`."""
+    """The family of an original model, a decoupled model or a sub-model; ValueError if it is not in `FAMILIES`."""
     name = original_type(config.model_type)
     if name not in FAMILIES:
         known = ", ".join(family.name for family in FAMILIES.values())
@@ -252,9 +252,7 @@ def architecture(config: PretrainedConfig) -> str:
 
 
 def head_of(config: PretrainedConfig) -> str:
-    """The head, a key of `Family.class_endings`, of the class that a configuration names.
-
-    Without a class it is `"base"`.
+    """The head (a key of `Family.class_endings`) of the class that a configuration names; `"base"` if it names none.
 
     Raises:
         ValueError: for a class of another family, or with another head.
@@ -278,36 +276,36 @@ def head_of(config: PretrainedConfig) -> str:
 
 
 def generates(config: PretrainedConfig) -> bool:
-    """Whether the model continues a text: a GPT-2 with its LM head, or without one, which is its word embeddings."""
+    """Whether the model continues a text: a GPT-2 with its LM head, or with none (its word embeddings serve as one)."""
     return is_decoder(config) and head_of(config) in ("base", "causal-lm")
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether the model's tokens attend to earlier ones only: a GPT-2's, unless its configuration says otherwise."""
+    """Whether tokens attend to earlier ones only, as in GPT-2 unless its configuration says otherwise."""
     return architecture(config) == "gpt2" and getattr(config, "is_causal", True)
 
 
 def read_generation(config: PretrainedConfig, fields: dict) -> None:
-    """Takes from the fields of a generation_config.json, which transformers prefers, the tokens that end a text.
+    """Takes the end tokens from the fields of a generation_config.json, which transformers prefers to config.json.
 
     Raises:
-        ValueError: for an option that changes which text is the likeliest, or end tokens that are no numbers.
+        ValueError: for an option that changes which text is the likeliest, or an end token that is not an integer.
     """
     place = "generation_config.json"
     for name, value in LIKELIEST_TEXT.items():
         if fields.get(name) not in (None, value):
-            raise ValueError(f"{place}: {name} is {fields[name]!r}, and only {value!r} is computed: take it out there.")
+            raise ValueError(f"{place}: {name} is {fields[name]!r}, and only {value!r} is supported: remove it there.")
     ends = fields.get("eos_token_id")
     if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
-        raise ValueError(f"{place}: eos_token_id is {ends!r}, and must be the number of a token, or a list of them.")
+        raise ValueError(f"{place}: eos_token_id is {ends!r}, and must be a token id or a list of them.")
     if ends is not None:
         config.eos_token_id = ends
 
 
 def max_tokens(config: PretrainedConfig) -> int:
-    """How many tokens a request may have: the positions, without those that RoBERTa leaves for padding.
+    """The most tokens a request may have: the positions, without those that RoBERTa leaves for padding.
 
-    An image has always as many: its patches and the class token.
+    An image always has the same number: its patches and the class token.
     """
     if architecture(config) == "vit":
         sizes = (config.image_size, config.patch_size)
@@ -318,7 +316,7 @@ def max_tokens(config: PretrainedConfig) -> int:
 
 
 def ffn_size(config: PretrainedConfig) -> int:
-    """I, the inner width of the FFN; GPT-2's is four times the hidden size where its configuration names none."""
+    """I, the inner width of the FFN; for GPT-2 four times the hidden size unless its configuration names one."""
     if architecture(config) == "gpt2":
         return config.n_inner or 4 * config.hidden_size
     return config.hidden_dim if architecture(config) == "distilbert" else config.intermediate_size
@@ -327,8 +325,8 @@ def ffn_size(config: PretrainedConfig) -> int:
 def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
     """`"original"` or `"decoupled"` for each layer, first to last, by `original_placement` (published: Fig. 5).
 
-    A configuration that is not decoupled is all original, but one of `models.sync_gpt2`: its layers are of the kind
-    `sync`, with `-first` where X is whole before the layer and parts of it are to be added after.
+    A model that is not decoupled has original layers only, except those of `models.sync_gpt2`: their layers are of kind
+    `sync`, with the suffix `-first` where X is whole before the layer and parts of it are still to be added after it.
     """
     num_layers = config.num_hidden_layers
     if sync := getattr(config, "sync", None):
@@ -359,7 +357,7 @@ def decoupled_config(
     attention_width: str = "full",
     original_placement: str = "last",
 ) -> PretrainedConfig:
-    """The configuration of `original` decoupled; ValueError where its sizes do not divide so."""
+    """The decoupled configuration of `original`; ValueError if its sizes do not divide."""
     if hasattr(original, "sync"):
         raise ValueError(f"a model with sync={original.sync!r} cannot be decoupled: take the GPT-2 it was made of.")
     return family_of(original).decoupled(
@@ -372,7 +370,7 @@ def decoupled_config(
 
 
 def original_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration that `config` was decoupled from, or itself."""
+    """The configuration from which `config` was decoupled, or an equal one if it is not decoupled."""
     added = ("num_original_layers", "num_divisions", "attention_width", "original_placement")
     kind = CONFIG_MAPPING[config.model_type.removeprefix("decoupled_")]
     return kind(**{name: value for name, value in config_fields(config).items() if name not in added})
@@ -384,7 +382,7 @@ def preset_config(
     num_divisions: int = 4,
     attention_width: str = "full",
 ) -> PretrainedConfig:
-    """A model of BERT's or GPT-2's published sizes (DATE 2024, Section IV-A), original or, with Nb, decoupled."""
+    """A configuration of BERT's or GPT-2's published sizes (DATE 2024, Section IV-A), decoupled if Nb is given."""
     if name not in PRESETS:
         raise ValueError(f"model {name!r} is unknown: choose one of {', '.join(PRESETS)}, or a checkpoint folder.")
     original = BertConfig(**PRESET_SIZES[name]) if name in PRESET_SIZES else GPT2Config(**GPT2_SIZES[name])

@@ -1,7 +1,7 @@
 """Conversion of a trained original model to a decoupled one by slicing its weights (DATE 2024, Fig. 4).
 
-Sub-block p takes the weights of Q, K, V and FFN-in that read its input slice, and those of both output projections that
-write its output slice. Original layers, embeddings, last LayerNorm, pooler and heads are copied.
+Sub-block p takes the weights of Q, K, V and FFN-in that read its input slice, and the weights of both output
+projections that write its output slice. Original layers, embeddings, last LayerNorm, pooler and heads are copied.
 """
 
 import re
@@ -14,7 +14,7 @@ from detransformer.models.configuration import decoupled_config, layer_kinds
 from detransformer.models.stacked import made_from
 
 LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h|layers)\.(\d+)\.(.+)$")
-QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # how names begin
+QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # name prefixes
 FFN_IN = ("intermediate.", "ffn.lin1.", "mlp.fc1.")
 ATTENTION_OUT = ("attention.output.dense.weight", "attention.out_lin.weight", "attention.o_proj.weight")
 
@@ -26,18 +26,17 @@ def decouple(
     attention_width: str = "full",
     original_placement: str = "last",
 ) -> PreTrainedModel:
-    """A decoupled model of the same head as `model`, its weights sliced from `model`'s.
+    """A decoupled model with `model`'s head, its weights sliced from `model`'s.
 
     Args:
-        model: of an original class that `auto.DECOUPLED_CLASS` lists.
-        num_original_layers: Nb; `model`'s layers at those places are copied.
+        model: an instance of an original class that `auto.DECOUPLED_CLASS` lists.
+        num_original_layers: Nb; these layers are copied from `model`.
         num_divisions: Ndiv; must divide the hidden size.
         attention_width: `"full"` (published) or `"narrow"`.
-        original_placement: where the original layers stand, `"last"` of each group (published) or elsewhere: see
-            `DecoupledBertConfig`.
+        original_placement: where the original layers stand, see `Decoupling`.
 
     Raises:
-        ValueError: if `model` is of no such class, or the sizes do not divide.
+        ValueError: if `model` is of another class, or the sizes do not divide.
     """
     decoupled_class = DECOUPLED_CLASS.get(type(model))
     if decoupled_class is None:
@@ -51,7 +50,7 @@ def decouple(
 
 
 def decoupled_state_dict(state: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """The decoupled layers' entries of an original's state dict sliced, views mostly; all else passes through."""
+    """An original's state dict with the decoupled layers' entries sliced, mostly as views, and all others unchanged."""
     kinds = layer_kinds(config)
     sliced = {}
     for name, value in state.items():
@@ -85,7 +84,7 @@ def slice_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfi
 
 
 def _slice_gpt2_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """The same for GPT-2, whose weights are input-major, Q, K and V in one."""
+    """As `slice_parameter`, for GPT-2: weights are input-major, Q, K and V packed in one."""
     blocks = config.num_divisions
     narrow = config.attention_width == "narrow"
     if parameter.startswith(("attn.c_attn.", "mlp.c_fc.")):  # reads a slice: rows; the bias is whole in each sub-block

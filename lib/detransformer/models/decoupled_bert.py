@@ -55,7 +55,7 @@ from detransformer.models.stacked import (
 class DecoupledSelfAttention(BertSelfAttention):
     """Self-attention of P sub-blocks: Q, K, V are Linear(d -> A), all heads in each sub-block."""
 
-    dropout_name = "attention_probs_dropout_prob"  # the configuration's name of its rate
+    dropout_name = "attention_probs_dropout_prob"  # the configuration's field of its rate
 
     def __init__(self, config: DecoupledBertConfig, layer_idx: int | None = None):
         nn.Module.__init__(self)
@@ -167,7 +167,7 @@ class DecoupledBertLayer(BertLayer):
         kwargs.pop("encoder_attention_mask", None)
         if kwargs.pop("past_key_values", None) is not None:
             raise ValueError(
-                "decoupled BERT keeps no past_key_values, which prefix tuning gives: choose another kind of adapter."
+                "decoupled BERT takes no past_key_values, which prefix tuning adds: choose another kind of adapter."
             )
         batch_size, num_tokens, _ = hidden_states.shape
         x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]

@@ -1,9 +1,9 @@
 """Decoupled GPT-2 as Hugging Face models: the decoder's counterpart of `decoupled_bert` (TPDS 2025).
 
-Only the layers differ from `transformers`' GPT-2: embeddings, original layers, the last LayerNorm and the head are its
-own classes, and `generate` is too. A decoupled layer is a pre-norm layer on each slice of the hidden axis: of slice p,
-x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds, for each head, the keys of all
-sub-blocks side by side, and so the values: [B, H, T, P*s]. Parameter names are GPT-2's, with a leading sub-block axis.
+Only the layers differ from `transformers`' GPT-2: embeddings, original layers, the last LayerNorm, the head and
+`generate` are its own. A decoupled layer is a pre-norm layer on each slice of the hidden axis: for slice p,
+x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds, for each head, the keys (and
+the values) of all sub-blocks side by side: [B, H, T, P*s]. Parameter names are GPT-2's, with a leading sub-block axis.
 
 Shapes: B batch, T tokens, D hidden size, P = Ndiv sub-blocks, d = D/P slice, A attention width of a sub-block (D, or d
 if narrow), H heads, s = A/H head size, I intermediate size.
@@ -77,7 +77,7 @@ class DecoupledGPT2Attention(GPT2Attention):
         blocks = len(x)
         packed = self.c_attn(x).view(blocks, batch_size, -1, 3, self.num_heads, self.head_dim)
         query = packed[:, :, :, 0].transpose(2, 3)  # [P, B, H, T, s]
-        # A cache is reordered, cut and repeated by requests, and has the configuration's heads: sub-blocks widen those.
+        # `generate` reorders, cuts and repeats caches of the configuration's heads, so sub-blocks widen each head.
         key, value = packed[:, :, :, 1:].permute(3, 1, 4, 2, 0, 5).flatten(-2)  # [B, H, T, P*s] each
         if past_key_values is not None:
             _check_width(past_key_values, self.layer_idx, key.shape[-1])
@@ -101,7 +101,7 @@ class DecoupledGPT2Attention(GPT2Attention):
 
 
 def _check_width(cache: Cache, layer_idx: int, width: int) -> None:
-    """Raises ValueError where `cache` came with keys [B, H, T, s] of another width, as prefix tuning makes."""
+    """Raises ValueError if `cache` came with keys [B, H, T, s] of another width, as those of prefix tuning."""
     held = cache.layers[layer_idx].keys if layer_idx < len(cache.layers) else None
     if held is not None and held.ndim == 4 and held.shape[-1] != width:
         raise ValueError(
@@ -111,7 +111,7 @@ def _check_width(cache: Cache, layer_idx: int, width: int) -> None:
 
 
 def _upcast_attention(module: GPT2Attention, query, key, value, attention_mask, **kwargs):
-    """GPT-2's attention in float32 (`reorder_and_upcast_attn`), called as the other attention functions are."""
+    """GPT-2's attention in float32 (`reorder_and_upcast_attn`), with the arguments of the other attention functions."""
     return module._upcast_and_reordered_attn(query, key, value, attention_mask)
 
 
@@ -187,7 +187,7 @@ class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel, GenerationMi
     """Decoupled GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Not for this model: ValueError."""
+        """Raises ValueError: decoupled GPT-2 has no continuous batching."""
         raise ValueError(
             "continuous batching (generate_batch) keeps the keys of one attention a layer, and a decoupled layer has "
             f"num_divisions={self.config.num_divisions}: call generate on padded prompts, or `detransformer serve`."

@@ -1,7 +1,7 @@
 """Decoupled RoBERTa, XLM-RoBERTa, CamemBERT and DistilBERT as Hugging Face models, by analogy with `decoupled_bert`.
 
-All but DistilBERT have BERT's layer, and so its decoupled one. The classes, one for each head, are made from the
-original's (`CLASSES`): embeddings, original layers, pooler and heads are its own.
+All but DistilBERT have BERT's layer, and so its decoupled layer. One class per head is made from the original's class
+(`CLASSES`), which provides embeddings, original layers, pooler and heads.
 
 Shapes as in `decoupled_bert`.
 """
@@ -28,7 +28,7 @@ from detransformer.models.stacked import (
     split_hidden,
 )
 
-DISTILBERT_EPS = 1e-12  # of its LayerNorms; no configuration says otherwise
+DISTILBERT_EPS = 1e-12  # of its LayerNorms; its configuration has no field for it
 AUTO_CLASS = {
     "base": transformers.AutoModel,
     "masked-lm": transformers.AutoModelForMaskedLM,
@@ -82,7 +82,7 @@ class DecoupledDistilBertLayer(TransformerBlock):
 
 
 class DecoupledRelative(DecoupledModel):
-    """Mixin of the models without a head: the original's own parts, around a stack of layers by `layer_kinds`."""
+    """Mixin of the models without a head: the original's parts around a stack of layers given by `layer_kinds`."""
 
     layer_class: dict[str, type[nn.Module]]  # of an original and of a decoupled layer
 
@@ -95,7 +95,7 @@ class DecoupledRelative(DecoupledModel):
         without_layers.num_hidden_layers = 0
         with no_init_weights():
             super().__init__(without_layers, **options)
-        config._attn_implementation = self.config._attn_implementation  # chosen as the model was made
+        config._attn_implementation = self.config._attn_implementation  # chosen by the constructor
         self.config = config
         stack = self.transformer if hasattr(self, "transformer") else self.encoder
         stack.config = config
@@ -104,9 +104,9 @@ class DecoupledRelative(DecoupledModel):
 
 
 def _make_classes(family: Family) -> tuple[tuple[type, type, type], ...]:
-    """Of each head: the AutoModel class, the original, and the decoupled class, which this module then has by its name.
+    """For each head: the AutoModel class, the original, and the decoupled class, which this module gets by its name.
 
-    Those with a head know the one without, which is made first.
+    The class without a head is made first, since those with a head refer to it.
     """
     distilbert = family.architecture == "distilbert"
     decoupled_layer = DecoupledDistilBertLayer if distilbert else DecoupledBertLayer

@@ -1,11 +1,11 @@
 """Decoupled ViT as a Hugging Face model: the pre-norm encoder of images, by analogy with `decoupled_bert` (Eq. 2).
 
 Only the layers differ from `transformers`' ViT: patches, original layers, the last LayerNorm and the classifier are its
-own classes. A decoupled layer is a pre-norm layer on each slice of the hidden axis: of slice p,
+own. A decoupled layer is a pre-norm layer on each slice of the hidden axis: for slice p,
 x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)). Parameter names are ViT's, with a leading sub-block
-axis. It is trained, distilled and run by plans; commands and prices take models of text alone.
+axis. It can be trained, distilled and run under plans; commands and the cost model take text models only.
 
-Shapes as in `decoupled_bert`; T are an image's patches and the class token.
+Shapes as in `decoupled_bert`; T counts an image's patches and the class token.
 """
 
 import copy
@@ -86,7 +86,7 @@ class DecoupledViTModel(DecoupledModel, ViTModel):
         without_layers.gradient_checkpointing = False  # there is no layer to set it on
         with no_init_weights():
             super().__init__(without_layers, add_pooling_layer, use_mask_token)
-        config._attn_implementation = self.config._attn_implementation  # chosen as the model was made
+        config._attn_implementation = self.config._attn_implementation  # chosen by the constructor
         self.config = config
         for i, kind in enumerate(layer_kinds(config)):
             self.layers.append(DecoupledViTLayer(config, i) if kind == "decoupled" else ViTLayer(config))

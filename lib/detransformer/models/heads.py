@@ -1,11 +1,11 @@
-"""The LM head of an encoder, whatever its architecture calls the parts."""
+"""The LM head of an encoder, whatever its architecture names the parts."""
 
 import torch
 from transformers import PreTrainedModel
 
 
 def lm_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    """What the masked-LM head of `model`, original or decoupled, makes of hidden states [..., D]: logits [..., V]."""
+    """Applies the masked-LM head of `model`, original or decoupled, to hidden states [..., D]: logits [..., V]."""
     if hasattr(model, "cls"):
         return model.cls.predictions(states)
     if hasattr(model, "lm_head"):

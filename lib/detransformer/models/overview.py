@@ -1,4 +1,4 @@
-"""What decoupling does to a model, as rows: layer pattern, parameters, operations, and how far outputs differ.
+"""How decoupling changes a model, as rows: layer pattern, parameters, operations and output differences.
 
 X [B, T, D]; D and O stand for decoupled and original layers (DATE 2024, Figs. 4 and 5).
 """
@@ -15,7 +15,7 @@ from detransformer.models.sizes import layer_flops, model_flops, model_parameter
 
 
 def layer_pattern(config: BertConfig) -> str:
-    """The layers first to last, e.g. `DDO DDO DDO DDO`: a group ends with its original layer, or begins with it."""
+    """The layers first to last, e.g. `DDO DDO DDO DDO`: each group ends, or begins, with its original layer."""
     letters = "".join("O" if kind == "original" else "D" for kind in layer_kinds(config))
     placement = getattr(config, "original_placement", "last")
     spaced = {"last": "O ", "first": " O"}.get(placement, "O")
@@ -29,9 +29,9 @@ def size_rows(
     attention_widths: Iterable[str],
     seq_lens: Iterable[int],
 ) -> pd.DataFrame:
-    """Parameters and operations of every combination; Nb None is the original model, once a sequence length.
+    """Parameters and operations of every combination; Nb None is the original model, one row a sequence length.
 
-    `layer_flops_ratio` is one decoupled layer over one original layer; 1 for the original model.
+    `layer_flops_ratio`: the operations of a decoupled layer over those of an original one; 1 for the original model.
     """
     rows = []
     for seq_len in seq_lens:

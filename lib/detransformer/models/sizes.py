@@ -27,13 +27,13 @@ def layer_parameters(config: PretrainedConfig, kind: str) -> int:
 
 
 def embedding_parameters(config: PretrainedConfig) -> int:
-    """What stands outside the layers, a LayerNorm included: of GPT-2 the last one; its LM head is the embeddings."""
+    """Parameters outside the layers, with one LayerNorm (GPT-2's last one); GPT-2's LM head is the embeddings."""
     token_types = getattr(config, "type_vocab_size", 0)
     return (config.vocab_size + config.max_position_embeddings + token_types + 2) * config.hidden_size
 
 
 def pooler_parameters(config: PretrainedConfig) -> int:
-    """Of those with BERT's layer; DistilBERT and GPT-2 have none."""
+    """Parameters of the pooler, which models with BERT's layer have; DistilBERT and GPT-2 have none."""
     return config.hidden_size**2 + config.hidden_size if architecture(config) == "bert" else 0
 
 

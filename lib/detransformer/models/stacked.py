@@ -1,4 +1,4 @@
-"""What all decoupled models share: maps and LayerNorms of all sub-blocks in one stacked tensor, and heads.
+"""Shared by all decoupled models: maps and LayerNorms of all sub-blocks in one stacked tensor, and heads.
 
 Shapes: B batch, T tokens, M = B*T rows, D hidden size, P = Ndiv sub-blocks, d = D/P slice, H heads of size s, A = H*s.
 """
@@ -71,14 +71,14 @@ def merge_hidden(slices: torch.Tensor, batch_size: int) -> torch.Tensor:
 def attend_in_slices(
     attend: Callable, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of one sub-block after the other by `attend`, one of transformers' attention functions.
+    """Runs `attend`, one of transformers' attention functions, for one sub-block after the other.
 
-    So `attend` sees the batch and the heads that mask, cache and configuration name. query, key and value are
-    [P, B, H, T, s] each; key and value may be longer than query, by what a cache held.
+    So `attend` sees the batch and heads that mask, cache and configuration assume. query, key and value are
+    [P, B, H, T, s] each; key and value may be longer than query, by the cached tokens.
 
     Returns:
-        The contexts [P, B*T, A], and the attention weights, or None where `attend` gives none: [B, H, T, T_all], the
-        mean over sub-blocks.
+        The contexts [P, B*T, A], and the attention weights [B, H, T, T_all] (the mean over sub-blocks), or None if
+        `attend` returns none.
     """
     attended = [attend(module, query[p], key[p], value[p], *args, **kwargs) for p in range(len(query))]
     context = torch.stack([context for context, _ in attended])  # [P, B, T, H, s]
@@ -107,9 +107,9 @@ def made_from(
     state: dict[str, torch.Tensor],
     **kwargs: bool,
 ) -> PreTrainedModel:
-    """A model of another class with the weights `state` [name: tensor], else as `model`: number format, mode, texts.
+    """A `made_class` model with the weights `state` [name: tensor]; dtype, mode and generation settings as `model`.
 
-    kwargs: of the class's constructor.
+    kwargs: arguments of the constructor.
     """
     config._attn_implementation = model.config._attn_implementation
     config.architectures = [made_class.__name__]
@@ -124,7 +124,7 @@ def made_from(
 
 
 class DecoupledModel:
-    """Mixin of every decoupled model, before `transformers`' class: draws the stacked weights as that class does.
+    """Mixin of every decoupled model, before `transformers`' class: initialises the stacked weights as that class does.
 
     `auto_map` names the class for each AutoModel class that opens such a checkpoint (`models.auto`).
     """
@@ -132,16 +132,16 @@ class DecoupledModel:
     auto_map: dict[str, str]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As `transformers`' own; programs that never imported this package open the folder by `CODE_FILE` in it."""
+        """As in `transformers`, plus `CODE_FILE`, with which programs that never import this package open it."""
         self.config.auto_map = self.auto_map
         os.makedirs(save_directory, exist_ok=True)
-        Path(save_directory, CODE_FILE).write_text(CODE, encoding="utf-8")  # before, so that a push to the Hub has it
+        Path(save_directory, CODE_FILE).write_text(CODE, encoding="utf-8")  # first, so that a push to the Hub has it
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Where it draws the weights of custom code, `transformers` passes over modules that hold none themselves, and
-        # so over GPT-2's attention and FFN, for which `_init_weights` draws the narrower c_proj.
+        # When it initialises custom code, `transformers` skips modules without parameters of their own, and so GPT-2's
+        # attention and FFN, whose narrower c_proj `_init_weights` draws.
         return False
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class DecoupledModel:
 
 
 class DecoupledHead(DecoupledModel):
-    """Mixin of a decoupled model with a head: the head is that of `transformers`' class, the model below is decoupled.
+    """Mixin of a decoupled model with a head: the head of `transformers`' class on a decoupled model.
 
     A subclass names `body_class`, the decoupled model without a head.
     """
@@ -167,7 +167,7 @@ class DecoupledHead(DecoupledModel):
         without_layers = copy.deepcopy(config)
         without_layers.num_hidden_layers = 0
         without_layers.gradient_checkpointing = False  # a ViT without layers has nothing to set it on
-        with no_init_weights():  # the original class makes the head, and a body that is thrown away
+        with no_init_weights():  # the original class makes the head, and a body that is discarded
             super().__init__(without_layers)
         self.config = config
         pooler = {"add_pooling_layer": self.base_model.pooler is not None} if hasattr(self.base_model, "pooler") else {}

@@ -1,17 +1,17 @@
-"""GPT-2 whose layers add up their parts later, less often or in part: other answers to slow links than decoupling.
+"""GPT-2 whose layers sum their parts later, less often or partially: alternatives to decoupling for slow links.
 
-Cut by heads and FFN columns in P parts, as tensor parallelism cuts it, a layer is X <- X + sum_p Attention_p(X), then
-X <- X + sum_p FFN_p(X), and each sum is a message. These models have GPT-2's weights, under its names, and differ in
-what a part reads (`SyncGPT2Config.sync`):
+Tensor parallelism cuts a layer by heads and FFN columns into P parts: X <- X + sum_p Attention_p(X), then
+X <- X + sum_p FFN_p(X). Each sum is a message. These models have GPT-2's weights, under its names, and differ in what
+a part reads (`SyncGPT2Config.sync`):
 
     parallel   attention and FFN read the same LayerNorm of X, so that a layer has one sum (GPT-J, 2021)
-    ladder     X without the sum of the sub-layer before, which travels meanwhile (Ladder Residual, arXiv 2501.06589)
-    parts      X as it was last fused, and of what has been added since only its own: tracks that are fused every D
-               layers (Parallel Track, arXiv 2602.07306), or, where a share of the channels is summed at once, partial
-               channels (CAAT-Net, arXiv 2506.19645)
+    ladder     X without the previous sub-layer's sum, which travels meanwhile (Ladder Residual, arXiv 2501.06589)
+    parts      X as last fused, plus only the part's own additions since: tracks that are fused every D layers
+               (Parallel Track, arXiv 2602.07306), or, if a share of the channels is summed at once, partial channels
+               (CAAT-Net, arXiv 2506.19645)
 
-They are made by these papers' descriptions, not from their code. Parallel Track's tracks are also narrow where they
-read and write; here each has the whole width, so that all models have the same embeddings and as many parameters.
+They follow these papers' descriptions, not their code. Parallel Track's tracks also read and write narrower states;
+here each has the whole width, so that all models have the same embeddings and as many parameters.
 
 Shapes: B batch, T tokens, D hidden size, P parts, A = D/P the width of a part's heads.
 """
@@ -40,14 +40,14 @@ from detransformer.models.stacked import DecoupledHead, made_from
 
 @strict
 class SyncGPT2Config(GPT2Config):
-    """`GPT2Config` and when the parts of a layer are added up.
+    """`GPT2Config`, and when a layer's parts are summed.
 
     Args:
         sync: `"parallel"`, `"ladder"` or `"parts"`, see above.
-        num_divisions: P, of `"parts"`; a device takes whole parts, so no more devices than parts run the model.
-        fuse_every: D, of `"parts"`: after so many layers everything is added up; None: after the last one alone.
-        shared_fraction: of `"parts"`: of the channels, which are added up in every sub-layer.
-        is_causal: whether a token attends to earlier ones only; False is an encoder.
+        num_divisions: P, for `"parts"`; a device takes whole parts, so at most P devices run the model.
+        fuse_every: D, for `"parts"`: everything is summed after every D layers; None: only after the last one.
+        shared_fraction: for `"parts"`: the fraction of the channels that is summed in every sub-layer.
+        is_causal: whether a token attends to earlier ones only; False makes an encoder.
 
     Raises:
         ValueError: for sizes that do not divide, naming the value, the limit and a remedy.
@@ -73,22 +73,22 @@ class SyncGPT2Config(GPT2Config):
         for name, size in sizes.items() if self.sync == "parts" else ():
             if self.num_divisions < 1 or size % self.num_divisions:
                 raise ValueError(
-                    f"num_divisions={self.num_divisions} does not divide {name}, {size}: each part takes as much, "
+                    f"num_divisions={self.num_divisions} does not divide {name}, {size}: parts are equal, "
                     "choose a divisor."
                 )
 
     @property
     def num_shared(self) -> int:
-        """Of the D channels, how many (the first) are added up in every sub-layer."""
+        """How many of the D channels (the first ones) are summed in every sub-layer."""
         return round(self.shared_fraction * self.hidden_size)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing, as of the decoupled models' configurations."""
+        """Does nothing, as for the decoupled models' configurations."""
 
 
 class _InputOfParts(Conv1D):
-    """D -> n*D, of which each part has its own columns of each of n maps: [P, B, T, D], each part's -> [B, T, n*D]."""
+    """D -> n*D; each part reads its own X and has its own columns of each of n maps: [P, B, T, D] -> [B, T, n*D]."""
 
     def __init__(self, num_parts: int, num_maps: int, num_out: int, num_in: int):
         super().__init__(num_out, num_in)
@@ -101,7 +101,7 @@ class _InputOfParts(Conv1D):
 
 
 class _OutputOfParts(Conv1D):
-    """What each part adds to X, without the bias: [B, T, P*A] -> [P, B, T, D]."""
+    """Each part's addition to X, without the bias: [B, T, P*A] -> [P, B, T, D]."""
 
     def __init__(self, num_parts: int, num_out: int, num_in: int):
         super().__init__(num_out, num_in)
@@ -114,7 +114,7 @@ class _OutputOfParts(Conv1D):
 
 
 class SyncGPT2Block(GPT2Block):
-    """One layer. Between layers X is whole, [B, T, D], or stands beside what is not added to it yet, [1 + n, B, T, D].
+    """One layer. Between layers X is whole, [B, T, D], or stacked with what is not added yet, [1 + n, B, T, D].
 
     n is 1 for a ladder, whose FFN is still to be added, and P for parts.
     """
@@ -146,7 +146,7 @@ class SyncGPT2Block(GPT2Block):
         *args,
         **kwargs,
     ) -> torch.Tensor:
-        """hidden_states, and what is returned, as above; the other arguments are GPT2Block's (no cross-attention)."""
+        """hidden_states and the result are as above; the other arguments are GPT2Block's (no cross-attention)."""
         kwargs.pop("encoder_attention_mask", None)
 
         def attend(x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ class SyncGPT2Block(GPT2Block):
     def _added(
         self, stream: torch.Tensor, own: torch.Tensor, made: torch.Tensor, bias: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the parts have made, [P, B, T, D]: to X the sum of its shared channels, to each part's own the rest."""
+        """Adds the parts' outputs [P, B, T, D]: the sum of shared channels to X, the rest to each part's own."""
         shared, width = self.num_shared, made.shape[-1]
         stream = stream + bias + F.pad(made[..., :shared].sum(0), (0, width - shared))
         return stream, own + F.pad(made[..., shared:], (shared, 0))
@@ -181,7 +181,7 @@ class SyncGPT2Block(GPT2Block):
 class SyncGPT2Model(DecoupledGPT2Model):
     """The layers of `SyncGPT2Config.sync` without a head; outputs as `transformers.GPT2Model`.
 
-    `hidden_states`, where they are asked for, are what `SyncGPT2Block` leaves.
+    `hidden_states`, if requested, are the outputs of `SyncGPT2Block`.
     """
 
     config_class = SyncGPT2Config
@@ -198,15 +198,15 @@ class SyncGPT2LMHeadModel(DecoupledHead, GPT2LMHeadModel, GenerationMixin):
 
 
 class SyncGPT2ForMaskedLM(SyncGPT2LMHeadModel):
-    """The same head for the tokens themselves: labels [B, T] are not shifted; `is_causal` should be False."""
+    """Predicts the tokens themselves by the same head: labels [B, T] are not shifted; `is_causal` should be False."""
 
     @classmethod
     def can_generate(cls) -> bool:
-        """No: what follows a text is not asked."""
+        """False: it does not continue a text."""
         return False
 
 
-CLASSES = (  # the AutoModel class, whose tokenizer and configuration it has, and the class
+CLASSES = (  # the AutoModel class, the class whose tokenizer and configuration it has, the class
     (AutoModel, GPT2Model, SyncGPT2Model),
     (AutoModelForCausalLM, GPT2LMHeadModel, SyncGPT2LMHeadModel),
     (AutoModelForMaskedLM, GPT2LMHeadModel, SyncGPT2ForMaskedLM),
@@ -214,10 +214,10 @@ CLASSES = (  # the AutoModel class, whose tokenizer and configuration it has, an
 
 
 def synced(model: GPT2LMHeadModel, **sync) -> PreTrainedModel:
-    """A model with `model`'s weights whose layers are added up otherwise; `sync` are `SyncGPT2Config`'s arguments.
+    """A model with `model`'s weights whose layers are summed otherwise; `sync` are `SyncGPT2Config`'s arguments.
 
-    Every weight is there, but for the second LayerNorm where attention and FFN read the same one. A model that was
-    trained as GPT-2 does not compute the same, unless all channels are shared; it is where training starts.
+    All weights are kept but the second LayerNorm where attention and FFN read the same one. A model that was trained
+    as GPT-2 then computes something else, unless all channels are shared; training starts from it.
     """
     config = SyncGPT2Config(**config_fields(model.config) | sync)
     made_class = SyncGPT2LMHeadModel if config.is_causal else SyncGPT2ForMaskedLM

@@ -1,4 +1,4 @@
-"""Messages as bytes: tensors written and read in the formats of `parallel.wire`, one class each."""
+"""Messages as bytes: one class for each format of `parallel.wire` writes and reads tensors."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Shape = Sequence[int]
 
 
 class Codec(Protocol):
-    """How one format is written and read; `message` is uint8, of `message_bytes`, and x is not empty."""
+    """Writes and reads one format; `message` is uint8, of `message_bytes`, and x is not empty."""
 
     def write(self, x: torch.Tensor, message: torch.Tensor) -> None: ...
 
@@ -23,7 +23,7 @@ class Codec(Protocol):
 
 
 class AsComputed:
-    """The numbers as they are; what is read is a view of the message."""
+    """The numbers as they are; reading returns a view of the message."""
 
     def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
         message[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
@@ -43,10 +43,10 @@ class BFloat16:
 
 
 class Int8:
-    """Its rows' scales in front of its numbers, so that both travel together.
+    """One scale a row, all in front of the numbers, so that both travel together.
 
-    Rows are the leading axes of a tensor (tokens, and q, k, v or sub-blocks where they travel in one message): a
-    scale's group is one token's features on one device, or fewer.
+    Rows are the leading axes of a tensor (tokens, and q, k, v or sub-blocks if they travel in one message): one scale
+    covers one token's features on one device, or fewer.
     """
 
     def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
@@ -63,7 +63,7 @@ class Int8:
 
 
 class Int4:
-    """A scale in bfloat16 for each `GROUP` numbers of a row, all scales in front; two numbers a byte, from -7 to 7."""
+    """A bfloat16 scale for each `GROUP` numbers of a row, all scales in front; two numbers a byte, from -7 to 7."""
 
     def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
         groups = F.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % GROUP)).view(-1, GROUP)
@@ -80,9 +80,9 @@ class Int4:
 
 
 class SegmentMeans:
-    """K and V [2, t, B, n] as means of `SEGMENT` tokens each, in int8; each is read as often as it has tokens.
+    """K and V [2, t, B, n] as means of `SEGMENT` tokens each, in int8; reading repeats a mean for each of its tokens.
 
-    Attention to equal keys adds up, so that a mean weighs as much as its tokens together (Prism's scaled softmax).
+    Attention to equal keys adds up, so a mean weighs as much as its tokens together (Prism's scaled softmax).
     """
 
     def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
@@ -94,7 +94,7 @@ class SegmentMeans:
 
 
 class VectorQuantised:
-    """K and V [2, t, B, n]: their mean tokens in int8, codebooks, and which of its vectors each difference is like."""
+    """K and V [2, t, B, n]: their mean tokens in int8, codebooks, and a code for each vector of the differences."""
 
     def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
         mean, books, codes = message[: sum(vq_parts(x.shape))].split(vq_parts(x.shape))
@@ -133,12 +133,12 @@ def encode(x: torch.Tensor, wire: str, message: torch.Tensor) -> None:
 
 
 def decode(message: torch.Tensor, shape: Shape, wire: str, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor of `shape` that `message` carries; a view of the message where it needs no conversion."""
+    """The tensor of `shape` in `message`; a view of the message if it needs no conversion."""
     return CODECS[wire].read(message, shape, dtype) if math.prod(shape) else message.new_zeros(shape, dtype=dtype)
 
 
 def _codebook(vectors: torch.Tensor) -> torch.Tensor:
-    """`CODES` vectors [CODES, VECTOR] near to `vectors` [N, VECTOR]: k-means from evenly spaced ones."""
+    """`CODES` vectors [CODES, VECTOR] that represent `vectors` [N, VECTOR]: k-means from evenly spaced ones."""
     book = vectors[torch.linspace(0, len(vectors) - 1, CODES, device=vectors.device).long()]
     for _ in range(KMEANS_ROUNDS):
         nearest = torch.cdist(vectors, book).argmin(1)

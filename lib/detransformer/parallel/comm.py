@@ -1,13 +1,13 @@
 """Collectives over gloo: the only file that calls them. Counts calls and bytes by kind.
 
-Every collective is started and later waited for, so that compute can go on meanwhile; `start_...` returns a `Pending`.
-A thread runs them one after another, so that the first that was started is the first that has the link.
-Bytes are those a rank sends (P ranks): all_reduce 2 (P-1)/P of the tensor (ring), all_gather P-1 times its own
-message, all_to_all and reduce_scatter one message to each other rank, gather its own message (the one that receives:
-what it receives). An observer is told of starts and waits; pacing
-and timing live there, not here. Messages lie in buffers that are kept: what a collective returns may be a view of one,
-and holds until the next collective of the same name. `transfers` are what the thread saw of each collective: from when
-this rank could begin to its end, so with the wait for peers that came later.
+Each collective is started and waited for later, so that compute can go on meanwhile; `start_...` returns a `Pending`.
+One thread runs them in order, so the first to start gets the link first.
+Bytes are those that a rank sends (P ranks): all_reduce 2 (P-1)/P of the tensor (ring), all_gather P-1 times its own
+message, all_to_all and reduce_scatter one message to each other rank, gather its own message (the receiving rank:
+what it receives). An observer is told of starts and waits; pacing and timing live there, not here. Message buffers are
+reused: what a collective returns may be a view of one, and is valid until the next collective of the same name.
+`transfers` lists (kind, bytes, seconds) of each collective, timed from when this rank could begin; this includes
+waiting for slower peers.
 """
 
 import time
@@ -29,10 +29,10 @@ from detransformer.parallel.wire import message_bytes
 
 
 class Observer(Protocol):
-    """Told where compute stops for communication. Waits may come in another order than starts."""
+    """Told when compute stops for communication. Waits may come in another order than starts."""
 
     def launch(self, kind: str, num_bytes: int) -> int:
-        """A collective is about to be started; returns a number that its wait will carry."""
+        """Called before a collective starts; returns a number that its wait will carry."""
 
     def before_wait(self, number: int) -> None: ...
 
@@ -40,7 +40,7 @@ class Observer(Protocol):
 
 
 class Pending:
-    """Something that may still be under way: `wait` returns it. `Pending(x)` is there already."""
+    """A value that may still be under way: `wait` returns it. `Pending(x)` is ready at once."""
 
     def __init__(self, value: Any = None, finish: Callable | None = None):
         self._value, self._finish = value, finish
@@ -51,15 +51,15 @@ class Pending:
         return self._value
 
     def then(self, change: Callable) -> "Pending":
-        """What `change` makes of it, once it is waited for."""
+        """A `Pending` of `change(value)`, applied when it is waited for."""
         return Pending(finish=lambda: change(self.wait()))
 
 
 class Comm:
     """The collectives of one group of ranks; with one rank every collective is the identity and counts nothing.
 
-    `wire` is a format of `parallel.wire`; `name` tells the buffers of collectives apart that are under way, or
-    whose results are in use, at the same time.
+    `wire` is a format of `parallel.wire`; `name` separates the buffers of collectives that are under way, or whose
+    results are in use, at the same time.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, num_ranks: int):
@@ -69,7 +69,7 @@ class Comm:
         self.observer: Observer | None = None
         self.counts: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        self.transfers: list[tuple[str, int, float]] = []  # (kind, bytes, seconds) of each that has run
+        self.transfers: list[tuple[str, int, float]] = []  # (kind, bytes, seconds) of each
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._runner = ThreadPoolExecutor(1, "collectives") if num_ranks > 1 else None
 
@@ -80,7 +80,7 @@ class Comm:
 
     @contextmanager
     def observed(self, kind: str, num_bytes: int) -> Iterator[None]:
-        """Around one collective that is waited for at once: counts it and tells the observer."""
+        """Around one collective that blocks: counts it and tells the observer."""
         number = self._launch(kind, num_bytes)
         if self.observer:
             self.observer.before_wait(number)
@@ -96,7 +96,7 @@ class Comm:
     def _start(
         self, kind: str, num_bytes: int, received_bytes: int, run: Callable[[], None], result: Callable
     ) -> Pending:
-        """`run()` makes the collective, in which this rank sends and gets so many bytes; `result()` is its value."""
+        """`run()` performs the collective, `result()` is its value; bytes are those this rank sends and receives."""
         number = self._launch(kind, num_bytes)
 
         def timed() -> None:
@@ -117,7 +117,7 @@ class Comm:
         return Pending(finish=finish)
 
     def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
-        """Sum of `x` [..., n] over the ranks; in place in float32, else a reduce_scatter of rows and an all_gather."""
+        """Sum of `x` [..., n] over ranks: in place in float32, else a reduce_scatter of rows and an all_gather."""
         if self.num_ranks == 1:
             return Pending(x)
         if wire == "float32":
@@ -134,9 +134,9 @@ class Comm:
         return self.start_reduce_scatter(parts, wire, name).then(gather)
 
     def start_reduce_scatter(self, parts: Sequence[torch.Tensor], wire: str = "float32", name: str = "sum") -> Pending:
-        """`parts[r]` is for rank r; brings the sum of what all ranks have for this one.
+        """`parts[r]` is for rank r; returns the sum of all ranks' parts for this one.
 
-        Made of point-to-point messages, since gloo's own is an all_reduce: half of that one's bytes.
+        Uses point-to-point messages: gloo's own reduce_scatter is an all_reduce, with twice the bytes.
         """
         own = parts[self.rank]
         if self.num_ranks == 1:
@@ -147,7 +147,7 @@ class Comm:
     def start_all_gather(
         self, x: torch.Tensor, shapes: Sequence[Sequence[int]], wire: str = "float32", name: str = "gather"
     ) -> Pending:
-        """Brings every rank's `x`, which has `shapes[rank]`, as a list in rank order; parts need not be equal."""
+        """Every rank's `x`, which has `shapes[rank]`, as a list in rank order; shapes may differ."""
         if self.num_ranks == 1:
             return Pending([x])
         dtype, sizes = x.dtype, [message_bytes(shape, wire, x.itemsize) for shape in shapes]
@@ -169,7 +169,7 @@ class Comm:
         wire: str = "float32",
         name: str = "exchange",
     ) -> Pending:
-        """Sends `parts[r]` to rank r; brings what each rank sent here, `shapes[r]`, as a list in rank order."""
+        """Sends `parts[r]` to rank r; returns what each rank sent here, `shapes[r]`, as a list in rank order."""
         if self.num_ranks == 1:
             return Pending(list(parts))
         return self._exchange("all_to_all", parts, shapes, wire, name)
@@ -195,10 +195,10 @@ class Comm:
         )
 
     def _swap(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor]) -> None:
-        """In round k every rank sends to the k-th after it and hears from the k-th before it, one message at a time.
+        """In round k each rank sends to the k-th after it and receives from the k-th before it, one message at a time.
 
-        gloo's own all_to_all posts all messages at once; on links that are full both ways, acknowledgements then wait
-        behind data everywhere: 24 ms against 17 for 3 x 74 kB at 125 Mbps. Its all_gather wants equal parts.
+        gloo's own all_to_all posts all messages at once; on links that are full both ways, acknowledgements then queue
+        behind data: 24 ms against 17 for 3 x 74 kB at 125 Mbps. Its all_gather needs equal parts.
         """
         for k in range(1, self.num_ranks):
             target, source = (self.rank + k) % self.num_ranks, (self.rank - k) % self.num_ranks
@@ -213,11 +213,11 @@ class Comm:
     def start_gather(
         self, x: torch.Tensor, shapes: Sequence[Sequence[int]], root: int, timeout_s: float, absent: Sequence[int] = ()
     ) -> Pending:
-        """Brings every rank's `x`, which has `shapes[rank]`, to `root` as a list in rank order; None on the others.
+        """Every rank's `x`, which has `shapes[rank]`, at `root` as a list in rank order; None on the other ranks.
 
-        The `absent` are not asked and have None in the list. A rank that is lost, or whose message has not come after
-        `timeout_s`, has None there too; it is not to be asked again: what a late rank sends would be taken for its next
-        message.
+        `absent` ranks are not asked: the list has None for them. It also has None for a rank that is lost, or whose
+        message has not come within `timeout_s`; do not ask that rank again, since its late message would be taken for
+        its next one.
         """
         if self.num_ranks == 1:
             return Pending([x])
@@ -233,7 +233,7 @@ class Comm:
         def collect() -> None:
             deadline, works = time.monotonic() + timeout_s, {}
             asked = [rank for rank in range(self.num_ranks) if rank not in (root, *absent)]
-            for rank in asked:  # all at once: none waits for another's turn
+            for rank in asked:  # all at once, so that none waits for another
                 with suppress(RuntimeError):  # gloo's error of a lost or late peer
                     works[rank] = dist.irecv(incoming[rank], group=self.group, group_src=rank)
             for rank, work in works.items():
@@ -258,14 +258,14 @@ class Comm:
         return self._read(message, shape, wire, dtype)
 
     def barrier(self) -> None:
-        """Waits for all ranks; neither counted nor observed, as it is no part of inference."""
+        """Waits for all ranks; neither counted nor observed, since it is not part of inference."""
         if self.num_ranks > 1:
             dist.barrier(group=self.group)
 
     _write, _read = staticmethod(encode), staticmethod(decode)
 
     def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
-        """Kept memory for messages; zeroed when made, so that padding never holds denormals."""
+        """A reused message buffer; zeroed when made, so that padding never holds denormals."""
         kept = self._buffers.get((direction, name))
         if kept is None or len(kept) < num_bytes:
             kept = self._buffers[direction, name] = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -273,7 +273,7 @@ class Comm:
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat(parts)`, without a copy where they lie one behind the other in one buffer already."""
+    """`torch.cat(parts)`, without a copy if they are adjacent in one buffer already."""
     first = parts[0]
     starts = accumulate((part.nbytes for part in parts), initial=first.data_ptr())
     memory = first.untyped_storage().data_ptr()

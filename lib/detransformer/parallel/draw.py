@@ -1,8 +1,8 @@
-"""Drawing the next token by its probability, alike on however many devices the vocabulary lies.
+"""Draws the next token by its probability, with the same result on any number of devices.
 
-The largest of logit / temperature + noise is a draw from softmax(logits / temperature) where the noise is Gumbel's,
--log(-log(u)). So devices exchange what greedy decoding exchanges, their best value and its token, and agree because all
-choose from the same numbers. Each row has the noise of its own seed, whatever batch it is in. V: words of the
+With Gumbel noise, -log(-log(u)), the argmax of logit / temperature + noise is a draw from softmax(logits /
+temperature). So devices exchange only what greedy decoding exchanges, their best value and its token, and agree because
+all choose from the same numbers. Each row's noise comes from its own seed, whatever its batch. V: words of the
 vocabulary, P: devices.
 """
 
@@ -19,7 +19,7 @@ NOT_FINITE = -2  # in place of a token: the model's numbers are not finite
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row's tokens are chosen. Temperature 0: the likeliest. `top_p`: from the fewest words of that probability.
+    """How a row's tokens are chosen. Temperature 0: the likeliest. `top_p`: among the fewest words of that probability.
 
     Raises:
         ValueError: for a value out of range.
@@ -39,10 +39,10 @@ class Sampling:
 
 
 class Draw:
-    """How the tokens of one generation are chosen: the noise of each row, by its own seed; one on every device.
+    """Chooses the tokens of one generation, each row's noise by its own seed; every device has one.
 
-    `enough` are the rows that this device knows to be wanted no more. What it sends for these is `END` with the largest
-    value there is: so all devices end a row at the same token, whichever of them knew.
+    `enough` are rows that this device knows are no longer wanted. For these it sends `END` with the largest value there
+    is, so that all devices end a row at the same token, whichever of them knew.
     """
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int):
@@ -51,12 +51,12 @@ class Draw:
         self._generators = [torch.Generator().manual_seed(row.seed) for row in rows]
 
     def end(self, best: torch.Tensor) -> None:
-        """Puts the end of rows that are wanted no more into `best` [B, 2], (value, token) of each row."""
+        """Marks the rows in `enough` as ended in `best` [B, 2], (value, token) of each row."""
         for row in self.enough:
             best[row, 0], best[row, 1] = torch.inf, END
 
     def __call__(self, logits: torch.Tensor, sizes: Sequence[int], comm: Comm) -> torch.Tensor:
-        """Logits [B, V/P] of this device's words -> values [B, V/P] of which the largest of all devices is the draw.
+        """Logits [B, V/P] of this device's words -> values [B, V/P]; the largest over all devices is the draw.
 
         `sizes[r]` is the number of words of rank r. Rows of temperature 0 stay as they are.
         """
@@ -66,7 +66,7 @@ class Draw:
         values = logits.clone()
         if any(
             row.top_p < 1 and row.temperature for row in self.rows
-        ):  # needs all logits, which no price counts: the observer, which paces by prices, is not told
+        ):  # needs all logits; costs leave this out, so the observer, which paces by costs, is not told
             observer, comm.observer = comm.observer, None
             every = comm.start_all_gather(logits, [(len(logits), size) for size in sizes], name="logits").wait()
             comm.observer, whole = observer, torch.cat(every, -1)  # [B, V]
@@ -82,7 +82,7 @@ class Draw:
 
 
 def least_of_nucleus(logits: torch.Tensor, row: Sampling) -> torch.Tensor:
-    """The smallest logit among the likeliest words that together have the probability `top_p`; logits [V]."""
+    """The smallest logit among the fewest likeliest words that together have the probability `top_p`; logits [V]."""
     falling = logits.sort(descending=True).values
     before = (falling / row.temperature).softmax(-1).cumsum(-1).roll(1)
     before[0] = 0.0

@@ -1,8 +1,8 @@
 """PyTorch's own tensor parallelism as a user would get it: `parallelize_module` on the Hugging Face BERT.
 
-Query, key, value and the FFN's first product are cut by columns, the products after them by rows; each of the latter
-ends in one all_reduce, two a layer, as in `tp`. DTensor makes these collectives itself, from forward hooks. Ours stand
-around them, so that they are counted, paced and timed like all others; what lies between is left as it is.
+Query, key, value and the FFN's first product are cut by columns, the products after them by rows; each row-wise product
+ends in one all_reduce, so there are two a layer, as in `tp`. DTensor makes these collectives itself, in forward hooks.
+Our hooks around them count, pace and time them like all others; the rest is as DTensor leaves it.
 """
 
 from contextlib import AbstractContextManager
@@ -37,11 +37,11 @@ def check_shards(config: BertConfig, num_devices: int) -> None:
 class DTensorExecutor:
     """One device's part of the model in the folder `checkpoint`; called like `parallel.executor.Executor`.
 
-    Each device reads the whole checkpoint and keeps its shards. `weights_bytes` are those of the shards and of what is
-    on every device.
+    Each device reads the whole checkpoint and keeps its shards. `weights_bytes` counts the shards and the weights
+    that every device has.
 
     Args:
-        plan: one whose `runs` is `dtensor`; only its number of devices is used.
+        plan: a plan with `runs='dtensor'`; only its number of devices is used.
         dtype: to compute in; default: the checkpoint's.
 
     Raises:
@@ -78,7 +78,7 @@ class DTensorExecutor:
         self._collective.__enter__()
 
     def _after_all_reduce(self, module, inputs, output: torch.Tensor) -> torch.Tensor:
-        if isinstance(output, AsyncCollectiveTensor):  # its first use, the residual's sum, would wait for it
+        if isinstance(output, AsyncCollectiveTensor):  # else its first use, the residual's sum, waits
             output = output.wait()
         self._collective.__exit__(None, None, None)
         return output

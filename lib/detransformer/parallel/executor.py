@@ -1,9 +1,9 @@
-"""Runs a plan on one device: embeddings, layers with resharding between them, and what the model ends in.
+"""Runs a plan on one device: embeddings, layers with resharding between them, and the model's ending.
 
 Encoders end in pooler and task head, a GPT-2 in the next token or a classifier.
 
 Every rank of the plan makes an `Executor` and calls it with the same request. Model parallel plans leave the result on
-every rank; a pipeline leaves it on its last.
+every rank, a pipeline on its last.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,9 +26,9 @@ from detransformer.parallel.weights import WeightSource
 
 @dataclass(frozen=True)
 class Output:
-    """last_hidden_state [B, T, D]; the rest where the model has it.
+    """last_hidden_state [B, T, D]; the other fields where the model has them.
 
-    `next_token` [B] is the token after the last one, of a decoder: the likeliest, or one that is drawn.
+    `next_token` [B], of a decoder, follows the last token: the likeliest one, or a drawn one.
     """
 
     last_hidden_state: torch.Tensor
@@ -38,9 +38,9 @@ class Output:
 
 
 class Embeddings:
-    """Word, position and, but for DistilBERT, token type look-ups and their LayerNorm, at full width on every device.
+    """Word, position and (except in DistilBERT) token type look-ups and their LayerNorm, at full width on every device.
 
-    RoBERTa and its kind count positions from the padding token's number on, over the tokens that do not pad.
+    RoBERTa and its relatives count positions from the padding token's id, over tokens that are not padding.
     """
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource):
@@ -76,7 +76,7 @@ class DecoderEmbeddings:
 
 
 class PatchEmbeddings:
-    """A ViT's patches, each projected, its class token before them, and positions; at full width on every device."""
+    """A ViT's projected patches, the class token before them, and positions; at full width on every device."""
 
     def __init__(self, weights: WeightSource):
         self.projection = [weights.once(f"embeddings.patch_embeddings.projection.{n}") for n in ("weight", "bias")]
@@ -90,9 +90,9 @@ class PatchEmbeddings:
 
 
 class NextToken:
-    """GPT-2's last LayerNorm and the next token; each device looks at its part of the vocabulary.
+    """GPT-2's last LayerNorm and the next token; each device scores its part of the vocabulary.
 
-    What devices exchange is their best logit (or what `draw` makes of it) and its token, two numbers a sequence.
+    Devices exchange their best logit (or what `draw` makes of it) and its token: two numbers a sequence.
     """
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm):
@@ -123,7 +123,7 @@ class NextToken:
         return Output(x, next_token=token.long())
 
 
-# The maps of a task head, each with what follows it, by head and by family; a head of one token has two.
+# A task head's maps, each with its activation, by head and family; a head that reads one token may have two.
 _OF_ONE_TOKEN = {
     "bert": (("pooler.dense", torch.tanh), ("classifier", None)),
     "distilbert": (("pre_classifier", torch.relu), ("classifier", None)),
@@ -137,9 +137,9 @@ _OF_EACH_TOKEN = {"token-classification": (("classifier", None),), "question-ans
 
 
 class Head:
-    """Pooler or task head, as the configuration's class has it; small, so each device that has X runs it whole.
+    """Pooler or task head of the configuration's class; small, so each device that has X runs it whole.
 
-    A masked-language-model head is not run: the outputs are the hidden states that it reads.
+    A masked-language-model head is not run: the outputs are the hidden states that it would read.
     """
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource):
@@ -159,7 +159,7 @@ class Head:
         return weights.once(f"{name}.weight"), weights.once(f"{name}.bias") if f"{name}.bias" in weights else None
 
     def __call__(self, x: torch.Tensor, last: torch.Tensor | None = None) -> Output:
-        """x [B, T, D]; `last` [B] is each text's last token, which a decoder's classifier reads."""
+        """x [B, T, D]; `last` [B] is the index of each text's last token, which a decoder's classifier reads."""
         if self.norm:
             x = F.layer_norm(x, x.shape[-1:], *self.norm, eps=self.eps)
         if not self.maps:
@@ -174,14 +174,14 @@ class Head:
 
 
 def embeddings_of(config: PretrainedConfig, weights: WeightSource) -> Embeddings | DecoderEmbeddings | PatchEmbeddings:
-    """What a model begins with."""
+    """The embeddings of a model."""
     if architecture(config) == "vit":
         return PatchEmbeddings(weights)
     return DecoderEmbeddings(weights) if architecture(config) == "gpt2" else Embeddings(config, weights)
 
 
 def ending_of(config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm) -> Head | NextToken:
-    """What a model ends in."""
+    """The ending of a model: next token, or pooler and task head."""
     return NextToken(config, weights, plan, comm) if generates(config) else Head(config, weights)
 
 
@@ -194,8 +194,8 @@ class Executor:
     """One device's part of a plan.
 
     Args:
-        config: of the model, original or decoupled.
-        plan: made for that model.
+        config: the model's, original or decoupled.
+        plan: a plan for that model.
         weights: the checkpoint; only this device's part is read.
         comm: the plan's group; its size must be the plan's number of devices.
 
@@ -245,12 +245,12 @@ class Executor:
         draw: Draw | None = None,
         pixel_values: torch.Tensor | None = None,
     ) -> Output | None:
-        """The first three [B, T], mask 1 = attend -> Output; None on a pipeline's ranks but its last.
+        """The first three [B, T], mask 1 = attend -> Output; None on all but the last rank of a pipeline.
 
-        A ViT takes `pixel_values` [B, 3, H, W] alone.
+        A ViT takes only `pixel_values` [B, 3, H, W].
 
-        With a decoder's `cache`, the tokens follow those in it, and `attention_mask` is [B, T_all]; its next token is
-        chosen by `draw`, where that is given.
+        With a decoder's `cache`, the tokens follow the cached ones, and `attention_mask` is [B, T_all]; `draw`, if
+        given, chooses the next token.
         """
         given = input_ids if pixel_values is None else pixel_values
         batch_size, seq_len = request_shape(self.config, given)
@@ -285,7 +285,7 @@ class Executor:
         if not self.is_last:
             self.comm.send(x, self.stage + 1, plan.number_format)
             return None
-        # A message's buffer is used again by the next request: what is given out must not lie in it.
+        # The next request reuses message buffers, so the result must not lie in one.
         x = x.clone() if layout != REPLICATE else x
         if isinstance(self.head, NextToken):
             return self.head(x, draw)
@@ -295,18 +295,17 @@ class Executor:
 
 
 def causal_mask(seq_len: int, past: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B or 1, 1, T, past + T]: a token attends to itself and to unmasked ones before it; None where that is all."""
+    """[B or 1, 1, T, past + T]: a token attends to itself and to unmasked earlier ones; None if that is every token."""
     if seq_len == 1:
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
     mask = torch.ones(1, 1, seq_len, past + seq_len, dtype=torch.bool).tril(past)
-    if attention_mask is not None:  # what pads attends to itself, so that its softmax has something to sum
+    if attention_mask is not None:  # padding attends to itself, so that its softmax is defined
         mask = mask & (attention_mask[:, None, None, :].bool() | torch.eye(past + seq_len, dtype=torch.bool)[past:])
     return mask
 
 
 def last_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, padding: int | None) -> torch.Tensor:
-    """[B]: where the last token of each text stands that is neither masked nor the padding token, as transformers has
-    it."""
+    """[B]: index of each text's last token that is neither masked nor the padding token, as in transformers."""
     is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     if padding is not None:
         is_text = is_text * (input_ids != padding)
@@ -314,7 +313,7 @@ def last_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pa
 
 
 def positions(batch_size: int, seq_len: int, past: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """[B, T]: where each new token stands; padding before a text does not count."""
+    """[B, T]: the position of each new token; padding before a text does not count."""
     if attention_mask is None:
         return torch.arange(past, past + seq_len).expand(batch_size, -1)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq_len:]

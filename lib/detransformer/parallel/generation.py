@@ -1,7 +1,7 @@
-"""Text generation over devices: prefill and decoding planned apart, keys and values kept where they are made.
+"""Text generation over devices: prefill and decoding have separate plans, keys and values stay where they are made.
 
-The prompt is run by one plan (many tokens: compute counts), each further token by another (one token: messages and the
-reading of weights count). Both share a device's weights, and the keys and values, which never leave it.
+One plan runs the prompt (many tokens: compute dominates), another each further token (one token: messages and reading
+weights dominate). Both share a device's weights, and its keys and values, which never leave it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from detransformer.parallel.weights import WeightSource
 
 
 def check_generation(config: PretrainedConfig, prefill: Plan, decode: Plan) -> None:
-    """Raises ValueError unless `decode` can go on from what `prefill` has kept, layer by layer."""
+    """Raises ValueError unless `decode` can continue from the cache of `prefill`, layer by layer."""
     if not generates(config):
         raise ValueError(f"a {config.model_type} model does not generate text: take a GPT-2.")
     if prefill.stages or decode.stages:
@@ -37,10 +37,10 @@ def check_generation(config: PretrainedConfig, prefill: Plan, decode: Plan) -> N
 
 
 class Generator:
-    """Decoding on one device of a plan's group, greedily or by drawing; every device has the tokens.
+    """Decoding on one device of a plan's group, greedy or by drawing; every device gets the tokens.
 
     Raises:
-        ValueError: where the two plans cannot take turns, or the model is no decoder.
+        ValueError: if the two plans cannot take turns, or the model is not a decoder.
     """
 
     def __init__(self, config: PretrainedConfig, prefill: Plan, decode: Plan, weights: WeightSource, comm: Comm):
@@ -62,11 +62,11 @@ class Generator:
     ) -> torch.Tensor:
         """The prompts [B, T], padded on the left where `attention_mask` [B, T] is 0 -> the first new token [B].
 
-        `sampling` says how each row's tokens are chosen; without, all are the likeliest. After one of `stop_tokens` a
-        row has ended; what follows in it has no meaning.
+        `sampling` says how each row's tokens are chosen; by default all are the likeliest. A row ends after one of
+        `stop_tokens`; its tokens after that have no meaning.
 
         Raises:
-            ValueError: if prompt and new tokens do not fit the model's positions.
+            ValueError: if prompt and new tokens exceed the model's positions.
         """
         total = input_ids.shape[1] + max_new_tokens
         limit = self.config.max_position_embeddings
@@ -100,10 +100,10 @@ class Generator:
         return tokens
 
     def finish(self, rows: Iterable[int]) -> None:
-        """Ends these rows at the next token, on all devices, though perhaps only this one was told."""
+        """Ends these rows at the next token on all devices, even if only this one was told."""
         self._draw.enough.update(rows)
 
     @property
     def ended(self) -> bool:
-        """Whether all tokens are made, or every row has ended: alike on all devices."""
+        """Whether all tokens are made or every row has ended; the same on all devices."""
         return not self._left or bool(self._ended.all())

@@ -1,4 +1,4 @@
-"""What all strategies share: a request's chunks, a decoder's cache, and the base class that a strategy derives from.
+"""Shared by all strategies: a request's chunks, a decoder's cache, and the base class of strategies.
 
 Shapes as in `parallel.strategies`.
 """
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 REPLICATE = "replicate"  # every device holds all of X
 HIDDEN = "shard(hidden)"  # its sub-blocks' feature slices, all tokens
 SEQ = "shard(seq)"  # its tokens, all features
-UNSUMMED = "unsummed"  # X as all have it, and own contributions that are to be added: [1 + n, B, T, D]
+UNSUMMED = "unsummed"  # the common X, and own contributions still to be added: [1 + n, B, T, D]
 
 STRATEGIES: dict[str, type["Strategy"]] = {}  # by name, as `register` adds them
 
 
 def register(name: str) -> Callable[[type["Strategy"]], type["Strategy"]]:
-    """Makes a strategy known to plans, the executor and the planner under `name`."""
+    """Registers a strategy under `name` for plans, the executor and the planner."""
 
     def add(strategy: type["Strategy"]) -> type["Strategy"]:
         STRATEGIES[name] = strategy
@@ -49,12 +49,12 @@ class Chunk:
     tokens: Sequence[int]
 
     def of(self, rank: int) -> tuple[int, int]:
-        """Where device `rank`'s tokens stand in the chunk."""
+        """Start and stop of device `rank`'s tokens in the chunk."""
         return bounds(self.tokens, rank)
 
 
 def chunks_of(sizes: Iterable[tuple[int, Sequence[int]]]) -> list[Chunk]:
-    """Chunks of so many tokens, one after another: (tokens in all, tokens of each device) of each."""
+    """Consecutive chunks of these sizes, each (tokens in all, tokens of each device)."""
     chunks, start = [], 0
     for index, (total, tokens) in enumerate(sizes):
         chunks.append(Chunk(index, start, start + total, tokens))
@@ -63,7 +63,7 @@ def chunks_of(sizes: Iterable[tuple[int, Sequence[int]]]) -> list[Chunk]:
 
 
 class KeyValueCache:
-    """Keys and values of a decoder's earlier tokens, this device's part: each layer's K and V, [rows, capacity, A]."""
+    """This device's keys and values of a decoder's earlier tokens: each layer's K and V, [rows, capacity, A]."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -71,7 +71,7 @@ class KeyValueCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def join(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps k and v [rows, T, A] of the tokens after `num_tokens`; returns those of all, [rows, T_all, A]."""
+        """Appends k and v [rows, T, A] of the tokens after `num_tokens`; returns those of all, [rows, T_all, A]."""
         rows, new, width = k.shape
         if layer not in self._layers:
             self._layers[layer] = k.new_zeros(rows, self.capacity, width), v.new_zeros(rows, self.capacity, width)
@@ -87,7 +87,7 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Request:
-    """What a layer needs to know of the request besides X."""
+    """What a layer needs to know about the request besides X."""
 
     batch_size: int
     chunks: Sequence[Chunk]
@@ -107,23 +107,23 @@ class Request:
         return cls(batch_size, chunks_of((sum(tokens), tokens) for tokens in plan.tokens(seq_len)), mask, cache)
 
     def mask_of(self, start: int, stop: int) -> torch.Tensor | None:
-        """The mask of the queries of tokens start..stop."""
+        """The mask for the queries of tokens start..stop."""
         return self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, start:stop]
 
 
 class Strategy:
     """One layer on one device: which weights it keeps (`load`), and what it computes and sends (`__call__`).
 
-    The planner prices a strategy by recording this code (`planning.tape`), so a subclass is all there is to write:
+    The planner prices a strategy by recording this code (`planning.tape`), so a new strategy is one subclass:
 
-        layer_kind: the kind of layer that it runs, `original` or `decoupled`.
-        in_layout, out_layout: the layouts of X that it asks for and leaves.
-        splits: the fields of `Plan` by which it divides a layer; it may look at no other one. A device's part of the
-            layer is measured by its share of the first of them; without any, every device runs the whole layer.
-        qkv_weights, rest_weights: whether a device keeps its `own` part or `all` of the weights of Q, K, V, and of all
-            else.
-        cache: whether a decoder keeps the keys and values of its `own` heads (or sub-blocks) or `all` of them.
-            Strategies that keep the same may take turns in one generation.
+        layer_kind: the kind of layer that it runs, such as `original` or `decoupled`.
+        in_layout, out_layout: the layouts of X that it takes and leaves.
+        splits: the fields of `Plan` that divide a layer; it may read no others. A device's share of the layer is its
+            share of the first one; without any, every device runs the whole layer.
+        qkv_weights, rest_weights: whether a device keeps its `own` part or `all` of the weights of Q, K and V, and of
+            the other weights.
+        cache: whether a decoder caches keys and values of its `own` heads (or sub-blocks) or of `all` of them.
+            Strategies with the same value may take turns in one generation.
     """
 
     layer_kind = "original"
@@ -154,17 +154,17 @@ class Strategy:
         self.load(parameters)  # a device keeps its own part, not the source
 
     def load(self, parameters: LayerParameters) -> None:
-        """Takes this device's weights, here all of them."""
+        """Loads this device's weights, here all of them."""
         self.load_attention(parameters)
         self.load_rest(parameters)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        """Gives out X's chunks in the out-layout; `chunks` are X's in the in-layout."""
+        """Yields X's chunks in the out-layout; `chunks` are X's in the in-layout."""
         raise NotImplementedError
 
     @classmethod
     def share(cls, plan: "Plan", rank: int) -> float:
-        """Device `rank`'s part of a layer, from 0 to 1."""
+        """Device `rank`'s share of a layer, from 0 to 1."""
         if not cls.splits:
             return 1.0
         parts = getattr(plan, cls.splits[0])
@@ -177,11 +177,11 @@ class Strategy:
         return start * self.head_size, stop * self.head_size
 
     def load_attention(self, parameters: LayerParameters, own_heads: bool = False) -> None:
-        """Q, K and V packed in one product, D -> 3A, of this device's heads or all."""
+        """Loads Q, K and V packed in one product, D -> 3A, of this device's heads or all."""
         self.to_qkv = parameters.qkv(self.own_heads if own_heads else None)
 
     def load_rest(self, parameters: LayerParameters, own_columns: bool = False) -> None:
-        """Output projection, FFN and LayerNorms: whole, or of own heads' inputs and own inner columns of the FFN."""
+        """Loads output projection, FFN and LayerNorms: whole, or for own heads and own inner columns of the FFN."""
         columns = bounds(self.plan.ffn_columns, self.comm.rank) if own_columns else None
         self.ffn_in = parameters.linear("ffn_in", outputs=columns)
         self.ffn_out = parameters.linear("ffn_out", inputs=columns)
@@ -198,15 +198,15 @@ class Strategy:
         return F.layer_norm(x, x.shape[-1:], *parameters, eps=self.eps)
 
     def before(self, x: torch.Tensor, norm: list[torch.Tensor]) -> torch.Tensor:
-        """What attention or FFN reads of X."""
+        """The input of attention or FFN: X, in pre-norm models normalised."""
         return self.norm(x, norm) if self.pre_norm else x
 
     def add(self, y: torch.Tensor, x: torch.Tensor, norm: list[torch.Tensor]) -> torch.Tensor:
-        """The residual x and y, which attention or FFN has made of it; y is written over."""
+        """Adds the residual x to y, the output of attention or FFN, in place; post-norm models then normalise."""
         return y.add_(x) if self.pre_norm else self.norm(y.add_(x), norm)
 
     def ffn(self, x: torch.Tensor) -> torch.Tensor:
-        """The FFN of x's tokens, or a partial sum of it, where this device has some of its inner columns."""
+        """The FFN of x's tokens, or a partial sum of it if this device has only some inner columns."""
         return self.ffn_out(self.activation(self.ffn_in(self.before(x, self.ffn_norm))))
 
     def qkv(self, x: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ class Strategy:
         return self.to_qkv(self.before(x, self.attention_norm)).unflatten(-1, (3, -1))
 
     def projected(self, chunks: Iterable[Pending]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """X's chunks, and Q, K, V of each, which is computed as soon as that chunk has arrived."""
+        """X's chunks, and Q, K, V of each, computed as soon as that chunk has arrived."""
         xs, qkv = [], []
         for x in arrived(chunks):
             xs.append(x)
@@ -229,13 +229,13 @@ class Strategy:
     def attended(self, qkv: Sequence[torch.Tensor], request: Request, copies: int = 1) -> Iterator[torch.Tensor]:
         """Attention of each chunk's q over all k and v: chunks [B, T, 3, A] -> [B, T, A] one after another.
 
-        With `copies` c the rows are c times the request's sequences.
+        With `copies` c there are c times as many rows as sequences in the request.
         """
         k, v = together([part[:, :, 1] for part in qkv]), together([part[:, :, 2] for part in qkv])
         k, v = self.remember(k, v, request)
         for part, chunk in zip(qkv, request.chunks, strict=True):
             mask = request.mask_of(chunk.start, chunk.stop)
-            if mask is not None and len(mask) > 1:  # one of all sequences is that of all copies
+            if mask is not None and len(mask) > 1:  # a mask of length 1 serves all copies
                 mask = mask.repeat(copies, 1, 1, 1)
             yield self.attend(part[:, :, 0], k, v, mask)
 
@@ -250,7 +250,7 @@ class Strategy:
         return context.transpose(1, 2).flatten(2)
 
     def remember(self, k: torch.Tensor, v: torch.Tensor, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v [rows, T, A] of the request's tokens, after those of earlier ones where they are kept."""
+        """k and v [rows, T, A] of the request's tokens, after the cached ones if there is a cache."""
         return request.cache.join(self.layer, k, v) if request.cache else (k, v)
 
     def own_tokens(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
@@ -273,23 +273,23 @@ class Strategy:
     def after_exchange(
         self, contexts: Iterable[torch.Tensor], xs: Sequence[torch.Tensor], request: Request
     ) -> Iterator[torch.Tensor]:
-        """The rest of the layer for own tokens x, of attention by own heads: chunks [B, T, h*s] -> [B, t, D]."""
+        """The rest of the layer for own tokens x, after attention by own heads: chunks [B, T, h*s] -> [B, t, D]."""
         exchanges = [self.heads_to_tokens(c, chunk) for c, chunk in zip(contexts, request.chunks, strict=True)]
         for exchange, x in zip(exchanges, xs, strict=True):
             yield self.after_attention(exchange.wait(), x)
 
 
 def together(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
-    """`torch.cat` along the tokens, or `dim`; without a copy where there is one part."""
+    """`torch.cat` along the tokens, or `dim`; without a copy if there is one part."""
     return torch.cat(list(parts), dim=dim) if len(parts) > 1 else parts[0]
 
 
 def arrived(chunks: Iterable[Pending]) -> Iterator[torch.Tensor]:
-    """The chunks of X, each waited for when it is asked for."""
+    """The chunks of X, each waited for when requested."""
     return (chunk.wait() for chunk in chunks)
 
 
 def attention_scale(config: PretrainedConfig, layer: int, head_size: int) -> float:
-    """What scores are multiplied by: the root of 1/s, but where a GPT-2's configuration says otherwise."""
+    """The factor on attention scores: the root of 1/s, unless a GPT-2's configuration says otherwise."""
     scale = head_size**-0.5 if getattr(config, "scale_attn_weights", True) else 1.0
     return scale / (layer + 1) if getattr(config, "scale_attn_by_inverse_layer_idx", False) else scale

@@ -1,10 +1,10 @@
-"""Linear maps whose weights lie as the product reads them fastest.
+"""Linear maps whose weights are laid out for the fastest product.
 
-A share of a layer has few rows or narrow outputs, and a product of few rows takes as long as its weights take to be
-laid out anew and read. oneDNN keeps weights in its own blocked layout, once and for all (`packed`): 16 rows through
-768 -> 3072 then run at 90 instead of 47 GFLOP/s, 8 at 62 instead of 32, 128 at 108 instead of 91 (one core of an AMD
-EPYC, float32). What cannot be packed (other number formats, views of a map that several plans share) is kept
-input-major, [in, out], rows of a multiple of 4 KiB padded, since these fall on the same cache sets.
+A share of a layer has few rows or narrow outputs, and a product of few rows takes as long as laying out and reading its
+weights. oneDNN keeps weights in its own blocked layout (`packed`): 16 rows through 768 -> 3072 then run at 90 instead
+of 47 GFLOP/s, 8 at 62 instead of 32, 128 at 108 instead of 91 (one core of an AMD EPYC, float32). What cannot be packed
+(other number formats, views of a map that several plans share) is kept input-major, [in, out]; rows of a multiple of
+4 KiB are padded, since such rows fall on the same cache sets.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from torch.nn import functional as F
 
 _PADDING = 16  # numbers, one cache line of float32
 _BAD_STRIDE_BYTES = 4096
-_TYPICAL_ROWS = 32  # for which oneDNN chooses its layout; 8 to 128 rows run as fast as with their own
-_MIN_PACKED = 2**14  # weights; the call itself takes longer than a product of fewer
+_TYPICAL_ROWS = 32  # oneDNN lays out for these; 8 to 128 rows run as fast as with their own layout
+_MIN_PACKED = 2**14  # weights; with fewer, the call itself takes longer than the product
 
 
 def input_major(weight: torch.Tensor) -> torch.Tensor:
-    """[..., out, in] -> [..., in, out], each row contiguous, padded where its length would be unlucky."""
+    """[..., out, in] -> [..., in, out], each row contiguous, padded if its length is a multiple of 4 KiB."""
     return _laid_out(weight.transpose(-1, -2))
 
 
 def padded(weight: torch.Tensor) -> torch.Tensor:
-    """[..., in, out] as it is, or in a copy with padded rows where their length would be unlucky."""
+    """[..., in, out] as it is, or copied with padded rows if their length is a multiple of 4 KiB."""
     unlucky = weight.shape[-1] * weight.itemsize % _BAD_STRIDE_BYTES == 0
     return _laid_out(weight) if unlucky else weight
 
@@ -41,7 +41,7 @@ def _laid_out(weight: torch.Tensor) -> torch.Tensor:
 
 @cache
 def can_pack() -> bool:
-    """Whether this build of torch has oneDNN's packed products, and they compute what they should."""
+    """Whether this build of torch has oneDNN's packed products, and they are correct."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.linspace(-1, 1, 5 * 48).view(5, 48), torch.linspace(-1, 1, 64 * 48).view(64, 48)
@@ -62,7 +62,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def _no_numbers(weight: torch.Tensor) -> torch.Tensor:
-    """A tensor of `weight`'s shape and dtype that takes no memory: what is left of a weight that was packed."""
+    """A tensor of `weight`'s shape and dtype that takes no memory: a placeholder for a packed weight."""
     return weight.new_zeros(()).expand(weight.shape)
 
 
@@ -72,19 +72,19 @@ def _worth_packing(weight: torch.Tensor) -> bool:
 
 
 class Linear:
-    """x [..., in] -> [..., out]; the bias, where there is one, is added by the product itself."""
+    """x [..., in] -> [..., out]; the product itself adds the bias, if there is one."""
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: Sequence[torch.Tensor] | None = None
     ):
-        """`weight` is [in, out], see `input_major`; `packed`, where there is one, is used instead of its numbers."""
+        """`weight` is [in, out], see `input_major`; `packed`, if given, is used instead of its numbers."""
         self.weight = weight
         self.bias = bias
         self.packed = packed
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, is_input_major: bool, packs: bool) -> Self:
-        """Of a weight as a checkpoint stores it, [in, out] or [out, in]; `packs`: for oneDNN, if that is worth it."""
+        """From a weight as a checkpoint stores it, [in, out] or [out, in]; `packs`: pack it for oneDNN if that pays."""
         other_major = weight.transpose(-1, -2)
         if packs and len(weight) and _worth_packing(weight):
             output_major = other_major if is_input_major else weight
@@ -93,7 +93,7 @@ class Linear:
         return cls(padded(weight) if is_input_major else input_major(weight), bias)
 
     def part(self, outputs: tuple[int, int] | None = None, inputs: tuple[int, int] | None = None) -> "Linear":
-        """A view of outputs, or inputs, start..stop; partial sums, of some inputs, have no bias."""
+        """A view of outputs, or inputs, start..stop; some inputs give partial sums, without bias."""
         assert self.packed is None, "a packed map has no parts"
         if inputs:
             return Linear(self.weight[slice(*inputs)])

@@ -1,4 +1,4 @@
-"""The methods by name, as tables list them: what each does with an original layer. Words only."""
+"""The methods by name, as tables list them, with their strategy for original layers. Strings only."""
 
 # A method's strategy for original layers; decoupled layers have one of their own.
 ORIGINAL_LAYER_STRATEGY = {
@@ -19,9 +19,10 @@ ORIGINAL_LAYER_STRATEGY = {
 PAPER_METHODS = ("bp+tp", "bp+sp", "bp+allgather")  # the paper's Plans 1 to 3 (Section III-C)
 DIRECT_METHODS = ("bp+ulysses", "bp+heads")  # reshard by one all_to_all, unlike the published plans
 BLOCK_METHODS = (*PAPER_METHODS, *DIRECT_METHODS)
-# Chosen by the planner: the best of all plans for the unmodified model; of the decoupled one the best of the paper's
-# three plans, the best of all, and the paper's best with the smaller sub-block that the authors' released code times.
+# Chosen by the planner: `auto` is the best plan for the unmodified model; for the decoupled model `bp+paper` is the
+# best of the paper's three plans, `bp+auto` the best of all, `bp+narrow` the paper's best with the smaller sub-block
+# that the authors' released code times.
 PLANNED_METHODS = ("auto", "bp+paper", "bp+auto", "bp+narrow")
 _UNMODIFIED = tuple(method for method in ORIGINAL_LAYER_STRATEGY if method not in BLOCK_METHODS)
 METHODS = (*_UNMODIFIED, "auto", *BLOCK_METHODS, *PLANNED_METHODS[1:])  # as tables list them
-SHARDS_LAYERS = ("tp", "sp", "ulysses", "galaxy", "dtensor")  # for a model of original layers alone
+SHARDS_LAYERS = ("tp", "sp", "ulysses", "galaxy", "dtensor")  # only for models without decoupled layers

@@ -1,6 +1,6 @@
-"""A layer's parameters by role, whatever its architecture calls them and however it stores them.
+"""A layer's parameters by role, independent of the architecture's names and storage.
 
-Each part is read once, also where several plans are held: what one takes of a map that another needs whole is a view.
+Weights are cached by part. If one of several loaded plans needs a whole map, the others take views of it.
 
 Shapes: D hidden, A attention width, I intermediate size, P sub-blocks of width d = D/P.
 """
@@ -21,7 +21,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Naming:
-    """Where an architecture keeps what. `input_major`: weights are [in, out], as GPT-2's Conv1D has them."""
+    """Names and layout of an architecture's parameters. `input_major`: weights are [in, out], as in GPT-2's Conv1D."""
 
     prefix: str
     qkv: tuple[str, ...]  # Q, K and V, or all three packed in one
@@ -32,8 +32,8 @@ class Naming:
     ffn_norm: str
     input_major: bool
     pre_norm: bool  # LayerNorm stands before attention and FFN, not after their residuals
-    eps: str | float  # the configuration's name of LayerNorm's epsilon, or what it always is
-    activation: str  # the configuration's name of the FFN's activation
+    eps: str | float  # the configuration's field of LayerNorm's epsilon, or its constant value
+    activation: str  # the configuration's field of the FFN's activation
 
     def eps_of(self, config: PretrainedConfig) -> float:
         """LayerNorm's epsilon."""
@@ -97,7 +97,7 @@ NAMING = {
 
 
 def naming_of(config: PretrainedConfig) -> Naming:
-    """Where a checkpoint of this architecture keeps each parameter; ValueError for one that is not supported."""
+    """The names of a model's architecture; ValueError if it is not supported."""
     return NAMING[architecture(config)]
 
 
@@ -109,8 +109,8 @@ def layers_of(body: PreTrainedModel) -> nn.ModuleList:
 class LayerParameters:
     """The parameters of one layer as its strategy takes them.
 
-    `keeps_whole`: another plan needs all of them, and this one takes views. `packs`: products take all of a map's
-    outputs, so that weights may be laid out for that (`linear`); views cannot be packed.
+    `keeps_whole`: another plan needs all of them, so this one takes views. `packs`: products use all outputs of a map,
+    so that its weights may be packed (`linear`); views cannot be.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class LayerParameters:
         self._width = config.hidden_size
 
     def _once(self, key: tuple, read: Callable):
-        """What `read()` gives, or gave before for the same part."""
+        """The cached result of `read()` for this part."""
         kept = self._source.kept
         key = (self._prefix, *key)
         if key not in kept:
@@ -140,7 +140,7 @@ class LayerParameters:
         return self._source.take(f"{self._prefix}{getattr(self.naming, role)}.{kind}", dim, *(part or (None, None)))
 
     def bias(self, role: str) -> torch.Tensor:
-        """The whole bias of map `role`: what is added once to a sum over devices."""
+        """The whole bias of map `role`, which is added once to a sum over devices."""
         if self._keeps_whole:
             return self.linear(role).bias
         return self._once((role, "bias"), lambda: self._take(role, "bias"))
@@ -150,7 +150,7 @@ class LayerParameters:
         return self._once((role, part), lambda: [self._take(role, kind, 0, part) for kind in ("weight", "bias")])
 
     def linear(self, role: str, outputs: Range | None = None, inputs: Range | None = None) -> Linear:
-        """Outputs or inputs start..stop of `role` (`out`, `ffn_in`, `ffn_out`), or all; inputs come without bias."""
+        """Outputs or inputs start..stop of `role` (`out`, `ffn_in`, `ffn_out`), or all; some inputs have no bias."""
         if self._keeps_whole and (outputs or inputs):
             return self.linear(role).part(outputs, inputs)
 
@@ -188,7 +188,7 @@ class LayerParameters:
         return Linear.of(weight, bias, True, self._packs)
 
     def blocks(self, role: str, part: Range) -> StackedLinear:
-        """Map `role` of sub-blocks start..stop, d -> I, I -> d or A -> d each; `qkv`: d -> 3A."""
+        """Map `role` of sub-blocks start..stop: d -> I, I -> d or A -> d each; `qkv`: d -> 3A."""
         if self._keeps_whole:
             whole = self._once((role, "blocks"), lambda: self._read_blocks(role, None))
             return whole.part(*part)

@@ -5,10 +5,10 @@ from heapq import heapify, heapreplace
 
 
 def split(total: int, speeds: Sequence[float]) -> list[int]:
-    """Splits `total` indivisible units so that the device that takes longest takes as little as can be.
+    """Splits `total` indivisible units so that the slowest device takes as little time as possible.
 
-    Sizes are in proportion to `speeds`, rounded down; what is left goes, one by one, to the device that would be done
-    with it first (ties: the first device). This is D'Hondt's apportionment, which minimises max(size / speed).
+    Sizes are in proportion to `speeds`, rounded down; each remaining unit goes to the device that would finish it
+    first (ties: the first device). This is D'Hondt's apportionment, which minimises max(size / speed).
     `split(128, [1, 1, 1])` is `[43, 43, 42]`; `split(12, [1, 1, 2, 4])` is `[1, 1, 3, 7]`.
 
     Raises:

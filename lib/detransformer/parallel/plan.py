@@ -1,7 +1,7 @@
-"""The plan: one strategy a layer, the split sizes a device, the wire format of messages.
+"""The plan: one strategy a layer, the split sizes of each device, the wire format of messages.
 
-A plan is what the executor runs, what the cost model prices and what a row of a table names. The published methods are
-points in this space (`published_plan`); layouts and strategies are those of the README's section on the formalism.
+The executor runs a plan, the cost model prices it, and a table's row names it. The published methods are points in this
+space (`published_plan`); docs/design.md describes layouts and strategies.
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ class Plan:
     """One way to run one model over `num_devices` devices.
 
     Args:
-        method: the name it goes by in tables (`bp+tp`, ...); a label, which nothing is decided by.
+        method: its name in tables (`bp+tp`, ...); only a label.
         strategies: one of `STRATEGIES` a layer, first to last.
         heads, tokens_share, ffn_columns, sub_blocks: what each device takes; tokens are split per request, in
             proportion to `tokens_share`, since the sequence length belongs to the request.
-        stages: layers a device, in order, where `runs` is `stages`; empty for every other plan.
+        stages: layers of each device, in order, if `runs` is `stages`; empty for every other plan.
         wire: format of messages, one of `parallel.wire.WIRE_FORMATS`.
-        direct: whether X goes from one sharded layout to the other by one all_to_all; otherwise through Replicate, as
-            published.
-        num_chunks: how many parts a request's tokens are cut in, so that one part travels while another is computed;
+        direct: whether X changes from one sharded layout to the other by one all_to_all; otherwise through Replicate,
+            as published.
+        num_chunks: how many parts a request's tokens are cut into, so that one part travels while another is computed;
             1 as published.
-        devices: which of the cluster's devices take part, in rank order; empty: the first ones, in theirs.
+        devices: the cluster's devices that take part, in rank order; empty: the first ones, in the cluster's order.
         runs: how the devices share the model: each layer together (`layers`); each some layers (`stages`, a pipeline);
-            each a whole copy for requests of its own (`copies`, data parallelism); or each layer together by PyTorch's
+            each a whole copy for its own requests (`copies`, data parallelism); or each layer together by PyTorch's
             DTensor instead of the strategies (`dtensor`).
     """
 
@@ -63,7 +63,7 @@ class Plan:
     def __post_init__(self):
         check_wire(self.wire)
         if self.devices and (len(self.devices) != len(self.heads) or len(set(self.devices)) != len(self.devices)):
-            raise ValueError(f"devices={self.devices} must name {len(self.heads)} different ones, one a rank.")
+            raise ValueError(f"devices={self.devices} must name {len(self.heads)} different devices, one a rank.")
         if bool(self.stages) != (self.runs == "stages"):
             raise ValueError(
                 f"stages={list(self.stages)} and runs={self.runs!r} disagree: a pipeline has both runs='stages' and "
@@ -79,12 +79,12 @@ class Plan:
 
     @property
     def device_ids(self) -> tuple[int, ...]:
-        """The cluster's device that each rank runs on."""
+        """The cluster's device of each rank."""
         return self.devices or tuple(range(self.num_devices))
 
     @property
     def number_format(self) -> str:
-        """The format of all messages but `sequence`'s K and V, which alone may be in a format of tokens."""
+        """The format of all messages except `sequence`'s K and V, which alone may be in a token format."""
         return "int8" if self.wire in TOKEN_FORMATS else self.wire
 
     @property
@@ -116,7 +116,7 @@ class Plan:
         return [split(size, self.tokens_share) for size in chunks]
 
     def vocabulary(self, vocab_size: int) -> list[int]:
-        """Words of the vocabulary that each device looks at when a decoder chooses its next token."""
+        """Words of the vocabulary that each device scores when a decoder chooses its next token."""
         return split(vocab_size, self.tokens_share)
 
     def describe(self) -> str:
@@ -142,7 +142,8 @@ class Plan:
         for i, (name, kind) in enumerate(zip(self.strategies, kinds, strict=True)):
             if STRATEGIES[name].layer_kind != kind:
                 raise ValueError(
-                    f"strategy {name!r} at layer {i} needs a {STRATEGIES[name].layer_kind} layer, not a {kind} one."
+                    f"strategy {name!r} at layer {i} is for {STRATEGIES[name].layer_kind} layers, and this one is "
+                    f"{kind}: choose another strategy."
                 )
         for rank in range(1, len(self.stages)):
             first = bounds(self.stages, rank)[0]
@@ -167,7 +168,7 @@ class Plan:
             parts = getattr(self, name)
             if (parts or name != "stages") and (len(parts) != self.num_devices or sum(parts) != size):
                 raise ValueError(
-                    f"the plan's {name} are {list(parts)}: it must be {self.num_devices} numbers, and {size} together."
+                    f"the plan's {name} are {list(parts)}: it must be {self.num_devices} numbers that add up to {size}."
                 )
         if len(self.tokens_share) != self.num_devices or not sum(self.tokens_share):
             raise ValueError(
@@ -176,7 +177,7 @@ class Plan:
             )
 
     def keeps_whole(self, layer: int, device: int) -> bool:
-        """Whether the cluster's `device` keeps all of some weights of `layer`."""
+        """Whether the cluster's `device` keeps some weights of `layer` whole."""
         if device not in self.device_ids or layer not in self.layers(self.device_ids.index(device)):
             return False
         strategy = STRATEGIES[self.strategies[layer]]
@@ -190,13 +191,13 @@ class Plan:
         """The plan of `to_dict`, or of a user's file.
 
         Raises:
-            ValueError: for a field that is missing, not known, or of another kind than a plan's.
+            ValueError: for a field that is missing, unknown or of the wrong type.
         """
         return from_json(cls, fields, "plan")
 
 
 def strategies_for(config: PretrainedConfig, original: str) -> tuple[str, ...]:
-    """One strategy a layer: `original` for original layers, the one that there is for each other kind of layer."""
+    """One strategy a layer: `original` for original layers, the only strategy for each other kind of layer."""
     names = {strategy.layer_kind: name for name, strategy in STRATEGIES.items()} | {"original": original}
     return tuple(names[kind] for kind in layer_kinds(config))
 
@@ -204,7 +205,7 @@ def strategies_for(config: PretrainedConfig, original: str) -> tuple[str, ...]:
 def published_plan(
     method: str, config: PretrainedConfig, speeds: Sequence[float] = (1.0,), wire: str = "float32"
 ) -> Plan:
-    """The plan that a method's name stands for, on devices of these relative `speeds` (one entry a device).
+    """The plan of a named method on devices of these relative `speeds` (one entry a device).
 
     `single` and `dp` keep the whole model on a device; `pp` cuts the layers in stages; `tp`, `sp`, `ulysses`,
     `galaxy` and `dtensor` need a model of original layers; `bp+...` need a decoupled one (DATE 2024, Section III-C).
@@ -246,7 +247,7 @@ def layer_plan(
     """A plan of any `strategies`, one a layer, with all sizes split by `speeds`, over `devices` (default: the first).
 
     Raises:
-        ValueError: where there are more devices than sub-blocks or heads to share.
+        ValueError: if there are more devices than sub-blocks or heads to share.
     """
     blocks = getattr(config, "num_divisions", 1)
     split_by = {name for strategy in set(strategies) for name in STRATEGIES[strategy].splits}

@@ -1,4 +1,4 @@
-"""X from the layout that one layer leaves to the one that the next asks for. Shapes as in `parallel.strategies`."""
+"""Moves X from the layout that a layer leaves to the layout that the next takes. Shapes as in `parallel.strategies`."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -56,8 +56,8 @@ def reshard(
 ) -> Iterable[Pending]:
     """Moves X's chunks from one layout to another, the next layer's.
 
-    What needs no message is passed on as it comes, and so computed as late as can be. What needs one is computed at
-    once, chunk after chunk, each sent while the next is computed.
+    Chunks that need no message are passed on lazily, and so computed as late as possible. Chunks that need one are
+    computed at once, one after another, each sent while the next is computed.
     """
     if source == target or source == REPLICATE or comm.num_ranks == 1:
         pairs = zip(chunks, request.chunks, strict=True)

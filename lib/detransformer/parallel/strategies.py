@@ -1,14 +1,13 @@
-"""The strategies: how the devices run one layer together. One class each, and nothing else to write for a new one.
+"""The strategies: how the devices run one layer together. Each is one class; a new one needs nothing else.
 
 A strategy loads its device's weights once and maps X from its in-layout to its out-layout. X comes in chunks of tokens,
-so that one chunk travels while another is computed; with one chunk all runs in turn. A layer takes each chunk when it
-has arrived, needs all of them for its attention, and gives out its own chunks one after another. Where it communicates
-it calls `comm`; everything else is local.
+so that one chunk travels while another is computed; with one chunk everything runs in turn. A layer takes each chunk as
+it arrives, needs all of them for its attention, and yields its own chunks one after another. It communicates by calls
+of `comm`; everything else is local.
+BERT's LayerNorms stand after the residuals, GPT-2's before attention and FFN; GPT-2 attends only to earlier tokens, and
+keeps their K and V (`KeyValueCache`).
 
-BERT's LayerNorms stand after the residuals, GPT-2's before attention and FFN; GPT-2 attends to what came before only,
-and keeps K and V of it (`KeyValueCache`).
-
-Shapes: B batch, T tokens (of a chunk, where one chunk is meant), t this device's tokens, D hidden, H heads, h this
+Shapes: B batch, T tokens (or those of one chunk), t this device's tokens, D hidden, H heads, h this
 device's heads, s head size, I the intermediate size, P sub-blocks, p this device's sub-blocks, d = D/P, A attention
 width of a sub-block.
 """
@@ -62,7 +61,7 @@ class BlockParallel(Strategy):
         xs, qkv = [], []
         for x in arrived(chunks):
             xs.append(x)
-            if len(x):  # with more devices than sub-blocks, some have none and nothing to do
+            if len(x):  # with more devices than sub-blocks, some have none
                 projected = self.to_qkv(self.before(x, self.attention_norm))  # [p, B*T, 3A]
                 qkv.append(projected.view(len(x) * request.batch_size, -1, 3, projected.shape[-1] // 3))
         if not qkv:
@@ -84,7 +83,7 @@ class TensorParallel(Strategy):
         self.load_rest(parameters, own_columns=True)
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        """Partial sums of the projection and of the FFN, each added up over the devices."""
+        """Partial sums of the projection and of the FFN, each summed over the devices."""
         xs, qkv = self.projected(chunks)
         wire, sums, ffns = self.plan.number_format, [], []
         for i, context in enumerate(self.attended(qkv, request)):  # [B, T, h*s]
@@ -98,9 +97,9 @@ class TensorParallel(Strategy):
 
 @register("sequence")
 class SequenceParallel(Strategy):
-    """Sequence parallelism (SP): own tokens x all weights, K and V of all tokens by one all_gather. X [B, t, D].
+    """Sequence parallelism (SP): own tokens and all weights; K and V of all tokens by one all_gather. X [B, t, D].
 
-    A device's own K and V are exact; those of other tokens are as the plan's wire format leaves them.
+    A device's own K and V are exact; those of other tokens pass through the plan's wire format.
     """
 
     in_layout = out_layout = SEQ
@@ -128,7 +127,7 @@ class SequenceParallel(Strategy):
 
 @register("ulysses")
 class Ulysses(SequenceParallel):
-    """Ulysses: own tokens x all weights, attention on own heads between two all_to_alls. X [B, t, D].
+    """Ulysses: own tokens and all weights, attention on own heads between two all_to_alls. X [B, t, D].
 
     Half of SP's bytes on four devices; all weights everywhere (Jacobs et al., DeepSpeed-Ulysses, 2023).
     """
@@ -169,7 +168,7 @@ class Heads(Strategy):
 class Galaxy(TensorParallel):
     """Galaxy's hybrid: TP in attention and FFN, residuals and LayerNorms by tokens. X [B, t, D].
 
-    Each all_reduce of TP is cut in a reduce_scatter and an all_gather, between which a device has only its tokens
+    Each all_reduce of TP becomes a reduce_scatter and an all_gather, between which a device has only its own tokens
     (Ye et al., Galaxy, INFOCOM 2024); in chunks, these overlap with the products before and after, as in the paper.
     """
 
@@ -192,12 +191,12 @@ class Galaxy(TensorParallel):
             yield self.add(summed.wait().add_(self.ffn_bias), x, self.ffn_norm)
 
     def gather(self, xs: Sequence[torch.Tensor], request: Request) -> list[Pending]:
-        """All tokens of each chunk, on their way."""
+        """Starts gathering all tokens of each chunk."""
         wire = self.plan.number_format
         return [gather_tokens(x, self.comm, chunk, wire) for x, chunk in zip(xs, request.chunks, strict=True)]
 
     def scatter(self, partial: torch.Tensor, chunk: Chunk) -> Pending:
-        """Own tokens of the sum over devices, on their way."""
+        """Starts summing over devices; this one receives its own tokens."""
         parts = partial.split(list(chunk.tokens), dim=1)
         return self.comm.start_reduce_scatter(parts, self.plan.number_format, f"sum{chunk.index}")
 

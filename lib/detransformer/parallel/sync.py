@@ -1,7 +1,7 @@
-"""Strategies of `models.sync_gpt2`: layers whose parts are added up later, less often or in part.
+"""Strategies of `models.sync_gpt2`, whose layers sum their parts later, less often or partially.
 
-Shapes as in `parallel.strategies`; n are the rows of X in the layout `unsummed` that are not added to it yet, A = D/P
-the width of a part's heads.
+Shapes as in `parallel.strategies`; n counts the contributions in layout `unsummed` that are not added to X yet, A = D/P
+is the width of a part's heads.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,7 +66,7 @@ class Ladder(TensorParallel):
 
 @register("ladder-first")
 class FirstOfLadder(Ladder):
-    """A ladder's first layer, before which nothing is under way. X [B, T, D] -> [2, B, T, D]."""
+    """A ladder's first layer: no sum is under way before it. X [B, T, D] -> [2, B, T, D]."""
 
     layer_kind = "ladder-first"
     in_layout = REPLICATE
@@ -84,7 +84,7 @@ class _Part:
 
 @register("parts")
 class Parts(Strategy):
-    """Own parts of a layer, of which shared channels are added up by two all_reduces. X [1 + p, B, T, D]."""
+    """Own parts of a layer; two all_reduces sum their shared channels. X [1 + p, B, T, D]."""
 
     layer_kind = "parts"
     in_layout = out_layout = UNSUMMED
@@ -116,7 +116,7 @@ class Parts(Strategy):
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs, qkv, steps = [], [], []
         for x in arrived(chunks):
-            if x.ndim == 3:  # whole: nothing of its own yet
+            if x.ndim == 3:  # X is whole: no contributions yet
                 x = torch.cat([x[None], x.new_zeros(len(self.parts), *x.shape)])
             xs.append(x)
             read = self.read(x, self.attention_norm)
@@ -134,11 +134,11 @@ class Parts(Strategy):
             yield self.added(x, *step, self.ffn_bias)
 
     def read(self, x: torch.Tensor, norm: list[torch.Tensor]) -> torch.Tensor:
-        """What each own part reads of X, normalised: [1 + p, B, T, D] -> [p, B, T, D]."""
+        """The normalised input of each own part: [1 + p, B, T, D] -> [p, B, T, D]."""
         return self.norm(x[0] + x[1:], norm)
 
     def start(self, made: Sequence[torch.Tensor], chunk: int) -> tuple[torch.Tensor, Pending]:
-        """What each own part adds, [p, B, T, D], and the sum over all parts of its shared channels, on its way."""
+        """Each own part's addition, [p, B, T, D], and the pending sum over all parts of its shared channels."""
         stacked = torch.stack(list(made))
         shared = stacked[..., : self.config.num_shared].sum(0)
         if not self.config.num_shared:
@@ -146,7 +146,7 @@ class Parts(Strategy):
         return stacked, self.comm.start_all_reduce(shared, self.plan.number_format, f"sum{chunk}")
 
     def added(self, x: torch.Tensor, made: torch.Tensor, shared: Pending, bias: torch.Tensor) -> torch.Tensor:
-        """X with what its parts have made: all of the shared channels, of the others each part's own."""
+        """X with the parts' additions: for shared channels the sum of all, for the others each part's own."""
         num_shared, width = self.config.num_shared, x.shape[-1]
         stream = F.pad(shared.wait(), (0, width - num_shared)).add_(x[0]).add_(bias)
         return torch.cat([stream[None], x[1:] + F.pad(made[..., num_shared:], (num_shared, 0))])
@@ -154,7 +154,7 @@ class Parts(Strategy):
 
 @register("parts-first")
 class FirstOfParts(Parts):
-    """The first layer after everything was added up. X [B, T, D] -> [1 + p, B, T, D]."""
+    """The first layer after everything was summed. X [B, T, D] -> [1 + p, B, T, D]."""
 
     layer_kind = "parts-first"
     in_layout = REPLICATE

@@ -1,7 +1,7 @@
-"""Where a device's weights come from: parts of tensors, read straight into the memory in which they stay.
+"""Loads a device's weights: parts of tensors, read straight into the memory in which they stay.
 
-Byte ranges of safetensors files are read, not mapped: mapped pages would count in the device's memory beside the
-weights themselves. What a device takes is all it ever holds, but for one buffer of `CHUNK_BYTES` while it loads.
+Byte ranges of safetensors files are read, not mapped: mapped pages would count as the device's memory beside the
+weights themselves. A device holds only what it takes, and one buffer of `CHUNK_BYTES` while it loads.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 CHUNK_BYTES = 2**20  # or one row of a tensor, where that is more
 _PREFIXES = ("bert.", "roberta.", "distilbert.", "transformer.", "vit.")
 _RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # in files of old versions
-_RENAMED_IN_VIT = {  # parts of names in a ViT's files, and how transformers calls them in memory
+_RENAMED_IN_VIT = {  # parts of names in a ViT's files, and transformers' names in memory
     "encoder.layer.": "layers.",
     **{f"attention.attention.{name}.": f"attention.{name[0]}_proj." for name in ("query", "key", "value")},
     "attention.output.dense.": "attention.o_proj.",
@@ -43,12 +43,12 @@ class _Stored:
     offset: int
 
     def check_type(self) -> None:
-        """Raises ValueError for numbers of a type that is not read, as quantised ones."""
+        """Raises ValueError for numbers of an unsupported type, such as quantised ones."""
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.path} has weights of type {self.dtype}: save them as one of {', '.join(_DTYPES)}.")
 
     def copy(self, out: torch.Tensor, dim: int, start: int, stop: int, buffer: Callable[[int], torch.Tensor]) -> None:
-        """Its part start..stop along `dim` into `out`, a tensor or a part of one; `buffer(n)` lends n bytes."""
+        """Copies its part start..stop along `dim` into `out`, a tensor or a part of one; `buffer(n)` lends n bytes."""
         self.check_type()
         dtype = _DTYPES[self.dtype]
         first, last = (start, stop) if dim == 0 else (0, self.shape[0])
@@ -77,9 +77,9 @@ class _Stored:
 class WeightSource:
     """Named tensors of a checkpoint, whole or a range along one axis, in one dtype.
 
-    `source` is a state dict, a file of weights, or a folder with one of `WEIGHT_FILES`: of safetensors only parts are
-    read, a `pytorch_model.bin` is mapped. Names are given without the prefix (`bert.`, `transformer.`) that models with
-    a head put before them. `kept` is for those who read parts that others may ask for again.
+    `source` is a state dict, a file of weights, or a folder with one of `WEIGHT_FILES`. Safetensors files are read in
+    parts, a `pytorch_model.bin` is mapped. Names come without the prefix (`bert.`, `transformer.`) of models with a
+    head. `kept` is a cache for callers that read a part again.
 
     Raises:
         ValueError: if the files cannot be read.
@@ -87,7 +87,7 @@ class WeightSource:
 
     def __init__(self, source: Mapping[str, torch.Tensor] | str | Path, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
-        self.num_bytes = 0  # of all that was taken
+        self.num_bytes = 0  # of all tensors taken
         self.kept: dict = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._tensors: dict[str, torch.Tensor | _Stored]
@@ -107,7 +107,7 @@ class WeightSource:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def check_type(self, name: str) -> None:
-        """Raises ValueError where the numbers of tensor `name` are of a type that is not read, as quantised ones."""
+        """Raises ValueError if tensor `name` has numbers of an unsupported type, such as quantised ones."""
         tensor = self._tensors[self._resolve(name)]
         if isinstance(tensor, _Stored):
             tensor.check_type()
@@ -126,7 +126,7 @@ class WeightSource:
         return self.take_stacked([name], dim, start, stop)
 
     def once(self, name: str) -> torch.Tensor:
-        """The whole tensor `name`, the same one each time it is asked for."""
+        """The whole tensor `name`, the same object at each call."""
         if name not in self.kept:
             self.kept[name] = self.take(name)
         return self.kept[name]
@@ -139,7 +139,7 @@ class WeightSource:
         `take_stacked([q, k, v], 0, a, b)` of [D, D] is [3(b-a), D]; with `axis=1`, of [P, A, d], it is [b-a, 3A, d].
 
         Raises:
-            ValueError: where the checkpoint has no such tensor.
+            ValueError: if the checkpoint has no such tensor.
         """
         tensors = []
         for name in names:
@@ -162,14 +162,14 @@ class WeightSource:
         return joined
 
     def _buffer(self, num_bytes: int) -> torch.Tensor:
-        """The one buffer: a new one for each tensor would leave holes between the weights."""
+        """The only buffer: a new one for each tensor would leave holes between the weights."""
         if len(self._memory) < num_bytes:
             self._memory = torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
         return self._memory[:num_bytes]
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises ValueError where `path` is what git leaves in a file's place that git-lfs is to fetch."""
+    """Raises ValueError if `path` is a git-lfs pointer in place of the file."""
     with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ValueError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` in its clone.")
@@ -187,7 +187,7 @@ def _renamed(name: str, is_vit: bool) -> str:
 
 
 def _tensors_in(source: Path) -> "Iterator[tuple[str, torch.Tensor | _Stored]]":
-    """All tensors of `source`, a file or a folder; ValueError where they cannot be read."""
+    """All tensors of `source`, a file or a folder; ValueError if they cannot be read."""
     path = source
     if source.is_dir():
         found = [source / name for name in WEIGHT_FILES if (source / name).is_file()]
@@ -220,7 +220,7 @@ def _pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _header(path: Path) -> Iterator[tuple[str, _Stored]]:
-    """What a safetensors file holds: 8 bytes of the header's length, the header as JSON, then the tensors."""
+    """The tensors in a safetensors file: 8 bytes of the header's length, the header as JSON, then the tensors."""
     with open(path, "rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
         if 8 + length > size:

@@ -1,13 +1,15 @@
-"""Formats of messages: words and sizes, no torch. `parallel.codec` writes and reads them.
+"""Formats of messages: names and sizes, no torch. `parallel.codec` writes and reads them.
 
-Numbers: `float32` means as computed; `bfloat16` rounds; `int8` has one scale a row, `int4` one for `GROUP` numbers.
+Number formats: `float32` sends numbers as computed; `bfloat16` rounds; `int8` has one scale a row, `int4` one for
+`GROUP` numbers.
 
-Tokens: what `sequence` sends of K and V, where a device need not know the others' tokens as well as its own. All other
-messages of such a plan are int8. Both are approximations that their authors train models for; here nothing is.
+Token formats are for the K and V that `sequence` sends, since a device need not know the others' tokens as well as its
+own. All other messages of such a plan are int8. Both are approximations for which their authors train models; here no
+model is trained for them.
     means8  the means of `SEGMENT` tokens each, in int8 (Segment Means of Prism, arXiv 2507.12145)
-    vq4     a device's mean token in int8, and of each token's difference from it vectors of `VECTOR` numbers as one of
-            `CODES` in a codebook that comes with the message (vector quantisation as in ASTRA, arXiv 2505.19342,
-            whose codebooks are trained and stay)
+    vq4     a device's mean token in int8, and each token's difference from it, of which every `VECTOR` numbers are
+            replaced by one of `CODES` entries of a codebook in the message (vector quantisation as in ASTRA, arXiv
+            2505.19342, whose codebooks are trained and fixed)
 """
 
 import math
@@ -28,9 +30,9 @@ def check_wire(wire: str) -> None:
 
 
 def message_bytes(shape: Sequence[int], wire: str, itemsize: int = 4) -> int:
-    """Bytes of a message that carries a tensor of `shape` [..., n] whose computed numbers have `itemsize` bytes.
+    """Bytes of a message with a tensor of `shape` [..., n], whose computed numbers have `itemsize` bytes each.
 
-    In a format of tokens the shape is [2, t, B, n], K and V of t tokens.
+    In a token format the shape is [2, t, B, n], K and V of t tokens.
     """
     numbers, rows = math.prod(shape), math.prod(shape[:-1])
     if not numbers:
@@ -52,11 +54,11 @@ def message_bytes(shape: Sequence[int], wire: str, itemsize: int = 4) -> int:
 
 
 def means_shape(shape: Sequence[int], tokens: int = SEGMENT) -> tuple[int, ...]:
-    """Of K and V's [2, t, B, n] the shape of their means over `tokens` tokens each, the last ones of fewer."""
+    """The shape of the means of K and V [2, t, B, n] over `tokens` tokens each; the last mean may be of fewer."""
     return shape[0], -(-shape[1] // tokens), *shape[2:]
 
 
 def vq_parts(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Bytes of the mean tokens, of the codebooks in bfloat16, one for K and one for V, and of the codes of `vq4`."""
+    """Bytes of `vq4`'s mean tokens, of its bfloat16 codebooks (one for K, one for V), and of its codes."""
     codes = math.prod(shape[:-1]) * -(-shape[-1] // VECTOR)
     return message_bytes(means_shape(shape, shape[1]), "int8"), shape[0] * CODES * VECTOR * 2, -(-codes // 2)

@@ -1,8 +1,8 @@
 """A model in one process that computes what devices under a plan would, compressed messages included.
 
 Each device of the plan is a thread that runs the plan's own `Executor`; messages go through memory, encoded and decoded
-as `comm` does it. So splits, scales of rows, what a device keeps exact of its own data, and the order of sums are those
-of real devices, whatever the plan. It is for scoring a model under a wire format, not for speed.
+as in `comm`. So splits, scales of rows, the data that a device keeps exact, and the order of sums are those of real
+devices under any plan. It is for scoring a model under a wire format, not for speed.
 """
 
 import copy
@@ -24,13 +24,13 @@ from detransformer.parallel.wire import TOKEN_FORMATS
 
 
 def wire_plan(config: PretrainedConfig, num_devices: int = 4, wire: str = "int8") -> Plan:
-    """The plan that models are scored with in a wire format, from their configuration alone.
+    """The plan with which models are scored in a wire format, from their configuration alone.
 
-    Decoupled layers by block, original ones by heads, X from one sharded layout to the other by one all_to_all: what
-    the planner chooses for BERT-Base over four Raspberry Pis, original or decoupled, at 50 to 500 Mbps (but for the
-    chunks, which only change when messages travel). A model with fewer heads than devices runs its original layers by
-    sequence, where K and V travel; so does one under a format of tokens. Equal devices; fewer where sub-blocks are
-    fewer.
+    Decoupled layers run by block, original ones by heads, and X changes between sharded layouts by one all_to_all: the
+    planner chooses this for BERT-Base over four Raspberry Pis, original or decoupled, at 50 to 500 Mbps (but for the
+    chunks, which only change when messages travel). Original layers run by sequence, where K and V travel, if the
+    model has fewer heads than devices or the format is a token format. Devices are equal; they are fewer if there are
+    fewer sub-blocks.
     """
     decoupled = "decoupled" in layer_kinds(config)
     devices = min(num_devices, config.num_divisions) if decoupled else num_devices
@@ -42,18 +42,18 @@ def wire_plan(config: PretrainedConfig, num_devices: int = 4, wire: str = "int8"
 
 @contextmanager
 def wired(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
-    """Lets `model` compute what the devices of `plan` would; inside the context it is called as ever.
+    """Makes `model` compute what the devices of `plan` would; inside the context it is called as usual.
 
-    The result is the first device's; of a plan that the executor can run all devices have the same (sums of float32
-    numbers in another order aside). Weights are those that `model` has when the context is entered, in float64 where
-    they are float64, else in float32. Of outputs only the last hidden state and what is made of it are there.
+    The result is the first device's; for a plan that the executor can run all devices have the same (apart from the
+    order of float32 sums). It uses `model`'s weights at entry, in float64 if they are float64, else in float32. Outputs
+    have only the last hidden state and what follows from it.
 
     Args:
         model: a BERT or decoupled BERT of any head, in eval mode.
-        plan: made for it; pipelines and data parallelism, where devices share no layer, send nothing to round.
+        plan: made for the model; not a pipeline or data parallelism, whose devices share no layer and send nothing.
 
     Raises:
-        ValueError: for other models, a plan that does not fit or shares no layer; when called, for a model in training
+        ValueError: for another model, a plan that does not fit or shares no layer; when called, for a model in training
             mode, `inputs_embeds`, a mask other than [B, T], positions other than 0, 1, .., or asked-for inner states.
     """
     base = getattr(model, "bert", model)
@@ -61,7 +61,7 @@ def wired(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
         raise ValueError(f"{type(model).__name__} is no BERT: a wired model is a BERT or decoupled BERT.")
     if plan.num_devices > 1 and not plan.splits_layers:
         raise ValueError(f"plan {plan.method!r}: its devices share no layer; choose one whose devices do, such as tp.")
-    before = vars(base).get("forward")  # another's wrapper, where there is one
+    before = vars(base).get("forward")  # another wrapper, if any
     devices = _Devices(base, plan)
     base.forward = devices.forward  # found before the class's
     try:
@@ -89,7 +89,7 @@ class _Devices:
         self.pool = ThreadPoolExecutor(plan.num_devices, "device", torch.set_num_threads, (1,))
         started = threading.Barrier(plan.num_devices)
         list(self.pool.map(lambda _: started.wait(), self.executors))
-        torch.set_num_threads(threads)  # of threads to come
+        torch.set_num_threads(threads)  # for threads started later
 
     def forward(
         self,
@@ -101,7 +101,7 @@ class _Devices:
         return_dict: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
-        """As `BertModel.forward`, of an encoder."""
+        """As `BertModel.forward` of an encoder."""
         if self.model.training:
             raise ValueError("a wired model only infers: call eval() first.")
         if input_ids is None or inputs_embeds is not None:
@@ -125,7 +125,7 @@ class _Devices:
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
 
     def _run(self, *request: torch.Tensor | None) -> Output:
-        """The first device's output; what one of them raises."""
+        """The first device's output; raises the error of a device that failed."""
 
         def one(executor: Executor) -> Output:
             try:
@@ -143,14 +143,14 @@ class _Devices:
 
 
 class _Meeting(threading.Barrier):
-    """Where the ranks of one process hand each other messages."""
+    """A barrier at which the ranks of one process exchange messages."""
 
     def __init__(self, num_ranks: int):
         super().__init__(num_ranks)
         self.brought: list = [None] * num_ranks
 
     def swap(self, rank: int, brings, take) -> None:
-        """`take(all that ranks bring)`, which stays as it is until all have taken."""
+        """Calls `take` with what all ranks bring, which stays unchanged until all have taken."""
         self.brought[rank] = brings
         self.wait()
         take(self.brought)
@@ -158,7 +158,7 @@ class _Meeting(threading.Barrier):
 
 
 class _InProcessComm(Comm):
-    """Collectives between threads: run where they are started, which all ranks do in the same order."""
+    """Collectives between threads, run when they are started; all ranks start them in the same order."""
 
     def __init__(self, rank: int, meeting: _Meeting, device: torch.device):
         super().__init__(None, rank, meeting.parties)
@@ -185,5 +185,5 @@ class _InProcessComm(Comm):
         self.meeting.swap(self.rank, outgoing, take)
 
     def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
-        """A new one each time: nothing here is reused while it is read."""
+        """A new buffer each time: nothing here is reused while it is read."""
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)

@@ -1,1 +1,1 @@
-"""Profile records -> cost model -> placement. Decides; measures nothing itself."""
+"""Profile records -> cost model -> placement. Decides, and measures nothing itself."""

@@ -10,7 +10,7 @@ from detransformer.planning.problem import Alternative
 from detransformer.planning.profile import ClusterProfile
 
 CHOICES = ("neither", "compress", "decouple", "both")  # the least change first: decoupling needs training
-WORTH = 0.05  # of the latency: a change that saves less is not worth it
+WORTH = 0.05  # a change must save more than this fraction of the latency
 
 
 def priced_choices(
@@ -20,14 +20,14 @@ def priced_choices(
     wire: str = "int8",
     **request: int | None,
 ) -> tuple[dict[str, Alternative], dict[str, str]]:
-    """The best plan under each of `CHOICES`, and why one is left out.
+    """The best plan under each of `CHOICES`, and why others are left out.
 
     Args:
-        wire: the format of compressed messages; a decoder's are float32.
-        request: seq_len, batch_size and memory_budget_bytes, as of `place_freely`.
+        wire: the format of compressed messages; a decoder's messages are float32.
+        request: seq_len, batch_size and memory_budget_bytes of `place_freely`.
 
     Raises:
-        ValueError: where nothing fits the memory, as `place_freely`.
+        ValueError: if nothing fits the memory, as in `place_freely`.
     """
     configs = dict(zip(CHOICES, (original, original, decoupled, decoupled), strict=True))
     priced: dict[str, Alternative] = {}
@@ -47,7 +47,7 @@ def priced_choices(
 
 
 def advised(latency_s: Mapping[str, float]) -> str:
-    """The choice to make: the least change that no larger one beats by `WORTH`."""
+    """The choice to make: the least change that no larger change beats by `WORTH`."""
     chosen, *larger = (name for name in CHOICES if name in latency_s)
     for name in larger:
         if latency_s[name] < (1 - WORTH) * latency_s[chosen]:
@@ -56,6 +56,6 @@ def advised(latency_s: Mapping[str, float]) -> str:
 
 
 def next_best(latency_s: Mapping[str, float], chosen: str) -> str | None:
-    """The fastest of the others; of equals the least change."""
+    """The fastest of the other choices; of equals the least change."""
     others = [name for name in CHOICES if name in latency_s and name != chosen]
     return min(others, key=latency_s.__getitem__, default=None)

@@ -1,7 +1,7 @@
-"""Cost model: what a plan takes, sends and keeps on each device (Section III-C).
+"""Cost model: what a plan computes, sends and keeps on each device (Section III-C).
 
-What each device computes, starts and waits for is `planning.tape`'s; how long that takes is a small simulation of all
-devices and their links, by the rates of a profile.
+`planning.tape` records what each device computes, starts and waits for; a small simulation of all devices and links
+then times it by the rates of a profile.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from detransformer.planning.tape import Compute, Start
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the cost model says of one request; seconds and bytes, per-device figures in rank order."""
+    """The cost model's figures for one request, in seconds and bytes; per-device figures in rank order."""
 
     latency_s: float
     compute_s: float
@@ -41,13 +41,13 @@ def predict(
     past: int = 0,
     pieces: Pieces | None = None,
 ) -> Prediction:
-    """Latency and memory of one request under `plan` on the devices of `profile`; of a decoder, to its next token.
+    """Latency and memory of one request under `plan` on the devices of `profile`; for a decoder, to its next token.
 
-    Model parallel: when the last device is done; `compute_s` is the busiest one's, `comm_s` what it could not hide.
+    Model parallel: when the last device is done; `compute_s` is the busiest device's, `comm_s` what is not hidden.
     Pipeline: the sum of all stages and messages (one request cannot overlap itself). Data parallel: one device's time.
 
     Args:
-        pieces: those of this plan's split and request, where they are there already.
+        pieces: those of this plan's split and request, if made already.
     """
     needed = max(plan.device_ids) + 1
     if needed > len(profile.devices):
@@ -100,7 +100,7 @@ def busy_seconds(
 def alone_seconds(
     config: PretrainedConfig, profile: ClusterProfile, devices: Sequence[int], seq_len: int, batch_size: int = 1
 ) -> list[float]:
-    """Seconds of one request that each of `devices` answers alone, whether the model fits its memory or not."""
+    """Seconds of one request on each of `devices` alone, whether or not the model fits its memory."""
     single = published_plan("single", config)
     alone = [replace(single, devices=(device,)) for device in devices]
     return [predict(config, plan, profile, seq_len, batch_size).latency_s for plan in alone]
@@ -109,9 +109,9 @@ def alone_seconds(
 def launched_seconds(
     config: PretrainedConfig, plan: Plan, rank: int, link: LinkProfile, seq_len: int, batch_size: int = 1, past: int = 0
 ) -> list[float]:
-    """How long each collective has the links that `rank` launches in one request, in its order.
+    """Seconds that each collective which `rank` launches in one request occupies the links, in launch order.
 
-    What `predict` prices, for those who pace a modelled link: every rank has the same seconds for the same collective.
+    As `predict` prices them, for pacing a modelled link: every rank has the same seconds for the same collective.
     """
     ranks = [rank] if plan.stages else range(plan.num_devices)
     started = [
@@ -130,6 +130,6 @@ def launched_seconds(
 
 
 def _stage_seconds(messages: Sequence[Start], plan: Plan, link: LinkProfile) -> list[float]:
-    """How long each message between a pipeline's stages is under way, on its narrowest link."""
+    """Seconds that each message between a pipeline's stages is under way, on its narrowest link."""
     narrowest = min(link.share(device) for device in plan.device_ids)
     return [link.collective_s(m.kind, m.num_bytes / narrowest, plan.num_devices) for m in messages]

@@ -1,7 +1,7 @@
-"""Plans for text generation: the prompt and each further token planned apart (TPDS 2025: auto-regressive tasks).
+"""Plans for text generation: separate plans for the prompt and each further token (TPDS 2025: auto-regressive tasks).
 
-A prompt has many tokens: compute counts, and messages grow with it. A further token reads every weight for one row: on
-a device it takes as long as reading them from memory, and messages are all latency. So a layer may be run by tokens in
+A prompt has many tokens: compute dominates, and messages grow with it. A further token reads every weight for one row:
+a device takes as long as reading them from memory, and messages are all latency. So a layer may be split by tokens in
 the prompt and by columns afterwards, as long as both keep the same keys and values on a device.
 """
 
@@ -21,15 +21,15 @@ from detransformer.planning.profile import ClusterProfile
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """How a text is generated, and what the cost model says of it; seconds and bytes.
+    """How a text is generated, and the cost model's figures for it in seconds and bytes.
 
-    `memory_bytes` has an entry a rank: weights of both plans, keys and values of all tokens, activations.
+    `memory_bytes` has an entry per rank: weights of both plans, keys and values of all tokens, activations.
     """
 
     prefill: Plan
     decode: Plan
     first_token_s: float
-    token_s: float  # of a further token, half of them being there
+    token_s: float  # of a further token, when half of them exist
     total_s: float
     memory_bytes: tuple[int, ...]
 
@@ -47,7 +47,7 @@ def price_generation(
     num_tokens: int,
     batch_size: int = 1,
 ) -> GenerationPlan:
-    """What `num_tokens` new tokens after prompts [batch_size, prompt_len] are predicted to take."""
+    """The predicted cost of `num_tokens` new tokens after prompts [batch_size, prompt_len]."""
     first = predict(config, prefill, profile, prompt_len, batch_size)
     past = prompt_len + num_tokens // 2
     further = predict(config, decode, profile, 1, batch_size, past=past)
@@ -64,9 +64,9 @@ def price_generation(
 def generation_candidates(
     config: PretrainedConfig, speeds: Sequence[float], devices: Sequence[int] = ()
 ) -> Iterator[tuple[Plan, Plan]]:
-    """All pairs of uniform strategies that keep the same keys and values, chunks in the prompt; splits by `speeds`."""
+    """All pairs of uniform strategies with the same keys and values, with chunks in the prompt; splits by `speeds`."""
     original = {name: strategy for name, strategy in STRATEGIES.items() if strategy.layer_kind == "original"}
-    # one token cannot be shared out by tokens
+    # one token cannot be split by tokens
     single = [name for name, s in original.items() if s.in_layout == s.out_layout == REPLICATE]
 
     def plan(strategy: str, num_chunks: int = 1) -> Plan:
@@ -88,10 +88,10 @@ def place_generation(
     batch_size: int = 1,
     memory_budget_bytes: int | None = None,
 ) -> list[GenerationPlan]:
-    """All plans that fit, fastest for the whole text first; over all devices, and over the fastest ones of them.
+    """All plans that fit, fastest for the whole text first; over all devices, and over fewer of the fastest ones.
 
     Raises:
-        ValueError: if none fits, saying what is missing.
+        ValueError: if none fits, saying how much is missing.
     """
     problem = Problem(config, profile, prompt_len, batch_size, budget=memory_budget_bytes)
     priced, refused = [], []

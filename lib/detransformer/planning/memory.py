@@ -1,4 +1,4 @@
-"""What a plan keeps on each device: weights, counted by loading them without numbers, keys and values, activations."""
+"""What a plan keeps on each device: weights (counted by loading them without numbers), keys and values, activations."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ FLOAT_BYTES = 4
 
 @lru_cache(MAX_KEPT)
 def ends_bytes(sizes: Sizes) -> tuple[int, int, int]:
-    """Bytes of weights before the layers, after them, and of both, which may be shared."""
+    """Bytes of weights before the layers, after the layers, and of both together, since they may share some."""
     config, state = small_model(sizes)
     plan, comm, taken = Plan("", (), (1,), (1.0,), (1,), (1,)), TapeComm(0, 1, Tape()), []
     for first, last in ((True, False), (False, True), (True, True)):
@@ -37,7 +37,7 @@ Part = tuple[type[Strategy], int, int, int]  # a strategy, and a device's own he
 
 @lru_cache(MAX_KEPT)
 def _layer_bytes(sizes: Sizes, parts: tuple[Part, ...], keeps_whole: bool = False) -> int:
-    """Bytes of a layer's weights that a device keeps to run it by each of `parts`, as `_own_part` has them."""
+    """Bytes of a layer's weights that a device keeps to run it by each of `parts` (of `_own_part`)."""
     config, state = small_model(sizes)
     source = WeightSource(state)
     whole = config.num_attention_heads, ffn_size(config), getattr(config, "num_divisions", 1)
@@ -54,7 +54,7 @@ def layer_bytes(sizes: Sizes, name: str, plan: Plan, rank: int) -> int:
 
 
 def _own_part(name: str, plan: Plan, rank: int) -> Part:
-    """What of a layer's weights is a device's own under a strategy; 0 where the strategy does not divide by it."""
+    """A device's own part of a layer's weights under a strategy; 0 for what the strategy does not split."""
     strategy = STRATEGIES[name]
     fields = "heads", "ffn_columns", "sub_blocks"
     return strategy, *(getattr(plan, field)[rank] if field in strategy.splits else 0 for field in fields)
@@ -82,7 +82,7 @@ def held_bytes(config: PretrainedConfig, plans: Sequence[Plan], device: int) -> 
 
 
 def weights_bytes(config: PretrainedConfig, plan: Plan) -> list[int]:
-    """Bytes of weights that each rank of `plan` keeps: embeddings, its part of the layers, what the model ends in."""
+    """Bytes of weights that each rank of `plan` keeps: embeddings, its part of the layers, the model's ending."""
     if plan.stages:
         return [held_bytes(config, [plan], device) for device in plan.device_ids]
     sizes, counts = sizes_of(config), Counter(plan.strategies)
@@ -100,9 +100,9 @@ def activation_bytes(config: PretrainedConfig, seq_len: int, batch_size: int) ->
 
 
 def cache_bytes(config: PretrainedConfig, plan: Plan, rank: int, num_tokens: int, batch_size: int = 1) -> int:
-    """What device `rank` keeps of a decoder's K and V of `num_tokens` tokens; 0 for an encoder.
+    """Bytes of K and V of `num_tokens` tokens of a decoder that device `rank` keeps; 0 for an encoder.
 
-    A decoupled layer of full attention width has Ndiv times an original one's keys and values.
+    A decoupled layer of full attention width has Ndiv times an original layer's keys and values.
     """
     if not is_decoder(config):
         return 0
@@ -113,7 +113,7 @@ def cache_bytes(config: PretrainedConfig, plan: Plan, rank: int, num_tokens: int
 
 
 def memory_bytes(config: PretrainedConfig, plan: Plan, seq_len: int, batch_size: int = 1, past: int = 0) -> list[int]:
-    """What each rank of `plan` keeps: weights, a decoder's keys and values, and the largest layer's activations."""
+    """Bytes that each rank of `plan` keeps: weights, a decoder's keys and values, the largest layer's activations."""
     activations = activation_bytes(config, seq_len, batch_size)
     return [
         weights + activations + cache_bytes(config, plan, rank, past + seq_len, batch_size)
@@ -122,5 +122,5 @@ def memory_bytes(config: PretrainedConfig, plan: Plan, seq_len: int, batch_size:
 
 
 def least_bytes(config: PretrainedConfig, seq_len: int, batch_size: int = 1) -> int:
-    """What a device needs to take any part in a request: embeddings, what the model ends in, activations."""
+    """Bytes that a device needs to take any part in a request: embeddings, the model's ending, activations."""
     return ends_bytes(sizes_of(config))[2] + activation_bytes(config, seq_len, batch_size)

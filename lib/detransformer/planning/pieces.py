@@ -1,11 +1,11 @@
-"""Prices of all plans of one split: recorded layers put together, as a max-plus system.
+"""Prices of all plans of one split: recorded layers composed as a max-plus system.
 
-A device's time moves on by what it computes, and a collective begins when the last device has started it and the one
-before has left the link. What happens from one layer's first output to the next one's depends on the two strategies
-alone, so it is one piece, which is applied to a state: when each device and the link are free, and when collectives
-still under way arrive. Applied to the unit vectors, a piece is a matrix of the max-plus algebra, for `planning.search`.
+Compute advances a device's time. A collective begins when the last device has started it and the collective before it
+has left the link. What happens from one layer's first output to the next layer's depends only on their two strategies,
+so it is one piece. A piece is applied to a state: when each device and the link are free, and when collectives still
+under way arrive. Applied to the unit vectors, it is a matrix of the max-plus algebra, for `planning.search`.
 
-Devices that are alike and take the same are one of the R that are followed.
+Equal devices with equal parts count as one; R different ones are followed.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from detransformer.planning.tape import WHOLE, Compute, Recording, Start, Wait
 
 
 def compute_seconds(step: Compute, device: DeviceProfile) -> float:
-    """How long `device` computes."""
+    """Seconds that `device` computes."""
     return device.compute_s(step.flops, step.strategy, step.weight_bytes, step.share, step.tokens, step.num_chunks)
 
 
 def strategies_of(config: PretrainedConfig, kind: str, num_devices: int) -> list[str]:
-    """The strategies that can run a layer of this kind on so many devices."""
+    """The strategies that can run a layer of this kind on `num_devices` devices."""
     if kind == "original" and num_devices == 1:
         return [WHOLE]  # as fast as all others
     fitting = [name for name, strategy in STRATEGIES.items() if strategy.layer_kind == kind]
@@ -41,7 +41,7 @@ def strategies_of(config: PretrainedConfig, kind: str, num_devices: int) -> list
 
 @dataclass(frozen=True)
 class Message:
-    """The `number`-th collective of a layer: bytes that the busiest rank sends, and how long the links are taken."""
+    """The `number`-th collective of a layer: bytes that the busiest rank sends, and how long it occupies the links."""
 
     number: int
     kind: str
@@ -51,9 +51,9 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A layer under a strategy: steps (seconds [R], `Message`, `Wait`, `Pull`, `Arrive`), cut where a chunk comes out.
+    """A layer under a strategy: steps (seconds [R], `Message`, `Wait`, `Pull`, `Arrive`), cut where it yields a chunk.
 
-    `kept` [R]: bytes of weights and of keys and values.
+    `kept` [R]: bytes of weights, keys and values.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass
 class State:
-    """Times [R, m] at which devices are free, [m] at which the link is, and [m] at which collectives arrive."""
+    """Times [R, m] at which devices are free, [m] at which the link is free, and [m] at which collectives arrive."""
 
     now: np.ndarray
     free: np.ndarray
@@ -81,10 +81,10 @@ class State:
 
 
 class Pieces:
-    """All plans that differ from `plan` in the strategies of the original layers alone.
+    """All plans that differ from `plan` only in the strategies of the original layers.
 
     Args:
-        plan: of any strategies; its devices, split, wire, chunks and `direct` are those of all plans.
+        plan: its devices, split, wire, chunks and `direct` hold for all plans; its strategies do not matter.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Pieces:
     # Rows ------------------------------------------------------------------------------------------------------------
 
     def row(self, name: str) -> Row:
-        """The layer under strategy `name`; `start` and `end` are what stands before and after all layers."""
+        """The layer under strategy `name`; `start` and `end` are the model's parts before and after all layers."""
         if name not in self._rows:
             recorder, layouts, kept = self.recorder, (REPLICATE, REPLICATE), np.zeros(len(self.ranks))
             if name == "start":
@@ -144,11 +144,11 @@ class Pieces:
         return [[self.row("start")], *(by_kind[kind] for kind in layer_kinds(self.config)), [self.row("end")]]
 
     def strategies(self, kind: str) -> list[str]:
-        """Those that can run a layer of this kind on so many devices."""
+        """The strategies that can run a layer of this kind on all ranks."""
         return strategies_of(self.config, kind, self.num_ranks)
 
     def _steps(self, recordings: Sequence[Recording]) -> list[list]:
-        """The recordings of all R as one: seconds, and how long messages take."""
+        """Merges the recordings of all R: seconds, and how long messages take."""
         number, cut = 0, []
         for same in zip(*(recording.gaps for recording in recordings), strict=True):
             (events, *others), products = zip(*same, strict=True)
@@ -175,7 +175,7 @@ class Pieces:
         return Message(number, kind, max(sent), seconds)
 
     def _moved(self, source: Row, target: Row) -> list[list] | None:
-        """The resharding between two rows; None where X is passed on."""
+        """The resharding between two rows; None if X is passed on."""
         key = source.out_layout, target.in_layout
         if key not in self._reshards:
             alone = self.num_ranks == 1

@@ -1,7 +1,7 @@
-"""Adaptive placement (DATE 2024, Section III-C): of the plans that fit the memory, the one predicted to be fastest.
+"""Adaptive placement (DATE 2024, Section III-C): of the plans that fit the memory, the fastest one by prediction.
 
-`place` looks at the paper's three plans, over all devices. `place_freely` looks at all plans: which devices take part,
-in how many chunks a request is run, in which format messages travel, and, by `search`, each layer's strategy.
+`place` compares the paper's three plans over all devices. `place_freely` searches all plans: which devices take part,
+the number of chunks, the format of messages, and, by `search`, each layer's strategy.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from detransformer.planning.profile import ClusterProfile
 if TYPE_CHECKING:
     import pandas as pd
 
-CHUNKS = (1, 2, 4)  # more save little and cost a real device efficiency: its products become small
-ALL_COUNTS = 8  # of up to so many devices every number is tried; of more, powers of 2 and what lies around the best
-TIE = 1e-9  # relative: fewer chunks are taken
-WIRE_TOLERANCE = 0.02  # a more exact format is taken where it costs no more than this
+CHUNKS = (1, 2, 4)  # more save little, and make a real device's products small and less efficient
+ALL_COUNTS = 8  # up to this, all numbers of devices are tried; above, powers of 2 and the best one's neighbourhood
+TIE = 1e-9  # relative; fewer chunks win a tie
+WIRE_TOLERANCE = 0.02  # a more exact format wins if it costs no more than this
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The chosen plan and all that were looked at, fastest first; a sentence for devices that take no part."""
+    """The chosen plan and all compared plans, fastest first; a sentence about devices that take no part."""
 
     chosen: Alternative
     alternatives: tuple[Alternative, ...]
@@ -40,7 +40,7 @@ class Placement:
         return self.chosen.plan
 
     def table(self) -> "pd.DataFrame":
-        """A row an alternative, fastest first."""
+        """One row for each alternative, fastest first."""
         import pandas as pd  # late: the worker that plans on a board does without
 
         return pd.DataFrame(
@@ -71,7 +71,7 @@ def place(
     """Chooses among `methods` (default: `search_space`) for all devices of `profile`, split by their speeds.
 
     Args:
-        memory_budget_bytes: what a plan may take on each device; default: each device's own memory.
+        memory_budget_bytes: memory for a plan on each device; default: each device's own memory.
 
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
@@ -89,14 +89,14 @@ def place_freely(
     memory_budget_bytes: int | None = None,
     wires: Sequence[str] = ("float32",),
 ) -> Placement:
-    """Chooses devices, chunks and every original layer's strategy; sizes are split by speed, and by memory if need be.
+    """Chooses devices, chunks and every original layer's strategy; sizes are split by speed, and by memory if needed.
 
-    The fastest devices are tried, 1, 2 and so on (and those of the widest links, where these differ), so that one which
-    only slows the others down is left out. Also listed: the best plan of each number of devices, each strategy for all
-    layers and with another for the last, the paper's plans, and one device alone.
+    The fastest devices are tried, 1, 2 and so on (and those of the widest links, if links differ), so that a device
+    which only slows the others down is left out. Also listed: the best plan for each number of devices, each strategy
+    for all layers and with another for the last, the paper's plans, and one device alone.
 
     Args:
-        wires: formats of messages to choose from: the most exact one within 2% of the fastest is taken.
+        wires: formats of messages to choose from; the most exact one within 2% of the fastest is taken.
 
     Raises:
         ValueError: if no candidate fits, saying how much memory the smallest misses.
@@ -119,10 +119,10 @@ def place_freely(
 def method_plan(
     method: str, config: PretrainedConfig, profile: ClusterProfile, wire: str = "float32", **request: int | None
 ) -> Plan:
-    """The plan that a method's name stands for on all devices; one that is planned may leave devices out.
+    """The plan that a method's name stands for on all devices; a planned method may leave devices out.
 
     Args:
-        request: seq_len, batch_size and memory_budget_bytes, of which planned methods take account.
+        request: seq_len, batch_size and memory_budget_bytes, for planned methods.
     """
     if method in ("auto", "bp+auto"):  # of the unmodified model, of the decoupled one
         return replace(place_freely(config, profile, wires=(wire,), **request).plan, method=method)
@@ -132,18 +132,18 @@ def method_plan(
 
 
 def first_counts(num_devices: int) -> list[int]:
-    """The numbers of devices to try first: all of few, of many the powers of 2."""
+    """The numbers of devices to try first: all if they are few, else the powers of 2."""
     powers = [2**k for k in range(num_devices.bit_length()) if 2**k < num_devices]
     return list(range(1, num_devices + 1)) if num_devices <= ALL_COUNTS else [*powers, num_devices]
 
 
 def chunk_counts(seq_len: int, num_devices: int) -> tuple[int, ...]:
-    """Those of `CHUNKS` that make sense."""
+    """The members of `CHUNKS` that make sense for this request and number of devices."""
     return tuple(count for count in CHUNKS if count == 1 or (count <= seq_len and num_devices > 1))
 
 
 class _Candidates:
-    """The fastest plan of the first devices of `order`, by their number, in one wire format."""
+    """The fastest plan of the first n devices of `order`, by n, in one wire format."""
 
     def __init__(self, problem: Problem, wire: str, order: Sequence[int]):
         self.problem, self.wire, self.order = problem, wire, order
@@ -157,11 +157,11 @@ class _Candidates:
 
     @property
     def best(self) -> Alternative:
-        """The fastest; of equals the one of fewest devices."""
+        """The fastest plan; of equals the one of fewest devices."""
         return min(self.by_count.values(), key=lambda a: (a.latency_s, a.plan.num_devices))
 
     def _around_best(self) -> list[int]:
-        """Numbers of devices halfway between the best one and its neighbours, if not tried."""
+        """Numbers of devices halfway between the best one and its neighbours, if not tried yet."""
         if not self.by_count:
             return []
         tried = sorted(self.tried)
@@ -170,7 +170,7 @@ class _Candidates:
         return [count for count in halfway if count not in self.tried]
 
     def _try(self, count: int) -> None:
-        """Looks for the fastest plan of the first `count` devices; of one, that of the first which holds the model."""
+        """Finds the fastest plan of the first `count` devices; with one, on the first device that holds the model."""
         problem, devices = self.problem, sorted(self.order[:count])
         if count == 1:
             (needed,) = problem.needed(splits(problem, devices, self.wire)[0])
@@ -187,9 +187,9 @@ class _Candidates:
             self.by_count[count] = best
 
     def rivals(self) -> list[Alternative]:
-        """On the devices of the best plan: each strategy for all original layers, and others for the last of them.
+        """On the devices of the best plan: each strategy for all original layers, and with others for the last one.
 
-        The last one is its own choice because what follows it is: the result is gathered.
+        The last layer is chosen separately because the result is gathered after it.
         """
         tried, config = self.tried[self.best.plan.num_devices], self.problem.config
         last = max((i for i, kind in enumerate(layer_kinds(config)) if kind == "original"), default=None)
@@ -232,10 +232,10 @@ class _Candidates:
 
 
 def _fastest(alternatives: Sequence[Alternative]) -> Alternative:
-    """The fastest that fits, the first of equals.
+    """The fastest alternative that fits, the first of equals.
 
     Raises:
-        ValueError: if none fits, saying what the plan lacks that lacks least, and what would help.
+        ValueError: if none fits, naming the plan that lacks least, what it lacks, and what would help.
     """
     fitting = [a for a in alternatives if a.fits]
     if fitting:
@@ -249,7 +249,7 @@ def _fastest(alternatives: Sequence[Alternative]) -> Alternative:
 
 
 def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
-    """Those that fit first, the fastest first; of equal plans the first."""
+    """Alternatives that fit first, then by latency; of equal plans only the first."""
     distinct: dict[Plan, Alternative] = {}
     for alternative in alternatives:
         alone = alternative.plan.num_devices == 1  # sends nothing, in any format
@@ -262,16 +262,16 @@ def _sorted(alternatives: Sequence[Alternative]) -> tuple[Alternative, ...]:
 
 
 def bottleneck(plan: Plan, config: PretrainedConfig, profile: ClusterProfile, *request: int) -> str:
-    """What limits `plan`, in a line of text; `request` as for `limits`."""
+    """What limits `plan`, as a line of text; `request` as for `limits`."""
     shares = limits(plan, config, profile, *request)
     parts = sorted(((share, what) for what, share in shares.items() if share >= 0.005), reverse=True)
     return "Bottleneck: " + ", ".join(f"{what} {share:.0%}" for share, what in parts) + "."
 
 
 def limits(plan: Plan, config: PretrainedConfig, profile: ClusterProfile, *request: int) -> dict[str, float]:
-    """What `plan` spends its latency on, in shares that add up to 1; `request`: seq_len, batch_size, past.
+    """How `plan` spends its latency, in shares that add up to 1; `request`: seq_len, batch_size, past.
 
-    Rate and steps of the links may hide each other: each is taken at its mean with and without the other.
+    Rate and steps of the links may hide each other: each share is the mean of its effect with and without the other.
     """
 
     def latency_s(profile: ClusterProfile) -> float:

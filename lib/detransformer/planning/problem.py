@@ -1,4 +1,4 @@
-"""What is planned for: a model, a request and devices of so much memory; and how sizes may be split over them."""
+"""A planning problem: a model, a request and devices with their memory; and how sizes may be split over them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +18,15 @@ from detransformer.planning.profile import ClusterProfile
 from detransformer.planning.search import fastest
 from detransformer.planning.tape import WHOLE
 
-MEMORY_ROUNDS = 20  # so often is work moved away from devices that lack memory
+MEMORY_ROUNDS = 20  # how often work is moved away from devices that lack memory
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """One candidate; `reason` says in words why it does not fit, or is empty.
+    """One candidate; `reason` says why it does not fit, or is empty.
 
-    `over_bytes`: how far the device that lacks most is over its budget; at most 0 where the plan fits.
+    `over_bytes`: how far the device that lacks most is over its budget; at most 0 if the plan fits.
     """
 
     plan: Plan
@@ -44,7 +44,7 @@ class Alternative:
 
 
 def device_speeds(profile: ClusterProfile) -> list[float]:
-    """How fast each device computes, relative to the fastest: by its rate on whole layers."""
+    """Each device's compute speed relative to the fastest, by its rate on whole layers."""
     rates = [1 / device.compute_s(1.0, WHOLE) for device in profile.devices]
     return [rate / max(rates) for rate in rates]
 
@@ -56,7 +56,7 @@ def search_space(config: PretrainedConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is planned for: the model on the cluster, a request's sizes, and bytes that each device may take."""
+    """A planning problem: the model on the cluster, a request's sizes, and the bytes available on each device."""
 
     config: PretrainedConfig
     profile: ClusterProfile
@@ -74,17 +74,17 @@ class Problem:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """The devices, fastest first; of equals the one of the wider link, then the first."""
+        """The devices, fastest first; of equals the one with the wider link, then the first."""
         return tuple(sorted(range(len(self.speeds)), key=lambda i: (-self.speeds[i], -self.profile.link.share(i), i)))
 
     @cached_property
     def least(self) -> int:
-        """Bytes that a device needs to take any part: embeddings, what the model ends in, activations."""
+        """Bytes that a device needs to take any part: embeddings, the model's ending, activations."""
         return least_bytes(self.config, self.seq_len, self.batch_size)
 
     @cached_property
     def orders(self) -> list[tuple[int, ...]]:
-        """Those of `order` that can take part; and in another order, the widest link first, where links differ."""
+        """The devices of `order` that can take part; if links differ, also ordered by the widest link."""
         able = tuple(i for i in self.order if self.budgets[i] >= self.least) or self.order
         return list(dict.fromkeys((able, tuple(sorted(able, key=lambda i: -self.profile.link.share(i))))))
 
@@ -97,11 +97,11 @@ class Problem:
         return np.array(memory_bytes(self.config, plan, *self.request))
 
     def room(self, plan: Plan) -> np.ndarray:
-        """Bytes that each rank of `plan` may take [P]."""
+        """Bytes available to each rank of `plan` [P]."""
         return np.array([self.budgets[i] for i in plan.device_ids])
 
     def lacks(self, plan: Plan) -> bool:
-        """Whether `plan` does not fit some device."""
+        """Whether `plan` exceeds some device's memory."""
         return bool((self.needed(plan) > self.room(plan)).any())
 
     def pieces(self, plan: Plan) -> Pieces:
@@ -114,7 +114,7 @@ class Problem:
         return fastest(pieces, room, below_s)
 
     def alternative(self, plan: Plan, pieces: Pieces | None = None) -> Alternative:
-        """`plan` with its price, and whether it fits."""
+        """`plan` with its predicted cost, and whether it fits."""
         prediction = predict(self.config, plan, self.profile, *self.request, pieces=pieces)
         needed = zip(plan.device_ids, prediction.memory_bytes, strict=True)
         over, device, memory = max((num_bytes - self.budgets[i], i, num_bytes) for i, num_bytes in needed)
@@ -125,7 +125,7 @@ class Problem:
         return Alternative(plan, prediction, over, reason if over > 0 else "")
 
     def published(self, methods: Iterable[str], wire: str) -> list[Alternative]:
-        """The plans of these methods' names over all devices, split by speed; over the fastest where all are too many.
+        """The plans of these methods over all devices, split by speed; over the fastest ones if all are too many.
 
         `single` takes the fastest device.
         """
@@ -143,14 +143,14 @@ class Problem:
 
 
 def on_devices(plan: Plan, devices: Sequence[int]) -> Plan:
-    """`plan` on these devices; the first ones need no naming."""
+    """`plan` on these devices; the first ones in order need not be listed."""
     return replace(plan, devices=() if list(devices) == list(range(len(devices))) else tuple(devices))
 
 
 def splits(problem: Problem, devices: Sequence[int], wire: str = "float32") -> list[Plan]:
-    """A plan of these devices split by speed; where that lacks memory, others whose weights go where there is more.
+    """A plan of these devices split by speed; if that lacks memory, others whose weights go where there is more.
 
-    Tokens are always split by speed. Empty where there are more devices than sub-blocks.
+    Tokens are always split by speed. Empty if there are more devices than sub-blocks.
     """
     config, speeds = problem.config, [problem.speeds[i] for i in devices]
 
@@ -178,7 +178,7 @@ def splits(problem: Problem, devices: Sequence[int], wire: str = "float32") -> l
         return [on_devices(published_plan("single", config, wire=wire), devices)]
     plans = [split(WHOLE, speeds)]
     if problem.lacks(plans[0]):
-        # One strategy for each way to keep weights: all of a layer, some of it, a device's own part.
+        # One strategy for each way to keep weights: a whole layer, some of it, a device's own part.
         names = strategies_of(config, "original", len(devices))
         keeping = {(STRATEGIES[name].qkv_weights, STRATEGIES[name].rest_weights): name for name in names}
         plans += [plan for name in keeping.values() if (plan := within_memory(name))]

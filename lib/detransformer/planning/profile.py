@@ -1,7 +1,7 @@
-"""Profile records: how fast devices compute and links carry. Facts in, no measuring, no torch.
+"""Profile records: how fast devices compute and links carry. Data only: no measuring, no torch.
 
-A profile is made for one model (DATE 2024, Section III-C: operations are profiled offline, repeated layers once) and
-is what the cost model multiplies and divides by. Stored as versioned JSON with its provenance.
+A profile is made for one model (DATE 2024, Section III-C: operations are profiled offline, repeated layers once). The
+cost model takes its rates from it. Stored as versioned JSON with its provenance.
 """
 
 import json
@@ -27,7 +27,7 @@ def latency_steps(kind: str, num_devices: int) -> int:
     """How many latencies a collective of `num_devices` waits for one after the other.
 
     all_reduce goes round a ring in 2(P-1) steps, all_gather counts P-1 rounds. all_to_all and reduce_scatter have as
-    many, but count once: so one latency fits what is measured (their bytes still share the device's link).
+    many rounds but count one latency, which fits measurements (their bytes still share the device's link).
 
     Raises:
         ValueError: for an unknown kind.
@@ -39,10 +39,10 @@ def latency_steps(kind: str, num_devices: int) -> int:
 
 
 def message_delays(kind: str, num_devices: int) -> int:
-    """How many times a collective waits for a packet to cross the links: twice in each of its rounds.
+    """How many times a collective waits for a packet to cross the links: twice in each round.
 
-    In a round a rank waits for one message, and gloo sends it when the receiver has said that it is ready. Measured
-    with 50 ms of delay on two and four devices: 2.0 to 2.3 times in a round of any kind.
+    In a round a rank waits for one message, which gloo sends when the receiver has said that it is ready. Measured with
+    50 ms of delay on two and four devices: 2.0 to 2.3 times in a round of any kind.
     """
     rounds = {"all_reduce": 2 * (num_devices - 1), "send": 1, "receive": 1}
     return 2 * rounds.get(kind, num_devices - 1)
@@ -54,13 +54,13 @@ class DeviceProfile:
 
     Args:
         name: preset or host name.
-        memory_bytes: what model and activations may take.
+        memory_bytes: memory for model and activations.
         flops_per_s: of a whole original layer with `CALIBRATION_TOKENS` tokens.
         source: where the rates come from, in words.
-        memory_bytes_per_s: at which weights are read: a product of few tokens takes no less than that. None: not known,
-            and left out.
-        efficiency: how fast shares of a layer are, relative to the whole one: rows of (strategy, share of the layer,
-            tokens of the request, chunks, efficiency), as `cluster.profiler` measures them. Empty: as fast as it.
+        memory_bytes_per_s: the rate of reading weights, a lower bound for products of few tokens. None: not known, and
+            ignored.
+        efficiency: how fast shares of a layer run relative to the whole layer: rows of (strategy, share of the layer,
+            tokens of the request, chunks, efficiency), as `cluster.profiler` measures them. Empty: all run as fast.
     """
 
     __pydantic_config__ = STRICT
@@ -81,16 +81,16 @@ class DeviceProfile:
         tokens: int = CALIBRATION_TOKENS,
         num_chunks: int = 1,
     ) -> float:
-        """Seconds of one product: what its operations take, or reading its weights (a roofline)."""
+        """Seconds of one product: of its operations or of reading its weights, whichever is longer (a roofline)."""
         seconds = flops / (self.flops_per_s * self.efficiency_of(strategy, share, tokens, num_chunks))
         return max(seconds, weight_bytes / self.memory_bytes_per_s) if self.memory_bytes_per_s else seconds
 
     @cached_property
     def efficiency_of(self) -> Callable[[str, float, int, int], float]:
-        """Of a strategy's share of the layer, with so many tokens in so many chunks; each is worked out once.
+        """Efficiency of a strategy's share of the layer, by tokens and chunks; each value is computed once.
 
-        Between what was measured, by the logarithms of tokens and share; outside, the nearest that was. Of chunks the
-        next larger number that was measured counts, or the largest.
+        Interpolated between measurements by the logarithms of tokens and share; outside them, the nearest is taken. Of
+        numbers of chunks the next larger one that was measured counts, or the largest.
         """
         return cache(self._interpolated)
 
@@ -118,16 +118,16 @@ class DeviceProfile:
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """The devices' links to their switch, and how close collectives come to their rate.
+    """The devices' links to their switch, and how close collectives come to the links' rate.
 
     Args:
-        bandwidth_bps: of each device's link, in each direction; of links that differ, the rate that `shares` are of.
-        step_latency_s: of one of a collective's `latency_steps`, by collective kind; `"*"` for the rest.
-        efficiency: share of the bandwidth that a device's bytes achieve, by collective kind; `"*"` for the rest.
+        bandwidth_bps: of each device's link, in each direction; if links differ, the rate that `shares` divide.
+        step_latency_s: of one of a collective's `latency_steps`, by collective kind; `"*"` for the other kinds.
+        efficiency: share of the bandwidth that a device's bytes achieve, by collective kind; `"*"` for the others.
         source: where the figures come from, in words.
-        shares: each device's part of `bandwidth_bps`, in the cluster's order; empty: all have all of it.
-        shared: the links are one medium (Wi-Fi, a hub): what all devices send together has `bandwidth_bps`.
-        delay_s: how long a packet is under way between any two devices, beside its bytes' time.
+        shares: each device's fraction of `bandwidth_bps`, in the cluster's order; empty: all have all of it.
+        shared: the links are one medium (Wi-Fi, a hub): `bandwidth_bps` is for all devices together.
+        delay_s: how long a packet is under way between any two devices, besides its bytes' time.
     """
 
     __pydantic_config__ = STRICT
@@ -165,10 +165,10 @@ class LinkProfile:
     def exchange_s(
         self, kind: str, sent: Sequence[int], received: Sequence[int], shares: Sequence[float], num_devices: int
     ) -> float:
-        """Time of one collective whose ranks send and receive so many bytes: until the busiest one is done.
+        """Time of one collective with these bytes sent and received by its ranks: until the busiest rank is done.
 
-        Where links differ, a rank is busy with what it sends or receives over its `shares` of the bandwidth. On a
-        shared medium the ranks are busy with what all of them send: `sent` has all `num_devices` of them.
+        If links differ, a rank is busy with what it sends or receives over its `shares` of the bandwidth. On a shared
+        medium all ranks are busy with what all of them send: `sent` has all `num_devices` ranks.
         """
         if self.shared:
             assert len(sent) == num_devices, "every rank's bytes take their time"
@@ -187,7 +187,7 @@ class ClusterProfile:
     link: LinkProfile
 
     def of(self, devices: Sequence[int]) -> "ClusterProfile":
-        """The profile of some of the devices, in this order."""
+        """The profile of these devices, in this order."""
         shares = tuple(self.link.shares[i] for i in devices) if self.link.shares else ()
         return ClusterProfile(tuple(self.devices[i] for i in devices), replace(self.link, shares=shares))
 

@@ -1,7 +1,7 @@
-"""Recordings of layers, made once for each strategy, part of a layer, request size and wire format, and put together.
+"""Recordings of layers: one for each strategy, part of a layer, request size and wire format; and their composition.
 
-`device_steps` is what one device does for a whole request; `planning.pieces` prices all plans of one split. Bandwidth,
-speed and latency are in no recording. Shapes as in `parallel.strategies`.
+`device_steps` is what one device does for a whole request; `planning.pieces` prices all plans of one split. Recordings
+contain no bandwidth, speed or latency. Shapes as in `parallel.strategies`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ from detransformer.planning.tape import (
 )
 
 MAX_KEPT = 4096  # recordings of each kind, some 10 kB each
-Sizes = tuple[tuple[str, str | int | tuple[str, ...]], ...]  # all of a configuration that recordings depend on, by name
+Sizes = tuple[tuple[str, str | int | tuple[str, ...]], ...]  # all fields that recordings depend on
 _SIZES = (
     "model_type",
     "hidden_size",
@@ -62,7 +62,7 @@ _SIZES += ("sync", "fuse_every", "shared_fraction", "is_causal")
 
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
-    """The sizes of `config`, as a model that has one layer of each kind."""
+    """The sizes of `config`, for a model that has one layer of each kind."""
     names = config.attribute_map
     sizes = [(names.get(name, name), getattr(config, name)) for name in _SIZES if hasattr(config, name)]
     one_of_each = {"num_hidden_layers": len(set(layer_kinds(config)))}
@@ -75,7 +75,7 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
 
 @lru_cache(MAX_KEPT)
 def small_model(sizes: Sizes) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
-    """The model with one layer of each kind, and its weights without numbers."""
+    """The model with one layer of each kind, and its weights on the meta device."""
     fields = dict(sizes)
     if "architectures" in fields:
         fields["architectures"] = list(fields["architectures"])
@@ -101,12 +101,12 @@ def load_layer(
 
 @dataclass(frozen=True)
 class _Part:
-    """One rank's part of a request: `plan` has the splits that a strategy looks at, and none of the others."""
+    """One rank's part of a request: `plan` has only the splits that a strategy looks at."""
 
     rank: int
     num_ranks: int
     plan: Plan
-    chunks: tuple[tuple[int, tuple[int, ...]], ...]  # tokens of each chunk, in all and by device
+    chunks: tuple[tuple[int, tuple[int, ...]], ...]  # tokens of each chunk, in all and of each device
     batch_size: int
     past: int
     dtype: torch.dtype
@@ -134,7 +134,7 @@ class _Part:
 
 @lru_cache(MAX_KEPT)
 def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part) -> Recording:
-    if part.past > 2:  # only attention depends on it, by so many operations a token
+    if part.past > 2:  # only attention depends on it, linearly
         one, two = (_record_layer(sizes, name, strategy, replace(part, past=past)) for past in (1, 2))
         pairs = (zip(*same, strict=True) for same in zip(one.segments, two.segments, strict=True))
         more = part.past - 1
@@ -161,7 +161,7 @@ def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part
 
 @lru_cache(MAX_KEPT)
 def _record_reshard(sizes: Sizes, source: str, target: str, part: _Part) -> Recording | None:
-    """Segments: what starts each chunk's way, then what waits for each; None where no message is needed."""
+    """Segments: those that start each chunk's transfer, then those that wait for it; None if no message is needed."""
     tape = Tape()
     comm, started = TapeComm(part.rank, part.num_ranks, tape), []
 
@@ -185,7 +185,7 @@ def _record_reshard(sizes: Sizes, source: str, target: str, part: _Part) -> Reco
 
 @lru_cache(MAX_KEPT)
 def _record_end(sizes: Sizes, part: _Part) -> Recording:
-    """What follows the last layer: pooler or task head, or a decoder's next token."""
+    """The model's ending: pooler or task head, or a decoder's next token."""
     tape = Tape(tokens=part.batch_size * part.num_tokens)
     config, state = small_model(sizes)
     shapes = part.shapes(REPLICATE, config)
@@ -195,7 +195,7 @@ def _record_end(sizes: Sizes, part: _Part) -> Recording:
     with torch.inference_mode(), tape:
         head(xs[-1])
     steps = tape.cut()
-    if not is_decoder(config):  # that it reads its weights is part of the latency that presets are calibrated on
+    if not is_decoder(config):  # presets are calibrated on a latency that includes reading them
         steps = tuple(replace(step, weight_bytes=0) if isinstance(step, Compute) else step for step in steps)
     return Recording((steps, *((),) * len(shapes)))
 
@@ -204,8 +204,8 @@ class Recorder:
     """The recordings of one split of a request: of each rank, under any strategy.
 
     Args:
-        plan: whose devices share each layer; its strategies do not matter.
-        past: a decoder's tokens before the request's, whose keys and values are kept.
+        plan: its devices share each layer; its strategies do not matter.
+        past: a decoder's cached tokens before the request's.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Recorder:
         return len(self.tokens)
 
     def start(self) -> Recording:
-        """What is before the first layer: all chunks are there."""
+        """The recording before the first layer: all chunks are ready."""
         return Recording(((),) * (self.num_chunks + 1))
 
     def shapes(self, name: str, rank: int) -> list[tuple[int, int, int]]:
@@ -239,18 +239,18 @@ class Recorder:
         return _record_layer(self.sizes, name, STRATEGIES[name], self._part(rank, STRATEGIES[name].splits))
 
     def reshard(self, source: str, target: str, rank: int) -> Recording | None:
-        """Between two layouts of X; None where no message is needed."""
+        """The resharding between two layouts of X; None if no message is needed."""
         fields = {SEQ: ("tokens_share",), HIDDEN: ("sub_blocks",), REPLICATE: (), UNSUMMED: ()}
         if source == target or source == REPLICATE:
             return None
         return _record_reshard(self.sizes, source, target, self._part(rank, (*fields[source], *fields[target])))
 
     def end(self, rank: int) -> Recording:
-        """What the model ends in."""
+        """The model's ending."""
         return _record_end(self.sizes, self._part(rank, ("tokens_share",)))
 
     def _part(self, rank: int, fields: tuple[str, ...]) -> _Part:
-        """Rank's part by these splits; of ranks that take the same, the first one's."""
+        """Rank's part by these splits; ranks with equal parts share the first one's."""
         if fields not in self._parts:
             plan, by_token = self.plan, "tokens_share" in fields
             seen: dict[tuple, int] = {}
@@ -263,13 +263,13 @@ class Recorder:
         return _Part(rank=first[rank], **alike)
 
     def taken(self, rank: int, fields: Sequence[str]) -> tuple:
-        """What `rank` takes by these splits: ranks that take the same do the same."""
+        """The sizes of `rank` in these splits: ranks of equal sizes do the same."""
         taken = [getattr(self.plan, name)[rank] for name in fields]
         if "tokens_share" in fields:
             taken += [tokens[rank] for tokens in self.tokens]
             if is_decoder(self.config):
                 taken.append(self.plan.vocabulary(self.config.vocab_size)[rank])
-        if self.plan.number_format != "float32":  # a compressed all_reduce deals out rows evenly
+        if self.plan.number_format != "float32":  # a compressed all_reduce splits rows evenly
             equal = [1.0] * self.plan.num_devices
             taken += [split(self.common["batch_size"] * sum(tokens), equal)[rank] for tokens in self.tokens]
         return tuple(taken)
@@ -278,11 +278,11 @@ class Recorder:
 def interleaved(
     source: Sequence[Sequence], moved: Sequence[Sequence] | None, target: Sequence[Sequence]
 ) -> Iterator[tuple[str, Sequence]]:
-    """The steps from the first output of one layer to that of the next, in their order, each with its owner.
+    """The steps from the first output of one layer to that of the next, in order, each with its owner.
 
     Args:
         source, target: the two layers' segments.
-        moved: those of the resharding between them; None: chunks are passed on as they come.
+        moved: the segments of the resharding between them; None: chunks are passed on.
     """
     num_chunks = len(source) - 1
     if moved:
@@ -311,7 +311,7 @@ def device_steps(
 ) -> list[Step]:
     """What device `rank` does for one request, in order: `Compute`, `Start` and `Wait`.
 
-    A decoder's request ends with its next token; with `past` tokens kept, `seq_len` new ones follow them.
+    A decoder's request ends with its next token; its `seq_len` new tokens follow `past` cached ones.
     """
     local, own = (plan, rank) if plan.splits_layers else (plan.on_one_device(), 0)
     recorder = Recorder(config, local, seq_len, batch_size, past, dtype)
@@ -325,7 +325,7 @@ def device_steps(
 
     message = message_bytes((batch_size, seq_len, config.hidden_size), plan.number_format, dtype.itemsize)
     steps: list[Step] = []
-    numbers: dict[tuple, list[int]] = {}  # of each recording, the numbers of its starts
+    numbers: dict[tuple, list[int]] = {}  # the numbers of each recording's starts
     num_started = 0
     if plan.stages and rank > 0:
         steps, num_started = [Start("receive", message), Wait(0)], 1
@@ -344,6 +344,6 @@ def device_steps(
 
 
 def segments(steps: Sequence[Step]) -> list[list[Compute]]:
-    """The products before each start and each wait, and after the last."""
+    """The products before each start and each wait, and after the last one."""
     (_, products), *_ = Recording((tuple(steps),)).gaps
     return [list(part) for part in products]

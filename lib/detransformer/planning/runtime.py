@@ -1,7 +1,7 @@
-"""Two phases of planning (TPDS 2025): which plans to hold, and which of them each request takes.
+"""Two phases of planning (TPDS 2025): which plans to load, and which of them each request takes.
 
-Static: `static_plans` chooses, before any request, a few plans that one loading of weights serves. Runtime: for each
-request, `RuntimePlanner` takes the plan that is fastest at the rate that the links have shown so far.
+Static: `static_plans` chooses, before any request, a few plans that share one loading of weights. Runtime: for each
+request, `RuntimePlanner` takes the fastest plan at the rate that the links have shown so far.
 """
 
 import itertools
@@ -18,18 +18,18 @@ from detransformer.planning.placement import chunk_counts, first_counts, place_f
 from detransformer.planning.problem import Problem, splits
 from detransformer.planning.profile import ClusterProfile, LinkProfile
 
-WORTH = 0.005  # one plan more is held where it saves so much of the summed latency
-SWITCH_GAIN = 0.05  # a changed rate changes the plan where that is predicted to save more
-MIN_BYTES = 16 * 1024  # smaller messages tell of the latency, not of the rate
-QUANTILE = 0.95  # most durations include waiting for late devices, so the fastest messages tell the rate
-SAME_RATE = 0.15  # what is nearer to the estimate may be noise
-RISE = 0.5  # how far the estimate follows a higher rate; a lower one at once
-NOISE_WEIGHT = 0.2  # how far it follows what may be noise
+WORTH = 0.005  # a further plan must save this fraction of the summed latency
+SWITCH_GAIN = 0.05  # after a change of rate, another plan must be predicted to save more
+MIN_BYTES = 16 * 1024  # smaller messages measure the latency, not the rate
+QUANTILE = 0.95  # most durations include waiting for late devices, so the fastest messages show the rate
+SAME_RATE = 0.15  # changes below this may be noise
+RISE = 0.5  # how far the estimate follows a higher rate; it follows a lower one at once
+NOISE_WEIGHT = 0.2  # how far it follows changes that may be noise
 PROBE_BYTES = 64 * 1024
-PROBE_WORTH = 20  # a probe is due where requests might have saved so many times what it takes
+PROBE_WORTH = 20  # a probe is due once requests may have lost this many times its own time
 
 
-# Static: which plans to hold -----------------------------------------------------------------------------------------
+# Static: which plans to load -----------------------------------------------------------------------------------------
 
 
 def static_plans(
@@ -39,14 +39,14 @@ def static_plans(
     bandwidths_bps: Sequence[float],
     max_plans: int = 4,
 ) -> list[Plan]:
-    """At most `max_plans` plans to hold at once: the best one alone, then those that add most.
+    """At most `max_plans` plans to load at once: the best single one, then those that add most.
 
-    They share one split of one set of devices, so that they share weights; one on a single device may join them. Of all
-    such sets whose weights fit, the one of least summed latency over all `requests` and `bandwidths_bps`.
+    They share one split of one set of devices, and so the weights; a plan on a single device may join them. Of all such
+    sets whose weights fit, it returns the one of least summed latency over all `requests` and `bandwidths_bps`.
 
     Args:
-        profile: what weights and the largest request may take on each device is its memory.
-        requests: (batch_size, seq_len) of each kind of request, all as frequent.
+        profile: its devices' memory limits weights and the largest request.
+        requests: (batch_size, seq_len) of each kind of request, all equally frequent.
 
     Raises:
         ValueError: if no plan fits, or there is nothing to plan for.
@@ -69,7 +69,7 @@ def static_plans(
 
 
 class _Cells:
-    """Each kind of request at each bandwidth, and what plans take there."""
+    """Each kind of request at each bandwidth, and what plans cost there."""
 
     def __init__(self, config, profile, requests, bandwidths_bps):
         self.problems = [
@@ -89,7 +89,7 @@ class _Cells:
         return self._pieces[key]
 
     def contenders(self, split: Plan) -> list[Plan]:
-        """Of each number of chunks: one strategy for all original layers, and the fastest plan in each cell."""
+        """For each number of chunks: plans of one strategy for all original layers, and each cell's fastest plan."""
         plans = []
         for num_chunks in chunk_counts(self.largest.seq_len, split.num_devices):
             split = replace(split, num_chunks=num_chunks)
@@ -100,7 +100,7 @@ class _Cells:
         return list(dict.fromkeys(plans))
 
     def hold(self, plans: Sequence[Plan], max_plans: int) -> tuple[float, list[Plan]]:
-        """(summed latency, plans): one by one those that save most, of those that fit together."""
+        """(summed latency, plans): plans that fit together, added one by one by what they save."""
         cells = range(len(self.problems))
         latency_s = np.array([[self.pieces(c, plan).price(plan.strategies)[0] for c in cells] for plan in plans])
         held: list[int] = []
@@ -116,7 +116,7 @@ class _Cells:
         return float(now.sum()), [plans[i] for i in held]
 
     def _fit(self, plans: Sequence[Plan]) -> bool:
-        """Whether weights of all plans, and one largest request, fit each device."""
+        """Whether the weights of all plans, and one largest request, fit each device."""
         largest, config = self.largest, self.largest.config
         activations = activation_bytes(config, largest.seq_len, largest.batch_size)
         for device in {device for plan in plans for device in plan.device_ids}:
@@ -131,10 +131,10 @@ class _Cells:
 
 
 class BandwidthEstimator:
-    """The links' rate, from what collectives took: falls at once, rises smoothly, and noise moves it little.
+    """The links' rate, from durations of collectives: falls at once, rises smoothly, and noise moves it little.
 
     Args:
-        link: whose step latency and efficiency are taken off; its rate is the first estimate.
+        link: its step latency and efficiency are subtracted; its rate is the first estimate.
     """
 
     def __init__(self, link: LinkProfile):
@@ -143,7 +143,7 @@ class BandwidthEstimator:
         self._rates: list[float] = []
 
     def rate(self, kind: str, num_bytes: float, seconds: float, num_devices: int) -> float | None:
-        """That of one collective, as the device which sends most of it saw it; None: it was too small to tell."""
+        """The rate by one collective, seen by the device that sends most of it; None if it is too small to tell."""
         latency_s = self.link.collective_s(kind, 0, num_devices)
         if num_bytes < MIN_BYTES or seconds <= latency_s:
             return None
@@ -156,7 +156,7 @@ class BandwidthEstimator:
             self._rates.append(rate)
 
     def end_request(self) -> bool:
-        """Takes what was observed since the last call into the estimate; False if that was nothing."""
+        """Updates the estimate by the observations since the last call; False if there were none."""
         if not self._rates:
             return False
         change = float(np.quantile(self._rates, QUANTILE, method="higher")) - self.bandwidth_bps
@@ -168,7 +168,7 @@ class BandwidthEstimator:
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan a request takes: which of the planner's, its predicted seconds, and whether the rate has changed it."""
+    """The plan of a request: its index in the planner's, its predicted seconds, and whether the rate has changed it."""
 
     index: int
     predicted_s: float
@@ -179,10 +179,10 @@ class RuntimePlanner:
     """Chooses for each request the fastest of `plans` at the rate that the links have shown (TPDS 2025).
 
     Latency is predicted beforehand, by plan, batch size, length and bandwidth, and interpolated: linearly in size and
-    length, and in 1 / bandwidth. A rate that changes little does not change plans: the choice is that for the rate of
-    the last change, until another plan saves 5% at the present one. Requests of other sizes take other plans at once.
+    length, and in 1 / bandwidth. Small changes of the rate do not change plans: the choice is that for the rate of the
+    last change, until another plan saves 5% at the present rate. Requests of other sizes take other plans at once.
 
-    One device chooses for all; it may observe its own collectives, or better those of all devices.
+    One device chooses for all; it may observe its own collectives, or preferably those of all devices.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class RuntimePlanner:
         return latency_s
 
     def choose(self, batch_size: int, seq_len: int) -> Choice:
-        """The plan for the next request; what was observed before counts."""
+        """The plan for the next request, by all observations so far."""
         if self.estimator.end_request():
             self._at_stake_s = 0.0
         before = int(self.predict(batch_size, seq_len, self._planned_bps).argmin())
@@ -236,20 +236,20 @@ class RuntimePlanner:
         return Choice(self._current, float(now[self._current]), switched)
 
     def observe(self, kind: str, num_bytes: float, seconds: float) -> None:
-        """One collective of the request that runs by the plan chosen last."""
+        """Reports one collective of the request under the plan chosen last."""
         self.estimator.observe(kind, num_bytes, seconds, self.plans[self._current].num_devices)
 
     def needs_probe(self) -> bool:
         """Whether an all_gather of `PROBE_BYTES` a device is due before the next request, only to learn the rate.
 
-        So it is where requests since the last message that told the rate might have saved far more than that takes,
-        were the link as fast as it can be.
+        It is due if requests since the last message that showed the rate might have saved far more than the probe
+        takes, were the link as fast as it can be.
         """
         probe_s = self.estimator.link.at(self.bandwidth_bps).collective_s("all_gather", PROBE_BYTES, self._num_devices)
         return self._at_stake_s > PROBE_WORTH * probe_s
 
     def observe_probe(self, num_bytes: float, seconds: float) -> None:
-        """That all_gather, of all devices: bytes that one sent, and how long it took. It counts in full."""
+        """Reports that all_gather, of all devices: bytes that one sent, and its duration. It counts in full."""
         rate = self.estimator.rate("all_gather", num_bytes, seconds, self._num_devices)
         self.estimator.bandwidth_bps = rate or self.bandwidth_bps
         self._at_stake_s = 0.0
@@ -260,7 +260,7 @@ def _at(profile: ClusterProfile, bandwidth_bps: float) -> ClusterProfile:
 
 
 def _between(axis: np.ndarray, value: float, table: np.ndarray) -> np.ndarray:
-    """`table` [plans, axis, ...] at `value`, by a straight line through the two nearest entries of the axis."""
+    """`table` [plans, axis, ...] at `value`, interpolated linearly between the two nearest entries of the axis."""
     if len(axis) == 1:
         return table[:, 0]
     right = int(np.clip(np.searchsorted(axis, value), 1, len(axis) - 1))

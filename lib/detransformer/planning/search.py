@@ -1,9 +1,9 @@
 """The fastest strategies: a beam search over (layer, strategy) under memory budgets.
 
 A label is a partial plan: the times of its devices, links and collectives under way [n], and the bytes that each device
-keeps [R]. It is dropped if what follows cannot fit the memory; if its lower bound (the least time of all that may
-follow, memory left aside) is above the best plan found so far; or if another label of the same strategy is at least as
-early everywhere and keeps no more (Pareto). Of the rest the `BEAM` of least bound stay.
+keeps [R]. It is dropped if no completion can fit the memory; if its lower bound (the least time of any completion,
+ignoring memory) is above the best plan found so far; or if another label of the same strategy is at least as early
+everywhere and keeps no more (Pareto). Of the rest, the `BEAM` labels of least bound stay.
 
 Against an exact search of 200 random cases (BERT-Base and Large, original and decoupled, equal and unequal devices and
 links, 5 to 1000 Mbps, 16 to 256 tokens, 1 to 4 chunks, float32 and int8, two thirds under memory budgets) 191 of the
@@ -21,13 +21,13 @@ ROUNDING = 1e-12  # relative; smaller differences come from the order of additio
 
 
 def fastest(pieces: Pieces, room: np.ndarray, below_s: float = np.inf) -> tuple[str, ...] | None:
-    """The strategies of the fastest plan that was found; None if none fits, or none takes less than `below_s`.
+    """The strategies of the fastest plan found; None if none fits, or none takes less than `below_s`.
 
     `room` [R]: bytes that layers may take on each device.
     """
     stages = pieces.choices()
     num_pending = max(len(row.pending) for stage in stages for row in stage)
-    stacks: dict[tuple[int, int], np.ndarray] = {}  # alike where the layers are of the same kinds
+    stacks: dict[tuple[int, int], np.ndarray] = {}  # shared by layers of the same kinds
     matrices = []
     for before, after in pairwise(stages):
         key = id(before), id(after)
@@ -36,7 +36,7 @@ def fastest(pieces: Pieces, room: np.ndarray, below_s: float = np.inf) -> tuple[
         matrices.append(stacks[key])
     kept = [np.stack([row.kept for row in stage]) for stage in stages[1:]]
     beam = _Beam(matrices, kept, room)
-    found = beam.run(below_s, 1)  # a good plan, so that few labels need be kept
+    found = beam.run(below_s, 1)  # a good plan as a bound, so that few labels stay
     path = (beam.run(found[0] if found else below_s, BEAM) or found or (0.0, None))[1]
     return path and tuple(stage[i].name for stage, i in zip(stages[1:-1], path, strict=False))
 
@@ -44,7 +44,7 @@ def fastest(pieces: Pieces, room: np.ndarray, below_s: float = np.inf) -> tuple[
 class _Beam:
     """Stages of S choices, and max-plus matrices [S before, S, n, n] from each choice to each of the next stage.
 
-    `kept` [S, R] a stage are bytes, whose sums must stay within `room` [R].
+    `kept` [S, R] of each stage are bytes, whose sums must stay within `room` [R].
     """
 
     def __init__(self, matrices: list[np.ndarray], kept: list[np.ndarray], room: np.ndarray):
@@ -56,10 +56,10 @@ class _Beam:
             after.append((after[-1][:, :, None] + stack).max(2).min(1))
         self.to_go = after[::-1]  # [S, n] after each stage: its largest sum with a label is a lower bound
         least = np.array([rows.min(0) for rows in kept])
-        self.least = least.sum(0) - least.cumsum(0)  # what the stages after each one keep at least
+        self.least = least.sum(0) - least.cumsum(0)  # least bytes of the stages after each one
 
     def run(self, below_s: float, beam: int) -> tuple[float, list[int]] | None:
-        """(seconds, choice a stage) of the best plan below `below_s` that `beam` labels a choice lead to."""
+        """(seconds, choice a stage) of the best plan below `below_s` found with `beam` labels a choice."""
         times, kept, choice = self.first[None], np.zeros((1, len(self.room))), np.zeros(1, int)
         steps: list[tuple[np.ndarray, np.ndarray]] = []
         for stack, more, to_go, least in zip(self.matrices, self.kept, self.to_go, self.least, strict=True):
@@ -82,7 +82,7 @@ class _Beam:
 
 
 def _best(labels: np.ndarray, bound: np.ndarray, choice: np.ndarray, beam: int) -> np.ndarray:
-    """Indices of the `beam` labels of each choice that have the least bound, without those that another one beats."""
+    """Indices of the `beam` labels of each choice with the least bound, without labels that another one dominates."""
     order, staying = np.lexsort((labels.sum(-1), bound, choice)), []
     labels = np.where(np.isneginf(labels), 0.0, labels)
     above = labels + ROUNDING * bound[:, None]

@@ -1,9 +1,8 @@
-"""What a device does for a request, recorded from the executor's own code: products, starts, waits, bytes, weights.
+"""A device's work for a request, recorded from the executor's own code: products, starts, waits, bytes, weights.
 
-A layer runs under its strategy on meta tensors (shapes without numbers), with a `Comm` that sends nothing and writes
-down each start and wait, while each matrix product is written down where torch is called. So what is priced, what the
-emulated devices are paced by and what is executed are one description. `planning.recorder` records layers, and keeps
-the recordings.
+A layer runs under its strategy on meta tensors (shapes without numbers). Its `Comm` sends nothing and records each
+start and wait; each matrix product is recorded where torch is called. So prices, the pacing of emulated devices and
+execution follow one description. `planning.recorder` records layers, and keeps the recordings.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,15 +16,15 @@ from torch.overrides import TorchFunctionMode
 from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.methods import ORIGINAL_LAYER_STRATEGY
 
-WHOLE = ORIGINAL_LAYER_STRATEGY["single"]  # how one device runs a layer; also the rate of what a model ends in
+WHOLE = ORIGINAL_LAYER_STRATEGY["single"]  # how one device runs a layer; its rate also holds for the model's ending
 
 
 @dataclass(frozen=True)
 class Compute:
-    """One product; `weight_bytes` are those that it reads from memory.
+    """One product; `weight_bytes` are read from memory.
 
-    Small products run at another rate: which one depends on the strategy, on the device's share of the layer under it
-    (0 to 1), and on the request's tokens and how many chunks they are cut in.
+    Small products run at another rate, which depends on the strategy, the device's share of the layer under it (0 to
+    1), the request's tokens and the number of chunks.
     """
 
     flops: float
@@ -38,7 +37,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Start:
-    """A collective begins; bytes that this rank sends and receives, counted by `parallel.comm`."""
+    """A collective begins; bytes that this rank sends and receives, as `parallel.comm` counts them."""
 
     kind: str
     num_bytes: int
@@ -54,14 +53,14 @@ class Wait:
 
 @dataclass(frozen=True)
 class Pull:
-    """Here the layer before has to give out its next chunk."""
+    """The layer before must yield its next chunk here."""
 
     chunk: int
 
 
 @dataclass(frozen=True)
 class Arrive:
-    """Here the layer waits for a chunk that it has pulled."""
+    """The layer waits here for a chunk that it has pulled."""
 
     chunk: int
 
@@ -71,14 +70,14 @@ Step = Compute | Start | Wait | Pull | Arrive
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A layer's steps, cut where it gives out a chunk; waits are numbered within it. Bytes of keys and values kept."""
+    """A layer's steps, cut where it yields a chunk; waits are numbered within it. Bytes of cached keys and values."""
 
     segments: tuple[tuple[Step, ...], ...]
     cache_bytes: int = 0
 
     @cached_property
     def gaps(self) -> tuple[tuple[tuple[Step, ...], tuple[tuple[Compute, ...], ...]], ...]:
-        """(events, products before each of them and after the last one) of each segment."""
+        """For each segment: (events, products before each event and after the last one)."""
         cut = []
         for steps in self.segments:
             events, products = [], [[]]
@@ -94,17 +93,17 @@ class Recording:
 
 @lru_cache(2**14)
 def without_numbers(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A meta tensor; one for each shape, since nothing is ever in it."""
+    """A meta tensor; one for each shape, since it has no content."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Tape(TorchFunctionMode):
-    """Writes down steps; as a context, also each matrix product that is computed in it.
+    """Records steps; as a context, also each matrix product that is computed in it.
 
-    The second factor of a product counts as a weight that is read from memory. What changes no shape is left out.
+    The second factor of a product counts as a weight read from memory. Operations that change no shape are left out.
     """
 
-    PRODUCTS = {  # where among the arguments the two factors stand
+    PRODUCTS = {  # index of the first of the two factors
         torch.addmm: 1,
         torch.baddbmm: 1,
         torch.matmul: 0,
@@ -122,7 +121,7 @@ class Tape(TorchFunctionMode):
         self._num_started = 0
 
     def start(self, kind: str, num_bytes: int, received_bytes: int) -> int:
-        """Writes down a start; returns its number."""
+        """Records a start; returns its number."""
         self.steps.append(Start(kind, num_bytes, received_bytes))
         self._num_started += 1
         return self._num_started - 1
@@ -133,7 +132,7 @@ class Tape(TorchFunctionMode):
         return steps
 
     def arriving(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> Iterator[Pending]:
-        """Chunks of X of these shapes, as the layer before would give them out."""
+        """Chunks of X of these shapes, as the layer before would yield them."""
         for number, shape in enumerate(shapes):
             self.steps.append(Pull(number))
             yield Pending(finish=lambda number=number, shape=shape: self._arrived(number, shape, dtype))
@@ -170,7 +169,7 @@ class Tape(TorchFunctionMode):
 
 
 class TapeComm(Comm):
-    """One rank of several that are not there: right shapes, nothing sent, every start and wait on the tape."""
+    """One rank of several absent ones: right shapes, nothing sent, every start and wait on the tape."""
 
     def __init__(self, rank: int, num_ranks: int, tape: Tape):
         super().__init__(None, rank, num_ranks)

@@ -1,4 +1,4 @@
-"""Profiles: how large a run of the notebooks is, as one YAML file each with a section of settings a notebook.
+"""Profiles: the size of a run of the notebooks, one YAML file each with a section of settings for each notebook.
 
 `quick` names every setting that a notebook has; other profiles give only the values that differ.
 """
@@ -16,10 +16,10 @@ def built_in_profiles() -> list[str]:
 
 
 def load_profile(profile: str) -> tuple[str, dict[str, dict]]:
-    """(name, section a notebook) of a built-in profile or of a YAML file of one's own, as it is written there.
+    """(name, sections by notebook) of a built-in profile or of a YAML file of one's own, as written there.
 
     Raises:
-        ValueError: for an unknown name, or a file that is not a mapping of mappings, with words for keys.
+        ValueError: for an unknown name, or a file that is not a mapping of mappings with words as keys.
     """
     path = FOLDER / f"{profile}.yaml"
     if profile.endswith((".yaml", ".yml")):
@@ -40,7 +40,7 @@ def load_profile(profile: str) -> tuple[str, dict[str, dict]]:
 
 
 def _no_word(values: object) -> list:
-    """The keys in mappings of `values`, however deep, that YAML reads as a number, a date or a truth value."""
+    """The keys in mappings of `values`, at any depth, that YAML reads as a number, a date or a truth value."""
     if isinstance(values, list):
         return [key for value in values for key in _no_word(value)]
     if not isinstance(values, dict):
@@ -49,8 +49,7 @@ def _no_word(values: object) -> list:
 
 
 def load_settings(profile: str, notebook: str) -> dict:
-    """The settings of one notebook in a profile, e.g. `load_settings("quick", "06_latency")`; `quick`'s where it has
-    none.
+    """The settings of one notebook in a profile, e.g. `load_settings("quick", "06_latency")`; `quick`'s by default.
 
     Raises:
         ValueError: for an unknown profile, or a setting that `quick` does not name.

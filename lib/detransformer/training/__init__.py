@@ -1,7 +1,7 @@
 """Pre-training, calibration and fine-tuning (DATE 2024, Section IV-A, Table III).
 
-`open_data` finds the text, `pretrain`, `calibrate` and `finetune` train (and skip what is finished, resume what was
-interrupted), `summary` turns their results into tables. Knows no plot and no value of the paper.
+`open_data` finds the text; `pretrain`, `calibrate` and `finetune` train, skip finished runs and resume interrupted
+ones; `results` turns finished runs into tables. Knows no plot and no value of the paper.
 """
 
 from detransformer.training.calibration import CalibrationConfig, calibrate, row_config

@@ -1,10 +1,10 @@
-"""Calibration: a trained encoder decoupled (or cut to fewer layers) and fitted to what it was, its own teacher.
+"""Calibration: a trained encoder is decoupled (or cut to fewer layers) and distilled from its original self.
 
-The papers pre-train every decoupled model from the start. Here the original's weights are kept, sliced, and brought
-back to the original's function in three steps, each of which needs text but no labels: decoupled layers are fitted in
-closed form (`refit`); then each is trained alone, with the teacher's input and the teacher's output as its target; then
-all layers together, as the model runs. The loss is the error of each layer's output relative to the teacher's (as in
-TinyBERT, Jiao et al. 2020), and, of a model with an LM head or a classifier, the divergence from the teacher's
+The papers pre-train every decoupled model from scratch. Here the original's weights are sliced and brought back to the
+original's function in three steps that need text but no labels: a closed-form fit of decoupled layers (`refit`);
+training of each layer alone, with the teacher's input and the teacher's output as its target; then training of all
+layers together, as the model runs. The loss is the error of each layer's output relative to the teacher's (as in
+TinyBERT, Jiao et al. 2020), plus, for a model with an LM head or a classifier, the divergence from the teacher's
 probabilities (Hinton et al. 2015, Section 2). Embeddings and heads stay the teacher's.
 
 Shapes: B batch, T tokens, K masked positions a sequence, D hidden, V vocabulary or labels, L layers.
@@ -49,18 +49,18 @@ from detransformer.training.loop import Run, fit, micro_batches
 from detransformer.training.refit import refit
 from detransformer.training.results import Result, as_result, read_result, write_result
 
-TEMPERATURE = 2.0  # both models' logits are divided by it in the divergence of their probabilities
+TEMPERATURE = 2.0  # divides both models' logits in the divergence
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(TextRecipe):
-    """How a sliced model is brought back to its original's function.
+    """The recipe that brings a sliced model back to its original's function.
 
     Args:
-        global_batch_size: small ones learn more from the same text: 8 sequences better than 32 by a fifth of the error.
+        global_batch_size: small batches learn more from the same text: 8 sequences beat 32 by a fifth of the error.
         fit_sequences: sequences that the closed form reads; 0 leaves the slices as they are.
-        alone_share: share of the steps in which each decoupled layer is trained alone, before all are together; after
-            the closed form it did not help.
+        alone_share: share of the steps in which each decoupled layer is trained alone, before all train together;
+            after the closed form it did not help.
     """
 
     num_steps: int = not_negative(250)
@@ -75,11 +75,11 @@ class CalibrationConfig(TextRecipe):
 class LayerErrors(nn.Module):
     """A student and its distance from its teacher as one module.
 
-    The teacher is kept beside the module: it has no gradients, stays in eval mode, and is in no checkpoint.
+    The teacher is not a submodule: it has no gradients, stays in eval mode, and is in no checkpoint.
 
     Args:
-        depths: for each layer of the student, how many layers of the teacher it stands for.
-        alone: which of the student's layers are trained alone, in steps that say so.
+        depths: for each layer of the student, the number of teacher layers whose output it should match.
+        alone: the student's layers that are trained alone, in the steps that ask for it.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class LayerErrors(nn.Module):
         return loss + self._divergence(obtained, expected, positions) if has_head else loss
 
     def _outputs(self, model: PreTrainedModel, input_ids: torch.Tensor):
-        """Hidden states, and a classifier's logits; an LM head's follow where they are wanted."""
+        """Hidden states, with a classifier's logits; an LM head is applied later, where needed."""
         whole = model if self.classifies else model.base_model
         return whole(input_ids, output_hidden_states=True)
 
     def _divergence(self, obtained, expected, positions: torch.Tensor | None) -> torch.Tensor:
-        """KL divergence from the teacher's probabilities, times temperature squared; mean over places."""
+        """KL divergence from the teacher's probabilities, times temperature squared; the mean over positions."""
         ours = self._log_probabilities(self.model, obtained, positions)
         with torch.no_grad():
             theirs = self._log_probabilities(self.teacher, expected, positions)
@@ -147,7 +147,7 @@ class LayerErrors(nn.Module):
 
 
 def relative_error(ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Squared error over the target's mean square, both over all tokens [B, T, D]: 1 where all is missing."""
+    """Squared error over the target's mean square, both over all tokens [B, T, D]: 1 if everything is missing."""
     ours, target = ours.float(), target.float()
     return (ours - target).square().mean() / target.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -174,21 +174,21 @@ def calibrate(
     start: Result | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Result:
-    """Cuts `teacher` into `row`'s structure and trains it on, in a folder of its own under `output_dir`.
+    """Cuts `teacher` into `row`'s structure and trains it, in a folder of its own under `output_dir`.
 
-    A finished calibration is read back, an interrupted one goes on. Without steps it is the closed form alone, without
-    the closed form's sequences too the slices as they are.
+    A finished calibration is read back, an interrupted one resumed. With 0 steps only the closed form runs; if that
+    also has 0 sequences, the slices stay as they are.
 
     Args:
         teacher: folder of an original encoder, with or without a head.
         row: a decoupled structure, or an original one of fewer layers.
         data: the text; its tokenizer must be the teacher's.
-        start: a calibration of the same row to go on from, instead of the slices.
+        start: a calibration of the same row to continue, instead of the slices.
         on_step: `on_step(step, loss)` is called after each step.
 
     Returns:
-        Of this calibration: row, label, stage (`sliced` or `cut`, `closed form`, `trained`), tokens (trained on in all,
-        those of `start` included, in `seconds`), fit_tokens (read by the closed form), errors (of each layer's output,
+        The calibration's row, label, stage (`sliced` or `cut`, `closed form`, `trained`), tokens (trained on in all,
+        with those of `start`, in `seconds`), fit_tokens (read by the closed form), errors (of each layer's output,
         first to last: means over held-out tokens of the squared error relative to the teacher's mean square), cosine
         (of the mean-pooled outputs), seed, precision, source, note.
 
@@ -255,7 +255,7 @@ def calibrate(
 def _batches(
     objective: LayerErrors, data: TrainingData, sequences: np.ndarray, config: CalibrationConfig, num_alone: int
 ):
-    """What each step sees: masked text for an LM head, else plain text in pieces; the first steps are layers' alone."""
+    """Batches of each step: masked text for an LM head, else pieces of plain text; first come steps of layers alone."""
     source = (sequences, data.vocab_size, data.special, config.seed)
     text = MaskedBatches(*source, num_masked(config.seq_len)) if objective.fills_masks else CutBatches(*source)
     of_step = micro_batches(text.train_batch, config)
@@ -268,7 +268,7 @@ def _batches(
 
 
 def row_config(original: PretrainedConfig, row: ModelRow) -> PretrainedConfig:
-    """The configuration of `row`, made of the original model's; ValueError for sizes that do not divide."""
+    """The configuration of `row`, made from the original model's; ValueError if sizes do not divide."""
     if not row.is_original:
         return decoupled_config(original, *row.structure)
     return type(original)(
@@ -277,12 +277,12 @@ def row_config(original: PretrainedConfig, row: ModelRow) -> PretrainedConfig:
 
 
 def cut(teacher: PreTrainedModel, row: ModelRow) -> tuple[PreTrainedModel, list[int]]:
-    """The student of `row` with the teacher's weights, and how many of the teacher's layers each of its layers closes.
+    """The student of `row` with the teacher's weights, and for each of its layers the number of teacher layers to it.
 
-    A model of n of L layers keeps every L/n-th one, the last among them.
+    A model of n of L layers keeps every L/n-th layer, including the last.
 
     Raises:
-        ValueError: for sizes that do not divide, or more layers than there are.
+        ValueError: for sizes that do not divide, or more layers than the teacher has.
     """
     num_layers = teacher.config.num_hidden_layers
     if row.num_layers is None:
@@ -305,10 +305,10 @@ DROPOUTS += ("dropout", "attention_dropout", "seq_classif_dropout")  # DistilBER
 
 
 def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
-    """The original encoder of `folder`, with the head it was saved with; it must read `data`'s tokens.
+    """The original encoder in `folder`, with the head it was saved with; it must use `data`'s vocabulary.
 
     Raises:
-        ValueError: for a folder without a whole encoder, or a vocabulary that is not `data`'s.
+        ValueError: for a folder without a complete encoder, or a vocabulary that is not `data`'s.
     """
     opened = open_checkpoint(folder)
     if opened.decoupled:
@@ -320,20 +320,20 @@ def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
     teacher = load_model(opened, torch.float32)
     tokenizer = folder / "tokenizer.json"
     known = json.loads(tokenizer.read_text("utf-8"))["model"].get("vocab") if tokenizer.is_file() else None
-    if isinstance(known, list):  # pieces and scores, as SentencePiece has them
+    if isinstance(known, list):  # pieces and scores, as in SentencePiece
         known = {piece: number for number, (piece, _) in enumerate(known)}
     if data.vocab_size > teacher.config.vocab_size or (known and known != data.tokenizer.get_vocab(False)):
         raise ValueError(
             f"{folder} has another vocabulary than the {data.name} text is cut into: read the text with its tokenizer."
         )
-    for name in DROPOUTS:  # text is hardly seen twice
+    for name in DROPOUTS:  # text is hardly ever repeated
         if getattr(teacher.config, name, None) is not None:
             setattr(teacher.config, name, 0.0)
     return teacher.eval()
 
 
 def save(result: Result, teacher: str | Path, output: str | Path) -> None:
-    """Writes the model as a folder of its own, with the teacher's tokenizer files and how it was made."""
+    """Writes the model into a folder of its own, with the teacher's tokenizer files and a record of how it was made."""
     facts = {name: value for name, value in vars(result).items() if name not in ("row", "checkpoint", "history")}
     facts["valid_loss"] = result.errors[-1]  # the last layer's, on held-out text
     with atomic_folder(output) as folder:

@@ -1,6 +1,6 @@
-"""What a training run is: the row of Table III and the recipe (DATE 2024, IV-A), checked when they are made.
+"""A training run's row of Table III and its recipe (DATE 2024, IV-A), checked when they are made.
 
-`Recipe` holds what all kinds of training have in common; a finished run is found again by the hash of what made it.
+`Recipe` has the fields common to all training; a finished run is found by the hash of what made it.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("no", "bf16", "bf16-weights", "auto")
 TOKENS_PER_SPECIAL = 2  # [CLS] and [SEP] around a packed sequence
 MASK_FRACTION = 0.15
-NO_IDENTITY = ("checkpoint_every_s", "num_seeds")  # fields without which a run ends as it does with them
+NO_IDENTITY = ("checkpoint_every_s", "num_seeds")  # fields that do not change a run's result
 
 # Fields that are checked -----------------------------------------------------------------------------------------
 
 
 def checked(default, holds: Callable[[Any], bool], says: str) -> Any:
-    """A field that refuses a value of which `holds` is not true; `says` follows the name and the value in the error."""
+    """A field that refuses values for which `holds` is false; `says` follows the name and the value in the error."""
     return dataclasses.field(default=default, metadata={"check": (holds, says)})
 
 
@@ -61,7 +61,7 @@ def one_of(default, choices: Sequence[str]) -> Any:
 
 
 class Checked:
-    """A dataclass whose fields are checked when it is made; a ValueError names the field, its value and the limit."""
+    """A dataclass that checks its fields when it is made; a ValueError names the field, its value and the limit."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -71,7 +71,7 @@ class Checked:
 
 
 def check_divides(divisor_name: str, divisor: int, name: str, value: int, why: str) -> None:
-    """Raises ValueError where `divisor` does not divide `value`."""
+    """Raises ValueError if `divisor` does not divide `value`."""
     if value % divisor:
         raise ValueError(f"{divisor_name}={divisor} does not divide {name}={value}: {why}, choose a divisor.")
 
@@ -89,7 +89,7 @@ class ModelRow(Checked):
         num_divisions: Ndiv; None for the original model.
         attention_width: of a sub-block, `"full"` (published) or `"narrow"`.
         original_placement: where the original layers stand, `"last"` of each group (published) or elsewhere.
-        num_layers: of an original model that keeps fewer layers than it had, beside which a decoupled one is judged.
+        num_layers: of an original model cut to fewer layers, as a comparison for a decoupled one.
     """
 
     model: str = one_of("bert-base", MODELS)
@@ -124,18 +124,18 @@ class ModelRow(Checked):
 
     @property
     def label(self) -> str:
-        """The row as people read it."""
+        """The row in words."""
         if self.is_original:
             return f"{self.model} original" if self.num_layers is None else f"{self.model}, {self.num_layers} layers"
         return ", ".join([f"{self.model} Nb={self.num_original_layers}, Ndiv={self.num_divisions}", *self._variant])
 
     def made_of(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A model of this row's structure with the weights of `model`, an original one."""
+        """A model of this row's structure with the weights of `model`, an original model."""
         return model if self.is_original else decouple(model, *self.structure)
 
     @property
     def structure(self) -> tuple[int, int, str, str]:
-        """What `decouple` and `decoupled_config` take after the original model."""
+        """The arguments of `decouple` and `decoupled_config` after the original model."""
         return self.num_original_layers, self.num_divisions, self.attention_width, self.original_placement
 
     @property
@@ -156,10 +156,10 @@ class Recipe(Checked):
     Args:
         optimizer: `"adamw"`, or `"lamb"` (NVIDIA's recipe for BERT, which the paper follows).
         learning_rate, warmup, decay_power: linear warm-up over that fraction of the steps, then polynomial decay to 0.
-        weight_decay: of all weights but biases and LayerNorm.
-        max_grad_norm: to which gradients are clipped; None clips none.
+        weight_decay: for all weights but biases and LayerNorm.
+        max_grad_norm: gradients are clipped to it; None does not clip.
         mixed_precision: `"no"` (float32), `"bf16"` (autocast), `"bf16-weights"` (bfloat16 weights and activations,
-            float32 copies in the optimizer), or `"auto"` for the fastest of this machine.
+            float32 copies in the optimizer), or `"auto"` for the fastest on this machine.
         checkpoint_every_s: seconds between checkpoints.
     """
 
@@ -175,7 +175,7 @@ class Recipe(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecipe(Recipe):
-    """A recipe of so many optimizer steps.
+    """A recipe of `num_steps` optimizer steps.
 
     Args:
         num_steps: optimizer steps.
@@ -224,10 +224,10 @@ class FinetuneConfig(Recipe):
     Args:
         batch_size, num_epochs: rows in one optimizer step, and how often all rows are seen.
         micro_batch_size: rows in one forward pass, the rest is gradient accumulation; None takes the batch at once.
-        seq_len: longest input, longer ones are cut (classification) or read in windows (SQuAD).
-        doc_stride: tokens two SQuAD windows share; None is a quarter of seq_len.
-        max_train_rows, max_eval_rows: None takes all; a cut set is called reduced in every table.
-        wire_formats: number formats of messages that the trained model is scored with besides exact ones.
+        seq_len: longest input; longer ones are cut (classification) or read in windows (SQuAD).
+        doc_stride: tokens that two SQuAD windows share; None is a quarter of seq_len.
+        max_train_rows, max_eval_rows: None takes all; every table calls a cut set reduced.
+        wire_formats: number formats of messages in which the trained model is scored besides exact ones.
         num_seeds: runs of the task with seeds 0, 1, .. (`finetune_all`).
     """
 
@@ -268,7 +268,7 @@ def num_masked(seq_len: int) -> int:
 
 
 def make_config(kind: type[T], fields: dict) -> T:
-    """A configuration from a profile's values; an unknown name is a ValueError."""
+    """A configuration from a profile's values; ValueError for an unknown name."""
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = [name for name in fields if name not in known]
     if unknown:
@@ -277,7 +277,7 @@ def make_config(kind: type[T], fields: dict) -> T:
 
 
 def config_hash(*parts) -> str:
-    """16 hexadecimal digits over dataclasses and plain values; fields that change no run's result do not count."""
+    """16 hexadecimal digits over dataclasses and plain values, without fields that do not change a run's result."""
 
     def plain(part):
         if not dataclasses.is_dataclass(part):

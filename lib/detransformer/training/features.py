@@ -1,6 +1,6 @@
-"""Task rows as token features: sentences (pairs) with a label, SQuAD as overlapping windows with answer positions.
+"""Task rows as token features: sentences (or pairs) with a label, SQuAD as overlapping windows with answer positions.
 
-Rows of like length stand in one batch, so little is padding.
+Rows of similar length share a batch, so there is little padding.
 """
 
 import math
@@ -22,9 +22,9 @@ POOL_BATCHES = 16  # batches sorted by length together
 
 @dataclass(frozen=True)
 class Feature:
-    """One input of a model; for SQuAD also where its tokens stand in the context.
+    """One input of a model; for SQuAD also its tokens' places in the context.
 
-    `label` is a class, or (start, end) token positions of the answer, (0, 0) where the window does not hold it.
+    `label` is a class, or (start, end) token positions of the answer, (0, 0) if the window does not contain it.
     """
 
     tokens: np.ndarray
@@ -36,7 +36,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """Features of both splits, and the rows they were made from."""
+    """Features of both splits, and the rows they come from."""
 
     rows: TaskRows
     train: list[Feature]
@@ -55,7 +55,7 @@ def _prepared(data, task, max_train_rows, max_eval_rows, seq_len: int, doc_strid
 
 
 def prepare_task(rows: TaskRows, tokenizer: Tokenizer, seq_len: int, doc_stride: int) -> PreparedTask:
-    """Both splits of a task as features; of questions in windows that overlap by `doc_stride` tokens."""
+    """Both splits of a task as features; questions in windows that overlap by `doc_stride` tokens."""
     if rows.task.is_question_answering:
         parts = [question_features(part, tokenizer, seq_len, doc_stride) for part in (rows.train, rows.validation)]
     else:
@@ -106,7 +106,7 @@ def question_features(rows, tokenizer: Tokenizer, seq_len: int, doc_stride: int)
 
 
 def answer_positions(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:
-    """First and last token that touch characters start..end, or (0, 0) if the window does not hold all of them."""
+    """First and last token that touch characters start..end; (0, 0) if the window does not contain all of them."""
     inside = offsets[:, 0] >= 0
     if not inside.any() or offsets[inside][0, 0] > start or offsets[inside][-1, 1] < end:
         return 0, 0
@@ -134,7 +134,7 @@ def collate(features: Sequence[Feature], pad: int) -> dict[str, torch.Tensor]:
 class LengthGrouped:
     """Row numbers of each step: epochs are shuffled, sorted by length in pools, and their batches shuffled again.
 
-    A function of (seed, step); the last batch of an epoch may be smaller.
+    A function of (seed, step); an epoch's last batch may be smaller.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):

@@ -1,6 +1,6 @@
 """Fine-tuning of a pre-trained checkpoint on one task, and its score (DATE 2024, Section IV-A, Table III).
 
-One process per run; many runs may go side by side. A finished run is read from its result.json, not repeated.
+One process per run; several runs may go side by side. A finished run is read from its result.json, not repeated.
 """
 
 import dataclasses
@@ -37,21 +37,21 @@ from detransformer.training.loop import Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.results import accuracy_table, read_result, write_result
 
-# The paper's "Acc" for SQuAD is not defined there; exact match is the share of questions answered right.
+# The paper does not define its "Acc" for SQuAD; exact match is the share of questions answered right.
 TABLE_METRIC = {"mcc": "mcc", "accuracy": "accuracy", "f1": "exact_match"}
 EVAL_BATCH = 64
 MAX_ANSWER_TOKENS = 30
 
 
 class TaskLoss(nn.Module):
-    """A model with a head for a task; the loss is transformers' own."""
+    """A model with a task head; the loss is transformers' own."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """What `collate` gives -> mean loss of the rows."""
+        """A batch of `collate` -> mean loss of its rows."""
         return self.model(**batch).loss
 
 
@@ -69,11 +69,11 @@ def finetune(
 
     Args:
         checkpoint: a result of training, or the folder of a saved model.
-        output_dir: of this one run; holds history.csv, result.json and, while it runs, a checkpoint.
-        keep_model: leave what was fine-tuned in `output_dir/model`, a Hugging Face folder, too.
+        output_dir: folder of this run; holds history.csv, result.json and, while it runs, a checkpoint.
+        keep_model: also save the fine-tuned model in `output_dir/model`, a Hugging Face folder.
 
     Raises:
-        ValueError: for an unknown task, a folder that is no checkpoint, damaged data.
+        ValueError: for an unknown task, a folder that is not a checkpoint, or damaged data.
     """
     chosen, folder = get_task(task), Path(output_dir)
     model_folder, source_identity = source_of(checkpoint)
@@ -131,12 +131,12 @@ def finetune_all(
     num_jobs: int = 1,
     wire_rows: Iterable[str] | None = None,
 ) -> pd.DataFrame:
-    """Every model on every task of `configs`, with seeds 0.. (`num_seeds` of them): one row a run (`accuracy_table`).
+    """Fine-tunes every model on every task of `configs`, with seeds 0.. (`num_seeds`); a row a run (`accuracy_table`).
 
     Args:
-        models: by label, as the table's column `row` has them; folders, or results of training.
+        models: folders or training results, by their label in the table's column `row`.
         num_jobs: runs side by side.
-        wire_rows: labels of those that are scored with the `wire_formats` of their task too; None is all.
+        wire_rows: labels of models that are also scored with their task's `wire_formats`; None is all.
     """
     cells = []
     for label, model in models.items():
@@ -159,12 +159,12 @@ def load_model(folder: Path, task: Task, dropout: float):
     """The checkpoint's encoder with a fresh head for `task`.
 
     Raises:
-        ValueError: if `folder` holds no BERT checkpoint.
+        ValueError: if `folder` has no BERT checkpoint.
     """
     auto = AutoModelForQuestionAnswering if task.is_question_answering else AutoModelForSequenceClassification
     labels = {} if task.is_question_answering else {"num_labels": len(task.labels)}
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the fresh head is meant, not missing
+    transformers_logging.set_verbosity_error()  # the head is fresh on purpose, not missing
     try:
         model = auto.from_pretrained(
             folder, **labels, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
@@ -179,7 +179,7 @@ def load_model(folder: Path, task: Task, dropout: float):
 
 
 def source_of(checkpoint: Any) -> tuple[Path, str]:
-    """(model folder, what identifies its weights) of a result of training, or a folder."""
+    """(model folder, identity of its weights) of a training result or a folder."""
     if hasattr(checkpoint, "identity"):
         return checkpoint.checkpoint, checkpoint.identity
     weights = Path(checkpoint) / "model.safetensors"

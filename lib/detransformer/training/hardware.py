@@ -1,4 +1,4 @@
-"""What the hardware at hand trains fastest with: number format, attention kernel, kept memory.
+"""The fastest settings for training on this hardware: number format, attention kernel, kept memory.
 
 Measured on one x86 core with AVX-512 BF16 (AMD Zen 4 or later), 12 layers of width 128, 32 sequences of 128 tokens:
 bfloat16 matrix products run 2.5 times as fast as float32 ones, PyTorch's fused attention takes half of a bfloat16
@@ -20,7 +20,7 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -3, -1, -2  # malloc.h
 
 
 def resolve_precision(precision: str) -> str:
-    """`precision`, or for `"auto"` the fastest that trains safely here.
+    """`precision`, or for `"auto"` the fastest format that trains safely here.
 
     On a GPU with bfloat16: `"bf16"`. On a CPU whose instructions multiply bfloat16 (AVX-512 BF16 or AMX):
     `"bf16-weights"`. Else `"no"`, float32.
@@ -37,7 +37,7 @@ def own_device() -> torch.device:
     """The device that this process trains on.
 
     Raises:
-        ValueError: where variables say that it is one of several processes, which accelerate would wait for.
+        ValueError: if environment variables make it one of several processes, which accelerate would wait for.
     """
     if sizes := group_sizes():
         raise ValueError(
@@ -49,7 +49,7 @@ def own_device() -> torch.device:
 def place(model: nn.Module, precision: str) -> None:
     """Moves `model` to the device, with the attention that is fastest there.
 
-    That is plain products and softmax where bfloat16 is trained on a CPU, PyTorch's fused attention elsewhere.
+    That is plain products and softmax for bfloat16 training on a CPU, and PyTorch's fused attention elsewhere.
     """
     device = own_device()
     if isinstance(model, PreTrainedModel):
@@ -58,7 +58,7 @@ def place(model: nn.Module, precision: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what a training step frees for the next one; elsewhere nothing."""
+    """Lets glibc keep memory freed by a training step for the next one; does nothing elsewhere."""
     if not sys.platform.startswith("linux"):
         return
     try:

@@ -1,8 +1,8 @@
 """A ViT (Dosovitskiy et al. 2021) trained from scratch on small images: the large model that CoFormer decomposes.
 
 Published: DeiT-B, pre-trained on ImageNet, on CIFAR-100 (CoFormer 2025, Section IV). Here: a small
-`ViTForImageClassification` of transformers, by the recipe that is best on training images held out. A finished run is
-not repeated; an interrupted one goes on.
+`ViTForImageClassification` of transformers, with the recipe that scores best on held-out training images. A finished
+run is not repeated; an interrupted one is resumed.
 
 Shapes: B batch, C classes; images [B, 3, 32, 32], (32 / patch_size)^2 + 1 tokens.
 """
@@ -40,11 +40,11 @@ from detransformer.training.results import Result, as_result, read_result, write
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig(StepRecipe):
-    """A ViT's sizes and how it is trained.
+    """A ViT's sizes and its training recipe.
 
     Args:
         hidden_size, num_layers, num_heads, intermediate_size: None for the last is 4 * hidden_size.
-        patch_size: pixels a side; 4 makes 65 tokens of an image, 8 makes 17.
+        patch_size: pixels per side; 4 gives 65 tokens an image, 8 gives 17.
         dropout: of hidden states and attention.
         label_smoothing: share of a label that is spread over all classes.
     """
@@ -69,7 +69,7 @@ class ImageConfig(StepRecipe):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an image becomes, [CLS] included."""
+        """Tokens of an image, [CLS] included."""
         return (IMAGE_SIZE // self.patch_size) ** 2 + 1
 
     def vit_config(self, num_classes: int) -> ViTConfig:
@@ -100,10 +100,10 @@ class ImageLoss(nn.Module):
 
 
 def train_best_vit(recipes: Sequence[ImageConfig], data: ImageData, output_dir: str | Path) -> Result:
-    """Trains a ViT by each recipe; the one that gets most held-out images right. Test images choose nothing.
+    """Trains a ViT by each recipe; returns the one that gets most held-out images right. Test images choose nothing.
 
     Raises:
-        ValueError: where no images are held out, or what `train_vit` raises.
+        ValueError: if no images are held out, or as `train_vit`.
     """
     if "held" not in data.labels:
         raise ValueError("no images are held out to choose a recipe by: call hold_out with a share first.")
@@ -121,7 +121,7 @@ def train_vit(
     `on_step(step, loss)` is called after each step.
 
     Returns:
-        Of this run: accuracy, train_accuracy, held_out_accuracy (NaN where no images are held out) and chance_accuracy
+        The run's accuracy, train_accuracy, held_out_accuracy (NaN if no images are held out) and chance_accuracy
         (times 100), num_steps, num_epochs, num_parameters, train_rows, test_rows, images_per_s, seed, precision,
         source, note.
 
@@ -145,7 +145,7 @@ def train_vit(
         return {name: batch[name] for name in ("pixel_values", "labels")}
 
     trained = fit(objective, micro_batches(train_batch, config), config, config.num_steps, run)
-    accuracy = evaluate_images(model, data)  # in the number format it was trained in, which is the fast one
+    accuracy = evaluate_images(model, data)  # in the number format of training, which is fast
     train_accuracy = evaluate_images(model, data.cut(max_train_rows=len(data.labels["test"])), split="train")
     held_out_accuracy = evaluate_images(model, data, split="held") if "held" in data.labels else math.nan
     trained.restore_float32()
@@ -174,7 +174,7 @@ def train_vit(
 
 
 def save_preprocessor(folder: Path) -> None:
-    """Writes how a picture becomes what the model reads, in the words of Hugging Face's image processors."""
+    """Writes how a picture becomes the model's input, in the fields of Hugging Face's image processors."""
     words = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

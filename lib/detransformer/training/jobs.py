@@ -1,6 +1,6 @@
 """Training runs side by side, one process each: on a CPU, two runs of one thread outpace one run of two threads.
 
-Workers stop when their parent does, also when it is killed; what they trained up to their last checkpoint is kept.
+Workers stop when their parent stops or is killed; what they trained up to their last checkpoint is kept.
 """
 
 import multiprocessing
@@ -17,10 +17,10 @@ from detransformer.machine import free_unused
 
 
 def run_jobs(function: Callable, jobs: Sequence[tuple], num_jobs: int, title: str) -> list[Any]:
-    """`function(*job)` for each job, `num_jobs` at a time, started in the order given; results in that order.
+    """`function(*job)` for each job, `num_jobs` at a time, started in the given order; results in that order.
 
     Raises:
-        ValueError: for num_jobs below 1; whatever a job raises, after the others were stopped.
+        ValueError: for num_jobs below 1; also whatever a job raises, after the others were stopped.
     """
     if num_jobs < 1:
         raise ValueError(f"num_jobs={num_jobs} is below 1: give the number of runs side by side.")
@@ -31,7 +31,7 @@ def run_jobs(function: Callable, jobs: Sequence[tuple], num_jobs: int, title: st
                 results.append(function(*job))
                 bar.update()
             return results
-        # Workers are forked from a process that has imported the library and done nothing else: a fork of this one
+        # Workers are forked from a process that has imported the library and done nothing else: a fork of this process
         # would inherit PyTorch's threads without their state.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["detransformer.training"])
@@ -53,7 +53,7 @@ def run_jobs(function: Callable, jobs: Sequence[tuple], num_jobs: int, title: st
 
 
 def _work(function: Callable, job: tuple) -> Any:
-    """A job, after which the process is as small as before: what training keeps for its next step adds up otherwise."""
+    """Runs a job, then frees what training keeps for its next step, which would add up over jobs."""
     try:
         return function(*job)
     finally:

@@ -1,7 +1,7 @@
-"""The one training loop: a module whose forward pass is its loss, trained by a recipe, resumed where it was stopped.
+"""The one training loop: trains a module whose forward pass is its loss by a recipe, and resumes after interruptions.
 
-The data position and the learning rate are functions of the step, and dropout's random state is in the checkpoint, so a
-run that was interrupted ends as one that was not. SIGINT and SIGTERM take effect between two steps, after a checkpoint.
+Data position and learning rate are functions of the step, and dropout's random state is in the checkpoint, so an
+interrupted run ends like an uninterrupted one. SIGINT and SIGTERM take effect between two steps, after a checkpoint.
 """
 
 import math
@@ -32,10 +32,10 @@ class Run:
     """A training run.
 
     Args:
-        title: of the progress bar, and of errors.
-        folder: where it stands; checkpoints are in `folder/checkpoint`. None keeps none.
-        identity: hash of all that makes the run; a checkpoint of something else is not resumed.
-        on_step: `on_step(step, loss)` is called after each step, and after its checkpoint.
+        title: of the progress bar and of errors.
+        folder: the run's folder; checkpoints are in `folder/checkpoint`. None keeps none.
+        identity: hash of all that makes the run; a checkpoint of another run is not resumed.
+        on_step: `on_step(step, loss)` is called after each step and its checkpoint.
     """
 
     title: str
@@ -45,10 +45,9 @@ class Run:
 
 
 class Progress:
-    """What `fit` returns: the loss of each step and the seconds they took; saved with a checkpoint.
+    """What `fit` returns: the loss of each step and the total seconds; saved with a checkpoint.
 
-    The model was trained in place. Until `restore_float32` it has the number format it was trained in, which is the
-    fast one.
+    The model was trained in place. Until `restore_float32` it keeps the number format of training, which is fast.
     """
 
     def __init__(self, copies: MasterWeights | None = None):
@@ -74,10 +73,10 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
     """Trains `objective.model` in place.
 
     Args:
-        objective: `objective(**batch)` is a micro-batch's mean loss; its attribute `model` is what is trained.
-        batches: what a step sees, as a function of its number; the shares of a step add up to 1.
+        objective: `objective(**batch)` is a micro-batch's mean loss; its attribute `model` is trained.
+        batches: a step's micro-batches as a function of its number; the shares of a step add up to 1.
         recipe: optimizer, schedule, clipping, number format, seconds between checkpoints.
-        run: what it is called, and where its checkpoints stand; the last one of this very run is resumed.
+        run: its title, and where its checkpoints are; its last checkpoint is resumed.
 
     Raises:
         ValueError: if the loss is not finite, a checkpoint is damaged, or several processes were launched together.
@@ -85,7 +84,7 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
     keep_freed_memory()
     precision = resolve_precision(recipe.mixed_precision)
     own_device()  # first: accelerate would wait for other processes
-    accelerator = Accelerator(mixed_precision="no")  # of a process: it would not take another one for the next run
+    accelerator = Accelerator(mixed_precision="no")  # one for the process: it would refuse another for the next run
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
     if accelerator.num_processes > 1:
         raise ValueError(f"{accelerator.num_processes} processes were launched: a training run takes one, start one.")
@@ -105,7 +104,7 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
     if checkpoints is not None:
         checkpoints.resume()
     objective.train()
-    silent = multiprocessing.parent_process() is not None  # of several runs side by side the parent's bar tells
+    silent = multiprocessing.parent_process() is not None  # of runs side by side only the parent shows a bar
     bar = tqdm(
         total=num_steps, initial=progress.step, desc=run.title, unit="step", mininterval=1.0, leave=None, disable=silent
     )
@@ -145,7 +144,7 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
 
 
 def micro_batches(train_batch: Callable[[int, int], dict[str, torch.Tensor]], recipe: StepRecipe) -> Batches:
-    """The stream `train_batch(number, size)`, cut into the equal micro-batches of each step."""
+    """The stream `train_batch(number, size)`, in equal micro-batches of each step."""
     count = recipe.num_micro_batches
 
     def of_step(step: int) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
@@ -158,7 +157,7 @@ def micro_batches(train_batch: Callable[[int, int], dict[str, torch.Tensor]], re
 class Checkpoints:
     """Model, optimizer, random states and progress as accelerate saves them, in `folder/IDENTITY-STEP`.
 
-    A checkpoint is written under another name and renamed when it is whole; then the one before it goes.
+    A checkpoint is written under another name and renamed when complete; then the one before it is deleted.
     """
 
     def __init__(self, folder: Path, identity: str, accelerator: Accelerator):
@@ -167,7 +166,7 @@ class Checkpoints:
 
     @property
     def age_s(self) -> float:
-        """Seconds since the last checkpoint, or the start."""
+        """Seconds since the last checkpoint, or since the start."""
         return time.monotonic() - self._last_s
 
     def save(self, step: int) -> None:
@@ -182,7 +181,7 @@ class Checkpoints:
         self._last_s = time.monotonic()
 
     def resume(self) -> None:
-        """Loads the last checkpoint of this very run, if there is one.
+        """Loads the last checkpoint of this run, if there is one.
 
         Raises:
             ValueError: if it is damaged.
@@ -201,7 +200,7 @@ class Checkpoints:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs; in a thread that may not handle signals, nothing."""
+    """Collects SIGINT and SIGTERM while the block runs; does nothing in a thread that may not handle signals."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -210,7 +209,7 @@ def _signals() -> Iterator[list[int]]:
 
     def receive(number: int, frame) -> None:
         received.append(number)
-        signal.signal(number, before[number])  # a second one takes effect at once
+        signal.signal(number, before[number])  # a second signal takes effect at once
 
     for number in before:
         signal.signal(number, receive)

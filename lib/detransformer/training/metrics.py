@@ -1,6 +1,6 @@
 """Scores of the five tasks, times 100: scikit-learn's Matthews correlation and accuracy, torchmetrics' SQuAD.
 
-Both libraries take seconds to import, which every process of a training run would pay: they are imported when used.
+Both libraries take seconds to import, which every training process would pay; they are imported when used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ def classification_scores(task: Task, predicted: Sequence[int], labels: Sequence
 
 
 def majority_score(task: Task, rows: Mapping[str, Sequence]) -> float:
-    """What a model that learned nothing scores on `rows` by guessing: always their most frequent label.
+    """The score of always guessing the most frequent label of `rows`, as a model that learned nothing would.
 
-    That has a Matthews correlation of 0, and one answer to all questions is right nowhere.
+    Its Matthews correlation is 0, and one answer to all questions is right nowhere.
     """
     if task.metric == "mcc" or task.is_question_answering:
         return 0.0

@@ -12,8 +12,8 @@ from detransformer.training.config import Recipe
 class Lamb(Optimizer):
     """Layer-wise adaptive Adam: each tensor's step is scaled by ||weights|| / ||step||.
 
-    Bias-corrected, with decoupled weight decay. As in NVIDIA's FusedLAMB the scaling holds for groups with weight decay
-    only; the others (bias, LayerNorm) take plain Adam steps. A stacked weight [P, out, in] is one tensor: it has the
+    Bias-corrected, with decoupled weight decay. As in NVIDIA's FusedLAMB, scaling applies only to groups with weight
+    decay; the others (bias, LayerNorm) take plain Adam steps. A stacked weight [P, out, in] is one tensor: it has the
     original matrix's entries, hence its norm.
     """
 
@@ -44,8 +44,8 @@ class Lamb(Optimizer):
 class MasterWeights:
     """Float32 copies of a model's weights, which it rounds to bfloat16 (Micikevicius et al. 2018, Section 3.1).
 
-    The model computes in bfloat16; its gradients are applied to the copies, and these are rounded back. An update
-    smaller than bfloat16 resolves is so not lost. Gradients of several micro-batches add up in bfloat16.
+    The model computes in bfloat16; its gradients are applied to the copies, which are rounded back. So updates smaller
+    than bfloat16 resolves are not lost. Gradients of several micro-batches add up in bfloat16.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,7 +54,7 @@ class MasterWeights:
         model.to(torch.bfloat16)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Has `optimizer`, which holds the copies, take the model's gradients and round the copies back."""
+        """Makes `optimizer`, which holds the copies, take the model's gradients and round the copies back."""
         optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
         optimizer.register_step_post_hook(lambda *_: self._round())
 
@@ -67,7 +67,7 @@ class MasterWeights:
         self._round()
 
     def restore_float32(self) -> None:
-        """Gives the model its float32 weights: after training, for saving."""
+        """Gives the model its float32 weights, after training, for saving."""
         for weight, copy in zip(self.weights, self.copies, strict=True):
             weight.data = copy.detach()
 
@@ -76,7 +76,7 @@ class MasterWeights:
         for weight, copy in zip(self.weights, self.copies, strict=True):
             if weight.grad is None:
                 copy.grad = None
-            else:  # into the same memory each step: asking for it costs more than filling it
+            else:  # into the same memory each step: allocating costs more than copying
                 copy.grad = torch.empty_like(copy) if copy.grad is None else copy.grad
                 copy.grad.copy_(weight.grad)
 

@@ -1,8 +1,8 @@
-"""Original and decoupled models trained from their first weights, with identical hyper-parameters (DATE 2024, IV-A).
+"""Original and decoupled models trained from scratch, with identical hyper-parameters (DATE 2024, IV-A).
 
 Every row starts from the same seeded original weights (a decoupled row from their slices) and sees the same sequences
 with the same masks. An encoder is a BERT that learns masked tokens, without next-sentence prediction; a decoder is a
-small GPT-2 that learns the next one. A finished row is not trained again; an interrupted one goes on.
+small GPT-2 that learns the next token. A finished row is not trained again; an interrupted one is resumed.
 
 Shapes: B batch, T tokens, K masked positions a sequence, D hidden, V vocabulary.
 """
@@ -50,13 +50,13 @@ from detransformer.training.results import Result, as_result, read_result, write
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchRecipe(TextRecipe):
-    """Training of a model from its first weights on; `original_config` says what the original model is.
+    """Training of a model from scratch; `original_config` describes the original model.
 
     Args:
         hidden_size, num_heads: of the original model.
         dropout: of hidden states and attention.
 
-    What is learned are masked tokens, or the next one where `predicts_next`.
+    The targets are masked tokens, or the next token if `predicts_next`.
     """
 
     predicts_next = False
@@ -67,7 +67,7 @@ class ScratchRecipe(TextRecipe):
 
     @property
     def num_masked(self) -> int:
-        """Masked positions in a sequence: a fixed number, so every sequence weighs the same."""
+        """Masked positions in a sequence: a fixed number, so that every sequence weighs the same."""
         return num_masked(self.seq_len)
 
     def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> PretrainedConfig:
@@ -75,7 +75,7 @@ class ScratchRecipe(TextRecipe):
         raise NotImplementedError
 
     def check_row(self, row: ModelRow) -> PretrainedConfig:
-        """The configuration of `row`'s original but for the vocabulary; ValueError where `row` cannot be built."""
+        """The configuration of `row`'s original except for the vocabulary; ValueError if `row` cannot be built."""
         original = self.original_config(row.model, 1024, SpecialTokens(0, 1, 2, 3))
         if not row.is_original:
             decoupled_config(original, *row.structure)
@@ -96,12 +96,12 @@ class PretrainConfig(ScratchRecipe):
 
     Args:
         hidden_size, num_heads, intermediate_size: None takes BERT-Base's or BERT-Large's; smaller ones are a reduced
-            scale, the number of layers stays the row's.
-        initializer_range: standard deviation of the first weights; BERT's is 0.02, at any width. Scaled with the width
-            as `CausalConfig`'s (0.049 at 128, 0.069 at 64), twelve layers that normalise after each block learned more
-            slowly: the shorter the training, the more so.
+            scale, but the number of layers stays the row's.
+        initializer_range: standard deviation of the first weights; BERT's is 0.02 at any width. When it was scaled with
+            the width as `CausalConfig`'s (0.049 at 128, 0.069 at 64), twelve layers that normalise after each block
+            learned more slowly, the more so the shorter the training.
         frequency_bias: whether the vocabulary's projection starts at the log frequencies of the training text's pieces,
-            so that a short training is not spent on them; BERT's starts at 0.
+            so that a short training need not learn them; BERT's starts at 0.
     """
 
     intermediate_size: int | None = positive(None)
@@ -140,8 +140,8 @@ class CausalConfig(ScratchRecipe):
 
     Args:
         num_layers, hidden_size, num_heads: of the original model; its FFN is four times as wide.
-        vocab_size: pieces of the data's vocabulary that are kept (`reduced_data`): with BERT's 30,522 most of such
-            a small model's time goes into the LM head; None keeps all.
+        vocab_size: pieces of the data's vocabulary that are kept (`reduced_data`): with BERT's 30,522 the LM head takes
+            most of such a small model's time; None keeps all.
         dropout: of embeddings, residuals and attention.
     """
 
@@ -177,7 +177,7 @@ class CausalConfig(ScratchRecipe):
             n_head=self.num_heads,
             n_positions=self.seq_len,
             vocab_size=vocab_size,
-            # GPT-2's 0.02 is for width 768: a narrower layer's products keep their size with wider weights.
+            # GPT-2's 0.02 is for width 768; wider weights keep the scale of a narrower layer's products.
             initializer_range=0.02 * (768 / self.hidden_size) ** 0.5,
             resid_pdrop=self.dropout,
             embd_pdrop=self.dropout,
@@ -189,7 +189,7 @@ class CausalConfig(ScratchRecipe):
 
 
 class MaskedLmLoss(nn.Module):
-    """A model of masked tokens and its loss as one module, with the vocabulary's projection on masked positions only.
+    """A masked-token model and its loss as one module, with the vocabulary's projection on masked positions only.
 
     With K = 0.15 T the projection, the widest product of a small BERT, costs 0.15 of the full one; loss and gradients
     are the same.
@@ -222,14 +222,14 @@ class NextTokenLoss(nn.Module):
 
 
 def build_model(row: ModelRow, config: ScratchRecipe, data: TrainingData) -> PreTrainedModel:
-    """The row's model at its seeded start: original weights, sliced where the row is decoupled."""
+    """The row's model at its seeded start: original weights, sliced if the row is decoupled."""
     set_seed(config.seed)
     original = config.original_config(row.model, data.vocab_size, data.special)
     return row.made_of((GPT2LMHeadModel if architecture(original) == "gpt2" else BertForMaskedLM)(original))
 
 
 def text_batches(data: TrainingData, config: ScratchRecipe) -> tuple[TextBatches, TextBatches]:
-    """Batches of the (training, validation) text of a recipe, which is packed where it is not yet."""
+    """Batches of a recipe's (training, validation) text, which is packed if it is not yet."""
     texts = data.packed_splits(config)
     if config.predicts_next:
         return tuple(NextTokenBatches(text, data.vocab_size, data.special, config.seed) for text in texts)
@@ -251,8 +251,8 @@ def pretrain(
         on_step: `on_step(step, loss)` is called after each step.
 
     Returns:
-        Of this run: row, valid_loss, unigram_loss (what word frequencies alone reach on the same held-out tokens),
-        valid_tokens, num_steps, tokens (trained on), unique_tokens, hidden_size, seed, precision, source, note.
+        The run's row, valid_loss, unigram_loss (of word frequencies alone on the same held-out tokens), valid_tokens,
+        num_steps, tokens (trained on), unique_tokens, hidden_size, seed, precision, source, note.
 
     Raises:
         ValueError: for sizes that do not divide, damaged data or a damaged checkpoint.
@@ -298,12 +298,12 @@ def pretrain_all(
     output_dir: str | Path,
     num_jobs: int = 1,
 ) -> list[Result]:
-    """`pretrain` for each row, all with the same configuration, `num_jobs` of them side by side."""
+    """Runs `pretrain` for each row with the same configuration, `num_jobs` side by side."""
     rows = list(rows)
-    for row in rows:  # say what cannot work before hours are spent
+    for row in rows:  # refuse what cannot work before hours are spent
         config.check_row(row)
     if num_jobs > 1:
-        data.packed_splits(config)  # once, before the workers want it
+        data.packed_splits(config)  # once, before the workers need it
     # By sub-blocks, then by decoupled layers, the slowest first: the last run to end should be a short one.
     slowest_first = sorted(rows, key=lambda row: (-(row.num_divisions or 1), row.num_original_layers or 0))
     run_jobs(pretrain, [(row, config, data, output_dir) for row in slowest_first], num_jobs, "pre-training")

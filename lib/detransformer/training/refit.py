@@ -1,11 +1,11 @@
-"""Decoupled layers fitted to the original ones in closed form, before any gradient step.
+"""Decoupled layers are fitted to the original ones in closed form, before any gradient step.
 
-A slice of a layer's weights leaves out what the other slices would have contributed, although hidden units are
-correlated and one slice says much of the others. So each linear map of a sub-block is fitted anew by ridge regression
-to what the original layer computes at that place, given what the sub-block sees: Q, K, V and FFN-in from its slice,
-both output projections from its context and its activations. Each LayerNorm gets the scale and shift of every unit that
-come closest to the original's output. Layers are fitted from first to last on the student's own inputs, original ones
-too: a layer makes up for the errors of those before it. Text is read once, without gradients.
+A slice of a layer's weights leaves out the contributions of the other slices, although hidden units are correlated and
+one slice says much about the others. So ridge regression fits each linear map of a sub-block anew to the original
+layer's output at that place, given the sub-block's input: Q, K, V and FFN-in from its slice, both output projections
+from its context and its activations. For every unit, LayerNorm gets the scale and shift that come closest to the
+original's output. Layers are fitted from first to last on the student's own inputs, original ones too, so that a layer
+compensates for the errors of those before it. Text is read once, without gradients.
 
 Shapes: B sequences of a batch, T tokens, M = B T, P sub-blocks, d slice, D hidden, A attention width, I intermediate.
 """
@@ -33,7 +33,7 @@ def refit(student: PreTrainedModel, teacher: PreTrainedModel, sequences: torch.T
 
     Args:
         student: a decoupled encoder without a head, sliced from `teacher`, float32, in eval mode.
-        teacher: the original encoder, as well.
+        teacher: the original encoder, in the same format and mode.
         sequences: token ids [N, T] without padding.
     """
     theirs = [teacher.embeddings(ids) for ids in sequences.split(BATCH)]
@@ -57,10 +57,10 @@ def fit_layer(
     ours: list[torch.Tensor],
     theirs: list[torch.Tensor],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Fits a decoupled layer to give for `ours` what the original layer gives for `theirs`; returns both outputs.
+    """Fits a decoupled layer to map `ours` to the original layer's output for `theirs`; returns both outputs.
 
     Args:
-        naming: what both call their parts.
+        naming: the names of both layers' parts.
         activation: the FFN's.
         ours, theirs: batches of hidden states [B, T, D].
     """
@@ -84,7 +84,7 @@ def fit_layer(
     attended = [full_out(_given(full_out, original.attention, x)) + x for x in theirs]
     middles = [full_norm(x) for x in attended]
     xs, sizes = [cut(x) for x in ours], [len(x) for x in ours]
-    if qkv[0][0].bias.numel() == blocks * qkv[0][1].bias.numel():  # narrow heads would need a part of the targets
+    if qkv[0][0].bias.numel() == blocks * qkv[0][1].bias.numel():  # narrow heads would need only a part of the targets
         _regress(
             [m for m, _ in qkv], ((x, [shared(full(t)) for _, full in qkv]) for x, t in zip(xs, theirs, strict=True))
         )
@@ -107,7 +107,7 @@ def fit_layer(
 
 
 def _given(part: nn.Module, attention: nn.Module, *inputs) -> torch.Tensor:
-    """What `attention`, called with `inputs`, gives to `part` of it: the context, before the output projection."""
+    """The input of `part` when `attention` is called with `inputs`: the context, before the output projection."""
     seen: list[torch.Tensor] = []
     hook = part.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     attention(*inputs)
@@ -116,7 +116,7 @@ def _given(part: nn.Module, attention: nn.Module, *inputs) -> torch.Tensor:
 
 
 def _regress(maps: list[nn.Module], pairs: Pairs) -> None:
-    """Ridge regression of each of `maps`, which read the same inputs, by the normal equations in float64."""
+    """Fits each of `maps`, which read the same inputs, by ridge regression (normal equations in float64)."""
     moments, products = 0.0, [0.0] * len(maps)
     for inputs, targets in pairs:
         inputs = nn.functional.pad(inputs, (0, 1), value=1.0)  # the bias

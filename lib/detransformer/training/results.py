@@ -1,7 +1,7 @@
-"""What a finished training run leaves in its folder: model/, history.csv, and result.json to find it again.
+"""The files of a finished training run: model/, history.csv, and result.json to find it again.
 
-Many runs make a table: of pre-trained models, and of fine-tuning. What their rows say together (Table III, its noise)
-is counted in `tables.accuracy`.
+Many runs make a table: of pre-trained models, and of fine-tuning. `tables.accuracy` compares their rows (Table III, its
+noise).
 """
 
 import json
@@ -22,7 +22,7 @@ VARIANT_COLUMNS = ["attention_width", "original_placement"]
 
 
 def read_result(run: Run) -> dict | None:
-    """The record of the run's result.json; None where it is not finished, or another run's.
+    """The record of the run's result.json; None if it is not finished, or another run's.
 
     Raises:
         ValueError: if the file is damaged.
@@ -45,15 +45,15 @@ def write_result(
     per_step: int,
     *save: Callable[[Path], object],
 ) -> dict:
-    """Writes what is to stay, result.json last since it says that all is there; the checkpoint goes.
+    """Writes the files, result.json last since it marks the run as finished; then deletes the checkpoint.
 
     Args:
-        record: what is known of the run; identity and seconds are added.
+        record: facts about the run; identity and seconds are added.
         unit, per_step: history.csv has a row a step: step, `unit` (tokens, images, ..) seen so far, train_loss.
-        save: each writes its part of the model into the folder given; without any no model is kept.
+        save: each writes its part of the model into the given folder; without any, no model is kept.
 
     Returns:
-        The record as it was written.
+        The record as written.
     """
     folder = run.folder
     record = {"identity": run.identity, **record, "seconds": round(trained.seconds, 3)}
@@ -73,14 +73,14 @@ def write_result(
 
 
 class Result(SimpleNamespace):
-    """A finished run: what its result.json says, an attribute each, `identity` and `seconds` among them.
+    """A finished run: the fields of its result.json as attributes, including `identity` and `seconds`.
 
-    Beside these stand `checkpoint`, the Hugging Face folder of its model, and `history`, a frame with a row a step.
+    Also `checkpoint`, the Hugging Face folder of its model, and `history`, a frame with a row a step.
     """
 
 
 def as_result(run: Run, record: dict, **known) -> Result:
-    """The run of `record` (its result.json); what is `known` stands for what the record says."""
+    """The run of `record` (its result.json); `known` fields replace those of the record."""
     made = {"checkpoint": run.folder / "model", "history": pd.read_csv(run.folder / "history.csv")}
     return Result(**record | made | known)
 
@@ -89,7 +89,7 @@ def as_result(run: Run, record: dict, **known) -> Result:
 
 
 def pretraining_table(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a pre-trained model: structure, seed, what it saw and how fast, its held-out loss, the scale in words.
+    """One row for each pre-trained model: structure, seed, data, speed, held-out loss, and the scale in words.
 
     unigram_loss and unigram_perplexity are those of word frequencies alone on the same held-out tokens.
     """
@@ -107,10 +107,10 @@ def pretraining_table(results: Iterable[Result]) -> pd.DataFrame:
 
 
 def accuracy_table(records: list[dict]) -> pd.DataFrame:
-    """One row a fine-tuning run: the model, task, seed, score (times 100) and where the rows came from.
+    """One row for each fine-tuning run: the model, task, seed, score (times 100) and where the rows came from.
 
-    What only some runs have follows where any has it: the variant of the structure, the pre-training's seed, the number
-    format of training, and `score_FORMAT`, the same trained model scored with that number format on the wire.
+    Columns that only some runs have come last: the variant of the structure, the pre-training's seed, the number format
+    of training, and `score_FORMAT`, the same trained model scored with that number format on the wire.
     """
     frame = pd.DataFrame(records)
     columns = ["row", *ROW_COLUMNS, "task", "metric", "seed", "score", "majority_score"]
