@@ -178,7 +178,7 @@ def test_a_batch_is_pooled_over_its_own_tokens_padded_on_either_side():
     [
         (lambda f: (f / "1_Pooling/config.json").write_text('{"pooling_mode": "lasttoken"}'), "pools by lasttoken"),
         (lambda f: (f / "modules.json").write_text('[{"type": "x.Dense"}]'), "has a module Dense, which is not"),
-        (lambda f: (f / "modules.json").write_text("{"), "modules.json, or what it names, is damaged"),
+        (lambda f: (f / "modules.json").write_text("{"), "modules.json or a file it names is damaged"),
         (lambda f: (f / "config_sentence_transformers.json").write_text('{"default_prompt_name": "query"}'), "prompt"),
     ],
 )

@@ -506,4 +506,4 @@ def test_doctor_says_what_to_do_about_a_wrong_version(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\ndependencies = ["torch==1.0.0", "nothere==1.*"]\n')
     finding = doctor.packages(tmp_path)
     assert finding.state == "missing" and "pinned ==1.0.0" in finding.found and "make install" in finding.remedy
-    assert "To be put right" in doctor.report([finding]) and "Packages" in doctor.report([finding])
+    assert "Fix this before" in doctor.report([finding]) and "Packages" in doctor.report([finding])
