@@ -103,7 +103,7 @@ def test_help_imports_nothing_heavy():
         (["bench", "--cluster", "/nowhere/c.yaml"], ["/nowhere/c.yaml", "examples/"]),
         (["bench", "--cluster", EXAMPLES / "four-pis.yaml"], ["lists real hosts", "detransformer run"]),
         (["bench", "--cluster", EXAMPLES / "unequal.yaml", "--delay", "5"], ["--delay 5", "leave one out"]),
-        (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "beside --cluster"]),
+        (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "with --cluster"]),
         (["run", "--cluster", "c", "--model", "m", "--text", "caf\udce9"], [r"--text 'caf\udce9' is not UTF-8 text"]),
         (["plan", "--wire", "float8"], ["--wire float8", "bfloat16"]),
         (["plan", "--bandwidth", "125,500", "--output", "x.json"], ["--output x.json", "several"]),

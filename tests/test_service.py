@@ -659,7 +659,7 @@ devices:
         (["--port", "0"], "--port"),
         (["--queue", "none"], "--queue"),
         (["--host", "first"], "real hosts"),
-        (["--token-file", "{folder}/nothing"], "is no file"),
+        (["--token-file", "{folder}/nothing"], "is not a file"),
         (["--token-file", "{folder}/open"], "can be read by others"),
         (["--token-file", "{folder}/short"], "characters"),
         (["--model", "{folder}/choices"], "BertForMultipleChoice"),
