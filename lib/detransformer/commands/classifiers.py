@@ -73,7 +73,7 @@ def learned_task(
     """
     if family == "vit":
         if task not in (None, "CIFAR-100"):
-            raise ValueError(f"--task {task} is for text, and {folder} looks at images: leave it out, or give CIFAR-100.")
+            raise ValueError(f"--task {task} is for text, and {folder} looks at images: omit it, or give CIFAR-100.")
         size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("image_size")
         if size != IMAGE_SIZE:
             raise ValueError(

@@ -51,12 +51,8 @@ def decompose(
     latency_weight: Annotated[
         float, typer.Option(min=0, max=1e6, help="Loss that the whole model's time on the fastest device counts as.")
     ] = 1,
-    seq_len: Annotated[
-        int, typer.Option(min=16, max=512, help="Tokens per request, if the model reads text.")
-    ] = 128,
-    train_rows: Annotated[
-        int | None, typer.Option(min=1, help="Maximum of training samples; default: all.")
-    ] = None,
+    seq_len: Annotated[int, typer.Option(min=16, max=512, help="Tokens per request, if the model reads text.")] = 128,
+    train_rows: Annotated[int | None, typer.Option(min=1, help="Maximum of training samples; default: all.")] = None,
     steps: options.Steps = 2000,
     batch_size: options.Samples = 64,
     learning_rate: options.LearningRate = 5e-4,

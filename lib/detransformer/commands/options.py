@@ -147,7 +147,7 @@ def _range(least: float | None, most: float | None) -> str:
 # --- Options that several commands have -----------------------------------------------------------------------------
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
-Memory = Annotated[float | None, typer.Option(min=1, max=MAX_MEMORY_MIB, help="MiB per device; default: its own memory.")]
+Memory = Annotated[float | None, typer.Option(min=1, max=MAX_MEMORY_MIB, help="MiB per device; default: its own.")]
 Layers = Annotated[int, typer.Option(min=1, help="Nb, the layers that stay original.")]
 Divisions = Annotated[int, typer.Option(min=1, help="Ndiv, the sub-blocks of a decoupled layer.")]
 Width = Annotated[AttentionWidth, typer.Option(help="Attention width of a sub-block; full is published.")]
@@ -174,9 +174,7 @@ Pace = Annotated[
 
 # of commands on a cluster
 Cluster = Annotated[Path, typer.Option(parser=path, help="Cluster file; examples/ has some to start from.")]
-Folder = Annotated[
-    str, typer.Option(parser=with_home, help="Folder of the checkpoint; every host needs a copy.")
-]
+Folder = Annotated[str, typer.Option(parser=with_home, help="Folder of the checkpoint; every host needs a copy.")]
 Host = Annotated[str | None, typer.Option(help="Which device of the file this host is; default: by its addresses.")]
 Plan = Annotated[dict | None, typer.Option(parser=read_plan, help="JSON file of `plan --output` with the plan.")]
 Wires = Annotated[

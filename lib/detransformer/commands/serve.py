@@ -33,9 +33,7 @@ def serve(
     ] = None,
     method: Annotated[str, typer.Option(help="auto (the fastest plan), or one by name, as for run.")] = "auto",
     plan: options.Plan = None,
-    seq_len: Annotated[
-        int, typer.Option(min=1, max=8192, help="Tokens of a usual request, for planning.")
-    ] = 128,
+    seq_len: Annotated[int, typer.Option(min=1, max=8192, help="Tokens of a usual request, for planning.")] = 128,
     queue: Annotated[
         int, typer.Option(min=1, max=100_000, help="Maximum of waiting requests; further ones are refused with 503.")
     ] = 64,

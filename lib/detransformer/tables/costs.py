@@ -1,12 +1,9 @@
 """What decoupling and compressing cost in accuracy, in sentences that cite the saved table and row."""
 
-import re
-
 import pandas as pd
 
 from detransformer.files import repository_root
 from detransformer.record.run import RunFolder
-
 
 
 def saved_tables() -> RunFolder | None:
@@ -29,7 +26,9 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
         return ["No saved table says what decoupling costs; run notebook 03."]
     # For each structure the row with most tokens, the last of its curve.
     trained = trained.drop_duplicates("row", keep="last")
-    trained["label"] = [f"{row}, {tokens:,} tokens" for row, tokens in zip(trained["row"], trained["tokens"], strict=True)]
+    trained["label"] = [
+        f"{row}, {tokens:,} tokens" for row, tokens in zip(trained["row"], trained["tokens"], strict=True)
+    ]
     is_cut = trained["num_original_layers"].isna()
     trained["distance"] = (trained["num_original_layers"] / trained["num_layers"] - original_share).abs()
     name = trained.loc[trained["distance"].idxmin(), "label"]
