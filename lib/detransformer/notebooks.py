@@ -16,7 +16,7 @@ from detransformer.record.run import RunFolder
 from detransformer.settings import named_folders
 
 KERNEL = "detransformer"
-# Notebook -> those whose results (trained models, the profile of operations, tables) it reads; it is rerun after them.
+# Notebook -> the notebooks whose results (models, the profile of operations, tables) it reads; it reruns after them.
 USES = {
     "05_placement": ("04_profiling",),
     "06_latency": ("04_profiling",),

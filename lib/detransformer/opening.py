@@ -189,7 +189,6 @@ def _type_of(fields: dict) -> str | None:
 
 
 def _check(config: "PretrainedConfig") -> None:
-    """Raises ValueError for inconsistent sizes and unsupported options."""
     from transformers.activations import ACT2FN
 
     from detransformer.models.configuration import architecture, family_of, ffn_size, head_of, max_tokens

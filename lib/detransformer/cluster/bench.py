@@ -332,7 +332,6 @@ def _undisturbed(measure: Callable[[], Any], late: Callable[[Any], float]) -> tu
 
 
 def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
-    """The `timeline` rows of the run nearest to the row's median latency."""
     samples = json.loads(row["samples_s"])
     median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
     conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}

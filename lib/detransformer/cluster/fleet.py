@@ -171,7 +171,6 @@ class Fleet(Roster):
             return dict(self.answers)
 
     def _check(self, doing: str) -> None:
-        """Raises if this fleet has ended."""
         if self.refused:
             raise ValueError(self.refused)
         if self.lost:

@@ -26,7 +26,7 @@ from detransformer.cluster.line import Line, connect
 ENDED = 4  # exit code of a worker that was told to end, or lost its front
 RETRY_S = 0.3  # between two attempts to reach the front
 REACH_S = 5.0  # for the front to answer a hello
-COMPARED = {  # field of a hello -> (in words, what to do where two hosts differ)
+COMPARED = {  # field of a hello -> (in words, the remedy if two hosts differ)
     "devices": ("a cluster file of other devices ({})", "use the same file on all hosts"),
     "versions": ("{}", "install the same versions on all hosts"),
     "config": ("a config.json whose digest is {}", "copy the model's folder anew"),

@@ -263,7 +263,6 @@ class Hosts:
         return self.folder / f"agent{device}.log"
 
     def _start_agent(self, device: int) -> None:
-        """Starts the agent of one device, in its namespace if it is emulated."""
         command = [sys.executable, "-m", "detransformer.cluster.agent", str(self.folder / "job.json"), str(device)]
         namespace = self.network.namespaces[device] if self.network else None
         temporary = {"TMPDIR": str(self.folder)}  # an agent is killed, and cannot remove its files

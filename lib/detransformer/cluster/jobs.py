@@ -214,7 +214,6 @@ def _read(inputs: str | Tensors) -> Tensors:
 
 
 def _hand_over(outputs: Tensors, target: str | dict[str, torch.Tensor]) -> None:
-    """Writes `outputs` to the file `target`, or puts them into the dict `target`."""
     tensors = {name: tensor.contiguous() for name, tensor in outputs.items()}
     if isinstance(target, dict):
         target.update(tensors)

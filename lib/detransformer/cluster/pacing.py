@@ -77,7 +77,7 @@ class Pacer:
         burns: the rest of a segment computes products instead of sleeping: other threads on this core then compete
             with compute, as on a device, which is busy for the whole segment.
 
-    `events` are those of this request. `modelled_s` sums the modelled seconds, `overrun_s` their excesses.
+    `events` are those of this request. `modelled_s` sums the modelled seconds, `overrun_s` by how much they were exceeded.
     """
 
     def __init__(

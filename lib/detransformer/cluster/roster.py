@@ -351,7 +351,6 @@ class Roster:
             member.line.tell({"group": self._count, "devices": sorted(waiting), "store": self._store})
 
     def _difference(self, member: Member) -> str:
-        """A sentence on how a worker's host differs from the first device's; empty if they agree."""
         first = self.members.get(0, member)
         return difference(self.names[member.device], member.hello, self.names[0], first.hello)
 

@@ -173,7 +173,6 @@ def _auto_speedup(row: dict, rows: "pd.DataFrame") -> str:
 
 
 def _collectives(row: dict) -> str:
-    """Such as `4 ag + 8 a2a`."""
     counts = [(row[f"{kind}_count"], short) for kind, short in SHORT_KINDS.items()]
     return " + ".join(f"{count} {short}" for count, short in counts if count) or "-"
 

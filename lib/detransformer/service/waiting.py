@@ -67,7 +67,7 @@ class Asked:
             self.told.append(tokens)
             self.on_token(tokens)
         elif self.told[step] != tokens:  # another number of devices rounds differently
-            self.torn = Unanswered("the devices changed, and their tokens differ from those told already.")
+            self.torn = Unanswered("the devices changed, and their tokens differ from those sent already.")
 
     def settle(self, answer=None, error: Exception | None = None) -> bool:
         """Sets the answer or error; returns False if there was one already, which then stays."""
