@@ -166,7 +166,7 @@ def test_tokens_are_told_once_and_an_answer_that_begins_otherwise_is_none():
     assert heard == [[1, 2], [3, 4], [5, 6]]
     asked.hear(0, [7, 2])
     assert asked.settle({"tokens": torch.ones(2, 3)})
-    with pytest.raises(Unanswered, match="differ from those told already"):
+    with pytest.raises(Unanswered, match="differ from those sent already"):
         asked.future.result()
 
 

@@ -77,7 +77,8 @@ class Pacer:
         burns: the rest of a segment computes products instead of sleeping: other threads on this core then compete
             with compute, as on a device, which is busy for the whole segment.
 
-    `events` are those of this request. `modelled_s` sums the modelled seconds, `overrun_s` by how much they were exceeded.
+    `events` are those of this request. `modelled_s` sums the modelled seconds, `overrun_s` the time by which they were
+    exceeded.
     """
 
     def __init__(
