@@ -241,7 +241,7 @@ def test_inputs_are_checked_against_the_model(tmp_path):
             {"input_ids": ids, "token_type_ids": ids},
             "token_type_ids go from 1 to 1; the model's token types",
         ),
-        ({"input_ids": ids[0]}, r"of shape \[4\]"),
+        ({"input_ids": ids[0]}, r"have shape \[4\]"),
         ({"input_ids": ids, "attention_mask": ids[:, :3]}, "of other shapes than input_ids"),
         ({"input_ids": torch.ones(1, 9, dtype=torch.long)}, "has 9 tokens, and the model takes 8"),
     ):

@@ -529,7 +529,7 @@ def test_http_answers_as_the_model_does(client, model):
         ({"json": {"input_ids": [1], "deadline_s": 1e9}}, 422, "deadline_s"),
         ({"json": {"input_ids": [1], "text_pair": "both"}}, 422, "text_pair goes with text"),
         ({"json": {"input_ids": [1], "deadline_s": 1e-9}}, 504, "deadline"),
-        ({"content": b"{"}, 422, "no JSON"),
+        ({"content": b"{"}, 422, "not JSON"),
         ({"content": b"x" * (MAX_BODY_BYTES + 1)}, 413, "bytes at most"),
     ],
 )

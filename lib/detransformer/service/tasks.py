@@ -128,7 +128,7 @@ class Tasks:
             for future in futures:
                 future.cancel()
         if not all(torch.isfinite(tensor).all() for outputs in found for tensor in outputs.values()):
-            raise HTTPException(424, f"{self.name} computes numbers that are not finite: check its weights.")
+            raise HTTPException(424, f"{self.name} computes numbers that are not finite: look at its weights.")
         return [
             cut({name: tensor[i : i + 1] for name, tensor in outputs.items()}, row["input_ids"].shape[1])
             for part, outputs in zip(parts, found, strict=True)
