@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-_SPIN_S = 0.0002  # time.sleep wakes up to this late, so the last part of a wait is a busy loop
+_SPIN_S = 0.0002  # time.sleep wakes this much late, so the last part of a wait is a busy loop
 POINT_TO_POINT = ("send", "receive")
 Event = tuple[str, float, float]  # (compute, wait or a collective; start; stop), in seconds of the host's clock
 
