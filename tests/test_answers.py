@@ -178,7 +178,7 @@ def test_a_batch_is_pooled_over_its_own_tokens_padded_on_either_side():
     [
         (lambda f: (f / "1_Pooling/config.json").write_text('{"pooling_mode": "lasttoken"}'), "pools by lasttoken"),
         (lambda f: (f / "modules.json").write_text('[{"type": "x.Dense"}]'), "has a module Dense, which is not"),
-        (lambda f: (f / "modules.json").write_text("{"), "modules.json, or what it names, is damaged"),
+        (lambda f: (f / "modules.json").write_text("{"), "modules.json or a file it names is damaged"),
         (lambda f: (f / "config_sentence_transformers.json").write_text('{"default_prompt_name": "query"}'), "prompt"),
     ],
 )
@@ -241,7 +241,7 @@ def test_inputs_are_checked_against_the_model(tmp_path):
             {"input_ids": ids, "token_type_ids": ids},
             "token_type_ids go from 1 to 1; the model's token types",
         ),
-        ({"input_ids": ids[0]}, r"of shape \[4\]"),
+        ({"input_ids": ids[0]}, r"have shape \[4\]"),
         ({"input_ids": ids, "attention_mask": ids[:, :3]}, "of other shapes than input_ids"),
         ({"input_ids": torch.ones(1, 9, dtype=torch.long)}, "has 9 tokens, and the model takes 8"),
     ):

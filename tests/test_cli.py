@@ -103,7 +103,7 @@ def test_help_imports_nothing_heavy():
         (["bench", "--cluster", "/nowhere/c.yaml"], ["/nowhere/c.yaml", "examples/"]),
         (["bench", "--cluster", EXAMPLES / "four-pis.yaml"], ["lists real hosts", "detransformer run"]),
         (["bench", "--cluster", EXAMPLES / "unequal.yaml", "--delay", "5"], ["--delay 5", "leave one out"]),
-        (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "beside --cluster"]),
+        (["plan", "--cluster", EXAMPLES / "unequal.yaml", "--devices", "3"], ["--devices 3", "with --cluster"]),
         (["run", "--cluster", "c", "--model", "m", "--text", "caf\udce9"], [r"--text 'caf\udce9' is not UTF-8 text"]),
         (["plan", "--wire", "float8"], ["--wire float8", "bfloat16"]),
         (["plan", "--bandwidth", "125,500", "--output", "x.json"], ["--output x.json", "several"]),
@@ -506,4 +506,4 @@ def test_doctor_says_what_to_do_about_a_wrong_version(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\ndependencies = ["torch==1.0.0", "nothere==1.*"]\n')
     finding = doctor.packages(tmp_path)
     assert finding.state == "missing" and "pinned ==1.0.0" in finding.found and "make install" in finding.remedy
-    assert "To be put right" in doctor.report([finding]) and "Packages" in doctor.report([finding])
+    assert "Fix this before" in doctor.report([finding]) and "Packages" in doctor.report([finding])

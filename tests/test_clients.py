@@ -486,7 +486,7 @@ def test_tei_info_health_and_shapes_of_errors(embedder, classifier):
     empty = classifier.http.post("/", json={"inputs": [{"text": ""}]})
     assert empty.status_code == 422 and empty.json()["error"].startswith("inputs.0.text: String should have")
     other = classifier.http.get("/classify")
-    assert other.status_code == 405 and other.json()["error"] == "GET is not taken here; use POST."
+    assert other.status_code == 405 and other.json()["error"] == "GET is not allowed here; use POST."
 
 
 def test_numbers_that_are_not_finite_are_no_answer(classifier, monkeypatch):

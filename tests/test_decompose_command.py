@@ -143,7 +143,7 @@ def test_decompose_refuses_what_it_cannot_use(vit, ensemble, tmp_path, capsys):
         (["--method", "tp"], "--method is for one model"),
         (["--image", __file__], "is no picture"),
         (["--image", "missing.png"], "is not there"),
-        (["--image", "a.png", "--text", "b"], "stands beside"),
+        (["--image", "a.png", "--text", "b"], "cannot be combined"),
     ],
 )
 def test_run_refuses(ensemble, capsys, options, sentence):

@@ -259,9 +259,9 @@ def test_a_job_is_a_public_function_of_this_package():
 
     assert resolve("run_plan") is resolve("detransformer.cluster.jobs:run_plan") is run_plan
     for name in ("os:system", "detransformer.cluster.jobs:_load", "detransformerx:y"):
-        with pytest.raises(ValueError, match="is no job"):
+        with pytest.raises(ValueError, match="is not a job"):
             resolve(name)
-    with pytest.raises(ValueError, match="is no job"):
+    with pytest.raises(ValueError, match="is not a job"):
         resolve("run_plan", "detransformer.cluster.answering")
 
 

@@ -538,7 +538,7 @@ def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--text", "a", "--tokens", "3"], "--tokens 3 stands beside --text"),
+        (["--text", "a", "--tokens", "3"], "--tokens 3 cannot be combined with --text"),
         (["--context", "a"], "--context needs --text"),
         (["--host", "a"], "--host a is for real hosts"),
         (["--tokens", "600"], "has 600 tokens, and the model takes 512"),

@@ -166,7 +166,7 @@ def test_tokens_are_told_once_and_an_answer_that_begins_otherwise_is_none():
     assert heard == [[1, 2], [3, 4], [5, 6]]
     asked.hear(0, [7, 2])
     assert asked.settle({"tokens": torch.ones(2, 3)})
-    with pytest.raises(Unanswered, match="differ from those told already"):
+    with pytest.raises(Unanswered, match="differ from those sent already"):
         asked.future.result()
 
 
@@ -529,7 +529,7 @@ def test_http_answers_as_the_model_does(client, model):
         ({"json": {"input_ids": [1], "deadline_s": 1e9}}, 422, "deadline_s"),
         ({"json": {"input_ids": [1], "text_pair": "both"}}, 422, "text_pair goes with text"),
         ({"json": {"input_ids": [1], "deadline_s": 1e-9}}, 504, "deadline"),
-        ({"content": b"{"}, 422, "no JSON"),
+        ({"content": b"{"}, 422, "not JSON"),
         ({"content": b"x" * (MAX_BODY_BYTES + 1)}, 413, "bytes at most"),
     ],
 )
@@ -659,7 +659,7 @@ devices:
         (["--port", "0"], "--port"),
         (["--queue", "none"], "--queue"),
         (["--host", "first"], "real hosts"),
-        (["--token-file", "{folder}/nothing"], "is no file"),
+        (["--token-file", "{folder}/nothing"], "is not a file"),
         (["--token-file", "{folder}/open"], "can be read by others"),
         (["--token-file", "{folder}/short"], "characters"),
         (["--model", "{folder}/choices"], "BertForMultipleChoice"),

@@ -126,7 +126,7 @@ ONE = "devices: [{name: a, address: 10.0.0.1, device: rpi4b}]\n"
         (ONE + "link: {shared: 1}", "link.shared 1 is wrong: input should be a valid boolean"),
         (
             "link: {shared: true}\ndevices: [{name: a, address: 10.0.0.1, device: rpi4b, bandwidth_mbps: 5}]",
-            "(a).bandwidth_mbps stands beside link.shared: one medium has one rate",
+            "(a).bandwidth_mbps contradicts link.shared: one medium has one rate",
         ),
         (ONE + "link: {kind: best}", "link.kind is not a known key; choose from bandwidth_mbps"),
         (
@@ -135,8 +135,8 @@ ONE = "devices: [{name: a, address: 10.0.0.1, device: rpi4b}]\n"
         ),
         (ONE + "rendezvous: 29400", "rendezvous is not a list of keys and values"),
         (ONE + "emulated: maybe", "emulated 'maybe' is wrong: input should be a valid boolean"),
-        (ONE + ONE, "line 2: devices stands there twice"),
-        ("devices: [{name: a, name: b}]", "line 1: name stands there twice"),
+        (ONE + ONE, "line 2: devices is given twice"),
+        ("devices: [{name: a, name: b}]", "line 1: name is given twice"),
         ("devices: [{name: a", "not readable YAML, line 1"),
         ("devices:\n\t- {name: a}", "not readable YAML, line 2"),
         ("[" * 100_000, "nested too deeply"),

@@ -1,6 +1,6 @@
-"""A model's side of a request, on any number of devices: text to tokens, and outputs to what a user reads.
+"""Tokenizes requests and interprets a model's outputs, whatever the number of devices.
 
-Each task is a function in `TASKS`; where it is another job than `run_plan`, it needs a branch of
+Each task has a function in `TASKS`. A task that the job `run_plan` does not answer needs a branch of
 `cluster.answering.prepare`.
 """
 
@@ -28,9 +28,9 @@ Outputs = dict[str, torch.Tensor]
 
 
 def random_tokens(config: PretrainedConfig, num_tokens: int) -> Inputs:
-    """input_ids [1, num_tokens], the same in every process; of a text that goes on also what `generate` masks in it.
+    """input_ids [1, num_tokens], the same in every process; for a generating model also `generate`'s mask.
 
-    Without a mask `generate` takes a prompt's `PADDING` for padding, wherever it stands; the last token is always read.
+    Without a mask, `generate` takes every `PADDING` token of a prompt for padding. The last token is always read.
     """
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(config.vocab_size, (1, num_tokens), generator=generator)
@@ -48,7 +48,7 @@ def encode(
     pair: str | None = None,
     limit: int | None = None,
 ) -> Inputs:
-    """The tensors [1, T] that the model reads of a text or a pair of texts; after `limit` tokens it is cut."""
+    """The model's input tensors [1, T] for a text or a pair of texts, truncated to `limit` tokens."""
     options = {"truncation": True, "max_length": limit} if limit else {}
     encoded = tokenizer(text, pair, return_tensors="pt", **options)
     has_types = getattr(config, "type_vocab_size", 0)  # DistilBERT and GPT-2 have none, whatever tokenizer they have
@@ -59,7 +59,7 @@ def encode(
 def check_length(config: PretrainedConfig, seq_len: int, max_new_tokens: int = 0) -> None:
     """
     Raises:
-        ValueError: where the model has no positions for so many tokens. The last new one is not run.
+        ValueError: if there are more tokens than positions. The last new token needs none: it is not run.
     """
     limit, words = max_tokens(config), f" and {max_new_tokens} new ones" if max_new_tokens else ""
     if seq_len + max(0, max_new_tokens - 1) > limit:
@@ -69,13 +69,12 @@ def check_length(config: PretrainedConfig, seq_len: int, max_new_tokens: int = 0
 def check_inputs(config: PretrainedConfig, inputs: Inputs, max_new_tokens: int = 0) -> None:
     """
     Raises:
-        ValueError: for tensors of other shapes than [rows, tokens], tokens out of the vocabulary, token types that the
-            model does not have, or too many tokens.
+        ValueError: if a shape is not [rows, tokens], a token or token type is out of range, or tokens are too many.
     """
     ids = inputs.get("input_ids")
     if ids is None or ids.ndim != 2 or not ids.numel():
         shape = None if ids is None else list(ids.shape)
-        raise ValueError(f"input_ids are of shape {shape}; give [rows, tokens], one of each at least.")
+        raise ValueError(f"input_ids have shape {shape}; give [rows, tokens], at least one of each.")
     if any(tensor.shape != ids.shape for tensor in inputs.values()):
         raise ValueError(f"attention_mask and token_type_ids are of other shapes than input_ids, {list(ids.shape)}.")
     sizes = {"input_ids": ("vocabulary", config.vocab_size)}
@@ -93,20 +92,20 @@ def check_inputs(config: PretrainedConfig, inputs: Inputs, max_new_tokens: int =
 
 @dataclass(frozen=True)
 class Text:
-    """What was asked, as it was written, with its tokenizer."""
+    """A request's text as written, with its tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     text: str
     pair: str | None = None
 
     def places(self) -> list[tuple[int, int] | None]:
-        """For each token, where it stands in the pair, or in the text where there is none; None elsewhere.
+        """Each token's span of characters in `pair`, or in `text` if there is no pair; None for other tokens.
 
         Raises:
-            ValueError: for a tokenizer that does not say.
+            ValueError: if the tokenizer does not report spans.
         """
         if not self.tokenizer.is_fast:
-            raise ValueError(f"the tokenizer ({type(self.tokenizer).__name__}) does not say where its tokens stand.")
+            raise ValueError(f"the tokenizer ({type(self.tokenizer).__name__}) does not report its tokens' offsets.")
         encoded = self.tokenizer(self.text, self.pair, return_offsets_mapping=True)
         part = 0 if self.pair is None else 1
         numbered = zip(encoded["offset_mapping"], encoded.sequence_ids(), strict=True)
@@ -114,7 +113,7 @@ class Text:
 
 
 def task_of(config: PretrainedConfig) -> str:
-    """A key of `TASKS`, by the class that the checkpoint was saved with."""
+    """The key of `TASKS` for the class that the checkpoint was saved with."""
     if generates(config):
         return "generation"
     head = head_of(config)
@@ -122,10 +121,10 @@ def task_of(config: PretrainedConfig) -> str:
 
 
 def scores(config: PretrainedConfig, logits: torch.Tensor) -> torch.Tensor:
-    """What a classifier's logits [..., C] mean: probabilities of one label, of each label by itself, or numbers.
+    """A classifier's logits [..., C] as probabilities of exclusive or of independent labels; a regression's unchanged.
 
-    By `problem_type`; where the configuration has none, several labels exclude each other, and one is a yes or no, as
-    transformers' pipelines have it.
+    `problem_type` decides. Without it, several labels exclude each other and a single one is a yes or no, as in
+    transformers' pipelines.
     """
     kind = getattr(config, "problem_type", None)
     if kind == "regression":
@@ -135,12 +134,12 @@ def scores(config: PretrainedConfig, logits: torch.Tensor) -> torch.Tensor:
 
 
 def label(config: PretrainedConfig, number: int) -> str:
-    """The name of a label."""
+    """The name of label `number`."""
     return config.id2label.get(number, f"LABEL_{number}")
 
 
 def classify(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
-    """The likeliest label, or all that are likelier than not; of a regression, its number."""
+    """The likeliest label; all labels of at least 0.5 if they are independent; a regression's number."""
     (logits,) = outputs["logits"]  # [C]
     found = scores(config, logits)
     listed = ", ".join(f"{value:.3f}" for value in logits.tolist())
@@ -158,10 +157,9 @@ def classify(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: 
 
 
 def find_answer(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
-    """The span of the passage with the largest sum of start and end logit, as characters of the passage.
+    """The span of the passage with the largest sum of start and end logit, in characters; in tokens without a text.
 
-    Where the first token, which is in no passage, has a larger sum, there is no answer (SQuAD 2): it is "". Of tokens
-    without a text the span is counted in tokens.
+    If the first token, which is in no passage, has a larger sum, there is no answer (SQuAD 2): it is "".
     """
     start, end = outputs["logits"][0].unbind(-1)  # [T] each
     places = asked.places() if asked else [(i, i + 1) for i in range(len(start))]
@@ -181,9 +179,9 @@ def find_answer(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, aske
 
 
 def find_entities(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
-    """Runs of tokens with the same label, as characters of the text; `B-` begins one, and `O` is none.
+    """Runs of tokens with the same label, in characters of the text. `B-` begins a run; `O` is no entity.
 
-    A run's score is the mean of its tokens' (transformers' `aggregation_strategy="simple"`).
+    A run's score is the mean of its tokens' scores (transformers' `aggregation_strategy="simple"`).
     """
     (logits,) = outputs["logits"]  # [T, C]
     likeliest, labels = scores(config, logits).max(-1)
@@ -217,7 +215,7 @@ def find_entities(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, as
 
 
 def continue_text(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
-    """The generated tokens up to the end of the text, as text where the folder has a tokenizer."""
+    """The generated tokens before the first end token, as text if the folder has a tokenizer."""
     tokens = outputs["tokens"][0].tolist()
     kept = until_end(tokens, config)
     text = asked.tokenizer.decode(kept) if asked else None
@@ -225,7 +223,7 @@ def continue_text(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, as
 
 
 def show_state(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
-    """A model without a head: the shape of its hidden states, and the first values of [CLS]."""
+    """For a model without a head: the shape of its hidden states and the first values of [CLS]."""
     state = outputs["last_hidden_state"]
     begin = state[0, 0, :8].tolist()
     listed = ", ".join(f"{value:.3f}" for value in begin)
@@ -244,7 +242,7 @@ TASKS: dict[str, Callable[[PretrainedConfig, Inputs, Outputs, Text | None], tupl
 def read_outputs(
     folder: str, config: PretrainedConfig, inputs: Inputs, outputs: Outputs, text: str | None, pair: str | None = None
 ) -> tuple[str, dict]:
-    """What the outputs of one request mean, in words and as fields; `text` is None where its tokens were random."""
+    """Interprets the outputs of one request, in words and as fields; `text` is None if its tokens were random."""
     task, asked = task_of(config), None
     if text is not None or (task == "generation" and has_tokenizer(folder)):
         asked = Text(load_tokenizer(folder, config), text or "", pair)
@@ -259,7 +257,7 @@ def read_outputs(
 def fill_masks(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, inputs: Inputs, outputs: Outputs, top_k: int
 ) -> list:
-    """The `top_k` likeliest tokens for a text's mask, or a list of them for each of several, as the pipeline has it.
+    """The `top_k` likeliest tokens for a text's mask; for several masks a list for each, as in transformers' pipeline.
 
     `model` has the LM head; its layers are not run.
     """
@@ -271,7 +269,7 @@ def fill_masks(
         found.append([])
         for share, token in zip(*likeliest, strict=True):
             filled = [*tokens[:place].tolist(), token, *tokens[place + 1 :].tolist()]
-            text = tokenizer.decode(filled, skip_special_tokens=alone)  # which would leave out other masks
+            text = tokenizer.decode(filled, skip_special_tokens=alone)  # skipping would drop other masks
             found[-1].append({"score": share, "token": token, "token_str": tokenizer.decode([token]), "sequence": text})
     return found[0] if alone else found
 
@@ -283,7 +281,7 @@ def end_tokens(config: PretrainedConfig) -> list[int]:
 
 
 def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
-    """The tokens before the first that ends a text."""
+    """The tokens before the first end token."""
     ends = end_tokens(config)
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
@@ -293,12 +291,12 @@ def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a vector is made of the hidden states of a text's tokens, as sentence-transformers makes it.
+    """Makes one vector of the hidden states of a text's tokens, as sentence-transformers does.
 
     Args:
-        modes: some of `mean`, `cls` and `max`; the vectors of several stand one after another.
-        normalize: whether the vector is brought to length 1.
-        limit: tokens after which a text is cut; None: the model's own limit.
+        modes: some of `mean`, `cls` and `max`; their vectors are concatenated.
+        normalize: whether the vector is scaled to length 1.
+        limit: tokens to which a text is truncated; None: the model's own limit.
     """
 
     modes: tuple[str, ...] = ("mean",)
@@ -307,10 +305,10 @@ class Pooling:
 
     @classmethod
     def of(cls, folder: str | Path) -> "Pooling | None":
-        """As the folder's own `modules.json` says; None where it has none.
+        """The pooling that the folder's `modules.json` describes; None without that file.
 
         Raises:
-            ValueError: for a module or a mode that is not computed, or a damaged file.
+            ValueError: for an unsupported module or mode, or a damaged file.
         """
         path = Path(folder)
         if not (path / "modules.json").is_file():
@@ -318,7 +316,7 @@ class Pooling:
         try:
             return cls._read(path)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}/modules.json, or what it names, is damaged ({error}): copy it again.") from None
+            raise ValueError(f"{path}/modules.json or a file it names is damaged ({error}): copy it again.") from None
 
     @classmethod
     def _read(cls, path: Path) -> "Pooling":
@@ -336,18 +334,18 @@ class Pooling:
             elif kind == "Normalize":
                 normalize = True
             elif kind != "Transformer":
-                raise ValueError(f"{path}/modules.json has a module {kind}, which is not computed: leave it out.")
+                raise ValueError(f"{path}/modules.json has a module {kind}, which is not supported: remove it.")
         if strange := set(modes) - {"mean", "cls", "max"}:
-            raise ValueError(f"{path} pools by {', '.join(sorted(strange))}, and only mean, cls and max are computed.")
+            raise ValueError(f"{path} pools by {', '.join(sorted(strange))}, and only mean, cls and max are supported.")
         if prompt := read("config_sentence_transformers.json").get("default_prompt_name"):
-            raise ValueError(f"{path} puts the prompt {prompt!r} before each text, which is not done: unset it.")
+            raise ValueError(f"{path} puts the prompt {prompt!r} before each text, which is not supported: unset it.")
         return cls(modes, normalize, read("sentence_bert_config.json").get("max_seq_length"))
 
     def __call__(self, state: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [B, T, D] and their mask [B, T] -> vectors [B, D], or of several modes [B, n*D]."""
+        """Hidden states [B, T, D] and their mask [B, T] -> vectors [B, D], or [B, n*D] with n modes."""
         mask = torch.ones(state.shape[:2]) if attention_mask is None else attention_mask
         mask = mask.to(state.dtype).unsqueeze(-1)  # [B, T, 1]
-        first = mask.argmax(1).squeeze(-1)  # texts may be padded before
+        first = mask.argmax(1).squeeze(-1)  # texts may be padded on the left
         made = {
             "mean": lambda: (state * mask).sum(1) / mask.sum(1).clamp(min=1e-9),
             "cls": lambda: state[torch.arange(len(state)), first],
@@ -357,7 +355,7 @@ class Pooling:
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
-_POOLING_OPTIONS = {  # of older files, in the order in which vectors stand one after another
+_POOLING_OPTIONS = {  # of older files, in the order of concatenation
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -372,7 +370,7 @@ _POOLING_OPTIONS = {  # of older files, in the order in which vectors stand one 
 
 @torch.inference_mode()
 def single_device_outputs(folder: str, config: PretrainedConfig, inputs: Inputs, max_new_tokens: int = 0) -> Outputs:
-    """The outputs of the Hugging Face model for `inputs`, computed by this process alone."""
+    """The Hugging Face model's outputs for `inputs`, computed by this process alone."""
     task = task_of(config)
     model = load_model(Checkpoint(Path(folder), config), torch.float32)
     return SINGLE[task](model, inputs, max_new_tokens)
@@ -389,7 +387,7 @@ def _spans(model, inputs: Inputs, max_new_tokens: int) -> Outputs:
     return {"logits": torch.stack([found.start_logits, found.end_logits], -1)}
 
 
-# How transformers' model gives what the devices give, by task.
+# Task -> how transformers' model computes the outputs that the devices compute.
 SINGLE: dict[str, Callable[..., Outputs]] = {
     "classification": lambda model, inputs, _: {"logits": model(**inputs).logits},
     "token-classification": lambda model, inputs, _: {"logits": model(**inputs).logits},

@@ -1,4 +1,4 @@
-"""Checkpoint in, decoupled checkpoint out: a folder (or Hub name) converted on disk."""
+"""Converts a checkpoint (a folder or Hub name) to a decoupled checkpoint on disk."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ def decouple_checkpoint(
     say: Callable[[str], None] = print,
     original_placement: str = "last",
 ) -> Path:
-    """Convert the model at `source` (folder or Hub name); the result is at `output` whole or not at all.
+    """Converts the model at `source` (folder or Hub name); `output` is written completely or not at all.
 
-    `head` is that of the model class to load; `auto` takes the one the checkpoint was saved with. What lies beside the
-    weights is copied: tokenizer, pooling, options of generation.
+    `head` names the model class to load; `auto` takes the class that the checkpoint was saved with. Tokenizer, pooling
+    and generation options are copied.
 
     Raises:
-        ValueError: for a source that is no whole checkpoint of these, sizes that do not divide, an output in the way.
+        ValueError: if `source` is not a complete, supported checkpoint, sizes do not divide, or `output` exists.
     """
     output, folder = Path(output), find_folder(source)
     check_output(output, folder, force)
@@ -62,7 +62,7 @@ def decouple_checkpoint(
 
 
 def check_output(output: Path, source: str | Path, force: bool) -> None:
-    """ValueError where `output` is there and not to be replaced, or is the checkpoint `source` that is read."""
+    """Raises ValueError if `output` exists and must not be replaced, or is the checkpoint `source` itself."""
     if output.exists() and not force:
         raise ValueError(f"--output {output} exists already; choose another folder, or replace it with --force.")
     if output.exists() and not output.is_dir():
@@ -72,7 +72,7 @@ def check_output(output: Path, source: str | Path, force: bool) -> None:
 
 
 def copy_files(source: str | Path, folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Copy the files of `source` that match and that `folder` has not; their names."""
+    """Copies the files of `source` that match `patterns` and that `folder` lacks; returns their names."""
     copied = []
     for path in sorted({path for pattern in patterns for path in Path(source).glob(pattern)}):
         target = folder / path.relative_to(source)
@@ -84,9 +84,10 @@ def copy_files(source: str | Path, folder: Path, patterns: tuple[str, ...]) -> l
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> list[str]:
-    """Copy the tokenizer's files that `source` has; their names.
+    """Copies the tokenizer's files; returns their names.
 
-    Where none of them names a class, which then is the model type's, it is written down: the type here is another one.
+    If they name no class, transformers infers it from the model type. A decoupled model has another type, so the class
+    is written down.
     """
     copied = copy_files(source, folder, TOKENIZER_FILES)
     options = folder / "tokenizer_config.json"
@@ -94,7 +95,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> list[str]:
     if copied and "tokenizer_class" not in fields and not (folder / "tokenizer.json").is_file():
         try:
             fields["tokenizer_class"] = type(load_tokenizer(source)).__name__
-        except ValueError:  # what cannot be read there cannot be read here
+        except ValueError:  # unreadable in `source` too
             return copied
         options.write_text(json.dumps(fields, indent=2), encoding="utf-8")
     return copied

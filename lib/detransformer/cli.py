@@ -1,8 +1,7 @@
-"""The `detransformer` command: which commands there are, and how each ends.
+"""The `detransformer` command: its subcommands and exit codes.
 
-`main` is the one place where what a user can set right becomes one sentence on stderr and exit code 2. A notebook that
-fails ends with 1, and so does what writes to a closed pipe; a signal ends it with 128 and its number.
-`DETRANSFORMER_DEBUG=1` shows the traceback instead.
+`main` alone turns an error that the user can correct into one sentence on stderr and exit code 2. A failed notebook or
+a closed pipe ends with 1, a signal with 128 plus its number. `DETRANSFORMER_DEBUG=1` shows the traceback instead.
 """
 
 import errno
@@ -35,7 +34,7 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 
 @app.callback(invoke_without_command=True)
 def frame(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Say which version this is.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """DeTransformer, reproduced: decouple Transformers and run them over the devices you have."""
     if version:
@@ -51,10 +50,10 @@ for command in (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit.
+    """Runs the command line and exits.
 
-    The code is 0 where all is done, 2 for a user error (one sentence), 1 for a failed notebook, 130 for Ctrl-C, 143 for
-    SIGTERM, 129 for a terminal that was closed.
+    Exit codes: 0 for success, 2 for a user error (one sentence), 1 for a failed notebook, 130 for Ctrl-C, 143 for
+    SIGTERM, 129 for a closed terminal.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_streams()
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except SystemExit as end:  # of a signal, or of typer where nobody reads stdout
+    except SystemExit as end:  # from a signal, or from typer if nobody reads stdout
         code = end.code
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not _stdout_is_read():
@@ -86,12 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _open_streams() -> None:
-    """Lets a closed stdin, stdout or stderr be /dev/null, and stdout print what its encoding lacks as escapes."""
+    """Replaces a closed stdin, stdout or stderr by /dev/null; stdout escapes characters that its encoding lacks."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
@@ -100,15 +99,15 @@ def _open_streams() -> None:
 
 
 def _shorten_temporary_folder() -> None:
-    """Lets a temporary folder with a long path be /tmp: workers' sockets lie there, whose paths have 107 bytes."""
+    """Uses /tmp if the temporary folder's path is long: it holds workers' sockets, whose paths have 107 bytes."""
     if len(os.fsencode(tempfile.gettempdir())) > MAX_TEMPORARY:
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
 
 
 def _unwind_on_signals() -> None:
-    """Lets a terminated run unwind like an interrupted one, so that its temporary files and namespaces go.
+    """Makes a terminated run unwind like an interrupted one, which removes its temporary files and namespaces.
 
-    Children that a library forks (pyroute2 does, and terminates them) inherit the handler and must not clean up for us.
+    Children that a library forks (pyroute2 also terminates them) inherit the handler and must not clean up for us.
     """
     owner = os.getpid()
 
@@ -121,7 +120,7 @@ def _unwind_on_signals() -> None:
 
 
 def _stdout_is_read() -> bool:
-    """Whether stdout takes what is still to be written; otherwise it becomes /dev/null, for Python's last flush."""
+    """Flushes stdout; if nobody reads it, /dev/null replaces it for Python's last flush, and the result is False."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -131,10 +130,10 @@ def _stdout_is_read() -> bool:
 
 
 def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:
-    """(exit code, sentence) for an error a user can do something about; (1, None) for a defect of ours."""
+    """(exit code, sentence) for an error that a user can correct; (1, None) for a bug."""
     if is_disk_full(error):
         place = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
-        return 2, f"The disk is full{place}; free some space or write elsewhere (nothing half-written was left)."
+        return 2, f"The disk is full{place}; free some space or write elsewhere (no partial file was left)."
     if isinstance(error, typer.BadParameter) and (found := options.sentence(error)):
         return 2, _sentence(found)
     if isinstance(error, TyperException):
@@ -142,16 +141,13 @@ def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:
         return 2, f"{words}; see `detransformer {_command_of(arguments)}--help`."
     if isinstance(error, Abort):
         return 130, "stopped."
-    # by name: their modules are loaded only where they are needed
+    # by name: their modules are imported on demand
     if any(kind.__name__ in ("NotebookFailed", "DeviceError") for kind in type(error).__mro__):
         return 1, str(error)
     if isinstance(error, FileNotFoundError) and error.filename:
         return 2, f"{error.filename} does not exist; check the path."
     if isinstance(error, PermissionError) and error.filename:
-        return (
-            2,
-            f"{error.filename} may not be read or written by you; choose another place or change its permissions.",
-        )
+        return 2, f"you may not read or write {error.filename}; choose another place or change its permissions."
     if isinstance(error, OSError) and error.errno and error.filename:
         return 2, f"{error.filename}: {error.strerror}; choose another path."
     if isinstance(error, (ValueError, OSError)):
@@ -160,11 +156,11 @@ def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether this error, or one it came from, is a full disk or an exhausted quota."""
+    """Whether this error, or one of its causes, is a full disk or an exhausted quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):  # as safetensors' and torch's own writers say it
+        if "No space left on device" in str(error):  # safetensors' and torch's writers
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,4 +1,4 @@
-"""What this machine can do, in plain words, and what to do about what it cannot. Tries things rather than guessing."""
+"""Checks what this machine can do, and names a remedy for each limit. Tries things rather than guessing."""
 
 import platform
 import shutil
@@ -19,7 +19,7 @@ NEEDED_DISK_GB, NEEDED_MEMORY_GB = 5, 6  # a quick run with its checkpoints; fiv
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: `ok`, `limited` (works with less) or `missing`, what was found, and what to do."""
+    """One check: its state (`ok`, `limited`: works with less, or `missing`), what was found, and the remedy."""
 
     name: str
     state: str
@@ -34,20 +34,20 @@ def examine() -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> str:
-    """The findings as aligned lines, remedies below theirs, and a closing sentence."""
+    """The findings as aligned lines, each remedy below its finding, and a closing sentence."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.name:<18} {finding.state:<8} {finding.found}")
         lines += [f"{'':<27} -> {finding.remedy}"] if finding.remedy else []
     missing = [finding.name for finding in findings if finding.state == "missing"]
-    closing = "`make reproduce` runs here; what is limited is named in its tables."
+    closing = "`make reproduce` runs here; its tables name the limits."
     if missing:
-        closing = f"To be put right before `make reproduce`: {', '.join(missing)}."
+        closing = f"Fix this before `make reproduce`: {', '.join(missing)}."
     return "\n".join([*lines, "", closing])
 
 
 def packages(root: Path | None = None) -> Finding:
-    """Installed versions against the pins of pyproject.toml."""
+    """Compares the installed versions with the pins of pyproject.toml."""
     try:
         root = root or repository_root()
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def packages(root: Path | None = None) -> Finding:
 
 
 def clone() -> Finding:
-    """Whether the notebooks are here, and of which commit."""
+    """Whether the notebooks are present, and their commit."""
     try:
         root = repository_root()
     except FileNotFoundError as error:
@@ -74,19 +74,19 @@ def clone() -> Finding:
 
 
 def hardware() -> list[Finding]:
-    """Cores, memory and disk against what four emulated devices need, and the GPU, without which training is slow."""
+    """Cores, memory and disk against what four emulated devices need, and the GPU: without one, training is slow."""
     cores, memory, disk = machine.usable_cores(), psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     gpus, remedy = machine.gpu_names(), "only the `paper` profile needs one; quick and laptop train on the processor."
     if gpus and not usable_gpu():
         remedy = "install the CUDA build of the pinned torch; training uses the processor until then."
     return [
         _enough("Processor", cores >= 2, f"{cores} core{'s' if cores > 1 else ''}, {machine.cpu_model()}",
-                "four emulated devices want two cores; times are stretched on one."),
+                "four emulated devices need two cores; on one, times are stretched."),
         _enough("Memory", memory.available >= NEEDED_MEMORY_GB * 1e9,
                 f"{memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB available",
-                f"BERT-Large on four devices wants {NEEDED_MEMORY_GB} GB; close programs or leave BERT-Large out."),
+                f"BERT-Large on four devices needs {NEEDED_MEMORY_GB} GB; close programs or leave BERT-Large out."),
         _enough("Disk", disk.free >= NEEDED_DISK_GB * 1e9, f"{disk.free / 1e9:.0f} GB free in {Path.cwd()}",
-                f"a quick run wants {NEEDED_DISK_GB} GB; free some, or use --output elsewhere."),
+                f"a quick run needs {NEEDED_DISK_GB} GB; free some, or use --output elsewhere."),
         _enough("GPU", bool(gpus) and usable_gpu(), ", ".join(gpus) or "none", remedy),
     ]  # fmt: skip
 
@@ -99,7 +99,7 @@ def usable_gpu() -> bool:
 
 
 def network() -> list[Finding]:
-    """Makes and removes a small network of namespaces with shaped links."""
+    """Tries to make a small network of namespaces with shaped links, and removes it."""
     from detransformer.cluster.network import can_emulate
 
     return [
@@ -109,7 +109,7 @@ def network() -> list[Finding]:
 
 
 def data() -> list[Finding]:
-    """Whether text and tasks lie in a mirror folder, and whether the Hugging Face Hub answers within three seconds."""
+    """Whether a mirror folder has text and tasks, and whether the Hugging Face Hub answers within three seconds."""
     from detransformer.training.data.hub import hub_problem
 
     environment = data_environment()

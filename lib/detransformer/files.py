@@ -1,5 +1,6 @@
-"""Files that are either whole or not there: everything is written beside its destination, then renamed onto it."""
+"""Atomic files and folders: each is written beside its destination, then renamed onto it. Also: where files lie."""
 
+import ast
 import os
 import shutil
 import tempfile
@@ -12,16 +13,28 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def data_folder(name: str, package: Path = PACKAGE) -> Path:
-    """Where committed data stand, `published` or `measured`: data/NAME of `package`'s clone, else a wheel's copy."""
+    """The folder of committed data, `published` or `measured`: data/NAME in `package`'s clone, or the wheel's copy."""
     clone = package.parents[1] / "data" / name
     return clone if clone.is_dir() and package.parent.name == "lib" else package / name
 
 
+def computing_part(path: Path) -> bytes:
+    """What of a file can change a result: a module's syntax without docstrings and comments, or all of another file."""
+    if path.suffix != ".py":
+        return path.read_bytes()
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+    return ast.dump(tree).encode()
+
+
 def with_home(path: str) -> str:
-    """`path` with a leading ~ or ~USER replaced, as a shell does it, but not in --option=~/x or in quotes.
+    """`path` with a leading ~ or ~USER expanded, which a shell does not do in --option=~/x or in quotes.
 
     Raises:
-        ValueError: where no such home folder is known, since a folder named ~ is never what is meant.
+        ValueError: if that home folder is unknown, since nobody means a folder named ~.
     """
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
@@ -31,10 +44,10 @@ def with_home(path: str) -> str:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file in `path`'s folder and rename it onto `path` when the block ends well.
+    """Opens a temporary file in `path`'s folder, which is created, and renames it onto `path` if the block succeeds.
 
     `mode` is "w" (UTF-8 text) or "wb". An exception in the block, or a full disk, removes the temporary file and leaves
-    what was at `path` before. The folder is created.
+    `path` as it was.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode {mode!r} cannot be written atomically; use 'w' or 'wb'.")
@@ -49,7 +62,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, str(temporary)):  # a full disk does not say where it is full
+        if error.filename in (None, str(temporary)):  # a full disk's error names no file
             error.filename = str(path)
         raise
     finally:
@@ -58,16 +71,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes `path`'s place when the block ends well.
-
-    An existing folder at `path` is kept until the new one is complete, then replaced.
-    """
+    """Yields a temporary folder beside `path`, which replaces `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        # mkdtemp makes 0700; the folder gets what mkdir would have given it.
+        # mkdtemp makes mode 0700; use mkdir's mode.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -85,7 +95,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def repository_root() -> Path:
     """The clone this package runs from: the folder with `notebooks/` and `pyproject.toml`.
 
-    Looked for above the package (an editable install), then above the current directory. Raises FileNotFoundError.
+    Searches above the package (an editable install), then above the current directory. Raises FileNotFoundError.
     """
     for start in (Path(__file__).resolve().parent, Path.cwd()):
         for folder in (start, *start.parents):
@@ -97,7 +107,7 @@ def repository_root() -> Path:
 
 
 def last_words(log: str | Path) -> str:
-    """The last line of a log."""
+    """The last line of a log; empty without one."""
     path = Path(log)
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1].strip() if lines else ""

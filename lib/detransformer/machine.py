@@ -1,4 +1,4 @@
-"""The machine: its processor, cores and GPUs, the time, and this process's memory as the kernel counts it (Linux)."""
+"""The machine: processor, cores, GPUs, the time, and this process's memory as the kernel counts it (Linux)."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def now() -> str:
-    """The time in UTC to the second, as manifests have it."""
+    """The UTC time to the second, as in manifests."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -44,13 +44,13 @@ def gpu_names() -> list[str]:
 
 
 def usable_cores() -> int:
-    """Processors that this process may use, which a container or `taskset` can make fewer than there are."""
+    """The number of cores that this process may use, which a container or `taskset` can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hardware() -> dict:
     """Processor, cores, memory in bytes, system and GPUs, without the host's name."""
-    import psutil  # late: a worker on a board does without
+    import psutil  # late: a worker on a board does not need it
 
     return {
         "cpu": cpu_model(),
@@ -64,25 +64,25 @@ def hardware() -> dict:
 
 
 def free_unused() -> None:
-    """Gives memory that nothing refers to back to the kernel, as far as the allocator can."""
+    """Returns unused memory to the kernel, as far as the allocator can."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int | None:
-    """This process's resident memory; None where the system does not tell."""
+    """This process's resident memory; None if the kernel does not report it."""
     return _status_bytes("VmRSS")
 
 
 def restart_peak() -> None:
-    """Lets the peak count from now on; no effect where the kernel does not offer it."""
+    """Restarts the count of `peak_bytes`; no effect if the kernel does not offer it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # 5: reset the high-water mark (proc(5))
 
 
 def peak_bytes() -> int | None:
-    """Largest resident size since `restart_peak`; None where the kernel does not tell."""
+    """Largest resident size since `restart_peak`; None if the kernel does not report it."""
     return _status_bytes("VmHWM")
 
 
@@ -99,10 +99,10 @@ def _status_bytes(field: str) -> int | None:
 
 @contextlib.contextmanager
 def large_blocks_apart(num_bytes: int = 2**17) -> Iterator[None]:
-    """Within, what is allocated from `num_bytes` on lies by itself, and goes back to the kernel once it is freed.
+    """In this block, allocations of at least `num_bytes` are mapped separately and return to the kernel when freed.
 
-    Left alone, glibc raises that limit to 32 MB by and by, and what is freed between things that stay remains a hole.
-    Outside, the limit is 32 MB at once: activations are used again rather than mapped anew for each layer.
+    By default glibc gradually raises this threshold to 32 MB, and memory freed between live objects remains a hole.
+    After the block the threshold is 32 MB: activations are reused rather than mapped anew for each layer.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
@@ -117,5 +117,5 @@ def large_blocks_apart(num_bytes: int = 2**17) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """Lets the kernel kill this process when its parent ends, however that happens."""
+    """Makes the kernel kill this process when its parent ends for any reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The numbered notebooks of a clone: which there are, and one of them executed with papermill."""
+"""Finds the numbered notebooks of a clone and executes them with papermill."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from detransformer.record.run import RunFolder
 from detransformer.settings import named_folders
 
 KERNEL = "detransformer"
-# A notebook is run again when one whose results it reads has been: trained models, the profile of operations, tables.
+# Notebook -> the notebooks whose results (models, the profile of operations, tables) it reads; it reruns after them.
 USES = {
     "05_placement": ("04_profiling",),
     "06_latency": ("04_profiling",),
@@ -52,7 +52,7 @@ class Notebook:
         return USES.get(self.name, ())
 
     def parameters(self, **values: object) -> dict:
-        """What papermill puts in place of the parameters cell's values: the settings and `values` that stand there."""
+        """The values that papermill injects: those of the settings and of `values` that the parameters cell names."""
         return {name: value for name, value in (self.settings | values).items() if name in self.names}
 
 
@@ -60,8 +60,8 @@ def find_notebooks(root: Path, sections: dict[str, dict]) -> list[Notebook]:
     """The numbered notebooks of the clone at `root` in order, with their profile's settings.
 
     Raises:
-        FileNotFoundError: when there are none.
-        ValueError: for a section without a notebook, or a file that is no notebook.
+        FileNotFoundError: if there are none.
+        ValueError: for a section without a notebook, or an unreadable notebook.
     """
     import papermill  # slow to import
 
@@ -73,20 +73,20 @@ def find_notebooks(root: Path, sections: dict[str, dict]) -> list[Notebook]:
     for section in sections:
         if section not in names:
             raise ValueError(
-                f"The profile has a section {section!r} but no such notebook; choose from {', '.join(names)}."
+                f"The profile has a section {section!r}, and no notebook has that name; choose from {', '.join(names)}."
             )
     notebooks = []
     for path in paths:
         try:
             known = tuple(papermill.inspect_notebook(_literal(path)))
         except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a notebook that can be read; restore it from git.") from error
+            raise ValueError(f"{path} is not a readable notebook; restore it from git.") from error
         notebooks.append(Notebook(path, known, dict(sections.get(path.stem, {}))))
     return notebooks
 
 
 def select_notebooks(notebooks: list[Notebook], only: Iterable[str]) -> list[Notebook]:
-    """Those named by `only` ("06", "6" or "06_latency"), in order; all of them where `only` is empty."""
+    """The notebooks that `only` names ("06", "6" or "06_latency"), in order; all if `only` is empty."""
     wanted = set()
     for word in only:
         found = [n.name for n in notebooks if n.name == word or n.name.startswith(f"{word.zfill(2)}_")]
@@ -99,10 +99,10 @@ def select_notebooks(notebooks: list[Notebook], only: Iterable[str]) -> list[Not
 def execute(
     notebook: Notebook, run: RunFolder, root: Path, profile: str, kernel: str, measure: bool = True, title: str = ""
 ) -> None:
-    """Execute one notebook with a kernel (`this_interpreter`) and save the executed copy in the run.
+    """Executes one notebook with a kernel (`this_interpreter`) and saves the executed copy in the run.
 
-    What it measures is saved cell by cell, so that a notebook that fails leaves what it has done. A notebook that only
-    draws (`measure` False) replaces the copy of the run when all of it has worked.
+    A measuring notebook is saved after each cell, so that a failed one keeps its finished cells. A notebook that only
+    draws (`measure` False) replaces the run's copy after its last cell has succeeded.
 
     Raises:
         NotebookFailed: naming the notebook, the cell and the error.
@@ -126,25 +126,25 @@ def execute(
             language="python",
             request_save_on_cell_execute=measure,
             progress_bar=bar if measure else False,
-            coalesce_streams=True,  # of a progress bar, keep what it said last
+            coalesce_streams=True,  # keep a progress bar's last line only
         )
     except PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".strip(": ")
         raise NotebookFailed(_failure(notebook, target, f"in code cell {error.exec_count}: {reason}")) from error
     except (DeadKernelError, RuntimeError) as error:  # RuntimeError: the kernel died before it was ready
-        reason = f"because its kernel died, most often for want of memory: {error}"
+        reason = f"because its kernel died, most often for lack of memory: {error}"
         raise NotebookFailed(_failure(notebook, target, reason)) from error
     except (KeyboardInterrupt, SystemExit):
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that waited for the kernel fail as it ends
         raise
     executed.metadata.get("papermill", {}).update(input_path=notebook.path.name, output_path=notebook.path.name)
     with atomic_write(target) as file:
-        file.write(nbformat.writes(executed).replace(str(root), ".") + "\n")  # no place of this machine
+        file.write(nbformat.writes(executed).replace(str(root), ".") + "\n")  # no absolute paths
 
 
 @contextmanager
 def this_interpreter() -> Iterator[str]:
-    """The name of a kernel that is this interpreter, whatever kernels are installed: a spec in a folder of its own.
+    """The name of a kernel that runs this interpreter; its spec lies in a temporary folder.
 
     Its connection and IPython's own files go there too: a home folder may be read-only, or have start-up files.
     """
@@ -152,11 +152,11 @@ def this_interpreter() -> Iterator[str]:
 
     env = {"TOKENIZERS_PARALLELISM": "false"}
     env["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads of a kernel must not spin beside the workers
-    for name, path in named_folders().items():  # relative to the user's folder, not to notebooks/
-        env[name] = str(path).replace("$", "$$")  # a spec fills in ${NAME}
-    # Nobody watches an executed notebook: tqdm writes its bars as text, where a saved widget could not be shown.
+    for name, path in named_folders().items():  # resolved here: a kernel runs in notebooks/
+        env[name] = str(path).replace("$", "$$")  # a spec expands ${NAME}
+    # tqdm must draw its bars as text: a saved widget could not be shown.
     options = ["--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None"]
-    options.append("--IPKernelApp.log_level=50")  # warnings about its own sockets
+    options.append("--IPKernelApp.log_level=50")  # no warnings about its own sockets
     places = ("JUPYTER_PATH", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     before = {name: os.environ[name] for name in places if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
@@ -172,12 +172,12 @@ def this_interpreter() -> Iterator[str]:
 
 
 def _literal(path: Path) -> str:
-    """`path` as papermill takes it, which else fills parameters into what stands in braces."""
+    """`path` escaped for papermill, which expands braces."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _seen_from(folder: Path, path: str, root: Path) -> str:
-    """A path inside the clone as seen from `folder`, so that an executed notebook names no place outside it."""
+    """A path inside the clone relative to `folder`, so that an executed notebook has no absolute path."""
     whole = Path(path).resolve()
     return os.path.relpath(whole, folder) if whole.exists() and whole.is_relative_to(root.resolve()) else path
 
@@ -187,11 +187,11 @@ def _failure(notebook: Notebook, target: Path, reason: str) -> str:
     reason = reason if len(reason) <= 600 else reason[:600] + " ..."
     return (
         f"Notebook {notebook.name} stopped {reason}\n"
-        f"What was finished is kept, the cells run so far are in {shown(target)}, "
+        f"Finished work is kept, the cells run so far are in {shown(target)}, "
         f"and the same command continues from {notebook.name}."
     )
 
 
 def shown(path: Path) -> str:
-    """`path` relative to the current directory where it lies below it."""
+    """`path`, relative to the current directory if it lies below."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

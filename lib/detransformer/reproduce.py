@@ -1,9 +1,9 @@
-"""Runs the numbered notebooks in order into one run folder, keeps what is finished, and draws a saved run anew.
+"""Runs the numbered notebooks in order into one run folder, keeps finished ones, and redraws a saved run.
 
-A profile (profiles/*.yaml) gives each notebook its settings. A notebook is skipped when nothing that made it has
-changed: its cells, its settings, the library, the data on offer, and the notebooks whose results it uses. The
-manifest is written after every notebook, so that an interrupted run continues with the next one. A run's index.html
-has its executed notebooks, tables, figures, and what made them.
+A profile (profiles/*.yaml) gives each notebook its settings. A notebook is skipped if its inputs are unchanged: its
+cells and settings, the library, the available data, and the notebooks whose results it uses. The manifest is written
+after every notebook, so that an interrupted run continues with the next one. A run's index.html links its executed
+notebooks, tables and figures, and shows what made them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from nbconvert import HTMLExporter
 
 from detransformer import machine
-from detransformer.files import PACKAGE, atomic_write, data_folder, repository_root
+from detransformer.files import PACKAGE, atomic_write, computing_part, data_folder, repository_root
 from detransformer.notebooks import (
     Notebook,
     NotebookFailed,
@@ -38,11 +38,11 @@ from detransformer.record import provenance
 from detransformer.record.run import RunFolder
 
 DATA = ("published", "measured")
-# Files and rooms of the package that no notebook's result depends on.
+# Files and subpackages that no notebook's result depends on.
 FRAME = ("cli.py", "commands", "doctor.py", "reproduce.py", "notebooks.py", "profiles/__init__.py")
 
 TEMPLATE = Path(__file__).with_name("index.html.jinja")
-FACTS = ("profile", "command", "date", "commit", "dirty", "drawn")  # of the manifest, on the index page
+FACTS = ("profile", "command", "date", "commit", "dirty", "drawn")  # fields of the manifest on the index page
 
 
 def reproduce(
@@ -53,12 +53,12 @@ def reproduce(
     root: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> RunFolder:
-    """Run a profile's notebooks into `output` (results/PROFILE) and return the run folder.
+    """Runs a profile's notebooks into `output` (default: results/PROFILE) and returns the run folder.
 
     Raises:
-        NotebookFailed: when a cell raises; what was finished before is kept.
-        ValueError, FileNotFoundError: for a wrong profile, notebook name, a clone that is not complete, or a reference
-            run from a state that no commit holds.
+        NotebookFailed: if a cell raises; finished work is kept.
+        ValueError, FileNotFoundError: for a wrong profile or notebook name, an incomplete clone, or a reference run
+            from an uncommitted state.
     """
     root = root or repository_root()
     name, sections = load_profile(profile)
@@ -75,17 +75,17 @@ def reproduce(
 
 
 def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None] = print) -> RunFolder:
-    """Draw all figures of a run anew from its saved tables: every notebook, with nothing measured.
+    """Redraws all figures of a run from its saved tables: runs every notebook without measuring.
 
     Raises:
-        ValueError: for a folder that is no run, or where not one notebook could be drawn.
+        ValueError: if the folder is not a run, or no notebook could be drawn.
     """
     root = root or repository_root()
     if not (Path(path) / "tables").is_dir():
         raise ValueError(f"{path} is not the folder of a run (it has no tables/); give one such as results/quick.")
     with locked(RunFolder(Path(path).resolve())) as run:
         manifest, start, num_drawn = read_manifest(run), time.perf_counter(), 0
-        # Of a profile of one's own the manifest has the name alone; drawing needs hardly a setting of it.
+        # The manifest has only the name of a user's own profile; drawing needs hardly any of its settings.
         profile = next((p for p in (manifest.get("profile"),) if p in built_in_profiles()), "quick")
         sections = load_profile(profile)[1]
         known = {
@@ -93,7 +93,7 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
         }
         notebooks = [notebook for notebook in find_notebooks(root, known) if "measure" in notebook.names]
         workers = dict(max_workers=min(2, machine.usable_cores()), mp_context=get_context("spawn"))
-        with this_interpreter() as kernel, ProcessPoolExecutor(**workers) as pool:  # papermill changes the folder
+        with this_interpreter() as kernel, ProcessPoolExecutor(**workers) as pool:  # papermill does chdir
             drawing = [pool.submit(execute, n, run, root, profile, kernel, measure=False) for n in notebooks]
             for notebook, task in zip(notebooks, drawing, strict=True):
                 try:
@@ -103,7 +103,7 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
                 except NotebookFailed as error:
                     say(f"{notebook.name}: not drawn: {str(error).splitlines()[0]}")
         if not num_drawn:
-            raise ValueError(f"{path} lacks the tables of every notebook; run `detransformer reproduce` first.")
+            raise ValueError(f"{path} has no notebook's tables; run `detransformer reproduce` first.")
         manifest["drawn"] = {"date": machine.now(), **provenance.commit(root)}
         write_manifest(run, manifest)
         took = _duration(time.perf_counter() - start)
@@ -113,7 +113,7 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[RunFolder]:
-    """A run folder that nobody else writes to meanwhile; ValueError where somebody does."""
+    """Locks a run folder against other writers; ValueError if it is locked already."""
     with ExitStack() as held:
         try:
             held.enter_context(FileLock(run.path / ".lock", timeout=0))
@@ -125,7 +125,7 @@ def locked(run: RunFolder) -> Iterator[RunFolder]:
 
 
 def is_reference(path: Path) -> bool:
-    """Whether `path` is the committed run of a clone, results/reference, or lies in it."""
+    """Whether `path` is, or lies in, the committed run of a clone, results/reference."""
     return any(
         folder.parts[-2:] == ("results", "reference") and (folder.parents[1] / "pyproject.toml").is_file()
         for folder in (path, *path.parents)
@@ -133,11 +133,11 @@ def is_reference(path: Path) -> bool:
 
 
 def check_traceable(root: Path, path: Path) -> None:
-    """Raises ValueError where the clone at `root` is in a state that no commit holds: `path` is to be committed."""
+    """Raises ValueError if the clone at `root` is not in a committed state: `path` is to be committed."""
     state = provenance.commit(root)
     if not provenance.is_commit(root, state["commit"]):
         raise ValueError(
-            f"{shown(path)} holds results of one commit, and {root} has none that git knows; "
+            f"{shown(path)} holds results of one commit, and {root} is at none that git knows; "
             "run in a git clone, or choose another folder with --output."
         )
     if state["dirty"]:
@@ -203,22 +203,22 @@ def library_digest(package: Path = PACKAGE) -> str:
     inside = {path: path.relative_to(package) for path in sorted(package.rglob("*.py"))}
     modules = [path for path, name in inside.items() if not {name.as_posix(), name.parts[0]} & set(FRAME)]
     for path in [*modules, *(p for name in DATA for p in sorted(data_folder(name, package).glob("*.csv")))]:
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(path.name.encode() + computing_part(path))
     return digest.hexdigest()
 
 
 def notebook_key(notebook: Notebook, library: str, data: dict, finished: dict[str, dict]) -> str:
-    """Digest of everything that made a notebook's result; the same key means that nothing has changed."""
+    """Digest of all inputs of a notebook's result; the same key means that nothing has changed."""
     cells = nbformat.read(notebook.path, as_version=4).cells
     sources = [(c["cell_type"], c["source"], c.get("metadata", {}).get("tags", [])) for c in cells]
-    studies = [path.read_text(encoding="utf-8") for path in sorted(notebook.path.parent.glob("*.py"))]
+    studies = [computing_part(path).decode() for path in sorted(notebook.path.parent.glob("*.py"))]
     used = {name: finished.get(name, {}).get("finished") for name in notebook.uses}
     made_of = [sources, studies, notebook.settings, library, data, used]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_manifest(run: RunFolder) -> dict:
-    """The run's manifest, or an empty one; ValueError where it is damaged."""
+    """The run's manifest, or an empty one; ValueError if it is damaged."""
     if not run.manifest_path.is_file():
         return {"notebooks": {}}
     try:
@@ -230,7 +230,7 @@ def read_manifest(run: RunFolder) -> dict:
 
 
 def write_manifest(run: RunFolder, manifest: dict) -> None:
-    """Saves the manifest whole, with what the tables now say of their data."""
+    """Saves the manifest atomically, with the data sources that the tables name now."""
     manifest.setdefault("data", {})["sources"] = provenance.data_sources(run)
     manifest["kept_from"] = provenance.kept_from(manifest)
     with atomic_write(run.manifest_path) as file:
@@ -253,25 +253,25 @@ def _outputs(run: RunFolder) -> dict[Path, tuple[int, int]]:
 
 
 def _records(run: RunFolder) -> dict[str, float]:
-    """Rows and trained models that an interrupted or repeated notebook does not make again, and when each was made."""
+    """File -> time (seconds since 1970) of rows and trained models that an interrupted or repeated notebook reuses."""
     files = [*run.path.rglob("result.json"), *run.path.rglob("*rows.json")]
     return {str(path): path.stat().st_mtime for path in files}
 
 
 def _rows_kept_from(earlier: dict, before: dict[str, float], after: dict[str, float], commit: str) -> dict[str, list]:
-    """Other commit -> [from, to] (seconds since 1970) of a notebook's run `earlier` whose rows were not made again."""
+    """Other commit -> [from, to] (seconds since 1970) of a notebook's earlier runs whose rows were kept."""
     windows = dict(earlier.get("rows_kept_from") or {})
     if earlier.get("started") and earlier.get("commit"):
-        start = datetime.fromisoformat(earlier["started"]).timestamp() - 1  # to the second
+        start = datetime.fromisoformat(earlier["started"]).timestamp() - 1  # rounded to the second
         end = start + earlier["duration_s"] + 2 if "duration_s" in earlier else max(before.values(), default=start)
         windows[earlier["commit"]] = [start, end]
-    # A file of rows that went during the run was read into a table: its rows are kept, too.
+    # A file of rows that was removed during the run was read into a table: its rows are kept, too.
     kept = [made for path, made in before.items() if after.get(path, made) == made]
     return {c: [a, b] for c, (a, b) in windows.items() if c != commit and any(a <= made <= b for made in kept)}
 
 
 def write_index(run: RunFolder) -> Path:
-    """Write RUN/html/NOTEBOOK.html for each executed notebook and RUN/index.html, which links all that the run has."""
+    """Writes RUN/html/NOTEBOOK.html for each executed notebook, and RUN/index.html with links to all of the run."""
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True)
     exporter = HTMLExporter(template_name="basic")
     notebooks, notes = [], run.notes()

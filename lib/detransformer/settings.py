@@ -1,4 +1,4 @@
-"""The environment variables that the package reads, in one place."""
+"""All environment variables that the package reads."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ TRUE_WORDS = {"1", "on", "yes", "true"}
 
 @dataclass(frozen=True)
 class DataEnvironment:
-    """Where to look: the mirror folder, and whether the Hub may be asked."""
+    """Where to find data: the mirror folder, and whether the Hub may be asked."""
 
     mirror: Path
     mirror_named_by: str
@@ -23,7 +23,7 @@ class DataEnvironment:
 
 
 def named_folders() -> dict[str, Path]:
-    """DETRANSFORMER_DATA and DETRANSFORMER_CACHE, where they are set, as whole paths; a kernel is in another folder."""
+    """DETRANSFORMER_DATA and DETRANSFORMER_CACHE, if set, as absolute paths: a kernel runs in another folder."""
     names = ("DETRANSFORMER_DATA", "DETRANSFORMER_CACHE")
     return {name: Path(with_home(os.environ[name])).resolve() for name in names if os.environ.get(name)}
 
@@ -47,7 +47,7 @@ def cache_folder() -> Path:
     """Where generated checkpoints are kept: `DETRANSFORMER_CACHE`, else the user's cache folder.
 
     Raises:
-        ValueError: where neither is known: no HOME, and no user of this number.
+        ValueError: if neither is known, since HOME is unset and this user has no entry.
     """
     if named := named_folders().get("DETRANSFORMER_CACHE"):
         return named
@@ -58,14 +58,14 @@ def cache_folder() -> Path:
 
 
 def group_sizes() -> str:
-    """The variables by which a launcher (torchrun, MPI) says that this process is one of several: `WORLD_SIZE=8`."""
+    """The variables of a launcher (torchrun, MPI) that make this process one of several, such as `WORLD_SIZE=8`."""
     return ", ".join(f"{name}={os.environ[name]}" for name in GROUP_SIZES if os.environ.get(name, "1") not in ("", "1"))
 
 
 def leave_group() -> str:
-    """Deletes what a launcher left in the environment for the processes of another job; what `group_sizes` was.
+    """Deletes a launcher's variables of another job; returns `group_sizes` from before.
 
-    accelerate would wait for that job's other processes.
+    Otherwise accelerate would wait for that job's other processes.
     """
     sizes = group_sizes()
     for name in [name for name in os.environ if name in GROUP or name.startswith(GROUP_PREFIXES)]:

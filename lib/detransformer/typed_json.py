@@ -1,4 +1,4 @@
-"""Dataclasses that cross JSON: a file, a pipe, a socket. JSON knows lists alone; what comes back has tuples again."""
+"""Dataclasses that cross JSON (a file, pipe or socket), whose lists become tuples again."""
 
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
@@ -7,17 +7,17 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-STRICT = ConfigDict(extra="forbid")  # the `__pydantic_config__` of a dataclass that refuses fields it does not know
+STRICT = ConfigDict(extra="forbid")  # as `__pydantic_config__`: the dataclass refuses unknown fields
 Record = TypeVar("Record")
 _adapter = cache(TypeAdapter)
 
 
 def from_json(kind: type[Record], fields: Mapping[str, Any], what: str = "") -> Record:
-    """The dataclass `kind` of `fields`, as `dataclasses.asdict` gave them before they crossed JSON.
+    """The dataclass `kind` from `fields`, which `dataclasses.asdict` made before they crossed JSON.
 
     Raises:
-        ValueError: for a field that is missing, or is not what it is declared; in a dataclass whose
-            `__pydantic_config__` is `STRICT` also for one that is not known. The sentence is on `what`.
+        ValueError: for a missing field or one of another type; with `STRICT` also for an unknown one. The sentence
+            names `what`.
     """
     what = what or kind.__name__
     try:
@@ -25,7 +25,7 @@ def from_json(kind: type[Record], fields: Mapping[str, Any], what: str = "") -> 
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place, msg = ".".join(map(str, first["loc"])), first["msg"]
-        if "error" in first.get("ctx", {}):  # what `__post_init__` says
+        if "error" in first.get("ctx", {}):  # raised by `__post_init__`
             raise ValueError(str(first["ctx"]["error"])) from None
         if first["type"] == "missing":
             raise ValueError(f"the {what} has no field {place!r}.") from None

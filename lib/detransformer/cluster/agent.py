@@ -1,8 +1,8 @@
-"""torchrun's elastic agent on one host: it starts the worker of this host's device, and another when one has ended.
+"""torchrun's elastic agent on one host: it starts the worker of this host's device and restarts it when it has ended.
 
-The agent is torch's own, with its static rendezvous of this host alone; the front (`fleet`) decides who belongs to the
-group. torch's dynamic rendezvous unpickles what anyone writes into its store, and compares the clocks of hosts.
-Workers are forked from a server that has imported torch already, which takes seconds off every recovery.
+The agent is torch's own, with a static rendezvous of this host alone; the front (`fleet`) decides who belongs to the
+group. torch's dynamic rendezvous unpickles whatever anyone writes into its store, and compares the clocks of hosts.
+Workers are forked from a server that has already imported torch, which saves seconds in every recovery.
 """
 
 import json
@@ -19,14 +19,14 @@ from pathlib import Path
 from detransformer.cluster.hello import ENDED, await_message, meet, write_end
 from detransformer.machine import die_with_parent
 
-HUNG_S = 10.0  # a worker without a sign of life for so long is killed
-FAILURES_S = 20.0  # a worker that failed sooner is started again after a delay, which doubles each time
+HUNG_S = 10.0  # a worker without a heartbeat for this time is killed
+FAILURES_S = 20.0  # a worker that failed sooner is restarted after a delay, which doubles each time
 DELAY_S, MAX_DELAY_S = 1.0, 60.0
 MONITOR_S = 0.1
 
 
 def main() -> None:
-    """The process that `hosts` starts, with the job's file and the device on the command line."""
+    """The process that `hosts` starts; arguments: the job's file and the device."""
     die_with_parent()
     path, device = sys.argv[1], int(sys.argv[2])
     job = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def keep(job: dict, device: int) -> None:
-    """Runs the worker of `device`; a job that `stays` gets another one when that has ended."""
+    """Runs the worker of `device`; if the job `stays`, restarts it whenever it has ended."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -61,7 +61,7 @@ def keep(job: dict, device: int) -> None:
         entrypoint=work,
         args=(job, device, os.getpid()),
         rdzv_handler=get_rendezvous_handler(here),
-        max_restarts=0,  # each worker is a run of the agent, so that its exit code is known
+        max_restarts=0,  # one run of the agent per worker, so that its exit code is known
         monitor_interval=MONITOR_S,
     )
     sign = Path(f"{job['alive']}{device}")
@@ -83,7 +83,7 @@ def keep(job: dict, device: int) -> None:
 
 
 def _watch(agent, sign: Path, ended: threading.Event) -> None:
-    """Kills the agent's worker when it gives no sign of life: a process that hangs does not end by itself."""
+    """Kills the agent's worker when its heartbeat stops: a process that hangs does not end by itself."""
     seen, since = None, time.monotonic()
     while not ended.wait(1.0):
         stamp = sign.stat().st_mtime_ns
@@ -97,7 +97,7 @@ def _watch(agent, sign: Path, ended: threading.Event) -> None:
 
 
 def _report(job: dict, device: int, code: int) -> None:
-    """Reports the worker's exit code to the front, and writes the front's answer for the user of this host."""
+    """Reports the worker's exit code to the front, and writes the front's answer for this host's user."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     try:
         line = meet(job, None, lambda *_: sys.exit(1))

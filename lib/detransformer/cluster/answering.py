@@ -1,6 +1,6 @@
-"""Jobs of a request, as `detransformer run` and a service give them to workers: plan it, answer it, report on it.
+"""The jobs that `detransformer run` and a service give to workers: plan a request, answer it, report on it.
 
-The front needs no torch for them: the first device's worker plans and reports, all of them answer.
+The front needs no torch for them: the first device's worker plans and reports, and all workers answer.
 """
 
 import functools
@@ -40,12 +40,12 @@ from detransformer.typed_json import from_json
 
 JOBS = {"run_plan": run_plan, "generate": generate}
 PLANS = ("plan", "prefill", "decode")  # their arguments that are plans
-KEPT = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # of a sample; only a timeline needs the rest
+KEPT = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # fields of a sample; only a timeline needs the rest
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A planned request: `op` of `JOBS` with the arguments `job` (JSON), on the tensors `inputs`.
+    """A planned request: the job `op` (of `JOBS`) with the arguments `job` (JSON), on the tensors `inputs`.
 
     `notes` are sentences about the plan, such as which devices it leaves out.
     """
@@ -77,13 +77,13 @@ def plan(
     """Plans how `devices` of the cluster file answer a request.
 
     Args:
-        seq_len: for a service, the length to plan for; None: that of the request's own text.
-        slower: device -> factor by which it is slower than its profile at the moment.
+        seq_len: the length that a service plans for; None: that of the request's text.
+        slower: device -> factor by which it is slower than its profile at present.
 
     Returns:
-        `op` and `job` of a run on ranks of the group, `last`, the device that has the result, and words on the plan;
-        its tensors are the request's inputs. Or a sentence why not: `postponed` if all devices of the file together
-        could answer, else `refused`.
+        `op` and `job` with ranks of the group, `last` (the device that has the result), words on the plan, and the
+        request's inputs as `tensors`. Or a sentence why there is no plan: `postponed` if all devices of the file
+        together could answer, else `refused`.
     """
     asked, folder = from_json(Request, request), state.home["model"]
     _, checkpoint, whole = _opened(state.home["cluster"], folder)
@@ -133,10 +133,10 @@ def prepare(
     profile: ClusterProfile,
     inputs: dict[str, torch.Tensor] | None = None,
 ) -> Prepared:
-    """Tokens (unless `inputs` are given) and plan of `request` for the model in `folder` on `profile`.
+    """Tokenizes `request` (unless `inputs` are given) and plans it for the model in `folder` on `profile`.
 
     Raises:
-        ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit model or devices.
+        ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit the model or devices.
     """
     inputs = inputs_of(request, folder, config) if inputs is None else inputs
     batch_size, seq_len = inputs["input_ids"].shape
@@ -159,15 +159,15 @@ def prepare(
 
 
 def inputs_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """The request's text, or random tokens: input_ids and, of a text, its mask and types, [1, T] each.
+    """The request's text, or random tokens: input_ids and, for a text, its mask and types, [1, T] each.
 
     Raises:
-        ValueError: for a text without tokenizer, one that has no tokens, and inputs that the model does not take.
+        ValueError: for a text without tokenizer or without tokens, and for inputs that the model does not take.
     """
     if request.text is None:
         inputs = random_tokens(config, request.num_tokens)
     elif task_of(config) == "question-answering" and request.context is None:
-        raise ValueError("the model answers questions about a passage: give the question by --text, it by --context.")
+        raise ValueError("the model answers questions about a passage: give --text QUESTION --context PASSAGE.")
     else:
         pooling = Pooling.of(folder) if task_of(config) == "base" else None
         limit = pooling.limit if pooling else None
@@ -189,12 +189,12 @@ def plan_of(
         try:
             given = Plan.from_dict(request.plan)
         except ValueError as error:
-            raise ValueError(f"--plan is no plan ({error}): make it with `detransformer plan`.") from None
+            raise ValueError(f"--plan is not a plan ({error}): make one with `detransformer plan`.") from None
         given.check(config)
         if max(given.device_ids) >= len(profile.devices):
             raise ValueError(
-                f"the plan is for device {max(given.device_ids)}, and the cluster has {len(profile.devices)} devices, "
-                "0 and up: plan for this cluster."
+                f"the plan uses device {max(given.device_ids)}, and the cluster has {len(profile.devices)} devices, "
+                "numbered from 0: plan for this cluster."
             )
         return given, ()
     if request.method == "auto":
@@ -210,7 +210,7 @@ def plan_of(
 
 
 def own_part(plan: Plan, rank: int) -> str:
-    """The part of device `rank` in `plan`, in words."""
+    """The share of device `rank` in `plan`, in words."""
     if rank not in plan.device_ids:
         return "the plan leaves this device out; it waits"
     place = plan.device_ids.index(rank)
@@ -237,11 +237,11 @@ def answer(
     modelled_link: bool = False,
     time_scale: float = 1.0,
 ) -> dict:
-    """This device's part of a request; its tensors are the outputs, on the device `last`.
+    """Computes this device's part of a request; on the device `last`, `tensors` are the outputs.
 
-    `paced`: compute is as slow as the device of the cluster file; `modelled_link`: so are messages. `expected_s` and
-    `spent_s` are the seconds of compute by the device's profile and as measured; NaN without a part, or of generated
-    text.
+    `paced`: compute takes as long as on the cluster file's device; `modelled_link`: messages do, too. `expected_s` and
+    `spent_s` are the seconds of compute by the device's profile and as measured; NaN if the device has no part, and for
+    generated text.
     """
     _, _, profile = _opened(state.home["cluster"], state.home["model"])
     own, outputs = profile.devices[state.device], {}
@@ -273,11 +273,11 @@ def answer(
 
 
 def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mapping[str, torch.Tensor]) -> dict:
-    """Lines to print and the record of `--output` of the request that was planned last.
+    """The lines to print and the `--output` record for the request that was planned last.
 
     Args:
-        results: the records of `answer`, one a device of the cluster file.
-        inputs: the outputs of the devices.
+        results: the records of `answer`, one per device of the cluster file.
+        inputs: the devices' outputs.
     """
     prepared, request, config = state.kept["prepared"]
     plan, folder, outputs, task = prepared.plan, state.home["model"], dict(inputs), task_of(config)
@@ -317,7 +317,7 @@ def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mappin
 
 
 def compare(outputs: dict, expected: dict, wire: str) -> tuple[dict, str]:
-    """The errors of `outputs` against the single device's and whether they agree, as fields and in words."""
+    """The errors of `outputs` against the single device's, and whether they agree, as fields and in words."""
     if "tokens" in expected:
         equal, total = int((outputs["tokens"] == expected["tokens"]).sum()), expected["tokens"].numel()
         words = "all tokens are" if equal == total else f"only {equal} of {total} tokens ARE"
@@ -330,7 +330,7 @@ def compare(outputs: dict, expected: dict, wire: str) -> tuple[dict, str]:
 
 
 def _times(request: Request, prepared: Prepared, results: Mapping[str, dict]) -> tuple[str, dict]:
-    """Latency of each repeat, the slowest device's, and the bytes that a device sends, in words and as fields."""
+    """The slowest device's latency in each repeat, and the most bytes that a device sends, in words and as fields."""
     samples = [max(r["samples"][i]["latency_s"] for r in results.values()) for i in range(request.repeats)]
     latency_s, sent = statistics.median(samples), max(sum(r["bytes"].values()) for r in results.values())
     words = (
@@ -341,7 +341,7 @@ def _times(request: Request, prepared: Prepared, results: Mapping[str, dict]) ->
 
 
 def _generation_times(request: Request, prepared: Prepared, results: Mapping[str, dict]) -> tuple[str, dict]:
-    """Seconds of each token, the slowest device's, and the bytes of keys and values, in words and as fields."""
+    """The slowest device's seconds per token, and the bytes of keys and values, in words and as fields."""
     token_s = [max(r["token_s"][i] for r in results.values()) for i in range(request.max_new_tokens)]
     further_s = statistics.median(token_s[1:]) if len(token_s) > 1 else float("nan")
     cached = {name: result["cache_bytes"] for name, result in results.items()}

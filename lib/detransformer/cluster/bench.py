@@ -1,7 +1,7 @@
-"""Latency bench: one row for every (model, method, devices, bandwidth, wire), measured on an emulated cluster.
+"""Latency bench: measures one row for every (model, method, devices, bandwidth, wire) on an emulated cluster.
 
-Rows that are compared are measured together: at one time scale, and a request of each in turn, again and again, so that
-a disturbance of the host affects all of them. Rows carry their conditions and their self-check: links and pacing are
+Rows that are compared are measured together: at one time scale, and in rounds of one request each, so that a
+disturbance of the host affects all of them. Rows carry their conditions and their self-check: links and pacing are
 checked before each round and after the last (`cluster.selfcheck`). A case is planned once, before it is measured.
 """
 
@@ -46,21 +46,21 @@ from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
 
 MAX_TIME_SCALE = 32
-SLOWER = 1.5  # factor to the next time scale, where the host was late
-KEPT_SHARE = 0.5  # of the free memory, for models that are measured in turn; others are read again each time
-ATTEMPTS = 2  # at one time scale, of a disturbed request
-DISTURBING_STEAL = 0.1  # share of the processors taken by other guests of this machine that makes a row be repeated
+SLOWER = 1.5  # factor to the next time scale, if the host was late
+KEPT_SHARE = 0.5  # of the free memory, for models that are measured in turn; others are reloaded each time
+ATTEMPTS = 2  # for a disturbed request, at one time scale
+DISTURBING_STEAL = 0.1  # a request is repeated if other guests of this machine took more of the processors
 TIMELINE_COLUMNS = ("model", "method", "wire", "link", "bandwidth_mbps", "num_devices", "rank")
 TIMELINE_COLUMNS += ("what", "start_s", "stop_s")
-STREAM_REQUESTS = {"stages": 8, "copies": 2}  # back to back, for throughput: a pipeline has to fill and drain
+STREAM_REQUESTS = {"stages": 8, "copies": 2}  # back to back, to measure throughput: a pipeline fills and drains
 
 
 @dataclass(frozen=True)
 class Case:
     """A cell with everything that is decided before it is measured; `profile` has all devices of the cluster.
 
-    `limit_s` is the physical limit: the original model's work over the summed speed of the plan's devices, without any
-    message.
+    `limit_s` is the physical limit: the original model's work over the summed speed of the plan's devices, without
+    messages.
     """
 
     cell: Cell
@@ -76,9 +76,9 @@ class Bench:
 
     Args:
         link: a measured profile for predictions.
-        time_scale: None lets the bench choose.
+        time_scale: None: the bench chooses.
         memory_budget_bytes: of each device.
-        efficiency: rows by model, as measured on this host (`devices.efficiency_rows`); by default the package's.
+        efficiency: model -> rows measured on this host (`devices.efficiency_rows`); default: the package's.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Bench:
     # --- Planning ---
 
     def case(self, cell: Cell, plan: Plan | None = None) -> Case:
-        """`cell` with its plan: `plan`, or that of its method.
+        """`cell` with its plan: `plan`, or its method's.
 
         Raises:
-            ValueError: where the plan does not fit the model or the memory budget.
+            ValueError: if the plan does not fit the model or the memory budget.
         """
         if (cell, plan) not in self._cases:
             config, profile = self.config(cell), self.profile(cell)
@@ -123,7 +123,7 @@ class Bench:
         return decoupled_config(known, cell.num_original_layers, cell.num_divisions, width)
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
-        """The checkpoint of `cell`'s model, made where it is not there yet."""
+        """The checkpoint of `cell`'s model, made if absent."""
         if not cell.needs_decoupled:
             return original_checkpoint(cell.model)
         config = self.config(cell)
@@ -131,14 +131,14 @@ class Bench:
         return decoupled_checkpoint(cell.model, *sizes)
 
     def profile(self, cell: Cell) -> ClusterProfile:
-        """The devices and links that `cell` takes."""
+        """The devices and links that `cell` uses."""
         profile = self.every_device(cell)
         if cell.num_devices > len(profile.devices):
             raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
         return ClusterProfile(profile.devices[: cell.num_devices], profile.link)
 
     def every_device(self, cell: Cell) -> ClusterProfile:
-        """All devices of the cluster, also those that `cell` leaves out: each worker gets its job."""
+        """All devices of the cluster, also those that `cell` leaves out: each worker gets a job."""
         efficiency = self.efficiency.get(cell.model)
         profile = self.cluster.profile(self.config(cell), self.link, cell.pace, efficiency)
         return replace(profile, link=profile.link.at(cell.bandwidth_mbps * 1e6))
@@ -146,11 +146,11 @@ class Bench:
     # --- Measuring ---
 
     def measure(self, cells: Sequence[Cell], plans: Sequence[Plan] = (), held_with: Sequence[Plan] = ()) -> list[dict]:
-        """A row for each of `cells`, which are measured in turn.
+        """Measures `cells` in turn; returns a row for each.
 
         Args:
-            plans: one for each cell, instead of those of their methods.
-            held_with: all plans that will be run of this model on these devices; weights are loaded once for all.
+            plans: one for each cell, instead of its method's.
+            held_with: all plans of this model that will run on these devices; weights are loaded once for all.
         """
         cases = [self.case(cell, plan) for cell, plan in itertools.zip_longest(cells, plans)]
         checkpoints = [self.checkpoint(case.cell) for case in cases]
@@ -184,7 +184,7 @@ class Bench:
     def run_plan(
         self, profile: ClusterProfile, checkpoint: Checkpoint, plan: Plan, seq_len: int, batch_size: int, **options: Any
     ) -> list[dict]:
-        """One request at the cluster's time scale: the results of `jobs.run_plan` of the devices that take part.
+        """Runs one request at the cluster's time scale; returns the participating devices' results of `jobs.run_plan`.
 
         `profile` has all devices of the cluster; `options` are further arguments of the job.
         """
@@ -215,20 +215,20 @@ class Bench:
         repeats: int,
         late: Callable[[Any], float] = lateness,
     ) -> tuple[list[tuple[list, float]], float, Check]:
-        """Measures several trials in rounds of one request of each; links and pacing are checked before each round.
+        """Measures several trials in rounds of one request each; links and pacing are checked before each round.
 
-        A host that shares its processors is disturbed now and then: a request that was late, or during which other
-        guests took much of the processors, is run again, and the less disturbed one counts. Where a request of the
-        first round is late at every attempt, all trials start anew at `SLOWER` times the time scale.
+        The host may share its processors: a request that was late, or during which other guests took much of the
+        processors, is repeated, and the less disturbed attempt counts. If a request of the first round is late at every
+        attempt, all trials restart at `SLOWER` times the time scale.
 
         Args:
-            scale: the time scale to begin with.
-            measure: (number, is_last) -> result of one request of a trial; links and time scale are set.
-            repeats: requests of each trial.
-            late: by what share of the modelled time the host was late, from a result.
+            scale: the first time scale.
+            measure: (number, is_last) -> result of one request of a trial; links and time scale are already set.
+            repeats: requests per trial.
+            late: result -> the host's lateness as a share of the modelled time.
 
         Returns:
-            The results of each trial with the host's largest steal, the time scale, and all checks in one.
+            Each trial's results with the host's largest steal, the time scale, and all checks joined.
         """
         where = self.cluster, bandwidth_mbps, num_devices, checks_links
         while True:
@@ -254,7 +254,7 @@ class Bench:
             scale *= SLOWER
 
     def set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
-        """Sets and checks the links; doubles the time scale until the check passes. Returns (scale, check)."""
+        """Sets and checks the links, doubling the time scale until the check passes; returns (scale, check)."""
         while True:
             self.cluster.set_link(bandwidth_mbps * 1e6, scale)
             check = check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links)
@@ -263,7 +263,7 @@ class Bench:
             scale *= 2
 
     def _row(self, case: Case, runs: Sequence[list[dict]], scale: float, check: Check, steal: float) -> dict:
-        """The row of `runs`, requests of one plan: the results of its devices."""
+        """The row of one plan; `runs` are its requests, each with its devices' results."""
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         cell, plan, config, last = case.cell, case.plan, case.config, runs[-1]
         slowest = [max((r["samples"][0] for r in run), key=lambda sample: sample["latency_s"]) for run in runs]
@@ -318,7 +318,7 @@ class Bench:
 
 
 def _undisturbed(measure: Callable[[], Any], late: Callable[[Any], float]) -> tuple[bool, float, Any]:
-    """(was late, the host's steal, result) of the least disturbed of `ATTEMPTS`, which end with an undisturbed one."""
+    """(was late, the host's steal, result) of the least disturbed of `ATTEMPTS`; stops at an undisturbed one."""
     attempts = []
     for _ in range(ATTEMPTS):
         before = psutil.cpu_times()
@@ -332,7 +332,6 @@ def _undisturbed(measure: Callable[[], Any], late: Callable[[Any], float]) -> tu
 
 
 def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
-    """The `timeline` rows of the run whose latency is nearest to the row's median."""
     samples = json.loads(row["samples_s"])
     median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
     conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
@@ -348,11 +347,11 @@ def measure_grid(
     in_timeline: Callable[[Cell], bool] = lambda cell: True,
     keep: bool = False,
 ) -> pd.DataFrame:
-    """Measures `cells`, those that are compared in turn, and returns a row each in this order.
+    """Measures `cells` and returns a row for each, in their order; cells that are compared are measured in turn.
 
-    With `path`, measured rows are written to that file, and a call after an interruption goes on from there, as long as
-    code and conditions are the same. The file is removed when all cells are measured, unless `keep`: the frame is the
-    record. With `timeline`, the events of the cells that `in_timeline` picks are saved to that file as CSV.
+    With `path`, measured rows are written to that file, and a call after an interruption resumes from it if code and
+    conditions are the same. The file is removed when all cells are measured, unless `keep`: the frame is the record.
+    With `timeline`, the events of the cells that `in_timeline` picks are saved to that file as CSV.
     """
     cells = list(dict.fromkeys(cells))
     kept = RowFile(path, bench.cluster)

@@ -1,4 +1,4 @@
-"""The conditions of a measured row, grids of them, and a file of rows, by which an interrupted grid is resumed."""
+"""The conditions of a measured row, grids of them, and a file of rows from which an interrupted grid resumes."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detransformer.files import PACKAGE, atomic_write, data_folder
+from detransformer.files import PACKAGE, atomic_write, computing_part, data_folder
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import check_wire
 
-ROOMS = ("models", "parallel", "planning", "cluster")  # whose code makes rows
+ROOMS = ("models", "parallel", "planning", "cluster")  # subpackages whose code makes rows
 FLOAT32_METHODS = ("single", "dp", "dtensor")  # they send nothing, or PyTorch sends float32
 
 
@@ -19,7 +19,7 @@ FLOAT32_METHODS = ("single", "dp", "dtensor")  # they send nothing, or PyTorch s
 class Cell:
     """The conditions of one row. `num_original_layers` and `num_divisions` matter to BP methods only.
 
-    `burns`: paced devices compute instead of sleeping (`Pacer`), to measure the cost of messages beside compute.
+    `burns`: paced devices compute instead of sleeping (`Pacer`), to measure what messages cost during compute.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def comparison(self) -> tuple:
-        """The conditions that compared cells share: such cells are measured in turn."""
+        """The conditions that compared cells share; they are measured in turn."""
         sizes = self.seq_len, self.batch_size, self.repeats
         return self.model, self.num_devices, self.bandwidth_mbps, *sizes, self.pace
 
@@ -66,7 +66,7 @@ def grid(
     wire: str = "float32",
     **common: Any,
 ) -> list[Cell]:
-    """Cells of `methods` x `bandwidths_mbps`, method by method, so that a device loads each method's weights once.
+    """Cells of `methods` x `bandwidths_mbps`, ordered by method, so that a device loads each method's weights once.
 
     `single` and `dp` use no link: they have one cell, at the first bandwidth. `FLOAT32_METHODS` keep float32.
     """
@@ -80,8 +80,8 @@ def grid(
 class RowFile:
     """The rows measured so far on a cluster, by their conditions, in a JSON file.
 
-    The conditions include a fingerprint of the code and of `studies`, files beside the package that make the rows: rows
-    of another version are measured again. Without a path nothing is kept.
+    The conditions include a fingerprint of the code and of `studies` (files outside the package that make rows): rows
+    of another version are measured again. Without a path nothing is saved.
     """
 
     def __init__(self, path: str | Path | None, cluster: Any, studies: Sequence[str] = ()):
@@ -96,7 +96,7 @@ class RowFile:
         self._conditions |= {"delay_s": cluster.delay_s, "jitter_s": cluster.jitter_s}
 
     def get(self, cell: dict) -> Any:
-        """The row that `put` was given for `cell` under the same conditions; None where there is none."""
+        """The row that `put` kept for `cell` under the same conditions, or None."""
         return self._kept.get(json.dumps(cell | self._conditions))
 
     def put(self, cell: dict, measured: Any) -> Any:
@@ -119,5 +119,5 @@ def _code_fingerprint(studies: Sequence[str]) -> str:
     files = [file for folder in folders for kind in ("*.py", "*.csv") for file in sorted(folder.glob(kind))]
     digest = hashlib.sha256()
     for file in [*files, *map(Path, studies)]:
-        digest.update(file.read_bytes())
+        digest.update(computing_part(file))
     return digest.hexdigest()[:16]

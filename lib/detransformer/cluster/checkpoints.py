@@ -1,7 +1,7 @@
-"""Checkpoints for latency runs: presets with random weights of the real size, or a user's folder.
+"""Checkpoints for latency runs: presets of the real size with random weights, or a user's folder.
 
-Latency does not depend on the weights' values, but parity checks do: presets get non-zero biases and LayerNorm
-parameters, and the output of each checkpoint's Hugging Face model on one device is kept, to compare plans with.
+Latency does not depend on the weights' values, but parity checks do: presets get non-zero biases and random LayerNorm
+parameters, and plans are compared with the saved output of each checkpoint's Hugging Face model on one device.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def original_checkpoint(model: str) -> Checkpoint:
     """The original model: a preset's name (random weights, made once and cached) or a folder.
 
     Raises:
-        ValueError: if it is neither, the preset is for planning only, or the folder holds no model that can be run.
+        ValueError: if it is neither, the preset is for planning only, or the folder has no runnable model.
     """
     if model in PLANNING_ONLY:
         raise ValueError(
@@ -55,7 +55,7 @@ def original_checkpoint(model: str) -> Checkpoint:
 
 
 def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> Checkpoint:
-    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself where it is decoupled."""
+    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself if it is decoupled."""
     original, sizes = original_checkpoint(model), (num_original_layers, num_divisions, attention_width)
     if original.decoupled:
         return original
@@ -98,7 +98,7 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
     """
     limit = max_tokens(checkpoint.config)
     if not 1 <= seq_len <= limit:
-        raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the positions that the model has.")
+        raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the model's positions.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1: choose how many sequences a request has.")
     if cache_folder() in checkpoint.path.parents:  # a preset never changes: its request is kept for later sessions

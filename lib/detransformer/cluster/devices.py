@@ -1,8 +1,8 @@
-"""Devices: presets from the papers as profiles for the cost model and the pacer, and devices made from them.
+"""Devices: presets from the papers as profiles for the cost model and the pacer, and devices derived from them.
 
-A Raspberry Pi is calibrated on published latency. Of the Jetsons only the peak is published, and one latency on one of
-them: all three get the share of their peak that this one achieves, which is modelled, and named so. Loads without torch
-where no profile is asked for: `detransformer run` reads a cluster file on a board.
+A Raspberry Pi is calibrated on published latency. For the Jetsons, papers give peaks and one latency of one of them:
+all three get the share of the peak that this one achieves. Their profiles say that they are modelled. Imports without
+torch until a profile is asked for: `detransformer run` reads a cluster file on a board.
 """
 
 import csv
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PretrainedConfig
 
-PACES = ("measured", "roofline")  # seconds of a share of a layer: as measured, or by its operations and bytes
+PACES = ("measured", "roofline")  # a share of a layer takes seconds as measured, or by its operations and bytes
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)  # of a link
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
 EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
@@ -37,14 +37,14 @@ class DeviceError(RuntimeError):
 
 
 class DeviceLost(DeviceError):
-    """A device died, did not come, or stopped answering."""
+    """A device died, did not join, or stopped answering."""
 
 
 @dataclass(frozen=True)
 class Device:
     """A device of the papers: a row of data/published/devices.csv.
 
-    `latency_claims` maps a model to the published claim of its single-device latency; without, the rate is modelled.
+    `latency_claims` maps a model to the published claim of its single-device latency; else the rate is modelled.
     `power_w` is the thermal design power.
     """
 
@@ -57,7 +57,7 @@ class Device:
 
     @classmethod
     def published(cls, name: str, latency_claims: Mapping[str, str] | None = None) -> "Device":
-        """The device `name` of the table, which is read without pandas, since a board reads it too."""
+        """Reads the device `name` from the table, without pandas, since a board reads it too."""
         with open(data_folder("published") / "devices.csv", encoding="utf-8") as file:
             (row,) = (r for r in csv.DictReader(line for line in file if line[0] != "#") if r["device"] == name)
         memory, bandwidth = int(float(row["memory_gib"]) * 2**30), 1e9 * float(row["memory_gb_per_s"])
@@ -75,14 +75,14 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One device of a cluster: a preset, and its differences from it.
+    """One device of a cluster: a preset and the differences from it.
 
     Args:
-        preset: of `DEVICES`.
-        speed: 2.0 computes, and reads its weights, twice as fast.
+        preset: a key of `DEVICES`.
+        speed: 2.0 computes and reads weights twice as fast.
         memory_bytes: None: the preset's.
-        link_share: its link's rate, as a part of the cluster's bandwidth.
-        name: its name in messages; empty: its hardware.
+        link_share: its link's rate as a fraction of the cluster's bandwidth.
+        name: shown in messages; empty: its hardware.
         profile: rates measured on the device, used instead of the preset's.
     """
 
@@ -117,7 +117,7 @@ class DeviceSpec:
     def on(
         self, config: "PretrainedConfig", pace: str = "measured", efficiency: Sequence | None = None
     ) -> DeviceProfile:
-        """Its profile on a model of `config`; arguments as in `cluster_profile`."""
+        """Its profile for a model of `config`; arguments as in `cluster_profile`."""
         known = self.profile or preset_profile(self.preset, config)
         if pace == "roofline":
             known = replace(known, efficiency=())
@@ -135,10 +135,10 @@ class DeviceSpec:
 
 
 def device_specs(num_devices: int, device: str | DeviceSpec | Sequence[str | DeviceSpec]) -> tuple[DeviceSpec, ...]:
-    """A spec a device: of one preset or spec for all, or of one each.
+    """One spec per device: `device` is a preset or spec for all, or a list of them.
 
     Raises:
-        ValueError: for a list of another length.
+        ValueError: if the list has another length.
     """
     listed = [device] * num_devices if isinstance(device, (str, DeviceSpec)) else list(device)
     if len(listed) != num_devices:
@@ -147,7 +147,7 @@ def device_specs(num_devices: int, device: str | DeviceSpec | Sequence[str | Dev
 
 
 def describe_devices(specs: Sequence[DeviceSpec]) -> str:
-    """Devices in words, such as `2 x Raspberry Pi 4B, Jetson TX2`; the hardware alone where all are alike."""
+    """Devices in words, such as `2 x Raspberry Pi 4B, Jetson TX2`; the hardware alone if all are alike."""
     runs = [(hardware, len(list(run))) for hardware, run in groupby(spec.hardware for spec in specs)]
     if len(runs) == 1:
         return runs[0][0]
@@ -155,7 +155,7 @@ def describe_devices(specs: Sequence[DeviceSpec]) -> str:
 
 
 def link_shares(specs: Sequence[DeviceSpec]) -> tuple[float, ...]:
-    """Each device's part of the cluster's bandwidth; empty where all have the whole of it."""
+    """Each device's fraction of the cluster's bandwidth; empty if each has all of it."""
     shares = tuple(spec.link_share for spec in specs)
     return shares if set(shares) != {1.0} else ()
 
@@ -170,14 +170,14 @@ def cluster_profile(
     efficiency: Sequence | None = None,
     shared: bool = False,
 ) -> ClusterProfile:
-    """Devices and links on a model of `config`.
+    """The profile of devices and links for a model of `config`.
 
     Args:
-        link: measured figures of a link.
-        pace: `measured`: a share of a layer has the efficiency, relative to the whole layer, that was measured on the
-            device itself, where it has a profile, or else on a core as in `efficiency`; `roofline`: all shares compute
-            at the whole layer's rate, but no product is faster than its weights are read.
-        efficiency: rows of `DeviceProfile.efficiency`; None: those that come with the package.
+        link: a measured link.
+        pace: `measured`: a share of a layer has its measured efficiency relative to the whole layer, from the device's
+            own profile, or else from a core (`efficiency`); `roofline`: all shares compute at the whole layer's rate,
+            but no product is faster than reading its weights.
+        efficiency: rows of `DeviceProfile.efficiency`; None: the package's.
         shared: as in `LinkProfile`.
     """
     if pace not in PACES:
@@ -189,12 +189,12 @@ def cluster_profile(
 
 
 def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
-    """The profile of a preset device on a model of `config`.
+    """The profile of a preset device for a model of `config`.
 
     Raspberry Pi: FLOPs over published latency of the model of the same hidden size, 14.2 GFLOP/s on BERT-Base, 17.6 on
-    BERT-Large. One rate cannot fit both, so other sizes are interpolated between them by the logarithm of the hidden
-    size, and held constant outside. Jetsons: `jetson_share` of their peak, for all models. The rate is a whole layer's;
-    how fast shares of it are is `host_efficiency`'s.
+    BERT-Large. One rate cannot fit both, so rates are interpolated in the logarithm of the hidden size, and constant
+    outside. Jetsons: `jetson_share` of their peak, for all models. The rate is a whole layer's; `host_efficiency` gives
+    that of its shares.
 
     Raises:
         ValueError: for an unknown name.
@@ -227,7 +227,7 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
 
 @cache
 def host_efficiency(hidden_size: int) -> tuple[tuple[str, float, int, int, float], ...]:
-    """Rows of `DeviceProfile.efficiency` as measured on one core, at the nearest hidden size in the package's table."""
+    """Rows of `DeviceProfile.efficiency` measured on one core, for the nearest hidden size in the package's table."""
     import pandas as pd
 
     table = pd.read_csv(EFFICIENCY, comment="#")
@@ -236,7 +236,7 @@ def host_efficiency(hidden_size: int) -> tuple[tuple[str, float, int, int, float
 
 
 def efficiency_rows(operations: "pd.DataFrame") -> tuple[tuple[str, float, int, int, float], ...]:
-    """A table of `profiler.profile_operations` as `DeviceProfile.efficiency` has it."""
+    """A table of `profiler.profile_operations` as rows of `DeviceProfile.efficiency`."""
     return tuple(operations[list(EFFICIENCY_COLUMNS)].itertuples(index=False, name=None))
 
 

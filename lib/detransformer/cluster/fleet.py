@@ -1,7 +1,7 @@
-"""The workers of a cluster as their front uses them: it waits until they have met, and gives them jobs.
+"""The workers of a cluster, seen from their front: it waits until all have joined, and gives them jobs.
 
-The front is the process that hands out jobs: of a bench, of `detransformer run` or of a service. Loads without torch:
-a board's memory is for the worker.
+The front is the process that hands out jobs: a bench, `detransformer run` or a service. Imports without torch: a
+board's memory is for the worker.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ from detransformer.cluster.devices import DeviceError, DeviceLost
 from detransformer.cluster.roster import CODE_S, EVIDENCE_S, FAILED, LOST, REFUSED, Group, Roster, join_words
 
 START_S = 180.0  # limit for the first device's worker to start, which imports torch
-LATE_S = 1.0  # wait for the other answers, after that of the one needed device
-ANNOUNCE_S = 10.0  # between two sentences on the devices that are absent
+LATE_S = 1.0  # wait for other answers after the needed device's
+ANNOUNCE_S = 10.0  # between two sentences on absent devices
 
 
 class JobFailed(Exception):
-    """A job that would fail on every device: its own error, for which no device is lost."""
+    """A job failed by its own error, which would occur on every device; no device is lost."""
 
 
 class Fleet(Roster):
-    """The workers of a cluster, with jobs; a context manager, whose end tells all workers why. Arguments: `Roster`."""
+    """A cluster's workers and their jobs; a context manager that tells all workers why it ends. Arguments: `Roster`."""
 
     def __enter__(self) -> "Fleet":
         return self
@@ -37,18 +37,18 @@ class Fleet(Roster):
 
     @property
     def number(self) -> int:
-        """The number of the present group, counted from 1; 0 while there is none."""
+        """The number of the present group, from 1; 0 if there is none."""
         group = self.group
         return group.number if group else 0
 
     def wait(self, timeout_s: float, remedy: str = "") -> None:
-        """Waits until all devices have met; `remedy` ends the sentence on absent ones.
+        """Waits until all devices have joined; `remedy` ends the sentence on absent ones.
 
-        The time counts from when the first device's worker has come, whose process is started by this one.
+        The time counts from the arrival of the first device's worker, which this process starts.
 
         Raises:
-            DeviceLost: where one did not come in time, or has ended.
-            ValueError: where hosts differ in their model, cluster file or versions.
+            DeviceLost: if one did not come in time, or has ended.
+            ValueError: if hosts differ in their model, cluster file or versions.
         """
         began, announced, announced_at = time.monotonic(), None, 0.0
         with self.changed:
@@ -66,18 +66,18 @@ class Fleet(Roster):
                     sentence = f"waiting for {join_words([self.names[device] for device in absent])}"
                     self.announce("waiting", sentence, absent)
                     for device, member in self.members.items():
-                        if device:  # the first one's user is the front's
+                        if device:  # the first device's user is the front's
                             member.line.tell({"say": sentence})
                 self.changed.wait(0.1)
 
     def say(self, device: int, sentence: str) -> None:
-        """Shows a sentence to the user of the host of `device`."""
+        """Shows a sentence to the user at the host of `device`."""
         with self.changed:
             if member := self.members.get(device):
                 member.line.tell({"say": sentence})
 
     def enough(self, rows: Sequence[int]) -> None:
-        """Tells the workers that the present job has rows that are wanted no more."""
+        """Tells the workers that `rows` of the present job are no longer needed."""
         with self.changed:
             for device in self.asked:
                 if member := self.members.get(device):
@@ -104,19 +104,19 @@ class Fleet(Roster):
 
         Args:
             job: "package.module:function", or a function of `cluster.jobs`.
-            payload: tensors as safetensors, which the function gets as `inputs`.
-            per_device: further arguments, one mapping a device.
+            payload: tensors as safetensors, which the function receives as `inputs`.
+            per_device: further arguments, one mapping per device.
             devices: the devices to ask; None: all.
-            needed: the one device without which there is no result. Another that dies, or has not answered a second
-                after that one, is left out from then on (`left_out` says why), and is not in the result.
-            number: of the group that is meant; None: any.
+            needed: the one device whose result is required. Any other that dies, or has not answered a second after
+                it, is left out of this result and from then on (`left_out` says why).
+            number: the group's number; None: any group.
             meanwhile: called several times a second.
-            on_part: called with each part of its result that a worker tells before the end; must not wait.
+            on_part: called with each partial result that a worker sends before the end; must not block.
 
         Raises:
-            DeviceLost: if a worker died, was silent or took too long. In a fleet that stays the job may be asked again.
+            DeviceLost: if a worker died, was silent or took too long. In a fleet that stays, the job may be retried.
             DeviceError: if a worker reports an error.
-            JobFailed: in a fleet that stays, where the error is the job's own.
+            JobFailed: in a fleet that stays, if the error is the job's own.
         """
         doing = job.rpartition(":")[2]
         with self.changed:
@@ -145,7 +145,7 @@ class Fleet(Roster):
             while left := self.asked - set(self.answers) - set(self.left_out) - set(self.objections):
                 now = time.monotonic()
                 if self.objections and now - self.objected_at > EVIDENCE_S:
-                    break  # the others wait for a message of who has failed
+                    break  # the others wait for a message from the one that failed
                 if self.needed in self.answers:
                     answered_at = answered_at or now
                     ending = any(group.members[device].closed_at for device in left)  # its exit code is on the way
@@ -157,7 +157,7 @@ class Fleet(Roster):
                 if self.group is not group:
                     raise DeviceLost(0, self.why)
                 if now > deadline and self.stays:
-                    self.regroup({}, "a message has not come, although all devices live: they meet anew")
+                    self.regroup({}, "a message has not come although all devices are alive: they regroup")
                 elif now > deadline:
                     late = min(left)
                     raise DeviceLost(late, f"{self.names[late]} had no result after {timeout_s:.0f} s while {doing}.")
@@ -166,12 +166,11 @@ class Fleet(Roster):
             if self.objections:
                 sentence = min(self.objections.items())[1]
                 if left or self.answers or len(set(self.objections.values())) > 1:
-                    self.regroup({}, "a job has failed on some devices, and they meet anew")
-                raise JobFailed(sentence)  # where all failed alike, each has begun the messages that the others await
+                    self.regroup({}, "a job failed on some devices, so they regroup")
+                raise JobFailed(sentence)  # if all failed alike, each has begun the messages that the others await
             return dict(self.answers)
 
     def _check(self, doing: str) -> None:
-        """Raises where this fleet has ended."""
         if self.refused:
             raise ValueError(self.refused)
         if self.lost:

@@ -1,7 +1,7 @@
-"""How a worker and its front identify each other, and what a worker shows on its host. Loads without torch.
+"""How a worker and its front identify each other, and what a worker shows on its host. Imports without torch.
 
-Each proves to the other that it knows the cluster's secret, by the HMAC of a challenge. The worker reports its versions
-and digests of its copy of the model, and the front compares these with the first device's.
+Each proves that it knows the cluster's secret, by the HMAC of a challenge. The worker reports its versions and the
+digests of its copy of the model, which the front compares with the first device's.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from typing import Any
 from detransformer import __version__
 from detransformer.cluster.line import Line, connect
 
-ENDED = 4  # exit code of a worker that was told to end, or has lost its front
+ENDED = 4  # exit code of a worker that was told to end, or lost its front
 RETRY_S = 0.3  # between two attempts to reach the front
 REACH_S = 5.0  # for the front to answer a hello
-COMPARED = {  # field of a hello -> (in words, what to do where two hosts differ)
+COMPARED = {  # field of a hello -> (in words, the remedy if two hosts differ)
     "devices": ("a cluster file of other devices ({})", "use the same file on all hosts"),
     "versions": ("{}", "install the same versions on all hosts"),
     "config": ("a config.json whose digest is {}", "copy the model's folder anew"),
@@ -51,7 +51,7 @@ def is_proof(shown: Any, secret: str, challenge: str) -> bool:
 def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -> Line:
     """A line to the front, after both ends have proved that they know the secret.
 
-    Ends this process (`end`) where the front does not answer within the job's `wait_s` (0: waits without limit).
+    Ends this process (`end`) if the front does not answer within the job's `wait_s` (0: no limit).
     """
     deadline = time.monotonic() + (job["wait_s"] or float("inf"))
     facts = host_facts(job) if device is not None else {}
@@ -87,7 +87,7 @@ def await_message(line: Line) -> dict:
     """The next message's header.
 
     Raises:
-        ConnectionError: where none comes in time, or the line is closed.
+        ConnectionError: if none comes in time, or the line is closed.
     """
     deadline = time.monotonic() + REACH_S
     with selectors.DefaultSelector() as selector:
@@ -103,11 +103,11 @@ def await_message(line: Line) -> dict:
     raise ConnectionError("no answer")
 
 
-# --- What all hosts must have alike ------------------------------------------------------------------------------
+# --- What must be the same on all hosts --------------------------------------------------------------------------
 
 
 def difference(name: str, hello: Mapping[str, Any], first: str, ours: Mapping[str, Any]) -> str:
-    """How the host `name` differs from the `first` one, by their hellos, as a sentence; empty where they are alike."""
+    """A sentence on how the host `name` differs from the host `first`, by their hellos; empty if they agree."""
     if hello.get("problem"):
         return f"{name} cannot take part: {hello['problem']}"
     for field, (words, remedy) in COMPARED.items():
@@ -118,7 +118,7 @@ def difference(name: str, hello: Mapping[str, Any], first: str, ours: Mapping[st
 
 
 def host_facts(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `COMPARED` for this host, or its `problem`; empty where all devices are on one machine."""
+    """The fields of `COMPARED` for this host, or its `problem`; empty if all devices are on one machine."""
     if not job.get("listed"):
         return {}
     torch = importlib.metadata.version("torch").partition("+")[0]
@@ -166,7 +166,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 @functools.cache
 def _file_digest(file: Path, *stamp: int) -> str:
-    """SHA-256 of a file, kept in memory while its `stamp` is the same: workers are started again and again."""
+    """SHA-256 of a file, cached by its `stamp`, since workers are restarted often."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -175,10 +175,10 @@ def _file_digest(file: Path, *stamp: int) -> str:
 
 
 class End:
-    """Ends this worker when called; until then shows its host that it runs, and sentences for the user.
+    """Ends this worker when called; until then sends its host heartbeats, and sentences for the user.
 
     Args:
-        words: file descriptor for the user's sentences.
+        words: file descriptor for these sentences.
         starter: process id of the agent; 0: none. The worker ends with it.
     """
 
@@ -191,7 +191,7 @@ class End:
             self()
 
     def alive(self) -> None:
-        """Touches the file that the agent watches; ends this process where the agent has ended."""
+        """Touches the file that the agent watches; ends this process if the agent has ended."""
         if self._starter is not None and select.select([self._starter], [], [], 0)[0]:
             self()
         if self._sign:
@@ -199,7 +199,7 @@ class End:
                 os.utime(self._sign)
 
     def say(self, sentence: str) -> None:
-        """Shows the user of this host a sentence; nobody reads it where the host is emulated."""
+        """Shows this host's user a sentence; if the host is emulated, nobody reads it."""
         with contextlib.suppress(OSError):
             os.write(self._words, f"{sentence}\n".encode())
 
@@ -211,7 +211,7 @@ class End:
 
 
 def write_end(path: str | None, kind: str, sentence: str) -> None:
-    """Writes why this host's part has ended, for the process that started it; the first reason stays."""
+    """Writes why this host's part has ended, for the process that started it; only the first reason counts."""
     if path and kind:
         with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
             json.dump({"end": kind, "sentence": sentence}, file)

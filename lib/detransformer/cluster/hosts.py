@@ -1,7 +1,7 @@
-"""Real hosts: the device of the cluster file that this host is, and the agents that start its worker.
+"""Real hosts: which device of the cluster file this host is, and the agents that start its worker.
 
-Loads without torch: `detransformer run` on a host reads the file, finds itself in it and starts an agent. The emulated
-devices of a service, each a network namespace of this machine, are started in the same way.
+Imports without torch: `detransformer run` on a host reads the file, finds itself in it and starts an agent. A service's
+emulated devices, each in a network namespace of this machine, are started in the same way.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from detransformer.cluster.roster import REFUSED, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
-RETURN_S = 1.0  # delay, at most, until an agent that has ended is started again
+RETURN_S = 1.0  # longest delay until an agent that has ended is restarted
 END_S = 5.0  # wait for an interrupted worker to tell the front
 
 
@@ -36,10 +36,10 @@ END_S = 5.0  # wait for an interrupted worker to tell the front
 
 
 def own_rank(spec: ClusterSpec, host: str | None, interfaces: Mapping[str, list[str]]) -> int:
-    """This host's device in the file, by its name `host`, or else by the addresses of the host's `interfaces`.
+    """This host's device in the file, found by its name `host`, or else by the addresses of its `interfaces`.
 
     Raises:
-        ValueError: if it is none of them, or could be several, or the first device's name is not known here.
+        ValueError: if it is none or could be several of them, or the first device's name cannot be resolved here.
     """
     own = {address for addresses in interfaces.values() for address in addresses}
     listed = join_words([f"{member.name} ({member.address})" for member in spec.members])
@@ -47,8 +47,8 @@ def own_rank(spec: ClusterSpec, host: str | None, interfaces: Mapping[str, list[
     first = spec.members[0].address
     if resolve(first) is None:
         raise ValueError(
-            f"{spec.path}: the host name {first} is not known on this host, and all meet there: write its IP address, "
-            "or add the name to /etc/hosts."
+            f"{spec.path}: the host name {first} is not known on this host, and all connect to it: write its IP "
+            "address, or add the name to /etc/hosts."
         )
     if host is not None:
         if host not in spec.names:
@@ -80,7 +80,7 @@ def interface_of(spec: ClusterSpec, rank: int, interfaces: Mapping[str, list[str
     """The network interface for the collectives of this host, which is device `rank`.
 
     Raises:
-        ValueError: where the file names one that this host lacks.
+        ValueError: if this host lacks the interface that the file names.
     """
     if not spec.interface:
         address = resolve(spec.members[rank].address)
@@ -88,7 +88,7 @@ def interface_of(spec: ClusterSpec, rank: int, interfaces: Mapping[str, list[str
     if not interfaces.get(spec.interface):
         known = join_words([name for name, found in interfaces.items() if found])
         raise ValueError(
-            f"{spec.path}: interface {spec.interface} is none with an IPv4 address on this host, which has {known}: "
+            f"{spec.path}: interface {spec.interface} has no IPv4 address on this host, which has {known}: "
             "correct it, or leave it out."
         )
     return spec.interface
@@ -99,10 +99,10 @@ def _but_loopback(addresses) -> str:
 
 
 def resolve(address: str) -> str | None:
-    """The IPv4 address of a host name; None where it is not known here."""
+    """The IPv4 address of a host name; None if it cannot be resolved here."""
     try:
         return socket.gethostbyname(address)
-    except (OSError, UnicodeError):  # UnicodeError: no name can be so long
+    except (OSError, UnicodeError):  # UnicodeError: the name is too long
         return None
 
 
@@ -110,18 +110,18 @@ def resolve(address: str) -> str | None:
 
 
 class Hosts:
-    """Keeps agents running, each with the worker of one device, until `close`; a context manager.
+    """Keeps agents running until `close`, each with the worker of one device; a context manager.
 
     Args:
         own: this host's device in the file; None: all devices are emulated here, each in a namespace.
         interface: network interface of this host's collectives.
-        secret: shared by all hosts; made here where all devices are emulated.
-        stays: workers and agents that have ended are started again, for a service.
+        secret: shared by all hosts; made here if all devices are emulated.
+        stays: restart workers and agents that have ended, for a service.
         time_scale: factor by which emulated links and devices are slower.
         paced: emulated devices compute no faster than their presets; else as fast as this machine.
-        threads: of each device's compute; 0: all cores.
-        wait_s: limit for a worker to wait for the first device; 0: none.
-        silence_s: a worker ends after so long without a sign of the front.
+        threads: per device, for compute; 0: all cores.
+        wait_s: how long a worker waits for the first device; 0: no limit.
+        silence_s: a worker ends after this time without a heartbeat of the front.
         models: device -> folder, for devices with another copy of the model.
         variables: device -> further environment variables of its processes.
         words: stream for workers' sentences to the user; None: the log.
@@ -167,7 +167,7 @@ class Hosts:
             "time_scale": time_scale,
             "paced": paced and own is None,
             "stays": stays,
-            "jobs": "detransformer.cluster.answering",  # an impostor of the front can ask for no other jobs
+            "jobs": "detransformer.cluster.answering",  # a false front can ask for no other jobs
             "wait_s": wait_s,
             "silence_s": silence_s,
             "message_s": 60.0 if stays else 120.0,
@@ -181,11 +181,11 @@ class Hosts:
         return self.network.addresses[0] if self.network else resolve(self.spec.members[0].address)
 
     def listen(self) -> socket.socket:
-        """A socket at the first device's address, which workers connect to. Makes the emulated network.
+        """A socket at the first device's address for workers to connect to. Makes the emulated network.
 
         Raises:
-            ValueError: if the address or port cannot be had.
-            OSError: where this machine does not permit network namespaces.
+            ValueError: if the address or port is not available.
+            OSError: if this machine does not permit network namespaces.
         """
         if self.own is None:
             rate_bps = self.spec.bandwidth_bps / self.job["time_scale"]
@@ -206,11 +206,11 @@ class Hosts:
 
     @property
     def store(self) -> str:
-        """ADDRESS:PORT of the process group's store, which the first device's worker keeps: the next port."""
+        """ADDRESS:PORT of the process group's store, which the first device's worker keeps at the next port."""
         return f"{self.address}:{self.spec.port + 1}"
 
     def start(self) -> None:
-        """Starts the agents; on the first device after `listen`."""
+        """Starts the agents; the first device must `listen` before."""
         self.job["front"] = f"{self.address}:{self.spec.port}"
         path = self.folder / "job.json"
         path.touch(0o600)
@@ -226,7 +226,7 @@ class Hosts:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.own and isinstance(error, KeyboardInterrupt) and not self.stays:
-            self.agents[self.own].terminate()  # its worker tells the front, and with it the other hosts
+            self.agents[self.own].terminate()  # its worker tells the front, which tells the other hosts
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.agents[self.own].wait(END_S)
         self.close()
@@ -246,7 +246,7 @@ class Hosts:
         """Waits, on a host that is not the first, until its part has ended.
 
         Raises:
-            ValueError, DeviceError: with the front's or the worker's sentence on the reason.
+            ValueError, DeviceError: with the reason, in the front's or the worker's sentence.
         """
         (agent,) = self.agents.values()
         agent.wait()
@@ -263,10 +263,9 @@ class Hosts:
         return self.folder / f"agent{device}.log"
 
     def _start_agent(self, device: int) -> None:
-        """Starts the agent of one device, in its namespace where it is emulated."""
         command = [sys.executable, "-m", "detransformer.cluster.agent", str(self.folder / "job.json"), str(device)]
         namespace = self.network.namespaces[device] if self.network else None
-        temporary = {"TMPDIR": str(self.folder)}  # an agent is killed, and would leave its files anywhere else
+        temporary = {"TMPDIR": str(self.folder)}  # an agent is killed, and cannot remove its files
         with open(self._log(device), "ab") as log:
             self.agents[device] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=self._words or log, stderr=log, start_new_session=True,
@@ -275,11 +274,11 @@ class Hosts:
             )  # fmt: skip
 
     def _keep(self) -> None:
-        """Starts agents that have ended again, as a host's service manager would."""
+        """Restarts agents that have ended, as a host's service manager would."""
         while not self._stop.wait(RETURN_S):
             for device in sorted(self.kept):
                 if self.agents[device].poll() is not None:
-                    kill(self.agents[device])  # with what is left of its processes
+                    kill(self.agents[device])  # with its remaining processes
                     self._start_agent(device)
 
     def last_words(self) -> str:
@@ -288,7 +287,7 @@ class Hosts:
 
 
 def kill(agent: subprocess.Popen) -> None:
-    """Kills an agent with all processes that it started."""
+    """Kills an agent and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)
     agent.wait()

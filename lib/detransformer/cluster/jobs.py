@@ -40,24 +40,24 @@ def run_plan(
     burns: bool = False,
     keep_models: int = 0,
 ) -> dict | None:
-    """Runs `plan` on this rank's device `repeats` times and reports every sample; None if the plan leaves it out.
+    """Runs this rank's part of `plan` `repeats` times and reports every sample; None if the plan leaves it out.
 
     Args:
         checkpoint: folder with config.json and model.safetensors.
-        inputs: input_ids and, where given, attention_mask and token_type_ids [B, T], or a ViT's pixel_values; or their
-            safetensors file.
-        device: this rank's `DeviceProfile` as a dict, to pace by; None runs at the host's own speed.
-        link: `LinkProfile` as a dict, where the link is modelled; None where it is real.
+        inputs: input_ids and optionally attention_mask and token_type_ids [B, T], or a ViT's pixel_values; or a
+            safetensors file of them.
+        device: this rank's `DeviceProfile` as a dict, to pace by; None: the host's own speed.
+        link: `LinkProfile` as a dict, if the link is modelled; None: it is real.
         time_scale: everything modelled lasts this many times longer; times are reported in the device's seconds.
-        stream: number of requests that are timed back to back as well, for throughput (pipeline, data parallel).
+        stream: number of requests that are also timed back to back, for throughput (pipeline, data parallel).
         reference: safetensors file of the single-device output to compare with, on the rank that has the result.
         output: file to write that result to, or a dict to put it into.
-        held_with: all plans that are held at once, this one among them: their weights stay when another is run.
-        burns: a paced segment is spent in products, not asleep.
-        keep_models: number of models read before that stay in memory.
+        held_with: all plans that are loaded at once, this one among them; their weights stay when another is run.
+        burns: a paced segment computes products instead of sleeping.
+        keep_models: number of earlier models that stay in memory.
 
     A sample's `events` are the pacer's, on the host's clock, which all workers share. `peak_rss_bytes` is the largest
-    resident size while loading and running, above that before; None where the system does not report it.
+    resident size while loading and running, minus that before; None if the system does not report it.
     """
     made = Plan.from_dict(plan)
     loaded = state.load(checkpoint, held_with or [plan], dtype, keep_models)
@@ -135,15 +135,15 @@ def generate(
     stop_tokens: Sequence[int] = (),
     tells: bool = False,
 ) -> dict | None:
-    """Generates text, the prompt by plan `prefill`, each further token by `decode`; None if left out.
+    """Generates text: the prompt runs under plan `prefill`, each further token under `decode`. None if left out.
 
-    Arguments as in `run_plan`; prompts are padded on the left. `sampling` are a `Sampling` a row, as dicts; without,
-    tokens are the likeliest. Generation ends early where every row has had one of `stop_tokens`, or the front wants no
-    more of it. `tells`: the front hears of each token [B] when it is made.
+    Arguments as in `run_plan`; prompts are padded on the left. `sampling`: one `Sampling` per row, as dicts; if empty,
+    tokens are the likeliest. Generation ends early if every row has had one of `stop_tokens`, or the front needs no
+    more of it. `tells`: each token [B] is sent to the front when it is made.
 
     Returns `tokens` [B][max_new_tokens at most], the seconds of each token `token_s` (the first is the prompt's),
-    `overrun_s` and `modelled_s` summed over them, `counts` and `bytes` of the collectives of one decoding step, and the
-    bytes of weights and of keys and values kept.
+    `overrun_s` and `modelled_s` summed over them, `counts` and `bytes` of one decoding step's collectives, and the
+    bytes of weights and of the KV cache.
     """
     plans = Plan.from_dict(prefill), Plan.from_dict(decode)
     devices = plans[0].device_ids
@@ -210,12 +210,10 @@ def _executor(state: WorkerState, loaded: Loaded, checkpoint: str, plan: Plan, d
 
 
 def _read(inputs: str | Tensors) -> Tensors:
-    """A job's inputs: the tensors themselves, or those in a safetensors file."""
     return load_file(inputs) if isinstance(inputs, str) else inputs
 
 
 def _hand_over(outputs: Tensors, target: str | dict[str, torch.Tensor]) -> None:
-    """Writes `outputs` to the file `target`, or puts them into it."""
     tensors = {name: tensor.contiguous() for name, tensor in outputs.items()}
     if isinstance(target, dict):
         target.update(tensors)
@@ -224,7 +222,7 @@ def _hand_over(outputs: Tensors, target: str | dict[str, torch.Tensor]) -> None:
 
 
 def warm_up_libraries() -> None:
-    """Runs each kernel once, so that the code and pools of libraries do not count as a model's memory."""
+    """Runs each kernel once, so that the libraries' code and pools do not count as a model's memory."""
     can_pack()
     x, weight = torch.zeros(1, 8, 128, 64), torch.zeros(512, 512)
     with torch.inference_mode():
@@ -236,7 +234,7 @@ def warm_up_libraries() -> None:
 
 
 def output_errors(outputs: Tensors, expected: Tensors) -> dict[str, float]:
-    """Errors of `outputs` against the single device's: the largest absolute one, and RMS over the output's RMS."""
+    """Errors of `outputs` against the single device's: the largest absolute one, and RMS relative to the output's."""
     errors = {name: (outputs[name] - tensor, tensor) for name, tensor in expected.items()}
     return {
         "max_abs_error": max(float(error.abs().max()) for error, _ in errors.values()),
@@ -256,10 +254,9 @@ def self_check(
 ) -> dict | None:
     """Sends `link_bytes` over every link (0: over none), then paces `num_segments` segments that compute nothing.
 
-    Links are checked one direction at a time: with both at once, acknowledgements would wait behind data; and `in_turn`
-    one after another, where they share a medium. Returns
-    `sent` and `received`, (from, to, seconds on the host's clock) of each transfer's start and end as this device saw
-    it, and `pacing_error`, the relative excess of the segments' time.
+    Links are checked one direction at a time, since acknowledgements would wait behind data; `in_turn` also one after
+    another, for a shared medium. Returns `sent` and `received`, (from, to, seconds on the host's clock) of each
+    transfer's start and end as seen by this device, and `pacing_error`, the relative excess of the segments' time.
     """
     n = num_devices
     if state.rank >= n:
@@ -278,7 +275,7 @@ def self_check(
                 dist.recv(buffer, group=comm.group, group_src=source)
                 result["received"].append((source, target, time.perf_counter()))
     comm.barrier()
-    pacer = Pacer([segment_s, 0.0] * num_segments + [0.0])  # between launch and wait, and after the last, nothing
+    pacer = Pacer([segment_s, 0.0] * num_segments + [0.0])  # 0.0 between launch and wait, and after the last
     start = time.perf_counter()
     pacer.begin()
     for _ in range(num_segments):
@@ -290,16 +287,16 @@ def self_check(
 
 
 def link_rounds(num_devices: int) -> list[list[tuple[int, int]]]:
-    """Rounds of (from, to) in which every device sends once and receives once, and does one thing at a time."""
+    """Rounds of (from, to): every device sends once and receives once, one at a time."""
     n = num_devices
     pairs = [[(r, r + 1) for r in range(0, n - 1, 2)]] + ([[(n - 1, 0)]] if n % 2 and n > 1 else [])
     return pairs + [[(b, a) for a, b in part] for part in pairs]
 
 
 def time_collective(state: WorkerState, kind: str, num_floats: int, num_devices: int, repeats: int) -> dict | None:
-    """Times one collective on a group of `num_devices`; seconds of each repeat, and the bytes that this rank sends.
+    """Times one collective on `num_devices` ranks; returns each repeat's seconds and the bytes that this rank sends.
 
-    `num_floats` is this rank's part: what it reduces, contributes, sends, or (all_to_all, reduce_scatter) deals out.
+    `num_floats` is what this rank reduces, gathers, sends or (all_to_all, reduce_scatter) scatters.
     """
     if state.rank >= num_devices:
         return None

@@ -1,8 +1,8 @@
 """Starts the workers of an emulated cluster: imports once all that they need, then forks them.
 
-Importing torch and transformers takes seconds of a processor, so four or eight workers that each did so would take a
-session's first minute. Forking is safe here because nothing has started a thread, or opened a socket, before. Reports
-each worker's exit code to the front.
+Importing torch and transformers takes seconds of a processor; if each of four or eight workers did so, a session would
+lose its first minute. Forking is safe here, since no thread has been started and no socket opened before. Reports each
+worker's exit code to the front.
 """
 
 import ctypes
@@ -21,14 +21,14 @@ _PR_SET_TIMERSLACK = 29
 
 
 def main() -> None:
-    """Forks a worker for each device that the command line lists, and waits for their ends."""
-    job = json.loads(sys.argv[1])  # of `worker.work`, and `places`: namespace, core and log of each device
+    """Forks a worker for each device that the command line lists, and waits until all have ended."""
+    job = json.loads(sys.argv[1])  # for `worker.work`, with `places`: namespace, core and log of each device
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the session, which ends the workers
 
     import detransformer.cluster.worker  # noqa: F401  what the workers need
 
-    gc.freeze()  # workers need not search what was imported for garbage, which takes half a second
+    gc.freeze()  # workers then skip the imports in garbage collections, which saves half a second
 
     places = job.pop("places")
     devices = {}

@@ -1,6 +1,6 @@
 """The one message framing between processes of a cluster: a JSON header and raw bytes, over a connected socket.
 
-Tensors travel in the bytes as safetensors, so nothing is unpickled. An empty header is a heartbeat. Loads no torch.
+Tensors travel in the bytes as safetensors, so nothing is unpickled. An empty header is a heartbeat. Imports no torch.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ HEAD = struct.Struct("!IQ")  # bytes of the header and of the payload
 STRANGER_BYTES, MEMBER_BYTES = 2**16, 2**30  # limit of a message, before and after its sender is known
 BEAT_S = 0.5  # between two heartbeats
 SEND_S = 60.0  # limit for sending one message
-PEER, DEVICE, REQUEST = "peer", "device", "request"  # whose an error is, that a worker reports
+PEER, DEVICE, REQUEST = "peer", "device", "request"  # who caused an error that a worker reports
 
 
 class Message(NamedTuple):
@@ -48,13 +48,13 @@ class Line:
         """Sends one message.
 
         Raises:
-            OSError: when the other end is closed, or accepted no bytes for a minute.
+            OSError: if the other end is closed, or accepted no bytes for a minute.
         """
         with self._sending:
             self._write(header, payload)
 
     def tell(self, header: Mapping) -> bool:
-        """Sends a short message if that is possible without waiting; returns whether it was sent."""
+        """Sends a short message if it need not wait; returns whether it was sent."""
         if not self._sending.acquire(blocking=False):
             return False
         try:
@@ -62,7 +62,7 @@ class Line:
                 return False
             self._write(header)
             return True
-        except (OSError, ValueError):  # a closed line shows when it is read from
+        except (OSError, ValueError):  # `receive` notices a closed line
             return False
         finally:
             self._sending.release()
@@ -80,7 +80,7 @@ class Line:
             self.tell({})
 
     def receive(self) -> list[Message] | None:
-        """The complete messages without heartbeats; None when the line is closed or the bytes are no messages."""
+        """The complete messages without heartbeats; None if the line is closed or the bytes are not messages."""
         try:
             data = self.socket.recv(2**20)
         except OSError:
@@ -118,7 +118,7 @@ def connect(address: str, timeout_s: float) -> Line:
     """A line to the front, which listens at `address`: ADDRESS:PORT, or the path of a Unix socket.
 
     Raises:
-        OSError: where nothing listens there.
+        OSError: if nothing listens there.
     """
     if address.startswith("/"):
         connection = socket.socket(socket.AF_UNIX)
@@ -127,7 +127,7 @@ def connect(address: str, timeout_s: float) -> Line:
         return Line(connection, MEMBER_BYTES)
     host, _, port = address.rpartition(":")
     connection = socket.create_connection((host, int(port)), timeout_s)
-    if connection.getsockname() == connection.getpeername():  # TCP can connect to itself where nobody listens
+    if connection.getsockname() == connection.getpeername():  # TCP can connect to itself if nobody listens
         connection.close()
         raise ConnectionRefusedError("connection refused")
     return Line(connection, MEMBER_BYTES)

@@ -1,13 +1,13 @@
 """An emulated network of devices on one Linux machine: namespaces on a bridge, links shaped by the kernel.
 
-Each device is a network namespace with one interface; its cable ends at a bridge in a separate namespace. A token
+Each device is a network namespace with one interface; its veth cable ends at a bridge in a separate namespace. A token
 bucket (tbf) shapes both ends of the cable, so a device sends and receives at most at the link's rate, as on a
-full-duplex switch port. Where packets are delayed, or devices share one medium, a switch in user space stands in the
-bridge's place (`cluster.switch`). Nothing touches the host's own interfaces.
+full-duplex switch port. If packets are delayed, or devices share one medium, a switch in user space replaces the bridge
+(`cluster.switch`). Nothing touches the host's own interfaces.
 
 The namespaces belong to a small keeper process (this module run with `-m`), which removes them when its input closes,
-also when the process that asked for them was killed. Names start with `dtf<pid of the keeper>`; the leftovers of a
-killed keeper are removed at the next start.
+even if its parent was killed. Names start with `dtf<pid of the keeper>`; the leftovers of a killed keeper are removed
+at the next start.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ INTERFACE = "eth0"
 SUBNET = "10.77.0"
 BURST_BYTES = 10_000  # a few MTU: with a 32 kB bucket small messages exceed the line rate
 QUEUE_BYTES = 4_000_000  # deep enough that an all_to_all's incast is delayed, not dropped
-TIMED_PACKETS = 21  # whose median is the delay that was measured
+TIMED_PACKETS = 21  # the measured delay is their median
 _CLONE_NEWNET = 0x40000000
 
 
@@ -63,7 +63,7 @@ def inside(namespace: str, action: Callable[[], Result]) -> Result:
 
 @functools.cache
 def can_emulate() -> tuple[bool, str]:
-    """Whether this machine permits namespaces and shaped links, by trying, and the reason."""
+    """Tries whether this machine permits namespaces and shaped links; also returns the reason."""
     try:
         with EmulatedNetwork(2, 100e6) as network:
             network.set_rate(200e6)
@@ -75,16 +75,16 @@ def can_emulate() -> tuple[bool, str]:
 class EmulatedNetwork:
     """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
 
-    `namespaces` and `switch`, the bridge's, are known once entered; `addresses` before.
+    `namespaces` and `switch` (the bridge's namespace) are known once entered; `addresses` before.
 
     Args:
         delay_s: one way, between any two devices.
         jitter_s: largest deviation of a packet's delay, which can reorder packets.
-        shares: each link's part of the rate, one a device; empty: all have the whole of it.
-        shared: one medium, on which the devices take turns: all that they send together has the rate.
+        shares: each link's fraction of the rate, one per device; empty: each has all of it.
+        shared: one medium, on which the devices take turns: all their traffic together has the rate.
 
     Raises:
-        OSError: on entering, where the kernel does not permit it, with the reason.
+        OSError: on entering, with the reason, if the kernel does not permit it.
     """
 
     def __init__(
@@ -122,20 +122,20 @@ class EmulatedNetwork:
 
     def _answer(self) -> list[str]:
         line = self._keeper.stdout.readline()
-        answer = json.loads(line) if line else {"error": "the process that keeps the namespaces ended"}
+        answer = json.loads(line) if line else {"error": "the process that keeps the namespaces has ended"}
         if "error" in answer:
             raise OSError(answer["error"])
         return answer["names"]
 
     def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
-        """Changes the rate, and the latency of a network that was made with some. Connections stay open."""
+        """Changes the rate, and the latency if the network was made with any. Connections stay open."""
         self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, delay_s=delay_s, jitter_s=jitter_s)
         self._keeper.stdin.write(f"{json.dumps(asdict(self.shape))}\n")
         self._keeper.stdin.flush()
         self._answer()
 
     def packet_s(self) -> float:
-        """Seconds that an empty packet takes from the first device to the last: the median of some, sent in turn."""
+        """Seconds that an empty packet takes from the first device to the last: the median of `TIMED_PACKETS`."""
 
         def endpoint() -> socket.socket:
             made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -146,7 +146,7 @@ class EmulatedNetwork:
         seconds = []
         with inside(self.namespaces[0], endpoint) as here, inside(self.namespaces[-1], endpoint) as there:
             target = self.addresses[-1], there.getsockname()[1]
-            for _ in range(TIMED_PACKETS + 1):  # before the first one, addresses are resolved
+            for _ in range(TIMED_PACKETS + 1):  # the first one also resolves addresses
                 start = time.perf_counter()
                 here.sendto(b"", target)
                 there.recv(1)
@@ -175,14 +175,14 @@ class Shape:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the kernel's bridge will do."""
+        """Whether the kernel's bridge suffices."""
         return not (self.delay_s or self.jitter_s or self.shared)
 
 
 def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:
     """Makes the namespaces: a bridge in `switch`, and one interface in each of `devices`, joined by a cable.
 
-    Returns the switch that has to be run in the bridge's place, where one has.
+    Returns the switch that has to run instead of the bridge, or None.
     """
     from pyroute2 import NetNS, netns
 
@@ -228,10 +228,10 @@ def _set_shape(action: str, switch: str, devices: Sequence[str], shape: Shape) -
 
 
 def _keep(num_devices: int, shape: Shape) -> None:
-    """The keeper: builds, then reads a new shape a line until its input closes, then removes everything."""
+    """The keeper: builds, reads a new shape from each line until its input closes, then removes everything."""
     from pyroute2 import netns
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes our input
     remove_stale_namespaces()
     prefix = f"{PREFIX}{os.getpid()}"
     switch, devices = f"{prefix}-sw", [f"{prefix}-d{i}" for i in range(num_devices)]

@@ -1,10 +1,10 @@
 """Pacing and timing: how a fast host emulates a slow device.
 
 A compute segment between two collectives ends no sooner than the device's profile says: the pacer sleeps for the rest
-of it. The host's contention disappears in that sleep, as long as the host is faster; where it is not, the excess is an
-*overrun*, which is recorded and makes the row invalid if it is large. The time of a collective is the real network's.
-On a modelled link the real collective runs too, over loopback, and ends no sooner than the link's profile says, counted
-from the moment when the last rank had arrived (`Arrivals`).
+of it. The host's contention disappears in that sleep as long as the host is faster; otherwise the excess is an
+*overrun*, which is recorded and makes the row invalid if it is large. Collectives take the real network's time. On a
+modelled link the real collective runs too, over loopback, and ends no sooner than the link's profile says, counted from
+the arrival of the last rank (`Arrivals`).
 
 All workers of an emulated session share one host and so one clock: `time.perf_counter` is CLOCK_MONOTONIC there.
 """
@@ -21,7 +21,7 @@ Event = tuple[str, float, float]  # (compute, wait or a collective; start; stop)
 
 
 def sleep_until(deadline: float) -> None:
-    """Returns at `deadline`, of `time.perf_counter`, to some microseconds."""
+    """Returns at `deadline` (of `time.perf_counter`), within some microseconds."""
     remaining = deadline - time.perf_counter()
     if remaining > _SPIN_S:
         time.sleep(remaining - _SPIN_S)
@@ -30,7 +30,7 @@ def sleep_until(deadline: float) -> None:
 
 
 def burn_until(deadline: float) -> None:
-    """Returns at `deadline` as `sleep_until`, and computes products until then, of some 50 microseconds each."""
+    """As `sleep_until`, but computes products until then, of some 50 microseconds each."""
     import torch  # not at the top: most users of this module only sleep
 
     x, y = torch.ones(32, 256), torch.ones(256, 256)
@@ -41,10 +41,10 @@ def burn_until(deadline: float) -> None:
 
 
 class Arrivals:
-    """The time at which each rank came to its n-th collective, send or start: a small file that all workers map.
+    """The time at which each rank reached its n-th collective, send or start, in a small file that all workers map.
 
     A rank writes before it enters the real collective, and reads the others' entries after it: by then all have
-    written. Entries are used in turn, so a sender may be far ahead of its receiver.
+    written. The entries form a ring, so a sender may be far ahead of its receiver.
     """
 
     NUM_SLOTS = 4096
@@ -68,16 +68,16 @@ class Pacer:
     """Observes one device's collectives, sleeps as the device's profile says, and keeps the events.
 
     Args:
-        segment_s: modelled seconds of each compute segment, between launches and waits; None paces nothing
-            (real hosts, and warm-up).
-        link_s: modelled seconds of each collective, in the order of their launches; None where the network is real.
-        arrivals: with `link_s`: the session's file, which has each transfer's start.
+        segment_s: modelled seconds of each compute segment between launches and waits; None: no pacing (real hosts,
+            warm-up).
+        link_s: modelled seconds of each collective, in the order of their launches; None: the network is real.
+        arrivals: with `link_s`: the session's file with the start of each transfer.
         rank, devices: this device's place among `devices`, the ranks in `arrivals`. It sends to the next one, and
             receives from the one before.
-        burns: the rest of a segment is spent in products, not asleep: other threads on this core then compete with
-            compute, as they do on a device, which is busy for the whole segment.
+        burns: the rest of a segment computes products instead of sleeping: other threads on this core then compete
+            with compute, as on a device, which is busy for the whole segment.
 
-    `events` are those of this request. `modelled_s` sums the modelled seconds, `overrun_s` by how much they were
+    `events` are those of this request. `modelled_s` sums the modelled seconds, `overrun_s` the time by which they were
     exceeded.
     """
 
@@ -113,14 +113,14 @@ class Pacer:
         self._since = time.perf_counter()
 
     def _end_segment(self) -> None:
-        """Ends compute no sooner than modelled. The next segment of compute may make up for a late one."""
+        """Ends compute no sooner than modelled. The next segment may make up for a late one."""
         start, now = self._since, time.perf_counter()
         if self.segment_s is not None:
             assert self._segment < len(self.segment_s), "the executor made more collectives than the cost model lists"
             seconds = self.segment_s[self._segment]
             self.modelled_s += seconds
             late_s = max(0.0, now - start - seconds)
-            self.overrun_s += max(0.0, late_s - self._late_s)  # the lateness of the segment before counts once
+            self.overrun_s += max(0.0, late_s - self._late_s)  # the previous segment's lateness counts once
             self._late_s = late_s
             self._pass(start + seconds)
             now = start + seconds
@@ -159,9 +159,9 @@ class Pacer:
         self._since = now
 
     def _began(self, number: int) -> float:
-        """When collective `number` of this request began to move bytes: when the last device had launched it.
+        """When collective `number` of this request began to move bytes: when the last device launched it.
 
-        A message from one device to the next begins when its sender has launched it.
+        A message from one device to the next begins when its sender launches it.
         """
         kind, _, launched, count = self.launched[number]
         if kind == "send" or self.arrivals is None:
@@ -173,7 +173,7 @@ class Pacer:
     def _arrives_at(self, number: int) -> float:
         """When collective `number` of this request ends on a modelled link, which carries them in launch order.
 
-        A message from one device to the next travels also while its receiver is still busy.
+        A message from one device to the next travels even while its receiver is busy.
         """
         if self.launched[number][0] in POINT_TO_POINT:
             return self._began(number) + self.link_s[number]
@@ -198,7 +198,7 @@ def seconds_of(events: Sequence[Event]) -> dict[str, float]:
 
 
 def timeline_rows(events: Sequence[Sequence[Event]], time_scale: float = 1.0) -> list[dict]:
-    """Rows of rank, what, start_s, stop_s from the events of all devices, in their own seconds from the first start."""
+    """Rows of rank, what, start_s, stop_s from all devices' events, in their own seconds since the first start."""
     first = min((own[0][1] for own in events if own), default=0.0)
     rows = []
     for rank, own in enumerate(events):

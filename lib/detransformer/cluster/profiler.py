@@ -1,7 +1,7 @@
 """Measures the cost model's inputs (DATE 2024, Section III-C): operations on this host, collectives on a cluster.
 
 Operations: each strategy's share of one layer is timed on one core, without peers; a model's layers are alike, so one
-is enough. Collectives: a few sizes of each kind, fitted by a latency a ring step and a share of the bandwidth.
+is enough. Collectives: a few sizes of each kind, fitted by a latency per ring step and a fraction of the bandwidth.
 """
 
 import statistics
@@ -31,13 +31,13 @@ from detransformer.planning.recorder import Recorder
 from detransformer.planning.tape import WHOLE, Compute, Tape, TapeComm
 from detransformer.record import provenance
 
-# Elements of X [128, 768] that one of four devices reduces, contributes, deals out or sends
+# Elements of X [128, 768] that one of four devices reduces, gathers, scatters or sends
 WHOLE_X, QUARTER_X = 98_304, 24_576
 COLLECTIVE_FLOATS = {"all_reduce": WHOLE_X, "all_gather": QUARTER_X, "all_to_all": QUARTER_X}
 COLLECTIVE_FLOATS |= {"reduce_scatter": WHOLE_X, "send": WHOLE_X}
 FIT_SHARES = (0.001, 0.25, 1.0, 3.0)  # of these sizes
 WARM_ROUNDS = 2
-_OTHER = torch.ones(2**24)  # 64 MiB, more than the caches of a core hold
+_OTHER = torch.ones(2**24)  # 64 MiB, more than a core's caches
 
 
 class LocalComm(TapeComm):
@@ -56,13 +56,12 @@ def profile_operations(
 ) -> pd.DataFrame:
     """Times each strategy's share of one layer on this host, on one core, batch 1.
 
-    All shares are timed in turn, in `repeats` rounds after two that warm up, each with its weights fresh from memory,
-    as they are in a model of many layers. The fastest round counts: other processes only make a round longer. For an
-    original model, strategies of decoupled layers are left out. Without `packs`, weights are laid out for plain
-    products.
+    All shares are timed in turn, in `repeats` rounds after two warm-up rounds, each with its weights fresh from memory,
+    as in a model of many layers. The fastest round counts: other processes only make a round longer. For an original
+    model, strategies of decoupled layers are left out. Without `packs`, weights are laid out for plain products.
 
-    Returns rows of strategy, num_devices, share (of the layer), tokens, num_chunks (that they are cut in), gflops (of
-    the share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
+    Returns rows of strategy, num_devices, share (of the layer), tokens, num_chunks (of these tokens), gflops (of the
+    share), latency_s, gflops_per_s, and efficiency: the rate over that of the whole original layer of
     `CALIBRATION_TOKENS` tokens on one device.
     """
     decoupled = "decoupled" in layer_kinds(config)
@@ -122,7 +121,7 @@ class _Share:
 
     @torch.inference_mode()
     def time(self) -> None:
-        _OTHER.sum()  # what the caches held is gone
+        _OTHER.sum()  # evicts the caches
         start = time.perf_counter()
         list(self.runner(self.chunks, self.request))
         self.seconds.append(time.perf_counter() - start)
@@ -133,7 +132,7 @@ class _Share:
 
 
 def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
-    """This host's rate on a whole layer and the efficiency of shares, from `profile_operations`."""
+    """This host's rate on a whole layer and the efficiency of its shares, from `profile_operations`."""
     is_whole = (operations["strategy"] == WHOLE) & (operations["num_chunks"] == 1)
     rate = 1e9 * operations[is_whole & (operations["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
     memory, source = psutil.virtual_memory().total, "measured: one layer a strategy, one core, fastest round"
@@ -141,9 +140,9 @@ def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
 
 
 def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfile, pd.DataFrame]:
-    """Times collectives over the cluster's links as they are set now, and fits them.
+    """Times collectives over the cluster's links at their present rate, and fits them.
 
-    Returns the fitted profile and the rows it was fitted to: kind, num_bytes (sent a rank), latency_s, fitted_s.
+    Returns the fitted profile and the rows it was fitted to: kind, num_bytes (sent per rank), latency_s, fitted_s.
 
     Raises:
         ValueError: on a cluster of one device.
@@ -182,9 +181,9 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
 
 
 def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "bert-large")) -> None:
-    """Measures the efficiency of shares that planner and pacer assume of a device where it was not measured there.
+    """Measures the efficiency of shares that planner and pacer assume for a device without measurements of its own.
 
-    A row a hidden size, strategy, share of the layer, tokens of the request and chunks.
+    One row per hidden size, strategy, share of the layer, tokens of the request and chunks.
     """
     frames = []
     for model in models:

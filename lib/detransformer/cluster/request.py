@@ -1,4 +1,4 @@
-"""A user's request to a model, as one record that crosses the line to the workers."""
+"""A user's request to a model: one record that crosses the line to the workers."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from detransformer.typed_json import STRICT
 
 @dataclass(frozen=True)
 class Request:
-    """A text, an image, or `num_tokens` random tokens; how often it is run and how it is planned.
+    """A text, an image, or `num_tokens` random tokens, and how often it is run and how it is planned.
 
     A GPT-2 generates `max_new_tokens`, once. `wires` are the permitted formats of messages. `plan` (fields of a
     `Plan`) takes precedence over `method`.

@@ -1,7 +1,7 @@
 """The front's thread that admits workers, notices losses, and forms the group that computes.
 
-Each worker keeps one line to the front. Where workers come back (a service), a broken group is formed anew of the
-workers that are present; elsewhere (a bench, one request) the first loss ends all.
+Each worker keeps one line to the front. In a service, workers come back, and the present ones replace a broken group;
+elsewhere (a bench, one request) the first loss ends all.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from detransformer.cluster.hello import difference, is_proof, prove
 from detransformer.cluster.line import BEAT_S, DEVICE, MEMBER_BYTES, PEER, REQUEST, Line, Message
 
 STRANGER_S, MAX_STRANGERS = 5.0, 64  # limits of connections without a valid hello: their age and number
-LAST_CALL_S = 1.5  # wait for further devices, once the expected ones have come
-RETURN_S = 8.0  # wait for the workers of a broken group, before a group is formed without them
-EVIDENCE_S = 1.0  # wait for a death to show, after a collective broke or a job failed
-CODE_S = 2.0  # wait for the exit code of a worker, after its line was closed
-REFUSED, LOST, DONE = "refused", "lost", "done"  # why all ends, as workers are told it; REFUSED: a user has to act
+LAST_CALL_S = 1.5  # wait for further devices after the expected ones have come
+RETURN_S = 8.0  # wait for the workers of a broken group before a group is formed without them
+EVIDENCE_S = 1.0  # wait for a death to show after a collective broke or a job failed
+CODE_S = 2.0  # wait for the exit code of a worker after its line was closed
+REFUSED, LOST, DONE = "refused", "lost", "done"  # why all ends, as told to workers; REFUSED: a user has to act
 FAILED = "failed: "  # prefix of a loss that the device reported itself
-MEET_ANEW = "the devices meet anew"
+MEET_ANEW = "the devices regroup"
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class Member:
     hello: dict
     group: int = 0
     ready: bool = False
-    leaves: bool = False  # it was told to end or to start anew
+    leaves: bool = False  # it was told to end or to restart
     closed_at: float | None = None
     noted: bool = False  # the user knows that its host differs
 
@@ -63,7 +63,7 @@ class Roster:
         store: ADDRESS:PORT at which the first device's worker keeps the store of the process group.
         secret: shared by front and workers.
         stays: lost workers come back, and the others go on meanwhile; else the first loss ends all.
-        silence_s: a worker is lost after so long without a sign of life.
+        silence_s: a worker without a heartbeat for this time is lost.
         form_s: limit for a group to form.
         on_event: called with (kind, sentence, names) when devices come, are lost or are back. Kinds: waiting, lost,
             meeting, differing, serving.
@@ -84,24 +84,24 @@ class Roster:
         self.changed = threading.Condition()
         self.members: dict[int, Member] = {}
         self.group: Group | None = None
-        self.devices: tuple[int, ...] = ()  # of the ready group; none while the workers meet
+        self.devices: tuple[int, ...] = ()  # of the ready group; none while a group forms
         self.left_out: dict[int, str] = {}  # devices that jobs have done without (`Fleet.run`, `needed`), and why
-        self.lost: tuple[int, str] | None = None  # the device that ended all, and how
-        self.refused = ""  # the sentence of what a user has to put right first
-        self.why = "the devices have not met yet"  # why there is no group
+        self.lost: tuple[int, str] | None = None  # the device whose loss ended all, and how it was lost
+        self.refused = ""  # what a user has to correct first, in a sentence
+        self.why = "the devices have not joined yet"  # why there is no group
         self.job, self.asked, self.needed = 0, set(), None  # the current job: number, devices, `needed` of `Fleet.run`
         self.answers: dict[int, tuple[object, bytes]] = {}
-        self.objections: dict[int, str] = {}  # of devices that found the current job itself at fault, and how
+        self.objections: dict[int, str] = {}  # device -> the current job's own error that it reported
         self.objected_at = 0.0
-        self.on_part: Callable[[object], None] = lambda part: None  # hears what a worker tells before the job's end
+        self.on_part: Callable[[object], None] = lambda part: None  # called with a worker's partial results
         self.first_came_at = 0.0  # when the first device's worker came
         self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
         self._on_event, self._listener = on_event, listener
-        self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge, and when it came
+        self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge and arrival time
         self._observers: list[Line] = []  # launcher and agents, which report exit codes
         self._count = 0  # of groups
         self._ended: dict[int, str] = {}  # how a worker ended, in words
-        self._failed: dict[int, tuple[str, bool]] = {}  # a worker's error, and whether the fault is its own
+        self._failed: dict[int, tuple[str, bool]] = {}  # a worker's error, and whether it caused it
         self._failed_at = 0.0
         self._expected, self._since, self._came_at = set(range(len(names))), 0.0, 0.0
         self._missed: set[int] = set()  # devices that were lost and are not back
@@ -113,7 +113,7 @@ class Roster:
         self._thread.start()
 
     def close(self, kind: str = DONE, sentence: str = "", wait_s: float = 2.0) -> None:
-        """Tells all workers to end and why, and gives them `wait_s` to read it; safe to call twice."""
+        """Tells all workers to end and why, and waits up to `wait_s` until they have; safe to call twice."""
         if self._stop.is_set():
             return
         with self.changed:
@@ -140,7 +140,7 @@ class Roster:
         self._failed.pop(device, None)
 
     def regroup(self, gone: Mapping[int, str], why: str = MEET_ANEW) -> None:
-        """Breaks the group: `gone` are lost, and how; all others start anew."""
+        """Breaks the group: `gone` maps lost devices to how they were lost; all others restart."""
         group, self.group, self.devices = self.group, None, ()
         self._failed, self._failed_at = {}, 0.0
         members = group.members if group else {}
@@ -168,7 +168,7 @@ class Roster:
                         continue
                     try:
                         self._receive(key.fileobj, key.data)
-                    except (ValueError, TypeError, LookupError):  # a message with fields of another kind
+                    except (ValueError, TypeError, LookupError):  # a message with wrong fields
                         self._drop(key.fileobj)
                         if key.data:
                             self._hear(key.data, None)
@@ -178,7 +178,7 @@ class Roster:
     def _accept(self) -> None:
         try:
             line = Line(self._listener.accept()[0])
-        except OSError:  # the connection was closed again
+        except OSError:  # already closed again
             return
         if len(self._strangers) >= MAX_STRANGERS:
             return line.close()
@@ -210,13 +210,13 @@ class Roster:
         line.close()
 
     def _forget(self, member: Member) -> None:
-        """Removes a member whose line is closed, or whose place another worker has taken."""
+        """Removes a member whose line is closed, or whom another worker has replaced."""
         self._drop(member.line)
         if self.members.get(member.device) is member:
             del self.members[member.device]
 
     def _meet(self, line: Line, hello: dict) -> None:
-        """Admits a worker or an observer that has proved that it knows the secret."""
+        """Admits a worker or an observer that proves that it knows the secret."""
         challenge, _ = self._strangers[line]
         device = hello.get("device")
         if not is_proof(hello.get("proof"), self._secret, challenge) or device not in (None, *range(len(self.names))):
@@ -229,7 +229,7 @@ class Roster:
             return
         if known := self.members.get(device):
             if not self.stays:
-                sentence = f"another host has come as {self.names[device]} already: every host needs its own name."
+                sentence = f"another host has already joined as {self.names[device]}: give every host its own name."
                 line.tell({"end": REFUSED, "sentence": sentence})
                 return self._drop(line)
             self._forget(known)
@@ -293,7 +293,7 @@ class Roster:
             member.line.beat()
 
     def _all_heard(self) -> bool:
-        """Whether all devices of the group have given a sign of life since a collective broke."""
+        """Whether all devices of the group have sent a heartbeat since a collective broke."""
         members = self.group.members.values() if self.group else ()
         return all(m.line.heard_at > self._failed_at for m in members if m.device not in self.left_out)
 
@@ -317,7 +317,7 @@ class Roster:
         return gone
 
     def _lose(self, gone: Mapping[int, str]) -> None:
-        """Handles losses: the devices are left out, or all meet anew, or all ends."""
+        """Handles losses: leaves the devices out, regroups, or ends all."""
         spared = {device: how for device, how in gone.items() if not how.startswith(FAILED)}
         if spared and self.needed not in (None, *gone):
             for device, how in spared.items():
@@ -351,7 +351,6 @@ class Roster:
             member.line.tell({"group": self._count, "devices": sorted(waiting), "store": self._store})
 
     def _difference(self, member: Member) -> str:
-        """How a worker's host differs from the first device's, as a sentence; empty where they are alike."""
         first = self.members.get(0, member)
         return difference(self.names[member.device], member.hello, self.names[0], first.hello)
 

@@ -1,7 +1,7 @@
 """`detransformer run`: one request over a cluster's devices, real hosts or emulated ones.
 
 On real hosts the same command runs on every one: it finds its device in the file and starts the agent of its worker
-(`hosts`). The first host is the front (`fleet`): it waits until all are there, and asks. This process loads neither
+(`hosts`). The first host is the front (`fleet`): it waits until all have joined, and asks. This process imports neither
 torch nor transformers there: the worker does, and the first device's worker plans. On an emulated cluster (`session`)
 the same request takes the same jobs.
 """
@@ -27,13 +27,13 @@ def _say(sentence: str) -> None:
 def ask(
     fleet: Fleet, request: Request, title: str, pace: Callable[[Mapping], Mapping] = lambda plan: {}
 ) -> tuple[dict, list]:
-    """Gives one request to the workers of `fleet`: planned, answered, printed; returns its record and the workers' own.
+    """Has the workers of `fleet` plan and answer one request, and prints it; returns its record and the workers' own.
 
     `pace` maps the plan to further arguments of `answering.answer`: how the answer is paced.
 
     Raises:
-        ValueError: where no plan fits, or the request is at fault.
-        DeviceError: where a worker is lost or fails, or the output differs from the single device's.
+        ValueError: if no plan fits, or the request is at fault.
+        DeviceError: if a worker is lost or fails, or the output differs from the single device's.
     """
     everyone = range(len(fleet.names))
     asked = {"request": asdict(request), "devices": list(everyone)}
@@ -57,7 +57,7 @@ def ask(
 def run_emulated(
     spec: ClusterSpec, model: str, request: Request, transport: str, time_scale: float | None, threads: int
 ) -> dict:
-    """The request on the devices of `spec` emulated on this machine, at its links' rates; prints, returns the record.
+    """Runs the request on the devices of `spec`, emulated on this machine; prints the answer and returns the record.
 
     Raises:
         ValueError, DeviceError: as `ask`.
@@ -86,11 +86,11 @@ def run_emulated(
 def run_on_hosts(
     spec: ClusterSpec, model: str, request: Request, host: str | None, wait_s: float, threads: int | None
 ) -> dict | None:
-    """This host's part of a request; returns its record on the first device, which prints the answer.
+    """Runs this host's part of a request; the first device prints the answer and returns the record.
 
     Raises:
-        ValueError: for faults that a user has to put right on this host or another.
-        DeviceError: where a host does not come, is lost or fails; the sentence names it.
+        ValueError: for faults that a user has to correct on this host or another.
+        DeviceError: if a host does not come, is lost or fails; the sentence names it.
     """
     interfaces = own_interfaces()
     rank = own_rank(spec, host, interfaces)

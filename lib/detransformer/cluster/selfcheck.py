@@ -1,7 +1,7 @@
-"""What makes a measured row credible: links and pacing are checked, and a row that fails says why.
+"""Self-checks of links and pacing that make a measured row credible; a row that fails says why.
 
-A shared host is disturbed now and then, and it may be too slow for many devices on fast links: then everything is run
-slower, by the time scale, so that the host keeps up.
+A shared host is disturbed now and then, and may be too slow for many devices on fast links: then the time scale slows
+everything down, so that the host keeps up.
 """
 
 import math
@@ -23,21 +23,20 @@ MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output 
 # Largest relative error (RMS) of an output whose messages were rounded. One rounding of a row moves it by some 0.2%
 # (bfloat16, 8 bits of mantissa) or 0.7% (int8: a step of max / 127, and a row's largest number is some three times its
 # RMS), and roundings add up like noise. BERT-Base's 12 layers have 0.2 to 0.5% and 0.8 to 2.0%, by method; twice the
-# layers have up to 1.4 times that. int4 has 10 to 30%. In a format of tokens other tokens are approximate: their error
-# is reported, and is to be less than an unrelated output's.
+# layers have up to 1.4 times that. int4 has 10 to 30%. means8 and vq4 approximate other devices' tokens: their error is
+# reported, and must be less than an unrelated output's.
 MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04, "int4": 0.5, "means8": 1.0, "vq4": 1.0}
-MAX_STEAL = 0.3  # of the processors, taken by other guests: above it a row says more about the neighbours
-# The rate that two cores shape and move without making collectives late, summed over the devices' links; above it
-# everything is run slower from the start. (At 2 Gbps a link still passes its check, but an all_gather takes twice its
-# time.)
+MAX_STEAL = 0.3  # of the processors, taken by other guests: above it a row says more about them
+# The rate, summed over the devices' links, that two cores shape and move without making collectives late; above it
+# everything is slowed from the start. (At 2 Gbps a link passes its check, but an all_gather takes twice its time.)
 MAX_TOTAL_BPS = 1e9
 # A core computes a layer, whole or in shares, some seven times faster than a device, and messages take part of its
-# time: four devices on two cores are in time at half their speed, most at the first try.
+# time: four devices on two cores keep up at half their speed, mostly at the first try.
 DEVICES_A_CORE = 1
-USUAL_DEVICE = "rpi4b"  # the device that is counted; one twice as fast counts as two
+USUAL_DEVICE = "rpi4b"  # counts as one device; one twice as fast counts as two
 MIN_CHECK_BYTES = 500_000  # on a slow link a shorter transfer shows latency, not rate
-LINK_CHECK_S, DELAYS_A_CHECK = 0.15, 150  # TCP needs some ten delays to fill a link
-MAX_PACKET_ERROR_MS = 0.5  # of a delay, in the devices' milliseconds
+LINK_CHECK_S, DELAYS_A_CHECK = 0.15, 150  # a check's seconds, and delays: TCP needs some ten to fill a link
+MAX_PACKET_ERROR_MS = 0.5  # deviation from the delay, in the devices' milliseconds
 PACING_CHECK_S, PACED_SEGMENT_S = 0.1, 0.01  # the latter in the devices' seconds, as short as in fast plans
 CHECK_ATTEMPTS = 10
 
@@ -46,7 +45,7 @@ CHECK_ATTEMPTS = 10
 class Check:
     """One self-check: Mbps of the slowest and fastest link in the devices' seconds (NaN: no link), and pacing error.
 
-    `packet_error_ms`: how much longer than the links' delay a packet took; 0 where they have none.
+    `packet_error_ms`: how much longer than the links' delay a packet took; 0 without a delay.
     """
 
     link_min_mbps: float
@@ -68,7 +67,7 @@ class Check:
         return reasons
 
     def joined(self, other: "Check") -> "Check":
-        """The worse of both in every respect."""
+        """The worse of both in each field."""
         return Check(
             min(self.link_min_mbps, other.link_min_mbps),
             max(self.link_max_mbps, other.link_max_mbps),
@@ -78,7 +77,7 @@ class Check:
 
 
 def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
-    """A self-check of the running `cluster` that passes, or the last of several that failed."""
+    """The first self-check of the running `cluster` that passes, or the last of `CHECK_ATTEMPTS` that failed."""
     scale = cluster.time_scale
     seconds = LINK_CHECK_S + DELAYS_A_CHECK * cluster.delay_s * scale
     num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * seconds / 8)) if checks_links else 0
@@ -91,7 +90,7 @@ def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: 
         sizes = dict(num_devices=num_devices, link_bytes=num_bytes, in_turn=cluster.shared)
         results = cluster.run("self_check", **sizes, **paced)
         results = [result for result in results if result is not None]
-        rates = [  # over the link's share of the bandwidth
+        rates = [  # relative to the link's share of the bandwidth
             8 * num_bytes / seconds * scale / 1e6 / min(shares[source], shares[target])
             for (source, target), seconds in transfer_seconds(results).items()
         ]
@@ -103,14 +102,14 @@ def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: 
 
 
 def transfer_seconds(results: Iterable[dict]) -> dict[tuple[int, int], float]:
-    """Seconds of each transfer (from, to) of a self-check, from its sender's start to its receiver's end."""
+    """(from, to) -> seconds of each transfer of a self-check, from its sender's start to its receiver's end."""
     starts = {(source, target): at for result in results for source, target, at in result["sent"]}
     received = [pair for result in results for pair in result["received"]]
     return {(source, target): at - starts[source, target] for source, target, at in received}
 
 
 def wrong_output(wire: str, max_abs_error: float, relative_error: float) -> str:
-    """The error of an output against the single device's in words, if its wire does not explain it; else empty."""
+    """The error of an output against the single device's, in words, if its wire does not explain it; else empty."""
     limit = MAX_RELATIVE_ERROR.get(wire)
     if limit is None and not max_abs_error <= MAX_ABS_ERROR:
         return f"output differs from the single device's by {max_abs_error:.1e}"
@@ -138,7 +137,7 @@ def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> fl
 
 
 def stolen_share(before: Any, after: Any) -> float:
-    """Share of processor time between two `psutil.cpu_times()` that a hypervisor gave to others; 0 where unknown."""
+    """Share of processor time between two `psutil.cpu_times()` that a hypervisor gave to others; 0 if unknown."""
     total = sum(after) - sum(before)
     return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
 
@@ -151,11 +150,11 @@ def host_time_scale(
     sends: bool = True,
     at_once: bool = True,
 ) -> float:
-    """The first time scale that suits this host, where `devices` of `profile` compute a model of `config`.
+    """The time scale to begin with on this host, if `devices` of `profile` compute a model of `config`.
 
     Args:
         sends: whether they send each other anything.
-        at_once: whether they compute and send at the same time, not one after the other, as the stages of a pipeline.
+        at_once: whether they compute and send at the same time; the stages of a pipeline do so one after another.
     """
     together = sum if at_once else max
     usual_rate = preset_profile(USUAL_DEVICE, config).flops_per_s
@@ -167,12 +166,12 @@ def host_time_scale(
 
 
 def lateness(results: Sequence[dict | None]) -> float:
-    """The share of the modelled time by which the host was late, on the device where it was worst."""
+    """The share of the modelled time by which the host was late, on the worst device."""
     samples = [result.get("samples", [result]) for result in results if result is not None]
     return max(sum(s["overrun_s"] for s in own) / max(sum(s["modelled_s"] for s in own), 1e-9) for own in samples)
 
 
 def warn_if_late(late: float, scale: float) -> None:
-    """Prints a remedy where this host was too late."""
+    """Prints a remedy if this host was too late."""
     if late > MAX_OVERRUN_SHARE:
-        print(f"this host was late by {late:.0%} of what is modelled: slow all down by --time-scale {2 * scale:g}")
+        print(f"this host was late by {late:.0%} of what is modelled: slow everything by --time-scale {2 * scale:g}")

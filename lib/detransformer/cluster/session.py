@@ -1,9 +1,9 @@
 """An emulated cluster: worker processes on this machine that stay up for many jobs.
 
-Transport `namespaces`: every worker in its own network namespace, links shaped by the kernel, real TCP between them.
-Transport `loopback`, where namespaces are not permitted: the same workers over 127.0.0.1, links modelled in the
-process. Compute is paced by the device profile in both. A worker that dies or falls silent ends the session with an
-error that names it (`fleet`).
+Transport `namespaces`: every worker runs in its own network namespace; the kernel shapes the links, over real TCP.
+Transport `loopback`, if namespaces are not permitted: the same workers over 127.0.0.1, with links modelled in the
+process. The device profile paces compute in both. A worker that dies or falls silent ends the session with an error
+that names it (`fleet`).
 """
 
 import contextlib
@@ -50,17 +50,17 @@ class EmulatedCluster:
     """`num_devices` devices on a switch; a context manager.
 
     Args:
-        device: a preset of `cluster.devices` or a `DeviceSpec`, for all devices alike or a list of one each.
+        device: a preset of `cluster.devices` or a `DeviceSpec`, for all devices, or a list of one for each.
         bandwidth_bps: of every link, times the device's `link_share`; change it with `set_link`.
-        transport: `auto` takes namespaces where they are permitted.
-        threads: of each worker's compute.
+        transport: `auto` takes namespaces if they are permitted.
+        threads: per worker, for compute.
         delay_s, jitter_s: of a packet between two devices, one way; on shaped links alone.
-        shared: the links are one medium, such as Wi-Fi: all that the devices send together has the rate.
-        pins: each device keeps to one core, in turn, and so do the threads that send its messages.
+        shared: the links are one medium, such as Wi-Fi: all traffic together has the rate.
+        pins: each device, with the threads that send its messages, is pinned to one core, in turn.
         home: settings that jobs find in `WorkerState.home`, such as the model's folder and the cluster file.
 
     Raises:
-        ValueError: for bad arguments, or what is not permitted or not available here.
+        ValueError: for bad arguments, or for a transport or delay that is not possible here.
     """
 
     def __init__(
@@ -110,17 +110,17 @@ class EmulatedCluster:
 
     @property
     def profile_name(self) -> str:
-        """The devices' name in table rows: `Raspberry Pi 4B (emulated)`, or a list where they differ."""
+        """The devices' name in table rows: `Raspberry Pi 4B (emulated)`, or a list if they differ."""
         return f"{describe_devices(self.devices)} (emulated)"
 
     @property
     def link_shares(self) -> tuple[float, ...]:
-        """Each device's part of `bandwidth_bps`; empty where all have the whole of it."""
+        """Each device's fraction of `bandwidth_bps`; empty if each has all of it."""
         return link_shares(self.devices)
 
     @property
     def link(self) -> str:
-        """The links' name in table rows: `line-rate`, shaped by the kernel, or `modelled` in the process; `shared`."""
+        """The links' name in table rows: `line-rate` (shaped by the kernel) or `modelled`; `shared` if one medium."""
         return ("shared " if self.shared else "") + ("line-rate" if self.transport == "namespaces" else "modelled")
 
     def profile(
@@ -152,7 +152,7 @@ class EmulatedCluster:
 
     def _start(self) -> None:
         network, folder = self._network, self.folder
-        listener = listen(str(folder / "front"))  # a Unix socket: jobs have the emulated links to themselves
+        listener = listen(str(folder / "front"))  # a Unix socket: only jobs use the emulated links
         store = f"{network.addresses[0]}:{_STORE_PORT}" if network else f"127.0.0.1:{_free_port()}"
         names = [f"device {i} of {self.num_devices} ({device.title})" for i, device in enumerate(self.devices)]
         self.fleet = Fleet(names, listener, store)
@@ -185,7 +185,7 @@ class EmulatedCluster:
         self.fleet.wait(START_TIMEOUT_S)
 
     def set_link(self, bandwidth_bps: float, time_scale: float = 1.0) -> None:
-        """Sets the links' rate (times each device's share) in the devices' own seconds, and the time scale.
+        """Sets the links' rate (times each device's share), in the devices' seconds, and the time scale.
 
         With time scale k, links and compute are k times slower on the host's clock.
         """
@@ -195,7 +195,7 @@ class EmulatedCluster:
             self._network.set_rate(bandwidth_bps / time_scale, self.delay_s * time_scale, self.jitter_s * time_scale)
 
     def packet_s(self) -> float:
-        """Seconds of a packet from the first device to the last, in the devices' own; NaN where links are modelled."""
+        """Seconds of a packet from the first device to the last, in the devices' time; NaN if links are modelled."""
         return self._network.packet_s() / self.time_scale if self._network else math.nan
 
     @property
@@ -215,11 +215,11 @@ class EmulatedCluster:
 
         Args:
             op: a function of `cluster.jobs`, or "package.module:function".
-            needed: the one rank without which there is no result; another that is lost, or still at work a second after
-                that one's reply, is left out from then on (`lost` says why) and has None in the list.
+            needed: the rank whose result is required. Any other that is lost, or has not answered a second after it, is
+                left out from then on (`lost` says why) and yields None.
 
         Raises:
-            DeviceLost: if a worker died, or was silent for 10 s.
+            DeviceLost: if a worker died or was silent for 10 s.
             DeviceError: if a worker reports an error.
         """
         pids, before = self.pids if needed is not None else [], set(self.lost)
@@ -239,7 +239,7 @@ class EmulatedCluster:
                 for worker in self._launcher.children():
                     _kill(worker.pid)
             try:
-                self._launcher.wait(timeout=10)  # until it has seen all of them ending
+                self._launcher.wait(timeout=10)  # it ends after all of them
             except psutil.TimeoutExpired:
                 self._launcher.kill()
                 self._launcher.wait()
@@ -255,7 +255,7 @@ class EmulatedCluster:
 
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)  # also ends a stopped process; workers hold nothing to be saved
+        os.kill(pid, signal.SIGKILL)  # ends a stopped process, too; workers have nothing to save
 
 
 def _free_port() -> int:

@@ -1,7 +1,7 @@
 """cluster.yaml: the devices of a cluster, real or emulated, and the links between them.
 
 Reading is strict: an unknown key, a device listed twice or a number out of range is refused, with the file's name and
-the key. Loads without torch, since every host of a cluster reads the file first.
+the key. Imports without torch, since every host of a cluster reads the file first.
 """
 
 import ipaddress
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_DEVICES = 64
 
 
-Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]  # no true
+Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]  # not true
 Bandwidth = Annotated[Number, Field(ge=BANDWIDTH_LIMITS_MBPS[0], le=BANDWIDTH_LIMITS_MBPS[1])]
 Delay = Annotated[Number, Field(ge=0, le=10_000)]
 
@@ -40,7 +40,7 @@ class _Keys(BaseModel):
 class Link(_Keys):
     """The links between the devices, alike except for a device's `bandwidth_mbps`.
 
-    `shared`: one medium, such as Wi-Fi or a hub, whose rate all devices have together.
+    `shared`: all devices share the rate of one medium, such as Wi-Fi or a hub.
     """
 
     bandwidth_mbps: Bandwidth = 125
@@ -50,7 +50,7 @@ class Link(_Keys):
 
 
 class Rendezvous(_Keys):
-    """The port of the first device where the devices meet. The process group's store has the next port."""
+    """The first device's port, to which all devices connect. The process group's store has the next port."""
 
     port: Annotated[int, Field(ge=1, le=65_534, strict=True)] = 29_400
 
@@ -68,7 +68,7 @@ class Device(_Keys):
 
 
 class ClusterSpec(_Keys):
-    """The contents of a cluster.yaml. The order of `devices` is that of their ranks; all meet at the first one.
+    """The contents of a cluster.yaml. `devices` are in the order of their ranks; all connect to the first one.
 
     `interface` is the network interface of every host; empty: the one that has the host's address.
     """
@@ -86,7 +86,7 @@ class ClusterSpec(_Keys):
         """Reads a cluster.yaml.
 
         Raises:
-            ValueError: for a faulty file, in one sentence that names the file and the key.
+            ValueError: for a faulty file, naming the file and the key.
         """
         path = Path(path)
         fields = _read_yaml(path)
@@ -153,15 +153,12 @@ class ClusterSpec(_Keys):
     def profile(
         self, config: "PretrainedConfig", pace: str = "measured", bandwidth_bps: float | None = None
     ) -> ClusterProfile:
-        """Devices and links on a model of `config`, for the planner.
-
-        `bandwidth_bps`: instead of the file's.
-        """
+        """The profile of devices and links for a model of `config`; `bandwidth_bps` replaces the file's."""
         where = bandwidth_bps or self.bandwidth_bps, self.delay_s
         return cluster_profile(self.device_specs, config, *where, pace=pace, shared=self.link.shared)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
-        """This cluster emulated on one machine, whether the file is of real hosts or not; as in `EmulatedCluster`."""
+        """This cluster, real or not, emulated on one machine; `overrides` are arguments of `EmulatedCluster`."""
         from detransformer.cluster.session import EmulatedCluster
 
         links = dict(bandwidth_bps=self.bandwidth_bps, delay_s=self.delay_s, jitter_s=self.jitter_s)
@@ -169,7 +166,7 @@ class ClusterSpec(_Keys):
         return EmulatedCluster(len(self.members), self.device_specs, **links | overrides)
 
     def _wrong(self) -> str:
-        """Faults that no single field shows: a device without name, address or hardware, or listed twice."""
+        """A fault that no single field shows, such as a device without name or address, or listed twice; else empty."""
         for i, device in enumerate(self.devices):
             key = f"devices[{i}] ({device.name})"
             if not device.name and not self.emulated:
@@ -181,7 +178,7 @@ class ClusterSpec(_Keys):
             if not device.device and not device.profile:
                 return f"{key}.device is missing; give one of {', '.join(DEVICES)}, or a profile"
             if self.link.shared and device.bandwidth_mbps:
-                return f"{key}.bandwidth_mbps stands beside link.shared: one medium has one rate; leave one out"
+                return f"{key}.bandwidth_mbps contradicts link.shared: one medium has one rate; leave one out"
             if device.device and device.device not in DEVICES:
                 return f"{key}.device {device.device} is unknown; choose one of {', '.join(DEVICES)}"
             for j, other in enumerate(self.members[:i]):
@@ -220,7 +217,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
         if not isinstance(key, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key is not a word", key.start_mark)
         if key.value in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -232,7 +229,7 @@ def _read_yaml(path: Path) -> Mapping | Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; examples/ has cluster files to begin with.") from None
+        raise ValueError(f"{path} does not exist; examples/ has cluster files to start from.") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; give a cluster file, such as examples/four-pis.yaml.") from None
     except RecursionError:

@@ -1,4 +1,4 @@
-"""What a worker keeps between jobs: its groups, and of each model the weights, executors and modelled segments."""
+"""A worker's cache between jobs: its groups, and each model's weights, executors and modelled segments."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ START_AFTER_S = 0.01  # longer than ranks take to leave a barrier
 
 @dataclass
 class Loaded:
-    """This rank's weights of all plans that are held of a model, the executors made so far, and memory use."""
+    """This rank's weights for all loaded plans of a model, the executors made so far, and memory use."""
 
     config: PretrainedConfig
     weights: WeightSource | None  # None: the plan's executor loads its own (DTensor)
@@ -41,7 +41,7 @@ class Loaded:
     _modelled: dict[tuple, list] = field(default_factory=dict)
 
     def compute(self, plan: Plan, rank: int, seq_len: int, batch_size: int, past: int = 0) -> list[list[Compute]]:
-        """The compute steps of `rank` in a request, by segment between starts and waits, from the executor's tape."""
+        """The compute steps of `rank` in a request, per segment between starts and waits, from the executor's tape."""
         key = ("compute", plan, seq_len, batch_size, past)
         if key not in self._modelled:
             self._modelled[key] = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
@@ -50,7 +50,7 @@ class Loaded:
     def pace(
         self, plan: Plan, rank: int, device: dict | None, link: dict | None, time_scale: float, *request: int
     ) -> tuple[list[float] | None, list[float] | None]:
-        """Seconds of each segment on `device` and of each collective on `link`; None where these are not modelled.
+        """Seconds of each segment on `device` and of each collective on `link`; None for what is not modelled.
 
         Args:
             device, link: a `DeviceProfile` and a `LinkProfile` as dicts.
@@ -80,27 +80,27 @@ class WorkerState:
     groups: dict[tuple[int, ...], dist.ProcessGroup]
     timeout: timedelta  # of a message in these groups
     loaded: dict[Any, Loaded] = field(default_factory=dict)
-    arrivals: Arrivals | None = None  # of this session, where all workers share one host
+    arrivals: Arrivals | None = None  # of this session, if all workers share one host
     device: int = 0  # in the cluster file; `rank` counts the present devices
     home: Mapping[str, Any] = field(default_factory=dict)  # settings that this host was started with: model, ...
     kept: dict[str, Any] = field(default_factory=dict)  # what one job leaves for the next
-    tell: Callable[[Any], None] = lambda part: None  # sends the front a part of the job's result before its end
-    enough: Callable[[], Iterable[int]] = tuple  # rows of the job that the front wants no more of
+    tell: Callable[[Any], None] = lambda part: None  # sends the front a partial result of the job
+    enough: Callable[[], Iterable[int]] = tuple  # rows of the job that the front no longer needs
 
     def takes_part(self, devices: tuple[int, ...]) -> bool:
-        """Whether this rank is one of `devices`. All workers have to ask, since all of them make a new group."""
+        """Whether this rank is one of `devices`. All workers must call this, since all of them make a new group."""
         if len(devices) > 1 and devices not in self.groups:
             self.groups[devices] = dist.new_group(list(devices), timeout=self.timeout, sort_ranks=False)
         return self.rank in devices
 
     def comm(self, devices: tuple[int, ...]) -> Comm:
-        """The collectives of `devices`, this rank among them."""
+        """The collectives of `devices`, which include this rank."""
         return Comm(self.groups.get(devices), devices.index(self.rank), len(devices))
 
     def start_together(self, comm: Comm, devices: Sequence[int], count: int) -> None:
-        """Returns on all of `devices` at the same moment, as far as they share a clock; `count` numbers the starts.
+        """Returns on all of `devices` at the same moment, if they share a clock; `count` numbers the starts.
 
-        A barrier lets ranks go some milliseconds apart, which would count as waiting.
+        A barrier alone releases ranks some milliseconds apart, which would count as waiting.
         """
         if self.arrivals is None:
             comm.barrier()
@@ -118,10 +118,10 @@ class WorkerState:
         return 0
 
     def load(self, checkpoint: str, plans: Sequence[dict], dtype: str, keep_models: int = 0) -> Loaded:
-        """The model in the folder `checkpoint` for `plans`, read now where it is new.
+        """The model in the folder `checkpoint` for `plans`, loaded if it is new.
 
-        The first `keep_models` models stay; after them the last one makes room for the next. All workers keep the same
-        models, since those that read one anew also run it once to warm up.
+        The first `keep_models` models stay; after them each new one replaces the last. All workers keep the same
+        models, since those that load one also run it once to warm up.
         """
         held = [Plan.from_dict(plan) for plan in plans]
         key = (checkpoint, tuple(held), dtype)
@@ -134,13 +134,13 @@ class WorkerState:
             if held[0].runs != "dtensor":
                 weights = WeightSource(Path(checkpoint), getattr(torch, dtype))
             config = read_configuration(checkpoint, images=True)
-            if not config.architectures:  # its weights tell the class
+            if not config.architectures:  # infers the class from the weights
                 config = open_checkpoint(checkpoint).config
             self.loaded[key] = Loaded(config, weights, held, machine.resident_bytes())
         return self.loaded[key]
 
     def runner(self, loaded: Loaded, key: Any, make: Callable[[], Runner]) -> tuple[Runner, bool]:
-        """The executor or generator of `key`, made when first asked for, and whether it is new."""
+        """The executor or generator of `key`, made at the first call, and whether it is new."""
         is_new = key not in loaded.runners
         if is_new:
             with machine.large_blocks_apart():
@@ -149,9 +149,9 @@ class WorkerState:
         return loaded.runners[key], is_new
 
     def note_peak(self, loaded: Loaded) -> int | None:
-        """Largest resident size above that before this model was read; None where the system does not report it.
+        """Largest resident size minus that before this model was loaded; None if the system does not report it.
 
-        Once another model is read, the resident size is no longer this one's, and the earlier peak stands.
+        Once another model is loaded, the resident size is no longer this one's, and the earlier peak stays.
         """
         peak, is_last = machine.peak_bytes(), next(reversed(self.loaded.values())) is loaded
         if is_last and None not in (peak, loaded.own_bytes):

@@ -1,9 +1,9 @@
 """A switch in user space: for links whose packets are delayed, and for a medium that all devices share.
 
-The kernel's bridge can do neither without netem. This one takes each frame from the port where it arrived, holds it,
+The kernel's bridge can do neither without netem. This switch takes each frame from the port where it arrived, holds it,
 and writes it to the port of its destination, where the kernel's token bucket shapes it as on a bridge. A shared medium
-(a hub, Wi-Fi) sends one frame at a time, whoever it is from: all traffic together has the rate. Frames cost processor
-time here, some 15 microseconds each, so that fast links need a larger time scale; the self-check finds out.
+(a hub, Wi-Fi) sends one frame at a time from all senders: all traffic together has the rate. A frame costs some 15
+microseconds of processor time here, so fast links need a larger time scale, which the self-check finds.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from typing import Protocol
 MAX_FRAME_BYTES = 2**16
 FRAMES_AT_ONCE = 64  # from one port, before others have their turn
 BUFFER_BYTES = 16_000_000  # of a port in each direction
-# Of Linux, which Python's `socket` does not name
+# Linux constants that Python's `socket` lacks
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 32, 33, 263, 23
 _ETH_P_ALL, _SIOCETHTOOL, _ETHTOOL_STXCSUM = 3, 0x8946, 0x17
 
 
 class Medium(Protocol):
-    """What the switch reads for each frame, so that it may change: a `network.Shape`."""
+    """The rate and delay, read anew for each frame: a `network.Shape`."""
 
     bandwidth_bps: float
     delay_s: float
@@ -38,21 +38,21 @@ class Medium(Protocol):
 
 
 class Switch:
-    """Joins network interfaces of the calling thread's namespace until they are removed (`run`).
+    """Connects network interfaces of the calling thread's namespace until they are removed (`run`).
 
     Args:
         interfaces: their names; none is on a bridge.
         medium: replace the attribute to change it.
-        queue_bytes: what waits for a shared medium; more is dropped.
+        queue_bytes: limit of the queue for a shared medium; more is dropped.
     """
 
     def __init__(self, interfaces: Sequence[str], medium: Medium, queue_bytes: int):
         self.medium, self.queue_bytes = medium, queue_bytes
         self.ports = [_open(name) for name in interfaces]
-        self._port_of: dict[bytes, socket.socket] = {}  # by Ethernet address, as senders show them
-        self._held: list[tuple[float, int, socket.socket, bytes]] = []  # (when it goes on, number, to where, frame)
+        self._port_of: dict[bytes, socket.socket] = {}  # by Ethernet address, learned from senders
+        self._held: list[tuple[float, int, socket.socket, bytes]] = []  # (when to send, number, port, frame)
         self._numbers = itertools.count()
-        self._free_at = 0.0  # when a shared medium has sent what it has taken
+        self._free_at = 0.0  # when a shared medium has sent its queue
 
     def run(self) -> None:
         with contextlib.suppress(OSError):  # on a busy host other processes would delay packets
@@ -61,7 +61,7 @@ class Switch:
             now = time.perf_counter()
             while self._held and self._held[0][0] <= now:
                 _, _, port, frame = heapq.heappop(self._held)
-                with contextlib.suppress(OSError):  # full: dropped, as by any switch
+                with contextlib.suppress(OSError):  # a full queue drops it, as in any switch
                     port.send(frame)
             wait_s = max(0.0, self._held[0][0] - time.perf_counter()) if self._held else None
             for port in select.select(self.ports, [], [], wait_s)[0]:
@@ -102,9 +102,9 @@ def _open(interface: str) -> socket.socket:
 
 
 def finish_checksums(interface: str) -> None:
-    """Lets the kernel finish each packet before it leaves `interface`: the switch passes on what it reads.
+    """Makes the kernel finish each packet before it leaves `interface`, since the switch forwards frames unchanged.
 
-    Otherwise the far end of a cable is told that a packet's checksum, and its cutting into frames, need not be done.
+    Otherwise it marks a packet as needing no checksum and no segmentation by the far end of a cable.
     """
     order = ctypes.create_string_buffer(struct.pack("II", _ETHTOOL_STXCSUM, 0), 8)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:

@@ -1,8 +1,8 @@
 """The worker of one device: it joins the group that the front forms, takes jobs and answers them until told to end.
 
 The launcher forks it (emulated cluster), or torchrun's elastic agent starts it (real host). One thread keeps the line
-to the front: heartbeats, orders, and the end of this process when the front is gone. A worker belongs to one group in
-its life: when the group breaks, the worker ends and another one is started.
+to the front: it sends heartbeats, takes orders, and ends this process when the front is gone. A worker belongs to one
+group in its life: when the group breaks, the worker ends and another one is started.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from detransformer.cluster.pacing import Arrivals
 from detransformer.machine import die_with_parent
 
 COLLECTIVE_ERRORS = ("peer", "gloo", "timed out", "timeout", "broken pipe", "connection")  # words in their messages
-MEMORY_ERRORS = ("allocate memory", "out of memory")  # words in torch's, which are of RuntimeError
+MEMORY_ERRORS = ("allocate memory", "out of memory")  # words in torch's RuntimeErrors
 
 
 def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
     """Runs this worker; never returns.
 
     Args:
-        job: settings common to all workers of a host, as `hosts.Hosts` and `session.EmulatedCluster` make them.
+        job: settings common to all workers of a host, made by `hosts.Hosts` or `session.EmulatedCluster`.
         device: this worker's device in the cluster.
-        starter: id of the process with which this one has to end, where that is not its parent.
+        starter: id of the process with which this one must end, if that is not its parent.
     """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which ends its workers
@@ -51,7 +51,7 @@ def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
     end = End(job, device, words, starter)
     signal.signal(signal.SIGTERM, lambda *_: end())
     line = meet(job, device, end)
-    heard, wakes = socket.socketpair()  # from now on the thread hears SIGTERM, also while the main thread computes
+    heard, wakes = socket.socketpair()  # from now on the thread hears SIGTERM, even while the main thread computes
     wakes.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -87,7 +87,7 @@ def _tell(line: Line, job: int, part: Any) -> None:
 
 
 def join(job: Mapping[str, Any], device: int, order: Mapping[str, Any]) -> WorkerState:
-    """This worker's place in a group, by the front's `order`: the group's number, devices by rank, store's address."""
+    """Joins the group of the front's `order`: the group's number, its devices by rank, the store's address."""
     devices, wait = order["devices"], timedelta(seconds=job["message_s"])
     rank, num_ranks = devices.index(device), len(devices)
     os.environ["GLOO_SOCKET_IFNAME"] = job["interface"]
@@ -103,13 +103,13 @@ def join(job: Mapping[str, Any], device: int, order: Mapping[str, Any]) -> Worke
 
 
 def bound_store(where: str, num_processes: int | None, keeps: bool, wait: timedelta) -> dist.TCPStore:
-    """The store at `where` (ADDRESS:PORT), kept by one process, which listens at that address alone.
+    """The store at `where` (ADDRESS:PORT); the process that `keeps` it listens at that address alone.
 
     TCPStore itself would listen at all addresses of the host.
 
     Raises:
-        OSError: where the address or port cannot be had.
-        torch.distributed.DistError: where nothing answers there.
+        OSError: if the address or port is not available.
+        torch.distributed.DistError: if nothing answers there.
     """
     address, _, port = where.rpartition(":")
     listener = listen(where).detach() if keeps else None
@@ -118,7 +118,7 @@ def bound_store(where: str, num_processes: int | None, keeps: bool, wait: timede
 
 
 def perform(state: WorkerState, header: Mapping[str, Any], payload: bytes) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A job's result and, apart, its tensors."""
+    """Runs a job; returns its result and, separately, its tensors."""
     arguments = dict(header["arguments"])
     if payload:
         arguments["inputs"] = load(payload)
@@ -131,20 +131,20 @@ def resolve(name: str, allowed: str = "detransformer.") -> Callable[..., Any]:
     """The function that a job names: "package.module:function", or one of `cluster.jobs`.
 
     Raises:
-        ValueError: for a module whose name does not begin with `allowed`.
+        ValueError: if the module's name does not begin with `allowed`.
     """
     module, _, function = name.rpartition(":")
     module = module or "detransformer.cluster.jobs"
     if not module.startswith(allowed) or function.startswith("_"):
-        raise ValueError(f"{name} is no job: name a public function of {allowed}, such as run_plan of cluster.jobs.")
+        raise ValueError(f"{name} is not a job: name a public function of {allowed}, such as run_plan of cluster.jobs.")
     return getattr(importlib.import_module(module), function)
 
 
 def blame(error: Exception) -> tuple[str, str]:
-    """An error in a sentence, and whose it is: a peer's (or the link's), this device's, or else the request's own.
+    """An error as a sentence, and its cause: a peer (or the link), this device, or the request.
 
-    A failed collective is a peer's. Memory and files are the device's. Any other error would come again on every device
-    that is asked the same.
+    A failed collective is a peer's; memory and files are the device's. Any other error would recur on every device that
+    gets the same request.
     """
     text = " ".join(str(error).split())
     sentence = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:300]}"
@@ -164,7 +164,7 @@ def keep_line(
 ) -> None:
     """The thread that keeps the line to the front while the main thread computes; ends the process with the front.
 
-    `enough` gets the rows of a job, by its number, that the front wants no more of.
+    `enough` receives, by job number, the rows that the front no longer needs.
     """
     first = f"{job['first']}, the first device,"
 

@@ -1,1 +1,1 @@
-"""The commands: each module declares the options of one or two, typed, and says what they do."""
+"""The commands: each module declares one or more, with typed options, and runs them."""

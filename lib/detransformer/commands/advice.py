@@ -1,4 +1,4 @@
-"""The answer of `detransformer plan --advise`: one screen, each sentence of a price or a saved table."""
+"""The answer of `detransformer plan --advise`: one screen of sentences, each from a price or a saved table."""
 
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ WORDS = {
 def advice(
     original: "PretrainedConfig", decoupled: "PretrainedConfig", profile: "ClusterProfile", wire: str, request: dict
 ) -> "tuple[pd.DataFrame, list[str]]":
-    """What to do with a model on these devices: the prices, and lines of text with the choice and what it costs."""
+    """Advice for a model on these devices: the prices, and lines of text with the choice and its costs."""
     import pandas as pd
 
     from detransformer.planning.cost import alone_seconds

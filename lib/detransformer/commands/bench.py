@@ -1,4 +1,4 @@
-"""`detransformer bench`: methods measured side by side on emulated devices."""
+"""`detransformer bench`: measures methods side by side on emulated devices."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ SHOWN = ("method", "plan", "num_devices", "bandwidth_mbps", "wire", "latency_s",
 SHOWN += ("over_limit", "compute_s", "comm_s", "wait_s", "predicted_s", "collectives", "sent_kib", "weights_mib")
 SHOWN += ("peak_mib", "valid")
 SHORT_KINDS = {"all_reduce": "ar", "all_gather": "ag", "all_to_all": "a2a", "reduce_scatter": "rs", "send": "send"}
-REFERENCES = ("single", "tp", "sp")  # measured in float32 beside methods on another wire
+REFERENCES = ("single", "tp", "sp")  # also measured, in float32, if --wire is another format
 
 
 def bench(
@@ -35,10 +35,10 @@ def bench(
         options.Words,
         typer.Option(parser=options.words_of(METHODS, "all"), help=f"all, or some of {', '.join(METHODS)}."),
     ] = USUAL,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured requests a row.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured requests per row.")] = 5,
     output: options.Output = None,
     timeline: Annotated[
-        Path | None, typer.Option(parser=options.file_to_write, help="CSV file to save what each device did when to.")
+        Path | None, typer.Option(parser=options.file_to_write, help="CSV file for what each device did when.")
     ] = None,
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
@@ -48,17 +48,17 @@ def bench(
     device: options.Preset = None,
     wire: Annotated[Literal[WIRE_FORMATS], typer.Option(help="Number format of messages.")] = "float32",
     delay: Annotated[
-        float | None, typer.Option(min=0, max=10_000, help="One-way, of a packet between two devices, in ms.")
+        float | None, typer.Option(min=0, max=10_000, help="One-way delay of a packet between two devices, in ms.")
     ] = None,
     jitter: Annotated[
-        float | None, typer.Option(min=0, max=10_000, help="How far a packet's delay may lie from it, in ms.")
+        float | None, typer.Option(min=0, max=10_000, help="Largest deviation of a packet's delay from --delay, in ms.")
     ] = None,
     memory: options.Memory = None,
     transport: options.Transport = "auto",
     time_scale: options.TimeScale = None,
     pace: options.Pace = "measured",
 ) -> None:
-    """Measure methods on emulated devices: one row a method and bandwidth, which --output saves as CSV."""
+    """Measure methods on emulated devices: one row per method and bandwidth, which --output saves as CSV."""
     spec = cluster_file(cluster, {"devices": devices, "device": device, "delay": delay, "jitter": jitter})
     if spec and not spec.emulated:
         raise ValueError(
@@ -96,7 +96,7 @@ def bench(
         emulated = EmulatedCluster(num_devices, **alike, **common)
     planned = Bench(emulated, time_scale=time_scale, memory_budget_bytes=options.in_bytes(memory))
     for cell in cells:
-        planned.case(cell)  # or says what does not fit
+        planned.case(cell)  # raises for what does not fit
     with emulated:
         rows = measure_grid(planned, cells, f"{output}.rows.json" if output else None, timeline=timeline)
     if output:
@@ -108,8 +108,8 @@ def bench(
     )
     print(markdown(shown_rows(rows)))
     print(f"Shares of a layer are paced by --pace {pace}.")
-    print("ar all_reduce, ag all_gather, a2a all_to_all, rs reduce_scatter; over limit: of single device / devices;")
-    print("auto speedup: how many times as fast BP+Auto is; intervals: 95%; peak mib: of resident memory.\n")
+    print("ar all_reduce, ag all_gather, a2a all_to_all, rs reduce_scatter; over limit: latency over (single device /")
+    print("devices); auto speedup: how many times as fast BP+Auto is; intervals: 95%; peak mib: resident memory.\n")
     for row in rows[~rows["valid"].astype(bool)].itertuples():
         print(f"not valid: {row.method} at {row.bandwidth_mbps:g} Mbps, {row.wire}: {row.why_invalid}.")
     for line in summary_lines(rows):
@@ -121,9 +121,9 @@ def bench(
 def cells_of(
     model: str, methods: Sequence[str], bandwidths: Sequence[float], num_devices: int, wire: str, **common: Any
 ) -> list["Cell"]:
-    """The rows of one bench; on another wire than float32, with `REFERENCES` in float32 before them.
+    """The rows of one bench; on another wire than float32, `REFERENCES` in float32 come first.
 
-    Of these a decoupled checkpoint runs on one device alone: TP and SP are for unmodified models.
+    Of these, a decoupled checkpoint runs only `single`: TP and SP are for unmodified models.
     """
     from detransformer.cluster.cells import grid
     from detransformer.opening import open_checkpoint
@@ -136,7 +136,7 @@ def cells_of(
 
 
 def shown_rows(rows: "pd.DataFrame") -> "pd.DataFrame":
-    """Bench rows as they are printed; `interval` is the median's 95% interval, from `MIN_SAMPLES` requests on."""
+    """Bench rows as printed; `interval` is the median's 95% interval, for `MIN_SAMPLES` requests or more."""
     from detransformer.record.intervals import bootstrap_median, samples_of
 
     shown = rows.assign(
@@ -173,13 +173,12 @@ def _auto_speedup(row: dict, rows: "pd.DataFrame") -> str:
 
 
 def _collectives(row: dict) -> str:
-    """Such as `4 ag + 8 a2a`."""
     counts = [(row[f"{kind}_count"], short) for kind, short in SHORT_KINDS.items()]
     return " + ".join(f"{count} {short}" for count, short in counts if count) or "-"
 
 
 def summary_lines(rows: "pd.DataFrame") -> list[str]:
-    """BP+Auto against float32 TP and SP, the limit and all other rows: a line for each of its valid rows."""
+    """A line for each valid row of BP+Auto, against float32 TP and SP, the limit and all other rows."""
     lines = []
     valid = rows[rows["valid"].astype(bool)]
     for auto in valid[valid["method"] == "bp+auto"].to_dict("records"):

@@ -1,4 +1,4 @@
-"""`detransformer calibrate`: an encoder of one's own, decoupled with itself as the teacher."""
+"""`detransformer calibrate`: decouples a user's encoder and trains it with the original as the teacher."""
 
 import dataclasses
 import shutil
@@ -12,7 +12,7 @@ from detransformer.files import with_home
 
 MICRO_BATCH = 32  # sequences in one forward pass, at most
 
-SeqLen = Annotated[int, typer.Option(min=8, max=512, help="Tokens of a sequence.")]
+SeqLen = Annotated[int, typer.Option(min=8, max=512, help="Tokens per sequence.")]
 
 
 def calibrate(
@@ -28,22 +28,22 @@ def calibrate(
     original_placement: options.Placement = "last",
     text: options.Texts = None,
     source: options.Source = "auto",
-    tokens: Annotated[float, typer.Option(min=1, help="Text to train on, such as 1e6.")] = 1e6,
+    tokens: Annotated[float, typer.Option(min=1, help="Tokens to train on, such as 1e6.")] = 1e6,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --tokens.")] = None,
     batch_size: options.Samples = 8,
     seq_len: SeqLen = 128,
     learning_rate: options.LearningRate = 1e-3,
-    fit_sequences: Annotated[int, typer.Option(min=0, help="Sequences read by the closed form; 0: none.")] = 256,
-    alone_share: Annotated[float, typer.Option(min=0, max=1, help="Of the steps, with each layer alone.")] = 0.0,
+    fit_sequences: Annotated[int, typer.Option(min=0, help="Sequences for the closed-form fit; 0: none.")] = 256,
+    alone_share: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that train layers alone.")] = 0.0,
     precision: Annotated[
-        Literal["auto", "no", "bf16", "bf16-weights"], typer.Option(help="Of the products; no is float32.")
+        Literal["auto", "no", "bf16", "bf16-weights"], typer.Option(help="Precision of products; no is float32.")
     ] = "auto",
     seed: options.Seed = 0,
     force: options.Force = False,
 ) -> None:
-    """Decouple an encoder and train it to compute what the original does; interrupted, it goes on.
+    """Decouple an encoder and train it to compute what the original does; an interrupted run resumes.
 
-    While it trains, OUTPUT.work beside the output holds what it goes on from.
+    Until it is done, OUTPUT.work beside the output keeps its progress.
     """
     from detransformer.checkpoints import check_output
     from detransformer.models.configuration import decoupled_config, head_of, max_tokens
@@ -53,7 +53,7 @@ def calibrate(
     from detransformer.training.data.text import text_for
 
     structure = num_original_layers, num_divisions, attention_width, original_placement
-    row = ModelRow("minilm", *structure)  # a name that nothing is built from: the sizes are the teacher's
+    row = ModelRow("minilm", *structure)  # the name is a label: the sizes are the teacher's
     folder = find_folder(teacher)
     check_output(output, folder, force)
     opened = open_checkpoint(folder)
@@ -61,7 +61,7 @@ def calibrate(
         print(open_checkpoint(folder, head="base").note)
     if seq_len > max_tokens(opened.config):
         raise ValueError(f"--seq-len {seq_len} is above the model's {max_tokens(opened.config)} positions.")
-    if not opened.decoupled:  # said before any text is read
+    if not opened.decoupled:  # checks sizes before any text is read
         decoupled_config(opened.config, *structure)
     config = calibration.CalibrationConfig(
         num_steps=steps or max(1, round(tokens / (batch_size * seq_len))),
@@ -77,7 +77,7 @@ def calibrate(
     )
     work = output.with_name(f"{output.name}.work")
     data = text_for(folder, text, source, work / "text")
-    print(f"Text: {data.note}. Until it is done, {work} holds what an interrupted run goes on from.")
+    print(f"Text: {data.note}. Until it is done, {work} keeps the progress of an interrupted run.")
     untrained = dataclasses.replace(config, num_steps=0)
     started = calibration.calibrate(folder, row, untrained, data, work)
     result = calibration.calibrate(folder, row, config, data, work, started)

@@ -1,4 +1,4 @@
-"""Trained classifiers that can be decomposed: BERT, GPT-2 and ViT, each with the task that it learned."""
+"""Opens trained classifiers to decompose (BERT, GPT-2, ViT), each with the task that it learned."""
 
 import json
 import re
@@ -21,7 +21,7 @@ FAMILIES = {
 
 
 def family_of(folder: Path) -> str:
-    """`bert`, `gpt2` or `vit`; ValueError for what is no classifier of these."""
+    """`bert`, `gpt2` or `vit`; ValueError if `folder` has no classifier of these."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no checkpoint (no config.json): give a folder of a trained classifier.")
@@ -33,25 +33,25 @@ def family_of(folder: Path) -> str:
     if FAMILIES.get(family) != made_as:
         raise ValueError(
             f"{folder} holds a {made_as or 'model without a head'} ({family}), which is not decomposed: give a "
-            f"classifier that was trained, one of {', '.join(FAMILIES.values())}."
+            f"trained classifier, one of {', '.join(FAMILIES.values())}."
         )
     return family
 
 
 def load_classifier(folder: Path, family: str) -> PreTrainedModel:
-    """The model in float32; ValueError where its weights cannot be read."""
+    """The model in float32; ValueError if its weights cannot be read."""
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         return getattr(transformers, FAMILIES[family]).from_pretrained(folder, dtype=torch.float32).eval()
-    except Exception as error:  # safetensors, torch and transformers each have their own
+    except Exception as error:  # safetensors, torch and transformers raise their own errors
         raise ValueError(f"the weights of {folder} cannot be read ({error}): copy the checkpoint again.") from error
 
 
 def check_labels(folder: Path, task: str) -> None:
-    """Raises ValueError where the classifier's labels are the task's in another order, by their names."""
+    """Raises ValueError if the classifier has the task's labels, by name, in another order."""
     named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
     found = [re.sub(r"\W|_", "", str(named[number])).lower() for number in sorted(named, key=int)]
     for labels in (get_task(task).labels, ("not_equivalent", "equivalent")):  # MRPC's other names
@@ -66,14 +66,14 @@ def check_labels(folder: Path, task: str) -> None:
 def learned_task(
     folder: Path, family: str, task: str | None, source: str, cache: Path, seq_len: int, rows: int | None
 ) -> BoostTask:
-    """What the classifier was trained on, at most `rows` samples of it; text is cut by its own tokenizer.
+    """The classifier's task with at most `rows` samples; text is cut by the classifier's own tokenizer.
 
     Raises:
-        ValueError: for a task that is missing or of another kind, images of another size, no tokenizer.
+        ValueError: for a missing task or one of another kind, images of another size, or no tokenizer.
     """
     if family == "vit":
         if task not in (None, "CIFAR-100"):
-            raise ValueError(f"--task {task} is read, and {folder} looks at images: leave it out, or give CIFAR-100.")
+            raise ValueError(f"--task {task} is for text, and {folder} looks at images: omit it, or give CIFAR-100.")
         size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("image_size")
         if size != IMAGE_SIZE:
             raise ValueError(
@@ -82,7 +82,7 @@ def learned_task(
             )
         return ImageTask(open_images(source, cache).cut(rows))
     if task is None:
-        raise ValueError("--task is missing: say what the model was fine-tuned on, CoLA, SST-2, MRPC or MNLI.")
+        raise ValueError("--task is missing: name what the model was fine-tuned on, CoLA, SST-2, MRPC or MNLI.")
     check_labels(folder, task)
     data = text_for(folder, None, source, cache)
     names = ("input_ids", "attention_mask") + (("token_type_ids",) if family == "bert" else ())

@@ -1,4 +1,4 @@
-"""`detransformer decompose`: a classifier and a cluster in, an ensemble's folder out."""
+"""`detransformer decompose`: makes an ensemble's folder from a classifier and a cluster."""
 
 import json
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 IMAGE_FILE = "preprocessor_config.json"
-NUM_INITIAL = 10  # policies that are tried before the search chooses
+NUM_INITIAL = 10  # policies tried before the search chooses
 
 
 def decompose(
@@ -34,29 +34,25 @@ def decompose(
         Path, typer.Option(parser=options.path, help="Folder to write sub-models, aggregator and plan to.")
     ],
     task: Annotated[
-        str | None, typer.Option(help="What it was trained on: CoLA, SST-2, MRPC or MNLI; a ViT: CIFAR-100.")
+        str | None, typer.Option(help="Task it was trained on: CoLA, SST-2, MRPC or MNLI; a ViT: CIFAR-100.")
     ] = None,
     source: options.Source = "auto",
     budget: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="Share of the model's FLOPs that a device may spend.")
+        float | None, typer.Option(min=0.01, max=1, help="Largest share of the model's FLOPs on one device.")
     ] = None,
     memory: options.Memory = None,
     search: Annotated[
-        Literal["bayesian", "random", "uniform"], typer.Option(help="How policies to try are chosen.")
+        Literal["bayesian", "random", "uniform"], typer.Option(help="How to choose policies to try.")
     ] = "bayesian",
     fill: Annotated[
-        bool, typer.Option("--fill/--no-fill", help="Grow what the search found to --budget or --memory, if given.")
+        bool, typer.Option("--fill/--no-fill", help="Enlarge the found policy to --budget or --memory, if given.")
     ] = True,
-    evaluations: Annotated[int, typer.Option(min=1, help="Policies that are tried.")] = 50,
+    evaluations: Annotated[int, typer.Option(min=1, help="Policies to try.")] = 50,
     latency_weight: Annotated[
-        float, typer.Option(min=0, max=1e6, help="Loss that the whole model's time on the fastest device counts for.")
+        float, typer.Option(min=0, max=1e6, help="Loss that the whole model's time on the fastest device counts as.")
     ] = 1,
-    seq_len: Annotated[
-        int, typer.Option(min=16, max=512, help="Tokens of a request, where the model reads text.")
-    ] = 128,
-    train_rows: Annotated[
-        int | None, typer.Option(min=1, help="Training samples, at most; all where not given.")
-    ] = None,
+    seq_len: Annotated[int, typer.Option(min=16, max=512, help="Tokens per request, if the model reads text.")] = 128,
+    train_rows: Annotated[int | None, typer.Option(min=1, help="Maximum of training samples; default: all.")] = None,
     steps: options.Steps = 2000,
     batch_size: options.Samples = 64,
     learning_rate: options.LearningRate = 5e-4,
@@ -64,18 +60,18 @@ def decompose(
         Literal["boosting", "published", "none"], typer.Option(help="Sample weights; published is Eq. 13 as printed.")
     ] = "boosting",
     targets: Annotated[
-        Literal["hard", "soft"], typer.Option(help="The model's decisions (Eq. 14), or its probabilities.")
+        Literal["hard", "soft"], typer.Option(help="Teach the model's decisions (hard, Eq. 14) or its probabilities.")
     ] = "hard",
     aggregator: Annotated[
-        Literal["coformer", "attention", "senet", "average", "majority"], typer.Option(help="What joins the answers.")
+        Literal["coformer", "attention", "senet", "average", "majority"], typer.Option(help="Combines the answers.")
     ] = "coformer",
     seed: options.Seed = 0,
     force: options.Force = False,
 ) -> None:
-    """Decompose a classifier into a sub-model for each device, calibrate them, and train what joins their answers.
+    """Decompose a classifier into a sub-model for each device, calibrate them, and train the aggregator.
 
-    Each sub-model is calibrated by --steps optimizer steps. Until all is done, OUTPUT.work beside the output holds
-    what an interrupted run goes on from.
+    Each sub-model is calibrated by --steps optimizer steps. Until all is done, OUTPUT.work beside the output keeps the
+    progress; an interrupted run resumes.
     """
     from detransformer.checkpoints import check_output
     from detransformer.cluster.spec import ClusterSpec
@@ -112,7 +108,7 @@ def decompose(
     learned = learned_task(checkpoint, family, task, source, work / "data", seq_len, train_rows)
     if learned.num_classes != model.config.num_labels:
         raise ValueError(
-            f"{checkpoint} tells {model.config.num_labels} classes apart, and {learned.name} has "
+            f"{checkpoint} has {model.config.num_labels} classes, and {learned.name} has "
             f"{learned.num_classes}: give a model that was fine-tuned on it."
         )
     original = Original.of(model.config, None if family == "vit" else seq_len)
@@ -122,7 +118,7 @@ def decompose(
         Limits.share(original, budget or math.inf, len(profile.devices)).flops,
         tuple(min(device.memory_bytes, most_bytes) for device in profile.devices),
     )
-    print(f"Task: {learned.name}. Until it is done, {work} holds what an interrupted run goes on from.")
+    print(f"Task: {learned.name}. Until it is done, {work} keeps the progress of an interrupted run.")
     key = config_hash(
         *(search, seed, limits, profile, learned.fingerprint, weights_hash(model), searching, latency_weight)
     )
@@ -134,7 +130,7 @@ def decompose(
     history = work / f"search-{key[:8]}.json"
     found = search_policy(evaluator, original, len(profile.devices), searching, limits, search, history, progress=True)
     policy, grown = found.best_policy, fill and bool(budget or memory)
-    if grown:  # the loss that is searched by says little of a size's loss after calibration (notebook 11)
+    if grown:  # the search's loss says little about a size's loss after calibration (notebook 11)
         policy = filled(policy, original, limits)
     times = latency(policy, original, profile)
     print(f"\n{search} search, {len(found.policies)} policies{', the best filled up' if grown else ''}:\n")
@@ -144,7 +140,7 @@ def decompose(
         f"\npredicted: {1e3 * times.total_s:.4g} ms a request; the whole model {1e3 * whole_s:.4g} ms on "
         f"{spec.names[fastest]}, the fastest device{slower}.\n"
     )
-    aggregation = AggregatorConfig(drop=0.1)  # some answers come without a device
+    aggregation = AggregatorConfig(drop=0.1)  # trains for answers without some device
     made = calibrate_policy(model, policy, learned, boosting, aggregation, work / "sub-models", aggregator)
     (said,) = collect_outputs([model], learned, "test", work / "sub-models").logits
     large = learned.score(said.argmax(-1).numpy())
@@ -178,7 +174,7 @@ def decompose(
 
 
 def latency_table(policy: "Policy", original: "Original", times: "Latency", names: Sequence[str]) -> "pd.DataFrame":
-    """C_n by device, what it costs, and the predicted milliseconds of each phase."""
+    """One row per device: its sub-model C_n, the costs of C_n, and the predicted milliseconds of each phase."""
     import pandas as pd
 
     from detransformer.coformer.policy import flops, memory_bytes
@@ -204,7 +200,7 @@ def latency_table(policy: "Policy", original: "Original", times: "Latency", name
 def score_table(
     made: "Calibrated", metric: str, large: float, lost: "pd.DataFrame", names: Sequence[str]
 ) -> "pd.DataFrame":
-    """Scores of the large model and of each sub-model alone, and the accuracies of `missing_table`."""
+    """Scores of the large model and each sub-model alone, and the accuracies of `missing_table`."""
     import pandas as pd
 
     rows = [("the large model", metric, large)]

@@ -1,4 +1,4 @@
-"""`detransformer decouple`: a checkpoint converted by slicing its weights."""
+"""`detransformer decouple`: converts a checkpoint by slicing its weights."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,7 @@
 """Options that several commands share, and the sentence for a value that an option does not take.
 
 A command declares an option once, as a typed argument. typer reads and checks it: numbers by `min` and `max`, words by
-a `Literal`. What else there is to read has a parser here; its ValueError begins with the word that is at fault.
+a `Literal`. Other values have a parser here, whose ValueError begins with the faulty word.
 """
 
 import json
@@ -21,26 +21,26 @@ MAX_MEMORY_MIB = 2**24
 
 
 class Words(tuple[str, ...]):
-    """Words that were separated by commas."""
+    """Words given with commas between them."""
 
 
 FLOAT32 = Words(("float32",))
 
 
 class Rates(tuple[float, ...]):
-    """Link rates in Mbps that were separated by commas."""
+    """Link rates in Mbps given with commas between them."""
 
 
 # --- Parsers ------------------------------------------------------------------------------------------------------
 
 
 def path(text: str) -> Path:
-    """A parser of a file's or folder's path, in which ~ is the home folder."""
+    """Parses a path; ~ is the home folder."""
     return Path(with_home(text))
 
 
 def utf8(text: str) -> str:
-    """A parser of text for a model; ValueError for bytes of another encoding, which Python keeps as lone surrogates."""
+    """Parses text for a model; ValueError for another encoding, whose bytes Python keeps as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ def utf8(text: str) -> str:
 
 
 def words_of(choices: tuple[str, ...], everything: str | None = None) -> Callable[[str | Words], Words]:
-    """A parser of words separated by commas, each one of `choices`; the word `everything` stands for all of them."""
+    """A parser of words separated by commas, each one of `choices`; the word `everything` means all of them."""
 
     def parse(text: str | Words) -> Words:
         found = [word.strip() for word in text.split(",") if word.strip()] if isinstance(text, str) else text
@@ -75,7 +75,7 @@ def number_in(text: str, least: float, most: float) -> float:
 
 
 def rates(text: str) -> Rates:
-    """A parser of link rates in Mbps, separated by commas."""
+    """Parses link rates in Mbps, separated by commas."""
     found = [number_in(word, *BANDWIDTH_LIMITS_MBPS) for word in text.split(",") if word.strip()]
     if not found:
         raise ValueError("is empty; give numbers separated by commas.")
@@ -83,12 +83,12 @@ def rates(text: str) -> Rates:
 
 
 def scale_or_auto(text: str) -> float | None:
-    """A parser of a time scale; None is `auto`."""
+    """Parses a time scale; None is `auto`."""
     return None if text == "auto" else number_in(text, 0.1, 64)
 
 
 def file_to_write(text: str) -> Path:
-    """A parser of a file's path that fails before an hour of measuring, not after it, where none can be written."""
+    """Parses a file's path; fails at once, not after an hour of measuring, if it cannot be written."""
     file = path(text)
     if file.is_dir():
         raise ValueError(f"{text} is a folder; give a file name.")
@@ -104,7 +104,7 @@ def file_to_write(text: str) -> Path:
 
 
 def read_plan(text: str) -> dict:
-    """A parser of a file of `detransformer plan --output` or `run --output`, or of a plan's fields alone."""
+    """Parses a file of `detransformer plan --output` or `run --output`, or of a plan's fields alone."""
     try:
         fields = json.loads(path(text).read_text(encoding="utf-8"))
         fields = fields.get("plan", fields)
@@ -116,7 +116,7 @@ def read_plan(text: str) -> dict:
 
 
 def in_bytes(mib: float | None) -> int | None:
-    """What `--memory` says, in bytes."""
+    """`--memory` in bytes."""
     return None if mib is None else int(mib * 2**20)
 
 
@@ -124,8 +124,8 @@ def in_bytes(mib: float | None) -> int | None:
 
 
 def sentence(error: typer.BadParameter) -> str | None:
-    """Such as `--devices 0 is out of range; give 1 or more.`; None where the error is not of an option's value."""
-    if not hasattr(error.__cause__, "errors"):  # pydantic's ValidationError, which typer reads values by
+    """Such as `--devices 0 is out of range; give 1 or more.`; None if the error is not about an option's value."""
+    if not hasattr(error.__cause__, "errors"):  # pydantic's ValidationError, by which typer reads values
         return None
     (found, *_) = error.__cause__.errors(include_url=False)
     param, kind = error.param, found["type"]
@@ -147,63 +147,61 @@ def _range(least: float | None, most: float | None) -> str:
 # --- Options that several commands have -----------------------------------------------------------------------------
 
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")]
-Memory = Annotated[float | None, typer.Option(min=1, max=MAX_MEMORY_MIB, help="Of each device in MiB; else its own.")]
+Memory = Annotated[float | None, typer.Option(min=1, max=MAX_MEMORY_MIB, help="MiB per device; default: its own.")]
 Layers = Annotated[int, typer.Option(min=1, help="Nb, the layers that stay original.")]
 Divisions = Annotated[int, typer.Option(min=1, help="Ndiv, the sub-blocks of a decoupled layer.")]
-Width = Annotated[AttentionWidth, typer.Option(help="Of a sub-block; full is published.")]
-Placement = Annotated[OriginalPlacement, typer.Option(help="Original layers; the last of each group is published.")]
+Width = Annotated[AttentionWidth, typer.Option(help="Attention width of a sub-block; full is published.")]
+Placement = Annotated[OriginalPlacement, typer.Option(help="Which layers stay original; published: last of a group.")]
 
 # of bench, plan and profile
 _MADE = [name for name in PRESETS if name not in PLANNING_ONLY]
 Model = Annotated[str, typer.Option(parser=with_home, help=f"One of {', '.join(_MADE)}, or a checkpoint folder.")]
 ClusterFile = Annotated[
-    Path | None, typer.Option(parser=path, help="Cluster file, instead of --devices, --device, --bandwidth.")
+    Path | None, typer.Option(parser=path, help="Cluster file, in place of --devices, --device, --bandwidth.")
 ]
-Devices = Annotated[int | None, typer.Option(min=1, help="How many devices, all alike; 4 where not given.")]
+Devices = Annotated[int | None, typer.Option(min=1, help="Number of equal devices; default: 4.")]
 Bandwidth = Annotated[
     Rates | None,
-    typer.Option(parser=rates, help="Link rates in Mbps, separated by commas; of --cluster, or 125, where not given."),
+    typer.Option(parser=rates, help="Link rates in Mbps, separated by commas; default: of --cluster, else 125."),
 ]
-Preset = Annotated[Literal[tuple(DEVICES)] | None, typer.Option(help="Its figures; rpi4b where not given.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of a request.")]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences of a request.")]
+Preset = Annotated[Literal[tuple(DEVICES)] | None, typer.Option(help="Preset of the devices; default: rpi4b.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens per request.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences per request.")]
 Pace = Annotated[
     Literal[PACES],
-    typer.Option(help="A share of a layer takes as long as measured on a core, or as its operations and bytes say."),
+    typer.Option(help="Time of a layer's share: as measured on a core, or by its operations and bytes."),
 ]
 
 # of commands on a cluster
-Cluster = Annotated[Path, typer.Option(parser=path, help="Cluster file; examples/ has some to begin with.")]
-Folder = Annotated[
-    str, typer.Option(parser=with_home, help="Folder of the checkpoint, on every host a copy of its own.")
-]
-Host = Annotated[str | None, typer.Option(help="Which device of the file this host is; else by its addresses.")]
-Plan = Annotated[dict | None, typer.Option(parser=read_plan, help="JSON file with the plan, of `plan --output`.")]
+Cluster = Annotated[Path, typer.Option(parser=path, help="Cluster file; examples/ has some to start from.")]
+Folder = Annotated[str, typer.Option(parser=with_home, help="Folder of the checkpoint; every host needs a copy.")]
+Host = Annotated[str | None, typer.Option(help="Which device of the file this host is; default: by its addresses.")]
+Plan = Annotated[dict | None, typer.Option(parser=read_plan, help="JSON file of `plan --output` with the plan.")]
 Wires = Annotated[
     Words, typer.Option(parser=words_of(WIRE_FORMATS), help=f"Formats of messages: some of {','.join(WIRE_FORMATS)}.")
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, max=1024, help="Of each device's compute; all cores of a host, 1 where emulated, by default."),
+    typer.Option(min=1, max=1024, help="Compute threads per device; default: all cores of a host, 1 if emulated."),
 ]
 Transport = Annotated[
     Literal["auto", "namespaces", "loopback"], typer.Option(help="How emulated devices reach each other.")
 ]
 TimeScale = Annotated[
     float | None,
-    typer.Option(parser=scale_or_auto, show_default="auto", help="Emulated: auto, or how many times slower all runs."),
+    typer.Option(parser=scale_or_auto, show_default="auto", help="Emulated: auto, or the factor of slowdown."),
 ]
-Output = Annotated[Path | None, typer.Option(parser=file_to_write, help="File to save it to.")]
+Output = Annotated[Path | None, typer.Option(parser=file_to_write, help="File to save the result to.")]
 
 # of training
 Source = Annotated[
-    Literal["auto", "mirror", "hub", "built-in"], typer.Option(help="Where data come from, if not from --text.")
+    Literal["auto", "mirror", "hub", "built-in"], typer.Option(help="Source of the data, if not --text.")
 ]
 Texts = Annotated[
     list[Path] | None,
-    typer.Option(parser=path, help="Text file (an article a line) or folder of them; may be repeated."),
+    typer.Option(parser=path, help="Text file (one article per line) or folder of them; may be repeated."),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
-Samples = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences or samples of a step.")]
-LearningRate = Annotated[float, typer.Option(help="Its peak, of AdamW.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the order of data and of what is drawn.")]
+Samples = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences or samples per step.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the data's order and of random draws.")]

@@ -1,4 +1,4 @@
-"""`detransformer plan` and `profile`: what is predicted of a model on a cluster, and measured to predict it."""
+"""`detransformer plan` and `profile`: predicts a model's plans on a cluster, and measures what predictions need."""
 
 import json
 import platform
@@ -43,22 +43,22 @@ def plan(
     seq_len: options.Tokens = 128,
     batch_size: options.Batch = 1,
     wire: options.Wires = options.FLOAT32,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what limits the chosen plan.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what limits the chosen plan.")] = False,
     advise: Annotated[
-        bool, typer.Option("--advise", help="Say whether decoupling or compressing is worth it, and what it costs.")
+        bool, typer.Option("--advise", help="Show whether decoupling or compressing pays, and what it costs.")
     ] = False,
     output: options.Output = None,
     pace: options.Pace = "measured",
 ) -> None:
-    """Predict every plan for a model on a cluster and say which is chosen; --output saves that one as JSON.
+    """Predict all plans for a model on a cluster and choose one, which --output saves as JSON.
 
-    --advise compares the unmodified model, the decoupled one, and both with compressed messages (of --wire, else int8).
+    --advise compares the unmodified model, the decoupled one, and both with compressed messages (--wire, else int8).
     """
     spec = cluster_file(cluster, {"devices": devices, "device": device, "profile": profile})
     num_devices = len(spec.members) if spec else devices or 4
     rates = bandwidths_of(bandwidth, spec)
     if output and len(rates) > 1:
-        raise ValueError(f"--output {output} takes the plan of one bandwidth, and --bandwidth names several.")
+        raise ValueError(f"--output {output} takes the plan of one bandwidth, and --bandwidth names several: give one.")
     if output and advise:
         raise ValueError(f"--output {output} takes a plan, and --advise compares several: leave one of them out.")
 
@@ -136,13 +136,13 @@ def _lines(placement: "Placement", planning_s: float) -> list[str]:
     return [
         markdown(rows.drop_duplicates(["method", "devices"])[shown]),
         f"\nchosen: {chosen.plan.method} ({chosen.plan.describe()}), {chosen.prediction.latency_s:.3f} s: "
-        f"the fastest of {len(rows)} looked at that fit; planned in {planning_s:.2f} s.",
+        f"the fastest that fits of {len(rows)} plans; planned in {planning_s:.2f} s.",
         *(f"{sentence}." for sentence in placement.left_out),
     ]
 
 
 def _listed(devices: Sequence[int]) -> str:
-    """Such as `0+1+3`, or how many they are."""
+    """Such as `0+1+3`, or their number."""
     return "+".join(map(str, devices)) if len(devices) <= MAX_LISTED else f"{len(devices)} devices"
 
 
@@ -151,12 +151,12 @@ def profile(
     model: options.Model = "bert-base",
     cluster: options.ClusterFile = None,
     devices: Annotated[
-        int | None, typer.Option(min=2, max=MAX_PROFILED, help="How many devices, all alike; 4 where not given.")
+        int | None, typer.Option(min=2, max=MAX_PROFILED, help="Number of equal devices; default: 4.")
     ] = None,
     bandwidth: options.Bandwidth = None,
     device: Annotated[
         Literal[("host", *DEVICES)] | None,
-        typer.Option(help="host is measured, and the default; the others have their published figures."),
+        typer.Option(help="host (the default) is measured; the others have their published figures."),
     ] = None,
     num_original_layers: options.Layers = 4,
     num_divisions: options.Divisions = 4,
@@ -164,8 +164,8 @@ def profile(
 ) -> None:
     """Measure what the planner needs: operations on this host and collectives over the links.
 
-    Of a cluster file of real hosts, this host is measured, and its links are assumed as the file says; of an emulated
-    one, the rates are those of its devices.
+    For a cluster file of real hosts, this host is measured and the links are assumed as the file says; for an emulated
+    one, the file's devices give the rates.
     """
     spec = cluster_file(cluster, {"devices": devices, "device": device})
     num_devices = len(spec.members) if spec else devices or 4
@@ -192,7 +192,7 @@ def profile(
     for name, rate, source in dict.fromkeys((c.name, c.flops_per_s, c.source) for c in computes):
         print(f"{name}: {rate / 1e9:.1f} GFLOP/s ({source})")
     link = LinkProfile(mbps * 1e6, shared=bool(spec and spec.link.shared))
-    # with equal links, whatever their shares
+    # measured with equal links, whatever their shares
     emulated = EmulatedCluster(num_devices, bandwidth_bps=link.bandwidth_bps, shared=link.shared)
     if emulated.transport == "namespaces" and not (spec and not spec.emulated):
         with emulated:
@@ -211,7 +211,7 @@ def profile(
     print(f"saved to {output}")
 
 
-# --- What bench needs too -------------------------------------------------------------------------------------------
+# --- Shared with bench ----------------------------------------------------------------------------------------------
 
 
 def config_of(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> "PretrainedConfig":
@@ -225,28 +225,28 @@ def config_of(model: str, num_original_layers: int, num_divisions: int, attentio
 
 
 def cluster_file(path: Path | None, beside: Mapping[str, Any]) -> "ClusterSpec | None":
-    """The file of `--cluster`; ValueError where an option `beside` it says what the file says."""
+    """The file of `--cluster`; ValueError if an option `beside` it is given that the file sets."""
     from detransformer.cluster.spec import ClusterSpec
 
     if path is None:
         return None
     for name, value in beside.items():
         if value is not None:
-            raise ValueError(f"--{name} {value} stands beside --cluster, which says that already; leave one out.")
+            raise ValueError(f"--{name} {value} cannot be combined with --cluster, which sets it; leave one out.")
     return ClusterSpec.load(path)
 
 
 def bandwidths_of(given: Sequence[float] | None, spec: "ClusterSpec | None") -> Sequence[float]:
-    """Link rates in Mbps: of `--bandwidth`, else the file's, else 125."""
+    """Link rates in Mbps: those of `--bandwidth`, else the file's, else 125."""
     return given or [spec.bandwidth_bps / 1e6 if spec else 125.0]
 
 
 def on_devices(specs: Sequence[DeviceSpec]) -> str:
-    """Such as `4 x Raspberry Pi 4B`, or a list where they differ."""
+    """Such as `4 x Raspberry Pi 4B`, or a list if they differ."""
     alike = len({spec.hardware for spec in specs}) == 1
     return f"{len(specs)} x {describe_devices(specs)}" if alike else describe_devices(specs)
 
 
 def markdown(frame: "pd.DataFrame") -> str:
-    """A table with four digits a number."""
+    """A Markdown table with four digits per number."""
     return frame.to_markdown(index=False, floatfmt=".4g")

@@ -1,4 +1,4 @@
-"""`detransformer reproduce`, `figures` and `doctor`: the notebooks, and what this machine can do."""
+"""`detransformer reproduce`, `figures` and `doctor`: run the notebooks, redraw a run, check this machine."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +14,9 @@ def reproduce(
         str, typer.Option(parser=with_home, help="quick, reference, laptop, paper, or a YAML file's path.")
     ] = "quick",
     only: Annotated[list[str] | None, typer.Option(help="Run only this notebook, e.g. 06; may be repeated.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Run also what has not changed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Rerun unchanged notebooks, too.")] = False,
     output: Annotated[
-        Path | None, typer.Option(parser=options.path, help="Folder of the run; results/PROFILE where not given.")
+        Path | None, typer.Option(parser=options.path, help="Folder of the run; default: results/PROFILE.")
     ] = None,
 ) -> None:
     """Run the notebooks in order into results/<run>/: tables, figures, executed notebooks, manifest."""
@@ -28,14 +28,14 @@ def reproduce(
 def figures(
     run: Annotated[str, typer.Argument(parser=with_home, help="Folder of a run.")] = "results/reference",
 ) -> None:
-    """Draw a run's figures anew from its saved tables, executing every notebook with nothing measured."""
+    """Redraw a run's figures from its saved tables: executes every notebook without measuring."""
     from detransformer.reproduce import redraw
 
     redraw(run)
 
 
 def doctor() -> None:
-    """Say what this machine can do, and what to do about what it cannot."""
+    """Check what this machine can do, and name a remedy for each limit."""
     from detransformer.doctor import examine, report
 
     print(report(examine()))

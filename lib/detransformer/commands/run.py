@@ -1,4 +1,4 @@
-"""`detransformer run`: one request over a cluster's devices. On a host it loads no torch: its worker does."""
+"""`detransformer run`: one request over a cluster's devices. On a real host it imports no torch: its worker does."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from detransformer.commands import options
 from detransformer.files import with_home
 from detransformer.presets import PRESETS
 
-ENSEMBLE_FILE = "ensemble.json"  # in a folder of `detransformer decompose`
+ENSEMBLE_FILE = "ensemble.json"  # in a folder that `detransformer decompose` made
 
 
 def run(
@@ -19,25 +19,25 @@ def run(
     model: options.Folder,
     host: options.Host = None,
     text: Annotated[
-        str | None, typer.Option(parser=options.utf8, help="What the model is asked; needs a tokenizer in its folder.")
+        str | None, typer.Option(parser=options.utf8, help="Text for the model, whose folder needs a tokenizer.")
     ] = None,
     image: Annotated[
-        str | None, typer.Option(parser=with_home, help="What an ensemble of `decompose` looks at: a picture file.")
+        str | None, typer.Option(parser=with_home, help="Image file for an ensemble of `decompose`.")
     ] = None,
     context: Annotated[
         str | None, typer.Option(parser=options.utf8, help="The passage that a question is about.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Instead of a text so many random tokens; 128 by default.")
+        int | None, typer.Option(min=1, help="Number of random tokens, instead of a text; default: 128.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="auto (the fastest plan of all), or one by name: single, tp, sp, bp+tp, bp+paper, ...")
+        str, typer.Option(help="auto (the fastest plan), or one by name: single, tp, sp, bp+tp, bp+paper, ...")
     ] = "auto",
     plan: options.Plan = None,
     wire: options.Wires = options.FLOAT32,
     memory: options.Memory = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measured requests.")] = 5,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens by which a GPT-2 goes on.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a GPT-2 generates.")] = 64,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the whole model on the first device (or this machine).")
     ] = False,
@@ -47,12 +47,11 @@ def run(
     transport: options.Transport = "auto",
     time_scale: options.TimeScale = None,
 ) -> None:
-    """Answer a request over a cluster's devices: start the same command on every host of the file.
+    """Answer a request over a cluster's devices: start the same command on every host of the file, in any order.
 
-    The order does not matter. The first device of the file decides what is asked and how it is planned, and prints the
-    answer, which --output saves with latency and plan as JSON; the others wait for it. If a host does not come or is
-    lost, all end with one sentence that names it. Of a file with `emulated: true` all devices are processes of this
-    machine, and the command is started once.
+    The first device of the file decides on the request and its plan and prints the answer, which --output saves with
+    latency and plan as JSON; the others wait for it. If a host does not come or is lost, all end with one sentence that
+    names it. For a file with `emulated: true`, start the command once: all devices are processes of this machine.
     """
     from detransformer.cluster.request import Request
     from detransformer.cluster.run import run_emulated, run_on_hosts
@@ -61,25 +60,25 @@ def run(
     from detransformer.opening import find_folder
 
     if text is not None and tokens is not None:
-        raise ValueError(f"--tokens {tokens} stands beside --text; give a text or a number of random tokens.")
+        raise ValueError(f"--tokens {tokens} cannot be combined with --text; give a text or a number of random tokens.")
     if image is not None and (text is not None or tokens is not None):
-        raise ValueError(f"--image {image} stands beside --text or --tokens; give what the model takes.")
+        raise ValueError(f"--image {image} cannot be combined with --text or --tokens; give what the model takes.")
     if context is not None and text is None:
-        raise ValueError("--context needs --text, the question that it answers.")
+        raise ValueError("--context needs --text, the question about it.")
     spec = ClusterSpec.load(cluster)
     if model in PRESETS and not Path(model).is_dir():
         raise ValueError(f"--model {model} is a preset with random weights, for bench and plan; give a model's folder.")
-    # On a real host that lacks the folder, its worker says so, and all hosts hear of it.
+    # If a real host lacks the folder, its worker reports that to all hosts.
     with contextlib.nullcontext() if spec.emulated else contextlib.suppress(ValueError):
         model = str(find_folder(model))
     ensemble = (Path(model) / ENSEMBLE_FILE).is_file()
     if image is not None and not ensemble:
-        raise ValueError(f"--image {image} is for an ensemble, and {model} is none: make one with `decompose`.")
+        raise ValueError(f"--image {image} is for an ensemble, and {model} is not one: make one with `decompose`.")
     if spec.emulated and host:
-        raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
+        raise ValueError(f"--host {host} is for real hosts, and {cluster} lists emulated devices; leave it out.")
     if ensemble and not spec.emulated:
         raise ValueError(
-            f"{model} is an ensemble, which runs on emulated devices alone, and {cluster} lists real hosts: set "
+            f"{model} is an ensemble, which runs only on emulated devices, and {cluster} lists real hosts: set "
             "emulated: true in a copy of it."
         )
     request = Request(

@@ -1,4 +1,4 @@
-"""`detransformer serve`: a model behind HTTP on a cluster's devices, for as long as it is let."""
+"""`detransformer serve`: serves a model over HTTP on a cluster's devices until it is stopped."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ import typer
 
 from detransformer.commands import options
 
-TOKEN = "DETRANSFORMER_TOKEN"  # environment variable: what who asks must show
+TOKEN = "DETRANSFORMER_TOKEN"  # environment variable with the token that clients must show
 
 
 def serve(
@@ -20,33 +20,31 @@ def serve(
     model: options.Folder,
     host: options.Host = None,
     listen: Annotated[str, typer.Option(help="Address of the HTTP server, on the file's first device.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65_535, help="Its port.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Port of the HTTP server.")] = 8000,
     token_file: Annotated[
         Path | None,
         typer.Option(
-            parser=options.path, help=f"File with the token that requests show; {TOKEN}, or a new one, by default."
+            parser=options.path, help=f"File with the token that requests show; default: {TOKEN}, else a new one."
         ),
     ] = None,
     secret_file: Annotated[
         Path | None,
-        typer.Option(parser=options.path, help="Real hosts: file with the secret of the cluster, the same on all."),
+        typer.Option(parser=options.path, help="Real hosts: file with the cluster's secret, the same on all."),
     ] = None,
-    method: Annotated[str, typer.Option(help="auto (the fastest plan of all), or one by name, as of run.")] = "auto",
+    method: Annotated[str, typer.Option(help="auto (the fastest plan), or one by name, as for run.")] = "auto",
     plan: options.Plan = None,
-    seq_len: Annotated[
-        int, typer.Option(min=1, max=8192, help="Tokens of a usual request, which is planned for.")
-    ] = 128,
+    seq_len: Annotated[int, typer.Option(min=1, max=8192, help="Tokens of a usual request, for planning.")] = 128,
     queue: Annotated[
-        int, typer.Option(min=1, max=100_000, help="Requests that wait at most; further ones are refused with 503.")
+        int, typer.Option(min=1, max=100_000, help="Maximum of waiting requests; further ones are refused with 503.")
     ] = 64,
-    batch: Annotated[int, typer.Option(min=1, max=1024, help="Requests answered together, at most.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Maximum of requests answered together.")] = 8,
     threads: options.Threads = None,
-    time_scale: Annotated[float, typer.Option(min=0.1, max=64, help="Emulated: how many times slower all runs.")] = 1,
+    time_scale: Annotated[float, typer.Option(min=0.1, max=64, help="Emulated: factor of slowdown.")] = 1,
 ) -> None:
-    """Serve a model over HTTP on a cluster's devices; what comes and goes among them is planned around.
+    """Serve a model over HTTP on a cluster's devices, and replan when devices come or go.
 
-    On real hosts the same command is started on every one. The first device of the file has the HTTP server; while it
-    is there, every request that was accepted is answered, by the devices that are left.
+    On real hosts, start the same command on every one. The first device of the file has the HTTP server; while it is
+    up, the remaining devices answer every accepted request.
     """
     from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
     from detransformer.cluster.spec import ClusterSpec
@@ -58,11 +56,11 @@ def serve(
         interfaces = own_interfaces()
         own = own_rank(spec, host, interfaces)
         if secret_file is None:
-            raise ValueError(f"{cluster} is of real hosts: give --secret-file, a file with the same secret on all.")
+            raise ValueError(f"{cluster} lists real hosts: give --secret-file, a file with the same secret on all.")
         options |= {"own": own, "secret": _secret(secret_file), "interface": interface_of(spec, own, interfaces)}
         options["threads"] = threads or os.cpu_count() or 1
     elif host:
-        raise ValueError(f"--host {host} is for real hosts, and {cluster} is of emulated devices; leave it out.")
+        raise ValueError(f"--host {host} is for real hosts, and {cluster} lists emulated devices; leave it out.")
 
     from detransformer.opening import find_folder, open_checkpoint
     from detransformer.service.http import build_app, server_config
@@ -89,12 +87,12 @@ def serve(
 def _listener(address: str, port: int) -> socket.socket:
     """
     Raises:
-        ValueError: where this host has no such address, or something listens there already.
+        ValueError: if this host has no such address, or something listens there already.
     """
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         return socket.create_server((address, port), family=family)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no host name can be so long
+    except (OSError, UnicodeError) as error:  # UnicodeError: the host name is too long
         why = getattr(error, "strerror", None) or error
         raise ValueError(
             f"cannot listen at {address} port {port} ({why}): choose another --listen or --port."
@@ -102,7 +100,7 @@ def _listener(address: str, port: int) -> socket.socket:
 
 
 def _token(file: Path | None) -> str:
-    """From a file, the environment, or made anew and shown once."""
+    """The token from a file or the environment, or a new one, which is shown once."""
     if file:
         return _secret(file)
     if given := os.environ.get(TOKEN):
@@ -115,17 +113,17 @@ def _token(file: Path | None) -> str:
 def _secret(file: Path) -> str:
     """
     Raises:
-        ValueError: where the file is missing, short, or readable by others.
+        ValueError: if the file is missing, short, or readable by others.
     """
     if not file.is_file():
-        raise ValueError(f"{file} is no file: make one, such as by `openssl rand -hex 32 > {file}; chmod 600 {file}`.")
+        raise ValueError(f"{file} is not a file: make one, as by `openssl rand -hex 32 > {file}; chmod 600 {file}`.")
     if file.stat().st_mode & 0o077:
         raise ValueError(f"{file} can be read by others: chmod 600 {file}.")
     return _checked(file.read_text(encoding="utf-8", errors="replace"), file)
 
 
 def _checked(text: str, place: str | Path) -> str:
-    """A secret from `place`, without white space around it; ValueError where it is short or not ASCII."""
+    """A secret from `place`, without white space around it; ValueError if it is short or not ASCII."""
     secret = text.strip()
     if len(secret) < 16 or not secret.isascii():
         raise ValueError(f"{place} has {len(secret)} characters; give 16 or more, all ASCII.")

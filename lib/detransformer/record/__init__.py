@@ -1,1 +1,1 @@
-"""What results are held against: the papers' values, and the one rule that judges ours."""
+"""The papers' values, the one rule that judges ours against them, and the record of a run."""

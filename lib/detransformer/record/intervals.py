@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap intervals of speedups, and intervals of means over seeds."""
+"""Bootstrap intervals of speedups and medians, and intervals of means over seeds."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 LEVEL = 0.95
-MIN_SAMPLES = 10  # requests of each method, below which a speedup has no interval
+MIN_SAMPLES = 10  # requests per method; with fewer, a speedup has no interval
 NUM_ERRORS = 2  # standard errors on each side of a mean over seeds
 
 
@@ -16,15 +16,15 @@ def bootstrap_ratio(
 ) -> tuple[float, float]:
     """A 95% bootstrap percentile interval of median(numerator) / median(denominator).
 
-    Sample i of both belongs to round i of interleaved requests, so rounds are drawn, not samples: what slows a round
-    slows both.
+    Sample i of both belongs to round i of interleaved requests, so rounds are resampled: a disturbance of a round slows
+    both.
 
     Raises:
         ValueError: if the two have different lengths, or none.
     """
     above, below = (np.asarray(samples, dtype=float) for samples in (numerator_samples, denominator_samples))
     if above.shape != below.shape or above.ndim != 1 or not len(above):
-        raise ValueError(f"{above.size} and {below.size} samples cannot be paired; give one of each a round.")
+        raise ValueError(f"{above.size} and {below.size} samples cannot be paired; give one of each per round.")
     rounds = np.random.default_rng(seed).integers(0, len(above), (resamples, len(above)))
     ratios = np.median(above[rounds], axis=1) / np.median(below[rounds], axis=1)
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -41,14 +41,14 @@ def bootstrap_median(samples: Sequence[float], seed: int = 0, resamples: int = 2
 
 
 def samples_of(cell: object) -> list[float]:
-    """The samples that a table's cell holds as a JSON list; empty where it holds none."""
+    """The samples in a table's cell, a JSON list; empty if it has none."""
     if isinstance(cell, str) and cell.startswith("["):
         return [float(value) for value in json.loads(cell)]
     return list(cell) if isinstance(cell, (list, tuple)) else []
 
 
 def around(mean: float, std_error: float) -> tuple[float, float]:
-    """Two standard errors on each side of a mean; NaN where there is one seed and so no error."""
+    """Two standard errors on each side of a mean; NaN for one seed, which has no error."""
     if mean != mean or std_error is None or std_error != std_error:
         return math.nan, math.nan
     return mean - NUM_ERRORS * std_error, mean + NUM_ERRORS * std_error

@@ -1,6 +1,6 @@
-"""What made a run: commit, package versions, hardware, data, seeds. Collected here, written to the run's manifest.
+"""Collects what made a run, for its manifest: commit, package versions, hardware, data, seeds.
 
-Nothing that names a person, a host or a place outside the repository goes in: a run may be committed and shared.
+A run may be committed and shared, so nothing names a person, a host or a place outside the repository.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from detransformer.settings import data_environment
 
 
 def commit(root: Path) -> dict:
-    """Commit of the clone at `root`, and whether what is there differs from it; "unknown" outside a git clone."""
+    """Commit of the clone at `root`, and whether its files differ from it; "unknown" outside a git clone."""
     try:
         head = _git(root, "rev-parse", "--verify", "HEAD^{commit}").strip()
         return {"commit": head, "dirty": bool(changed_files(root))}
@@ -29,9 +29,9 @@ def commit(root: Path) -> dict:
 
 
 def changed_files(root: Path) -> list[str]:
-    """What no commit holds: changed files, and new ones that git does not ignore; results/ does not count.
+    """Uncommitted files: changed ones, and new ones that git does not ignore, outside results/.
 
-    A run changes its own folder as it goes, and nothing is computed from results/.
+    A run changes its own folder there, and nothing is computed from results/.
 
     Raises:
         OSError, subprocess.SubprocessError: outside a git clone, or without git.
@@ -55,7 +55,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def kept_from(manifest: dict) -> dict[str, list[str]]:
-    """Notebook -> the commits other than the manifest's that its results, or some of its rows, are of."""
+    """Notebook -> the commits, other than the manifest's, that made its results or some of its rows."""
     kept = {}
     for name, entry in manifest["notebooks"].items():
         commits = {str(commit) for commit in (entry.get("commit"), *(entry.get("rows_kept_from") or ())) if commit}
@@ -83,7 +83,7 @@ def pins(root: Path) -> dict[str, str]:
 
 
 def versions(root: Path) -> dict[str, str]:
-    """Installed versions of Python, this package and every pinned package ("missing" where one is not installed)."""
+    """Installed versions of Python, this package and every pinned package ("missing" if not installed)."""
     found = {"python": platform.python_version()}
     for package in ("detransformer", *pins(root)):
         try:
@@ -94,13 +94,13 @@ def versions(root: Path) -> dict[str, str]:
 
 
 def mirror_folder(root: Path) -> Path | None:
-    """The mirror that data source `auto` would take: DETRANSFORMER_DATA, else data/mirror; None where neither is."""
+    """The mirror that data source `auto` would take: DETRANSFORMER_DATA, else data/mirror; None without either."""
     folder = data_environment(root).mirror
     return folder if folder.is_dir() else None
 
 
 def data_setting(root: Path) -> dict:
-    """Which data the machine offers, without its place: the mirror's size and a digest of its file names and sizes."""
+    """The machine's data, without its path: the mirror's size and a digest of its file names and sizes."""
     folder = mirror_folder(root)
     environment = data_environment(root)
     offline = environment.hub_offline
@@ -118,7 +118,7 @@ def data_setting(root: Path) -> dict:
 
 
 def data_sources(run: RunFolder) -> dict[str, list[str]]:
-    """What the run's tables say their rows were made from: table -> values of its `source` column."""
+    """Table -> values of its `source` column, the data that its rows were made from."""
     found = {}
     for path in sorted(run.tables.glob("*.csv")):
         columns = pd.read_csv(path, nrows=0).columns
@@ -129,7 +129,7 @@ def data_sources(run: RunFolder) -> dict[str, list[str]]:
 
 
 def seeds(parameters: dict, prefix: str = "") -> dict[str, object]:
-    """Every parameter that says which seeds or how many, by its place, e.g. `03_accuracy.finetuning.CoLA.num_seeds`."""
+    """Every parameter for seeds or their number, by its path, e.g. `03_accuracy.finetuning.CoLA.num_seeds`."""
     found = {}
     for key, value in parameters.items():
         if isinstance(value, dict):
@@ -140,5 +140,5 @@ def seeds(parameters: dict, prefix: str = "") -> dict[str, object]:
 
 
 def command_line() -> str:
-    """What was typed, the program without its folder."""
+    """The command line, with the program's name without its folder."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""The papers' numbers, from CSV files whose comment lines say where in which paper they stand."""
+"""The papers' numbers, from CSV files whose comment lines cite the paper and place."""
 
 import pandas as pd
 
@@ -20,7 +20,7 @@ def published(name: str) -> pd.DataFrame:
 
 
 def published_claim(claim: str) -> float:
-    """One value of the papers' running text by its name in text_claims.csv."""
+    """One value from the papers' running text, by its name in text_claims.csv."""
     claims = published("text_claims").set_index("claim")["value"]
     if claim not in claims.index:
         raise ValueError(f"No published claim {claim!r}; choose one of {', '.join(claims.index)}.")

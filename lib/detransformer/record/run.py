@@ -1,6 +1,6 @@
 """A run's folder: `tables/` (CSV), `figures/` (PNG), `notebooks/` (executed), `manifest.json`.
 
-The tables are the record, and the only thing that passes from one notebook to the next and from notebooks to figures.
+The tables are the record, and all that passes from one notebook to the next and from notebooks to figures.
 """
 
 import json
@@ -27,7 +27,7 @@ class RunFolder:
         return self.path / "manifest.json"
 
     def save_table(self, frame: pd.DataFrame, name: str, note: str = "") -> pd.DataFrame:
-        """Save `frame` as tables/NAME.csv and return it; `note` says what the rows were made from (`notes`).
+        """Saves `frame` as tables/NAME.csv and returns it; `note` says what the rows were made from (`notes`).
 
         Raises:
             ValueError: for a table without rows.
@@ -43,7 +43,7 @@ class RunFolder:
         return frame
 
     def notes(self) -> dict[str, str]:
-        """Table -> what its rows were made from, for the tables that were saved with a note."""
+        """Table -> what its rows were made from, for tables saved with a note."""
         path = self.tables / NOTES
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -54,7 +54,7 @@ class RunFolder:
         """The saved table NAME.
 
         Raises:
-            ValueError: where it is missing or damaged, naming what makes it: the notebook or command `made_by`.
+            ValueError: if it is missing or damaged, naming the notebook or command that makes it (`made_by`).
         """
         path = self.tables / f"{name}.csv"
         if not path.is_file():

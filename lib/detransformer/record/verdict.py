@@ -1,7 +1,7 @@
-"""The one rule that holds an obtained value against an expected one; `RULE` says it in words, first match counts.
+"""The one rule that judges an obtained value against an expected one; `RULE` states it in words, first match counts.
 
-What may be judged depends on what kind of number it is (`KINDS`). A value that the code was made or fitted to give has
-no verdict, and one that this hardware could not test, such as the accuracy of a model that guesses, is "not tested".
+The kind of a number (`KINDS`) decides whether it is judged. A value that the code was made or fitted to give is not
+judged, and one that this hardware could not test, such as the accuracy of a model that guesses, is "not tested".
 """
 
 import math
@@ -17,14 +17,14 @@ SIDES = ("at least", "at most", "above", "below")
 NOT_JUDGED, NOT_TESTED, NOISE = "not judged", "not tested", "within noise"
 RULE = [
     (NOT_JUDGED, "the value follows by construction, or was fitted to what is expected: there is nothing to judge"),
-    (NOT_TESTED, "nothing was obtained, or what was obtained cannot speak: a model at chance, a single seed"),
-    (NOISE, "the interval of the repeats or seeds has the limit, or no effect, in it"),
-    ("holds / does not hold", "for a limit (at least, at most, above, below): on its side of it or not"),
+    (NOT_TESTED, "nothing was obtained, or it says nothing: a model at chance, a single seed"),
+    (NOISE, "the interval of the repeats or seeds contains the limit, or no effect"),
+    ("holds / does not hold", "for a limit (at least, at most, above, below): on its side of the limit or not"),
     ("does not hold", "for an effect: not on the published value's side of no effect (1: speedup, 0: difference)"),
     (
         "matches",
-        f"the published value lies in the interval, or {TOLERANCE:.0%} of the effect from ours (of the value, where "
-        "it has no direction; another tolerance where told)",
+        f"the published value lies in the interval, or within {TOLERANCE:.0%} of the effect from ours (of the value, "
+        "if it has no direction; or within another tolerance that is named)",
     ),
     ("holds, larger / holds, smaller", "off by more, with a larger or smaller effect on the same side"),
     ("differs, larger / differs, smaller", "off by more, for a value without a direction (a latency, a count)"),
@@ -37,11 +37,11 @@ class Verdict:
     """One claim: what is expected, what was obtained, and how the two compare.
 
     Attributes:
-        expected: the published value, or the limit where there is a `side`; a yes or no (string) must be equal.
-        low, high: the interval of what was obtained, where there are repeats or seeds.
+        expected: the published value, or the limit if there is a `side`; a yes or no (string) must be equal.
+        low, high: the interval of the obtained value, if there are repeats or seeds.
         neutral: the value of no effect: 1 for a speedup, 0 for a difference, None for a value without a direction.
-        side: one of `SIDES` where `expected` is a limit.
-        tested: False where what was obtained cannot speak for or against the claim.
+        side: one of `SIDES` if `expected` is a limit.
+        tested: False if the obtained value says nothing for or against the claim.
     """
 
     claim: str
@@ -109,14 +109,14 @@ class Verdict:
 
     @property
     def row(self) -> dict:
-        """One line of a table, by `COLUMNS`; a limit in words."""
+        """One row of a table, by `COLUMNS`; a limit in words."""
         expected = f"{self.side} {self.expected:g}" if self.side else self.expected
         values = (self.claim, self.where, expected, self.obtained, self.low, self.high, self.kind, self.judged)
         return dict(zip(COLUMNS, values, strict=True))
 
 
 def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """One row a verdict: claim, where, expected, obtained, low, high, kind, judged."""
+    """One row per verdict: claim, where, expected, obtained, low, high, kind, judged."""
     frame = pd.DataFrame([verdict.row for verdict in verdicts], columns=COLUMNS)
     numbers = [name for name in ("expected", "obtained") if not frame[name].map(lambda v: isinstance(v, str)).any()]
     return frame.astype(dict.fromkeys([*numbers, "low", "high"], float))
@@ -131,18 +131,18 @@ def verdicts(
 ) -> pd.DataFrame:
     """`table` of values that share kind and `options` (of `Verdict`), one row each.
 
-    `expected` is a mapping from claim to value, or a sequence beside `claim`; what a mapping `obtained` lacks was not
-    obtained.
+    `expected` maps claims to values, or is a sequence in the order of `claim`. A claim that a mapping `obtained` lacks
+    was not obtained.
 
     Raises:
-        ValueError: if there are not as many of one as of the other.
+        ValueError: if their numbers differ.
     """
     if isinstance(expected, Mapping):
         claim, expected = list(expected), list(expected.values())
         obtained = [obtained.get(name) for name in claim] if isinstance(obtained, Mapping) else obtained
     if not len(expected) == len(obtained) == len(claim):
         raise ValueError(
-            f"{len(expected)} expected values, {len(obtained)} obtained and {len(claim)} claims; give one a row."
+            f"{len(expected)} expected values, {len(obtained)} obtained and {len(claim)} claims; give one per row."
         )
     triples = zip(claim, expected, obtained, strict=True)
     return table(Verdict(name, value, result, kind, **options) for name, value, result in triples)

@@ -1,5 +1,5 @@
-"""A model served by devices that come and go.
+"""Serves a model on devices that come and go.
 
-`session.Session` is the front: a queue, batches, deadlines, and each request answered once, over the workers of a
-cluster (`cluster.fleet`). `http` puts a session behind FastAPI.
+`session.Session` is the front: it queues and batches requests, keeps deadlines, and answers each request once, with the
+workers of a cluster (`cluster.fleet`). `http` puts a session behind FastAPI.
 """

@@ -1,8 +1,8 @@
 """Bodies of requests and answers over HTTP, each field checked.
 
 Three dialects besides this project's own routes: Hugging Face's task shape (`Hub...`), Text Embeddings Inference's
-(`Embed`, `Predict`, `Rerank`, `Similarity`) and OpenAI's (`Embeddings`, `Completions`). A field that is not known is
-ignored, since clients send many; one that would change the answer and is not honoured is refused.
+(`Embed`, `Predict`, `Rerank`, `Similarity`) and OpenAI's (`Embeddings`, `Completions`). Unknown fields are ignored,
+since clients send many; an unsupported field that would change the answer is refused.
 """
 
 from typing import Annotated, ClassVar, Literal, Self
@@ -28,21 +28,20 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Stops = Annotated[list[Text], Field(max_length=MAX_STOPS)]
 
 
-# Options by which several programs choose or cut tokens, and the values that change nothing.
+# Other programs' options to choose or cut tokens -> the values that change nothing.
 LIKELIEST = {"n": (1,), "best_of": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,), "num_beams": (1,)}
 LIKELIEST |= {"use_beam_search": (False,), "repetition_penalty": (1,), "presence_penalty": (0,)}
 LIKELIEST |= {"frequency_penalty": (0,), "no_repeat_ngram_size": (0,), "logit_bias": ({},), "bad_words": ([],)}
 LIKELIEST |= {"min_tokens": (0,), "min_new_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],)}
 LIKELIEST |= dict.fromkeys(("stop_sequences", "max_length", "truncate", "truncate_prompt_tokens"), ())
 LIKELIEST |= {"watermark": (False,)} | dict.fromkeys(("grammar", "guided_json", "response_format", "adapter_id"), ())
-AT_THE_END = {"truncation_direction": ("right",)}  # a text that is too long is cut there
+AT_THE_END = {"truncation_direction": ("right",)}  # where texts that are too long are cut
 
 
 class Checked(BaseModel):
-    """What is checked as it stands, without conversion; fields that are not known are ignored.
+    """A body that is checked without conversion; unknown fields are ignored.
 
-    But those in `only`, which would change the answer: they are refused, unless they are null or have one of the
-    values that change nothing.
+    Fields in `only` would change the answer: they are refused unless they are null or have one of the listed values.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
@@ -58,7 +57,7 @@ class Checked(BaseModel):
 
 
 class Body(Checked):
-    """What all requests have."""
+    """The field of all requests."""
 
     deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S, description="seconds to answer in")] = 60.0
 
@@ -95,7 +94,7 @@ class Answer(Body):
 
 
 class Generate(Body):
-    """A text to go on with, or its tokens; without `temperature` by the likeliest tokens."""
+    """A text to continue, or its tokens; without `temperature`, with the likeliest tokens."""
 
     only = LIKELIEST
     text: Text | None = None
@@ -122,7 +121,7 @@ def _either(body: Body, name: str, value: str | None) -> Body:
 
 
 class Health(BaseModel):
-    """Whether the devices serve; the rest for who shows the token."""
+    """Whether the devices serve; the other fields are for clients with the token."""
 
     status: str
     devices: list[str] | None = None
@@ -132,7 +131,7 @@ class Health(BaseModel):
 
 
 class Problem(BaseModel):
-    """A refusal, in a sentence."""
+    """A refusal as a sentence."""
 
     error: str
     error_type: str
@@ -149,7 +148,7 @@ class Pair(Checked):
 
 
 class ClassificationParameters(Checked):
-    """How logits become scores (None: as the model says), and how many labels are wanted."""
+    """How logits become scores (None: as the model says), and how many labels to return."""
 
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
@@ -169,14 +168,14 @@ class EntityParameters(Checked):
 
 
 class HubEntities(Body):
-    """A text, or a list."""
+    """A text, or a list of texts."""
 
     inputs: Text | Texts
     parameters: EntityParameters | None = None
 
 
 class QuestionParameters(Checked):
-    """One answer, or none where the passage has none."""
+    """One answer, or none if the passage has none."""
 
     only = {"top_k": (1,), "max_answer_len": (MAX_ANSWER_TOKENS,), "handle_impossible_answer": (True,)}
 
@@ -196,14 +195,14 @@ class HubQuestion(Body):
 
 
 class Sentences(Checked):
-    """A sentence, and those that it is compared with."""
+    """A sentence, and the sentences to compare it with."""
 
     source_sentence: Text
     sentences: Texts
 
 
 class Vectors(Body):
-    """Options of texts that become vectors. `normalize` None: as the checkpoint says."""
+    """Options of embeddings. `normalize` None: as the checkpoint says."""
 
     normalize: bool | None = None
     truncate: bool | None = None
@@ -212,21 +211,21 @@ class Vectors(Body):
 
 
 class FillParameters(Checked):
-    """How many tokens are wanted for a mask."""
+    """How many tokens to return for a mask."""
 
     top_k: Annotated[int, Field(ge=1)] | None = None
     only = {"targets": ()}
 
 
 class HubFeatures(Vectors):
-    """Options of vectors stand beside `inputs`, as the client sends them; `parameters` are of tokens for a mask."""
+    """Texts to embed; options stand beside `inputs`, as the client sends them. `parameters` are for filling masks."""
 
     inputs: Text | Texts | Sentences
     parameters: FillParameters | None = None
 
 
 class TextParameters(Checked):
-    """Of a text that is generated; without `do_sample`, `temperature` and `top_p` by the likeliest tokens."""
+    """Options of generation; without `do_sample`, `temperature` and `top_p`, tokens are the likeliest."""
 
     max_new_tokens: NewTokens = 20
     do_sample: bool | None = None
@@ -245,7 +244,7 @@ class TextParameters(Checked):
 
 
 class HubText(Body):
-    """A text to go on with."""
+    """A text to continue."""
 
     inputs: Text
     parameters: TextParameters | None = None
@@ -256,7 +255,7 @@ class HubText(Body):
 
 
 class Embed(Vectors):
-    """Texts, or rows of tokens, that become vectors."""
+    """Texts, or rows of tokens, to embed."""
 
     inputs: Prompts
     normalize: bool = True
@@ -278,7 +277,7 @@ class Predict(Body):
 
 
 class Rerank(Body):
-    """A query, and texts that are put in order by it."""
+    """A query, and texts to rank by it."""
 
     query: Text
     texts: Texts
@@ -306,7 +305,7 @@ class Similarity(Body):
 
 
 class Embeddings(Vectors):
-    """Texts, or rows of tokens, that become vectors, in one of two notations."""
+    """Texts, or rows of tokens, to embed, and the encoding of the vectors."""
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
@@ -319,7 +318,7 @@ class StreamOptions(Checked):
 
 
 class Completions(Body):
-    """As OpenAI's, also in what is not said: 16 tokens, drawn at temperature 1."""
+    """Prompts and options with OpenAI's defaults: 16 tokens, drawn at temperature 1."""
 
     prompt: Prompts
     max_tokens: NewTokens | None = None
@@ -340,7 +339,7 @@ class Completions(Body):
 
 
 class OpenAIError(BaseModel):
-    """What OpenAI's clients look for in a refusal."""
+    """The fields that OpenAI's clients read in a refusal."""
 
     message: str
     type: str
@@ -349,6 +348,6 @@ class OpenAIError(BaseModel):
 
 
 class OpenAIProblem(BaseModel):
-    """A refusal, in a sentence, as OpenAI's clients read it."""
+    """A refusal in OpenAI's shape."""
 
     error: OpenAIError

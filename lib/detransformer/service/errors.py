@@ -1,4 +1,4 @@
-"""Refusals over HTTP: one sentence each, in the shape of the dialect whose path was asked."""
+"""Refusals over HTTP: one sentence each, in the shape of the path's dialect."""
 
 import math
 
@@ -13,19 +13,19 @@ from detransformer.service.waiting import Expired, QueueFull, Unanswered
 
 UNANSWERED_RETRY_S = 5
 REFUSALS = {
-    400: "the body is no JSON",
-    401: "no token, or another one",
+    400: "the body cannot be read",
+    401: "no token, or a wrong one",
     404: "no such path, or another model's name",
-    405: "another method",
+    405: "wrong method",
     408: "the body came too slowly",
     413: "the body is too large, or has too many texts",
     422: "a field is missing, out of range or contradicts another, or the model does not take the input",
     424: "the model cannot do it, or fails at this input",
     429: "the queue is full (OpenAI's and TEI's routes): ask again after Retry-After seconds",
-    503: "the queue is full (other routes), or all attempts broke off: ask again after Retry-After seconds",
+    503: "the queue is full (other routes), or all attempts failed: ask again after Retry-After seconds",
     504: "no answer by the deadline",
 }
-OWN_ROUTES = ("/", "/classify", "/answer", "/generate")  # a full queue is their 503
+OWN_ROUTES = ("/", "/classify", "/answer", "/generate")  # they answer 503 if the queue is full
 TEI_TYPES = {401: "Unauthorized", 424: "Backend", 429: "Overloaded", 503: "Unhealthy", 504: "Backend"}
 OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -36,7 +36,7 @@ def is_openai(path: str) -> bool:
 
 
 def responses_of(path: str) -> dict[int, dict]:
-    """The refusals of a path that asks the model, as its description lists them."""
+    """The refusals that the description of a path lists."""
     model = OpenAIProblem if is_openai(path) else Problem
     return {status: {"model": model, "description": words} for status, words in REFUSALS.items()}
 
@@ -50,13 +50,13 @@ def as_problem(path: str, status: int, sentence: str) -> dict:
 
 
 def problem(path: str, status: int, sentence: str, **headers: str) -> JSONResponse:
-    """The answer to a request that is refused."""
+    """The response to a refused request."""
     named = {name.replace("_", "-"): text for name, text in headers.items()}
     return JSONResponse(as_problem(path, status, sentence), status, named)
 
 
 def refusal(path: str, error: Exception) -> tuple[int, str, dict[str, str]]:
-    """Status, sentence and headers for what asking the session raised; other errors are raised again."""
+    """Status, sentence and headers for an error of the session; other errors are raised again."""
     if isinstance(error, QueueFull):
         return 503 if path in OWN_ROUTES else 429, str(error), {"Retry_After": str(math.ceil(error.retry_after_s))}
     if isinstance(error, Unanswered):
@@ -73,14 +73,14 @@ def refusal(path: str, error: Exception) -> tuple[int, str, dict[str, str]]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Gives all refusals of `app` their shape."""
+    """Gives all refusals of `app` the shape of their dialect."""
     paths = sorted(app.openapi()["paths"])
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         status, sentence, headers = refusal(request.url.path, error)
         if status == 405:
-            sentence = f"{request.method} is not taken here; use {headers['Allow']}."
-        elif sentence == "Not Found":  # of a path that is none
+            sentence = f"{request.method} is not allowed here; use {headers['Allow']}."
+        elif sentence == "Not Found":  # starlette's, for an unknown path
             sentence = f"there is no such path; this server has {', '.join(paths)}."
         return problem(request.url.path, status, sentence, **headers)
 
@@ -89,9 +89,9 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a field's kinds the one that went furthest
-        parts = (str(part) for part in found["loc"][1:])  # without the names of a field's kinds, as of `str | list`
+        found = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union, the member that matched furthest
+        parts = (str(part) for part in found["loc"][1:])  # filtered below: names of union members, as of `str | list`
         where = ".".join(part for part in parts if part.isidentifier() or part.isdigit()) or "body"
         if found["type"] == "json_invalid":
-            return problem(request.url.path, 422, f"the body is no JSON ({found['ctx']['error']}).")
+            return problem(request.url.path, 422, f"the body is not JSON ({found['ctx']['error']}).")
         return problem(request.url.path, 422, f"{where}: {found['msg'].removeprefix('Value error, ')}.")

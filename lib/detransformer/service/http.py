@@ -1,6 +1,6 @@
 """A session behind HTTP: the routes of four dialects (`own`, `hub`, `tei`, `openai`), and /health and /metrics.
 
-Every answer but a metric or a stream is JSON, and so is every body, whatever its Content-Type. Who asks shows a token
+Every answer but a metric or a stream is JSON, and so is every body, whatever its Content-Type. Clients show a token
 (`Authorization: Bearer`), bodies are limited in size, each field is checked, and a full queue refuses with Retry-After.
 """
 
@@ -27,11 +27,11 @@ from detransformer.service.session import Session
 from detransformer.service.tasks import Tasks
 
 MAX_BODY_BYTES = 2**20
-HEAD_S, BODY_S = 10.0, 10.0  # for each to come
+HEAD_S, BODY_S = 10.0, 10.0  # limits for each to arrive
 
 
 class Impatient(H11Protocol):
-    """Closes connections over which the head of a request does not come: who held many would keep others out."""
+    """Closes connections whose request head does not arrive: a client that held many would keep others out."""
 
     _patience: asyncio.TimerHandle | None = None
 
@@ -49,7 +49,7 @@ class Impatient(H11Protocol):
 
     def _wait(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._forgive()  # it has come, and is being answered
+            self._forgive()  # it has arrived and is being answered
         elif self._patience is None:
             self._patience = self.loop.call_later(HEAD_S, self.transport.close)
 
@@ -60,9 +60,9 @@ class Impatient(H11Protocol):
 
 
 class SizeLimit:
-    """Refuses bodies of more than `limit` bytes, by what is announced and by what comes, and those that come slowly.
+    """Refuses bodies of more than `limit` bytes, as announced or as received, and bodies that arrive slowly.
 
-    All bodies are read as JSON: who sends one without Content-Type, or with that of a form (`curl -d`), means JSON too.
+    All bodies are read as JSON: one without Content-Type, or with that of a form (`curl -d`), is meant as JSON, too.
     """
 
     def __init__(self, app: Callable, limit: int):
@@ -77,7 +77,7 @@ class SizeLimit:
         parts, size, more = [], 0, True
         try:
             async with asyncio.timeout(BODY_S):
-                while more:  # whole, before anything reads it: it is small
+                while more:  # read whole first: it is small
                     message: Message = await receive()
                     if message["type"] != "http.request":
                         return None
@@ -106,7 +106,7 @@ class SizeLimit:
 
 
 def build_app(session: Session, token: str) -> FastAPI:
-    """The application over a session that has been entered. `token` is what who asks must show."""
+    """The application over a session that has been entered; clients must show `token`."""
     app = FastAPI(title="DeTransformer", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(SizeLimit, limit=MAX_BODY_BYTES)
     bearer = HTTPBearer(auto_error=False)
@@ -129,11 +129,11 @@ def build_app(session: Session, token: str) -> FastAPI:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, response_model_exclude_none=True, responses=unready)
     def health(request: Request, response: Response) -> Health:
-        """Whether the devices serve, and, with the token, which."""
+        """Whether the devices serve and, with the token, which."""
         response.status_code = 200 if session.serving else 503
         status = "serving" if session.serving else "recovering"
         if not is_token(request.headers.get("Authorization", "").removeprefix("Bearer ")):
-            return Health(status=status)  # what watches a service has no token
+            return Health(status=status)  # monitors have no token
         names = [session.spec.names[device] for device in session.present]
         event = session.events[-1].sentence if session.events else ""
         return Health(status=status, devices=names, waiting=session.num_waiting, model=tasks.name, last_event=event)
@@ -143,7 +143,7 @@ def build_app(session: Session, token: str) -> FastAPI:
 
     @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(check_token)])
     def metrics() -> PlainTextResponse:
-        """Counts and seconds, as Prometheus reads them."""
+        """Counts and seconds for Prometheus."""
         return PlainTextResponse(generate_latest(registry).decode(), media_type="text/plain; version=0.0.4")
 
     metrics_route = app.routes[-1]
@@ -153,7 +153,7 @@ def build_app(session: Session, token: str) -> FastAPI:
 
 
 def server_config(app: FastAPI) -> uvicorn.Config:
-    """How uvicorn is to serve `app`."""
+    """uvicorn's configuration for `app`."""
     return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, http=Impatient)
 
 
@@ -179,7 +179,7 @@ class Collected:
             yield CounterMetricFamily(f"detransformer_{name}", f"{name} so far", value=session.counts[name])
         yield GaugeMetricFamily("detransformer_waiting", "requests that wait", value=session.num_waiting)
         yield GaugeMetricFamily("detransformer_serving", "1 while devices serve", value=int(session.serving))
-        devices = GaugeMetricFamily("detransformer_device", "1 where the device serves", labels=["name"])
+        devices = GaugeMetricFamily("detransformer_device", "1 while the device serves", labels=["name"])
         for number, name in enumerate(session.spec.names):
             devices.add_metric([name], int(session.serving and number in session.present))
         yield devices

@@ -1,6 +1,6 @@
-"""Hugging Face's task shape at `POST /`, as huggingface_hub's InferenceClient asks it: {inputs, parameters}.
+"""Hugging Face's task shape at `POST /`, as huggingface_hub's InferenceClient sends it: {inputs, parameters}.
 
-Which body that is follows from what the served model does; answers are those of transformers' pipelines.
+The served model's task decides the body; answers are those of transformers' pipelines.
 """
 
 import json
@@ -58,7 +58,7 @@ def _classification(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
 def _entities(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def label(body: HubEntities) -> list:
-        """The entities of a text, or of each of a list."""
+        """The entities of a text, or of each text in a list."""
         found = await tasks.entities(listed(body.inputs), body.deadline_s)
         return found if isinstance(body.inputs, list) else found[0]
 
@@ -73,7 +73,7 @@ def _question(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
 def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def embed(body: HubFeatures) -> list:
-        """A vector of each text; of `source_sentence` and `sentences` their similarities; of a mask tokens for it."""
+        """A vector of each text; similarities of `source_sentence` and `sentences`; tokens that fill a text's mask."""
         if isinstance(body.inputs, Sentences):
             return await tasks.similarities(body.inputs, body)
         texts = listed(body.inputs)
@@ -87,7 +87,7 @@ def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
 def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
     @router.post(PATH, **guarded)
     async def generate(body: HubText) -> list[dict]:
-        """The text that follows; with `stream` an event a token."""
+        """The text that follows; with `stream`, an event per token."""
         wanted = body.parameters or TextParameters()
         draws = wanted.do_sample or (wanted.do_sample is None and (wanted.temperature or wanted.top_p))
         wish = Generate(
@@ -107,7 +107,7 @@ def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
 
 
 async def _events(pieces: AsyncIterator[Piece], before: str) -> AsyncIterator[str]:
-    """A JSON event a piece, in the shape of Text Generation Inference."""
+    """A JSON event per piece, in the shape of Text Generation Inference."""
     whole, index = before, 0
     async for piece in pieces:
         whole, index = whole + piece.text, index + 1

@@ -14,17 +14,17 @@ from detransformer.service.sse import streamed
 from detransformer.service.tasks import Tasks
 from detransformer.service.tei import listed
 
-MAX_TOKENS = 16  # of OpenAI's, where none are named
+MAX_TOKENS = 16  # OpenAI's default
 
 
 def routes(tasks: Tasks, guarded: dict) -> APIRouter:
-    """All of them; those of another kind of model refuse with 424."""
+    """All routes; those for another kind of model refuse with 424."""
     router, started = APIRouter(prefix="/v1"), int(time.time())
     model = {"id": tasks.name, "object": "model", "created": started, "owned_by": "detransformer"}
 
     @router.get("/models", **guarded)
     async def models() -> dict:
-        """The one model that is served."""
+        """The served model."""
         return {"object": "list", "data": [model]}
 
     @router.get("/models/{name:path}", **guarded)
@@ -46,7 +46,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 
     @router.post("/completions", **guarded)
     async def completions(body: Completions) -> dict:
-        """The text that follows each prompt; with `stream` in events, the last of which is [DONE]."""
+        """The text that follows each prompt; with `stream`, as events that end with [DONE]."""
         tasks.only("generation")
         options = dict(
             max_new_tokens=body.max_tokens or MAX_TOKENS,
@@ -80,7 +80,7 @@ def _usage(prompt: int, completion: int) -> dict:
 
 
 async def _events(tasks: Tasks, wish: Generate, head: dict, counts: bool) -> AsyncIterator[str]:
-    """A JSON event a piece of text, and one with the usage where the client wants that."""
+    """A JSON event per piece of text, and one with the usage if the client asks for it (`counts`)."""
     num_tokens = 0
     async for piece in tasks.stream(wish):
         num_tokens += piece.token is not None

@@ -1,4 +1,4 @@
-"""This project's own route of each task, on single texts or tokens: `/classify`, `/answer`, `/generate`."""
+"""This project's own route for each task, on single texts or tokens: `/classify`, `/answer`, `/generate`."""
 
 from fastapi import APIRouter
 
@@ -14,7 +14,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 
         @router.post(path, **guarded)
         async def classify(body: Classify) -> dict:
-            """The label of a text, with all probabilities and logits; of a regression both are its numbers."""
+            """The label of a text, with all probabilities and logits; for a regression both are its numbers."""
             row = tasks.row(body.input_ids or body.text, body.text_pair)
             (logits,) = await tasks.logits([row], body.deadline_s)
             return answers.classify(tasks.config, row, {"logits": logits[None]}, None)[1]
@@ -23,14 +23,14 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 
         @router.post(path, **guarded)
         async def answer(body: Answer) -> dict:
-            """Where a passage answers a question: its characters `start` to `end`; of input_ids the tokens."""
+            """Where a passage answers a question: characters `start` to `end`, or tokens if input_ids are given."""
             return await tasks.span(body.input_ids or body.question, body.passage, body.deadline_s)
 
     elif tasks.task == "generation":
 
         @router.post(path, **guarded)
         async def generate(body: Generate) -> dict:
-            """Goes on with a text; `text` is null without a tokenizer."""
+            """Continues a text; `text` is null without a tokenizer."""
             (written,) = await tasks.write([body])
             return {"text": written.text if tasks.tokenizer else None, "tokens": written.tokens}
 

@@ -1,7 +1,7 @@
-"""The front of a service: requests in, answers out, for as long as the first device is there.
+"""The front of a service, which runs on the first device: it answers requests as long as that device is up.
 
-One thread plans, gives batches to the workers (`cluster.fleet`) and gives each request its answer, once: a batch whose
-group breaks is asked again, request by request, of the devices that are left.
+One thread plans, gives batches to the workers (`cluster.fleet`) and answers each request once. If a batch's group
+breaks, the remaining devices get its requests again, one by one.
 """
 
 import itertools
@@ -31,17 +31,17 @@ from detransformer.parallel.draw import Sampling
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
-ANSWERING = "detransformer.cluster.answering"  # where the workers' jobs are
-SILENCE_S = 2.5  # without a sign of life: the device is lost
-FORM_S = 15.0  # for the devices that are there to join a group
-TRY_AGAIN_S = 60.0  # a slow device
+ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
+SILENCE_S = 2.5  # a device without a heartbeat for this time is lost
+FORM_S = 15.0  # limit for the present devices to join a group
+TRY_AGAIN_S = 60.0  # until a slow device is tried again
 START_S = 180.0
 KEPT_EVENTS, KEPT_SECONDS = 1000, 2000
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of devices, in a sentence; `at` is of `time.monotonic`. `kind`: lost, meeting, differing, slow,
+    """A change of the devices, as a sentence; `at` is of `time.monotonic`. `kind`: lost, meeting, differing, slow,
     usual, short or serving."""
 
     at: float
@@ -54,16 +54,16 @@ class Session:
     """A model served by the devices of a cluster; a context manager.
 
     Args:
-        spec: the cluster file's; its devices are emulated on this machine unless `own` says which one this host is.
+        spec: of the cluster file; its devices are emulated on this machine unless `own` says which one this host is.
         model: folder of the checkpoint.
-        plan: fields of a `Plan` for all devices, taken while all are there; None, or while one is away: planned for
-            those that are there. Requests that these cannot hold wait for the others.
+        plan: fields of a `Plan` for all devices, used while all are present. If None, or while one is away, the session
+            plans for the present ones; requests that do not fit these wait for the others.
         method: as `detransformer run --method`.
-        seq_len: length in tokens that is planned for.
-        max_waiting: requests that wait at most; another is refused.
-        max_batch: rows of a batch at most.
-        on_event: is told, in a sentence, when devices come, are lost or are back.
-        hosts: further arguments are of `cluster.hosts.Hosts`: how devices are emulated, or which one this host is.
+        seq_len: length in tokens to plan for.
+        max_waiting: most requests that wait; further ones are refused.
+        max_batch: most rows of a batch.
+        on_event: called with a sentence when devices come, are lost or are back.
+        hosts: further arguments of `cluster.hosts.Hosts`: how devices are emulated, or which one this host is.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Session:
         self.config: PretrainedConfig = open_checkpoint(model).config
         self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        spec.profile(self.config)  # raises what is wrong, before anything starts
+        spec.profile(self.config)  # raises errors before anything starts
         self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)
         self.fleet: Fleet | None = None
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
@@ -93,8 +93,8 @@ class Session:
         self._on_event = on_event
         self._stop = threading.Event()
         self._seq_len = seq_len
-        self._plans: dict[str, Mapping] = {}  # of the group that serves, by what was asked for
-        self._group, self._number = (), 0  # the devices that serve, or did last, and the number of their group
+        self._plans: dict[str, Mapping] = {}  # of the serving group, by request
+        self._group, self._number = (), 0  # the devices that serve, or did last, and their group's number
         self._patience, self._speeds = Patience(), Speeds(len(spec.members))
         self._slow_since = 0.0
         self._short = False  # whether requests wait for devices that are away
@@ -131,18 +131,18 @@ class Session:
         sampling: Sequence[Sampling] = (),
         on_token: Callable[[list[int]], None] | None = None,
     ) -> Future:
-        """The future of the outputs of `inputs`, tensors [B, T] by name; padded on the right, a GPT-2's on the left.
+        """The future of the outputs of `inputs`, tensors [B, T] by name; padded on the right, for a GPT-2 on the left.
 
-        It becomes a dict of tensors, as `jobs.run_plan` or `jobs.generate` give them, or raises `Expired`,
-        `Unanswered`, `ValueError` where the model does not take the input, or `JobFailed` where its job fails at it.
-        Who cancels it wants no more tokens.
+        Its result is a dict of tensors, as from `jobs.run_plan` or `jobs.generate`, or it raises `Expired`,
+        `Unanswered`, `ValueError` if the model does not take the input, or `JobFailed` if the job fails at it.
+        Cancelling it stops generation.
 
         Args:
-            sampling: of a GPT-2, how each row's tokens are chosen; without, they are the likeliest.
-            on_token: hears of the next token of each row when it is made, in a thread that must not wait.
+            sampling: for a GPT-2, how each row's tokens are chosen; by default they are the likeliest.
+            on_token: called with the next token of each row when it is made, in a thread that must not block.
 
         Raises:
-            QueueFull: when `max_waiting` requests wait already.
+            QueueFull: if `max_waiting` requests wait already.
             ValueError: for inputs that the model does not take.
         """
         new = max_new_tokens if max_new_tokens is not None else self.defaults.max_new_tokens
@@ -152,7 +152,7 @@ class Session:
         return asked.future
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], deadline_s: float = 60.0, **options) -> dict:
-        """`submit`, and waits."""
+        """As `submit`, but waits for the outputs."""
         future = self.submit(inputs, deadline_s, **options)
         try:
             return future.result(deadline_s + 1)
@@ -166,11 +166,11 @@ class Session:
 
     @property
     def serving(self) -> bool:
-        """Whether devices are there to answer."""
+        """Whether devices are present to answer."""
         return bool(self.fleet and self.fleet.devices) and not self._short and not self._stop.is_set()
 
     def wait_for_all(self, timeout_s: float = 60.0) -> bool:
-        """Waits until all devices of the cluster serve; whether they do."""
+        """Waits until all devices of the cluster serve; returns whether they do."""
         deadline = time.monotonic() + timeout_s
         while not (self.serving and len(self.present) == len(self.spec.members)):
             if time.monotonic() > deadline:
@@ -183,7 +183,7 @@ class Session:
         return len(self._waiting)
 
     def close(self) -> None:
-        """Ends agents and workers; requests that still wait get `Unanswered`."""
+        """Ends agents and workers; requests that still wait raise `Unanswered`."""
         self._stop.set()
         if self.fleet:
             self.fleet.close(wait_s=0)
@@ -219,15 +219,15 @@ class Session:
                 time.sleep(0.05)
 
     def _answer(self, batch: list[Asked]) -> None:
-        """Asks the workers, and asks again later what they did not answer."""
+        """Asks the workers, and queues again what they did not answer."""
         for asked in batch:
             asked.attempts += 1
         try:
             self._ask(batch)
-        except DeviceError:  # the fleet has said which device is lost, or that all meet anew
+        except DeviceError:  # the fleet has announced the lost device or the regrouping
             pass
         except JobFailed as error:
-            if len(batch) == 1:  # else each is asked alone, which shows whose error it is
+            if len(batch) == 1:  # else each is asked alone, which shows which one fails
                 self.counts["failed"] += 1
                 batch[0].settle(error=error)
         except Exception:
@@ -235,10 +235,10 @@ class Session:
         self._waiting.ask_again(batch, self.events[-1].sentence if self.events else "")
 
     def _ask(self, batch: list[Asked]) -> None:
-        """Gives each request of `batch` its answer, unless the devices that are there cannot.
+        """Answers each request of `batch`, unless the present devices cannot.
 
         Raises:
-            DeviceError: when the group broke meanwhile.
+            DeviceError: if the group broke meanwhile.
         """
         started = time.monotonic()
         left = generates(self.config)
@@ -246,7 +246,7 @@ class Session:
         if "postponed" in plan:
             self._short = True
             for asked in batch:
-                asked.attempts -= 1  # it was not one
+                asked.attempts -= 1  # this was no attempt
             return self._say("short", f"requests wait for the devices that are away: {plan['postponed']}", ())
         self.counts["batches"] += 1
         self.methods[plan.get("method", "refused")] += 1
@@ -272,7 +272,7 @@ class Session:
         return None
 
     def _how_to_generate(self, batch: list[Asked]) -> dict:
-        """Arguments of `jobs.generate` that differ from request to request under one plan."""
+        """Arguments of `jobs.generate` that differ between requests under one plan."""
         rows = [row for asked in batch for row in asked.sampling or [Sampling()] * asked.size]
         return {
             "sampling": [asdict(row) for row in rows],
@@ -281,16 +281,16 @@ class Session:
         }
 
     def _between(self, batch: list[Asked]) -> None:
-        """What is done while the workers answer: who waits too long is told, and rows that nobody wants end."""
+        """Runs while the workers answer: expires late requests, and ends rows that nobody needs."""
         self._waiting.drop_expired()
         rows = [asked for asked in batch for _ in range(asked.size)]
         if (unwanted := [row for row, asked in enumerate(rows) if asked.future.done()]) and generates(self.config):
             self.fleet.enough(unwanted)
 
     def _plan(self, request: Request) -> Mapping:
-        """How the devices that are there answer requests of this kind; made once, for the length that is planned for.
+        """The present devices' plan for requests of this kind; made once, for the length `seq_len` of the session.
 
-        A plan that was given is for all devices: while one is away, another is made for the rest.
+        A given plan is for all devices: while one is away, the rest get another one.
         """
         if len(self._group) < len(self.spec.members):
             request = replace(request, plan=None)
@@ -301,7 +301,7 @@ class Session:
             told = {"request": asked, "devices": self._group, "seq_len": self._seq_len, "slower": slower}
             options = dict(devices=[0], number=self._number, meanwhile=self._waiting.drop_expired)
             (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, **options)[0]
-            if plan.get("op") == "run_plan":  # workers warm up by the first requests
+            if plan.get("op") == "run_plan":  # the first requests warm workers up
                 plan["job"] |= {"warmup": 0, "repeats": 1}
             self._plans[key] = plan
         return self._plans[key]
@@ -311,7 +311,7 @@ class Session:
         self._patience = Patience()
 
     def _compare_speeds(self, batch_s: float, results: Mapping[int, Mapping]) -> None:
-        """Plans anew where a device has become slow, and after a while tries it again."""
+        """Replans if a device has become slow, and tries it again after a while."""
         spent, expected = [float("nan")] * len(self.spec.members), [float("nan")] * len(self.spec.members)
         for device, result in results.items():
             spent[device], expected[device] = result["spent_s"], result["expected_s"]

@@ -1,8 +1,8 @@
-"""What batches usually take: which device has become slow, and how long a batch may stand still.
+"""The usual time of batches: finds devices that have become slow, and limits how long a batch may take.
 
-A device's compute is compared with its own usual, and with how the others fare. It is summed over a window of batches,
-and taken relative to what the profile says of the same work. One batch that was held up does not make a device slow.
-A device that stands still now and then is found, which the median of batches too short to be hit each time would miss.
+A device's compute time is summed over a window of batches, relative to its profile's prediction, and compared with its
+own usual ratio and with the other devices' change. One delayed batch does not make a device slow. The sum finds a
+device that stalls now and then, which a median would miss if batches are too short to be hit each time.
 """
 
 import math
@@ -10,19 +10,19 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-BATCHES, WINDOW_S = 3, 2.0  # a window has as many, and lasted as long, at least
-IGNORED = 2  # first batches of a device: what happens only once is not usual
-SLOW = 3.0  # times the usual, the others' change taken out
-USUAL = 1.5  # below which a slow one is as it was
-STALL_S = 10.0  # small signs of life pass where large messages do not: a batch may stand still for so long
-TIMES = 10  # and as many times as long as batches of its kind usually take: a device may have become slow
-RECENT = 20  # batches, of which the median is the usual one
-FIRST = 2  # batches of a kind that load weights and fill caches: these have the time limit of a message
+BATCHES, WINDOW_S = 3, 2.0  # a window has at least so many batches and seconds
+IGNORED = 2  # first batches of a device: they do work that happens only once
+SLOW = 3.0  # times the usual, relative to the others' change
+USUAL = 1.5  # below this a slow device is as before
+STALL_S = 10.0  # a batch may stall this long: heartbeats can pass where large messages do not
+TIMES = 10  # and take this many times the usual time of its kind: a device may have become slow
+RECENT = 20  # batches, whose median is the usual time
+FIRST = 2  # batches of a kind that load weights and fill caches: their time limit is `FIRST_S`
 FIRST_S = 600.0
 
 
 class Speeds:
-    """`factors`: by how much each device is slower than usual, 1 where it is not; all by number, from 0."""
+    """`factors`: how many times slower than usual each device is, 1 if it is not; by device number, from 0."""
 
     def __init__(self, num_devices: int):
         self.factors = [1.0] * num_devices
@@ -30,12 +30,12 @@ class Speeds:
         self._usual: list[float | None] = [None] * num_devices
 
     def observe(self, batch_s: float, spent_s: Sequence[float], expected_s: Sequence[float]) -> dict[int, float]:
-        """Takes in a batch: how long it took, each device's seconds of compute, and what the profile says of them.
+        """Takes in a batch: its seconds, and each device's seconds of compute, as measured and as the profile predicts.
 
         Devices without a part in the batch have NaN.
 
         Returns:
-            device -> new factor, of those that have become slow, or are as usual again.
+            device -> new factor, for devices that have become slow or are as usual again.
         """
         for device, (spent, expected) in enumerate(zip(spent_s, expected_s, strict=True)):
             if math.isnan(spent) or not expected:
@@ -60,7 +60,7 @@ class Speeds:
         return changed
 
     def forget(self) -> list[int]:
-        """Slow devices count as usual again, so that they are tried; returns which."""
+        """Makes slow devices count as usual, so that they are tried again; returns them."""
         slow = [device for device, factor in enumerate(self.factors) if factor > 1]
         for device in slow:
             self.factors[device] = 1.0
@@ -98,20 +98,20 @@ class Window:
 
 
 class Patience:
-    """What a batch may take, by what others of its kind took."""
+    """Limits the time of a batch by that of earlier batches of its kind."""
 
     def __init__(self) -> None:
         self._seen: dict[str, int] = {}
         self._recent: dict[str, deque[tuple[float, int]]] = {}  # kind -> seconds, tokens
 
     def took(self, kind: str, num_tokens: int, seconds: float) -> None:
-        """A batch of `kind`, such as share a plan and the number of tokens to make, is answered."""
+        """Notes the seconds of an answered batch. Batches of one `kind` share a plan and the number of new tokens."""
         self._seen[kind] = self._seen.get(kind, 0) + 1
         if self._seen[kind] > FIRST:
             self._recent.setdefault(kind, deque(maxlen=RECENT)).append((seconds, num_tokens))
 
     def limit_s(self, kind: str, num_tokens: int) -> float:
-        """Seconds that a batch may take; long until enough is known of `kind`."""
+        """Seconds that a batch may take; `FIRST_S` until enough batches of `kind` are known."""
         if kind not in self._recent:
             return FIRST_S
         seconds, tokens = statistics.median_high(self._recent[kind])

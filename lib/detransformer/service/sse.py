@@ -1,4 +1,4 @@
-"""Server-sent events: answers that are sent while they are made."""
+"""Server-sent events: answers sent while they are made."""
 
 import json
 from collections.abc import AsyncIterator
@@ -9,9 +9,9 @@ from detransformer.service.errors import as_problem, refusal
 
 
 async def streamed(path: str, events: AsyncIterator[str], last: str | None = None) -> StreamingResponse:
-    """A response of `events`, and of `last` after them.
+    """A response of `events`, then `last`.
 
-    Waits for the first event, so that what is refused is refused by its status; a later failure is an event itself.
+    Waits for the first event, so that a refusal sets the status; a later failure is an event itself.
     """
     first = await anext(events)
 

@@ -1,6 +1,6 @@
-"""What a served model can be asked, once: every dialect of HTTP translates onto these calls.
+"""The calls to a served model; every HTTP dialect translates to these.
 
-Texts become rows of tokens, rows are asked in as few requests of the session as its batches permit, and outputs become
+Texts become rows of tokens, rows are sent in as few requests of the session as its batches permit, and outputs become
 labels, spans, entities, vectors or text.
 """
 
@@ -27,7 +27,7 @@ from detransformer.service.waiting import Expired, cut, join_rows
 from detransformer.service.writing import Writer
 
 MAX_TEXTS = 128
-OWN_PATHS = {  # of `answers.TASKS`: this project's own route of each
+OWN_PATHS = {  # task of `answers.TASKS` -> this project's own route
     "classification": "/classify",
     "token-classification": "/",
     "question-answering": "/answer",
@@ -48,7 +48,7 @@ Prompt = str | list[int]
 
 @dataclass(frozen=True)
 class Piece:
-    """Text since the last piece, and its token; `reason` "stop" or "length" where the text ends with it."""
+    """Text since the last piece, and its token; `reason` "stop" or "length" if the text ends with it."""
 
     text: str
     token: int | None = None
@@ -57,7 +57,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Written:
-    """A text that was generated; the end token is not among `tokens`."""
+    """A generated text; the end token is not among `tokens`."""
 
     text: str
     tokens: list[int]
@@ -66,7 +66,7 @@ class Written:
 
 
 def path_of(config: PretrainedConfig) -> str:
-    """The path of a model among this project's own routes."""
+    """This project's own route for a model."""
     return OWN_PATHS[answers.task_of(config)]
 
 
@@ -84,7 +84,7 @@ class Tasks:
     def only(self, task: str) -> None:
         """
         Raises:
-            HTTPException: 424 where the model does something else.
+            HTTPException: 424 if the model does something else.
         """
         if self.task != task:
             raise HTTPException(424, f"{self.name} {DOES[self.task]}; this route is of a model that {DOES[task]}.")
@@ -93,13 +93,13 @@ class Tasks:
         """Tensors [1, T] by name.
 
         Raises:
-            HTTPException: 422 for a text where the model's folder has no tokenizer, or one that has no tokens.
+            HTTPException: 422 for a text without tokens, or if the model's folder has no tokenizer.
         """
         if isinstance(text, list):
             return {"input_ids": torch.tensor([text])}
         if self.tokenizer is None:
             raise HTTPException(422, "the model's folder has no tokenizer: give tokens (input_ids).")
-        limit = self.pooling.limit if self.task == "base" else None  # where sentence-transformers cuts, too
+        limit = self.pooling.limit if self.task == "base" else None  # as sentence-transformers cuts
         limit = limit or (max_tokens(self.config) if truncate else None)
         row = answers.encode(self.config, self.tokenizer, text, pair, limit)
         if not row["input_ids"].numel():
@@ -107,10 +107,10 @@ class Tasks:
         return row
 
     async def outputs(self, rows: Sequence[Row], deadline_s: float) -> list[dict[str, torch.Tensor]]:
-        """The session's outputs [1, ...] of each row; all of them, or what the first that has none raises.
+        """The session's outputs [1, ...] for each row; if a row fails, its error is raised.
 
         Raises:
-            HTTPException: 413 for more rows than fit the queue, 424 where the model's numbers are not finite.
+            HTTPException: 413 for more rows than fit the queue, 424 if the model's numbers are not finite.
         """
         if len(rows) > self.max_texts:
             raise HTTPException(413, f"{len(rows)} texts are asked for at once; give {self.max_texts} at most.")
@@ -136,7 +136,7 @@ class Tasks:
         ]
 
     async def logits(self, rows: Sequence[Row], deadline_s: float) -> list[torch.Tensor]:
-        """A classifier's logits [C] of each row."""
+        """A classifier's logits [C] for each row."""
         self.only("classification")
         return [outputs["logits"][0] for outputs in await self.outputs(rows, deadline_s)]
 
@@ -176,7 +176,7 @@ class Tasks:
         if head_of(self.config) != "masked-lm":
             raise HTTPException(424, f"{self.name} has no LM head, so it does not fill {self.tokenizer.mask_token}.")
         if not all(self.has_mask(text) for text in texts):
-            raise HTTPException(422, f"some of the texts have no {self.tokenizer.mask_token}: ask them by themselves.")
+            raise HTTPException(422, f"some of the texts have no {self.tokenizer.mask_token}: send them separately.")
         rows = [self.row(text) for text in texts]
         found = list(zip(rows, await self.outputs(rows, deadline_s), strict=True))
         fill = functools.partial(answers.fill_masks, self.tokenizer)
@@ -184,7 +184,7 @@ class Tasks:
 
     @functools.cached_property
     def _lm_head(self) -> PreTrainedModel:
-        """The checkpoint without its layers: embeddings and LM head, small enough to be run by the front."""
+        """The checkpoint without its layers: embeddings and LM head, small enough for the front."""
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = 0
         return load_model(Checkpoint(Path(self.session.model), config), torch.float32)
@@ -196,7 +196,7 @@ class Tasks:
         return (vectors[1:] @ vectors[0]).tolist()
 
     async def span(self, question: Prompt, passage: str | None, deadline_s: float) -> dict:
-        """The answer in characters of the passage, with its probability; of tokens alone, counted in tokens."""
+        """The answer in characters of the passage, with its probability; without a text, in tokens."""
         self.only("question-answering")
         row = self.row(question, passage)
         (outputs,) = await self.outputs([row], deadline_s)
@@ -214,9 +214,9 @@ class Tasks:
         ]
 
     async def stream(self, wish: Generate) -> AsyncIterator[Piece]:
-        """The text that follows, as its tokens are made; who stops reading stops its generation.
+        """The text that follows, while its tokens are made; generation stops when nobody reads on.
 
-        What the session raises is raised here: before the first piece where it refuses the prompt.
+        The session's errors are raised here; a refused prompt raises before the first piece.
         """
         self.only("generation")
         if wish.stop and self.tokenizer is None:

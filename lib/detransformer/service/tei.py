@@ -13,7 +13,7 @@ from detransformer.service.tasks import Prompt, Tasks
 
 
 def routes(tasks: Tasks, guarded: dict) -> APIRouter:
-    """All of them; those of another kind of model refuse with 424."""
+    """All routes; those for another kind of model refuse with 424."""
     router = APIRouter()
 
     @router.post("/embed", **guarded)
@@ -29,7 +29,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 
     @router.post("/predict", **guarded)
     async def predict(body: Predict) -> list[dict] | list[list[dict]]:
-        """Labels and scores of a text, a pair, or each of a list."""
+        """Labels and scores of a text, a pair, or each entry of a list."""
         tasks.only("classification")
         several = isinstance(body.inputs, list) and isinstance(body.inputs[0], list)
         pairs = body.inputs if several else [[body.inputs] if isinstance(body.inputs, str) else body.inputs]
@@ -40,11 +40,11 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 
     @router.post("/rerank", **guarded)
     async def rerank(body: Rerank) -> list[dict]:
-        """The texts by how well they fit the query, best first."""
+        """The texts ranked by how well they fit the query, best first."""
         tasks.only("classification")
         if tasks.config.num_labels != 1:
             words = f"{tasks.name} has {tasks.config.num_labels} labels"
-            raise HTTPException(424, f"{words}; texts are ranked by a model that has one.")
+            raise HTTPException(424, f"{words}; ranking needs a model with one label.")
         rows = [tasks.row(body.query, text, truncate=bool(body.truncate)) for text in body.texts]
         logits = await tasks.logits(rows, body.deadline_s)
         fits = [float(x if body.raw_scores else x.sigmoid()) for x in logits]
@@ -54,7 +54,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 
     @router.get("/info", **guarded)
     async def info() -> dict:
-        """What is served, and its limits."""
+        """The served model and its limits."""
         kind = {tasks.task: {}} if tasks.task != "base" else {"embedding": {"pooling": "+".join(tasks.pooling.modes)}}
         if tasks.task == "classification":
             labels = {"id2label": tasks.config.id2label, "label2id": tasks.config.label2id}

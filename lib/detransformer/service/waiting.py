@@ -1,4 +1,4 @@
-"""Requests that wait: each has a deadline and gets one answer; some are asked together, padded to one length."""
+"""The queue of requests: each has a deadline and gets one answer; some are batched, padded to one length."""
 
 import statistics
 import threading
@@ -18,7 +18,7 @@ EXAMPLES = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class QueueFull(Exception):
-    """No room for another request; `retry_after_s` is when there may be."""
+    """The queue is full; it may have room after `retry_after_s`."""
 
     def __init__(self, waiting: int, retry_after_s: float):
         super().__init__(f"{waiting} requests wait already: ask again in {retry_after_s:.0f} s.")
@@ -26,18 +26,18 @@ class QueueFull(Exception):
 
 
 class Expired(Exception):
-    """A request that could not be answered by its deadline."""
+    """A request had no answer by its deadline."""
 
 
 class Unanswered(Exception):
-    """A request whose attempts all broke off, or whose session has ended."""
+    """All attempts to answer a request failed, or its session has ended."""
 
 
-@dataclass(eq=False)  # tensors do not compare to one truth
+@dataclass(eq=False)  # comparing tensors gives no single bool
 class Asked:
     """A request, its tensors [B, T] by name, and the future of its answer.
 
-    `sampling` says of each row how its tokens are chosen; `on_token` hears of each row's next token.
+    `sampling`: how each row's tokens are chosen; `on_token` is called with each row's next token.
     """
 
     request: Request
@@ -48,39 +48,39 @@ class Asked:
     future: Future = field(default_factory=Future)
     attempts: int = 0
     since: float = field(default_factory=time.monotonic)
-    told: list[list[int]] = field(default_factory=list)  # what `on_token` has heard
-    torn: Unanswered | None = None  # where that is not how the answer begins
+    told: list[list[int]] = field(default_factory=list)  # tokens that `on_token` has received
+    torn: Unanswered | None = None  # set if the answer begins with other tokens than those
 
     @property
     def size(self) -> int:
         return len(self.inputs["input_ids"])
 
     def goes_with(self, other: "Asked") -> bool:
-        """Whether both may be asked together; one whose batch broke is asked alone."""
+        """Whether both may share a batch; a request whose batch broke is asked alone."""
         return self.request == other.request and not self.attempts and not other.attempts
 
     def hear(self, step: int, tokens: list[int]) -> None:
-        """Takes in the token of each row at `step`, from 0. Those that were told before a group broke are told once."""
+        """Takes in each row's token at `step`, from 0; after a group broke, passes on only the steps that are new."""
         if self.on_token is None or self.future.done():
             return
         if step == len(self.told):
             self.told.append(tokens)
             self.on_token(tokens)
-        elif self.told[step] != tokens:  # devices in another number round otherwise
-            self.torn = Unanswered("the devices changed, and their tokens differ from those told already.")
+        elif self.told[step] != tokens:  # another number of devices rounds differently
+            self.torn = Unanswered("the devices changed, and their tokens differ from those sent already.")
 
     def settle(self, answer=None, error: Exception | None = None) -> bool:
-        """Whether this is the first answer; a second one reaches nobody."""
+        """Sets the answer or error; returns False if there was one already, which then stays."""
         error = error or self.torn
         try:
             self.future.set_exception(error) if error else self.future.set_result(answer)
         except InvalidStateError:
-            return self.future.cancelled()  # the caller has given it up
+            return self.future.cancelled()  # by the caller
         return True
 
 
 class Waiting:
-    """The line of requests; any thread may add, one takes. `counts` are of what became of them."""
+    """The queue of requests; any thread may add, one takes. `counts`: how many were answered, refused and so on."""
 
     def __init__(self, max_waiting: int, max_batch: int):
         self.counts: Counter[str] = Counter()
@@ -97,7 +97,7 @@ class Waiting:
     def add(self, asked: Asked) -> None:
         """
         Raises:
-            QueueFull: when as many wait as may.
+            QueueFull: if `max_waiting` requests wait already.
             Unanswered: after `close`.
         """
         with self._changed:
@@ -112,7 +112,7 @@ class Waiting:
             self._changed.notify()
 
     def take(self) -> list[Asked]:
-        """Requests to ask together; none where none came for a moment."""
+        """The next batch; empty if no request came for a moment."""
         with self._changed:
             if not len(self) and not self._closed:
                 self._changed.wait(0.1)
@@ -142,19 +142,19 @@ class Waiting:
         return [time.monotonic() - asked.since for asked in batch]
 
     def ask_again(self, batch: list[Asked], why: str) -> None:
-        """Puts those of a broken batch that have no answer before all others; `why` is how the last attempt ended."""
+        """Puts a broken batch's requests without an answer before all others; `why`: how the last attempt ended."""
         for asked in reversed(batch):
             if asked.future.done():
                 continue
             if asked.attempts >= MAX_ATTEMPTS:
-                asked.settle(error=Unanswered(f"{MAX_ATTEMPTS} attempts to answer broke off; the last: {why}"))
+                asked.settle(error=Unanswered(f"{MAX_ATTEMPTS} attempts to answer failed; the last: {why}"))
                 self.counts["unanswered"] += 1
             else:
                 with self._changed:
                     self._again.appendleft(asked)
 
     def drop_expired(self) -> None:
-        """Says so to those whose deadline has passed."""
+        """Ends requests whose deadline has passed, with `Expired`, and cancelled ones."""
         now = time.monotonic()
         with self._changed:
             for line in (self._again, self._new):
@@ -164,7 +164,7 @@ class Waiting:
                     asked.settle(error=Expired("no answer by the deadline."))
 
     def close(self) -> None:
-        """All that wait get no answer."""
+        """Ends all waiting requests with `Unanswered`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -173,7 +173,7 @@ class Waiting:
 
 
 def join_rows(parts: list[dict[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
-    """Inputs [B, T] of several requests as one, padded (`left`: before the tokens) to the longest, the mask being 0."""
+    """Joins inputs [B, T] of several requests, padded to the longest with mask 0 (`left`: before the tokens)."""
     length = max(part["input_ids"].shape[1] for part in parts)
     joined = {}
     for name in EXAMPLES:
@@ -189,5 +189,5 @@ def join_rows(parts: list[dict[str, torch.Tensor]], left: bool) -> dict[str, tor
 
 
 def cut(outputs: Mapping[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """Outputs of one request without the rows that padding made: [B, T, ...] to its own T."""
+    """One request's outputs without padding: [B, T, ...] cut to its own T."""
     return {name: tensor[:, :length] if tensor.ndim == 3 else tensor for name, tensor in outputs.items()}

@@ -1,27 +1,27 @@
-"""Text of tokens that come one by one, up to a stop string or the token that ends a text."""
+"""Turns tokens that come one by one into text, up to a stop string or an end token."""
 
 from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # of a character whose bytes have not all come
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # for a character whose bytes are incomplete
 
 
 class Writer:
-    """Takes tokens and gives out text that no later token can change.
+    """Takes tokens and returns text that no later token can change.
 
-    `reason` is why it ended: "stop" (a stop string, which is not part of the text, or an end token), or None while it
-    has not. Without a tokenizer all text is empty.
+    `reason`: "stop" after a stop string (which is not part of the text) or an end token; else None. Without a tokenizer
+    all text is empty.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stop: Sequence[str], end_tokens: Collection[int]):
         self.tokens: list[int] = []  # without the end token
-        self.text = ""  # given out so far
+        self.text = ""  # returned so far
         self.reason: str | None = None
         self._tokenizer, self._stop, self._end_tokens = tokenizer, stop, end_tokens
 
     def add(self, token: int) -> str:
-        """The text that is certain since this token."""
+        """The text that this token makes certain."""
         if token in self._end_tokens:
             self.reason = "stop"
             return self.finish()
@@ -35,7 +35,7 @@ class Writer:
         return self._give_out(certain[: len(certain) - self._begun(certain)])
 
     def finish(self) -> str:
-        """The text that was held back, when no token follows."""
+        """The text held back so far, if no token follows."""
         return self._give_out(self._decoded())
 
     def _decoded(self) -> str:

@@ -1,1 +1,1 @@
-"""The papers' tables made of saved rows, and the style that all figures of the notebooks share."""
+"""The papers' tables computed from saved rows, and the style of all the notebooks' figures."""

@@ -1,9 +1,9 @@
 """Table III and its noise: scores over seeds, differences to the original model, means over tasks, and trends.
 
 Pure functions of the rows of fine-tuning runs (table `accuracy_runs`) and of pre-trained models (table `pretraining`).
-The same seed means the same data order and the same first weights of the head, so seeds of two models are paired.
-"Beyond noise" is one rule everywhere: further from zero than two standard errors over the seeds. With two seeds chance
-alone passes it in three cases of ten (by Student's t), and of 45 differences some always pass.
+The same seed means the same data order and the same initial head weights, so seeds of two models are paired. "Beyond
+noise" means everywhere: further from zero than two standard errors over the seeds. With two seeds chance alone passes
+this in three cases of ten (by Student's t), and of 45 differences some always pass.
 """
 
 import math
@@ -26,11 +26,11 @@ PUBLISHED_COLUMNS = {  # Table III's tasks in its order, and their columns in da
 }
 METRICS = {"CoLA": "mcc", "SST-2": "accuracy", "MRPC": "accuracy", "MNLI": "accuracy", "SQuAD": "exact_match"}
 MLM = "MLM"  # the sixth column, ours: perplexity of held-out text, lower is better
-MARGINS = {"exact_match": 10.0, "f1": 10.0}  # points above guessing that count as learned, at least, by metric
-MARGIN = 1.0  # the same, of other metrics
+MARGINS = {"exact_match": 10.0, "f1": 10.0}  # metric -> least points above guessing that count as learned
+MARGIN = 1.0  # the same, for other metrics
 KEPT_PERCENT = 98.0  # of the original's mean score: "comparable accuracy"
 FIXED = 4  # Nb of the trend over Ndiv, and Ndiv of the trend over Nb (Section IV-B)
-TRENDS = {  # name: (varies, is fixed, one step)
+TRENDS = {  # name -> (varying column, fixed column, one step)
     "Nb": ("num_original_layers", "num_divisions", "original layer"),
     "Ndiv": ("num_divisions", "num_original_layers", "doubling of Ndiv"),
 }
@@ -50,21 +50,21 @@ def structure_names(rows: pd.DataFrame) -> list[str]:
 
 
 def published_structure(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have the published structure, not a variant of it."""
+    """The rows with the published structure, not a variant of it."""
     return rows[(rows[list(PUBLISHED_STRUCTURE)] == pd.Series(PUBLISHED_STRUCTURE)).all(axis=1)]
 
 
 def is_original(rows: pd.DataFrame) -> pd.Series:
-    """Which rows are of the unmodified model: they name no number of original layers."""
+    """Which rows are of the unmodified model: those without a number of original layers."""
     return rows["num_original_layers"].isna()
 
 
 def learned(rows: pd.DataFrame) -> pd.Series:
-    """Whether each row's score is above what guessing scores: the most frequent label, or, of questions, no answer.
+    """Whether each row's score is above that of guessing the most frequent label or, for questions, no answer.
 
-    Above by a margin (`MARGINS`; a few exact answers among a thousand questions are luck) and by two standard errors
-    that the size of the validation set alone makes: with n rows a Matthews correlation of nothing has 1/sqrt(n), a
-    share p has sqrt(p (1 - p) / n).
+    It must be above by a margin (`MARGINS`; a few exact answers among a thousand questions are luck) and by two
+    standard errors from the size n of the validation set: 1/sqrt(n) for a Matthews correlation of zero,
+    sqrt(p (1 - p) / n) for a share p.
     """
     scores = rows["score"] if "score" in rows else rows["obtained_mean"]
     share = rows["majority_score"].astype(float) / 100
@@ -76,9 +76,9 @@ def learned(rows: pd.DataFrame) -> pd.Series:
 
 
 def paired_std_error(ours: pd.Series, originals: pd.Series) -> float:
-    """Standard error of mean(ours) - mean(originals), two series of scores by seed; NaN where one seed is all there is.
+    """Standard error of mean(ours) - mean(originals), two series of scores by seed; NaN for a single seed.
 
-    Seeds that both have are paired; with fewer than two of them the two spreads are added as if independent.
+    Common seeds are paired; with fewer than two, the two spreads are added as if independent.
     """
     pairs = (ours - originals).dropna()
     if len(pairs) >= 2:
@@ -87,9 +87,9 @@ def paired_std_error(ours: pd.Series, originals: pd.Series) -> float:
 
 
 def compared(ours: pd.Series, originals: pd.Series | None) -> dict[str, float]:
-    """Of scores by seed: their mean, its standard deviation, number of seeds, difference to the original's, its error.
+    """Mean and standard deviation of scores by seed, number of seeds, difference to the original's mean, and its error.
 
-    Without `originals`, or of the original itself, there is no difference.
+    Without `originals` (as for the original itself) the difference is NaN.
     """
     known = {"mean": ours.mean(), "std": ours.std(ddof=1), "num_seeds": len(ours)}
     if originals is None:
@@ -104,18 +104,18 @@ def compared(ours: pd.Series, originals: pd.Series | None) -> dict[str, float]:
 def table_iii(
     runs: pd.DataFrame, published: pd.DataFrame, profile: str = "", pretraining: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Table III, one row a published cell: obtained mean and standard deviation over seeds, or why there is none.
+    """Table III, one row per published cell: obtained mean and standard deviation over seeds, or why there is none.
 
-    Beside them each cell's difference to the original of its model: published; obtained; its standard error, from the
-    differences seed by seed where two or more seeds are common, else from both spreads; and whether it is beyond noise
-    (empty where there is one seed). With `pretraining` each model gets a sixth cell, task MLM: perplexity (lower is
-    better) and loss on held-out text. Rows of other structures than the published one are left out.
+    Also each cell's difference to its model's original: published; obtained; its standard error, from the differences
+    by seed if two or more seeds are common, else from both spreads; and whether it is beyond noise (empty for one
+    seed). With `pretraining` each model gets a sixth cell, task MLM: perplexity (lower is better) and loss on held-out
+    text. Rows of other structures than the published one are left out.
 
     Args:
-        runs: one row a fine-tuning run (`training.accuracy_table`).
+        runs: one row per fine-tuning run (`training.accuracy_table`).
         published: the paper's table (data/published/table_iii.csv).
         profile: named in the status of cells that were not run.
-        pretraining: one row a pre-trained model (`training.pretraining_table`).
+        pretraining: one row per pre-trained model (`training.pretraining_table`).
     """
     scored, keys = _scores(runs, pretraining), [*ROW_COLUMNS, "task"]
     groups = {key: rows.set_index("seed") for key, rows in scored.groupby(keys, dropna=False)}
@@ -157,7 +157,7 @@ def published_cells(published: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scores(runs: pd.DataFrame, pretraining: pd.DataFrame | None) -> pd.DataFrame:
-    """One row a score, with MLM's perplexities among them; `seed` names the pre-training's too where it has several."""
+    """One row per score, including MLM's perplexities; `seed` includes the pre-training's seed if all rows have one."""
     runs = published_structure(runs).assign(valid_loss=math.nan)
     if "pretraining_seed" in runs and runs["pretraining_seed"].notna().all():
         runs["seed"] = list(zip(runs["pretraining_seed"], runs["seed"], strict=True))
@@ -169,13 +169,13 @@ def _scores(runs: pd.DataFrame, pretraining: pd.DataFrame | None) -> pd.DataFram
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:
-    """`table_iii` as it was before it was saved: Nb and Ndiv whole numbers, `beyond_noise` true, false or missing."""
+    """`table_iii` with its types from before saving: Nb and Ndiv integers, `beyond_noise` true, false or missing."""
     kinds = dict.fromkeys(ROW_COLUMNS[1:], "Int64") | {"beyond_noise": "boolean"}
     return table.astype(kinds)
 
 
 def std_errors(rows: pd.DataFrame) -> pd.Series:
-    """Standard errors of the obtained means; NaN where one seed is all there is."""
+    """Standard errors of the obtained means; NaN for a single seed."""
     seeds = rows["num_seeds"].astype(float)
     return (rows["obtained_std"].astype(float) / seeds**0.5).where(seeds > 1)
 
@@ -183,7 +183,7 @@ def std_errors(rows: pd.DataFrame) -> pd.Series:
 def scores_wide(table: pd.DataFrame) -> pd.DataFrame:
     """Table III in the paper's form, each cell `published / obtained ± standard deviation over seeds`.
 
-    An arrow marks what is better (up) or worse (down) than the original beyond noise.
+    An arrow marks cells that are better (up) or worse (down) than the original beyond noise.
     """
     rows = typed(table)
     better = (rows["obtained_difference"] > 0) != (rows["task"] == MLM)
@@ -202,12 +202,12 @@ def scores_wide(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_score(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a model and kind of mean: over the tasks measured (`all`), and over those the original learned.
+    """One row per model and kind of mean: over the measured tasks (`all`), and over those that the original learned.
 
     Columns: over, tasks, num_tasks; published, published_share (per cent of the original's mean of the same tasks);
     obtained, obtained_std_error, obtained_share, share_std_error; judged (by `record.verdict`): whether the share is
     `KEPT_PERCENT` or more, not tested unless the original has learned all these tasks and there are several seeds. The
-    error is of the fine-tuning seeds, tasks counted as independent.
+    errors are over the fine-tuning seeds, with tasks counted as independent.
     """
     frame = typed(table)
     frame = frame[frame["task"] != MLM]
@@ -218,7 +218,7 @@ def mean_score(table: pd.DataFrame) -> pd.DataFrame:
         cells = cells.merge(base, on="task", suffixes=("", "_base"))
         both = cells["obtained_mean"].notna() & cells["obtained_mean_base"].notna()
         for over, chosen in (("all", both), ("learned", both & cells["learned_base"])):
-            # What was not run is published still.
+            # The published mean stays if nothing was run.
             shown = cells[chosen] if chosen.any() or over == "learned" else cells
             row = {"over": over, "tasks": ", ".join(shown["task"]) or "none", "num_tasks": int(chosen.sum())}
             row |= _shares(shown, is_base=pd.isna(structure[1]))
@@ -232,7 +232,7 @@ def mean_score(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _shares(cells: pd.DataFrame, is_base: bool) -> dict[str, float]:
-    """Means over tasks, and their shares in per cent of the original's, whose columns end in `_base`."""
+    """Means over tasks, and their per cent of the original's, whose columns end in `_base`."""
     names = ("published", "obtained_mean", "published_base", "obtained_mean_base")
     published, obtained, *originals = (float(cells[name].mean(skipna=False)) for name in names)
     originally_published, original = (mean or math.nan for mean in originals)
@@ -251,18 +251,18 @@ def _shares(cells: pd.DataFrame, is_base: bool) -> dict[str, float]:
 
 
 def _mean_error(errors: pd.Series) -> float:
-    """Standard error of a mean of independent values; NaN where one of them has none."""
+    """Standard error of a mean of independent values; NaN if one of them has none."""
     return float((errors**2).sum(skipna=False) ** 0.5 / len(errors)) if len(errors) else math.nan
 
 
 def trends(table: pd.DataFrame) -> pd.DataFrame:
-    """How scores change with Nb (at Ndiv=4) and with Ndiv (at Nb=4): one row a model, trend and task, `mean` and MLM.
+    """How scores change with Nb (at Ndiv=4) and Ndiv (at Nb=4): a row per model, trend and task, `mean` and MLM.
 
-    `published_slope` and `obtained_slope` are of straight lines by least squares, in points an original layer or a
-    doubling of Ndiv (MLM: in perplexity), over the points that were measured; `slope_std_error` is over the seeds,
-    rows counted as independent. MLM has no published value: it is expected to go against the published mean, lower
-    being better. judged: by `record.verdict`; where it is "not tested", why: one seed | at chance (no row has learned
-    the task) | not run (fewer than two points).
+    `published_slope` and `obtained_slope` are least-squares slopes over the measured points, in points per original
+    layer or per doubling of Ndiv (MLM: in perplexity); `slope_std_error` is over the seeds, with rows counted as
+    independent. MLM has no published value: since lower is better, its slope should have the opposite sign of the
+    published mean's. judged: by `record.verdict`; `why` it is not tested: one seed | at chance (no row has learned the
+    task) | not run (fewer than two points).
     """
     frame = typed(table)
     frame["error"] = std_errors(frame)
@@ -282,7 +282,7 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lines(line: pd.DataFrame, varies: str, chance: set[str]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(task, points) of every task, of their mean, of the mean of the learned, and of MLM; points by what varies."""
+    """(task, points) for every task, their mean, the mean of the learned ones, and MLM; points by what varies."""
     line = line.rename(columns={"obtained_mean": "obtained"}).set_index(varies)
     columns = ["published", "obtained", "error", "num_seeds"]
     parts = {task: cells[columns] for task, cells in line.groupby("task", sort=False)}
@@ -297,7 +297,7 @@ def _lines(line: pd.DataFrame, varies: str, chance: set[str]) -> Iterator[tuple[
 
 
 def _mean_points(parts: list[pd.DataFrame]) -> pd.DataFrame:
-    """The mean over those tasks that were measured anywhere on the line; empty at points that lack one of them."""
+    """The mean over all tasks that were measured anywhere on the line; empty at points that lack one of them."""
     parts = [part for part in parts if part["obtained"].notna().any()] or parts
     mean = {name: sum(part[name] for part in parts) / len(parts) for name in ("published", "obtained")}
     mean["error"] = sum(part["error"] ** 2 for part in parts) ** 0.5 / len(parts)
@@ -305,7 +305,7 @@ def _mean_points(parts: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _slopes(task: str, points: pd.DataFrame, trend: str, chance: set[str]) -> dict:
-    """Slopes of one line by least squares, their error, and why they say nothing, if they do not."""
+    """Least-squares slopes of one line, their error, and why they say nothing, if so."""
     measured = points[points["obtained"].notna()]
     used = measured if len(measured) > 1 else points
     place = pd.Series(used.index.astype(float), used.index)

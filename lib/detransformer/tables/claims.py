@@ -1,4 +1,4 @@
-"""The six claims that the README opens with, as sentences made of a run's saved tables (`claims_table`)."""
+"""The six claims at the top of the README, as sentences from a run's saved tables (`claims_table`)."""
 
 import re
 
@@ -15,9 +15,9 @@ PACES = {"measured": "paced by measured efficiency", "roofline": "roofline pace 
 
 
 def claims_table(run: RunFolder) -> pd.DataFrame:
-    """One row a claim: what the paper has, what was found here, what kind of number that is and how sure it is.
+    """One row per claim: the paper's value, ours, its kind and its certainty.
 
-    A row whose rows were not measured is left out.
+    A claim without measured rows is left out.
     """
     latency = run.load_table("latency", "06_latency")
     rows = [*latency_claims(latency), same_outputs(latency)]
@@ -50,7 +50,7 @@ def latency_claims(latency: pd.DataFrame) -> list[tuple | None]:
 def _speedup_row(
     rows: pd.DataFrame, claim: str, stated: str, model: str, compared: dict, more: str = ""
 ) -> tuple | None:
-    """A claim of speedups: (slower method, faster method, Mbps) by the words that say which plans or link they are of.
+    """A claim of speedups. `compared` maps words for the plans or link to (slower method, faster method, Mbps).
 
     `stated` names the published value.
     """
@@ -68,7 +68,7 @@ def _speedup_row(
 
 
 def _how_sure(rows: pd.DataFrame) -> str:
-    """Requests a row, whether there is an interval, and the pace of the rows compared."""
+    """Requests per row, whether there is an interval, and the pace of the compared rows."""
     fewest, scales = rows["repeats"].min(), sorted(rows["time_scale"].unique())
     enough = fewest >= MIN_SAMPLES and len(scales) == 1
     words = [f"{fewest:g} request{'s' if fewest > 1 else ''} a row, {'95% intervals' if enough else 'no interval'}"]
@@ -80,7 +80,7 @@ def _how_sure(rows: pd.DataFrame) -> str:
 
 
 def accuracy_claim(shares: pd.DataFrame, probes: pd.DataFrame) -> tuple | None:
-    """What real weights keep of their scores after decoupling: each structure's longest training, and fewer layers."""
+    """The share of scores that pretrained weights keep when decoupled or cut to fewer layers, by longest training."""
     rows = shares[shares["how"] == "probe"]
     original = next(iter(rows["row"]), "")
     models = rows[(rows["judged"].fillna("") != "") & rows["share"].notna()]
@@ -103,12 +103,12 @@ def accuracy_claim(shares: pd.DataFrame, probes: pd.DataFrame) -> tuple | None:
 
 
 def structure_of(label: str) -> str:
-    """A row's structure, of a label such as `minilm Nb=2, Ndiv=4, 1,000,000 tokens` or `minilm, 3 layers, cut`."""
+    """The structure in a label such as `minilm Nb=2, Ndiv=4, 1,000,000 tokens` or `minilm, 3 layers, cut`."""
     return re.sub(r", (sliced|cut|closed form|[\d,]+ tokens)$", "", label)
 
 
 def same_outputs(latency: pd.DataFrame) -> tuple | None:
-    """The largest error of the outputs of any measured plan, in float32, among rows rejected for it too."""
+    """The largest output error of any measured plan in float32, including rows rejected for it."""
     rows = latency[(latency["wire"] == "float32") & latency["relative_error"].notna() & (latency["num_devices"] > 1)]
     if not len(rows):
         return None
@@ -118,7 +118,7 @@ def same_outputs(latency: pd.DataFrame) -> tuple | None:
 
 
 def under_faults(rows: pd.DataFrame) -> tuple:
-    """What became of requests to a serving cluster that was broken on purpose (table `chaos`)."""
+    """The fate of requests to a serving cluster that was broken on purpose (table `chaos`)."""
     bad = f"{rows['lost'].sum()}, {rows['wrong'].sum()}, {rows['twice'].sum()} of {rows['requests'].sum()}"
     sure = "a small BERT under tensor parallelism, three devices on one machine; "
     sure += "a request past its own deadline is not lost"
@@ -126,6 +126,6 @@ def under_faults(rows: pd.DataFrame) -> tuple:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """The table as Markdown lines, as the README has it."""
+    """The table as Markdown lines, as in the README."""
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,4 +1,4 @@
-"""What decoupling and compressing cost in accuracy, in sentences that name the saved table and row they are from."""
+"""What decoupling and compressing cost in accuracy, in sentences that cite the saved table and row."""
 
 import pandas as pd
 
@@ -7,7 +7,7 @@ from detransformer.record.run import RunFolder
 
 
 def saved_tables() -> RunFolder | None:
-    """The committed run of this clone; None where the package runs without one."""
+    """The committed run of this clone; None without a clone or run."""
     try:
         folder = repository_root() / "results" / "reference"
     except FileNotFoundError:
@@ -16,9 +16,9 @@ def saved_tables() -> RunFolder | None:
 
 
 def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
-    """Sentences on what a decoupled model keeps of its original's scores, and what fewer layers keep.
+    """Sentences on the share of the original's scores that a decoupled model keeps, and that fewer layers keep.
 
-    `original_share`: of the layers, those that stay original; the saved row whose share is nearest is named.
+    `original_share`: the fraction of layers that stay original; the sentences cite the saved row nearest to it.
     """
     rows, trained = _rows(run, "kept"), _rows(run, "calibration")
     trained = trained[trained["stage"] == "trained"] if len(trained) else trained
@@ -52,7 +52,7 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
 
 
 def compression_costs(run: RunFolder | None, wire: str, is_decoupled: bool) -> list[str]:
-    """Sentences on what messages in a format cost, of an original or a decoupled model."""
+    """Sentences on what messages in format `wire` cost an original or a decoupled model."""
     rows, sentences = _rows(run, "wire_accuracy"), []
     if len(rows):
         alike = rows[(rows["wire"] == wire) & (rows["num_original_layers"].notna() == is_decoupled)]

@@ -1,7 +1,7 @@
-"""Tables II and IV of the DATE paper, and which rows of the bench count in all tables of latency.
+"""Tables II and IV of the DATE paper, and the choice of bench rows for all latency tables.
 
-Pure functions of the bench table `latency`: one row a method, model, bandwidth and number of devices. Rows that failed
-their self-check are left out, and what was not measured reads "not run".
+Pure functions of the bench table `latency`: one row per method, model, bandwidth and number of devices. Rows that
+failed their self-check are left out, and missing measurements read "not run".
 """
 
 import itertools
@@ -43,7 +43,7 @@ METHOD_NAMES = {  # in the order of tables and legends
     "bp+auto": "BP+Auto",
     "bp+narrow": "BP+Narrow",
 }
-# DeTransformer's plans: the best of the paper's three, ours, and ours with the sub-block of the authors' latency code.
+# DeTransformer's plans: the best of the paper's three, ours, and ours with the sub-blocks of the authors' latency code.
 VARIANTS = {"paper": "bp+paper", "ours": "bp+auto", "narrow": "bp+narrow"}
 
 
@@ -60,11 +60,11 @@ def comparable_rows(latency: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_one_pace(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of a model at a bandwidth, the rows of the measured pace where there are any, else those of the roofline."""
+    """For each model and bandwidth, the rows of the measured pace if there are any, else those of the roofline."""
     is_measured, single = rows["pace"] == "measured", rows["method"] == "single"
     place = ["model", "link", "bandwidth_mbps"]
     preferred = is_measured.groupby([rows[name] for name in place], dropna=False).transform("any")
-    # A single device uses no link, so that it counts at every bandwidth.
+    # A single device uses no link, so its row counts at every bandwidth.
     preferred = preferred.where(~single, (is_measured & single).groupby(rows["model"]).transform("any"))
     return rows[is_measured | ~preferred.astype(bool)]
 
@@ -76,12 +76,12 @@ def valid_rows(latency: pd.DataFrame) -> pd.DataFrame:
 
 
 def links_of(latency: pd.DataFrame) -> list[str]:
-    """The kinds of link that distributed rows were measured over."""
+    """The kinds of link of the distributed rows."""
     return sorted(latency.loc[latency["method"] != "single", "link"].dropna().unique())
 
 
 def single_latency(latency: pd.DataFrame, model: str) -> float:
-    """Median latency of the original model on one device in seconds; NaN where it was not measured."""
+    """Median latency of the original model on one device in seconds; NaN if it was not measured."""
     return float(select(latency, model, "single")["latency_s"].median())
 
 
@@ -94,8 +94,8 @@ def select(
     bandwidth_mbps: float | None = None,
     num_devices: int | None = NUM_DEVICES,
 ) -> pd.DataFrame:
-    """Rows of one method; of block-parallel ones (`bp+...`) those of Nb=4 and Ndiv=4, or of as many divisions as
-    there are devices where those are more; of `single` those of the original model, which uses no link."""
+    """Rows of one method: for block-parallel ones (`bp+...`) those of Nb=4 and Ndiv=4, or as many divisions as devices
+    if these are more; for `single` those of the original model, which uses no link."""
     rows = latency[(latency["model"] == model) & (latency["method"] == method)]
     if method == "single":
         return rows[rows["num_original_layers"].isna()]
@@ -109,7 +109,7 @@ def select(
 
 
 def speedup(slower: pd.DataFrame, faster: pd.DataFrame) -> tuple[float, float, float]:
-    """How many times as fast the rows `faster` are as `slower`, by their medians, and its 95% interval.
+    """How many times as fast `faster` is as `slower`, by their medians, and the 95% interval.
 
     The interval is NaN unless each is one row of the same pace and time scale, with `MIN_SAMPLES` requests or more.
     """
@@ -125,8 +125,8 @@ def speedup(slower: pd.DataFrame, faster: pd.DataFrame) -> tuple[float, float, f
 def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Table IV: speedup of DeTransformer (Nb=4, Ndiv=4) over TP and SP on 4 devices.
 
-    One row a published cell, link and variant (`VARIANTS`; other than the paper's where it was measured):
-    bandwidth_mbps, model, baseline, variant, method, published, obtained, low, high (the interval, where there are
+    One row per published cell, link and variant (`VARIANTS`; others than the paper's only if measured):
+    bandwidth_mbps, model, baseline, variant, method, published, obtained, low, high (the interval, if there are
     repeats), ratio, link, status (measured | not run).
     """
     rows, cells = valid_rows(latency), []
@@ -147,7 +147,7 @@ def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 
 
 TABLE_II_METHODS = {"BP": "bp+paper", "BP (ours)": "bp+auto"}
-# Attribute of Table II: what is measured for it, and whether more of it is better.
+# Attribute of Table II -> the column measured for it, and whether more is better.
 ATTRIBUTES = {
     "latency_reduction": ("latency_s", False),
     "throughput_increase": ("throughput_rps", True),
@@ -161,9 +161,9 @@ def table_ii(
 ) -> pd.DataFrame:
     """Table II measured: does each approach lower latency, raise throughput and save memory against one device?
 
-    One row an approach, the single device first: latency_s, throughput_rps, weights_mib and peak_rss_mib (of the
-    fullest device), their ratios to the single device, and yes, no or not run beside the published mark. The mark for
-    memory is by the weights. Of the bandwidths measured, the nearest to the wanted one counts.
+    One row per approach, the single device first: latency_s, throughput_rps, weights_mib and peak_rss_mib (of the
+    fullest device), their ratios to the single device, and yes, no or not run beside the published mark. Weights decide
+    the mark for memory. The measured bandwidth nearest to `bandwidth_mbps` counts.
     """
     latency = valid_rows(latency)
     link = next(iter(links_of(latency)), "")
@@ -196,7 +196,7 @@ def _absolute(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _nearest(latency: pd.DataFrame, link: str, bandwidth_mbps: float) -> pd.DataFrame:
-    """Rows of each method on `link` at the measured bandwidth nearest to the wanted one."""
+    """Rows of each method on `link` at its measured bandwidth nearest to `bandwidth_mbps`."""
     rows = latency[latency["link"] == link]
     distance = (rows["bandwidth_mbps"] - bandwidth_mbps).abs()
     return rows[distance == distance.groupby([rows["model"], rows["method"]]).transform("min")]

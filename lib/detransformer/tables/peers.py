@@ -29,18 +29,18 @@ STRATEGY_ORDER = ("replicate", "tensor", "sequence", "ulysses", "heads", "galaxy
 
 
 def methods_table(latency: pd.DataFrame) -> pd.DataFrame:
-    """Peers side by side on 4 devices: one row a link, model, bandwidth, method and wire format, fastest first.
+    """Peers side by side on 4 devices: one row per link, model, bandwidth, method and wire format, fastest first.
 
-    `speedup` is over the single device; `over_limit` is latency over the modelled single-device time / devices;
-    `relative_error` the RMS of the output's difference from the single-device model's over the RMS of the output.
-    A single device uses no link and stands at every bandwidth, its latency over the limit of four devices.
+    `speedup` is over the single device; `over_limit` is latency over (modelled single-device time / devices);
+    `relative_error` is the RMS of the output's difference from the single-device model's over the RMS of the output.
+    A single device uses no link: it has a row at every bandwidth, with its latency over the limit of four devices.
     """
     rows = _one_setting(comparable_rows(latency))
     spread = rows[rows["method"] != "single"]
     places = spread[PLACE].drop_duplicates()
     if not len(places):
         return pd.DataFrame()
-    # BP on one device is no peer: the single device is that of the original model.
+    # BP on one device is no peer: `single` is the original model.
     single = rows[(rows["method"] == "single") & rows["num_original_layers"].isna()].drop_duplicates("model")
     single = single.assign(over_limit=NUM_DEVICES * single["over_limit"] / single["num_devices"])
     rows = pd.concat([single.drop(columns=["link", "bandwidth_mbps"]).merge(places, on="model"), spread])
@@ -61,16 +61,15 @@ def methods_table(latency: pd.DataFrame) -> pd.DataFrame:
 
 
 def limit(latency: pd.DataFrame, model: str) -> float:
-    """Seconds of the modelled single device / devices; NaN where nothing was measured."""
+    """The modelled single-device time / devices, in seconds; NaN if nothing was measured."""
     rows = valid_rows(latency)
     return float(rows.loc[(rows["model"] == model) & (rows["num_devices"] == NUM_DEVICES), "limit_s"].median())
 
 
 def time_parts(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` in long form: three for each, whose `part` is compute, communication or wait and which have its `seconds`.
+    """`rows` in long form: three rows for each, with `part` (compute, communication or wait) and its `seconds`.
 
-    Communication is what is neither compute nor waiting, so that the three sum to the latency: medians of the parts
-    need not sum to the median.
+    Communication is the rest, so that the three sum to the latency: the parts' medians need not sum to the median.
     """
     compute = rows["compute_s"].clip(upper=rows["latency_s"])
     wait = rows["wait_s"].clip(upper=rows["latency_s"] - compute)
@@ -79,7 +78,7 @@ def time_parts(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def wire_table(latency: pd.DataFrame) -> pd.DataFrame:
-    """Compressed messages, for every method that was measured with some: latency, bytes sent and output error.
+    """Every method that was measured with compressed messages: latency, bytes sent and output error.
 
     `over_float32` is the method's own float32 latency over this one, `over_tp` that of float32 TP.
     """
@@ -101,7 +100,7 @@ def wire_table(latency: pd.DataFrame) -> pd.DataFrame:
 def scaling_table(latency: pd.DataFrame, bandwidth_mbps: float = SCALING_BANDWIDTH_MBPS) -> pd.DataFrame:
     """Strong scaling at one bandwidth (Figs. 7c,d): latency, speedup over one device, and speedup / devices.
 
-    More than four devices run a model of as many divisions (`num_divisions`).
+    More than four devices run a model with as many divisions as devices (`num_divisions`).
     """
     rows, parts = valid_rows(latency), []
     for model in dict.fromkeys(rows["model"]):
@@ -126,7 +125,7 @@ def scaling_table(latency: pd.DataFrame, bandwidth_mbps: float = SCALING_BANDWID
 
 
 def prediction_error(latency: pd.DataFrame) -> pd.DataFrame:
-    """Relative error of predicted against measured latency by link and method, with a row `all` a link."""
+    """Relative error of predicted against measured latency, by link and method, with a row `all` per link."""
     rows = comparable_rows(latency)
     rows = rows[~rows["method"].isin(["single", "dp"]) & rows["predicted_s"].notna()]
     rows = rows.assign(error=(rows["predicted_s"] / rows["latency_s"] - 1).abs())
@@ -135,10 +134,9 @@ def prediction_error(latency: pd.DataFrame) -> pd.DataFrame:
 
 
 def efficiency_table(profile: pd.DataFrame) -> pd.DataFrame:
-    """Compute efficiency by strategy (rows) and device count: FLOPs / time, over the whole layer's on one device.
+    """Compute efficiency by strategy (rows) and device count: FLOPs / time, relative to the whole layer on one device.
 
-    One row a model, way in which weights lie (`packed` or `plain`), strategy and number of chunks, for requests of 128
-    tokens.
+    One row per model, weight layout (`packed` or `plain`), strategy and number of chunks, for requests of 128 tokens.
     """
     keys = ["model", "weights", "strategy", "num_chunks"]
     rows = profile[profile["tokens"] == SEQ_LEN]
@@ -149,10 +147,10 @@ def efficiency_table(profile: pd.DataFrame) -> pd.DataFrame:
 
 
 def pace_table(latency: pd.DataFrame) -> pd.DataFrame:
-    """How far a method's latency, and BP+Auto's speedup over it, depend on how small shares are paced.
+    """How far a method's latency, and BP+Auto's speedup over it, depend on the pace of small shares.
 
-    A row a model, method and bandwidth that was measured by both paces: seconds by the measured and by the roofline
-    pace, and BP+Auto's speedup over the method by each, with its 95% interval where there are requests enough.
+    One row per model, method and bandwidth that was measured at both paces: seconds at the measured and the roofline
+    pace, and BP+Auto's speedup over the method at each, with its 95% interval if there are enough requests.
     """
     rows = checked_rows(latency)
     rows = _one_setting(rows[(rows["wire"] == "float32")])
@@ -173,10 +171,10 @@ def pace_table(latency: pd.DataFrame) -> pd.DataFrame:
 
 
 def fig7_error(latency: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Latencies in seconds beside those of Fig. 7a, b, absolute.
+    """Our latencies beside those of Figs. 7a and 7b, in seconds.
 
-    `curves` are published over one device's latency, whose published seconds they are multiplied by; the paper's
-    BP+Auto is the best of its three plans, `bp+paper` here. `error` is obtained over published, minus 1.
+    `curves` are published relative to one device's latency, so they are multiplied by its published seconds. The
+    paper's BP+Auto is the best of its three plans, `bp+paper` here. `error` is obtained over published, minus 1.
     Columns: model, method, bandwidth_mbps, published, obtained, error, link.
     """
     keys = ["link", "model", "method", "bandwidth_mbps"]

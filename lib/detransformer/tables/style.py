@@ -1,4 +1,4 @@
-"""What the figures of all notebooks share: fonts, a colour and marker for each method, a bandwidth axis, saving.
+"""The common style of all figures: fonts, a colour and marker for each method, a bandwidth axis, saving.
 
 A notebook draws with seaborn on a tidy table: `sns.relplot(rows, hue="method", palette=COLOURS, style="method",
 markers=MARKERS)`, then `save(run, "fig7a", grid)`. Published values are hollow or dashed, obtained ones filled.
@@ -41,7 +41,7 @@ _LOOKS = {
 COLOURS = {method: colour for method, (colour, _) in _LOOKS.items()}
 MARKERS = {method: marker for method, (_, marker) in _LOOKS.items()}
 
-# Where the time of a request goes, and what a device is doing.
+# Colours of the parts of a request's time, and of a device's events.
 PARTS = {"compute": "#b3bccb", "communication": _ORANGE, "wait": "#e6e6e6"}
 EVENTS = {
     "compute": PARTS["compute"],
@@ -83,7 +83,7 @@ def bandwidth_axis(axis: Axes, bandwidths_mbps: pd.Series) -> None:
 
 
 def log_axis(axis: Axes, which: str, ticks: Sequence[float]) -> None:
-    """A logarithmic `x` or `y` axis whose ticks are written out, those of `ticks` that lie on it."""
+    """A logarithmic `x` or `y` axis, labelled at those `ticks` that lie on it."""
     axis.set(**{f"{which}scale": "log"})
     low, high = sorted(axis.get_xlim() if which == "x" else axis.get_ylim())
     shown = [tick for tick in ticks if low <= tick <= high]
@@ -92,7 +92,7 @@ def log_axis(axis: Axes, which: str, ticks: Sequence[float]) -> None:
 
 
 def save(run: RunFolder, name: str, figure: object) -> None:
-    """Save a matplotlib Figure, Axes or seaborn grid as figures/NAME.png: same table, same bytes."""
+    """Save a matplotlib Figure, Axes or seaborn grid as figures/NAME.png; the same table gives the same bytes."""
     figure = getattr(figure, "figure", figure)
     assert isinstance(figure, matplotlib.figure.Figure)
     with atomic_write(run.figures / f"{name}.png", "wb") as file:
@@ -104,8 +104,8 @@ def draw_beside(
 ) -> None:
     """Draw a published column hollow and dashed beside an obtained one, on the current axes of a seaborn grid.
 
-    `error` names a column of standard errors of the obtained values. For `FacetGrid.map_dataframe`, which gives the
-    colour and, where there are hues, the label.
+    `error` names a column of standard errors of the obtained values. For `FacetGrid.map_dataframe`, which passes the
+    colour and, with hues, the label.
     """
     axis, known, label = plt.gca(), data.dropna(subset=obtained), look.get("label")
     colour, stated, words = (look["color"], look["color"], None) if label else (_BLUE, _GREY, "published")

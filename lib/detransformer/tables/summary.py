@@ -1,8 +1,8 @@
 """Every published value beside what a run obtained, judged by `record.verdict`; reads the run's saved tables only.
 
-Where the paper says BP+Auto, the best of the paper's three plans stands beside the published value; our plans follow in
-rows of their own, where they were measured. A count must be equal, and a yes or no of Table II the same word. A score
-or a difference of scores is judged only where the models have learned the task.
+For the paper's BP+Auto, the best of the paper's three plans is compared with the published value; our plans follow in
+rows of their own, if measured. Counts, and the yes or no of Table II, must be equal. A score or a difference of scores
+is judged only if the models have learned the task.
 """
 
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ from detransformer.tables.latency import (
     valid_rows,
 )
 
-OURS = " (our plans)"  # after the claim of a row that no published value was obtained by
-# Speedups of the text: model, Mbps, the slower method and the faster one, which is DeTransformer where none is named.
-# The largest over TP is that of the cell of Table IV that has the published one, not the largest of ours.
+OURS = " (our plans)"  # after the claim of a row whose plans are not the paper's
+# Speedups in the text: model, Mbps, the slower method and the faster one (empty: DeTransformer). The largest over TP is
+# taken at the cell of Table IV that has the published maximum, not at our largest.
 SPEEDUPS = {
     "max_speedup_over_tp": ("bert-base", 125, "tp", ""),
     "bert_large_bp_auto_speedup_over_single_500mbps_4dev": ("bert-large", 500, "single", ""),
@@ -50,7 +50,7 @@ SUMMARY_COLUMNS = ["claim", "where", "link", *COLUMNS[2:], "notebook"]
 
 
 def summarise(run: RunFolder, tolerance: float = TOLERANCE) -> pd.DataFrame:
-    """One row a published value: claim, where, link, expected, obtained, low, high, kind, judged, notebook.
+    """One row per published value: claim, where, link, expected, obtained, low, high, kind, judged, notebook.
 
     Raises:
         ValueError: for a run that lacks one of the tables, naming the notebook that makes it.
@@ -67,7 +67,7 @@ def summarise(run: RunFolder, tolerance: float = TOLERANCE) -> pd.DataFrame:
 
 
 def text_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """The single values of the paper's text: latencies, speedups (a row a link and variant) and collective counts."""
+    """The single values of the paper's text: latencies, speedups (per link and variant) and collective counts."""
     rows, links = [], []
     latency = valid_rows(latency)
     for line in published("text_claims").itertuples():
@@ -79,7 +79,7 @@ def text_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
                 links.append(link)
             continue
         links.append("")
-        if line.claim in COUNTS:  # random weights send what trained ones would
+        if line.claim in COUNTS:  # the same for random and trained weights
             method, column = COUNTS[line.claim]
             obtained = select(latency, "bert-base", method)[column].median()
             rows.append(Verdict(name, obtained=obtained, kind="measured", tolerance=0, **known))
@@ -91,7 +91,7 @@ def text_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
 
 
 def _speedups(model: str, bandwidth_mbps: float, slower: str, faster: str, latency: pd.DataFrame) -> Iterator[tuple]:
-    """(link, variant, speedup with its interval): the paper's variant for every link, ours where it was measured."""
+    """(link, variant, speedup with its interval): the paper's variant for every link, ours if measured."""
     for link, variant in product(links_of(latency) or [""], ("paper", "ours")):
         if faster and variant == "ours":
             continue
@@ -104,7 +104,7 @@ def _speedups(model: str, bandwidth_mbps: float, slower: str, faster: str, laten
 def table_ii_claims(table: pd.DataFrame) -> pd.DataFrame:
     """Table II: the paper's tick or cross for each approach and attribute, and what was measured.
 
-    Weights on a device follow from the plan, and so does what copies (DP) and a pipeline (PP) do to one request.
+    The plan determines the weights on a device, and the effect of copies (DP) and a pipeline (PP) on one request.
     """
     found, rows = table.set_index("approach"), []
     for _, marks in published("table_ii").iterrows():
@@ -119,7 +119,7 @@ def table_ii_claims(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def table_iii_claims(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """Table III, every cell as it stands. A smaller model trained on fewer rows is not expected to reach it."""
+    """Table III, every cell unchanged. A smaller model trained on fewer rows is not expected to reach it."""
     rows = []
     for cell in _table_iii_cells(table).itertuples():
         low, high = around(cell.obtained_mean, cell.std_error)
@@ -131,7 +131,7 @@ def table_iii_claims(table: pd.DataFrame, tolerance: float) -> pd.DataFrame:
 def table_iii_differences(table: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
     """Table III as the paper argues from it: decoupled minus original, which can be compared between scales.
 
-    Tested where the original has learned the task and several seeds say what the seed alone does.
+    Tested if the original has learned the task and several seeds show the effect of the seed alone.
     """
     cells, where = _table_iii_cells(table), "Table III (difference)"
     originals = cells[is_original(cells)].set_index(["model", "task"])["learned"]
@@ -155,7 +155,7 @@ def _table_iii_cells(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def table_iv_claims(latency: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
-    """Table IV, every cell over every link that was measured; our plans where a cell was measured with them."""
+    """Table IV: every cell on every measured link; also with our plans, if measured."""
     cells = table_iv(latency, published("table_iv"))
     cells = cells[(cells["variant"] == "paper") | ((cells["variant"] == "ours") & cells["obtained"].notna())]
     cells = cells.sort_values("variant", ascending=False, kind="stable")  # the paper's first
