@@ -29,19 +29,19 @@ from detransformer.parallel.wire_model import wired
 from detransformer.planning.cost import alone_seconds, predict
 from detransformer.planning.placement import place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
-from detransformer.record.intervals import MIN_SAMPLES, bootstrap_median, bootstrap_ratio, samples_of
+from detransformer.record.intervals import bootstrap_median, samples_of
 from detransformer.record.verdict import Verdict
 from detransformer.record.verdict import table as verdict_table
+from detransformer.tables.margins import ONE_DEVICE, SETTING, margins
 from detransformer.training import TrainingData
 
-SETTING = ["model", "num_devices", "bandwidth_mbps", "delay_ms", "shared", "wire", "pace"]
 COLUMNS = [
     *(*SETTING, "structure", "kind", "plan", "latency_s", "low", "high", "predicted_s", "samples_s", "repeats"),
     *("relative_error", "link_bytes", "link", "time_scale", "packet_error_ms", "device", "valid", "why_invalid"),
 ]
 DEVICE = "rpi4b"
 PAYS = 1.05  # speedup over the best plan of the unmodified model; below it, decoupling does not pay
-ONE_DEVICE = "one device"
+NEAR = 0.03  # of the fastest structure's latency
 
 
 def structure_of(num_original_layers: float | None) -> str:
@@ -148,53 +148,6 @@ def slow_link_cells(
 # Findings -------------------------------------------------------------------------------------------------------------
 
 
-def margins(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each decoupled structure against the best plan of the unmodified model and one device, by setting and kind.
-
-    `margin` is its speedup over the former (`margin_low`, `margin_high`: the 95% interval of interleaved requests),
-    `over_one` over the latter; `winner` is the fastest structure of its setting.
-    """
-    made = []
-    for key, part in rows[rows["valid"].astype(bool)].groupby([*SETTING, "kind"], sort=False, dropna=False):
-        by = part.drop_duplicates("structure").set_index("structure")
-        if "original" not in by.index:
-            continue
-        own = dict(zip([*SETTING, "kind"], key, strict=True))
-        alone = _one_device(rows, own)
-        plain = by.loc["original"]
-        best_plain = min(plain["latency_s"], alone)  # in measurements, one device may be faster
-        ranked = by["latency_s"].drop(ONE_DEVICE, errors="ignore").sort_values()
-        winner = ranked.index[0] if ranked.iloc[0] < alone and not _is_alone(by.loc[ranked.index[0]]) else ONE_DEVICE
-        for structure, row in by.drop(["original", ONE_DEVICE], errors="ignore").iterrows():
-            low, high = _interval(plain, row) if plain["latency_s"] == best_plain else (math.nan, math.nan)
-            made.append(
-                own
-                | dict(structure=structure, latency_s=row["latency_s"], unmodified_s=best_plain, one_device_s=alone)
-                | dict(margin=best_plain / row["latency_s"], margin_low=low, margin_high=high)
-                | dict(over_one=alone / row["latency_s"], winner=winner)
-                | dict(plan=row["plan"], unmodified_plan=plain["plan"])
-            )
-    return pd.DataFrame(made)
-
-
-def _one_device(rows: pd.DataFrame, own: Mapping) -> float:
-    """One device's latency in a setting: it sends nothing, so the wire format does not matter."""
-    alike = rows[rows["structure"] == ONE_DEVICE]
-    for name in (*(name for name in SETTING if name != "wire"), "kind"):
-        alike = alike[alike[name] == own[name]]
-    return float(alike["latency_s"].median())
-
-
-def _is_alone(row: pd.Series) -> bool:
-    return str(row["plan"]).endswith("on 1 device")
-
-
-def _interval(slower: pd.Series, faster: pd.Series) -> tuple[float, float]:
-    samples = [samples_of(row["samples_s"]) for row in (slower, faster)]
-    enough = len(samples[0]) == len(samples[1]) >= MIN_SAMPLES
-    return bootstrap_ratio(*samples) if enough else (math.nan, math.nan)
-
-
 def crossovers(table: pd.DataFrame) -> pd.DataFrame:
     """The rates between which a decoupled structure pays (`PAYS`): `from_mbps`, below which one device wins, `to_mbps`.
 
@@ -228,6 +181,26 @@ def beside(rows: pd.DataFrame) -> pd.DataFrame:
     return measured.assign(error=measured["predicted_s"] / measured["latency_s"] - 1)
 
 
+def planner_choices(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each measured setting the structure that is predicted to be the fastest (`planned`), and the measured one.
+
+    Structures are compared `among` all, and without Nb=1, which wins nearly everywhere. `excess` is the measured
+    latency of the planned structure over that of the fastest one, minus 1.
+    """
+    measured, made = beside(rows), []
+    keys = [name for name in SETTING if name != "wire"]
+    for key, group in measured.groupby(keys, sort=False):
+        is_alone = group["structure"] == ONE_DEVICE
+        for wire, part in group[~is_alone].groupby("wire", sort=False):
+            for left_out, among in ((None, "all"), ("Nb=1", "without Nb=1")):
+                cells = pd.concat([group[is_alone].head(1), part[part["structure"] != left_out]], ignore_index=True)
+                planned, fastest = (cells.loc[cells[name].idxmin()] for name in ("predicted_s", "latency_s"))
+                found = dict(planned=planned["structure"], fastest=fastest["structure"])
+                found["excess"] = planned["latency_s"] / fastest["latency_s"] - 1
+                made.append(dict(zip(keys, key, strict=True)) | {"wire": wire, "among": among} | found)
+    return pd.DataFrame(made, columns=[*keys, "wire", "among", "planned", "fastest", "excess"])
+
+
 def slow_link_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """This repository's claims about slow links, not the paper's: Nb=1's margins as predicted and as measured.
 
@@ -246,6 +219,9 @@ def slow_link_verdicts(rows: pd.DataFrame) -> pd.DataFrame:
         bounds = dict(low=row["margin_low"], high=row["margin_high"], neutral=1.0, tested=expected == expected)
         claim = "Nb=1 over the best plan of the unmodified model"
         verdicts.append(Verdict(claim, expected, row["margin"], "emulated", where, **bounds))
+    for among, cells in planner_choices(rows).groupby("among", sort=False):
+        claim, where = f"the planned structure is within {NEAR:.0%} of the fastest", f"{len(cells)} settings, {among}"
+        verdicts.append(Verdict(claim, 0.9, (cells["excess"] <= NEAR).mean(), "emulated", where, side="at least"))
     priced = "median error of a plan's price", 0.1, errors.median(), "emulated", "all measured rows"
     verdicts.append(Verdict(*priced, side="at most"))
     return verdict_table(verdicts)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from detransformer.files import computing_part
 from detransformer.record.intervals import around, bootstrap_median, bootstrap_ratio, samples_of
 from detransformer.record.published import published, published_claim
 from detransformer.record.run import RunFolder
@@ -208,3 +209,18 @@ def test_accuracy_differences_have_the_interval_of_paired_seeds(tmp_path):
     run.save_table(table_iii(accuracy_rows(1), published("table_iii")), "table_iii")
     counts = summarise(run).query("where == 'Table III (difference)'")["judged"].value_counts()
     assert counts.to_dict() == {"not tested": 45}
+
+
+def test_words_of_a_module_compute_nothing(tmp_path):
+    """A docstring or comment may change without making a saved result stale; anything else may not."""
+    texts = {
+        "one.py": '"""Adds."""\n\ndef add(x):\n    """Adds one."""\n    return x + 1  # one\n',
+        "words.py": '"""Sums."""\n\ndef add(x):\n    return x + 1\n',
+        "two.py": '"""Adds."""\n\ndef add(x):\n    """Adds one."""\n    return x + 2  # one\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    one, words, two = (computing_part(tmp_path / name) for name in texts)
+    assert one == words != two
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    assert computing_part(tmp_path / "rows.csv") == b"a\n1\n"

@@ -9,6 +9,7 @@ import slow_link_studies as studies
 from detransformer import cli
 from detransformer.files import repository_root
 from detransformer.planning.advice import advised, next_best
+from detransformer.tables.claims import slow_link_claim
 from detransformer.tables.costs import compression_costs, decoupling_costs, saved_tables
 
 ROOT = repository_root()
@@ -51,11 +52,28 @@ def test_a_measured_margin_is_held_against_the_predicted_one():
     rows = rows_of([2.0, 1.0, 0.5], [0.75, 0.8, 0.5])
     measured = rows.assign(kind="emulated", latency_s=rows["latency_s"] * 1.02)
     verdicts = studies.slow_link_verdicts(pd.concat([rows, measured]))
-    assert verdicts["where"].tolist() == ["10 Mbps, float32", "all measured rows"]
+    assert verdicts["where"].tolist() == [
+        "10 Mbps, float32",
+        "3 settings, all",
+        "3 settings, without Nb=1",
+        "all measured rows",
+    ]
     assert verdicts[["expected", "obtained"]].iloc[0].tolist() == pytest.approx([2.0, 2.0])
-    assert verdicts["judged"].tolist() == ["matches", "holds"]
+    assert verdicts["judged"].tolist() == ["matches", "holds", "holds", "holds"]
     alone = studies.slow_link_verdicts(measured)
     assert alone["judged"].iloc[0] == "not tested"
+
+
+def test_the_planned_structure_is_held_against_the_fastest_one():
+    rows = [row(studies.ONE_DEVICE, 10, 2.0, "emulated"), row("original", 10, 1.5, "emulated")]
+    rows += [row("Nb=4", 10, 1.4, "emulated"), row("Nb=1", 10, 1.0, "emulated")]
+    rows = pd.DataFrame(rows).reindex(columns=studies.COLUMNS).assign(predicted_s=[2.0, 1.3, 1.4, 1.0])
+    found = studies.planner_choices(rows).set_index("among")
+    assert found.loc["all", ["planned", "fastest", "excess"]].tolist() == ["Nb=1", "Nb=1", 0.0]
+    assert found.loc["without Nb=1", ["planned", "fastest"]].tolist() == ["original", "Nb=4"]
+    assert found.loc["without Nb=1", "excess"] == pytest.approx(1.5 / 1.4 - 1)
+    rows.loc[2, "valid"] = False
+    assert studies.planner_choices(rows).set_index("among").loc["without Nb=1", "excess"] == 0
 
 
 def test_crossovers_lie_between_rates_by_their_logarithm():
@@ -90,7 +108,7 @@ def test_costs_name_the_row_that_they_are_from():
     run = saved_tables()
     kept, probes = run.load_table("kept"), run.load_table("probes")
     for share, name in ((1 / 12, "Nb=1"), (1 / 3, "Nb=2"), (1.0, "Nb=3")):
-        first, second, fewer = decoupling_costs(run, share)
+        first, second, fewer, *_ = decoupling_costs(run, share)
         quoted, cut = first.split("'")[1], fewer.split("'")[1]
         assert "3 layers" in cut and f"{kept.set_index('row').loc[cut, 'share']:.0f}%" in fewer
         assert name in quoted and "tokens" in quoted and quoted in set(kept["row"])
@@ -128,3 +146,12 @@ def test_advice_is_one_screen_on_the_example_clusters(capsys, example):
     assert advice.split()[1].rstrip(".") == advised(seconds)
     assert any(line.startswith(f"Next best: {next_best(seconds, advised(seconds))}, ") for line in lines)
     assert any("table kept" in line for line in lines)
+
+
+def test_the_claim_names_what_was_measured():
+    rows = rows_of([2.0, 1.0, 0.5], [1.0, 0.8, 0.6]).assign(kind="emulated", repeats=1, time_scale=1.0)
+    claim, paper, here, kind, sure = slow_link_claim(rows)
+    assert paper == "-" and here == "float32: 1.50x at 10 Mbps" and kind == "emulated"
+    assert sure.startswith("1 request a row, no interval; paced by measured efficiency")
+    assert slow_link_claim(rows.assign(kind="predicted")) is None
+    assert slow_link_claim(rows.assign(bandwidth_mbps=500.0)) is None

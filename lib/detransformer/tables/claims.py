@@ -1,4 +1,4 @@
-"""The six claims at the top of the README, as sentences from a run's saved tables (`claims_table`)."""
+"""The claims at the top of the README, as sentences from a run's saved tables (`claims_table`)."""
 
 import re
 
@@ -8,8 +8,10 @@ from detransformer.record.intervals import MIN_SAMPLES
 from detransformer.record.published import published_claim
 from detransformer.record.run import RunFolder
 from detransformer.tables.latency import VARIANTS, links_of, select, speedup, valid_rows
+from detransformer.tables.margins import margins
 
 COLUMNS = ["claim", "paper", "here", "kind", "how sure"]
+SLOW_MBPS = 50
 WORDS = "bag of words"  # the row of a model that counts words, in the tables `probes` and `kept`
 PACES = {"measured": "paced by measured efficiency", "roofline": "roofline pace (small products cost no more)"}
 
@@ -21,6 +23,8 @@ def claims_table(run: RunFolder) -> pd.DataFrame:
     """
     latency = run.load_table("latency", "06_latency")
     rows = [*latency_claims(latency), same_outputs(latency)]
+    if run.has_table("slow_links"):
+        rows.insert(-1, slow_link_claim(run.load_table("slow_links")))
     if run.has_table("kept"):
         rows.insert(-1, accuracy_claim(run.load_table("kept"), run.load_table("probes")))
     if run.has_table("chaos"):
@@ -58,13 +62,32 @@ def _speedup_row(
     for words, (*methods, mbps) in compared.items():
         pair = [select(rows, model, method, link=link, bandwidth_mbps=mbps) for method in methods]
         if all(map(len, pair)):
-            value, low, high = speedup(*pair)
-            parts.append(f"{value:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low == low else "") + f" {words}")
+            parts.append(f"{_with_interval(*speedup(*pair))} {words}")
             used += [part[part["method"] != "single"] for part in pair]
     if not parts:
         return None
     paper = f"{published_claim(stated):g}x" if stated else "-"
     return claim, paper, "; ".join(parts), "emulated", _how_sure(pd.concat(used)) + more
+
+
+def slow_link_claim(rows: pd.DataFrame) -> tuple | None:
+    """What one original layer gains on the slow links that were measured, by wire format (table `slow_links`)."""
+    chosen = dict(kind="emulated", model="bert-base", num_devices=4, delay_ms=0, shared=False, valid=True)
+    rows = rows[(rows[list(chosen)] == pd.Series(chosen)).all(axis=1) & (rows["bandwidth_mbps"] <= SLOW_MBPS)]
+    gains: dict[str, list[str]] = {}
+    for row in margins(rows.sort_values("bandwidth_mbps")).to_dict("records"):
+        if row["structure"] == "Nb=1":
+            gain = _with_interval(row["margin"], row["margin_low"], row["margin_high"])
+            gains.setdefault(row["wire"], []).append(f"{gain} at {row['bandwidth_mbps']:g}")
+    if not gains:
+        return None
+    claim = "On slow links: BERT-Base with one original layer over the best plan of the unmodified model, 4 devices"
+    here = "; ".join(f"{wire}: {', '.join(each)} Mbps" for wire, each in gains.items())
+    return claim, "-", here, "emulated", f"{_how_sure(rows)}; the next row has what it costs in scores"
+
+
+def _with_interval(ratio: float, low: float, high: float) -> str:
+    return f"{ratio:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low == low else "")
 
 
 def _how_sure(rows: pd.DataFrame) -> str:
