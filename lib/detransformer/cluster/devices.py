@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACES = ("measured", "roofline")  # a share of a layer takes seconds as measured, or by its operations and bytes
+MAX_DEVICES = 64  # of a cluster
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)  # of a link
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
 EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`

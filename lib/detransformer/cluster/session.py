@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from detransformer.cluster.devices import (
+    MAX_DEVICES,
     DeviceError,
     DeviceSpec,
     cluster_profile,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TRANSPORTS = ("auto", "namespaces", "loopback")
-MAX_DEVICES = 64
 START_TIMEOUT_S = 120
 MESSAGE_S = 120.0  # limit of a message between two devices
 _STORE_PORT = 29500

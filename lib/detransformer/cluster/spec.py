@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StrictBool, StrictStr, ValidationError
 
-from detransformer.cluster.devices import BANDWIDTH_LIMITS_MBPS, DEVICES, DeviceSpec, cluster_profile
+from detransformer.cluster.devices import (
+    BANDWIDTH_LIMITS_MBPS,
+    DEVICES,
+    MAX_DEVICES,
+    DeviceSpec,
+    cluster_profile,
+)
 from detransformer.planning.profile import ClusterProfile
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from detransformer.cluster.session import EmulatedCluster
-
-MAX_DEVICES = 64
 
 
 Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]  # not true

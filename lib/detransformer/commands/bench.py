@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from detransformer.cluster.cells import Cell
 
-MAX_DEVICES = 8
+MAX_EMULATED = 8
 USUAL = options.Words(("single", "tp", "sp", "ulysses", "bp+tp", "bp+sp", "bp+allgather", "bp+paper", "bp+auto"))
 SHOWN = ("method", "plan", "num_devices", "bandwidth_mbps", "wire", "latency_s", "interval", "auto_speedup")
 SHOWN += ("over_limit", "compute_s", "comm_s", "wait_s", "predicted_s", "collectives", "sent_kib", "weights_mib")
@@ -66,8 +66,8 @@ def bench(
             "or measure requests on the hosts with `detransformer run`."
         )
     num_devices = len(spec.members) if spec else devices or 4
-    if num_devices > MAX_DEVICES:
-        raise ValueError(f"{num_devices} devices are more than the {MAX_DEVICES} that a bench emulates.")
+    if num_devices > MAX_EMULATED:
+        raise ValueError(f"{num_devices} devices are more than the {MAX_EMULATED} that a bench emulates.")
     mbps = bandwidths_of(bandwidth, spec)
 
     from detransformer.cluster.bench import Bench, measure_grid
