@@ -107,8 +107,12 @@ def test_the_least_change_that_no_larger_one_beats_by_five_per_cent(seconds, cho
 def test_costs_name_the_row_that_they_are_from():
     run = saved_tables()
     kept, probes = run.load_table("kept"), run.load_table("probes")
+    kept, tuned = (part for _, part in kept.groupby(kept["how"] == "fine-tuned"))
     for share, name in ((1 / 12, "Nb=1"), (1 / 3, "Nb=2"), (1.0, "Nb=3")):
-        first, second, fewer, *_ = decoupling_costs(run, share)
+        first, second, *more = decoupling_costs(run, share)
+        fewer = next(sentence for sentence in more if sentence.startswith("Fewer layers"))
+        quotes = [sentence for sentence in more if sentence.startswith("Fine-tuned")]
+        assert [sentence.split("'")[1] for sentence in quotes] == tuned["row"].tolist()[1:]  # the first is the original
         quoted, cut = first.split("'")[1], fewer.split("'")[1]
         assert "3 layers" in cut and f"{kept.set_index('row').loc[cut, 'share']:.0f}%" in fewer
         assert name in quoted and "tokens" in quoted and quoted in set(kept["row"])

@@ -83,7 +83,8 @@ def slow_link_claim(rows: pd.DataFrame) -> tuple | None:
         return None
     claim = "On slow links: BERT-Base with one original layer over the best plan of the unmodified model, 4 devices"
     here = "; ".join(f"{wire}: {', '.join(each)} Mbps" for wire, each in gains.items())
-    return claim, "-", here, "emulated", f"{_how_sure(rows)}; the next row has what it costs in scores"
+    sure = _how_sure(rows.assign(time_scale=1.0))  # rows are compared within a rate, which has one time scale
+    return claim, "-", here, "emulated", f"{sure}; the next row has what it costs in scores"
 
 
 def _with_interval(ratio: float, low: float, high: float) -> str:

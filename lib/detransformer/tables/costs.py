@@ -29,7 +29,7 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
     is_cut = trained["num_original_layers"].isna()
     trained["distance"] = (trained["num_original_layers"] / trained["num_layers"] - original_share).abs()
     name = trained.loc[trained["distance"].idxmin(), "label"]
-    rows = rows[rows["how"] == "probe"]
+    tuned, rows = rows[rows["how"] == "fine-tuned"], rows[rows["how"] == "probe"]
     row, words = rows.set_index("row").loc[name], rows[rows["row"] == "bag of words"]["share"]
     counting = f"; counting words keeps {words.iloc[0]:.0f}%" if len(words) else ""
     sentences = [
@@ -43,10 +43,15 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
         sentences.append(
             f"The same row: retrieval@1 {probe.difference:+.1f} points ({low:+.1f} to {high:+.1f}) (table probes)."
         )
+    for each in tuned[tuned["row"].isin(trained["label"])].itertuples():
+        sentences.append(
+            f"Fine-tuned, row {each.row!r}: {each.share:.0f}% ({each.low:.0f} to {each.high:.0f}) of the original's "
+            f"mean over {each.tasks} (table kept)."
+        )
     for fewer in rows[rows["row"].isin(trained[is_cut]["label"])].itertuples():
         sentences.append(
             f"Fewer layers instead, row {fewer.row!r}: {fewer.share:.0f}% ({fewer.low:.0f} to {fewer.high:.0f}) of the "
-            "same mean (table kept); see notebook 03 before you decouple."
+            "probes' mean (table kept); see notebook 03 before you decouple."
         )
     return sentences
 
