@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from detransformer.files import PACKAGE, with_docstring
+
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "lib" / "detransformer"
 
 
 def docstring_lines(text: str) -> int:
     """Lines of all docstrings of a module."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    bodies = [node.body for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-    first = [body[0] for body in bodies if body and isinstance(body[0], ast.Expr)]
-    return sum(one.end_lineno - one.lineno + 1 for one in first if isinstance(one.value, ast.Constant))
+    first = [node.body[0] for node in with_docstring(ast.parse(text))]
+    return sum(one.end_lineno - one.lineno + 1 for one in first)
 
 
 def lines_by_room() -> pd.DataFrame:

@@ -350,8 +350,9 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
     A task counts as learned if the original is above guessing and above every baseline in `scores`: a score that
     counting words reaches shows no knowledge that could be kept. Baselines have rows too, to compare shares with.
 
-    Columns: row, num_tasks, mean, share (per cent), low, high, judged (share of `KEPT_PERCENT` or more). The interval
-    adds the tasks' intervals as independent. If the original has learned nothing, the share is NaN and not tested.
+    Columns: row, num_tasks, mean, share (per cent), low, high, judged (share of `KEPT_PERCENT` or more),
+    num_seeds (fewest). The interval adds the tasks' intervals as independent. If the original has learned nothing, the
+    share is NaN and not tested.
     """
     base = scores[scores["row"] == original].set_index("task")
     floors = scores[scores["row"].isin(BASELINES)].groupby("task")["score"].max().reindex(base.index)
@@ -380,7 +381,8 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
                 "low": low,
                 "high": high,
                 "judged": judged,
+                "num_seeds": group["num_seeds"].min() if "num_seeds" in group else math.nan,
             }
         )
-    columns = ["row", "num_tasks", "mean", "share", "low", "high", "judged"]
+    columns = ["row", "num_tasks", "mean", "share", "low", "high", "judged", "num_seeds"]
     return pd.DataFrame(rows, columns=columns).assign(tasks=", ".join(known))

@@ -150,6 +150,9 @@ def test_the_claim_of_accuracy_is_the_longest_training_of_each_structure():
     assert "CoLA, SST-2, MRPC" in claim[4] and claims.accuracy_claim(shares.head(1), probes) is None
     assert "counting words has 85.0% of the original there" in claim[4]
     assert "falls from 30.0 to 28.5 (m Nb=2, Ndiv=4), 27.0 (m, 3 layers); one calibration each" in claim[4]
-    tuned = shares.assign(how="fine-tuned", share=shares["share"] - 20)
+    tuned = shares.assign(how="fine-tuned", share=shares["share"] - 20, num_seeds=3)
     both = claims.accuracy_claim(pd.concat([shares, tuned]), probes)
-    assert both[2].startswith(claim[2] + "; fine-tuned: 75.0% (94.0 to 96.0) m Nb=2") and "paired seeds" in both[4]
+    assert (
+        both[2].startswith(claim[2] + "; fine-tuned: 75.0% (94.0 to 96.0) m Nb=2")
+        and "over 3 paired seeds or more" in both[4]
+    )

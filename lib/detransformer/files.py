@@ -23,11 +23,15 @@ def computing_part(path: Path) -> bytes:
     if path.suffix != ".py":
         return path.read_bytes()
     tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                del node.body[0]
+    for node in with_docstring(tree):
+        del node.body[0]
     return ast.dump(tree).encode()
+
+
+def with_docstring(tree: ast.Module) -> list[ast.AST]:
+    """The module, classes and functions of `tree` that have a docstring, their first statement."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node, False) is not None]
 
 
 def with_home(path: str) -> str:

@@ -221,5 +221,7 @@ def synced(model: GPT2LMHeadModel, **sync) -> PreTrainedModel:
     """
     config = SyncGPT2Config(**config_fields(model.config) | sync)
     made_class = SyncGPT2LMHeadModel if config.is_causal else SyncGPT2ForMaskedLM
-    state, left_out = model.state_dict(), ".ln_2." if config.sync == "parallel" else None
-    return made_from(made_class, config, model, {n: w for n, w in state.items() if not left_out or left_out not in n})
+    state = model.state_dict()
+    if config.sync == "parallel":
+        state = {name: tensor for name, tensor in state.items() if ".ln_2." not in name}
+    return made_from(made_class, config, model, state)

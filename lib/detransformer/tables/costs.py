@@ -4,6 +4,7 @@ import pandas as pd
 
 from detransformer.files import repository_root
 from detransformer.record.run import RunFolder
+from detransformer.tables.claims import WORDS, longest_trainings
 
 
 def saved_tables() -> RunFolder | None:
@@ -24,13 +25,12 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
     trained = trained[trained["stage"] == "trained"] if len(trained) else trained
     if not len(rows) or not len(trained):
         return ["No saved table says what decoupling costs; run notebook 03."]
-    trained = trained.drop_duplicates("row", keep="last").copy()  # each structure's longest training
-    trained["label"] = trained["row"] + trained["tokens"].map(", {:,} tokens".format)
-    is_cut = trained["num_original_layers"].isna()
-    trained["distance"] = (trained["num_original_layers"] / trained["num_layers"] - original_share).abs()
-    name = trained.loc[trained["distance"].idxmin(), "label"]
-    tuned, rows = rows[rows["how"] == "fine-tuned"], rows[rows["how"] == "probe"]
-    row, words = rows.set_index("row").loc[name], rows[rows["row"] == "bag of words"]["share"]
+    sizes = trained[["row", "num_original_layers", "num_layers"]].drop_duplicates()
+    models = longest_trainings(rows).merge(sizes.rename(columns={"row": "structure"}), on="structure")
+    probed, tuned = (models[models["how"] == how] for how in ("probe", "fine-tuned"))
+    distance = (probed["num_original_layers"] / probed["num_layers"] - original_share).abs()
+    row = probed.loc[distance.idxmin()]
+    name, words = row["row"], rows[(rows["row"] == WORDS) & (rows["how"] == "probe")]["share"]
     counting = f"; counting words keeps {words.iloc[0]:.0f}%" if len(words) else ""
     sentences = [
         f"Nearest row, {name!r}: {row['share']:.0f}% ({row['low']:.0f} to {row['high']:.0f}) of the original's mean "
@@ -43,12 +43,12 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
         sentences.append(
             f"The same row: retrieval@1 {probe.difference:+.1f} points ({low:+.1f} to {high:+.1f}) (table probes)."
         )
-    for each in tuned[tuned["row"].isin(trained["label"])].itertuples():
+    for each in tuned.itertuples():
         sentences.append(
             f"Fine-tuned, row {each.row!r}: {each.share:.0f}% ({each.low:.0f} to {each.high:.0f}) of the original's "
             f"mean over {each.tasks} (table kept)."
         )
-    for fewer in rows[rows["row"].isin(trained[is_cut]["label"])].itertuples():
+    for fewer in probed[probed["num_original_layers"].isna()].itertuples():
         sentences.append(
             f"Fewer layers instead, row {fewer.row!r}: {fewer.share:.0f}% ({fewer.low:.0f} to {fewer.high:.0f}) of the "
             "probes' mean (table kept); see notebook 03 before you decouple."
