@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from lines import room_of
 from matplotlib.figure import Figure
 
 from detransformer.machine import now
@@ -13,16 +14,13 @@ from detransformer.record.run import RunFolder
 
 
 def by_room(report: dict) -> pd.DataFrame:
-    """One row a room (modules beside the rooms: `detransformer`): its lines, how many tests run, and their share."""
-    counted: dict[str, list[int]] = {}
-    for path, entry in report["files"].items():
-        parts = Path(path).parts
-        inside = parts[parts.index("detransformer") + 1 :]
-        lines = counted.setdefault(inside[0] if len(inside) > 1 else "detransformer", [0, 0])
-        lines[0] += entry["summary"]["num_statements"]
-        lines[1] += entry["summary"]["covered_lines"]
-    rows = [{"room": room, "lines": lines, "run": run, "share": run / lines} for room, (lines, run) in counted.items()]
-    return pd.DataFrame(rows).sort_values("room", ignore_index=True)
+    """One row a room (`room_of`): its lines, how many tests run, and their share."""
+    counts = [
+        {"room": room_of(Path(path)), "lines": of["summary"]["num_statements"], "run": of["summary"]["covered_lines"]}
+        for path, of in report["files"].items()
+    ]
+    table = pd.DataFrame(counts).groupby("room", as_index=False).sum()
+    return table.assign(share=table["run"] / table["lines"])
 
 
 def draw(table: pd.DataFrame) -> Figure:

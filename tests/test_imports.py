@@ -6,7 +6,7 @@ from detransformer.files import PACKAGE
 
 # Rooms from the ground up; rooms of one floor may import each other only where BESIDE says so.
 FLOORS = (
-    {"__init__", "files", "settings", "machine", "presets", "typed_json", "record", "profiles"},
+    {"__init__", "files", "folders", "settings", "machine", "presets", "typed_json", "record", "profiles"},
     {"models"},
     {"parallel"},
     {"opening"},

@@ -188,4 +188,4 @@ def test_the_uses_table_names_earlier_notebooks():
     for name, used in USES.items():
         assert all(other < name for other in used)
     assert set(names) <= {path.stem for path in PATHS}
-    assert [n.name for n in find_notebooks(ROOT, {})] == [path.stem for path in PATHS]
+    assert find_notebooks(ROOT) == PATHS

@@ -77,8 +77,6 @@ def test_atomic_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     with atomic_write(target, "wb") as file:
         file.write(b"new")
     assert target.read_bytes() == b"new"
-    with pytest.raises(ValueError, match="'a'.*use 'w' or 'wb'"), atomic_write(target, "a"):
-        pass
 
 
 def test_atomic_folder_replaces_only_when_complete(tmp_path):
@@ -94,15 +92,8 @@ def test_atomic_folder_replaces_only_when_complete(tmp_path):
     assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_clone_reads_its_own_published_values(tmp_path):
+def test_a_clone_reads_its_own_published_values():
     assert data_folder("published") == ROOT / "data" / "published"
-    package = tmp_path / "lib" / "detransformer"
-    (tmp_path / "data" / "published").mkdir(parents=True)
-    assert data_folder("published", package) == tmp_path / "data" / "published"
-    assert data_folder("published", tmp_path / "site-packages" / "detransformer").parts[-2:] == (
-        "detransformer",
-        "published",
-    )
 
 
 @pytest.mark.slow
@@ -114,7 +105,7 @@ def test_a_wheel_works_without_the_repository(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     package = tmp_path / "installed/detransformer"
     names = {path.name for path in (ROOT / "data/published").glob("*.csv")}
-    assert names and {path.name for path in data_folder("published", package).glob("*.csv")} == names
+    assert names and {path.name for path in (package / "published").glob("*.csv")} == names
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); import detransformer; "
     code += "print(detransformer.__file__); from detransformer.cli import main; main()"
     for words in (["--version"], ["plan", "--model", "bert-base", "--bandwidth", "125", "--devices", "2"]):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from detransformer.files import atomic_folder
-from detransformer.opening import OTHER_FILES, TOKENIZER_FILES, find_folder, load_model, load_tokenizer, open_checkpoint
+from detransformer.folders import OTHER_FILES, TOKENIZER_FILES, find_folder
+from detransformer.opening import load_model, load_tokenizer, open_checkpoint
 
 
 def decouple_checkpoint(
