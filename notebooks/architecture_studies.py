@@ -140,7 +140,7 @@ def compared_losses(runs: pd.DataFrame) -> pd.DataFrame:
 def cost_rows(
     rows: Sequence[ArchitectureRow], recipe: ArchitectureRecipe, bandwidths_mbps: Sequence[float]
 ) -> pd.DataFrame:
-    """Bytes and latency of each architecture's fastest plan over all of four devices, as trained and of BERT-Base's size.
+    """Bytes and latency of each architecture's fastest plan over four devices, at the trained size and at BERT-Base's.
 
     One row an architecture, size and bandwidth. A request is 128 tokens of an encoder; all is predicted by the
     roofline pace, since the efficiency of small shares was not measured for all strategies. The original is there

@@ -21,11 +21,10 @@ from detransformer.training import CausalConfig
 ROOT = repository_root()
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NEW = [path for path in PATHS if "load_settings" in path.read_text(encoding="utf-8")]
 LITERALS = (ast.Constant, ast.List, ast.Dict, ast.UnaryOp)
 
 
-@pytest.fixture(params=NEW, ids=lambda path: path.stem)
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def notebook(request):
     return nbformat.read(request.param, as_version=4)
 
@@ -39,9 +38,7 @@ def tags(cell):
 
 
 def test_one_claim_a_notebook_numbered_without_a_gap():
-    names = [path.stem for path in NEW]
-    assert len({name[:2] for name in names}) == len(names)
-    assert {"01_decoupling", "06_latency", "07_peers", "08_scaling", "09_adaptive", "16_summary"} <= set(names)
+    assert [path.stem[:2] for path in PATHS] == [f"{number:02}" for number in range(1, len(PATHS) + 1)]
 
 
 def test_is_valid_and_committed_without_outputs(notebook):
@@ -119,7 +116,7 @@ def test_ends_with_expected_obtained_verdict(notebook):
     assert "verdict" in last or "summary" in last, "the last cell shows the verdict table"
 
 
-@pytest.mark.parametrize("path", NEW, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_draws_from_the_saved_tables_of_the_committed_run(path, tmp_path, monkeypatch):
     """All cells with `measure = False`, in this process: every figure that a cell saves is there."""
     run = tmp_path / "run"
@@ -142,7 +139,7 @@ def test_profile_has_known_notebooks_and_settings(profile):
     _, sections = load_profile(profile)
     known = [path.stem for path in PATHS]
     assert set(sections) <= set(known)
-    for path in NEW:
+    for path in PATHS:
         if path.stem in sections:
             settings, defaults = load_settings(profile, path.stem), load_profile("quick")[1][path.stem]
             for name, value in settings.items():
@@ -158,7 +155,7 @@ def test_a_setting_that_nothing_reads_is_refused(tmp_path):
 
 
 def test_settings_that_a_notebook_reads_are_in_quick():
-    for path in NEW:
+    for path in PATHS:
         read = set(re.findall(r'settings\[\\"(\w+)\\"\]', path.read_text(encoding="utf-8")))
         assert read <= set(load_settings("quick", path.stem)), path.stem
 

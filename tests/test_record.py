@@ -88,7 +88,7 @@ def test_rows_from_sequences_and_mappings():
     frame = verdicts({"a": 2.0, "b": 3.0}, {"a": 1.0}, "predicted")
     assert list(frame.columns) == COLUMNS and frame["obtained"].dtype == float
     assert frame["claim"].tolist() == ["a", "b"] and frame["judged"].tolist() == ["differs, smaller", "not tested"]
-    with pytest.raises(ValueError, match="2 expected values, 1 obtained and 2 claims"):
+    with pytest.raises(ValueError, match="argument 3 is shorter"):
         verdicts([1, 2], [1], "measured", ["a", "b"])
 
 
@@ -114,7 +114,7 @@ def test_a_median_has_an_interval_from_ten_samples_on():
 
 def test_intervals_of_seeds_and_samples_of_cells():
     assert around(1.0, 0.1) == (0.8, 1.2) and np.isnan(around(1.0, NAN)).all()
-    assert samples_of("[1.5, 2]") == [1.5, 2.0] and samples_of(NAN) == [] and samples_of([1.0]) == [1.0]
+    assert samples_of("[1.5, 2]") == [1.5, 2.0] and samples_of(NAN) == []
 
 
 def test_published_tables_are_the_papers():

@@ -143,13 +143,13 @@ def label(config: PretrainedConfig, number: int) -> str:
 def classify(config: PretrainedConfig, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
     """The likeliest label; all labels of at least 0.5 if they are independent; a regression's number."""
     (logits,) = outputs["logits"]  # [C]
-    found = scores(config, logits)
+    kind, found = getattr(config, "problem_type", None), scores(config, logits)
     listed = ", ".join(f"{value:.3f}" for value in logits.tolist())
     best = int(found.argmax())
     fields = {"label": label(config, best), "probabilities": found.tolist(), "logits": logits.tolist()}
-    if getattr(config, "problem_type", None) == "regression":
+    if kind == "regression":
         line = ", ".join(f"{label(config, i)} {value:.3f}" for i, value in enumerate(found.tolist()))
-    elif getattr(config, "problem_type", None) == "multi_label_classification":
+    elif kind == "multi_label_classification":
         likely = [i for i in found.argsort(descending=True).tolist() if found[i] >= 0.5]
         line = ", ".join(f"{label(config, i)} ({float(found[i]):.0%})" for i in likely) or "no label"
         fields["labels"] = [label(config, i) for i in likely]

@@ -9,7 +9,6 @@ import gc
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -34,14 +33,11 @@ def cpu_model() -> str:
 
 def gpu_names() -> list[str]:
     """GPUs as nvidia-smi lists them; empty without one. (Asking torch would cost its import.)"""
-    if not shutil.which("nvidia-smi"):
-        return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):  # not there, or without a driver
         return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def usable_cores() -> int:

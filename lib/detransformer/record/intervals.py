@@ -42,10 +42,8 @@ def _percentiles(resampled: np.ndarray) -> tuple[float, float]:
 
 
 def samples_of(cell: object) -> list[float]:
-    """The samples in a table's cell, a JSON list; empty if it has none."""
-    if isinstance(cell, str) and cell.startswith("["):
-        return [float(value) for value in json.loads(cell)]
-    return list(cell) if isinstance(cell, (list, tuple)) else []
+    """The samples in a table's cell, a JSON list; none if the cell is empty."""
+    return json.loads(cell) if isinstance(cell, str) and cell else []
 
 
 def around(mean: float, std_error: float) -> tuple[float, float]:

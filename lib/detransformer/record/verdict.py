@@ -126,18 +126,13 @@ def verdicts(
 ) -> pd.DataFrame:
     """`table` of values that share kind and `options` (of `Verdict`), one row each.
 
-    `expected` maps claims to values, or is a sequence in the order of `claim`. A claim that a mapping `obtained` lacks
-    was not obtained.
+    `expected` and `obtained` map claims to values, or are sequences in the order of `claim`. A claim that the mapping
+    `obtained` lacks was not obtained.
 
     Raises:
         ValueError: if their numbers differ.
     """
     if isinstance(expected, Mapping):
-        claim, expected = list(expected), list(expected.values())
-        obtained = [obtained.get(name) for name in claim] if isinstance(obtained, Mapping) else obtained
-    if not len(expected) == len(obtained) == len(claim):
-        raise ValueError(
-            f"{len(expected)} expected values, {len(obtained)} obtained and {len(claim)} claims; give one per row."
-        )
+        claim, expected, obtained = list(expected), list(expected.values()), [obtained.get(name) for name in expected]
     triples = zip(claim, expected, obtained, strict=True)
     return table(Verdict(name, value, result, kind, **options) for name, value, result in triples)
