@@ -9,7 +9,7 @@ from lines import room_of
 from matplotlib.figure import Figure
 
 from detransformer.machine import now
-from detransformer.record.provenance import own_commit
+from detransformer.record.provenance import commit
 from detransformer.record.run import RunFolder
 
 
@@ -36,7 +36,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def main() -> None:
     report, run = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), RunFolder(sys.argv[2])
     note = f"Statements that `make test` runs, its processes counted but for emulated devices; {now()}, "
-    table = run.save_table(by_room(report), "coverage", note=f"{note}commit {own_commit()['commit'][:12]}.")
+    table = run.save_table(by_room(report), "coverage", note=f"{note}commit {commit()['commit'][:12]}.")
     draw(table).savefig(run.figures / "coverage.png", dpi=150)
     print(f"{table['run'].sum() / table['lines'].sum():.1%} of lines; {run.figures}/coverage.png has them by room")
 

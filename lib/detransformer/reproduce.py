@@ -125,17 +125,14 @@ def check_traceable(root: Path, path: Path) -> None:
     """Raises ValueError if the clone at `root` is not in a committed state: `path` is to be committed."""
     state = provenance.commit(root)
     if state["commit"] == "unknown":
-        raise ValueError(
-            f"{shown(path)} holds results of one commit, and {root} is at none that git knows; "
-            "run in a git clone, or choose another folder with --output."
-        )
-    if state["dirty"]:
+        fault = f"{root} is at none that git knows; run in a git clone"
+    elif state["dirty"]:
         changed = provenance.changed_files(root)
         names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise ValueError(
-            f"{shown(path)} holds results of one commit, and {names} {'is' if len(changed) == 1 else 'are'} not "
-            "committed; commit first, or choose another folder with --output."
-        )
+        fault = f"{names} {'is' if len(changed) == 1 else 'are'} not committed; commit first"
+    else:
+        return
+    raise ValueError(f"{shown(path)} holds results of one commit, and {fault}, or choose another folder with --output.")
 
 
 def _run(run, root, profile, settings, chosen, force, say) -> None:

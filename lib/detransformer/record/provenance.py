@@ -18,9 +18,10 @@ from detransformer.record.run import RunFolder
 from detransformer.settings import data_environment
 
 
-def commit(root: Path) -> dict:
-    """Commit of the clone at `root`, and whether its files differ from it; "unknown" outside a git clone."""
+def commit(root: Path | None = None) -> dict:
+    """Commit of a clone, by default this package's, and whether its files differ from it; "unknown" outside one."""
     try:
+        root = root or repository_root()
         head = _git(root, "rev-parse", "--verify", "HEAD^{commit}").strip()
         return {"commit": head, "dirty": bool(changed_files(root))}
     except (OSError, subprocess.SubprocessError):
@@ -52,14 +53,6 @@ def kept_from(manifest: dict) -> dict[str, list[str]]:
         if others := sorted(commits - {manifest.get("commit")}):
             kept[name] = others
     return kept
-
-
-def own_commit() -> dict:
-    """`commit` of the clone that this package runs from; "unknown" outside one."""
-    try:
-        return commit(repository_root())
-    except FileNotFoundError:
-        return {"commit": "unknown", "dirty": None}
 
 
 def pins(root: Path) -> dict[str, str]:
