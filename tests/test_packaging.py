@@ -60,12 +60,6 @@ def test_make_refuses_an_old_python(tmp_path):
     assert "Python 3.11 or newer is needed" in done.stderr and "3.9" in done.stderr
 
 
-def test_ci_runs_lint_and_tests():
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    assert "make --no-print-directory test" in script.read_text() and "lint" in script.read_text()
-
-
 def test_atomic_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
     target = tmp_path / "sub" / "table.csv"
     with atomic_write(target) as file:

@@ -54,16 +54,15 @@ def reproduce(
             from an uncommitted state.
     """
     root = root or repository_root()
-    name, sections = load_profile(profile)
     notebooks = find_notebooks(root)
     settings = {notebook.stem: load_settings(profile, notebook.stem) for notebook in notebooks}
-    if unknown := [section for section in sections if section not in settings]:
+    if unknown := [section for section in load_profile(profile) if section not in settings]:
         raise ValueError(
             f"The profile has a section {unknown[0]!r}, and no notebook has that name; choose from "
             f"{', '.join(settings)}."
         )
     chosen = select_notebooks(notebooks, only)
-    path = Path(output).resolve() if output else root / "results" / name
+    path = Path(output).resolve() if output else root / "results" / Path(profile).stem
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {output} is a file; give the folder the run should be written to.")
     if path.is_relative_to(root / "results" / "reference"):
@@ -139,7 +138,7 @@ def _run(run, root, profile, settings, chosen, force, say) -> None:
     manifest, commit, data = read_manifest(run), provenance.commit(root), provenance.data_setting(root)
     finished = manifest["notebooks"]
     manifest |= {
-        "profile": load_profile(profile)[0],
+        "profile": Path(profile).stem,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": machine.now(),
         **commit,
