@@ -46,8 +46,7 @@ NEAR = 0.03  # of the fastest structure's latency
 
 def structure_of(num_original_layers: float | None) -> str:
     """A model's name in tables: `original`, or such as `Nb=4`."""
-    given = num_original_layers is not None and num_original_layers == num_original_layers
-    return f"Nb={int(num_original_layers)}" if given else "original"
+    return "original" if pd.isna(num_original_layers) else f"Nb={int(num_original_layers)}"
 
 
 # Rows -------------------------------------------------------------------------------------------------------------
@@ -115,7 +114,10 @@ def measured_group(
     delay_ms: float = 0.0,
     shared: bool = False,
 ) -> pd.DataFrame:
-    """One device, and the planner's best plan for each structure and wire format, in turn at each bandwidth."""
+    """One device, and the planner's best plan for each structure and wire format, in turn at each bandwidth.
+
+    `saved` is the file in which measured rows are kept.
+    """
     cells = []
     for mbps in bandwidths_mbps:
         cells.append(Cell(model, "single", num_devices, mbps, repeats=repeats))

@@ -284,13 +284,17 @@ def test_wrong_profile_is_one_sentence(clone, section, only, message):
 
 
 def test_paths_may_hold_braces_and_dollars(clone, tmp_path, monkeypatch):
-    """papermill fills parameters into braces, and a kernel's spec variables into ${NAME}."""
+    """papermill fills parameters into braces, and a kernel's spec variables into ${NAME}.
+
+    Paths may be relative, too.
+    """
     root = clone.rename(tmp_path / "cookie {value} {x} 日本")
     monkeypatch.chdir(tmp_path)
+    (root / "tiny.yaml").rename("mine.yaml")
     monkeypatch.setenv("DETRANSFORMER_DATA", "data ${HOME} {x} $$")
     write_notebook(root, "01_first", "import os\nprint(os.environ['DETRANSFORMER_DATA'])")
-    run, _, manifest = run_all(root, only=["01"], output="run {value} b")
-    assert run.path == tmp_path / "run {value} b" and manifest["notebooks"]["01_first"]["status"] == "done"
+    run = reproduce("mine.yaml", only=["01"], output="run {value} b", root=root)
+    assert run.path == tmp_path / "run {value} b"
     executed = nbformat.read(run.notebooks / "01_first.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text.strip() == f"{tmp_path}/data ${{HOME}} {{x}} $$"
 

@@ -243,8 +243,8 @@ def read_outputs(
         asked = Text(load_tokenizer(folder, config), text or "", pair)
     words, fields = TASKS[task](config, outputs, asked)
     if task == "base":
-        pooling = Pooling.of(folder) or Pooling()
-        fields["embedding"] = pooling(outputs["last_hidden_state"], inputs.get("attention_mask"))[0].tolist()
+        vectors = Pooling.of(folder)(outputs["last_hidden_state"], inputs.get("attention_mask"))
+        fields["embedding"] = vectors[0].tolist()
     return words, fields
 
 
@@ -293,15 +293,15 @@ class Pooling:
     limit: int | None = None
 
     @classmethod
-    def of(cls, folder: str | Path) -> "Pooling | None":
-        """The pooling that the folder's `modules.json` describes; None without that file.
+    def of(cls, folder: str | Path) -> "Pooling":
+        """The pooling that the folder's `modules.json` describes; without that file the mean.
 
         Raises:
             ValueError: for an unsupported module or mode, or a damaged file.
         """
         path = Path(folder)
         if not (path / "modules.json").is_file():
-            return None
+            return cls()
 
         def read(name: str) -> dict:
             return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}

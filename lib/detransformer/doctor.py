@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from detransformer import machine
+from detransformer.cluster.network import can_emulate
 from detransformer.files import repository_root
 from detransformer.record import provenance
 from detransformer.settings import data_environment
+from detransformer.training.data.hub import hub_problem
 
 MIRROR_PARTS = ("glue", "squad", "wikipedia", "vocab")
 NEEDED_DISK_GB, NEEDED_MEMORY_GB = 5, 6  # a quick run with its checkpoints; five processes with BERT-Large
@@ -36,7 +39,7 @@ def examine() -> list[Finding]:
     except FileNotFoundError as error:
         remedy = "clone the repository; the package alone has no notebooks."
         found = [Finding("Notebooks", "missing", str(error), remedy)]
-    return [python, *found, *hardware(), network(), *data()]
+    return [python, *found, *hardware(), *data()]
 
 
 def report(findings: list[Finding]) -> str:
@@ -72,9 +75,7 @@ def clone(root: Path) -> Finding:
 
 
 def hardware() -> list[Finding]:
-    """Cores, memory and disk against what four emulated devices need, and the GPU: without one, training is slow."""
-    import torch
-
+    """Cores, memory and disk against what four emulated devices need, the GPU, and whether links can be shaped."""
     cores, memory, disk = machine.usable_cores(), psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     gpus, remedy = machine.gpu_names(), "only the `paper` profile needs one; quick and laptop train on the processor."
     usable = bool(gpus) and torch.cuda.is_available()
@@ -89,21 +90,13 @@ def hardware() -> list[Finding]:
         _enough("Disk", disk.free >= NEEDED_DISK_GB * 1e9, f"{disk.free / 1e9:.0f} GB free in {Path.cwd()}",
                 f"a quick run needs {NEEDED_DISK_GB} GB; free some, or use --output elsewhere."),
         _enough("GPU", usable, ", ".join(gpus) or "none", remedy),
+        _enough("Emulated cluster", *can_emulate(),
+                "run as root (or with CAP_NET_ADMIN and CAP_SYS_ADMIN); until then links are modelled in the process."),
     ]  # fmt: skip
-
-
-def network() -> Finding:
-    """Tries to make a small network of namespaces with shaped links, and removes it."""
-    from detransformer.cluster.network import can_emulate
-
-    remedy = "run as root (or with CAP_NET_ADMIN and CAP_SYS_ADMIN); until then links are modelled in the process."
-    return _enough("Emulated cluster", *can_emulate(), remedy)
 
 
 def data() -> list[Finding]:
     """Whether a mirror folder has text and tasks, and whether the Hugging Face Hub answers within three seconds."""
-    from detransformer.training.data.hub import hub_problem
-
     environment = data_environment()
     folder, named = environment.mirror, environment.mirror_named_by == "DETRANSFORMER_DATA"
     counts = {part: sum(1 for p in (folder / part).rglob("*") if p.is_file()) for part in MIRROR_PARTS}

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 
 from detransformer.files import atomic_write
+from detransformer.profiles import built_in_profiles
 from detransformer.record.run import RunFolder
 from detransformer.settings import named_folders
 
@@ -35,11 +36,8 @@ class NotebookFailed(Exception):
 
 
 def find_notebooks(root: Path) -> list[Path]:
-    """The numbered notebooks of the clone at `root`, in order; FileNotFoundError if there are none."""
-    paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    if not paths:
-        raise FileNotFoundError(f"No numbered notebooks in {root / 'notebooks'}; run this inside a complete clone.")
-    return paths
+    """The numbered notebooks of the clone at `root`, in order."""
+    return sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
 def select_notebooks(notebooks: list[Path], only: Iterable[str]) -> list[Path]:
@@ -50,7 +48,7 @@ def select_notebooks(notebooks: list[Path], only: Iterable[str]) -> list[Path]:
         if not found:
             raise ValueError(f"--only {word} names no notebook; choose from {', '.join(p.stem for p in notebooks)}.")
         wanted |= found
-    return [path for path in notebooks if path in wanted] if wanted else list(notebooks)
+    return sorted(wanted) or notebooks
 
 
 def execute(notebook: Path, run: RunFolder, root: Path, profile: str, measure: bool = True, title: str = "") -> None:
@@ -68,7 +66,9 @@ def execute(notebook: Path, run: RunFolder, root: Path, profile: str, measure: b
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    run_dir, profile = (_seen_from(notebook.parent, path, root) for path in (str(run.path.resolve()), profile))
+    parameters = {"run_dir": _seen_from(notebook.parent, run.path, root), "profile": profile, "measure": measure}
+    if profile not in built_in_profiles():
+        parameters["profile"] = _seen_from(notebook.parent, Path(profile), root)
     target = run.notebooks / notebook.name
     bar = {"desc": title, "file": sys.stderr}
     if not sys.stderr.isatty():
@@ -78,7 +78,7 @@ def execute(notebook: Path, run: RunFolder, root: Path, profile: str, measure: b
             executed = papermill.execute_notebook(
                 _literal(notebook),
                 _literal(target) if measure else None,
-                parameters={"run_dir": run_dir, "profile": profile, "measure": measure},
+                parameters=parameters,
                 cwd=notebook.parent,
                 kernel_name=KERNEL,
                 language="python",
@@ -134,10 +134,10 @@ def _literal(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _seen_from(folder: Path, path: str, root: Path) -> str:
-    """A path inside the clone relative to `folder`, so that an executed notebook has no absolute path."""
-    whole = Path(path).resolve()
-    return os.path.relpath(whole, folder) if whole.exists() and whole.is_relative_to(root.resolve()) else path
+def _seen_from(folder: Path, path: Path, root: Path) -> str:
+    """The absolute path; inside the clone relative to `folder`, so that an executed notebook has no absolute path."""
+    whole = path.resolve()
+    return os.path.relpath(whole, folder) if whole.is_relative_to(root.resolve()) else str(whole)
 
 
 def _failure(notebook: Path, target: Path, reason: str) -> str:

@@ -50,8 +50,8 @@ def reproduce(
 
     Raises:
         NotebookFailed: if a cell raises; finished work is kept.
-        ValueError, FileNotFoundError: for a wrong profile or notebook name, an incomplete clone, or a reference run
-            from an uncommitted state.
+        ValueError, FileNotFoundError: for a wrong profile or notebook name, no clone, or a reference run from an
+            uncommitted state.
     """
     root = root or repository_root()
     notebooks = find_notebooks(root)

@@ -79,7 +79,7 @@ class Tasks:
         self.task = answers.task_of(session.config)
         self.tokenizer = load_tokenizer(session.model, self.config) if has_tokenizer(session.model) else None
         self.max_texts = min(MAX_TEXTS, session.max_batch * session.max_waiting)
-        self.pooling = answers.Pooling.of(session.model) or answers.Pooling()
+        self.pooling = answers.Pooling.of(session.model)
 
     def only(self, task: str) -> None:
         """
