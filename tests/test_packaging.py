@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-import tomllib
 import zipfile
 
 import pytest
@@ -16,15 +15,10 @@ from detransformer.record.provenance import pins, versions
 ROOT = repository_root()
 
 
-def requirements() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["dependencies"] + project["optional-dependencies"]["dev"]
-
-
 def test_conda_environment_has_the_same_pins():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert sorted(pip) == sorted([*requirements(), "-e ."])
+    assert sorted(pip) == sorted([*(name + pin for name, pin in pins(ROOT).items()), "-e ."])
     assert "python>=3.11" in environment["dependencies"]
 
 
