@@ -88,9 +88,9 @@ def redraw(
         # The manifest has only the name of a user's own profile; drawing needs hardly any of its settings.
         profile = manifest["profile"] if manifest.get("profile") in built_in_profiles() else "quick"
         notebooks = select_notebooks(find_notebooks(root), only)
-        # papermill does chdir
+        # In processes, since papermill changes the working directory.
         with ProcessPoolExecutor(min(2, machine.usable_cores()), get_context("spawn")) as pool:
-            drawing = [pool.submit(execute, path, run, root, profile, measure=False) for path in notebooks]
+            drawing = [pool.submit(execute, notebook, run, root, profile, measure=False) for notebook in notebooks]
             for notebook, task in zip(notebooks, drawing, strict=True):
                 try:
                     task.result()
