@@ -66,6 +66,7 @@ figures: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check lib tests docs notebooks/*.py
+	$(BIN)/ruff check --select F notebooks/*.ipynb
 	$(BIN)/ruff format --check lib tests docs notebooks/*.py
 	@$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb || \
 	{ echo "a notebook has outputs or execution counts: $(BIN)/nbstripout --keep-id notebooks/*.ipynb" >&2; exit 1; }

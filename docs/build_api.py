@@ -3,32 +3,23 @@
 Any warning fails: a name that is listed and not there, a type that does not resolve. Fetches nothing.
 """
 
-import pkgutil
 import sys
 import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 import pdoc
 
 import detransformer
-
-
-def bind_lazy_names() -> None:
-    """Puts what a room imports only when it is asked for into the room, where pdoc looks for it."""
-    for found in pkgutil.iter_modules(detransformer.__path__, "detransformer."):
-        if found.ispkg:
-            room = import_module(found.name)
-            for name in getattr(room, "__all__", ()):
-                setattr(room, name, getattr(room, name))
-    # Configurations inherit fields from transformers, whose types are text that is read in the module that inherits.
-    vars(import_module("detransformer.coformer.submodels")).setdefault("Literal", Literal)
+from detransformer.coformer import submodels
+from detransformer.models import configuration
 
 
 def build(folder: Path) -> list[str]:
     """Writes the pages; the warnings, of which deprecated uses inside other packages are none."""
-    bind_lazy_names()
+    # Configurations inherit fields from transformers, whose types are text that is read in the module that inherits.
+    for module in (configuration, submodels):
+        vars(module).setdefault("Literal", Literal)
     pdoc.render.configure(docformat="google", footer_text=f"detransformer {detransformer.__version__}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Lines of Python by room of the package, and of what stands around it: files, lines, lines of docstrings.
+"""Lines of Python by room of the package, and of the notebooks and tests: files, lines, lines of docstrings.
 
 python docs/lines.py
 """
@@ -13,6 +13,12 @@ from detransformer.files import PACKAGE, with_docstring
 ROOT = Path(__file__).parents[1]
 
 
+def room_of(path: Path) -> str:
+    """The folder of the package that a file lies in; `detransformer` for the files beside the folders."""
+    inside = path.parts[path.parts.index("detransformer") + 1 :]
+    return inside[0] if len(inside) > 1 else "detransformer"
+
+
 def docstring_lines(text: str) -> int:
     """Lines of all docstrings of a module."""
     first = [node.body[0] for node in with_docstring(ast.parse(text))]
@@ -20,12 +26,11 @@ def docstring_lines(text: str) -> int:
 
 
 def lines_by_room() -> pd.DataFrame:
-    """One row a room (a folder of the package; `top` are the files beside them), the package, notebooks and tests."""
+    """One row a room (`room_of`), the package, notebooks and tests."""
     rows = []
     for part in (PACKAGE, ROOT / "notebooks", ROOT / "tests"):
         for path in sorted(part.rglob("*.py")):
-            inside = path.relative_to(part).parts
-            room = part.name if part != PACKAGE else f"lib: {inside[0]}" if len(inside) > 1 else "lib: top"
+            room = f"lib: {room_of(path)}" if part == PACKAGE else part.name
             text = path.read_text("utf-8")
             rows.append((room, 1, text.count("\n"), docstring_lines(text)))
     table = pd.DataFrame(rows, columns=["room", "files", "lines", "docstrings"]).groupby("room").sum()

@@ -25,10 +25,13 @@ from detransformer.planning.profile import ClusterProfile
 from detransformer.record.intervals import around
 from detransformer.tables.accuracy import compared
 from detransformer.training.data.packing import SpecialTokens
-from detransformer.training.results import Result
 
 ORIGINAL = "original"  # the row to which all others are compared
-OBJECTIVES = ("causal", "masked")
+REPORTED = (  # of a `training.Result`
+    *("seed", "valid_loss", "unigram_loss", "num_steps", "tokens", "valid_tokens", "hidden_size", "seconds"),
+    *("precision", "source", "note"),
+)
+SEQ_LEN = 128
 BERT_BASE = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 30522, "seq_len": 512}
 
 
@@ -101,19 +104,16 @@ def train_architectures(
     recipe: ArchitectureRecipe,
     data: training.TrainingData,
     seeds: Iterable[int],
-    objectives: Sequence[str] = OBJECTIVES,
+    objectives: Sequence[str],
 ) -> Iterable[dict]:
-    """Trains every row, by seed, then by objective; yields `loss_row` of each. Finished rows are read back."""
+    """Trains every row, by seed, then by objective ("causal" or "masked"); finished rows are read back.
+
+    Yields for each the model, its training data, and its held-out loss in nats per predicted token.
+    """
     for seed, objective, row in itertools.product(seeds, objectives, rows):
         config = replace(recipe, seed=seed, masked=objective == "masked")
-        yield loss_row(training.pretrain(row, config, data, Path(folder) / f"{objective}-{seed}"), objective)
-
-
-def loss_row(result: Result, objective: str) -> dict:
-    """One run: the model, its training data, and its held-out loss in nats per predicted token."""
-    names = ("seed", "valid_loss", "unigram_loss", "num_steps", "tokens", "valid_tokens", "hidden_size", "seconds")
-    made = {"architecture": result.row.name, "objective": objective} | {name: getattr(result, name) for name in names}
-    return made | {"precision": result.precision, "source": result.source, "note": result.note}
+        result = training.pretrain(row, config, data, Path(folder) / f"{objective}-{seed}")
+        yield {"architecture": row.name, "objective": objective} | {name: getattr(result, name) for name in REPORTED}
 
 
 def compared_losses(runs: pd.DataFrame) -> pd.DataFrame:
@@ -138,51 +138,46 @@ def compared_losses(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_rows(
-    rows: Sequence[ArchitectureRow],
-    recipe: ArchitectureRecipe,
-    bandwidths_mbps: Sequence[float],
-    device: str = "rpi4b",
-    num_devices: int = 4,
-    seq_len: int = 128,
+    rows: Sequence[ArchitectureRow], recipe: ArchitectureRecipe, bandwidths_mbps: Sequence[float]
 ) -> pd.DataFrame:
-    """Bytes and latency of each architecture's fastest plan over all devices, at the trained size and at BERT-Base's.
+    """Bytes and latency of each architecture's fastest plan over four devices, at the trained size and at BERT-Base's.
 
-    One row an architecture, size and bandwidth. A request is `seq_len` tokens of an encoder; all is predicted by the
+    One row an architecture, size and bandwidth. A request is 128 tokens of an encoder; all is predicted by the
     roofline pace, since the efficiency of small shares was not measured for all strategies. The original is there
     twice: with any strategies, and with tensor parallelism alone, on which the new ones are built. `alone_s` is the
     original on one device.
     """
-    specs, found = device_specs(num_devices, device), []
+    specs, found = device_specs(4, "rpi4b"), []
     for size, scaled in (("trained", recipe), ("BERT-Base", replace(recipe, **BERT_BASE))):
         original = scaled.original_config("gpt2", scaled.vocab_size, SpecialTokens(0, 1, 2, 3))
         original.is_causal = False
         for row, mbps in itertools.product(rows, bandwidths_mbps):
             config = row.config_of(original)
             profile = cluster_profile(specs, config, mbps * 1e6, pace="roofline")
-            _, alone = _fixed(original, cluster_profile(specs[:1], original, mbps * 1e6, pace="roofline"), seq_len)
+            _, alone = _fixed(original, cluster_profile(specs[:1], original, mbps * 1e6, pace="roofline"))
             with torch.device("meta"):
                 parameters = AutoModel.from_config(config).num_parameters()
             common = {"size": size, "bandwidth_mbps": mbps, "parameters": parameters, "alone_s": alone.latency_s}
             choose = _free if row.sync is None else _fixed
-            planned = {row.name: choose(config, profile, seq_len)}
+            planned = {row.name: choose(config, profile)}
             if row.name == ORIGINAL:
-                planned[f"{ORIGINAL}, tensor parallel"] = _fixed(config, profile, seq_len)
+                planned[f"{ORIGINAL}, tensor parallel"] = _fixed(config, profile)
             found += [common | _price(name, *plan) for name, plan in planned.items()]
     return pd.DataFrame(found)
 
 
-def _free(config: PretrainedConfig, profile: ClusterProfile, seq_len: int) -> tuple[str, Prediction]:
+def _free(config: PretrainedConfig, profile: ClusterProfile) -> tuple[str, Prediction]:
     """The fastest plan of any strategies that uses all devices."""
-    listed = place_freely(config, profile, seq_len).alternatives
+    listed = place_freely(config, profile, SEQ_LEN).alternatives
     best = next(found for found in listed if found.plan.num_devices == len(profile.devices))
     return best.plan.describe(), best.prediction
 
 
-def _fixed(config: PretrainedConfig, profile: ClusterProfile, seq_len: int) -> tuple[str, Prediction]:
+def _fixed(config: PretrainedConfig, profile: ClusterProfile) -> tuple[str, Prediction]:
     """The fastest number of chunks with a layer's only strategy, or with tensor parallelism."""
     speeds, strategies = [1.0] * len(profile.devices), strategies_for(config, "tensor")
     plans = [layer_plan("tp", config, strategies, speeds, num_chunks=count) for count in CHUNKS]
-    priced = [(plan.describe(), predict(config, plan, profile, seq_len)) for plan in plans]
+    priced = [(plan.describe(), predict(config, plan, profile, SEQ_LEN)) for plan in plans]
     return min(priced, key=lambda pair: pair[1].latency_s)
 
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from detransformer.checkpoints import copy_files, copy_tokenizer
 from detransformer.files import atomic_folder
-from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
+from detransformer.folders import OTHER_FILES
+from detransformer.opening import load_model, open_checkpoint
 from detransformer.training import CalibrationConfig, ModelRow, TrainingData, calibrate
 from detransformer.training.results import Result
 

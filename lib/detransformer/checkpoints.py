@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from detransformer.files import atomic_folder
-from detransformer.opening import OTHER_FILES, TOKENIZER_FILES, find_folder, load_model, load_tokenizer, open_checkpoint
+from detransformer.folders import OTHER_FILES, TOKENIZER_FILES, find_folder
+from detransformer.models import decouple
+from detransformer.models.configuration import decoupled_config
+from detransformer.opening import load_model, load_tokenizer, open_checkpoint
 
 
 def decouple_checkpoint(
@@ -33,10 +36,6 @@ def decouple_checkpoint(
     opened = open_checkpoint(folder, None if head == "auto" else head, fresh_head=True)
     if opened.decoupled:
         raise ValueError(f"{source} is decoupled already; give the original checkpoint.")
-
-    from detransformer.models import decouple
-    from detransformer.models.configuration import decoupled_config
-
     structure = num_original_layers, num_divisions, attention_width, original_placement
     decoupled_config(opened.config, *structure)  # checks the sizes before a large model is loaded
     original = load_model(opened)

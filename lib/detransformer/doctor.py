@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from detransformer import machine
+from detransformer.cluster.network import can_emulate
 from detransformer.files import repository_root
 from detransformer.record import provenance
 from detransformer.settings import data_environment
+from detransformer.training.data.hub import hub_problem
 
 MIRROR_PARTS = ("glue", "squad", "wikipedia", "vocab")
 NEEDED_DISK_GB, NEEDED_MEMORY_GB = 5, 6  # a quick run with its checkpoints; five processes with BERT-Large
@@ -30,7 +33,13 @@ class Finding:
 def examine() -> list[Finding]:
     """Every finding about this machine, most basic first."""
     python = Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
-    return [python, packages(), clone(), *hardware(), *network(), *data()]
+    try:
+        root = repository_root()
+        found = [packages(root), clone(root)]
+    except FileNotFoundError as error:
+        remedy = "clone the repository; the package alone has no notebooks."
+        found = [Finding("Notebooks", "missing", str(error), remedy)]
+    return [python, *found, *hardware(), *data()]
 
 
 def report(findings: list[Finding]) -> str:
@@ -46,12 +55,8 @@ def report(findings: list[Finding]) -> str:
     return "\n".join([*lines, "", closing])
 
 
-def packages(root: Path | None = None) -> Finding:
+def packages(root: Path) -> Finding:
     """Compares the installed versions with the pins of pyproject.toml."""
-    try:
-        root = root or repository_root()
-    except FileNotFoundError:
-        return Finding("Packages", "limited", "no pyproject.toml to compare with", "run this inside a clone.")
     pins, found = provenance.pins(root), provenance.versions(root)
     wrong = {name: pin for name, pin in pins.items() if not _satisfies(found[name], pin.removeprefix("=="))}
     if not wrong:
@@ -61,12 +66,8 @@ def packages(root: Path | None = None) -> Finding:
     return Finding("Packages", state, words, "run `make install`, or `pip install -e '.[dev]'`.")
 
 
-def clone() -> Finding:
-    """Whether the notebooks are present, and their commit."""
-    try:
-        root = repository_root()
-    except FileNotFoundError as error:
-        return Finding("Notebooks", "missing", str(error), "clone the repository; the package alone has no notebooks.")
+def clone(root: Path) -> Finding:
+    """The clone's notebooks, and its commit."""
     count = len(list((root / "notebooks").glob("[0-9][0-9]_*.ipynb")))
     state = provenance.commit(root)
     changed = ", changed since" if state["dirty"] else ""
@@ -74,10 +75,11 @@ def clone() -> Finding:
 
 
 def hardware() -> list[Finding]:
-    """Cores, memory and disk against what four emulated devices need, and the GPU: without one, training is slow."""
+    """Cores, memory and disk against what four emulated devices need, the GPU, and whether links can be shaped."""
     cores, memory, disk = machine.usable_cores(), psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     gpus, remedy = machine.gpu_names(), "only the `paper` profile needs one; quick and laptop train on the processor."
-    if gpus and not usable_gpu():
+    usable = bool(gpus) and torch.cuda.is_available()
+    if gpus and not usable:
         remedy = "install the CUDA build of the pinned torch; training uses the processor until then."
     return [
         _enough("Processor", cores >= 2, f"{cores} core{'s' if cores > 1 else ''}, {machine.cpu_model()}",
@@ -87,22 +89,7 @@ def hardware() -> list[Finding]:
                 f"BERT-Large on four devices needs {NEEDED_MEMORY_GB} GB; close programs or leave BERT-Large out."),
         _enough("Disk", disk.free >= NEEDED_DISK_GB * 1e9, f"{disk.free / 1e9:.0f} GB free in {Path.cwd()}",
                 f"a quick run needs {NEEDED_DISK_GB} GB; free some, or use --output elsewhere."),
-        _enough("GPU", bool(gpus) and usable_gpu(), ", ".join(gpus) or "none", remedy),
-    ]  # fmt: skip
-
-
-def usable_gpu() -> bool:
-    """Whether the installed torch can use a GPU of this machine."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def network() -> list[Finding]:
-    """Tries to make a small network of namespaces with shaped links, and removes it."""
-    from detransformer.cluster.network import can_emulate
-
-    return [
+        _enough("GPU", usable, ", ".join(gpus) or "none", remedy),
         _enough("Emulated cluster", *can_emulate(),
                 "run as root (or with CAP_NET_ADMIN and CAP_SYS_ADMIN); until then links are modelled in the process."),
     ]  # fmt: skip
@@ -110,8 +97,6 @@ def network() -> list[Finding]:
 
 def data() -> list[Finding]:
     """Whether a mirror folder has text and tasks, and whether the Hugging Face Hub answers within three seconds."""
-    from detransformer.training.data.hub import hub_problem
-
     environment = data_environment()
     folder, named = environment.mirror, environment.mirror_named_by == "DETRANSFORMER_DATA"
     counts = {part: sum(1 for p in (folder / part).rglob("*") if p.is_file()) for part in MIRROR_PARTS}

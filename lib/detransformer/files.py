@@ -2,7 +2,6 @@
 
 import ast
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from typing import IO
 PACKAGE = Path(__file__).resolve().parent
 
 
-def data_folder(name: str, package: Path = PACKAGE) -> Path:
-    """The folder of committed data, `published` or `measured`: data/NAME in `package`'s clone, or the wheel's copy."""
-    clone = package.parents[1] / "data" / name
-    return clone if clone.is_dir() and package.parent.name == "lib" else package / name
+def data_folder(name: str) -> Path:
+    """The folder of committed data, `published` or `measured`: data/NAME in the clone, or the wheel's copy."""
+    clone = PACKAGE.parents[1] / "data" / name
+    return clone if clone.is_dir() and PACKAGE.parent.name == "lib" else PACKAGE / name
 
 
 def computing_part(path: Path) -> bytes:
@@ -53,8 +52,6 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     `mode` is "w" (UTF-8 text) or "wb". An exception in the block, or a full disk, removes the temporary file and leaves
     `path` as it was.
     """
-    if mode not in ("w", "wb"):
-        raise ValueError(f"mode {mode!r} cannot be written atomically; use 'w' or 'wb'.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if mode == "wb" else {"encoding": "utf-8", "newline": "\n"}
@@ -75,25 +72,16 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which replaces `path` if the block succeeds."""
+    """Yields a folder in a temporary one beside `path`; it replaces `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        # mkdtemp makes mode 0700; use mkdir's mode.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        yield new
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            os.replace(path, old)
+        os.replace(new, path)
 
 
 def repository_root() -> Path:
@@ -101,7 +89,7 @@ def repository_root() -> Path:
 
     Searches above the package (an editable install), then above the current directory. Raises FileNotFoundError.
     """
-    for start in (Path(__file__).resolve().parent, Path.cwd()):
+    for start in (PACKAGE, Path.cwd()):
         for folder in (start, *start.parents):
             if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
                 return folder

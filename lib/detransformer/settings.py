@@ -29,7 +29,10 @@ def named_folders() -> dict[str, Path]:
 
 
 def data_environment(root: Path | None = None) -> DataEnvironment:
-    """DETRANSFORMER_DATA, else `data/mirror` in the repository (`root`) or the current folder; HF_HUB_OFFLINE."""
+    """DETRANSFORMER_DATA, else `data/mirror` in the repository (`root`), or outside one in the current folder.
+
+    Also HF_HUB_OFFLINE.
+    """
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE_WORDS
     if named := named_folders().get("DETRANSFORMER_DATA"):
         return DataEnvironment(named, "DETRANSFORMER_DATA", offline)
@@ -38,9 +41,7 @@ def data_environment(root: Path | None = None) -> DataEnvironment:
             root = repository_root()
         except FileNotFoundError:
             root = Path.cwd()
-    folders = [root / "data" / "mirror", Path.cwd() / "data" / "mirror"]
-    found = next((folder for folder in folders if folder.is_dir()), folders[0])
-    return DataEnvironment(found, "data/mirror", offline)
+    return DataEnvironment(root / "data" / "mirror", "data/mirror", offline)
 
 
 def cache_folder() -> Path:

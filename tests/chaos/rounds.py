@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from detransformer.cluster.agent import FAILURES_S
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.machine import cpu_model, now, usable_cores
-from detransformer.record.provenance import own_commit
+from detransformer.record.provenance import commit
 from detransformer.service.session import Event, Session
 from detransformer.service.waiting import Expired, QueueFull
 
@@ -281,4 +281,4 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def made_by() -> dict[str, str]:
     """When a row was measured, on what, and with which commit."""
-    return {"date": now(), "hardware": f"{usable_cores()} cores ({cpu_model()})", "commit": own_commit()["commit"]}
+    return {"date": now(), "hardware": f"{usable_cores()} cores ({cpu_model()})", "commit": commit()["commit"]}

@@ -169,8 +169,7 @@ def inputs_of(request: Request, folder: str, config: PretrainedConfig) -> dict[s
     elif task_of(config) == "question-answering" and request.context is None:
         raise ValueError("the model answers questions about a passage: give --text QUESTION --context PASSAGE.")
     else:
-        pooling = Pooling.of(folder) if task_of(config) == "base" else None
-        limit = pooling.limit if pooling else None
+        limit = Pooling.of(folder).limit if task_of(config) == "base" else None
         inputs = encode(config, load_tokenizer(folder, config), request.text, request.context, limit)
     check_inputs(config, inputs, request.max_new_tokens if generates(config) else 0)
     return inputs

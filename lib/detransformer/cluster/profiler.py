@@ -195,7 +195,7 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
         file.write(
             "# Rate of a share of a layer over that of the whole original layer of 128 tokens; float32, batch 1,\n"
             f"# weights fresh from memory. Measured on {made},\n"
-            f"# by `python -m detransformer.cluster.profiler` at commit {provenance.own_commit()['commit'][:12]}.\n"
+            f"# by `python -m detransformer.cluster.profiler` at commit {provenance.commit()['commit'][:12]}.\n"
         )
         pd.concat(frames)[["hidden_size", *EFFICIENCY_COLUMNS]].round(4).to_csv(file, index=False)
 

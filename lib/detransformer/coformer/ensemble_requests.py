@@ -46,7 +46,7 @@ def run_emulated(
         cluster.set_link(spec.bandwidth_bps, scale)
         run = run_ensemble(cluster, ensemble, inputs, request.repeats)
         name = f"{spec.name} ({cluster.profile_name}, {cluster.link} link)"
-    _, answer = classify(config, inputs, {"logits": run.logits}, None)
+    _, answer = classify(config, {"logits": run.logits}, None)
     record = _record(run, ensemble, spec, request, predicted_s) | {"answer": answer}
     print("\n".join([name, *_lines(record, request, run)]))
     late = lateness(run.records)

@@ -27,11 +27,12 @@ def reproduce(
 
 def figures(
     run: Annotated[str, typer.Argument(parser=with_home, help="Folder of a run.")] = "results/reference",
+    only: Annotated[list[str] | None, typer.Option(help="Draw only this notebook, e.g. 06; may be repeated.")] = None,
 ) -> None:
-    """Redraw a run's figures from its saved tables: executes every notebook without measuring."""
+    """Redraw a run's figures from its saved tables: executes its notebooks without measuring."""
     from detransformer.reproduce import redraw
 
-    redraw(run)
+    redraw(run, only or [])
 
 
 def doctor() -> None:

@@ -57,7 +57,7 @@ def run(
     from detransformer.cluster.run import run_emulated, run_on_hosts
     from detransformer.cluster.spec import ClusterSpec
     from detransformer.files import atomic_write
-    from detransformer.opening import find_folder
+    from detransformer.folders import find_folder
 
     if text is not None and tokens is not None:
         raise ValueError(f"--tokens {tokens} cannot be combined with --text; give a text or a number of random tokens.")

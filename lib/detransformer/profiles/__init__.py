@@ -15,8 +15,8 @@ def built_in_profiles() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_profile(profile: str) -> tuple[str, dict[str, dict]]:
-    """(name, sections by notebook) of a built-in profile or of a YAML file of one's own, as written there.
+def load_profile(profile: str) -> dict[str, dict]:
+    """The sections by notebook of a built-in profile or of a YAML file of one's own, as written there.
 
     Raises:
         ValueError: for an unknown name, or a file that is not a mapping of mappings with words as keys.
@@ -36,7 +36,7 @@ def load_profile(profile: str) -> tuple[str, dict[str, dict]]:
         raise ValueError(f"Profile {path} must have one section of `setting: value` lines for each notebook.")
     if found := _no_word(sections):
         raise ValueError(f"Profile {path} has the key {found[0]!r}, which is no word: put it in quotes.")
-    return path.stem, sections
+    return sections
 
 
 def _no_word(values: object) -> list:
@@ -54,8 +54,7 @@ def load_settings(profile: str, notebook: str) -> dict:
     Raises:
         ValueError: for an unknown profile, or a setting that `quick` does not name.
     """
-    defaults = load_profile("quick")[1].get(notebook, {})
-    section = load_profile(profile)[1].get(notebook, {})
+    defaults, section = (load_profile(name).get(notebook, {}) for name in ("quick", profile))
     unknown = [name for name in section if defaults and name not in defaults]
     if unknown:
         raise ValueError(

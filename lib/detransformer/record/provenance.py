@@ -8,7 +8,6 @@ import importlib.metadata
 import platform
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from detransformer.record.run import RunFolder
 from detransformer.settings import data_environment
 
 
-def commit(root: Path) -> dict:
-    """Commit of the clone at `root`, and whether its files differ from it; "unknown" outside a git clone."""
+def commit(root: Path | None = None) -> dict:
+    """Commit of a clone, by default this package's, and whether its files differ from it; "unknown" outside one."""
     try:
+        root = root or repository_root()
         head = _git(root, "rev-parse", "--verify", "HEAD^{commit}").strip()
         return {"commit": head, "dirty": bool(changed_files(root))}
     except (OSError, subprocess.SubprocessError):
@@ -40,15 +40,6 @@ def changed_files(root: Path) -> list[str]:
     return [line[3:] for line in status.split("\0") if line]
 
 
-def is_commit(root: Path, name: str) -> bool:
-    """Whether the clone at `root` has the commit `name`."""
-    try:
-        _git(root, "cat-file", "-e", f"{name}^{{commit}}")
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
-
-
 def _git(root: Path, *words: str) -> str:
     command = ["git", "-C", str(root), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -64,21 +55,10 @@ def kept_from(manifest: dict) -> dict[str, list[str]]:
     return kept
 
 
-def own_commit() -> dict:
-    """`commit` of the clone that this package runs from; "unknown" outside one."""
-    try:
-        return commit(repository_root())
-    except FileNotFoundError:
-        return {"commit": "unknown", "dirty": None}
-
-
 def pins(root: Path) -> dict[str, str]:
     """Package -> version pin (`==2.13.0`, `==5.23.*`) from pyproject.toml, run-time and development."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [
-        *project["dependencies"],
-        *project.get("optional-dependencies", {}).get("dev", []),
-    ]
+    lines = [*project["dependencies"], *project.get("optional-dependencies", {}).get("dev", [])]
     return dict(re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", line).groups() for line in lines)
 
 
@@ -93,27 +73,20 @@ def versions(root: Path) -> dict[str, str]:
     return found
 
 
-def mirror_folder(root: Path) -> Path | None:
-    """The mirror that data source `auto` would take: DETRANSFORMER_DATA, else data/mirror; None without either."""
-    folder = data_environment(root).mirror
-    return folder if folder.is_dir() else None
-
-
 def data_setting(root: Path) -> dict:
     """The machine's data, without its path: the mirror's size and a digest of its file names and sizes."""
-    folder = mirror_folder(root)
     environment = data_environment(root)
-    offline = environment.hub_offline
-    if folder is None:
+    folder, hub = environment.mirror, "offline" if environment.hub_offline else "tried"
+    if not folder.is_dir():
         named = environment.mirror_named_by == "DETRANSFORMER_DATA"
-        return {"mirror": "named but not there" if named else "none", "hub": "offline" if offline else "tried"}
+        return {"mirror": "named but not there" if named else "none", "hub": hub}
     files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
     return {
         "mirror": "present",
         "mirror_files": len(files),
         "mirror_bytes": sum(size for _, size in files),
         "mirror_digest": hashlib.sha256(repr(files).encode()).hexdigest()[:16],
-        "hub": "offline" if offline else "tried",
+        "hub": hub,
     }
 
 
@@ -137,8 +110,3 @@ def seeds(parameters: dict, prefix: str = "") -> dict[str, object]:
         elif key in ("seed", "seeds") or key.endswith(("_seed", "_seeds")):
             found[f"{prefix}{key}"] = value
     return found
-
-
-def command_line() -> str:
-    """The command line, with the program's name without its folder."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -5,6 +5,7 @@ judged, and one that this hardware could not test, such as the accuracy of a mod
 """
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import pandas as pd
 TOLERANCE = 0.15
 KINDS = ("by construction", "fitted", "measured", "emulated", "predicted")
 UNJUDGED = ("by construction", "fitted")
-SIDES = ("at least", "at most", "above", "below")
+SIDES = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
 NOT_JUDGED, NOT_TESTED, NOISE = "not judged", "not tested", "within noise"
 RULE = [
     (NOT_JUDGED, "the value follows by construction, or was fitted to what is expected: there is nothing to judge"),
@@ -67,7 +68,7 @@ class Verdict:
         """The verdict, by `RULE`."""
         if self.kind in UNJUDGED:
             return NOT_JUDGED
-        if not self.tested or _missing(self.obtained):
+        if not self.tested or pd.isna(self.obtained):
             return NOT_TESTED
         if isinstance(self.expected, str):
             return "matches" if self.obtained == self.expected else "does not hold"
@@ -78,13 +79,7 @@ class Verdict:
     def _against_limit(self) -> str:
         if self.low < self.expected < self.high:
             return NOISE
-        holds = {
-            "at least": self.obtained >= self.expected,
-            "at most": self.obtained <= self.expected,
-            "above": self.obtained > self.expected,
-            "below": self.obtained < self.expected,
-        }
-        return "holds" if holds[self.side] else "does not hold"
+        return "holds" if SIDES[self.side](self.obtained, self.expected) else "does not hold"
 
     def _against_effect(self) -> str:
         effect, found = self.expected - self.neutral, self.obtained - self.neutral
@@ -131,22 +126,13 @@ def verdicts(
 ) -> pd.DataFrame:
     """`table` of values that share kind and `options` (of `Verdict`), one row each.
 
-    `expected` maps claims to values, or is a sequence in the order of `claim`. A claim that a mapping `obtained` lacks
-    was not obtained.
+    `expected` and `obtained` map claims to values, or are sequences in the order of `claim`. A claim that the mapping
+    `obtained` lacks was not obtained.
 
     Raises:
         ValueError: if their numbers differ.
     """
     if isinstance(expected, Mapping):
-        claim, expected = list(expected), list(expected.values())
-        obtained = [obtained.get(name) for name in claim] if isinstance(obtained, Mapping) else obtained
-    if not len(expected) == len(obtained) == len(claim):
-        raise ValueError(
-            f"{len(expected)} expected values, {len(obtained)} obtained and {len(claim)} claims; give one per row."
-        )
+        claim, expected, obtained = list(expected), list(expected.values()), [obtained.get(name) for name in expected]
     triples = zip(claim, expected, obtained, strict=True)
     return table(Verdict(name, value, result, kind, **options) for name, value, result in triples)
-
-
-def _missing(value) -> bool:
-    return value is None or value is pd.NA or value != value

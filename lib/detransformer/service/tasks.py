@@ -79,7 +79,7 @@ class Tasks:
         self.task = answers.task_of(session.config)
         self.tokenizer = load_tokenizer(session.model, self.config) if has_tokenizer(session.model) else None
         self.max_texts = min(MAX_TEXTS, session.max_batch * session.max_waiting)
-        self.pooling = answers.Pooling.of(session.model) or answers.Pooling()
+        self.pooling = answers.Pooling.of(session.model)
 
     def only(self, task: str) -> None:
         """
@@ -201,16 +201,15 @@ class Tasks:
         row = self.row(question, passage)
         (outputs,) = await self.outputs([row], deadline_s)
         asked = answers.Text(self.tokenizer, question, passage) if passage else None
-        return answers.find_answer(self.config, row, outputs, asked)[1]
+        return answers.find_answer(self.config, outputs, asked)[1]
 
     async def entities(self, texts: Sequence[str], deadline_s: float) -> list[list[dict]]:
         """The entities of each text, in characters."""
         self.only("token-classification")
-        rows = [self.row(text) for text in texts]
-        found = zip(rows, await self.outputs(rows, deadline_s), texts, strict=True)
+        found = zip(await self.outputs([self.row(text) for text in texts], deadline_s), texts, strict=True)
         return [
-            answers.find_entities(self.config, row, outputs, answers.Text(self.tokenizer, text))[1]["entities"]
-            for row, outputs, text in found
+            answers.find_entities(self.config, outputs, answers.Text(self.tokenizer, text))[1]["entities"]
+            for outputs, text in found
         ]
 
     async def stream(self, wish: Generate) -> AsyncIterator[Piece]:

@@ -27,10 +27,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from detransformer.checkpoints import copy_files, copy_tokenizer
 from detransformer.files import atomic_folder
+from detransformer.folders import OTHER_FILES
 from detransformer.models import decouple, layer_kinds
 from detransformer.models.configuration import ENCODER_HEADS, architecture, config_fields, decoupled_config, head_of
 from detransformer.models.heads import lm_logits
-from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
+from detransformer.opening import load_model, open_checkpoint
 from detransformer.parallel.parameters import layers_of
 from detransformer.training.config import (
     ModelRow,
