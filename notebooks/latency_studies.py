@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformers import AutoModel
 
-from detransformer.cluster.bench import Bench, measure_grid
+from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.devices import DEVICES, DeviceSpec, efficiency_rows, preset_profile
@@ -30,9 +30,6 @@ from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
 from detransformer.record.intervals import bootstrap_ratio, samples_of
 from detransformer.record.published import published_claim
-
-TIMELINE = "timeline.csv"  # in a run's folder
-
 
 # --- Notebook 04: one device, and links --------------------------------------------------------------------------
 
@@ -206,12 +203,14 @@ def latency_cells(
     return list(dict.fromkeys(cells))
 
 
-def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str = "auto") -> pd.DataFrame:
-    """Measures `cells` on emulated clusters of 4 devices, or more if a cell needs them; returns their rows in order.
+def measure_latency(
+    run_path: str | Path, cells: Sequence[Cell], transport: str = "auto"
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measures `cells` on emulated clusters of 4 devices, or more if a cell needs them.
 
     The cost model uses notebook 04's profile if the run has it. Rows are kept in `latency_rows.json` in the run's
-    folder; an interrupted run resumes there. The timeline of each device (`read_timeline`) is kept for the first
-    model's plain rows at the lowest bandwidth.
+    folder; an interrupted run resumes there. Returns the rows in the cells' order, and the timelines of the first
+    model's plain rows at the lowest bandwidth, in seconds from each request's start.
     """
     run_path = Path(run_path)
     cells = list(dict.fromkeys(cells))
@@ -224,22 +223,12 @@ def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str 
     for size in sorted({max(4, cell.num_devices) for cell in cells}):
         part = [cell for cell in cells if max(4, cell.num_devices) == size]
         with EmulatedCluster(size, bandwidth_bps=part[0].bandwidth_mbps * 1e6, transport=transport) as cluster:
-            frame = measure_grid(
-                measured_bench(run_path, cluster),
-                part,
-                rows_path,
-                timeline=run_path / TIMELINE if size == 4 else None,
-                in_timeline=lambda cell: all(getattr(cell, name) == value for name, value in plain.items()),
-                keep=True,
-            )
+            frame = measure_grid(measured_bench(run_path, cluster), part, rows_path)
         rows |= dict(zip(part, frame.to_dict("records"), strict=True))
     rows_path.unlink()
-    return pd.DataFrame([rows[cell] for cell in cells])
-
-
-def read_timeline(run_path: str | Path) -> pd.DataFrame:
-    """The timeline that `measure_latency` kept: a row for each event, in seconds from the request's start."""
-    return pd.read_csv(Path(run_path) / TIMELINE)
+    frame = pd.DataFrame([rows[cell] for cell in cells])
+    is_plain = [all(getattr(cell, name) == value for name, value in plain.items()) for cell in cells]
+    return frame.drop(columns="timeline"), timelines(frame[is_plain])
 
 
 def overlap_rows(
@@ -264,10 +253,10 @@ def overlap_rows(
         for method in methods
         for burns in (False, True)
     ]
+    rows_path = Path(run_path) / "overlap_rows.json"
     with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, pins=True) as cluster:
-        frame = measure_grid(
-            measured_bench(run_path, cluster, time_scale=1.0), cells, Path(run_path) / "overlap_rows.json"
-        )
+        frame = measure_grid(measured_bench(run_path, cluster, time_scale=1.0), cells, rows_path)
+    rows_path.unlink()
     rows = []
     for (method, mbps), pair in frame.groupby(["method", "bandwidth_mbps"], sort=False):
         asleep, busy = pair[~pair["burns"]].iloc[0], pair[pair["burns"]].iloc[0]

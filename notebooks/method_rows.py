@@ -277,14 +277,13 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
     shape = (cell.batch_size, cell.seq_len)
     inputs = {"input_ids": torch.randint(1, config.vocab_size, shape, generator=generator)}
     expected = whole_answer(ensemble, inputs)
-    checks_links = cluster.transport == "namespaces"
-    scale = bench.fixed_time_scale or host_time_scale(cluster, config, profile, range(cell.num_devices))
+    scale = bench.time_scale or host_time_scale(cluster, config, profile, range(cell.num_devices))
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
 
     def measure(number: int, is_last: bool) -> EnsembleRun:
         return run_ensemble(cluster, ensemble, inputs, cell.repeats)
 
-    conditions = (cell.bandwidth_mbps, cell.num_devices, scale, checks_links)
+    conditions = (cell.bandwidth_mbps, cell.num_devices, scale, True)
     (((run,), steal),), scale, check = bench.in_turn(
         *conditions, measure, num_trials=1, repeats=1, late=lambda run: lateness(run.records)
     )

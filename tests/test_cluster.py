@@ -10,14 +10,13 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, BertConfig, BertModel
 
 from detransformer.cluster import network
-from detransformer.cluster.bench import Bench, measure_grid
+from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.devices import DEVICES, DeviceError, DeviceLost, DeviceSpec, jetson_share, preset_profile
 from detransformer.cluster.jobs import link_rounds
@@ -131,8 +130,7 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     """A row of a model on disk: its single-device reference, prediction, counts and self-check."""
     AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
     cells = grid(str(tmp_path / "model"), ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=3)
-    path = tmp_path / "rows.json"
-    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, timeline=tmp_path / "timeline.csv")
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells)
     row = frame.set_index("method").loc["tp"]
     assert (row["all_reduce_count"], row["num_devices"], row["link"]) == (10, 3, "modelled")
     assert 0 < row["max_abs_error"] < 1e-4
@@ -145,8 +143,7 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     assert row["limit_s"] == pytest.approx(single["predicted_s"] / 3)
     assert 0 < row["relative_error"] < 1e-5 and row["weights_bytes"] < single["weights_bytes"]
     assert row["peak_rss_bytes"] > 0 and abs(row["pacing_error"]) < 0.5
-    assert not path.exists()
-    timeline = pd.read_csv(tmp_path / "timeline.csv")
+    timeline = timelines(frame)
     events = timeline[(timeline["method"] == "tp") & (timeline["rank"] == 2)]
     assert (events["what"] == "all_reduce").sum() == 10 and (events["stop_s"] >= events["start_s"]).all()
     assert events["stop_s"].max() == pytest.approx(row["latency_s"], rel=0.3)  # the median of three is one of them

@@ -9,7 +9,6 @@ from latency_studies import (
     measured_link,
     overlap_rows,
     placement_table,
-    read_timeline,
     save_profiles,
 )
 from transformers import AutoModel
@@ -56,10 +55,9 @@ def test_measuring_over_modelled_links(cases, tmp_path):
     folder, common = str(tmp_path / "model"), dict(seq_len=8, repeats=1)
     cells = [Cell(folder, "tp", 4, 2.0, **common), Cell(folder, "sp", 2, 1.0, **common)]
     cells += [Cell(folder, "tp", 4, 1.0, **common)]  # slow: a small model must not be late
-    rows = measure_latency(tmp_path, cells, transport="loopback")
+    rows, timeline = measure_latency(tmp_path, cells, transport="loopback")
     found = list(zip(rows["method"], rows["num_devices"], rows["bandwidth_mbps"], strict=True))
     assert found == [("tp", 4, 2.0), ("sp", 2, 1.0), ("tp", 4, 1.0)]
-    timeline = read_timeline(tmp_path)
     assert set(zip(timeline["method"], timeline["bandwidth_mbps"], strict=True)) == {("tp", 1.0)}
     assert sorted(timeline["rank"].unique()) == [0, 1, 2, 3]
     assert not (tmp_path / "latency_rows.json").exists()

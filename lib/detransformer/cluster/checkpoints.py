@@ -5,17 +5,12 @@ parameters, and plans are compared with the saved output of each checkpoint's Hu
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from safetensors.torch import save
-from transformers import (
-    BertModel,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-)
+from transformers import BertModel, GPT2LMHeadModel, PreTrainedModel
 
 from detransformer.cluster.hello import model_facts
 from detransformer.files import atomic_folder, atomic_write
@@ -80,17 +75,10 @@ def _cached(name: str, build) -> Checkpoint:
     return Checkpoint(folder, read_configuration(folder))
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request's inputs and the single-device output for it, as safetensors files."""
-
-    inputs: Path
-    reference: Path
-
-
-def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path) -> Request:
+def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path) -> dict[str, str]:
     """Random tokens [batch_size, seq_len], unmasked as published, and the Hugging Face model's output for them.
 
+    Returns the safetensors files of both: `inputs` and `reference`, as arguments of `jobs.run_plan`.
     A user's checkpoint may change, so its request is made anew for each session, in `folder`.
 
     Raises:
@@ -105,15 +93,14 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
         folder = cache_folder() / "requests"
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{checkpoint.path.name}-seq{seq_len}-batch{batch_size}"
-    made = Request(folder / f"{stem}-inputs.safetensors", folder / f"{stem}-reference.safetensors")
-    if not made.reference.is_file():
+    inputs, reference = folder / f"{stem}-inputs.safetensors", folder / f"{stem}-reference.safetensors"
+    if not reference.is_file():
         generator = torch.Generator().manual_seed(SEED)
         ids = torch.randint(checkpoint.config.vocab_size, (batch_size, seq_len), generator=generator)
         model = load_model(checkpoint, torch.float32).base_model
         with torch.inference_mode():
             output = model(input_ids=ids).last_hidden_state.contiguous()
-        files = {made.inputs: {"input_ids": ids}, made.reference: {"last_hidden_state": output}}
-        for path, tensors in files.items():
+        for path, tensors in ((inputs, {"input_ids": ids}), (reference, {"last_hidden_state": output})):
             with atomic_write(path, "wb") as file:
                 file.write(save(tensors))
-    return made
+    return {"inputs": str(inputs), "reference": str(reference)}

@@ -25,11 +25,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from detransformer.cluster.switch import Switch, finish_checksums
+from detransformer.cluster.switch import Shape, Switch, finish_checksums
 
 Result = TypeVar("Result")
 PREFIX = "dtf"
@@ -73,31 +73,17 @@ def can_emulate() -> tuple[bool, str]:
 
 
 class EmulatedNetwork:
-    """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
+    """`num_devices` namespaces on one switch; a context manager. Further arguments are those of `Shape`.
 
     `namespaces` and `switch` (the bridge's namespace) are known once entered; `addresses` before.
-
-    Args:
-        delay_s: one way, between any two devices.
-        jitter_s: largest deviation of a packet's delay, which can reorder packets.
-        shares: each link's fraction of the rate, one per device; empty: each has all of it.
-        shared: one medium, on which the devices take turns: all their traffic together has the rate.
 
     Raises:
         OSError: on entering, with the reason, if the kernel does not permit it.
     """
 
-    def __init__(
-        self,
-        num_devices: int,
-        bandwidth_bps: float,
-        delay_s: float = 0.0,
-        jitter_s: float = 0.0,
-        shares: Sequence[float] = (),
-        shared: bool = False,
-    ):
+    def __init__(self, num_devices: int, bandwidth_bps: float, **latency: Any):
         self.num_devices = num_devices
-        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, shares, shared)
+        self.shape = Shape(bandwidth_bps, **latency)
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(num_devices)]
         self.namespaces: list[str] = []
         self.switch = ""
@@ -127,9 +113,9 @@ class EmulatedNetwork:
             raise OSError(answer["error"])
         return answer["names"]
 
-    def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
+    def set_rate(self, bandwidth_bps: float, **latency: float) -> None:
         """Changes the rate, and the latency if the network was made with any. Connections stay open."""
-        self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, delay_s=delay_s, jitter_s=jitter_s)
+        self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, **latency)
         self._keeper.stdin.write(f"{json.dumps(asdict(self.shape))}\n")
         self._keeper.stdin.flush()
         self._answer()
@@ -161,22 +147,6 @@ class EmulatedNetwork:
             self._keeper.wait(timeout=30)
             self._keeper.stdout.close()
             self._keeper = None
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The links' rate and latency; fields as in `EmulatedNetwork`."""
-
-    bandwidth_bps: float
-    delay_s: float = 0.0
-    jitter_s: float = 0.0
-    shares: Sequence[float] = ()
-    shared: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the kernel's bridge suffices."""
-        return not (self.delay_s or self.jitter_s or self.shared)
 
 
 def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:

@@ -76,9 +76,12 @@ class Check:
         )
 
 
-def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
-    """The first self-check of the running `cluster` that passes, or the last of `CHECK_ATTEMPTS` that failed."""
-    scale = cluster.time_scale
+def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: int, sends: bool) -> Check:
+    """The first self-check of the running `cluster` that passes, or the last of `CHECK_ATTEMPTS` that failed.
+
+    Links are checked if they are real and the devices use them (`sends`).
+    """
+    scale, checks_links = cluster.time_scale, sends and cluster.transport == "namespaces"
     seconds = LINK_CHECK_S + DELAYS_A_CHECK * cluster.delay_s * scale
     num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * seconds / 8)) if checks_links else 0
     is_delayed = checks_links and cluster.delay_s > 0
@@ -134,12 +137,6 @@ def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> fl
     """The power of two by which everything is slowed so that `num_cores` carry the links (`total_bps`) and devices."""
     needed = max(total_bps / MAX_TOTAL_BPS, num_devices / (DEVICES_A_CORE * num_cores))
     return 2.0 ** max(0, math.ceil(math.log2(needed)))
-
-
-def stolen_share(before: Any, after: Any) -> float:
-    """Share of processor time between two `psutil.cpu_times()` that a hypervisor gave to others; 0 if unknown."""
-    total = sum(after) - sum(before)
-    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
 
 
 def host_time_scale(

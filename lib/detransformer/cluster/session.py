@@ -97,7 +97,8 @@ class EmulatedCluster:
                 "delay and jitter are set on shaped links, and these are modelled: leave them out, "
                 "or use shaped links where network namespaces are permitted."
             )
-        if shared and link_shares(self.devices):
+        self.link_shares = link_shares(self.devices)
+        if shared and self.link_shares:
             raise ValueError("a shared medium has one rate: give no device a link of its own.")
         self.num_devices, self.bandwidth_bps, self.time_scale = num_devices, bandwidth_bps, 1.0
         self.transport, self.threads, self.pins = transport, threads, pins
@@ -112,11 +113,6 @@ class EmulatedCluster:
     def profile_name(self) -> str:
         """The devices' name in table rows: `Raspberry Pi 4B (emulated)`, or a list if they differ."""
         return f"{describe_devices(self.devices)} (emulated)"
-
-    @property
-    def link_shares(self) -> tuple[float, ...]:
-        """Each device's fraction of `bandwidth_bps`; empty if each has all of it."""
-        return link_shares(self.devices)
 
     @property
     def link(self) -> str:
@@ -138,8 +134,9 @@ class EmulatedCluster:
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
         try:
             if self.transport == "namespaces":
-                how = self.delay_s, self.jitter_s, self.link_shares, self.shared
-                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, *how).__enter__()
+                latency = dict(delay_s=self.delay_s, jitter_s=self.jitter_s)
+                links = dict(shares=self.link_shares, shared=self.shared, **latency)
+                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, **links).__enter__()
             Arrivals(self.folder / "arrivals", self.num_devices, create=True)
             self._start()
         except BaseException:
@@ -192,7 +189,8 @@ class EmulatedCluster:
         self.bandwidth_bps = bandwidth_bps
         self.time_scale = time_scale
         if self._network:
-            self._network.set_rate(bandwidth_bps / time_scale, self.delay_s * time_scale, self.jitter_s * time_scale)
+            latency = dict(delay_s=self.delay_s * time_scale, jitter_s=self.jitter_s * time_scale)
+            self._network.set_rate(bandwidth_bps / time_scale, **latency)
 
     def packet_s(self) -> float:
         """Seconds of a packet from the first device to the last, in the devices' time; NaN if links are modelled."""

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
@@ -111,11 +112,7 @@ class WorkerState:
 
     def sent_bytes(self) -> int:
         """Bytes that the kernel has sent on this device's interface."""
-        for line in Path("/proc/self/net/dev").read_text().splitlines():
-            name, _, numbers = line.partition(":")
-            if name.strip() == self.interface:
-                return int(numbers.split()[8])
-        return 0
+        return psutil.net_io_counters(pernic=True, nowrap=False)[self.interface].bytes_sent
 
     def load(self, checkpoint: str, plans: Sequence[dict], dtype: str, keep_models: int = 0) -> Loaded:
         """The model in the folder `checkpoint` for `plans`, loaded if it is new.

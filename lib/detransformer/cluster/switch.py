@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 MAX_FRAME_BYTES = 2**16
 FRAMES_AT_ONCE = 64  # from one port, before others have their turn
@@ -28,13 +28,28 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 32, 33,
 _ETH_P_ALL, _SIOCETHTOOL, _ETHTOOL_STXCSUM = 3, 0x8946, 0x17
 
 
-class Medium(Protocol):
-    """The rate and delay, read anew for each frame: a `network.Shape`."""
+@dataclass(frozen=True)
+class Shape:
+    """The rate and delay of an emulated network's links.
+
+    Args:
+        bandwidth_bps: of each link, in each direction.
+        delay_s: one way, between any two devices.
+        jitter_s: largest deviation of a packet's delay, which can reorder packets.
+        shares: each link's fraction of the rate, one per device; empty: each has all of it.
+        shared: one medium, on which the devices take turns: all their traffic together has the rate.
+    """
 
     bandwidth_bps: float
-    delay_s: float
-    jitter_s: float
-    shared: bool
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    shares: Sequence[float] = ()
+    shared: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernel's bridge suffices."""
+        return not (self.delay_s or self.jitter_s or self.shared)
 
 
 class Switch:
@@ -42,11 +57,11 @@ class Switch:
 
     Args:
         interfaces: their names; none is on a bridge.
-        medium: replace the attribute to change it.
+        medium: read anew for each frame; replace the attribute to change it.
         queue_bytes: limit of the queue for a shared medium; more is dropped.
     """
 
-    def __init__(self, interfaces: Sequence[str], medium: Medium, queue_bytes: int):
+    def __init__(self, interfaces: Sequence[str], medium: Shape, queue_bytes: int):
         self.medium, self.queue_bytes = medium, queue_bytes
         self.ports = [_open(name) for name in interfaces]
         self._port_of: dict[bytes, socket.socket] = {}  # by Ethernet address, learned from senders
