@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -19,9 +18,17 @@ from transformers import AutoModel
 from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
-from detransformer.cluster.devices import DEVICES, DeviceSpec, efficiency_rows, preset_profile
+from detransformer.cluster.devices import (
+    DEVICES,
+    DeviceSpec,
+    cluster_profile,
+    device_specs,
+    efficiency_rows,
+    preset_profile,
+)
 from detransformer.cluster.profiler import profile_link
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.machine import now
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.plan import Plan, published_plan
@@ -30,6 +37,9 @@ from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfile
 from detransformer.record.intervals import bootstrap_ratio, samples_of
 from detransformer.record.published import published_claim
+
+DEVICE = "rpi4b"  # of all predictions here
+SCALING_MBPS = 500  # Table II and Figs. 2b, 7c,d
 
 # --- Notebook 04: one device, and links --------------------------------------------------------------------------
 
@@ -48,13 +58,13 @@ def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats:
 
 
 @torch.inference_mode()
-def host_latency(model: str, repeats: int, seq_len: int = 128) -> float:
-    """Median seconds of one forward pass of a preset model on one core of this host."""
+def host_latency(model: str, repeats: int) -> float:
+    """Median seconds of one forward pass of a preset model on one core of this host; seq 128, batch 1."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         loaded = AutoModel.from_pretrained(original_checkpoint(model).path).eval()
-        ids = torch.randint(loaded.config.vocab_size, (1, seq_len))
+        ids = torch.randint(loaded.config.vocab_size, (1, 128))
         seconds = []
         for _ in range(repeats + 1):  # the first pass warms up
             start = time.perf_counter()
@@ -72,16 +82,16 @@ def save_profiles(
 
     Modelled links cannot be measured: the assumed figures are written, and labelled so.
     """
-    link, rows = LinkProfile(cluster.bandwidth_bps), None
     if cluster.transport == "namespaces":
         link, rows = profile_link(cluster)
-    provenance = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.platform()}
+    else:
+        link = LinkProfile(cluster.bandwidth_bps)
+        rows = pd.DataFrame({"kind": SENT_KINDS, "num_bytes": 0, "latency_s": None})
+        rows["fitted_s"] = [link.collective_s(kind, 0, cluster.num_devices) for kind in SENT_KINDS]
+    provenance = {"date": now(), "host": platform.platform()}
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
         cluster.profile(config, link).save(Path(folder) / f"{model}.json", provenance | {"model": model})
-    if rows is None:
-        rows = pd.DataFrame([(k, 0, None, link.collective_s(k, 0, cluster.num_devices)) for k in SENT_KINDS])
-        rows.columns = ["kind", "num_bytes", "latency_s", "fitted_s"]
     rows = rows.assign(num_devices=cluster.num_devices, bandwidth_mbps=cluster.bandwidth_bps / 1e6, link=cluster.link)
     return rows.assign(source=link.source)
 
@@ -123,7 +133,6 @@ def placement_table(
     profiles: str | Path,
     models: Sequence[str],
     bandwidths_mbps: Sequence[float],
-    device: str = "rpi4b",
     num_devices: int = 4,
     num_original_layers: int = 4,
     num_divisions: int = 4,
@@ -131,13 +140,12 @@ def placement_table(
 ) -> pd.DataFrame:
     """The paper's three plans for each model and bandwidth: predicted seconds, memory, the chosen plan and why not."""
     budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
-    efficiency, frames = measured_efficiency(Path(profiles).parent), []
+    efficiency, specs, frames = measured_efficiency(Path(profiles).parent), device_specs(num_devices, DEVICE), []
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        devices = (DeviceSpec(device).on(config, efficiency=efficiency.get(model)),) * num_devices
-        link = measured_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
+        measured = dict(link=measured_link(profiles, model), efficiency=efficiency.get(model))
         for mbps in bandwidths_mbps:
-            profile = ClusterProfile(devices, link.at(mbps * 1e6))
+            profile = cluster_profile(specs, config, mbps * 1e6, **measured)
             rows = place(config, profile, memory_budget_bytes=budget).table()
             frames.append(rows.assign(model=model, num_devices=num_devices, bandwidth_mbps=mbps))
     frame = pd.concat(frames, ignore_index=True)
@@ -151,7 +159,7 @@ def collective_counts(model: str, num_original_layers: int, num_divisions: int, 
     for method in ("tp", "sp", "ulysses", "galaxy", "bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads"):
         config = preset_config(model, num_original_layers if method.startswith("bp") else None, num_divisions)
         plan = published_plan(method, config, [1.0] * num_devices)
-        profile = ClusterProfile((preset_profile("rpi4b", config),) * num_devices, LinkProfile(125e6))
+        profile = ClusterProfile((preset_profile(DEVICE, config),) * num_devices, LinkProfile(125e6))
         prediction = predict(config, plan, profile)
         kinds = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter")
         counts = {kind: prediction.counts.get(kind, 0) for kind in kinds}
@@ -168,11 +176,9 @@ def latency_cells(
     methods: Sequence[str],
     bandwidths_mbps: Sequence[float],
     repeats: int,
-    scaling_bandwidth_mbps: float = 500,
     scaling_devices: Sequence[int] = (),
     scaling_methods: Sequence[str] = ("tp", "sp", "bp+auto"),
     fewer_original_layers: Sequence[int] = (),
-    fewer_bandwidths_mbps: Sequence[float] = (),
     table_ii_methods: Sequence[str] = (),
     wire_formats: Sequence[str] = (),
     wire_methods: Sequence[str] = ("tp", "ulysses", "bp+auto"),
@@ -183,23 +189,23 @@ def latency_cells(
 
     Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
     `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8:
-    BP+Auto with fewer original layers. Table II: data and pipeline parallelism at the scaling bandwidth. Beyond the
-    paper: `wire_methods` with other wire formats; `methods` by the roofline pace.
+    BP+Auto with fewer original layers. Table II: data and pipeline parallelism at that one bandwidth. Beyond the paper:
+    `wire_methods` with other wire formats; `methods` by the roofline pace.
     """
     methods = list(METHODS) if list(methods) == ["all"] else methods
     common, cells = dict(repeats=repeats), []
     for model in models:
-        cells += grid(model, ["single"], [scaling_bandwidth_mbps], 4, **common)
+        cells += grid(model, ["single"], [SCALING_MBPS], 4, **common)
         cells += grid(model, [m for m in methods if m != "single"], bandwidths_mbps, 4, **common)
         cells += grid(model, methods, roofline_bandwidths_mbps, 4, pace="roofline", **common)
-        cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
+        cells += grid(model, table_ii_methods, [SCALING_MBPS], 4, **common)
         for layers in fewer_original_layers:
-            cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
+            cells += grid(model, ["bp+auto"], bandwidths_mbps, 4, num_original_layers=layers, **common)
         for wire in wire_formats:
             cells += grid(model, wire_methods, wire_bandwidths_mbps, 4, wire, **common)
         for count in scaling_devices:
             divisions = max(count, 4)
-            cells += grid(model, scaling_methods, [scaling_bandwidth_mbps], count, num_divisions=divisions, **common)
+            cells += grid(model, scaling_methods, [SCALING_MBPS], count, num_divisions=divisions, **common)
     return list(dict.fromkeys(cells))
 
 
@@ -235,11 +241,10 @@ def overlap_rows(
     run_path: str | Path,
     model: str,
     methods: Sequence[str] = ("tp", "bp+heads", "bp+auto", "auto"),
-    bandwidths_mbps: Sequence[float] = (125,),
+    bandwidth_mbps: float = 125,
     repeats: int = 10,
-    num_devices: int = 2,
 ) -> pd.DataFrame:
-    """The cost of messages beside compute on one core: methods with devices that sleep, and that compute all the time.
+    """The cost of messages beside compute on one core: two devices that sleep, and that compute all the time.
 
     Each device has its own core for its products and for all threads that send and receive, and runs at its own speed
     (time scale 1). If it sleeps once the host has done its products, messages have the core for themselves; if it goes
@@ -248,21 +253,20 @@ def overlap_rows(
     and its 95% interval, the samples, valid.
     """
     cells = [
-        Cell(model, method, num_devices, mbps, num_divisions=max(4, num_devices), repeats=repeats, burns=burns)
-        for mbps in bandwidths_mbps
+        Cell(model, method, 2, bandwidth_mbps, repeats=repeats, burns=burns)
         for method in methods
         for burns in (False, True)
     ]
     rows_path = Path(run_path) / "overlap_rows.json"
-    with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, pins=True) as cluster:
+    with EmulatedCluster(2, bandwidth_bps=bandwidth_mbps * 1e6, pins=True) as cluster:
         frame = measure_grid(measured_bench(run_path, cluster, time_scale=1.0), cells, rows_path)
     rows_path.unlink()
     rows = []
-    for (method, mbps), pair in frame.groupby(["method", "bandwidth_mbps"], sort=False):
+    for method, pair in frame.groupby("method", sort=False):
         asleep, busy = pair[~pair["burns"]].iloc[0], pair[pair["burns"]].iloc[0]
         low, high = bootstrap_ratio(samples_of(busy["samples_s"]), samples_of(asleep["samples_s"]))
-        row = {"model": model, "method": method, "plan": busy["plan"], "num_devices": num_devices}
-        row |= {"bandwidth_mbps": mbps, "asleep_s": asleep["latency_s"], "busy_s": busy["latency_s"]}
+        row = {"model": model, "method": method, "plan": busy["plan"], "num_devices": 2}
+        row |= {"bandwidth_mbps": bandwidth_mbps, "asleep_s": asleep["latency_s"], "busy_s": busy["latency_s"]}
         row |= {"cost": busy["latency_s"] / asleep["latency_s"] - 1, "low": low - 1, "high": high - 1}
         row |= {"asleep_samples_s": asleep["samples_s"], "busy_samples_s": busy["samples_s"]}
         reasons = [r["why_invalid"] for r in (asleep, busy) if r["why_invalid"]]
@@ -284,19 +288,14 @@ def plan_map_rows(
     bandwidths_mbps: Sequence[float],
     seq_lens: Sequence[int],
     device_counts: Sequence[int],
-    device: str = "rpi4b",
-    num_original_layers: int = 4,
-    num_divisions: int = 4,
 ) -> pd.DataFrame:
-    """The chosen plan for each bandwidth, length and number of devices; nothing is measured."""
+    """The chosen plan for each bandwidth, length and number of devices (Nb=4, Ndiv=4); nothing is measured."""
     rows = []
-    efficiency = measured_efficiency(run_path)
-    link = measured_link(Path(run_path) / "profiles") or LinkProfile(1e6 * bandwidths_mbps[0])
+    efficiency, link = measured_efficiency(run_path), measured_link(Path(run_path) / "profiles")
     for model in models:
-        config = preset_config(model, num_original_layers, num_divisions)
-        one = DeviceSpec(device).on(config, efficiency=efficiency.get(model))
+        config, measured = preset_config(model, 4, 4), dict(link=link, efficiency=efficiency.get(model))
         for count, mbps, length in itertools.product(device_counts, bandwidths_mbps, seq_lens):
-            profile = ClusterProfile((one,) * count, link.at(1e6 * mbps))
+            profile = cluster_profile(device_specs(count, DEVICE), config, 1e6 * mbps, **measured)
             best = place_freely(config, profile, seq_len=length).chosen
             rows.append((model, count, mbps, length, in_words(best.plan), best.prediction.latency_s, "predicted"))
     columns = ["model", "num_devices", "bandwidth_mbps", "seq_len", "plan", "predicted_s", "kind"]
@@ -308,10 +307,10 @@ def scale_out_rows(
     device_counts: Sequence[int],
     seq_lens: Sequence[int],
     bandwidths_mbps: Sequence[float],
-    device: str = "rpi4b",
-    layers_a_group: int = 3,
 ) -> pd.DataFrame:
     """Predictions beyond this machine: one request, models with as many divisions as devices, at least 4.
+
+    One layer in three is original.
 
     `speedup` is over one such device with the original model, whether or not it fits the memory; `fits` says whether
     the plan does. Memory does not exclude a plan: `memory_bytes` is the need of the fullest device.
@@ -322,9 +321,8 @@ def scale_out_rows(
         for count, length, mbps in itertools.product(device_counts, seq_lens, bandwidths_mbps):
             if length > original.max_position_embeddings:
                 continue
-            layers = max(1, original.num_hidden_layers // layers_a_group)
-            config = preset_config(model, layers, max(4, count))
-            one = DeviceSpec(device).on(config)
+            config = preset_config(model, original.num_hidden_layers // 3, max(4, count))
+            one = DeviceSpec(DEVICE).on(config)
             roomy = replace(one, memory_bytes=2**50)
             profile = ClusterProfile((roomy,) * count, LinkProfile(1e6 * mbps))
             (single,) = alone_seconds(original, profile, [0], length)
