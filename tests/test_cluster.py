@@ -107,7 +107,7 @@ def test_waits_are_split_from_transfers(tmp_path):
         early.before_wait(here)
         time.sleep(0.05)
         there = late.launch(kinds[1], 1)
-        launched = late.launched[there][2]
+        launched = late.launched[there][1]
         late.before_wait(there)
         time.sleep(0.01)
         for pacer, number in ((early, here), (late, there)):
@@ -272,12 +272,9 @@ def test_bad_cells_are_refused(fields):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(num_devices=0), "num_devices=0 is outside"),
         (dict(num_devices=2, device="toaster"), "device 'toaster' is unknown"),
         (dict(num_devices=2, device=["rpi4b"]), "lists 1 devices and num_devices=2"),
-        (dict(num_devices=2, bandwidth_bps=0), "above 0"),
         (dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
-        (dict(num_devices=2, delay_s=-1.0), "must be 0 or above"),
         (dict(num_devices=2, delay_s=0.01, transport="loopback"), "delay and jitter are set on shaped links"),
     ],
 )

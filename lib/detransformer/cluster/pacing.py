@@ -101,7 +101,7 @@ class Pacer:
         """Forgets the events and sums of earlier requests."""
         self.compute_s = self.overrun_s = self.modelled_s = 0.0
         self.events: list[Event] = []
-        self.launched: list[tuple[str, int, float, int]] = []  # (kind, bytes, when, its count) of this request
+        self.launched: list[tuple[str, float, int]] = []  # (kind, when, its count) of this request
         self._link_free_at: list[float] = []  # on a modelled link: when each group collective has left it
 
     def begin(self) -> None:
@@ -136,7 +136,7 @@ class Pacer:
         count, now = self._counts[family], time.perf_counter()
         if self.arrivals is not None and kind != "receive":
             self.arrivals.write(family, self.devices[self.rank], count, now)
-        self.launched.append((kind, num_bytes, now, count))
+        self.launched.append((kind, now, count))
         self._counts[family] += 1
         return len(self.launched) - 1
 
@@ -163,7 +163,7 @@ class Pacer:
 
         A message from one device to the next begins when its sender launches it.
         """
-        kind, _, launched, count = self.launched[number]
+        kind, launched, count = self.launched[number]
         if kind == "send" or self.arrivals is None:
             return launched
         if kind == "receive":

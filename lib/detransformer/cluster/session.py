@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import psutil
 
 from detransformer.cluster.devices import (
-    MAX_DEVICES,
     DeviceError,
     DeviceSpec,
     cluster_profile,
@@ -76,17 +75,9 @@ class EmulatedCluster:
         pins: bool = False,
         home: Mapping[str, str] | None = None,
     ):
-        if not 1 <= num_devices <= MAX_DEVICES:
-            raise ValueError(
-                f"num_devices={num_devices} is outside 1..{MAX_DEVICES}: choose how many devices to emulate."
-            )
-        if not bandwidth_bps > 0:
-            raise ValueError(f"bandwidth_bps={bandwidth_bps} must be above 0.")
         if transport not in TRANSPORTS:
             raise ValueError(f"transport={transport!r} is unknown: choose one of {', '.join(TRANSPORTS)}.")
         self.devices = device_specs(num_devices, device)
-        if not (delay_s >= 0 and jitter_s >= 0):
-            raise ValueError(f"delay_s={delay_s} and jitter_s={jitter_s} must be 0 or above.")
         if transport != "loopback":
             permitted, why = can_emulate()
             if not permitted and transport == "namespaces":

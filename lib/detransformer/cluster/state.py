@@ -1,4 +1,4 @@
-"""A worker's cache between jobs: its groups, and each model's weights, executors and modelled segments."""
+"""A worker's cache between jobs: its groups, and each model's weights and executors."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,14 +39,10 @@ class Loaded:
     own_bytes: int | None  # resident before loading: the interpreter and its libraries
     peak_above: int | None = None  # largest resident size since then, above `own_bytes`
     runners: dict[Any, Any] = field(default_factory=dict)  # executor by plan, generator by its two plans
-    _modelled: dict[tuple, list] = field(default_factory=dict)
 
     def compute(self, plan: Plan, rank: int, seq_len: int, batch_size: int, past: int = 0) -> list[list[Compute]]:
         """The compute steps of `rank` in a request, per segment between starts and waits, from the executor's tape."""
-        key = ("compute", plan, seq_len, batch_size, past)
-        if key not in self._modelled:
-            self._modelled[key] = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
-        return self._modelled[key]
+        return segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
 
     def pace(
         self, plan: Plan, rank: int, device: dict | None, link: dict | None, time_scale: float, *request: int
@@ -64,10 +60,7 @@ class Loaded:
             segment_s = [time_scale * sum(compute_seconds(step, profile) for step in part) for part in parts]
         if link is not None:
             known = from_json(LinkProfile, link)
-            key = ("links", plan, known.bandwidth_bps, *request)
-            if key not in self._modelled:
-                self._modelled[key] = launched_seconds(self.config, plan, rank, known, *request)
-            link_s = [time_scale * seconds for seconds in self._modelled[key]]
+            link_s = [time_scale * seconds for seconds in launched_seconds(self.config, plan, rank, known, *request)]
         return segment_s, link_s
 
 
@@ -76,7 +69,6 @@ class WorkerState:
     """A worker's place in the cluster, its groups by their ranks, and its models."""
 
     rank: int
-    num_ranks: int
     interface: str  # network interface of the collectives
     groups: dict[tuple[int, ...], dist.ProcessGroup]
     timeout: timedelta  # of a message in these groups
