@@ -13,18 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from detransformer.cluster import network
 from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.devices import DEVICES, DeviceError, DeviceLost, DeviceSpec, jetson_share, preset_profile
 from detransformer.cluster.jobs import link_rounds
-from detransformer.cluster.network import (
-    EmulatedNetwork,
-    can_emulate,
-    remove_stale_namespaces,
-)
+from detransformer.cluster.network import EmulatedNetwork, can_emulate, remove_stale_namespaces
 from detransformer.cluster.pacing import Arrivals, Pacer, seconds_of, timeline_rows
 from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
 from detransformer.cluster.selfcheck import Check, first_time_scale, transfer_seconds, why_invalid
@@ -126,10 +122,9 @@ def test_a_timeline_begins_at_the_first_start():
     assert rows[1] == {"rank": 0, "what": "wait", "start_s": 1.5, "stop_s": 2.0}
 
 
-def test_bench_row_over_loopback(cluster, cases, tmp_path):
+def test_bench_row_over_loopback(cluster, float32_folder):
     """A row of a model on disk: its single-device reference, prediction, counts and self-check."""
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    cells = grid(str(tmp_path / "model"), ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=3)
+    cells = grid(float32_folder, ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=3)
     frame = measure_grid(Bench(cluster, time_scale=1.0), cells)
     row = frame.set_index("method").loc["tp"]
     assert (row["all_reduce_count"], row["num_devices"], row["link"]) == (10, 3, "modelled")
@@ -151,10 +146,8 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     assert "send" in pipeline[0] and "receive" in pipeline[1] and "send" in pipeline[1]
 
 
-def test_bench_on_other_wires(cluster, cases, tmp_path):
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    folder, common = str(tmp_path / "model"), dict(seq_len=16, repeats=1)
-    cells = grid(folder, ["single", "tp", "ulysses"], [100.0], 2, "int8", **common)
+def test_bench_on_other_wires(cluster, float32_folder):
+    cells = grid(float32_folder, ["single", "tp", "ulysses"], [100.0], 2, "int8", seq_len=16, repeats=1)
     frame = measure_grid(Bench(cluster, time_scale=1.0), cells)
     assert frame["wire"].tolist() == ["float32", "int8", "int8"]
     rounded = frame[frame["wire"] == "int8"]
@@ -164,11 +157,9 @@ def test_bench_on_other_wires(cluster, cases, tmp_path):
     assert rounded["reduce_scatter_count"].tolist() == [10, 0]
 
 
-def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
+def test_an_interrupted_grid_goes_on(cluster, float32_folder, tmp_path, monkeypatch):
     """Rows that were measured together before an interruption are kept; the next call measures the rest."""
-    folder = tmp_path / "model"
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
-    cells = grid(str(folder), ["tp", "sp"], [100.0, 50.0], 2, seq_len=16, repeats=2)
+    cells = grid(float32_folder, ["tp", "sp"], [100.0, 50.0], 2, seq_len=16, repeats=2)
     bench, path, measured = Bench(cluster, time_scale=1.0), tmp_path / "rows.json", []
     real = bench.measure
 
@@ -255,32 +246,25 @@ def test_a_device_needs_little_more_than_its_weights(cluster, tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "make, fields, words",
     [
-        dict(method="magic"),
-        dict(repeats=0),
-        dict(bandwidth_mbps=0),
-        dict(wire="float8"),
-        dict(method="dtensor", wire="int8"),
+        (Cell, dict(method="magic"), "method 'magic' is unknown"),
+        (Cell, dict(method="tp", repeats=0), "measure at least once"),
+        (Cell, dict(method="tp", bandwidth_mbps=0), "bandwidth_mbps=0 must be above 0"),
+        (Cell, dict(method="tp", wire="float8"), "wire 'float8' is unknown"),
+        (Cell, dict(method="dtensor", wire="int8"), "dtensor cannot send int8"),
+        (EmulatedCluster, dict(num_devices=2, device=["rpi4b"]), "lists 1 devices and num_devices=2"),
+        (EmulatedCluster, dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
+        (EmulatedCluster, dict(num_devices=2, delay_s=0.01, transport="loopback"), "are set on shaped links"),
+        (DeviceSpec, dict(preset="toaster"), "device 'toaster' is unknown"),
+        (DeviceSpec, dict(speed=0.0), "speed=0.0 must be above 0"),
+        (DeviceSpec, dict(link_share=float("inf")), "link_share=inf"),
+        (DeviceSpec, dict(memory_bytes=0), "memory_bytes=0"),
     ],
 )
-def test_bad_cells_are_refused(fields):
-    with pytest.raises(ValueError):
-        Cell(**{"model": "bert-base", "method": "tp"} | fields)
-
-
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (dict(num_devices=2, device="toaster"), "device 'toaster' is unknown"),
-        (dict(num_devices=2, device=["rpi4b"]), "lists 1 devices and num_devices=2"),
-        (dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
-        (dict(num_devices=2, delay_s=0.01, transport="loopback"), "delay and jitter are set on shaped links"),
-    ],
-)
-def test_bad_clusters_are_refused(fields, words):
+def test_bad_arguments_are_refused(make, fields, words):
     with pytest.raises(ValueError, match=words):
-        EmulatedCluster(**fields)
+        make(**({"model": "bert-base"} if make is Cell else {}) | fields)
 
 
 def test_presets_are_the_papers_devices():
@@ -318,18 +302,11 @@ def test_unequal_devices_have_their_own_profiles():
     assert pis.profile_name == "2 x Raspberry Pi 4B, Jetson TX2 (emulated)"
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (dict(preset="toaster"), "device 'toaster' is unknown"),
-        (dict(speed=0.0), "speed=0.0 must be above 0"),
-        (dict(link_share=float("inf")), "link_share=inf"),
-        (dict(memory_bytes=0), "memory_bytes=0"),
-    ],
-)
-def test_bad_devices_are_refused(fields, words):
-    with pytest.raises(ValueError, match=words):
-        DeviceSpec(**fields)
+def carried_mbps(session, num_bytes: int) -> dict[tuple[int, int], float]:
+    """(from, to) -> the rate of `num_bytes` over each link, on the host's clock."""
+    check = dict(num_devices=session.num_devices, link_bytes=num_bytes, segment_s=0.01, num_segments=1)
+    seconds = transfer_seconds(session.run("self_check", **check))
+    return {pair: 8 * num_bytes / s / 1e6 for pair, s in seconds.items()}
 
 
 @needs_namespaces
@@ -338,14 +315,11 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
     case = cases["original"]
     devices = ["rpi4b", DeviceSpec(speed=2.0), DeviceSpec(link_share=0.5, name="shed")]
     with EmulatedCluster(3, devices, 100e6, "namespaces") as session:
-        for bandwidth_bps in (100e6, 50e6):
-            session.set_link(bandwidth_bps)
-            half = bandwidth_bps / 2
-            results = session.run("self_check", num_devices=3, link_bytes=1_000_000, segment_s=0.01, num_segments=1)
-            starts = {(source, target): at for result in results for source, target, at in result["sent"]}
-            for source, target, at in (pair for result in results for pair in result["received"]):
-                limit = half if 2 in (source, target) else bandwidth_bps
-                assert 0.6 * limit < 8e6 / (at - starts[source, target]) <= limit, (source, target)
+        for mbps in (100, 50):
+            session.set_link(mbps * 1e6)
+            for pair, carried in carried_mbps(session, 1_000_000).items():
+                limit = mbps / 2 if 2 in pair else mbps
+                assert 0.6 * limit < carried <= limit, pair
         profile = session.profile(case.config)
         slowed = [dict(asdict(device), flops_per_s=device.flops_per_s / 1000) for device in profile.devices]
         results = session.run(
@@ -455,7 +429,7 @@ def test_leftovers_of_dead_processes_are_removed():
     dead = 2**22 + 7  # above the largest process id
     name = f"{network.PREFIX}{dead}-d0"
     netns.create(name)
-    assert name in remove_stale_namespaces()
+    remove_stale_namespaces()
     assert not Path("/var/run/netns", name).exists()
 
 
@@ -467,11 +441,9 @@ def test_shaped_links_carry_their_rate_and_never_more():
         assert session.link == "line-rate"
         for mbps in (50, 100):
             session.set_link(mbps * 1e6)
-            num_bytes = int(mbps * 1e6 * 0.3 / 8)
-            check = dict(num_devices=2, link_bytes=num_bytes, segment_s=0.01, num_segments=3)
-            seconds = transfer_seconds(session.run("self_check", **check))
-            assert len(seconds) == 2  # one link, both ways
-            assert all(0.6 * mbps < 8 * num_bytes / s / 1e6 <= mbps for s in seconds.values())
+            carried = carried_mbps(session, int(mbps * 1e6 * 0.3 / 8))
+            assert len(carried) == 2  # one link, both ways
+            assert all(0.6 * mbps < found <= mbps for found in carried.values())
         link, rows = profile_link(session, repeats=2)
         assert {"all_reduce", "all_gather", "send"} <= set(rows["kind"])
         assert all(0.3 < share <= 1 for share in link.efficiency.values())
@@ -493,9 +465,7 @@ def test_packets_of_a_delayed_link_are_late_and_its_rate_is_kept():
         session.delay_s = 0.01
         session.set_link(50e6, time_scale=2.0)
         assert 0.01 <= session.packet_s() < 0.03
-        check = dict(num_devices=2, link_bytes=3_000_000, segment_s=0.01, num_segments=1)
-        seconds = transfer_seconds(session.run("self_check", **check))
-        assert all(0.6 * 25 < 8 * 3 / s <= 25 for s in seconds.values())
+        assert all(0.6 * 25 < found <= 25 for found in carried_mbps(session, 3_000_000).values())
 
 
 @needs_namespaces

@@ -1,7 +1,6 @@
 """What notebooks 04 to 06 ask for: the rows of the paper's tables, profiles on any transport, placements."""
 
 import pytest
-import torch
 from latency_studies import (
     collective_counts,
     latency_cells,
@@ -11,7 +10,6 @@ from latency_studies import (
     placement_table,
     save_profiles,
 )
-from transformers import AutoModel
 
 from detransformer.cluster.cells import Cell
 from detransformer.cluster.network import can_emulate
@@ -49,15 +47,12 @@ def test_all_methods_and_eight_devices():
 
 
 @pytest.mark.slow
-def test_measuring_over_modelled_links(cases, tmp_path):
+def test_measuring_over_modelled_links(float32_folder, tmp_path):
     """Rows in the cells' order, from one cluster of four; the timeline keeps plain rows at the lowest bandwidth."""
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    folder, common = str(tmp_path / "model"), dict(seq_len=8, repeats=1)
-    cells = [Cell(folder, "tp", 4, 2.0, **common), Cell(folder, "sp", 2, 1.0, **common)]
-    cells += [Cell(folder, "tp", 4, 1.0, **common)]  # slow: a small model must not be late
+    wanted = [("tp", 4, 2.0), ("sp", 2, 1.0), ("tp", 4, 1.0)]  # slow: a small model must not be late
+    cells = [Cell(float32_folder, *row, seq_len=8, repeats=1) for row in wanted]
     rows, timeline = measure_latency(tmp_path, cells, transport="loopback")
-    found = list(zip(rows["method"], rows["num_devices"], rows["bandwidth_mbps"], strict=True))
-    assert found == [("tp", 4, 2.0), ("sp", 2, 1.0), ("tp", 4, 1.0)]
+    assert list(zip(rows["method"], rows["num_devices"], rows["bandwidth_mbps"], strict=True)) == wanted
     assert set(zip(timeline["method"], timeline["bandwidth_mbps"], strict=True)) == {("tp", 1.0)}
     assert sorted(timeline["rank"].unique()) == [0, 1, 2, 3]
     assert not (tmp_path / "latency_rows.json").exists()
@@ -98,11 +93,9 @@ def test_counts_of_the_paper():
 
 @pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 @pytest.mark.slow
-def test_busy_devices_are_compared_with_sleeping_ones(cases, tmp_path):
+def test_busy_devices_are_compared_with_sleeping_ones(float32_folder, tmp_path):
     """The same requests, in turn, on devices that keep to a core each; what a busy one computes has no effect."""
-    folder = tmp_path / "model"
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
-    (row,) = overlap_rows(tmp_path, str(folder), ["tp"], 100.0, repeats=2).to_dict("records")
+    (row,) = overlap_rows(tmp_path, float32_folder, ["tp"], 100.0, repeats=2).to_dict("records")
     assert (row["method"], row["num_devices"]) == ("tp", 2)
     assert row["busy_s"] == pytest.approx((1 + row["cost"]) * row["asleep_s"])
     assert row["low"] <= row["cost"] <= row["high"]

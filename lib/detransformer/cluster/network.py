@@ -235,18 +235,15 @@ def _index(space, name: str) -> int:
     raise OSError(f"network interface {name} did not appear: the kernel refused it, or something removed it.")
 
 
-def remove_stale_namespaces() -> list[str]:
-    """Removes namespaces of earlier runs whose process no longer exists; returns their names."""
+def remove_stale_namespaces() -> None:
+    """Removes namespaces of earlier runs whose process no longer exists."""
     from pyroute2 import netns
 
-    removed = []
     for path in Path("/var/run/netns").glob(f"{PREFIX}*"):
         match = re.match(rf"{PREFIX}(\d+)-", path.name)
         if match and not Path("/proc", match[1]).exists():
             with contextlib.suppress(OSError):
                 netns.remove(path.name)
-                removed.append(path.name)
-    return removed
 
 
 if __name__ == "__main__":
