@@ -6,15 +6,16 @@ Each function returns a frame in the form of its saved table; the notebooks argu
 import itertools
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils.benchmark import Timer
 from transformers import AutoModel
 
+from detransformer.answers import random_tokens
 from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
@@ -60,19 +61,10 @@ def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats:
 @torch.inference_mode()
 def host_latency(model: str, repeats: int) -> float:
     """Median seconds of one forward pass of a preset model on one core of this host; seq 128, batch 1."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        loaded = AutoModel.from_pretrained(original_checkpoint(model).path).eval()
-        ids = torch.randint(loaded.config.vocab_size, (1, 128))
-        seconds = []
-        for _ in range(repeats + 1):  # the first pass warms up
-            start = time.perf_counter()
-            loaded(input_ids=ids)
-            seconds.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return statistics.median(seconds[1:])
+    loaded = AutoModel.from_pretrained(original_checkpoint(model).path).eval()
+    inputs = random_tokens(loaded.config, 128)
+    timer = Timer("loaded(**inputs)", globals={"loaded": loaded, "inputs": inputs}, num_threads=1)
+    return statistics.median(timer.timeit(1).mean for _ in range(repeats))  # each after two passes to warm up
 
 
 def save_profiles(
@@ -140,17 +132,15 @@ def placement_table(
 ) -> pd.DataFrame:
     """The paper's three plans for each model and bandwidth: predicted seconds, memory, the chosen plan and why not."""
     budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
-    efficiency, specs, frames = measured_efficiency(Path(profiles).parent), device_specs(num_devices, DEVICE), []
+    efficiency, specs, tables = measured_efficiency(Path(profiles).parent), device_specs(num_devices, DEVICE), {}
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
         measured = dict(link=measured_link(profiles, model), efficiency=efficiency.get(model))
         for mbps in bandwidths_mbps:
             profile = cluster_profile(specs, config, mbps * 1e6, **measured)
-            rows = place(config, profile, memory_budget_bytes=budget).table()
-            frames.append(rows.assign(model=model, num_devices=num_devices, bandwidth_mbps=mbps))
-    frame = pd.concat(frames, ignore_index=True)
-    first = ["model", "num_devices", "bandwidth_mbps"]
-    return frame[first + [column for column in frame if column not in first]]
+            tables[model, num_devices, mbps] = place(config, profile, memory_budget_bytes=budget).table()
+    keys = ["model", "num_devices", "bandwidth_mbps"]
+    return pd.concat(tables, names=keys).reset_index(keys).reset_index(drop=True)
 
 
 def collective_counts(model: str, num_original_layers: int, num_divisions: int, num_devices: int = 4) -> pd.DataFrame:
@@ -161,8 +151,7 @@ def collective_counts(model: str, num_original_layers: int, num_divisions: int, 
         plan = published_plan(method, config, [1.0] * num_devices)
         profile = ClusterProfile((preset_profile(DEVICE, config),) * num_devices, LinkProfile(125e6))
         prediction = predict(config, plan, profile)
-        kinds = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter")
-        counts = {kind: prediction.counts.get(kind, 0) for kind in kinds}
+        counts = {kind: prediction.counts.get(kind, 0) for kind in SENT_KINDS if kind != "send"}
         sent = sum(prediction.bytes.values()) / 2**20
         rows.append({"model": model, "method": method, **counts, "sent_mib": sent})
     return pd.DataFrame(rows)
@@ -303,17 +292,13 @@ def plan_map_rows(
 
 
 def scale_out_rows(
-    models: Sequence[str],
-    device_counts: Sequence[int],
-    seq_lens: Sequence[int],
-    bandwidths_mbps: Sequence[float],
+    models: Sequence[str], device_counts: Sequence[int], seq_lens: Sequence[int], bandwidths_mbps: Sequence[float]
 ) -> pd.DataFrame:
     """Predictions beyond this machine: one request, models with as many divisions as devices, at least 4.
 
-    One layer in three is original.
-
-    `speedup` is over one such device with the original model, whether or not it fits the memory; `fits` says whether
-    the plan does. Memory does not exclude a plan: `memory_bytes` is the need of the fullest device.
+    One layer in three is original. `speedup` is over one such device with the original model, whether or not it fits
+    the memory; `fits` says whether the plan does. Memory does not exclude a plan: `memory_bytes` is the need of the
+    fullest device.
     """
     rows = []
     for model in models:

@@ -9,7 +9,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from detransformer.cluster.cells import Cell, RowFile
-from detransformer.cluster.checkpoints import (
-    Checkpoint,
-    decoupled_checkpoint,
-    original_checkpoint,
-    request,
-)
+from detransformer.cluster.checkpoints import decoupled_checkpoint, original_checkpoint, request
+from detransformer.cluster.devices import cluster_profile
 from detransformer.cluster.pacing import seconds_of, timeline_rows
 from detransformer.cluster.selfcheck import (
     MAX_OVERRUN_SHARE,
@@ -37,7 +33,7 @@ from detransformer.cluster.selfcheck import (
 )
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.models.configuration import PRESETS, decoupled_config, original_config, preset_config
-from detransformer.opening import open_checkpoint
+from detransformer.opening import Checkpoint, open_checkpoint
 from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import Prediction, alone_seconds, predict
 from detransformer.planning.placement import method_plan
@@ -128,9 +124,9 @@ class Bench:
 
     def every_device(self, cell: Cell) -> ClusterProfile:
         """All devices of the cluster, also those that `cell` leaves out: each worker gets a job."""
-        efficiency = self.efficiency.get(cell.model)
-        profile = self.cluster.profile(self.config(cell), self.link, cell.pace, efficiency)
-        return replace(profile, link=profile.link.at(cell.bandwidth_mbps * 1e6))
+        cluster, efficiency = self.cluster, self.efficiency.get(cell.model)
+        where = cell.bandwidth_mbps * 1e6, cluster.delay_s, self.link
+        return cluster_profile(cluster.devices, self.config(cell), *where, cell.pace, efficiency, cluster.shared)
 
     # --- Measuring ---
 
@@ -247,18 +243,18 @@ class Bench:
         """
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         cell, plan, config, last = case.cell, case.plan, case.config, runs[-1]
-        slowest = [max((r["samples"][0] for r in run), key=lambda sample: sample["latency_s"]) for run in runs]
+        samples = [[r["samples"][0] for r in run] for run in runs]
+        slowest = [max(own, key=lambda sample: sample["latency_s"]) for own in samples]
         latencies, sums = [s["latency_s"] for s in slowest], [seconds_of(s["events"]) for s in slowest]
         compute_s, wait_s = (statistics.median(s[name] / scale for s in sums) for name in ("compute_s", "wait_s"))
         sender = max(last, key=lambda r: sum(r["bytes"].values()))
         latency, every = statistics.median(latencies), [r for run in runs for r in run]
         peaks = [r["peak_rss_bytes"] for r in every]
-        throughput = 1 / latency
+        throughput, is_real = 1 / latency, self.cluster.transport == "namespaces"
         if "stream_s" in last[0]:
             copies = plan.num_devices if plan.runs == "copies" else 1
             throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in last)
         median = min(range(len(runs)), key=lambda i: abs(latencies[i] - latency))
-        by_device = [{"samples": [r["samples"][0] for r in own]} for own in zip(*runs, strict=True)]
         row = asdict(cell) | {
             "plan": plan.describe(),
             "num_original_layers": getattr(config, "num_original_layers", None),
@@ -278,23 +274,21 @@ class Bench:
             "over_limit": latency / case.limit_s,
             **{f"{kind}_count": sender["counts"].get(kind, 0) for kind in SENT_KINDS},
             **{f"{kind}_bytes": sender["bytes"].get(kind, 0) for kind in SENT_KINDS},
-            "link_bytes": max(r["samples"][0]["link_bytes"] for r in every)
-            if self.cluster.transport == "namespaces"
-            else None,
+            "link_bytes": max(s["link_bytes"] for own in samples for s in own) if is_real else None,
             "throughput_rps": throughput,
             "weights_bytes": max(r["weights_bytes"] for r in last),
             "peak_rss_bytes": None if None in peaks else max(peaks),
             "predicted_s": case.prediction.latency_s,
             "time_scale": scale,
             **asdict(check),
-            "pacing_overrun": lateness(by_device),
+            "pacing_overrun": lateness([{"samples": own} for own in zip(*samples, strict=True)]),
             "host_steal": steal,
             "max_abs_error": max(r["max_abs_error"] for r in every if "max_abs_error" in r),
             "relative_error": max(r["relative_error"] for r in every if "relative_error" in r),
             "repeats": len(runs),
             "device": self.cluster.profile_name,
             "samples_s": json.dumps([round(s, 6) for s in latencies]),
-            "timeline": timeline_rows([r["samples"][0]["events"] for r in runs[median]], scale),
+            "timeline": timeline_rows([s["events"] for s in samples[median]], scale),
         }
         why = why_invalid(row)
         return row | {"valid": not why, "why_invalid": why}

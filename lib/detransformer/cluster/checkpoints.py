@@ -87,8 +87,6 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
     limit = max_tokens(checkpoint.config)
     if not 1 <= seq_len <= limit:
         raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the model's positions.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is below 1: choose how many sequences a request has.")
     if cache_folder() in checkpoint.path.parents:  # a preset never changes: its request is kept for later sessions
         folder = cache_folder() / "requests"
     folder.mkdir(parents=True, exist_ok=True)

@@ -175,7 +175,7 @@ def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:
             space.addr("add", index=interface, address=f"{SUBNET}.{i + 1}", prefixlen=24)
             space.link("set", index=interface, state="up")
             space.link("set", index=_index(space, "lo"), state="up")
-    _set_shape("add", switch, devices, shape)
+    _set_shape(switch, devices, shape)
     if shape.is_plain:
         return None
     for name in devices:
@@ -183,8 +183,8 @@ def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:
     return inside(switch, lambda: Switch(ports, shape, QUEUE_BYTES))
 
 
-def _set_shape(action: str, switch: str, devices: Sequence[str], shape: Shape) -> None:
-    """Shapes both ends of every cable (`action` add or change)."""
+def _set_shape(switch: str, devices: Sequence[str], shape: Shape) -> None:
+    """Shapes both ends of every cable."""
     from pyroute2 import NetNS
 
     ends = {switch: [(f"port{i}", i) for i in range(len(devices))]}
@@ -194,7 +194,7 @@ def _set_shape(action: str, switch: str, devices: Sequence[str], shape: Shape) -
             for interface, i in interfaces:
                 share = shape.shares[i] if shape.shares else 1.0
                 bucket = {"rate": int(share * shape.bandwidth_bps / 8), "burst": BURST_BYTES, "limit": QUEUE_BYTES}
-                space.tc(action, kind="tbf", index=_index(space, interface), handle="2:", **bucket)
+                space.tc("replace", kind="tbf", index=_index(space, interface), handle="2:", **bucket)
 
 
 def _keep(num_devices: int, shape: Shape) -> None:
@@ -212,7 +212,7 @@ def _keep(num_devices: int, shape: Shape) -> None:
         print(json.dumps({"names": [switch, *devices]}), flush=True)
         for line in sys.stdin:
             shape = Shape(**json.loads(line))
-            _set_shape("change", switch, devices, shape)
+            _set_shape(switch, devices, shape)
             if in_user_space:
                 in_user_space.medium = shape
             print(json.dumps({"names": []}), flush=True)

@@ -110,16 +110,10 @@ class EmulatedCluster:
         """The links' name in table rows: `line-rate` (shaped by the kernel) or `modelled`; `shared` if one medium."""
         return ("shared " if self.shared else "") + ("line-rate" if self.transport == "namespaces" else "modelled")
 
-    def profile(
-        self,
-        config: "PretrainedConfig",
-        link: LinkProfile | None = None,
-        pace: str = "measured",
-        efficiency: Sequence | None = None,
-    ) -> ClusterProfile:
-        """The devices of this cluster and its link at its present rate; arguments as in `cluster_profile`."""
+    def profile(self, config: "PretrainedConfig", link: LinkProfile | None = None) -> ClusterProfile:
+        """The devices of this cluster and its link (measured, or else assumed) at its present rate."""
         where = self.bandwidth_bps, self.delay_s, link
-        return cluster_profile(self.devices, config, *where, pace, efficiency, self.shared)
+        return cluster_profile(self.devices, config, *where, shared=self.shared)
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))

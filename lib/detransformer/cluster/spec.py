@@ -172,7 +172,8 @@ class ClusterSpec(_Keys):
             for j, other in enumerate(self.members[:i]):
                 if self.members[i].name == other.name:
                     return f"devices[{i}].name {other.name} is that of devices[{j}] too; give its own"
-                if device.address and device.address == other.address and not _is_loopback(device.address):
+                is_loopback = device.address == "localhost" or device.address.startswith("127.")
+                if device.address and device.address == other.address and not is_loopback:
                     return f"devices[{i}].address {other.address} is that of device {other.name} too; give its own"
         return ""
 
@@ -234,7 +235,3 @@ def _is_address(text: str) -> bool:
     except ValueError:
         numbers_alone = re.fullmatch(r"[\d.]+", text)
         return not numbers_alone and bool(re.fullmatch(r"\w([\w.-]*\w)?", text, re.ASCII))  # _ as in Docker's names
-
-
-def _is_loopback(address: str) -> bool:
-    return address == "localhost" or address.startswith("127.")
