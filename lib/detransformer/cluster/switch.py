@@ -2,8 +2,8 @@
 
 The kernel's bridge can do neither without netem. This switch takes each frame from the port where it arrived, holds it,
 and writes it to the port of its destination, where the kernel's token bucket shapes it as on a bridge. A shared medium
-(a hub, Wi-Fi) sends one frame at a time from all senders: all traffic together has the rate. A frame costs some 15
-microseconds of processor time here, so fast links need a larger time scale, which the self-check finds.
+(a hub, Wi-Fi) sends one frame at a time from all senders: all traffic together has the rate. Each frame costs processor
+time here, so fast links need a larger time scale, which the self-check finds.
 """
 
 import contextlib
