@@ -100,10 +100,9 @@ def measured_link(profiles: str | Path, model: str = "*") -> LinkProfile | None:
 def measured_efficiency(run_path: str | Path) -> dict[str, tuple]:
     """The efficiency of shares of each model's layers on this host, as measured by notebook 04 of the run; by model."""
     path = Path(run_path) / "tables" / "profile.csv"
-    operations = pd.read_csv(path) if path.is_file() else pd.DataFrame()
-    if "share" not in operations:
+    if not path.is_file():
         return {}
-    return {model: efficiency_rows(rows) for model, rows in operations.groupby("model")}
+    return {model: efficiency_rows(rows) for model, rows in pd.read_csv(path).groupby("model")}
 
 
 def measured_bench(run_path: str | Path, cluster: EmulatedCluster, time_scale: float | None = None) -> Bench:

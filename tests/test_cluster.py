@@ -303,6 +303,12 @@ def test_unequal_devices_have_their_own_profiles():
     assert pis.profile_name == "2 x Raspberry Pi 4B, Jetson TX2 (emulated)"
 
 
+def run_plan(session, case, method: str = "tp", **job) -> list[dict]:
+    """Each device's result of a request to `case` under `method`."""
+    plan = published_plan(method, case.config, [1.0] * session.num_devices).to_dict()
+    return session.run("run_plan", checkpoint=case.checkpoint, plan=plan, **{"inputs": case.inputs} | job)
+
+
 def carried_mbps(session, num_bytes: int) -> dict[tuple[int, int], float]:
     """(from, to) -> the rate of `num_bytes` over each link, on the host's clock."""
     check = dict(num_devices=session.num_devices, link_bytes=num_bytes, segment_s=0.01, num_segments=1)
@@ -325,16 +331,8 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
                 assert 0.6 * limit < found <= limit, pair
         profile = session.profile(case.config)
         slowed = [dict(asdict(device), flops_per_s=device.flops_per_s / 1000) for device in profile.devices]
-        results = session.run(
-            "run_plan",
-            per_rank=[{"device": device} for device in slowed],
-            checkpoint=case.checkpoint,
-            plan=published_plan("tp", case.config, [1.0] * 3).to_dict(),
-            inputs=case.inputs,
-            reference=case.reference,
-            dtype="float64",
-            repeats=2,
-        )
+        exact = dict(reference=case.reference, dtype="float64")
+        results = run_plan(session, case, per_rank=[{"device": device} for device in slowed], repeats=2, **exact)
         first, fast, last = (seconds_of(r["samples"][1]["events"])["compute_s"] for r in results)
         # the first has 24 of 70 FFN columns, the others 23
         assert first == pytest.approx(2 * fast, rel=0.03) and first == pytest.approx(last, rel=0.03)
@@ -346,9 +344,8 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
 
 def test_a_failing_job_names_the_device_and_the_error(cases):
     with EmulatedCluster(2, transport="loopback") as session:
-        plan = published_plan("tp", cases["original"].config, [1.0, 1.0]).to_dict()
         with pytest.raises(DeviceError, match="device 0 of 2 .* failed while run_plan: .*missing"):
-            session.run("run_plan", checkpoint="/missing", plan=plan, inputs="/missing.safetensors", repeats=1)
+            run_plan(session, cases["original"], inputs="/missing.safetensors", repeats=1)
 
 
 @pytest.mark.parametrize(
@@ -365,14 +362,7 @@ def test_a_lost_device_ends_the_run_and_is_named(cases, how, words):
         start = time.monotonic()
         slow = {"name": "slow", "memory_bytes": 1, "flops_per_s": 1e6, "source": "test"}
         with pytest.raises(DeviceLost, match=f"device 1 of 3 .*{words} while run_plan") as lost:
-            session.run(
-                "run_plan",
-                checkpoint=case.checkpoint,
-                plan=published_plan("tp", case.config, [1.0] * 3).to_dict(),
-                inputs=case.inputs,
-                device=slow,
-                repeats=50,
-            )
+            run_plan(session, case, device=slow, repeats=50)
         assert lost.value.rank == 1
         assert time.monotonic() - start < 30
         timer.join()
@@ -486,16 +476,15 @@ def test_packets_of_a_delayed_link_are_late_and_its_rate_is_kept():
 def test_a_shared_medium_carries_one_message_at_a_time_and_is_priced_so(cases, tmp_path):
     """All that four devices send together has the rate: the kernel's counters, and what is priced, say how long."""
     case, rate_bps = cases["original"], 20e6
-    plan = published_plan("tp", case.config, [1.0] * 4)
     with EmulatedCluster(4, bandwidth_bps=rate_bps, shared=True, transport="namespaces") as session:
         profile = session.profile(case.config)
-        files = dict(checkpoint=case.checkpoint, inputs=case.request(tmp_path, 4, 64)[0])
-        results = session.run("run_plan", plan=plan.to_dict(), repeats=2, **files)
+        results = run_plan(session, case, inputs=case.request(tmp_path, 4, 64)[0], repeats=2)
         sent = sum(result["samples"][1]["link_bytes"] for result in results)
         counted = sum(sum(result["bytes"].values()) for result in results)
         assert counted < sent < 1.3 * counted  # headers and acknowledgements
         assert max(result["samples"][1]["latency_s"] for result in results) >= 8 * counted / rate_bps
     switched = replace(profile, link=replace(profile.link, shared=False))
+    plan = published_plan("tp", case.config, [1.0] * 4)
     shared, own = (predict(case.config, plan, where, 64, 4) for where in (profile, switched))
     num_bytes, rate = sum(own.bytes.values()), profile.link.efficiency["*"] * rate_bps
     assert shared.bytes == own.bytes and counted == 4 * num_bytes
@@ -507,15 +496,7 @@ def test_what_is_counted_is_what_the_kernel_sends(cases):
     """Bytes counted by the ring formula against the interface's counter: headers and acknowledgements add a little."""
     case = cases["original"]
     with EmulatedCluster(3, bandwidth_bps=500e6, transport="namespaces") as session:
-        results = session.run(
-            "run_plan",
-            checkpoint=case.checkpoint,
-            plan=published_plan("sp", case.config, [1.0] * 3).to_dict(),
-            inputs=case.inputs,
-            reference=case.reference,
-            dtype="float64",
-            repeats=3,
-        )
+        results = run_plan(session, case, "sp", reference=case.reference, dtype="float64", repeats=3)
     for result in results:
         assert result["max_abs_error"] < 1e-12
         counted, sent = sum(result["bytes"].values()), result["samples"][-1]["link_bytes"]

@@ -112,11 +112,9 @@ class Bench:
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
         """The checkpoint of `cell`'s model, made if absent."""
-        if not cell.needs_decoupled:
-            return original_checkpoint(cell.model)
-        config = self.config(cell)
-        sizes = config.num_original_layers, config.num_divisions, config.attention_width
-        return decoupled_checkpoint(cell.model, *sizes)
+        if cell.needs_decoupled:
+            return decoupled_checkpoint(cell.model, self.config(cell))
+        return original_checkpoint(cell.model)
 
     def profile(self, cell: Cell) -> ClusterProfile:
         """The devices and links that `cell` uses."""

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from safetensors.torch import save
-from transformers import BertModel, GPT2LMHeadModel, PreTrainedModel
+from transformers import BertModel, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
 from detransformer.cluster.hello import model_facts
 from detransformer.files import atomic_folder, atomic_write
 from detransformer.models import decouple
-from detransformer.models.configuration import decoupled_config, generates, max_tokens, preset_config
+from detransformer.models.configuration import generates, max_tokens, preset_config
 from detransformer.opening import Checkpoint, load_model, open_checkpoint, read_configuration
 from detransformer.presets import PLANNING_ONLY, PRESETS
 from detransformer.settings import cache_folder
@@ -49,20 +49,20 @@ def original_checkpoint(model: str) -> Checkpoint:
     return _cached(f"{model}-original", build)
 
 
-def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> Checkpoint:
-    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself if it is decoupled."""
-    original, sizes = original_checkpoint(model), (num_original_layers, num_divisions, attention_width)
+def decoupled_checkpoint(model: str, config: PretrainedConfig) -> Checkpoint:
+    """The decoupled model of `config`: sliced from `original_checkpoint(model)`, or that itself if it is decoupled."""
+    original = original_checkpoint(model)
     if original.decoupled:
         return original
     name = model
     if model not in PRESETS:
         name = "folder-" + hashlib.sha256(str(model_facts(str(original.path))).encode()).hexdigest()[:12]
-    decoupled_config(original.config, *sizes)  # checks the sizes before a large model is loaded
+    layers, divisions, width = config.num_original_layers, config.num_divisions, config.attention_width
 
     def build() -> PreTrainedModel:
-        return decouple(load_model(original), *sizes)
+        return decouple(load_model(original), layers, divisions, width)
 
-    return _cached(f"{name}-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}", build)
+    return _cached(f"{name}-nb{layers}-ndiv{divisions}-{width}", build)
 
 
 def _cached(name: str, build) -> Checkpoint:
