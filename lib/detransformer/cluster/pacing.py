@@ -11,6 +11,7 @@ All workers of an emulated session share one host and so one clock: `time.perf_c
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ class Arrivals:
         return max(float(self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS]) for rank in ranks)
 
 
+@dataclass(eq=False)
 class Pacer:
     """Observes one device's collectives, sleeps as the device's profile says, and keeps the events.
 
@@ -81,19 +83,16 @@ class Pacer:
     exceeded.
     """
 
-    def __init__(
-        self,
-        segment_s: Sequence[float] | None = None,
-        link_s: Sequence[float] | None = None,
-        arrivals: Arrivals | None = None,
-        rank: int = 0,
-        devices: Sequence[int] = (0,),
-        burns: bool = False,
-    ):
-        assert link_s is None or arrivals is not None, "a modelled transfer starts when the last rank has arrived"
-        self.segment_s, self.link_s = segment_s, link_s
-        self.arrivals, self.rank, self.devices = arrivals, rank, devices
-        self._pass = burn_until if burns else sleep_until
+    segment_s: Sequence[float] | None = None
+    link_s: Sequence[float] | None = None
+    arrivals: Arrivals | None = None
+    rank: int = 0
+    devices: Sequence[int] = (0,)
+    burns: bool = False
+
+    def __post_init__(self):
+        assert self.link_s is None or self.arrivals, "a modelled transfer starts when the last rank has arrived"
+        self._pass = burn_until if self.burns else sleep_until
         self._counts = {"group": 0, "send": 0, "receive": 0}  # over all requests, alike on all ranks
         self.reset()
 
