@@ -29,7 +29,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from detransformer.cluster.switch import Shape, Switch, finish_checksums
+from detransformer.cluster.switch import Shape, Switch, set_checksums
 
 Result = TypeVar("Result")
 PREFIX = "dtf"
@@ -179,7 +179,7 @@ def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:
     if shape.is_plain:
         return None
     for name in devices:
-        inside(name, lambda: finish_checksums(INTERFACE))
+        inside(name, lambda: set_checksums(INTERFACE, on=True))
     return inside(switch, lambda: Switch(ports, shape, QUEUE_BYTES))
 
 

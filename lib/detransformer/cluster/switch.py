@@ -116,11 +116,11 @@ def _open(interface: str) -> socket.socket:
     return port
 
 
-def finish_checksums(interface: str) -> None:
-    """Makes the kernel finish each packet before it leaves `interface`, since the switch forwards frames unchanged.
+def set_checksums(interface: str, on: bool) -> None:
+    """Whether the kernel finishes each packet before it leaves `interface`, for a switch that forwards it unchanged.
 
     Otherwise it marks a packet as needing no checksum and no segmentation by the far end of a cable.
     """
-    order = ctypes.create_string_buffer(struct.pack("II", _ETHTOOL_STXCSUM, 0), 8)
+    order = ctypes.create_string_buffer(struct.pack("II", _ETHTOOL_STXCSUM, int(not on)), 8)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCETHTOOL, struct.pack("16sP", interface.encode(), ctypes.addressof(order)))
