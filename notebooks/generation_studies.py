@@ -79,9 +79,8 @@ def measure_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> dict:
     cluster, checkpoint, planned = bench.cluster, bench.checkpoint(cell), plan_generation(bench, cell, max_new_tokens)
     inputs, expected = text_request(checkpoint, cell.seq_len, max_new_tokens, cluster.folder)
     profile, everybody = bench.profile(cell), bench.every_device(cell)
-    sends = planned.prefill.num_devices > 1 and cluster.transport == "namespaces"
-    devices = planned.prefill.device_ids
-    scale = host_time_scale(cluster, checkpoint.config, profile, devices, planned.prefill.num_devices > 1)
+    sends = planned.prefill.num_devices > 1
+    scale = host_time_scale(cluster, checkpoint.config, profile, planned.prefill.device_ids, sends)
     while True:
         scale, check = bench.set_link(cell.bandwidth_mbps, planned.prefill.num_devices, scale, sends)
         results = cluster.run(

@@ -6,22 +6,30 @@ Each function returns a frame in the form of its saved table; the notebooks argu
 import itertools
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils.benchmark import Timer
 from transformers import AutoModel
 
-from detransformer.cluster.bench import Bench, measure_grid
+from detransformer.answers import random_tokens
+from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
-from detransformer.cluster.devices import DEVICES, DeviceSpec, efficiency_rows, preset_profile
+from detransformer.cluster.devices import (
+    DEVICES,
+    DeviceSpec,
+    cluster_profile,
+    device_specs,
+    efficiency_rows,
+    preset_profile,
+)
 from detransformer.cluster.profiler import profile_link
 from detransformer.cluster.session import EmulatedCluster
+from detransformer.machine import now
 from detransformer.models.configuration import preset_config
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.plan import Plan, published_plan
@@ -31,8 +39,8 @@ from detransformer.planning.profile import SENT_KINDS, ClusterProfile, LinkProfi
 from detransformer.record.intervals import bootstrap_ratio, samples_of
 from detransformer.record.published import published_claim
 
-TIMELINE = "timeline.csv"  # in a run's folder
-
+DEVICE = "rpi4b"  # of all predictions here
+SCALING_MBPS = 500  # Table II and Figs. 2b, 7c,d
 
 # --- Notebook 04: one device, and links --------------------------------------------------------------------------
 
@@ -51,21 +59,12 @@ def single_device_rows(cluster: EmulatedCluster, models: Sequence[str], repeats:
 
 
 @torch.inference_mode()
-def host_latency(model: str, repeats: int, seq_len: int = 128) -> float:
-    """Median seconds of one forward pass of a preset model on one core of this host."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        loaded = AutoModel.from_pretrained(original_checkpoint(model).path).eval()
-        ids = torch.randint(loaded.config.vocab_size, (1, seq_len))
-        seconds = []
-        for _ in range(repeats + 1):  # the first pass warms up
-            start = time.perf_counter()
-            loaded(input_ids=ids)
-            seconds.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return statistics.median(seconds[1:])
+def host_latency(model: str, repeats: int) -> float:
+    """Median seconds of one forward pass of a preset model on one core of this host; seq 128, batch 1."""
+    loaded = AutoModel.from_pretrained(original_checkpoint(model).path).eval()
+    inputs = random_tokens(loaded.config, 128)
+    timer = Timer("loaded(**inputs)", globals={"loaded": loaded, "inputs": inputs}, num_threads=1)
+    return statistics.median(timer.timeit(1).mean for _ in range(repeats))  # each after two passes to warm up
 
 
 def save_profiles(
@@ -75,16 +74,16 @@ def save_profiles(
 
     Modelled links cannot be measured: the assumed figures are written, and labelled so.
     """
-    link, rows = LinkProfile(cluster.bandwidth_bps), None
     if cluster.transport == "namespaces":
         link, rows = profile_link(cluster)
-    provenance = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.platform()}
+    else:
+        link = LinkProfile(cluster.bandwidth_bps)
+        rows = pd.DataFrame({"kind": SENT_KINDS, "num_bytes": 0, "latency_s": None})
+        rows["fitted_s"] = [link.collective_s(kind, 0, cluster.num_devices) for kind in SENT_KINDS]
+    provenance = {"date": now(), "host": platform.platform()}
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
         cluster.profile(config, link).save(Path(folder) / f"{model}.json", provenance | {"model": model})
-    if rows is None:
-        rows = pd.DataFrame([(k, 0, None, link.collective_s(k, 0, cluster.num_devices)) for k in SENT_KINDS])
-        rows.columns = ["kind", "num_bytes", "latency_s", "fitted_s"]
     rows = rows.assign(num_devices=cluster.num_devices, bandwidth_mbps=cluster.bandwidth_bps / 1e6, link=cluster.link)
     return rows.assign(source=link.source)
 
@@ -101,10 +100,9 @@ def measured_link(profiles: str | Path, model: str = "*") -> LinkProfile | None:
 def measured_efficiency(run_path: str | Path) -> dict[str, tuple]:
     """The efficiency of shares of each model's layers on this host, as measured by notebook 04 of the run; by model."""
     path = Path(run_path) / "tables" / "profile.csv"
-    operations = pd.read_csv(path) if path.is_file() else pd.DataFrame()
-    if "share" not in operations:
+    if not path.is_file():
         return {}
-    return {model: efficiency_rows(rows) for model, rows in operations.groupby("model")}
+    return {model: efficiency_rows(rows) for model, rows in pd.read_csv(path).groupby("model")}
 
 
 def measured_bench(run_path: str | Path, cluster: EmulatedCluster, time_scale: float | None = None) -> Bench:
@@ -126,7 +124,6 @@ def placement_table(
     profiles: str | Path,
     models: Sequence[str],
     bandwidths_mbps: Sequence[float],
-    device: str = "rpi4b",
     num_devices: int = 4,
     num_original_layers: int = 4,
     num_divisions: int = 4,
@@ -134,18 +131,15 @@ def placement_table(
 ) -> pd.DataFrame:
     """The paper's three plans for each model and bandwidth: predicted seconds, memory, the chosen plan and why not."""
     budget = None if memory_budget_mib is None else int(memory_budget_mib * 2**20)
-    efficiency, frames = measured_efficiency(Path(profiles).parent), []
+    efficiency, specs, tables = measured_efficiency(Path(profiles).parent), device_specs(num_devices, DEVICE), {}
     for model in models:
         config = preset_config(model, num_original_layers, num_divisions)
-        devices = (DeviceSpec(device).on(config, efficiency=efficiency.get(model)),) * num_devices
-        link = measured_link(profiles, model) or LinkProfile(bandwidths_mbps[0] * 1e6)
+        measured = dict(link=measured_link(profiles, model), efficiency=efficiency.get(model))
         for mbps in bandwidths_mbps:
-            profile = ClusterProfile(devices, link.at(mbps * 1e6))
-            rows = place(config, profile, memory_budget_bytes=budget).table()
-            frames.append(rows.assign(model=model, num_devices=num_devices, bandwidth_mbps=mbps))
-    frame = pd.concat(frames, ignore_index=True)
-    first = ["model", "num_devices", "bandwidth_mbps"]
-    return frame[first + [column for column in frame if column not in first]]
+            profile = cluster_profile(specs, config, mbps * 1e6, **measured)
+            tables[model, num_devices, mbps] = place(config, profile, memory_budget_bytes=budget).table()
+    keys = ["model", "num_devices", "bandwidth_mbps"]
+    return pd.concat(tables, names=keys).reset_index(keys).reset_index(drop=True)
 
 
 def collective_counts(model: str, num_original_layers: int, num_divisions: int, num_devices: int = 4) -> pd.DataFrame:
@@ -154,10 +148,9 @@ def collective_counts(model: str, num_original_layers: int, num_divisions: int, 
     for method in ("tp", "sp", "ulysses", "galaxy", "bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads"):
         config = preset_config(model, num_original_layers if method.startswith("bp") else None, num_divisions)
         plan = published_plan(method, config, [1.0] * num_devices)
-        profile = ClusterProfile((preset_profile("rpi4b", config),) * num_devices, LinkProfile(125e6))
+        profile = ClusterProfile((preset_profile(DEVICE, config),) * num_devices, LinkProfile(125e6))
         prediction = predict(config, plan, profile)
-        kinds = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter")
-        counts = {kind: prediction.counts.get(kind, 0) for kind in kinds}
+        counts = {kind: prediction.counts.get(kind, 0) for kind in SENT_KINDS if kind != "send"}
         sent = sum(prediction.bytes.values()) / 2**20
         rows.append({"model": model, "method": method, **counts, "sent_mib": sent})
     return pd.DataFrame(rows)
@@ -171,11 +164,9 @@ def latency_cells(
     methods: Sequence[str],
     bandwidths_mbps: Sequence[float],
     repeats: int,
-    scaling_bandwidth_mbps: float = 500,
     scaling_devices: Sequence[int] = (),
     scaling_methods: Sequence[str] = ("tp", "sp", "bp+auto"),
     fewer_original_layers: Sequence[int] = (),
-    fewer_bandwidths_mbps: Sequence[float] = (),
     table_ii_methods: Sequence[str] = (),
     wire_formats: Sequence[str] = (),
     wire_methods: Sequence[str] = ("tp", "ulysses", "bp+auto"),
@@ -186,32 +177,34 @@ def latency_cells(
 
     Table IV and Figs. 7a,b: `methods` (["all"] for every one) x `bandwidths_mbps` on 4 devices. Figs. 2b and 7c,d:
     `scaling_methods` over other numbers of devices at one bandwidth; above 4 with as many divisions as devices. Fig. 8:
-    BP+Auto with fewer original layers. Table II: data and pipeline parallelism at the scaling bandwidth. Beyond the
-    paper: `wire_methods` with other wire formats; `methods` by the roofline pace.
+    BP+Auto with fewer original layers. Table II: data and pipeline parallelism at that one bandwidth. Beyond the paper:
+    `wire_methods` with other wire formats; `methods` by the roofline pace.
     """
     methods = list(METHODS) if list(methods) == ["all"] else methods
     common, cells = dict(repeats=repeats), []
     for model in models:
-        cells += grid(model, ["single"], [scaling_bandwidth_mbps], 4, **common)
+        cells += grid(model, ["single"], [SCALING_MBPS], 4, **common)
         cells += grid(model, [m for m in methods if m != "single"], bandwidths_mbps, 4, **common)
         cells += grid(model, methods, roofline_bandwidths_mbps, 4, pace="roofline", **common)
-        cells += grid(model, table_ii_methods, [scaling_bandwidth_mbps], 4, **common)
+        cells += grid(model, table_ii_methods, [SCALING_MBPS], 4, **common)
         for layers in fewer_original_layers:
-            cells += grid(model, ["bp+auto"], fewer_bandwidths_mbps, 4, num_original_layers=layers, **common)
+            cells += grid(model, ["bp+auto"], bandwidths_mbps, 4, num_original_layers=layers, **common)
         for wire in wire_formats:
             cells += grid(model, wire_methods, wire_bandwidths_mbps, 4, wire, **common)
         for count in scaling_devices:
             divisions = max(count, 4)
-            cells += grid(model, scaling_methods, [scaling_bandwidth_mbps], count, num_divisions=divisions, **common)
+            cells += grid(model, scaling_methods, [SCALING_MBPS], count, num_divisions=divisions, **common)
     return list(dict.fromkeys(cells))
 
 
-def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str = "auto") -> pd.DataFrame:
-    """Measures `cells` on emulated clusters of 4 devices, or more if a cell needs them; returns their rows in order.
+def measure_latency(
+    run_path: str | Path, cells: Sequence[Cell], transport: str = "auto"
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measures `cells` on emulated clusters of 4 devices, or more if a cell needs them.
 
     The cost model uses notebook 04's profile if the run has it. Rows are kept in `latency_rows.json` in the run's
-    folder; an interrupted run resumes there. The timeline of each device (`read_timeline`) is kept for the first
-    model's plain rows at the lowest bandwidth.
+    folder; an interrupted run resumes there. Returns the rows in the cells' order, and the timelines of the first
+    model's plain rows at the lowest bandwidth, in seconds from each request's start.
     """
     run_path = Path(run_path)
     cells = list(dict.fromkeys(cells))
@@ -224,33 +217,22 @@ def measure_latency(run_path: str | Path, cells: Sequence[Cell], transport: str 
     for size in sorted({max(4, cell.num_devices) for cell in cells}):
         part = [cell for cell in cells if max(4, cell.num_devices) == size]
         with EmulatedCluster(size, bandwidth_bps=part[0].bandwidth_mbps * 1e6, transport=transport) as cluster:
-            frame = measure_grid(
-                measured_bench(run_path, cluster),
-                part,
-                rows_path,
-                timeline=run_path / TIMELINE if size == 4 else None,
-                in_timeline=lambda cell: all(getattr(cell, name) == value for name, value in plain.items()),
-                keep=True,
-            )
+            frame = measure_grid(measured_bench(run_path, cluster), part, rows_path)
         rows |= dict(zip(part, frame.to_dict("records"), strict=True))
     rows_path.unlink()
-    return pd.DataFrame([rows[cell] for cell in cells])
-
-
-def read_timeline(run_path: str | Path) -> pd.DataFrame:
-    """The timeline that `measure_latency` kept: a row for each event, in seconds from the request's start."""
-    return pd.read_csv(Path(run_path) / TIMELINE)
+    frame = pd.DataFrame([rows[cell] for cell in cells])
+    is_plain = [all(getattr(cell, name) == value for name, value in plain.items()) for cell in cells]
+    return frame.drop(columns="timeline"), timelines(frame[is_plain])
 
 
 def overlap_rows(
     run_path: str | Path,
     model: str,
     methods: Sequence[str] = ("tp", "bp+heads", "bp+auto", "auto"),
-    bandwidths_mbps: Sequence[float] = (125,),
+    bandwidth_mbps: float = 125,
     repeats: int = 10,
-    num_devices: int = 2,
 ) -> pd.DataFrame:
-    """The cost of messages beside compute on one core: methods with devices that sleep, and that compute all the time.
+    """The cost of messages beside compute on one core: two devices that sleep, and that compute all the time.
 
     Each device has its own core for its products and for all threads that send and receive, and runs at its own speed
     (time scale 1). If it sleeps once the host has done its products, messages have the core for themselves; if it goes
@@ -259,21 +241,20 @@ def overlap_rows(
     and its 95% interval, the samples, valid.
     """
     cells = [
-        Cell(model, method, num_devices, mbps, num_divisions=max(4, num_devices), repeats=repeats, burns=burns)
-        for mbps in bandwidths_mbps
+        Cell(model, method, 2, bandwidth_mbps, repeats=repeats, burns=burns)
         for method in methods
         for burns in (False, True)
     ]
-    with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, pins=True) as cluster:
-        frame = measure_grid(
-            measured_bench(run_path, cluster, time_scale=1.0), cells, Path(run_path) / "overlap_rows.json"
-        )
+    rows_path = Path(run_path) / "overlap_rows.json"
+    with EmulatedCluster(2, bandwidth_bps=bandwidth_mbps * 1e6, pins=True) as cluster:
+        frame = measure_grid(measured_bench(run_path, cluster, time_scale=1.0), cells, rows_path)
+    rows_path.unlink()
     rows = []
-    for (method, mbps), pair in frame.groupby(["method", "bandwidth_mbps"], sort=False):
+    for method, pair in frame.groupby("method", sort=False):
         asleep, busy = pair[~pair["burns"]].iloc[0], pair[pair["burns"]].iloc[0]
         low, high = bootstrap_ratio(samples_of(busy["samples_s"]), samples_of(asleep["samples_s"]))
-        row = {"model": model, "method": method, "plan": busy["plan"], "num_devices": num_devices}
-        row |= {"bandwidth_mbps": mbps, "asleep_s": asleep["latency_s"], "busy_s": busy["latency_s"]}
+        row = {"model": model, "method": method, "plan": busy["plan"], "num_devices": 2}
+        row |= {"bandwidth_mbps": bandwidth_mbps, "asleep_s": asleep["latency_s"], "busy_s": busy["latency_s"]}
         row |= {"cost": busy["latency_s"] / asleep["latency_s"] - 1, "low": low - 1, "high": high - 1}
         row |= {"asleep_samples_s": asleep["samples_s"], "busy_samples_s": busy["samples_s"]}
         reasons = [r["why_invalid"] for r in (asleep, busy) if r["why_invalid"]]
@@ -295,19 +276,14 @@ def plan_map_rows(
     bandwidths_mbps: Sequence[float],
     seq_lens: Sequence[int],
     device_counts: Sequence[int],
-    device: str = "rpi4b",
-    num_original_layers: int = 4,
-    num_divisions: int = 4,
 ) -> pd.DataFrame:
-    """The chosen plan for each bandwidth, length and number of devices; nothing is measured."""
+    """The chosen plan for each bandwidth, length and number of devices (Nb=4, Ndiv=4); nothing is measured."""
     rows = []
-    efficiency = measured_efficiency(run_path)
-    link = measured_link(Path(run_path) / "profiles") or LinkProfile(1e6 * bandwidths_mbps[0])
+    efficiency, link = measured_efficiency(run_path), measured_link(Path(run_path) / "profiles")
     for model in models:
-        config = preset_config(model, num_original_layers, num_divisions)
-        one = DeviceSpec(device).on(config, efficiency=efficiency.get(model))
+        config, measured = preset_config(model, 4, 4), dict(link=link, efficiency=efficiency.get(model))
         for count, mbps, length in itertools.product(device_counts, bandwidths_mbps, seq_lens):
-            profile = ClusterProfile((one,) * count, link.at(1e6 * mbps))
+            profile = cluster_profile(device_specs(count, DEVICE), config, 1e6 * mbps, **measured)
             best = place_freely(config, profile, seq_len=length).chosen
             rows.append((model, count, mbps, length, in_words(best.plan), best.prediction.latency_s, "predicted"))
     columns = ["model", "num_devices", "bandwidth_mbps", "seq_len", "plan", "predicted_s", "kind"]
@@ -315,17 +291,13 @@ def plan_map_rows(
 
 
 def scale_out_rows(
-    models: Sequence[str],
-    device_counts: Sequence[int],
-    seq_lens: Sequence[int],
-    bandwidths_mbps: Sequence[float],
-    device: str = "rpi4b",
-    layers_a_group: int = 3,
+    models: Sequence[str], device_counts: Sequence[int], seq_lens: Sequence[int], bandwidths_mbps: Sequence[float]
 ) -> pd.DataFrame:
     """Predictions beyond this machine: one request, models with as many divisions as devices, at least 4.
 
-    `speedup` is over one such device with the original model, whether or not it fits the memory; `fits` says whether
-    the plan does. Memory does not exclude a plan: `memory_bytes` is the need of the fullest device.
+    One layer in three is original. `speedup` is over one such device with the original model, whether or not it fits
+    the memory; `fits` says whether the plan does. Memory does not exclude a plan: `memory_bytes` is the need of the
+    fullest device.
     """
     rows = []
     for model in models:
@@ -333,9 +305,8 @@ def scale_out_rows(
         for count, length, mbps in itertools.product(device_counts, seq_lens, bandwidths_mbps):
             if length > original.max_position_embeddings:
                 continue
-            layers = max(1, original.num_hidden_layers // layers_a_group)
-            config = preset_config(model, layers, max(4, count))
-            one = DeviceSpec(device).on(config)
+            config = preset_config(model, original.num_hidden_layers // 3, max(4, count))
+            one = DeviceSpec(DEVICE).on(config)
             roomy = replace(one, memory_bytes=2**50)
             profile = ClusterProfile((roomy,) * count, LinkProfile(1e6 * mbps))
             (single,) = alone_seconds(original, profile, [0], length)

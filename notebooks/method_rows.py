@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from transformers import BertForSequenceClassification, PretrainedConfig
 
+from detransformer.answers import random_tokens
 from detransformer.cluster.bench import Bench
 from detransformer.cluster.cells import Cell, RowFile
 from detransformer.cluster.devices import DEVICES, DeviceSpec, cluster_profile
@@ -33,6 +34,7 @@ from detransformer.planning.placement import method_plan
 from detransformer.planning.profile import SENT_KINDS, ClusterProfile
 
 PEERS = {"galaxy": "exact", "pp": "exact", "auto": "exact", "bp+paper": "decoupled", "bp+auto": "decoupled"}
+ANSWERS = {"single": "exact", **PEERS}  # kinds of answers; of CoFormer's and DeViT's sub-models: `boosted`
 NUM_CLASSES = 2
 NUM_DIVISIONS = 4  # Ndiv of the decoupled model
 
@@ -82,11 +84,6 @@ def energy_j(times: Latency, powers_w: Sequence[float]) -> float:
     return sum(power * seconds for power, seconds in zip(powers_w, busy, strict=True))
 
 
-def answers_of(method: str) -> str:
-    """A method's kind of answers: `exact`, of a `decoupled` model, or of a `boosted` ensemble."""
-    return "exact" if method == "single" else PEERS.get(method, "boosted")
-
-
 # Predicted --------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +114,7 @@ def predicted_rows(
             for tokens in (1, None) if policy.num_devices > 1 else (1,):
                 found.append(_ensemble_row(method, policy, priced, profile, specs, tokens))
         where = {"bandwidth_mbps": mbps, "kind": "predicted", "size": size}
-        rows += [where | {"answers": answers_of(row["method"])} | row for row in found]
+        rows += [where | {"answers": ANSWERS.get(row["method"], "boosted")} | row for row in found]
     return pd.DataFrame(rows)
 
 
@@ -273,18 +270,15 @@ def measure_ensemble(bench: Bench, cell: Cell, method: str, ensemble: Ensemble) 
     Links and pacing are checked before and after; a disturbed row is measured again.
     """
     cluster, config, profile = bench.cluster, bench.config(cell), bench.profile(cell)
-    generator = torch.Generator().manual_seed(0)
-    shape = (cell.batch_size, cell.seq_len)
-    inputs = {"input_ids": torch.randint(1, config.vocab_size, shape, generator=generator)}
+    inputs = random_tokens(config, cell.seq_len)
     expected = whole_answer(ensemble, inputs)
-    checks_links = cluster.transport == "namespaces"
-    scale = bench.fixed_time_scale or host_time_scale(cluster, config, profile, range(cell.num_devices))
+    scale = bench.time_scale or host_time_scale(cluster, config, profile, range(cell.num_devices))
     predicted_s = latency(ensemble.policy, ensemble.original, profile, central=ensemble.central).total_s
 
     def measure(number: int, is_last: bool) -> EnsembleRun:
         return run_ensemble(cluster, ensemble, inputs, cell.repeats)
 
-    conditions = (cell.bandwidth_mbps, cell.num_devices, scale, checks_links)
+    conditions = (cell.bandwidth_mbps, cell.num_devices, scale, True)
     (((run,), steal),), scale, check = bench.in_turn(
         *conditions, measure, num_trials=1, repeats=1, late=lambda run: lateness(run.records)
     )
@@ -311,7 +305,7 @@ def _as_compared(rows: pd.DataFrame, size: str) -> pd.DataFrame:
     return made.assign(
         kind="measured",
         size=size,
-        answers=made["method"].map(answers_of),
+        answers=made["method"].map(ANSWERS).fillna("boosted"),
         sent_kib=rows[sent].sum(axis=1) / 2**10,
         weights_mib=rows["weights_bytes"] / 2**20,
         **{f"{name}_ms": 1e3 * rows[f"{name}_s"] for name in ("latency", "compute", "spread", "predicted")},

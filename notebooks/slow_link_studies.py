@@ -126,7 +126,7 @@ def measured_group(
             cells.append(Cell(model, method, num_devices, mbps, original_layers, wire=wire, repeats=repeats))
     links = dict(bandwidth_bps=1e6 * bandwidths_mbps[0], delay_s=delay_ms / 1e3, shared=shared)
     with EmulatedCluster(num_devices, DEVICE, **links) as cluster:
-        frame = measure_grid(measured_bench(run_path, cluster), cells, saved, keep=True)
+        frame = measure_grid(measured_bench(run_path, cluster), cells, saved)
     named = frame["num_original_layers"].map(structure_of).where(frame["method"] != "single", ONE_DEVICE)
     taken = frame["num_devices"].map(lambda n: f" on {n} device{'s' if n > 1 else ''}")
     return frame.assign(structure=named, plan=frame["plan"] + taken, num_devices=num_devices, shared=shared)

@@ -67,6 +67,14 @@ def cases(tmp_path_factory) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="session")
+def float32_folder(cases, tmp_path_factory) -> str:
+    """The original model in float32, as a user's checkpoint."""
+    folder = tmp_path_factory.mktemp("float32")
+    BertModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def random_gpt2():
     """A GPT-2 of given sizes, its biases and LayerNorms random too; float64, so that orders of summing hardly show."""
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,22 +11,17 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from detransformer.cluster import network
-from detransformer.cluster.bench import Bench, measure_grid
+from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.devices import DEVICES, DeviceError, DeviceLost, DeviceSpec, jetson_share, preset_profile
 from detransformer.cluster.jobs import link_rounds
-from detransformer.cluster.network import (
-    EmulatedNetwork,
-    can_emulate,
-    remove_stale_namespaces,
-)
+from detransformer.cluster.network import EmulatedNetwork, can_emulate, remove_stale_namespaces
 from detransformer.cluster.pacing import Arrivals, Pacer, seconds_of, timeline_rows
 from detransformer.cluster.profiler import host_profile, profile_link, profile_operations
 from detransformer.cluster.selfcheck import Check, first_time_scale, transfer_seconds, why_invalid
@@ -71,14 +67,17 @@ def through(pacer, kind, when_s):
     return time.perf_counter() - when_s
 
 
+def two_pacers(folder, link_s=None) -> list[Pacer]:
+    """Two devices that have begun a request."""
+    Arrivals(folder / "arrivals", 2, create=True)
+    both = [Pacer(None, link_s, Arrivals(folder / "arrivals", 2), rank, devices=(0, 1)) for rank in range(2)]
+    for pacer in both:
+        pacer.begin()
+    return both
+
+
 def test_a_modelled_transfer_begins_when_the_last_device_has_arrived(tmp_path):
-    Arrivals(tmp_path / "arrivals", 2, create=True)
-    first, second = (
-        Pacer(link_s=[0.1, 0.1], arrivals=Arrivals(tmp_path / "arrivals", 2), rank=rank, devices=(0, 1))
-        for rank in range(2)
-    )
-    first.begin()
-    second.begin()
+    first, second = two_pacers(tmp_path, link_s=[0.1, 0.1])
     here = first.launch("all_gather", 1)
     time.sleep(0.05)
     there = second.launch("all_gather", 1)
@@ -97,10 +96,7 @@ def test_a_modelled_transfer_begins_when_the_last_device_has_arrived(tmp_path):
 
 def test_waits_are_split_from_transfers(tmp_path):
     """A device waits until the last one has launched a collective, a receiver until its message is sent."""
-    Arrivals(tmp_path / "arrivals", 2, create=True)
-    first, second = (Pacer(arrivals=Arrivals(tmp_path / "arrivals", 2), rank=r, devices=(0, 1)) for r in range(2))
-    first.begin()
-    second.begin()
+    first, second = two_pacers(tmp_path)
     for early, late, kinds in ((first, second, ("all_reduce", "all_reduce")), (second, first, ("receive", "send"))):
         early.reset()
         late.reset()
@@ -108,7 +104,7 @@ def test_waits_are_split_from_transfers(tmp_path):
         early.before_wait(here)
         time.sleep(0.05)
         there = late.launch(kinds[1], 1)
-        launched = late.launched[there][2]
+        launched = late.launched[there][1]
         late.before_wait(there)
         time.sleep(0.01)
         for pacer, number in ((early, here), (late, there)):
@@ -127,12 +123,10 @@ def test_a_timeline_begins_at_the_first_start():
     assert rows[1] == {"rank": 0, "what": "wait", "start_s": 1.5, "stop_s": 2.0}
 
 
-def test_bench_row_over_loopback(cluster, cases, tmp_path):
+def test_bench_row_over_loopback(cluster, float32_folder):
     """A row of a model on disk: its single-device reference, prediction, counts and self-check."""
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    cells = grid(str(tmp_path / "model"), ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=3)
-    path = tmp_path / "rows.json"
-    frame = measure_grid(Bench(cluster, time_scale=1.0), cells, path, timeline=tmp_path / "timeline.csv")
+    cells = grid(float32_folder, ["single", "tp", "pp"], [100.0], 3, seq_len=16, repeats=3)
+    frame = measure_grid(Bench(cluster, time_scale=1.0), cells)
     row = frame.set_index("method").loc["tp"]
     assert (row["all_reduce_count"], row["num_devices"], row["link"]) == (10, 3, "modelled")
     assert 0 < row["max_abs_error"] < 1e-4
@@ -145,8 +139,7 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     assert row["limit_s"] == pytest.approx(single["predicted_s"] / 3)
     assert 0 < row["relative_error"] < 1e-5 and row["weights_bytes"] < single["weights_bytes"]
     assert row["peak_rss_bytes"] > 0 and abs(row["pacing_error"]) < 0.5
-    assert not path.exists()
-    timeline = pd.read_csv(tmp_path / "timeline.csv")
+    timeline = timelines(frame)
     events = timeline[(timeline["method"] == "tp") & (timeline["rank"] == 2)]
     assert (events["what"] == "all_reduce").sum() == 10 and (events["stop_s"] >= events["start_s"]).all()
     assert events["stop_s"].max() == pytest.approx(row["latency_s"], rel=0.3)  # the median of three is one of them
@@ -154,10 +147,8 @@ def test_bench_row_over_loopback(cluster, cases, tmp_path):
     assert "send" in pipeline[0] and "receive" in pipeline[1] and "send" in pipeline[1]
 
 
-def test_bench_on_other_wires(cluster, cases, tmp_path):
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    folder, common = str(tmp_path / "model"), dict(seq_len=16, repeats=1)
-    cells = grid(folder, ["single", "tp", "ulysses"], [100.0], 2, "int8", **common)
+def test_bench_on_other_wires(cluster, float32_folder):
+    cells = grid(float32_folder, ["single", "tp", "ulysses"], [100.0], 2, "int8", seq_len=16, repeats=1)
     frame = measure_grid(Bench(cluster, time_scale=1.0), cells)
     assert frame["wire"].tolist() == ["float32", "int8", "int8"]
     rounded = frame[frame["wire"] == "int8"]
@@ -167,11 +158,9 @@ def test_bench_on_other_wires(cluster, cases, tmp_path):
     assert rounded["reduce_scatter_count"].tolist() == [10, 0]
 
 
-def test_an_interrupted_grid_goes_on(cluster, cases, tmp_path, monkeypatch):
+def test_an_interrupted_grid_goes_on(cluster, float32_folder, tmp_path, monkeypatch):
     """Rows that were measured together before an interruption are kept; the next call measures the rest."""
-    folder = tmp_path / "model"
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
-    cells = grid(str(folder), ["tp", "sp"], [100.0, 50.0], 2, seq_len=16, repeats=2)
+    cells = grid(float32_folder, ["tp", "sp"], [100.0, 50.0], 2, seq_len=16, repeats=2)
     bench, path, measured = Bench(cluster, time_scale=1.0), tmp_path / "rows.json", []
     real = bench.measure
 
@@ -258,35 +247,25 @@ def test_a_device_needs_little_more_than_its_weights(cluster, tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "make, fields, words",
     [
-        dict(method="magic"),
-        dict(repeats=0),
-        dict(bandwidth_mbps=0),
-        dict(wire="float8"),
-        dict(method="dtensor", wire="int8"),
+        (Cell, dict(method="magic"), "method 'magic' is unknown"),
+        (Cell, dict(method="tp", repeats=0), "measure at least once"),
+        (Cell, dict(method="tp", bandwidth_mbps=0), "bandwidth_mbps=0 must be above 0"),
+        (Cell, dict(method="tp", wire="float8"), "wire 'float8' is unknown"),
+        (Cell, dict(method="dtensor", wire="int8"), "dtensor cannot send int8"),
+        (EmulatedCluster, dict(num_devices=2, device=["rpi4b"]), "lists 1 devices and num_devices=2"),
+        (EmulatedCluster, dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
+        (EmulatedCluster, dict(num_devices=2, delay_s=0.01, transport="loopback"), "are set on shaped links"),
+        (DeviceSpec, dict(preset="toaster"), "device 'toaster' is unknown"),
+        (DeviceSpec, dict(speed=0.0), "speed=0.0 must be above 0"),
+        (DeviceSpec, dict(link_share=float("inf")), "link_share=inf"),
+        (DeviceSpec, dict(memory_bytes=0), "memory_bytes=0"),
     ],
 )
-def test_bad_cells_are_refused(fields):
-    with pytest.raises(ValueError):
-        Cell(**{"model": "bert-base", "method": "tp"} | fields)
-
-
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (dict(num_devices=0), "num_devices=0 is outside"),
-        (dict(num_devices=2, device="toaster"), "device 'toaster' is unknown"),
-        (dict(num_devices=2, device=["rpi4b"]), "lists 1 devices and num_devices=2"),
-        (dict(num_devices=2, bandwidth_bps=0), "above 0"),
-        (dict(num_devices=2, transport="pigeon"), "transport='pigeon'"),
-        (dict(num_devices=2, delay_s=-1.0), "must be 0 or above"),
-        (dict(num_devices=2, delay_s=0.01, transport="loopback"), "delay and jitter are set on shaped links"),
-    ],
-)
-def test_bad_clusters_are_refused(fields, words):
+def test_bad_arguments_are_refused(make, fields, words):
     with pytest.raises(ValueError, match=words):
-        EmulatedCluster(**fields)
+        make(**({"model": "bert-base"} if make is Cell else {}) | fields)
 
 
 def test_presets_are_the_papers_devices():
@@ -324,18 +303,17 @@ def test_unequal_devices_have_their_own_profiles():
     assert pis.profile_name == "2 x Raspberry Pi 4B, Jetson TX2 (emulated)"
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (dict(preset="toaster"), "device 'toaster' is unknown"),
-        (dict(speed=0.0), "speed=0.0 must be above 0"),
-        (dict(link_share=float("inf")), "link_share=inf"),
-        (dict(memory_bytes=0), "memory_bytes=0"),
-    ],
-)
-def test_bad_devices_are_refused(fields, words):
-    with pytest.raises(ValueError, match=words):
-        DeviceSpec(**fields)
+def run_plan(session, case, method: str = "tp", **job) -> list[dict]:
+    """Each device's result of a request to `case` under `method`."""
+    plan = published_plan(method, case.config, [1.0] * session.num_devices).to_dict()
+    return session.run("run_plan", checkpoint=case.checkpoint, plan=plan, **{"inputs": case.inputs} | job)
+
+
+def carried_mbps(session, num_bytes: int) -> dict[tuple[int, int], float]:
+    """(from, to) -> the rate of `num_bytes` over each link, on the host's clock."""
+    check = dict(num_devices=session.num_devices, link_bytes=num_bytes, segment_s=0.01, num_segments=1)
+    seconds = transfer_seconds(session.run("self_check", **check))
+    return {pair: 8 * num_bytes / s / 1e6 for pair, s in seconds.items()}
 
 
 @needs_namespaces
@@ -344,26 +322,17 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
     case = cases["original"]
     devices = ["rpi4b", DeviceSpec(speed=2.0), DeviceSpec(link_share=0.5, name="shed")]
     with EmulatedCluster(3, devices, 100e6, "namespaces") as session:
-        for bandwidth_bps in (100e6, 50e6):
-            session.set_link(bandwidth_bps)
-            half = bandwidth_bps / 2
-            results = session.run("self_check", num_devices=3, link_bytes=1_000_000, segment_s=0.01, num_segments=1)
-            starts = {(source, target): at for result in results for source, target, at in result["sent"]}
-            for source, target, at in (pair for result in results for pair in result["received"]):
-                limit = half if 2 in (source, target) else bandwidth_bps
-                assert 0.6 * limit < 8e6 / (at - starts[source, target]) <= limit, (source, target)
+        for mbps in (100, 50):
+            session.set_link(mbps * 1e6)
+            carried = carried_mbps(session, 1_000_000)
+            assert set(carried) == {(0, 1), (1, 0), (0, 2), (2, 0)}
+            for pair, found in carried.items():
+                limit = mbps / 2 if 2 in pair else mbps
+                assert 0.6 * limit < found <= limit, pair
         profile = session.profile(case.config)
         slowed = [dict(asdict(device), flops_per_s=device.flops_per_s / 1000) for device in profile.devices]
-        results = session.run(
-            "run_plan",
-            per_rank=[{"device": device} for device in slowed],
-            checkpoint=case.checkpoint,
-            plan=published_plan("tp", case.config, [1.0] * 3).to_dict(),
-            inputs=case.inputs,
-            reference=case.reference,
-            dtype="float64",
-            repeats=2,
-        )
+        exact = dict(reference=case.reference, dtype="float64")
+        results = run_plan(session, case, per_rank=[{"device": device} for device in slowed], repeats=2, **exact)
         first, fast, last = (seconds_of(r["samples"][1]["events"])["compute_s"] for r in results)
         # the first has 24 of 70 FFN columns, the others 23
         assert first == pytest.approx(2 * fast, rel=0.03) and first == pytest.approx(last, rel=0.03)
@@ -375,9 +344,8 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
 
 def test_a_failing_job_names_the_device_and_the_error(cases):
     with EmulatedCluster(2, transport="loopback") as session:
-        plan = published_plan("tp", cases["original"].config, [1.0, 1.0]).to_dict()
         with pytest.raises(DeviceError, match="device 0 of 2 .* failed while run_plan: .*missing"):
-            session.run("run_plan", checkpoint="/missing", plan=plan, inputs="/missing.safetensors", repeats=1)
+            run_plan(session, cases["original"], inputs="/missing.safetensors", repeats=1)
 
 
 @pytest.mark.parametrize(
@@ -394,18 +362,27 @@ def test_a_lost_device_ends_the_run_and_is_named(cases, how, words):
         start = time.monotonic()
         slow = {"name": "slow", "memory_bytes": 1, "flops_per_s": 1e6, "source": "test"}
         with pytest.raises(DeviceLost, match=f"device 1 of 3 .*{words} while run_plan") as lost:
-            session.run(
-                "run_plan",
-                checkpoint=case.checkpoint,
-                plan=published_plan("tp", case.config, [1.0] * 3).to_dict(),
-                inputs=case.inputs,
-                device=slow,
-                repeats=50,
-            )
+            run_plan(session, case, device=slow, repeats=50)
         assert lost.value.rank == 1
         assert time.monotonic() - start < 30
         timer.join()
     assert not any(Path("/proc", str(pid)).exists() for pid in pids)
+
+
+def test_what_a_worker_listens_at_is_the_clusters_address():
+    """Its store, too, which torch alone would open at all addresses of the host."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = (
+        "import json, psutil\nfrom detransformer.cluster.worker import join\n"
+        "job = {'interface': 'lo', 'threads': 1, 'message_s': 60.0}\n"
+        f"state = join(job, 0, {{'devices': [0], 'group': 1, 'store': '127.0.0.1:{port}'}})\n"
+        "found = psutil.Process().net_connections('tcp')\n"
+        "print(json.dumps([list(c.laddr) for c in found if c.status == psutil.CONN_LISTEN]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert ["127.0.0.1", port] in found and {address for address, _ in found} == {"127.0.0.1"}
 
 
 def test_operations_profile():
@@ -461,26 +438,18 @@ def test_leftovers_of_dead_processes_are_removed():
     dead = 2**22 + 7  # above the largest process id
     name = f"{network.PREFIX}{dead}-d0"
     netns.create(name)
-    assert name in remove_stale_namespaces()
+    remove_stale_namespaces()
     assert not Path("/var/run/netns", name).exists()
 
 
 @needs_namespaces
 @pytest.mark.slow
-def test_shaped_links_carry_their_rate_and_never_more():
-    """Real gloo over namespaces at two rates; changed while connections are open."""
+def test_collectives_of_shaped_links_are_profiled():
     with EmulatedCluster(2, bandwidth_bps=100e6, transport="namespaces") as session:
         assert session.link == "line-rate"
-        for mbps in (50, 100):
-            session.set_link(mbps * 1e6)
-            num_bytes = int(mbps * 1e6 * 0.3 / 8)
-            check = dict(num_devices=2, link_bytes=num_bytes, segment_s=0.01, num_segments=3)
-            seconds = transfer_seconds(session.run("self_check", **check))
-            assert len(seconds) == 2  # one link, both ways
-            assert all(0.6 * mbps < 8 * num_bytes / s / 1e6 <= mbps for s in seconds.values())
         link, rows = profile_link(session, repeats=2)
-        assert {"all_reduce", "all_gather", "send"} <= set(rows["kind"])
-        assert all(0.3 < share <= 1 for share in link.efficiency.values())
+    assert {"all_reduce", "all_gather", "send"} <= set(rows["kind"])
+    assert all(0.3 < share <= 1 for share in link.efficiency.values())
 
 
 @needs_namespaces
@@ -499,9 +468,7 @@ def test_packets_of_a_delayed_link_are_late_and_its_rate_is_kept():
         session.delay_s = 0.01
         session.set_link(50e6, time_scale=2.0)
         assert 0.01 <= session.packet_s() < 0.03
-        check = dict(num_devices=2, link_bytes=3_000_000, segment_s=0.01, num_segments=1)
-        seconds = transfer_seconds(session.run("self_check", **check))
-        assert all(0.6 * 25 < 8 * 3 / s <= 25 for s in seconds.values())
+        assert all(0.6 * 25 < found <= 25 for found in carried_mbps(session, 3_000_000).values())
 
 
 @needs_namespaces
@@ -509,16 +476,15 @@ def test_packets_of_a_delayed_link_are_late_and_its_rate_is_kept():
 def test_a_shared_medium_carries_one_message_at_a_time_and_is_priced_so(cases, tmp_path):
     """All that four devices send together has the rate: the kernel's counters, and what is priced, say how long."""
     case, rate_bps = cases["original"], 20e6
-    plan = published_plan("tp", case.config, [1.0] * 4)
     with EmulatedCluster(4, bandwidth_bps=rate_bps, shared=True, transport="namespaces") as session:
         profile = session.profile(case.config)
-        files = dict(checkpoint=case.checkpoint, inputs=case.request(tmp_path, 4, 64)[0])
-        results = session.run("run_plan", plan=plan.to_dict(), repeats=2, **files)
+        results = run_plan(session, case, inputs=case.request(tmp_path, 4, 64)[0], repeats=2)
         sent = sum(result["samples"][1]["link_bytes"] for result in results)
         counted = sum(sum(result["bytes"].values()) for result in results)
         assert counted < sent < 1.3 * counted  # headers and acknowledgements
         assert max(result["samples"][1]["latency_s"] for result in results) >= 8 * counted / rate_bps
     switched = replace(profile, link=replace(profile.link, shared=False))
+    plan = published_plan("tp", case.config, [1.0] * 4)
     shared, own = (predict(case.config, plan, where, 64, 4) for where in (profile, switched))
     num_bytes, rate = sum(own.bytes.values()), profile.link.efficiency["*"] * rate_bps
     assert shared.bytes == own.bytes and counted == 4 * num_bytes
@@ -530,15 +496,7 @@ def test_what_is_counted_is_what_the_kernel_sends(cases):
     """Bytes counted by the ring formula against the interface's counter: headers and acknowledgements add a little."""
     case = cases["original"]
     with EmulatedCluster(3, bandwidth_bps=500e6, transport="namespaces") as session:
-        results = session.run(
-            "run_plan",
-            checkpoint=case.checkpoint,
-            plan=published_plan("sp", case.config, [1.0] * 3).to_dict(),
-            inputs=case.inputs,
-            reference=case.reference,
-            dtype="float64",
-            repeats=3,
-        )
+        results = run_plan(session, case, "sp", reference=case.reference, dtype="float64", repeats=3)
     for result in results:
         assert result["max_abs_error"] < 1e-12
         counted, sent = sum(result["bytes"].values()), result["samples"][-1]["link_bytes"]

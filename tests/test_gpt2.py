@@ -375,16 +375,17 @@ def test_presets_are_made_once_with_their_reference(small_preset, tmp_path):
     assert not original.decoupled and (original.path / "model.safetensors").is_file()
     model = GPT2LMHeadModel.from_pretrained(original.path)
     assert bool(model.transformer.h[0].mlp.c_proj.bias.any()) and bool((model.transformer.ln_f.weight != 1).any())
-    decoupled = small_preset.decoupled_checkpoint("gpt2", 2, 4, "full")
+    config = preset_config("gpt2", 2, 4)
+    decoupled = small_preset.decoupled_checkpoint("gpt2", config)
     assert decoupled.decoupled and decoupled.config.num_divisions == 4
-    assert small_preset.decoupled_checkpoint("gpt2", 2, 4, "full").path == decoupled.path
+    assert small_preset.decoupled_checkpoint("gpt2", config).path == decoupled.path
     assert open_checkpoint(decoupled.path).config.model_type == "decoupled_gpt2"
     from safetensors.torch import load_file
 
     for found in (original, decoupled):
         made = small_preset.request(found, 7, 2, tmp_path)
-        expected = AutoModelForCausalLM.from_pretrained(found.path).eval().transformer(**load_file(made.inputs))
-        reference = load_file(made.reference)["last_hidden_state"]
+        expected = AutoModelForCausalLM.from_pretrained(found.path).eval().transformer(**load_file(made["inputs"]))
+        reference = load_file(made["reference"])["last_hidden_state"]
         torch.testing.assert_close(reference, expected.last_hidden_state, rtol=0, atol=1e-6)  # as float32 rounds
     with pytest.raises(ValueError, match="seq_len=41 is outside 1..40"):
         small_preset.request(original, 41, 1, tmp_path)
@@ -393,7 +394,7 @@ def test_presets_are_made_once_with_their_reference(small_preset, tmp_path):
 def test_the_preset_for_planning_is_never_made(small_preset):
     for make in (
         lambda: small_preset.original_checkpoint("opt-6.7b-shape"),
-        lambda: small_preset.decoupled_checkpoint("opt-6.7b-shape", 4, 4, "full"),
+        lambda: small_preset.decoupled_checkpoint("opt-6.7b-shape", preset_config("opt-6.7b-shape", 4, 4)),
     ):
         with pytest.raises(ValueError, match="opt-6.7b-shape.*planning only"):
             make()

@@ -1,7 +1,6 @@
 """What notebooks 04 to 06 ask for: the rows of the paper's tables, profiles on any transport, placements."""
 
 import pytest
-import torch
 from latency_studies import (
     collective_counts,
     latency_cells,
@@ -9,10 +8,8 @@ from latency_studies import (
     measured_link,
     overlap_rows,
     placement_table,
-    read_timeline,
     save_profiles,
 )
-from transformers import AutoModel
 
 from detransformer.cluster.cells import Cell
 from detransformer.cluster.network import can_emulate
@@ -22,7 +19,7 @@ from detransformer.planning.profile import ClusterProfile, LinkProfile
 
 def test_cells_make_every_table_and_figure():
     wires = dict(wire_formats=("bfloat16", "int8"), wire_bandwidths_mbps=(500, 125))
-    fewer = dict(fewer_original_layers=(1, 2, 3), fewer_bandwidths_mbps=(125,), table_ii_methods=("dp", "pp"))
+    fewer = dict(fewer_original_layers=(1, 2, 3), table_ii_methods=("dp", "pp"))
     common = dict(methods=["tp", "sp", "bp+auto"], bandwidths_mbps=[1000, 125], scaling_devices=(2, 3), **wires)
     cells = latency_cells(["bert-base"], repeats=3, **fewer, **common)
     cells += latency_cells(["bert-large"], repeats=1, **common)
@@ -50,16 +47,12 @@ def test_all_methods_and_eight_devices():
 
 
 @pytest.mark.slow
-def test_measuring_over_modelled_links(cases, tmp_path):
+def test_measuring_over_modelled_links(float32_folder, tmp_path):
     """Rows in the cells' order, from one cluster of four; the timeline keeps plain rows at the lowest bandwidth."""
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    folder, common = str(tmp_path / "model"), dict(seq_len=8, repeats=1)
-    cells = [Cell(folder, "tp", 4, 2.0, **common), Cell(folder, "sp", 2, 1.0, **common)]
-    cells += [Cell(folder, "tp", 4, 1.0, **common)]  # slow: a small model must not be late
-    rows = measure_latency(tmp_path, cells, transport="loopback")
-    found = list(zip(rows["method"], rows["num_devices"], rows["bandwidth_mbps"], strict=True))
-    assert found == [("tp", 4, 2.0), ("sp", 2, 1.0), ("tp", 4, 1.0)]
-    timeline = read_timeline(tmp_path)
+    wanted = [("tp", 4, 2.0), ("sp", 2, 1.0), ("tp", 4, 1.0)]  # slow: a small model must not be late
+    cells = [Cell(float32_folder, *row, seq_len=8, repeats=1) for row in wanted]
+    rows, timeline = measure_latency(tmp_path, cells, transport="loopback")
+    assert list(zip(rows["method"], rows["num_devices"], rows["bandwidth_mbps"], strict=True)) == wanted
     assert set(zip(timeline["method"], timeline["bandwidth_mbps"], strict=True)) == {("tp", 1.0)}
     assert sorted(timeline["rank"].unique()) == [0, 1, 2, 3]
     assert not (tmp_path / "latency_rows.json").exists()
@@ -100,11 +93,9 @@ def test_counts_of_the_paper():
 
 @pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 @pytest.mark.slow
-def test_busy_devices_are_compared_with_sleeping_ones(cases, tmp_path):
+def test_busy_devices_are_compared_with_sleeping_ones(float32_folder, tmp_path):
     """The same requests, in turn, on devices that keep to a core each; what a busy one computes has no effect."""
-    folder = tmp_path / "model"
-    AutoModel.from_pretrained(cases["original"].checkpoint, dtype=torch.float32).save_pretrained(folder)
-    (row,) = overlap_rows(tmp_path, str(folder), ["tp"], [100.0], repeats=2).to_dict("records")
+    (row,) = overlap_rows(tmp_path, float32_folder, ["tp"], 100.0, repeats=2).to_dict("records")
     assert (row["method"], row["num_devices"]) == ("tp", 2)
     assert row["busy_s"] == pytest.approx((1 + row["cost"]) * row["asleep_s"])
     assert row["low"] <= row["cost"] <= row["high"]

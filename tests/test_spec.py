@@ -31,16 +31,11 @@ def load(tmp_path, text: str) -> ClusterSpec:
     return ClusterSpec.load(tmp_path / "cluster.yaml")
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_are_read(path):
-    spec = ClusterSpec.load(path)
-    profile = spec.profile(CONFIG)
-    assert len(profile.devices) == len(spec.members) >= 3
-    assert spec.emulated == (path.stem != "four-pis")
-
-
 def test_examples_are_the_clusters_they_are_named_for():
     specs = {path.stem: ClusterSpec.load(path) for path in EXAMPLES}
+    for name, spec in specs.items():
+        assert len(spec.profile(CONFIG).devices) == len(spec.members) >= 3
+        assert spec.emulated == (name != "four-pis")
     assert [spec.speed for spec in specs["unequal"].device_specs] == [1, 1, 2, 4]
     assert [spec.preset for spec in specs["jetsons"].device_specs] == ["jetson-nano", "jetson-tx2", "jetson-orin-nano"]
     assert specs["two-pis-and-a-tx2"].profile(CONFIG).link.shares == (1.0, 0.2, 1.0)
@@ -111,51 +106,30 @@ ONE = "devices: [{name: a, address: 10.0.0.1, device: rpi4b}]\n"
     "text, words",
     [
         ("", "the file is not a list of keys"),
-        ("[1, 2]", "the file is not a list of keys"),
         ("devices: []", "devices is missing or empty"),
-        ("name: x", "devices is missing or empty"),
         ("name: 7\n" + ONE, "name 7 is wrong: input should be a valid string"),
         (ONE + "colour: red", "colour is not a known key; choose from name, emulated"),
         (ONE + "link: {bandwidth: 5}", "link.bandwidth is not a known key; choose from bandwidth_mbps"),
         (ONE + "link: {bandwidth_mbps: fast}", "link.bandwidth_mbps 'fast' is wrong: input should be a valid number"),
-        (
-            ONE + "link: {bandwidth_mbps: 0}",
-            "link.bandwidth_mbps 0 is wrong: input should be greater",
-        ),
+        (ONE + "link: {bandwidth_mbps: 0}", "link.bandwidth_mbps 0 is wrong: input should be greater"),
         (ONE + "link: {delay_ms: -1}", "link.delay_ms -1 is wrong: input should be greater than or equal to 0"),
         (ONE + "link: {shared: 1}", "link.shared 1 is wrong: input should be a valid boolean"),
         (
             "link: {shared: true}\ndevices: [{name: a, address: 10.0.0.1, device: rpi4b, bandwidth_mbps: 5}]",
             "(a).bandwidth_mbps contradicts link.shared: one medium has one rate",
         ),
-        (ONE + "link: {kind: best}", "link.kind is not a known key; choose from bandwidth_mbps"),
-        (
-            ONE + "rendezvous: {port: 70000}",
-            "rendezvous.port 70000 is wrong: input should be less",
-        ),
+        (ONE + "rendezvous: {port: 70000}", "rendezvous.port 70000 is wrong: input should be less"),
         (ONE + "rendezvous: 29400", "rendezvous is not a list of keys and values"),
-        (ONE + "emulated: maybe", "emulated 'maybe' is wrong: input should be a valid boolean"),
         (ONE + ONE, "line 2: devices is given twice"),
         ("devices: [{name: a, name: b}]", "line 1: name is given twice"),
         ("devices: [{name: a", "not readable YAML, line 1"),
-        ("devices:\n\t- {name: a}", "not readable YAML, line 2"),
         ("[" * 100_000, "nested too deeply"),
         ("? [a]\n: b", "line 1: a key is not a word"),
-        ("devices: {a: 10.0.0.1}", "devices is missing or empty"),
         ("devices: [{address: 10.0.0.1, device: rpi4b}]", r"devices[0].name is missing"),
         ("devices: [{name: a, device: rpi4b}]", r"devices[0] (a).address is missing; give its IP address"),
         ("devices: [{name: a, address: 10.0.0.1}]", r"devices[0] (a).device is missing; give one of rpi4b"),
-        ("devices: [{name: a, address: 10.0.0, device: rpi4b}]", "'10.0.0' is neither an IPv4 address"),
-        ("devices: [{name: a, address: 'x:1', device: rpi4b}]", "'x:1' is neither an IPv4 address"),
         ("devices: [{name: a, address: 10.0.0.1, device: pi5}]", r"devices[0] (a).device pi5 is unknown"),
-        (
-            "devices: [{name: a, address: 10.0.0.1, device: rpi4b, speed: 0}]",
-            "(a).speed 0 is wrong",
-        ),
-        (
-            "devices: [{name: a, address: 10.0.0.1, device: rpi4b, memory_mib: .nan}]",
-            "(a).memory_mib nan is wrong",
-        ),
+        ("devices: [{name: a, address: 10.0.0.1, device: rpi4b, memory_mib: .nan}]", "(a).memory_mib nan is wrong"),
         ("devices: [{name: a, address: 10.0.0.1, device: rpi4b, cores: 4}]", r"devices[0].cores is not a known key"),
         ("devices: [pi1, pi2]", r"devices[0] is not a list of keys and values"),
         (
@@ -174,13 +148,14 @@ def test_what_is_wrong_is_named(tmp_path, text, words):
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["worker_1", "pi1", "pi-1.local", "_dns.example", "10.0.0.1"])
-def test_addresses_are_ipv4_or_host_names(tmp_path, address):
-    (device,) = load(tmp_path, f"devices:\r\n  - {{name: a, address: {address}, device: rpi4b}}\r\n").members
-    assert device.address == address
+def test_addresses_are_ipv4_or_host_names(tmp_path):
+    addresses = ["worker_1", "pi1", "pi-1.local", "_dns.example", "10.0.0.1"]
+    devices = [f"{{name: a{i}, address: {address}, device: rpi4b}}" for i, address in enumerate(addresses)]
+    spec = load(tmp_path, f"devices:\r\n  [{', '.join(devices)}]\r\n")
+    assert [device.address for device in spec.members] == addresses
 
 
-@pytest.mark.parametrize("address", ["fe80::1", "10.0.0.256", "a b", "größe", "host.", "-a"])
+@pytest.mark.parametrize("address", ["fe80::1", "10.0.0", "10.0.0.256", "x:1", "a b", "größe", "host.", "-a"])
 def test_other_addresses_are_refused(tmp_path, address):
     with pytest.raises(ValueError, match="is neither an IPv4 address nor a host name"):
         load(tmp_path, f"devices: [{{name: a, address: '{address}', device: rpi4b}}]")

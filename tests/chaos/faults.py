@@ -4,7 +4,6 @@ A new fault is a `Fault` in `FAULTS`: how it begins, how it ends, and whether so
 """
 
 import contextlib
-import ctypes
 import fcntl
 import functools
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file, save_file
 
+from detransformer.cluster import switch
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, inside
 from detransformer.service.session import Session
 
@@ -95,12 +95,7 @@ def set_link(namespace: str, up: bool) -> None:
 
 def set_checksums(namespace: str, interface: str, on: bool) -> None:
     """Whether frames get their checksum before they leave this end of a cable; between namespaces they have none."""
-
-    def work() -> None:
-        value = ctypes.create_string_buffer(struct.pack("II", 0x17, int(not on)))  # ETHTOOL_STXCSUM: offloaded
-        control(0x8946, interface, struct.pack("P8x", ctypes.addressof(value)))  # SIOCETHTOOL
-
-    inside(namespace, work)
+    inside(namespace, lambda: switch.set_checksums(interface, on))
 
 
 def damage(namespace: str, interface: str, share: float) -> None:

@@ -9,7 +9,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from detransformer.cluster.cells import Cell, RowFile
-from detransformer.cluster.checkpoints import (
-    Checkpoint,
-    decoupled_checkpoint,
-    original_checkpoint,
-    request,
-)
+from detransformer.cluster.checkpoints import decoupled_checkpoint, original_checkpoint, request
+from detransformer.cluster.devices import cluster_profile
 from detransformer.cluster.pacing import seconds_of, timeline_rows
 from detransformer.cluster.selfcheck import (
     MAX_OVERRUN_SHARE,
@@ -33,13 +29,11 @@ from detransformer.cluster.selfcheck import (
     check_cluster,
     host_time_scale,
     lateness,
-    stolen_share,
     why_invalid,
 )
 from detransformer.cluster.session import EmulatedCluster
-from detransformer.files import atomic_write
 from detransformer.models.configuration import PRESETS, decoupled_config, original_config, preset_config
-from detransformer.opening import open_checkpoint
+from detransformer.opening import Checkpoint, open_checkpoint
 from detransformer.parallel.plan import Plan
 from detransformer.planning.cost import Prediction, alone_seconds, predict
 from detransformer.planning.placement import method_plan
@@ -71,8 +65,9 @@ class Case:
     limit_s: float
 
 
+@dataclass
 class Bench:
-    """Measures cells on one running cluster; `timelines` keeps the events of each cell's median sample.
+    """Measures cells on one running cluster.
 
     Args:
         link: a measured profile for predictions.
@@ -81,19 +76,12 @@ class Bench:
         efficiency: model -> rows measured on this host (`devices.efficiency_rows`); default: the package's.
     """
 
-    def __init__(
-        self,
-        cluster: EmulatedCluster,
-        link: LinkProfile | None = None,
-        time_scale: float | None = None,
-        memory_budget_bytes: int | None = None,
-        efficiency: Mapping[str, Sequence] | None = None,
-    ):
-        self.cluster, self.link, self.efficiency = cluster, link, efficiency or {}
-        self.fixed_time_scale, self.memory_budget_bytes = time_scale, memory_budget_bytes
-        self.timelines: dict[Cell, list[dict]] = {}
-        self.on_round: Callable[[], Any] = lambda: None
-        self._cases: dict[tuple[Cell, Plan | None], Case] = {}
+    cluster: EmulatedCluster
+    link: LinkProfile | None = None
+    time_scale: float | None = None
+    memory_budget_bytes: int | None = None
+    efficiency: Mapping[str, Sequence] = field(default_factory=dict)
+    _cases: dict[tuple[Cell, Plan | None], Case] = field(default_factory=dict)
 
     # --- Planning ---
 
@@ -124,24 +112,19 @@ class Bench:
 
     def checkpoint(self, cell: Cell) -> Checkpoint:
         """The checkpoint of `cell`'s model, made if absent."""
-        if not cell.needs_decoupled:
-            return original_checkpoint(cell.model)
-        config = self.config(cell)
-        sizes = config.num_original_layers, config.num_divisions, config.attention_width
-        return decoupled_checkpoint(cell.model, *sizes)
+        if cell.needs_decoupled:
+            return decoupled_checkpoint(cell.model, self.config(cell))
+        return original_checkpoint(cell.model)
 
     def profile(self, cell: Cell) -> ClusterProfile:
         """The devices and links that `cell` uses."""
-        profile = self.every_device(cell)
-        if cell.num_devices > len(profile.devices):
-            raise ValueError(f"{cell.num_devices} devices were asked for and the cluster has {len(profile.devices)}.")
-        return ClusterProfile(profile.devices[: cell.num_devices], profile.link)
+        return self.every_device(cell).of(range(cell.num_devices))
 
     def every_device(self, cell: Cell) -> ClusterProfile:
         """All devices of the cluster, also those that `cell` leaves out: each worker gets a job."""
-        efficiency = self.efficiency.get(cell.model)
-        profile = self.cluster.profile(self.config(cell), self.link, cell.pace, efficiency)
-        return replace(profile, link=profile.link.at(cell.bandwidth_mbps * 1e6))
+        cluster, efficiency = self.cluster, self.efficiency.get(cell.model)
+        where = cell.bandwidth_mbps * 1e6, cluster.delay_s, self.link
+        return cluster_profile(cluster.devices, self.config(cell), *where, cell.pace, efficiency, cluster.shared)
 
     # --- Measuring ---
 
@@ -155,13 +138,12 @@ class Bench:
         cases = [self.case(cell, plan) for cell, plan in itertools.zip_longest(cells, plans)]
         checkpoints = [self.checkpoint(case.cell) for case in cases]
         sends = any(sum(case.prediction.bytes.values()) for case in cases)
-        checks_links = sends and self.cluster.transport == "namespaces"
         num_devices = max(max(case.plan.device_ids) + 1 for case in cases)
         room = KEPT_SHARE * psutil.virtual_memory().available / self.cluster.num_devices
         needed = itertools.accumulate(max(case.prediction.weights_bytes) for case in cases)
         options = dict(held_with=[held.to_dict() for held in held_with])
         options["keep_models"] = 0 if held_with else sum(num_bytes <= room for num_bytes in needed)
-        scale = self.fixed_time_scale or max(
+        scale = self.time_scale or max(
             host_time_scale(self.cluster, c.config, c.profile, c.plan.device_ids, sends, c.plan.splits_layers)
             for c in cases
         )
@@ -173,13 +155,9 @@ class Bench:
             return self.run_plan(case.profile, checkpoints[number], case.plan, *sizes, burns=cell.burns, **options)
 
         first = cases[0].cell
-        conditions = first.bandwidth_mbps, num_devices, scale, checks_links
+        conditions = first.bandwidth_mbps, num_devices, scale, sends
         found, scale, check = self.in_turn(*conditions, measure, len(cases), first.repeats)
-        rows = []
-        for case, (runs, steal) in zip(cases, found, strict=True):
-            rows.append(self._row(case, runs, scale, check, steal))
-            self.timelines[case.cell] = _median_timeline(rows[-1], runs)
-        return rows
+        return [self._row(case, runs, scale, check, steal) for case, (runs, steal) in zip(cases, found, strict=True)]
 
     def run_plan(
         self, profile: ClusterProfile, checkpoint: Checkpoint, plan: Plan, seq_len: int, batch_size: int, **options: Any
@@ -189,14 +167,12 @@ class Bench:
         `profile` has all devices of the cluster; `options` are further arguments of the job.
         """
         cluster = self.cluster
-        files = request(checkpoint, seq_len, batch_size, cluster.folder)
         results = cluster.run(
             "run_plan",
             per_rank=[{"device": asdict(device)} for device in profile.devices],
             checkpoint=str(checkpoint.path),
             plan=plan.to_dict(),
-            inputs=str(files.inputs),
-            reference=str(files.reference),
+            **request(checkpoint, seq_len, batch_size, cluster.folder),
             repeats=1,
             link=asdict(profile.link) if cluster.transport == "loopback" else None,
             time_scale=cluster.time_scale,
@@ -209,7 +185,7 @@ class Bench:
         bandwidth_mbps: float,
         num_devices: int,
         scale: float,
-        checks_links: bool,
+        sends: bool,
         measure: Callable[[int, bool], Any],
         num_trials: int,
         repeats: int,
@@ -223,6 +199,7 @@ class Bench:
 
         Args:
             scale: the first time scale.
+            sends: whether the devices send each other anything.
             measure: (number, is_last) -> result of one request of a trial; links and time scale are already set.
             repeats: requests per trial.
             late: result -> the host's lateness as a share of the modelled time.
@@ -230,53 +207,52 @@ class Bench:
         Returns:
             Each trial's results with the host's largest steal, the time scale, and all checks joined.
         """
-        where = self.cluster, bandwidth_mbps, num_devices, checks_links
+        where = self.cluster, bandwidth_mbps, num_devices, sends
         while True:
             found: list[list] = [[] for _ in range(num_trials)]
             steals = [0.0] * num_trials
-            scale, check = self.set_link(bandwidth_mbps, num_devices, scale, checks_links)
-            can_slow = not self.fixed_time_scale and SLOWER * scale <= MAX_TIME_SCALE
-            for turn in range(repeats):
-                if turn:
+            scale, check = self.set_link(bandwidth_mbps, num_devices, scale, sends)
+            can_slow = not self.time_scale and SLOWER * scale <= MAX_TIME_SCALE
+            for turn, number in itertools.product(range(repeats), range(num_trials)):
+                if turn and not number:
                     check = check.joined(check_cluster(*where))
-                for number in range(num_trials):
-                    was_late, steal, result = _undisturbed(partial(measure, number, turn == repeats - 1), late)
-                    if was_late and not turn and can_slow:
-                        break
-                    found[number].append(result)
-                    steals[number] = max(steals[number], steal)
-                else:
-                    self.on_round()
-                    continue
-                break
+                was_late, steal, result = _undisturbed(partial(measure, number, turn == repeats - 1), late)
+                if was_late and not turn and can_slow:
+                    break
+                found[number].append(result)
+                steals[number] = max(steals[number], steal)
             else:
                 return list(zip(found, steals, strict=True)), scale, check.joined(check_cluster(*where))
             scale *= SLOWER
 
-    def set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, checks_links: bool):
+    def set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, sends: bool):
         """Sets and checks the links, doubling the time scale until the check passes; returns (scale, check)."""
         while True:
             self.cluster.set_link(bandwidth_mbps * 1e6, scale)
-            check = check_cluster(self.cluster, bandwidth_mbps, num_devices, checks_links)
-            if not check.failures(bandwidth_mbps) or self.fixed_time_scale or 2 * scale > MAX_TIME_SCALE:
+            check = check_cluster(self.cluster, bandwidth_mbps, num_devices, sends)
+            if not check.failures(bandwidth_mbps) or self.time_scale or 2 * scale > MAX_TIME_SCALE:
                 return scale, check
             scale *= 2
 
     def _row(self, case: Case, runs: Sequence[list[dict]], scale: float, check: Check, steal: float) -> dict:
-        """The row of one plan; `runs` are its requests, each with its devices' results."""
+        """The row of one plan; `runs` are its requests, each with its devices' results.
+
+        `timeline` has the devices' events in the request whose latency is nearest the median.
+        """
         # A request lasts as long as its slowest rank; a pipeline's last rank waits for all before it.
         cell, plan, config, last = case.cell, case.plan, case.config, runs[-1]
-        slowest = [max((r["samples"][0] for r in run), key=lambda sample: sample["latency_s"]) for run in runs]
+        samples = [[r["samples"][0] for r in run] for run in runs]
+        slowest = [max(own, key=lambda sample: sample["latency_s"]) for own in samples]
         latencies, sums = [s["latency_s"] for s in slowest], [seconds_of(s["events"]) for s in slowest]
         compute_s, wait_s = (statistics.median(s[name] / scale for s in sums) for name in ("compute_s", "wait_s"))
         sender = max(last, key=lambda r: sum(r["bytes"].values()))
         latency, every = statistics.median(latencies), [r for run in runs for r in run]
         peaks = [r["peak_rss_bytes"] for r in every]
-        throughput = 1 / latency
+        throughput, is_real = 1 / latency, self.cluster.transport == "namespaces"
         if "stream_s" in last[0]:
             copies = plan.num_devices if plan.runs == "copies" else 1
             throughput = copies * STREAM_REQUESTS[plan.runs] / max(r["stream_s"] for r in last)
-        by_device = [{"samples": [r["samples"][0] for r in own]} for own in zip(*runs, strict=True)]
+        median = min(range(len(runs)), key=lambda i: abs(latencies[i] - latency))
         row = asdict(cell) | {
             "plan": plan.describe(),
             "num_original_layers": getattr(config, "num_original_layers", None),
@@ -296,22 +272,21 @@ class Bench:
             "over_limit": latency / case.limit_s,
             **{f"{kind}_count": sender["counts"].get(kind, 0) for kind in SENT_KINDS},
             **{f"{kind}_bytes": sender["bytes"].get(kind, 0) for kind in SENT_KINDS},
-            "link_bytes": max(r["samples"][0]["link_bytes"] for r in every)
-            if self.cluster.transport == "namespaces"
-            else None,
+            "link_bytes": max(s["link_bytes"] for own in samples for s in own) if is_real else None,
             "throughput_rps": throughput,
             "weights_bytes": max(r["weights_bytes"] for r in last),
             "peak_rss_bytes": None if None in peaks else max(peaks),
             "predicted_s": case.prediction.latency_s,
             "time_scale": scale,
             **asdict(check),
-            "pacing_overrun": lateness(by_device),
+            "pacing_overrun": lateness([{"samples": own} for own in zip(*samples, strict=True)]),
             "host_steal": steal,
             "max_abs_error": max(r["max_abs_error"] for r in every if "max_abs_error" in r),
             "relative_error": max(r["relative_error"] for r in every if "relative_error" in r),
             "repeats": len(runs),
             "device": self.cluster.profile_name,
             "samples_s": json.dumps([round(s, 6) for s in latencies]),
+            "timeline": timeline_rows([s["events"] for s in samples[median]], scale),
         }
         why = why_invalid(row)
         return row | {"valid": not why, "why_invalid": why}
@@ -321,9 +296,9 @@ def _undisturbed(measure: Callable[[], Any], late: Callable[[Any], float]) -> tu
     """(was late, the host's steal, result) of the least disturbed of `ATTEMPTS`; stops at an undisturbed one."""
     attempts = []
     for _ in range(ATTEMPTS):
-        before = psutil.cpu_times()
+        psutil.cpu_times_percent()  # the next call counts from here
         result = measure()
-        steal, overrun = stolen_share(before, psutil.cpu_times()), late(result)
+        steal, overrun = psutil.cpu_times_percent().steal / 100, late(result)
         attempts.append((overrun > MAX_OVERRUN_SHARE, steal, overrun, result))
         if not attempts[-1][0] and steal <= DISTURBING_STEAL:
             break
@@ -331,53 +306,36 @@ def _undisturbed(measure: Callable[[], Any], late: Callable[[Any], float]) -> tu
     return was_late, steal, result
 
 
-def _median_timeline(row: dict, runs: Sequence[list[dict]]) -> list[dict]:
-    samples = json.loads(row["samples_s"])
-    median = min(range(len(samples)), key=lambda i: abs(samples[i] - row["latency_s"]))
-    conditions = {name: row[name] for name in TIMELINE_COLUMNS if name in row}
-    events = [r["samples"][0]["events"] for r in runs[median]]
-    return [conditions | part for part in timeline_rows(events, row["time_scale"])]
-
-
-def measure_grid(
-    bench: Bench,
-    cells: Iterable[Cell],
-    path: str | Path | None = None,
-    timeline: str | Path | None = None,
-    in_timeline: Callable[[Cell], bool] = lambda cell: True,
-    keep: bool = False,
-) -> pd.DataFrame:
+def measure_grid(bench: Bench, cells: Iterable[Cell], path: str | Path | None = None) -> pd.DataFrame:
     """Measures `cells` and returns a row for each, in their order; cells that are compared are measured in turn.
 
     With `path`, measured rows are written to that file, and a call after an interruption resumes from it if code and
-    conditions are the same. The file is removed when all cells are measured, unless `keep`: the frame is the record.
-    With `timeline`, the events of the cells that `in_timeline` picks are saved to that file as CSV.
+    conditions are the same.
     """
     cells = list(dict.fromkeys(cells))
     kept = RowFile(path, bench.cluster)
-    traced = {cell for cell in cells if timeline and in_timeline(cell)}
     known: dict[Cell, dict] = {}
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        record = kept.get(asdict(cell))
-        if record is not None and (record["timeline"] or cell not in traced):
-            known[cell] = record
+        if row := kept.get(asdict(cell)):
+            known[cell] = row
         else:
             groups.setdefault(cell.comparison, []).append(cell)
-    rounds = sum(group[0].repeats for group in groups.values())
-    with tqdm(total=rounds, unit="round", desc="bench") as progress:
-        bench.on_round = progress.update
-        for group in groups.values():
-            first, methods = group[0], " ".join(dict.fromkeys(cell.method for cell in group))
-            where = f"{first.num_devices} devices {first.bandwidth_mbps:g} Mbps"
-            progress.set_postfix_str(f"{first.model} {where}: {methods}")
-            for cell, row in zip(group, bench.measure(group), strict=True):
-                record = {"row": row, "timeline": bench.timelines[cell] if cell in traced else []}
-                known[cell] = kept.put(asdict(cell), record)
-    if timeline:
-        events = [event for cell in cells if cell in traced for event in known[cell]["timeline"]]
-        with atomic_write(timeline) as file:
-            pd.DataFrame(events, columns=TIMELINE_COLUMNS).to_csv(file, index=False)
-    if not keep:
-        kept.remove()
-    return pd.DataFrame([known[cell]["row"] for cell in cells])
+    progress = tqdm(groups.values(), unit="group", desc="bench")
+    for group in progress:
+        first, methods = group[0], " ".join(dict.fromkeys(cell.method for cell in group))
+        where = f"{first.num_devices} devices {first.bandwidth_mbps:g} Mbps"
+        progress.set_postfix_str(f"{first.model} {where}: {methods}")
+        for cell, row in zip(group, bench.measure(group), strict=True):
+            known[cell] = kept.put(asdict(cell), row)
+    return pd.DataFrame([known[cell] for cell in cells])
+
+
+def timelines(rows: pd.DataFrame) -> pd.DataFrame:
+    """The events of all `rows` of `measure_grid`, each with its row's conditions."""
+    events = [
+        {name: row[name] for name in TIMELINE_COLUMNS if name in row} | event
+        for row in rows.to_dict("records")
+        for event in row["timeline"]
+    ]
+    return pd.DataFrame(events, columns=TIMELINE_COLUMNS)

@@ -107,11 +107,6 @@ class RowFile:
                 json.dump(self._kept, file)
         return measured
 
-    def remove(self) -> None:
-        """Deletes the file."""
-        if self._path:
-            self._path.unlink(missing_ok=True)
-
 
 def _code_fingerprint(studies: Sequence[str]) -> str:
     """A digest of the code and the committed data that make rows."""

@@ -5,22 +5,17 @@ parameters, and plans are compared with the saved output of each checkpoint's Hu
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from safetensors.torch import save
-from transformers import (
-    BertModel,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-)
+from transformers import BertModel, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
 from detransformer.cluster.hello import model_facts
 from detransformer.files import atomic_folder, atomic_write
 from detransformer.models import decouple
-from detransformer.models.configuration import decoupled_config, generates, max_tokens, preset_config
+from detransformer.models.configuration import generates, max_tokens, preset_config
 from detransformer.opening import Checkpoint, load_model, open_checkpoint, read_configuration
 from detransformer.presets import PLANNING_ONLY, PRESETS
 from detransformer.settings import cache_folder
@@ -54,20 +49,20 @@ def original_checkpoint(model: str) -> Checkpoint:
     return _cached(f"{model}-original", build)
 
 
-def decoupled_checkpoint(model: str, num_original_layers: int, num_divisions: int, attention_width: str) -> Checkpoint:
-    """The decoupled model: sliced from `original_checkpoint(model)`, or `model` itself if it is decoupled."""
-    original, sizes = original_checkpoint(model), (num_original_layers, num_divisions, attention_width)
+def decoupled_checkpoint(model: str, config: PretrainedConfig) -> Checkpoint:
+    """The decoupled model of `config`: sliced from `original_checkpoint(model)`, or that itself if it is decoupled."""
+    original = original_checkpoint(model)
     if original.decoupled:
         return original
     name = model
     if model not in PRESETS:
         name = "folder-" + hashlib.sha256(str(model_facts(str(original.path))).encode()).hexdigest()[:12]
-    decoupled_config(original.config, *sizes)  # checks the sizes before a large model is loaded
+    layers, divisions, width = config.num_original_layers, config.num_divisions, config.attention_width
 
     def build() -> PreTrainedModel:
-        return decouple(load_model(original), *sizes)
+        return decouple(load_model(original), layers, divisions, width)
 
-    return _cached(f"{name}-nb{num_original_layers}-ndiv{num_divisions}-{attention_width}", build)
+    return _cached(f"{name}-nb{layers}-ndiv{divisions}-{width}", build)
 
 
 def _cached(name: str, build) -> Checkpoint:
@@ -80,17 +75,10 @@ def _cached(name: str, build) -> Checkpoint:
     return Checkpoint(folder, read_configuration(folder))
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request's inputs and the single-device output for it, as safetensors files."""
-
-    inputs: Path
-    reference: Path
-
-
-def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path) -> Request:
+def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path) -> dict[str, str]:
     """Random tokens [batch_size, seq_len], unmasked as published, and the Hugging Face model's output for them.
 
+    Returns the safetensors files of both: `inputs` and `reference`, as arguments of `jobs.run_plan`.
     A user's checkpoint may change, so its request is made anew for each session, in `folder`.
 
     Raises:
@@ -99,21 +87,18 @@ def request(checkpoint: Checkpoint, seq_len: int, batch_size: int, folder: Path)
     limit = max_tokens(checkpoint.config)
     if not 1 <= seq_len <= limit:
         raise ValueError(f"seq_len={seq_len} is outside 1..{limit}, the model's positions.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is below 1: choose how many sequences a request has.")
     if cache_folder() in checkpoint.path.parents:  # a preset never changes: its request is kept for later sessions
         folder = cache_folder() / "requests"
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{checkpoint.path.name}-seq{seq_len}-batch{batch_size}"
-    made = Request(folder / f"{stem}-inputs.safetensors", folder / f"{stem}-reference.safetensors")
-    if not made.reference.is_file():
+    inputs, reference = folder / f"{stem}-inputs.safetensors", folder / f"{stem}-reference.safetensors"
+    if not reference.is_file():
         generator = torch.Generator().manual_seed(SEED)
         ids = torch.randint(checkpoint.config.vocab_size, (batch_size, seq_len), generator=generator)
         model = load_model(checkpoint, torch.float32).base_model
         with torch.inference_mode():
             output = model(input_ids=ids).last_hidden_state.contiguous()
-        files = {made.inputs: {"input_ids": ids}, made.reference: {"last_hidden_state": output}}
-        for path, tensors in files.items():
+        for path, tensors in ((inputs, {"input_ids": ids}), (reference, {"last_hidden_state": output})):
             with atomic_write(path, "wb") as file:
                 file.write(save(tensors))
-    return made
+    return {"inputs": str(inputs), "reference": str(reference)}

@@ -26,7 +26,7 @@ BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)  # of a link
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
 EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
 EFFICIENCY_COLUMNS = ("strategy", "share", "tokens", "num_chunks", "efficiency")
-MEASURED_JETSON = "Jetson TX2"  # runs the whole DeiT-B in CoFormer 2025, Table V
+MEASURED_JETSON = "jetson-tx2"  # runs the whole DeiT-B in CoFormer 2025, Table V
 
 
 class DeviceError(RuntimeError):
@@ -196,12 +196,7 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
     BERT-Large. One rate cannot fit both, so rates are interpolated in the logarithm of the hidden size, and constant
     outside. Jetsons: `jetson_share` of their peak, for all models. The rate is a whole layer's; `host_efficiency` gives
     that of its shares.
-
-    Raises:
-        ValueError: for an unknown name.
     """
-    if name not in DEVICES:
-        raise ValueError(f"device {name!r} is unknown: choose one of {', '.join(DEVICES)}.")
     import numpy as np
 
     from detransformer.models.configuration import preset_config
@@ -221,7 +216,7 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
         rate = jetson_share() * device.peak_flops_per_s
         source = (
             f"preset, modelled, not measured: {jetson_share():.0%} of its published peak, the share that the "
-            f"{MEASURED_JETSON} achieves on DeiT-B (CoFormer 2025, Tables V and VII)"
+            f"{DEVICES[MEASURED_JETSON].name} achieves on DeiT-B (CoFormer 2025, Tables V and VII)"
         )
     return DeviceProfile(device.name, device.memory_bytes, rate, source, device.memory_bytes_per_s)
 
@@ -252,5 +247,4 @@ def jetson_share() -> float:
     latency_s = float(table.loc[("V", "1 device"), "latency_ms"]) / 1e3
     layers, patch_values = preset_config("bert-base"), 3 * DEIT_PATCH**2
     patches = 2 * (DEIT_TOKENS - 1) * patch_values * layers.hidden_size
-    peak = next(d.peak_flops_per_s for d in DEVICES.values() if d.name == MEASURED_JETSON)
-    return (model_flops(layers, DEIT_TOKENS) + patches) / latency_s / peak
+    return (model_flops(layers, DEIT_TOKENS) + patches) / latency_s / DEVICES[MEASURED_JETSON].peak_flops_per_s

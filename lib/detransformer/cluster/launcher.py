@@ -1,8 +1,7 @@
 """Starts the workers of an emulated cluster: imports once all that they need, then forks them.
 
-Importing torch and transformers takes seconds of a processor; if each of four or eight workers did so, a session would
-lose its first minute. Forking is safe here, since no thread has been started and no socket opened before. Reports each
-worker's exit code to the front.
+Importing torch and transformers takes seconds of a processor for each worker that does so. Forking is safe here, since
+no thread has been started and no socket opened before. Reports each worker's exit code to the front.
 """
 
 import ctypes
@@ -28,7 +27,7 @@ def main() -> None:
 
     import detransformer.cluster.worker  # noqa: F401  what the workers need
 
-    gc.freeze()  # workers then skip the imports in garbage collections, which saves half a second
+    gc.freeze()  # workers then skip the imports in garbage collections
 
     places = job.pop("places")
     devices = {}

@@ -25,11 +25,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from detransformer.cluster.switch import Switch, finish_checksums
+from detransformer.cluster.switch import Shape, Switch, set_checksums
 
 Result = TypeVar("Result")
 PREFIX = "dtf"
@@ -73,31 +73,17 @@ def can_emulate() -> tuple[bool, str]:
 
 
 class EmulatedNetwork:
-    """`num_devices` namespaces on one switch, every link `bandwidth_bps` in both directions. A context manager.
+    """`num_devices` namespaces on one switch; a context manager. Further arguments are those of `Shape`.
 
     `namespaces` and `switch` (the bridge's namespace) are known once entered; `addresses` before.
-
-    Args:
-        delay_s: one way, between any two devices.
-        jitter_s: largest deviation of a packet's delay, which can reorder packets.
-        shares: each link's fraction of the rate, one per device; empty: each has all of it.
-        shared: one medium, on which the devices take turns: all their traffic together has the rate.
 
     Raises:
         OSError: on entering, with the reason, if the kernel does not permit it.
     """
 
-    def __init__(
-        self,
-        num_devices: int,
-        bandwidth_bps: float,
-        delay_s: float = 0.0,
-        jitter_s: float = 0.0,
-        shares: Sequence[float] = (),
-        shared: bool = False,
-    ):
+    def __init__(self, num_devices: int, bandwidth_bps: float, **latency: Any):
         self.num_devices = num_devices
-        self.shape = Shape(bandwidth_bps, delay_s, jitter_s, shares, shared)
+        self.shape = Shape(bandwidth_bps, **latency)
         self.addresses = [f"{SUBNET}.{i + 1}" for i in range(num_devices)]
         self.namespaces: list[str] = []
         self.switch = ""
@@ -127,9 +113,9 @@ class EmulatedNetwork:
             raise OSError(answer["error"])
         return answer["names"]
 
-    def set_rate(self, bandwidth_bps: float, delay_s: float = 0.0, jitter_s: float = 0.0) -> None:
+    def set_rate(self, bandwidth_bps: float, **latency: float) -> None:
         """Changes the rate, and the latency if the network was made with any. Connections stay open."""
-        self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, delay_s=delay_s, jitter_s=jitter_s)
+        self.shape = replace(self.shape, bandwidth_bps=bandwidth_bps, **latency)
         self._keeper.stdin.write(f"{json.dumps(asdict(self.shape))}\n")
         self._keeper.stdin.flush()
         self._answer()
@@ -163,22 +149,6 @@ class EmulatedNetwork:
             self._keeper = None
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The links' rate and latency; fields as in `EmulatedNetwork`."""
-
-    bandwidth_bps: float
-    delay_s: float = 0.0
-    jitter_s: float = 0.0
-    shares: Sequence[float] = ()
-    shared: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the kernel's bridge suffices."""
-        return not (self.delay_s or self.jitter_s or self.shared)
-
-
 def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:
     """Makes the namespaces: a bridge in `switch`, and one interface in each of `devices`, joined by a cable.
 
@@ -205,16 +175,16 @@ def _build(switch: str, devices: Sequence[str], shape: Shape) -> Switch | None:
             space.addr("add", index=interface, address=f"{SUBNET}.{i + 1}", prefixlen=24)
             space.link("set", index=interface, state="up")
             space.link("set", index=_index(space, "lo"), state="up")
-    _set_shape("add", switch, devices, shape)
+    _set_shape(switch, devices, shape)
     if shape.is_plain:
         return None
     for name in devices:
-        inside(name, lambda: finish_checksums(INTERFACE))
+        inside(name, lambda: set_checksums(INTERFACE, on=True))
     return inside(switch, lambda: Switch(ports, shape, QUEUE_BYTES))
 
 
-def _set_shape(action: str, switch: str, devices: Sequence[str], shape: Shape) -> None:
-    """Shapes both ends of every cable (`action` add or change)."""
+def _set_shape(switch: str, devices: Sequence[str], shape: Shape) -> None:
+    """Shapes both ends of every cable."""
     from pyroute2 import NetNS
 
     ends = {switch: [(f"port{i}", i) for i in range(len(devices))]}
@@ -224,7 +194,7 @@ def _set_shape(action: str, switch: str, devices: Sequence[str], shape: Shape) -
             for interface, i in interfaces:
                 share = shape.shares[i] if shape.shares else 1.0
                 bucket = {"rate": int(share * shape.bandwidth_bps / 8), "burst": BURST_BYTES, "limit": QUEUE_BYTES}
-                space.tc(action, kind="tbf", index=_index(space, interface), handle="2:", **bucket)
+                space.tc("replace", kind="tbf", index=_index(space, interface), handle="2:", **bucket)
 
 
 def _keep(num_devices: int, shape: Shape) -> None:
@@ -242,7 +212,7 @@ def _keep(num_devices: int, shape: Shape) -> None:
         print(json.dumps({"names": [switch, *devices]}), flush=True)
         for line in sys.stdin:
             shape = Shape(**json.loads(line))
-            _set_shape("change", switch, devices, shape)
+            _set_shape(switch, devices, shape)
             if in_user_space:
                 in_user_space.medium = shape
             print(json.dumps({"names": []}), flush=True)
@@ -265,18 +235,15 @@ def _index(space, name: str) -> int:
     raise OSError(f"network interface {name} did not appear: the kernel refused it, or something removed it.")
 
 
-def remove_stale_namespaces() -> list[str]:
-    """Removes namespaces of earlier runs whose process no longer exists; returns their names."""
+def remove_stale_namespaces() -> None:
+    """Removes namespaces of earlier runs whose process no longer exists."""
     from pyroute2 import netns
 
-    removed = []
     for path in Path("/var/run/netns").glob(f"{PREFIX}*"):
         match = re.match(rf"{PREFIX}(\d+)-", path.name)
         if match and not Path("/proc", match[1]).exists():
             with contextlib.suppress(OSError):
                 netns.remove(path.name)
-                removed.append(path.name)
-    return removed
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ All workers of an emulated session share one host and so one clock: `time.perf_c
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ class Arrivals:
         return max(float(self._times[self.FAMILIES.index(family), rank, count % self.NUM_SLOTS]) for rank in ranks)
 
 
+@dataclass(eq=False)
 class Pacer:
     """Observes one device's collectives, sleeps as the device's profile says, and keeps the events.
 
@@ -81,19 +83,16 @@ class Pacer:
     exceeded.
     """
 
-    def __init__(
-        self,
-        segment_s: Sequence[float] | None = None,
-        link_s: Sequence[float] | None = None,
-        arrivals: Arrivals | None = None,
-        rank: int = 0,
-        devices: Sequence[int] = (0,),
-        burns: bool = False,
-    ):
-        assert link_s is None or arrivals is not None, "a modelled transfer starts when the last rank has arrived"
-        self.segment_s, self.link_s = segment_s, link_s
-        self.arrivals, self.rank, self.devices = arrivals, rank, devices
-        self._pass = burn_until if burns else sleep_until
+    segment_s: Sequence[float] | None = None
+    link_s: Sequence[float] | None = None
+    arrivals: Arrivals | None = None
+    rank: int = 0
+    devices: Sequence[int] = (0,)
+    burns: bool = False
+
+    def __post_init__(self):
+        assert self.link_s is None or self.arrivals, "a modelled transfer starts when the last rank has arrived"
+        self._pass = burn_until if self.burns else sleep_until
         self._counts = {"group": 0, "send": 0, "receive": 0}  # over all requests, alike on all ranks
         self.reset()
 
@@ -101,7 +100,7 @@ class Pacer:
         """Forgets the events and sums of earlier requests."""
         self.compute_s = self.overrun_s = self.modelled_s = 0.0
         self.events: list[Event] = []
-        self.launched: list[tuple[str, int, float, int]] = []  # (kind, bytes, when, its count) of this request
+        self.launched: list[tuple[str, float, int]] = []  # (kind, when, its count) of this request
         self._link_free_at: list[float] = []  # on a modelled link: when each group collective has left it
 
     def begin(self) -> None:
@@ -136,7 +135,7 @@ class Pacer:
         count, now = self._counts[family], time.perf_counter()
         if self.arrivals is not None and kind != "receive":
             self.arrivals.write(family, self.devices[self.rank], count, now)
-        self.launched.append((kind, num_bytes, now, count))
+        self.launched.append((kind, now, count))
         self._counts[family] += 1
         return len(self.launched) - 1
 
@@ -163,7 +162,7 @@ class Pacer:
 
         A message from one device to the next begins when its sender launches it.
         """
-        kind, _, launched, count = self.launched[number]
+        kind, launched, count = self.launched[number]
         if kind == "send" or self.arrivals is None:
             return launched
         if kind == "receive":

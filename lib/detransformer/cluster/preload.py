@@ -1,7 +1,7 @@
 """Imported by a host's fork server: loads all that its workers need, and keeps it out of their garbage collections.
 
-A collection writes into every object that it visits, and so copies the pages that a worker shares with the fork server:
-tens of MiB per worker. The model's digests are computed here once; every worker inherits them.
+A collection writes into every object that it visits, and so copies the pages that a worker shares with the fork server.
+The model's digests are computed here once; every worker inherits them.
 """
 
 import contextlib

@@ -7,7 +7,6 @@ is enough. Collectives: a few sizes of each kind, fitted by a latency per ring s
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -87,9 +86,12 @@ def profile_operations(
     finally:
         torch.set_num_threads(threads)
     frame = pd.DataFrame([share.row() for share in shares])
-    is_whole = (frame["strategy"] == WHOLE) & (frame["num_chunks"] == min(num_chunks))
-    whole = frame[is_whole & (frame["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
-    return frame.assign(efficiency=frame["gflops_per_s"] / whole)
+    return frame.assign(efficiency=frame["gflops_per_s"] / _whole_gflops_per_s(frame))
+
+
+def _whole_gflops_per_s(operations: pd.DataFrame) -> float:
+    is_whole = (operations["strategy"] == WHOLE) & (operations["num_chunks"] == 1)
+    return float(operations[is_whole & (operations["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0])
 
 
 class _Share:
@@ -133,28 +135,18 @@ class _Share:
 
 def host_profile(name: str, operations: pd.DataFrame) -> DeviceProfile:
     """This host's rate on a whole layer and the efficiency of its shares, from `profile_operations`."""
-    is_whole = (operations["strategy"] == WHOLE) & (operations["num_chunks"] == 1)
-    rate = 1e9 * operations[is_whole & (operations["tokens"] == CALIBRATION_TOKENS)]["gflops_per_s"].iloc[0]
     memory, source = psutil.virtual_memory().total, "measured: one layer a strategy, one core, fastest round"
-    return DeviceProfile(name, memory, float(rate), source, efficiency=efficiency_rows(operations))
+    rate = 1e9 * _whole_gflops_per_s(operations)
+    return DeviceProfile(name, memory, rate, source, efficiency=efficiency_rows(operations))
 
 
 def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfile, pd.DataFrame]:
-    """Times collectives over the cluster's links at their present rate, and fits them.
+    """Times collectives over the shaped links of two or more devices at their present rate, and fits them.
 
     Returns the fitted profile and the rows it was fitted to: kind, num_bytes (sent per rank), latency_s, fitted_s.
-
-    Raises:
-        ValueError: on a cluster of one device.
     """
-    n = cluster.num_devices
-    if n < 2:
-        raise ValueError(f"num_devices={n} has no link to profile: take at least 2.")
-    if cluster.transport != "namespaces":
-        raise ValueError(
-            "links are modelled here, not measured: a link profile needs network namespaces (run as root)."
-        )
-    rows = []
+    n, rows = cluster.num_devices, []
+    assert n > 1 and cluster.transport == "namespaces", "there is no link to measure"
     for kind, floats in COLLECTIVE_FLOATS.items():
         for share in FIT_SHARES:
             job = dict(kind=kind, num_floats=max(1, int(floats * share)), num_devices=n, repeats=repeats)
@@ -180,18 +172,18 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
     return link, frame.assign(fitted_s=fitted)
 
 
-def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "bert-large")) -> None:
+def save_efficiency() -> None:
     """Measures the efficiency of shares that planner and pacer assume for a device without measurements of its own.
 
     One row per hidden size, strategy, share of the layer, tokens of the request and chunks.
     """
     frames = []
-    for model in models:
+    for model in ("bert-base", "bert-large"):
         config = preset_config(model, 4, 4)
         operations = profile_operations(config, seq_lens=(32, 128, 512))
         frames.append(operations.assign(hidden_size=config.hidden_size))
     made = f"one core of {machine.cpu_model()}, torch {torch.__version__}, {machine.now()[:10]}"
-    with atomic_write(path) as file:
+    with atomic_write(EFFICIENCY) as file:
         file.write(
             "# Rate of a share of a layer over that of the whole original layer of 128 tokens; float32, batch 1,\n"
             f"# weights fresh from memory. Measured on {made},\n"
@@ -201,4 +193,4 @@ def save_efficiency(path: str | Path, models: Sequence[str] = ("bert-base", "ber
 
 
 if __name__ == "__main__":
-    save_efficiency(EFFICIENCY)
+    save_efficiency()

@@ -28,12 +28,9 @@ MAX_ABS_ERROR = 1e-4  # float32 sums in another order move a LayerNormed output 
 MAX_RELATIVE_ERROR = {"bfloat16": 0.01, "int8": 0.04, "int4": 0.5, "means8": 1.0, "vq4": 1.0}
 MAX_STEAL = 0.3  # of the processors, taken by other guests: above it a row says more about them
 # The rate, summed over the devices' links, that two cores shape and move without making collectives late; above it
-# everything is slowed from the start. (At 2 Gbps a link passes its check, but an all_gather takes twice its time.)
+# everything is slowed from the start, although each link would pass its check.
 MAX_TOTAL_BPS = 1e9
-# A core computes a layer, whole or in shares, some seven times faster than a device, and messages take part of its
-# time: four devices on two cores keep up at half their speed, mostly at the first try.
-DEVICES_A_CORE = 1
-USUAL_DEVICE = "rpi4b"  # counts as one device; one twice as fast counts as two
+USUAL_DEVICE = "rpi4b"  # a core computes as much as one, beside its messages; a device twice as fast counts as two
 MIN_CHECK_BYTES = 500_000  # on a slow link a shorter transfer shows latency, not rate
 LINK_CHECK_S, DELAYS_A_CHECK = 0.15, 150  # a check's seconds, and delays: TCP needs some ten to fill a link
 MAX_PACKET_ERROR_MS = 0.5  # deviation from the delay, in the devices' milliseconds
@@ -76,9 +73,12 @@ class Check:
         )
 
 
-def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: int, checks_links: bool) -> Check:
-    """The first self-check of the running `cluster` that passes, or the last of `CHECK_ATTEMPTS` that failed."""
-    scale = cluster.time_scale
+def check_cluster(cluster: EmulatedCluster, bandwidth_mbps: float, num_devices: int, sends: bool) -> Check:
+    """The first self-check of the running `cluster` that passes, or the last of `CHECK_ATTEMPTS` that failed.
+
+    Links are checked if they are real and the devices use them (`sends`).
+    """
+    scale, checks_links = cluster.time_scale, sends and cluster.transport == "namespaces"
     seconds = LINK_CHECK_S + DELAYS_A_CHECK * cluster.delay_s * scale
     num_bytes = max(MIN_CHECK_BYTES, int(bandwidth_mbps * 1e6 / scale * seconds / 8)) if checks_links else 0
     is_delayed = checks_links and cluster.delay_s > 0
@@ -132,14 +132,8 @@ def why_invalid(row: Mapping[str, Any]) -> str:
 
 def first_time_scale(total_bps: float, num_devices: float, num_cores: int) -> float:
     """The power of two by which everything is slowed so that `num_cores` carry the links (`total_bps`) and devices."""
-    needed = max(total_bps / MAX_TOTAL_BPS, num_devices / (DEVICES_A_CORE * num_cores))
+    needed = max(total_bps / MAX_TOTAL_BPS, num_devices / num_cores)
     return 2.0 ** max(0, math.ceil(math.log2(needed)))
-
-
-def stolen_share(before: Any, after: Any) -> float:
-    """Share of processor time between two `psutil.cpu_times()` that a hypervisor gave to others; 0 if unknown."""
-    total = sum(after) - sum(before)
-    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
 
 
 def host_time_scale(

@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from detransformer.cluster.devices import (
-    MAX_DEVICES,
     DeviceError,
     DeviceSpec,
     cluster_profile,
@@ -46,6 +46,7 @@ MESSAGE_S = 120.0  # limit of a message between two devices
 _STORE_PORT = 29500
 
 
+@dataclass(eq=False)
 class EmulatedCluster:
     """`num_devices` devices on a switch; a context manager.
 
@@ -63,48 +64,35 @@ class EmulatedCluster:
         ValueError: for bad arguments, or for a transport or delay that is not possible here.
     """
 
-    def __init__(
-        self,
-        num_devices: int,
-        device: str | DeviceSpec | Sequence[str | DeviceSpec] = "rpi4b",
-        bandwidth_bps: float = 125e6,
-        transport: str = "auto",
-        threads: int = 1,
-        delay_s: float = 0.0,
-        jitter_s: float = 0.0,
-        shared: bool = False,
-        pins: bool = False,
-        home: Mapping[str, str] | None = None,
-    ):
-        if not 1 <= num_devices <= MAX_DEVICES:
-            raise ValueError(
-                f"num_devices={num_devices} is outside 1..{MAX_DEVICES}: choose how many devices to emulate."
-            )
-        if not bandwidth_bps > 0:
-            raise ValueError(f"bandwidth_bps={bandwidth_bps} must be above 0.")
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport={transport!r} is unknown: choose one of {', '.join(TRANSPORTS)}.")
-        self.devices = device_specs(num_devices, device)
-        if not (delay_s >= 0 and jitter_s >= 0):
-            raise ValueError(f"delay_s={delay_s} and jitter_s={jitter_s} must be 0 or above.")
-        if transport != "loopback":
+    num_devices: int
+    device: str | DeviceSpec | Sequence[str | DeviceSpec] = "rpi4b"
+    bandwidth_bps: float = 125e6
+    transport: str = "auto"
+    threads: int = 1
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    shared: bool = False
+    pins: bool = False
+    home: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.transport not in TRANSPORTS:
+            raise ValueError(f"transport={self.transport!r} is unknown: choose one of {', '.join(TRANSPORTS)}.")
+        self.devices = device_specs(self.num_devices, self.device)
+        self.link_shares = link_shares(self.devices)
+        if self.transport != "loopback":
             permitted, why = can_emulate()
-            if not permitted and transport == "namespaces":
+            if not permitted and self.transport == "namespaces":
                 raise ValueError(f"{why}: run as root on Linux, or use transport='loopback'.")
-            transport = "namespaces" if permitted else "loopback"
-        if (delay_s or jitter_s) and transport == "loopback":
+            self.transport = "namespaces" if permitted else "loopback"
+        if (self.delay_s or self.jitter_s) and self.transport == "loopback":
             raise ValueError(
                 "delay and jitter are set on shaped links, and these are modelled: leave them out, "
                 "or use shaped links where network namespaces are permitted."
             )
-        if shared and link_shares(self.devices):
-            raise ValueError("a shared medium has one rate: give no device a link of its own.")
-        self.num_devices, self.bandwidth_bps, self.time_scale = num_devices, bandwidth_bps, 1.0
-        self.transport, self.threads, self.pins = transport, threads, pins
-        self.delay_s, self.jitter_s, self.shared = delay_s, jitter_s, shared
+        self.time_scale = 1.0
         self.folder: Path | None = None  # for files that live as long as the session
         self.fleet: Fleet | None = None
-        self._home = dict(home or {})
         self._network: EmulatedNetwork | None = None
         self._launcher: psutil.Popen | None = None
 
@@ -114,32 +102,22 @@ class EmulatedCluster:
         return f"{describe_devices(self.devices)} (emulated)"
 
     @property
-    def link_shares(self) -> tuple[float, ...]:
-        """Each device's fraction of `bandwidth_bps`; empty if each has all of it."""
-        return link_shares(self.devices)
-
-    @property
     def link(self) -> str:
         """The links' name in table rows: `line-rate` (shaped by the kernel) or `modelled`; `shared` if one medium."""
         return ("shared " if self.shared else "") + ("line-rate" if self.transport == "namespaces" else "modelled")
 
-    def profile(
-        self,
-        config: "PretrainedConfig",
-        link: LinkProfile | None = None,
-        pace: str = "measured",
-        efficiency: Sequence | None = None,
-    ) -> ClusterProfile:
-        """The devices of this cluster and its link at its present rate; arguments as in `cluster_profile`."""
+    def profile(self, config: "PretrainedConfig", link: LinkProfile | None = None) -> ClusterProfile:
+        """The devices of this cluster and its link (measured, or else assumed) at its present rate."""
         where = self.bandwidth_bps, self.delay_s, link
-        return cluster_profile(self.devices, config, *where, pace, efficiency, self.shared)
+        return cluster_profile(self.devices, config, *where, shared=self.shared)
 
     def __enter__(self) -> "EmulatedCluster":
         self.folder = Path(tempfile.mkdtemp(prefix="detransformer-"))
         try:
             if self.transport == "namespaces":
-                how = self.delay_s, self.jitter_s, self.link_shares, self.shared
-                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, *how).__enter__()
+                latency = dict(delay_s=self.delay_s, jitter_s=self.jitter_s)
+                links = dict(shares=self.link_shares, shared=self.shared, **latency)
+                self._network = EmulatedNetwork(self.num_devices, self.bandwidth_bps, **links).__enter__()
             Arrivals(self.folder / "arrivals", self.num_devices, create=True)
             self._start()
         except BaseException:
@@ -179,7 +157,7 @@ class EmulatedCluster:
         }
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
         environment["OPENBLAS_NUM_THREADS"] = "1"  # no thread may exist when it forks
-        command = [sys.executable, "-m", "detransformer.cluster.launcher", json.dumps(job | self._home)]
+        command = [sys.executable, "-m", "detransformer.cluster.launcher", json.dumps(job | dict(self.home))]
         with open(folder / "launcher.log", "wb") as log:
             self._launcher = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         self.fleet.wait(START_TIMEOUT_S)
@@ -189,10 +167,10 @@ class EmulatedCluster:
 
         With time scale k, links and compute are k times slower on the host's clock.
         """
-        self.bandwidth_bps = bandwidth_bps
-        self.time_scale = time_scale
+        self.bandwidth_bps, self.time_scale = bandwidth_bps, time_scale
         if self._network:
-            self._network.set_rate(bandwidth_bps / time_scale, self.delay_s * time_scale, self.jitter_s * time_scale)
+            latency = dict(delay_s=self.delay_s * time_scale, jitter_s=self.jitter_s * time_scale)
+            self._network.set_rate(bandwidth_bps / time_scale, **latency)
 
     def packet_s(self) -> float:
         """Seconds of a packet from the first device to the last, in the devices' time; NaN if links are modelled."""

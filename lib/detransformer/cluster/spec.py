@@ -6,7 +6,6 @@ the key. Imports without torch, since every host of a cluster reads the file fir
 
 import ipaddress
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,20 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, StrictBool, StrictStr, ValidationError
 
-from detransformer.cluster.devices import (
-    BANDWIDTH_LIMITS_MBPS,
-    DEVICES,
-    MAX_DEVICES,
-    DeviceSpec,
-    cluster_profile,
-)
+from detransformer.cluster.devices import BANDWIDTH_LIMITS_MBPS, DEVICES, MAX_DEVICES, DeviceSpec, cluster_profile
 from detransformer.planning.profile import ClusterProfile
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from detransformer.cluster.session import EmulatedCluster
-
 
 Number = Annotated[float, BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)]  # not true
 Bandwidth = Annotated[Number, Field(ge=BANDWIDTH_LIMITS_MBPS[0], le=BANDWIDTH_LIMITS_MBPS[1])]
@@ -122,14 +114,6 @@ class ClusterSpec(_Keys):
         return self.link.bandwidth_mbps * 1e6
 
     @property
-    def delay_s(self) -> float:
-        return self.link.delay_ms / 1e3
-
-    @property
-    def jitter_s(self) -> float:
-        return self.link.jitter_ms / 1e3
-
-    @property
     def port(self) -> int:
         return self.rendezvous.port
 
@@ -158,16 +142,16 @@ class ClusterSpec(_Keys):
         self, config: "PretrainedConfig", pace: str = "measured", bandwidth_bps: float | None = None
     ) -> ClusterProfile:
         """The profile of devices and links for a model of `config`; `bandwidth_bps` replaces the file's."""
-        where = bandwidth_bps or self.bandwidth_bps, self.delay_s
-        return cluster_profile(self.device_specs, config, *where, pace=pace, shared=self.link.shared)
+        link = dict(delay_s=self.link.delay_ms / 1e3, shared=self.link.shared)
+        return cluster_profile(self.device_specs, config, bandwidth_bps or self.bandwidth_bps, pace=pace, **link)
 
     def emulate(self, **overrides) -> "EmulatedCluster":
         """This cluster, real or not, emulated on one machine; `overrides` are arguments of `EmulatedCluster`."""
         from detransformer.cluster.session import EmulatedCluster
 
-        links = dict(bandwidth_bps=self.bandwidth_bps, delay_s=self.delay_s, jitter_s=self.jitter_s)
-        links["shared"] = self.link.shared
-        return EmulatedCluster(len(self.members), self.device_specs, **links | overrides)
+        links = dict(delay_s=self.link.delay_ms / 1e3, jitter_s=self.link.jitter_ms / 1e3, shared=self.link.shared)
+        links["bandwidth_bps"] = self.bandwidth_bps
+        return EmulatedCluster(len(self.devices), self.device_specs, **links | overrides)
 
     def _wrong(self) -> str:
         """A fault that no single field shows, such as a device without name or address, or listed twice; else empty."""
@@ -188,7 +172,8 @@ class ClusterSpec(_Keys):
             for j, other in enumerate(self.members[:i]):
                 if self.members[i].name == other.name:
                     return f"devices[{i}].name {other.name} is that of devices[{j}] too; give its own"
-                if device.address and device.address == other.address and not _is_loopback(device.address):
+                is_loopback = device.address == "localhost" or device.address.startswith("127.")
+                if device.address and device.address == other.address and not is_loopback:
                     return f"devices[{i}].address {other.address} is that of device {other.name} too; give its own"
         return ""
 
@@ -229,7 +214,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _read_yaml(path: Path) -> Mapping | Any:
+def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
@@ -250,7 +235,3 @@ def _is_address(text: str) -> bool:
     except ValueError:
         numbers_alone = re.fullmatch(r"[\d.]+", text)
         return not numbers_alone and bool(re.fullmatch(r"\w([\w.-]*\w)?", text, re.ASCII))  # _ as in Docker's names
-
-
-def _is_loopback(address: str) -> bool:
-    return address == "localhost" or address.startswith("127.")

@@ -1,4 +1,4 @@
-"""A worker's cache between jobs: its groups, and each model's weights, executors and modelled segments."""
+"""A worker's cache between jobs: its groups, and each model's weights and executors."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
@@ -38,14 +39,10 @@ class Loaded:
     own_bytes: int | None  # resident before loading: the interpreter and its libraries
     peak_above: int | None = None  # largest resident size since then, above `own_bytes`
     runners: dict[Any, Any] = field(default_factory=dict)  # executor by plan, generator by its two plans
-    _modelled: dict[tuple, list] = field(default_factory=dict)
 
     def compute(self, plan: Plan, rank: int, seq_len: int, batch_size: int, past: int = 0) -> list[list[Compute]]:
         """The compute steps of `rank` in a request, per segment between starts and waits, from the executor's tape."""
-        key = ("compute", plan, seq_len, batch_size, past)
-        if key not in self._modelled:
-            self._modelled[key] = segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
-        return self._modelled[key]
+        return segments(device_steps(self.config, plan, rank, seq_len, batch_size, past))
 
     def pace(
         self, plan: Plan, rank: int, device: dict | None, link: dict | None, time_scale: float, *request: int
@@ -63,10 +60,7 @@ class Loaded:
             segment_s = [time_scale * sum(compute_seconds(step, profile) for step in part) for part in parts]
         if link is not None:
             known = from_json(LinkProfile, link)
-            key = ("links", plan, known.bandwidth_bps, *request)
-            if key not in self._modelled:
-                self._modelled[key] = launched_seconds(self.config, plan, rank, known, *request)
-            link_s = [time_scale * seconds for seconds in self._modelled[key]]
+            link_s = [time_scale * seconds for seconds in launched_seconds(self.config, plan, rank, known, *request)]
         return segment_s, link_s
 
 
@@ -75,7 +69,6 @@ class WorkerState:
     """A worker's place in the cluster, its groups by their ranks, and its models."""
 
     rank: int
-    num_ranks: int
     interface: str  # network interface of the collectives
     groups: dict[tuple[int, ...], dist.ProcessGroup]
     timeout: timedelta  # of a message in these groups
@@ -111,11 +104,7 @@ class WorkerState:
 
     def sent_bytes(self) -> int:
         """Bytes that the kernel has sent on this device's interface."""
-        for line in Path("/proc/self/net/dev").read_text().splitlines():
-            name, _, numbers = line.partition(":")
-            if name.strip() == self.interface:
-                return int(numbers.split()[8])
-        return 0
+        return psutil.net_io_counters(pernic=True, nowrap=False)[self.interface].bytes_sent
 
     def load(self, checkpoint: str, plans: Sequence[dict], dtype: str, keep_models: int = 0) -> Loaded:
         """The model in the folder `checkpoint` for `plans`, loaded if it is new.

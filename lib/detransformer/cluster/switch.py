@@ -2,8 +2,8 @@
 
 The kernel's bridge can do neither without netem. This switch takes each frame from the port where it arrived, holds it,
 and writes it to the port of its destination, where the kernel's token bucket shapes it as on a bridge. A shared medium
-(a hub, Wi-Fi) sends one frame at a time from all senders: all traffic together has the rate. A frame costs some 15
-microseconds of processor time here, so fast links need a larger time scale, which the self-check finds.
+(a hub, Wi-Fi) sends one frame at a time from all senders: all traffic together has the rate. Each frame costs processor
+time here, so fast links need a larger time scale, which the self-check finds.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 MAX_FRAME_BYTES = 2**16
 FRAMES_AT_ONCE = 64  # from one port, before others have their turn
@@ -28,13 +28,28 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE, _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 32, 33,
 _ETH_P_ALL, _SIOCETHTOOL, _ETHTOOL_STXCSUM = 3, 0x8946, 0x17
 
 
-class Medium(Protocol):
-    """The rate and delay, read anew for each frame: a `network.Shape`."""
+@dataclass(frozen=True)
+class Shape:
+    """The rate and delay of an emulated network's links.
+
+    Args:
+        bandwidth_bps: of each link, in each direction.
+        delay_s: one way, between any two devices.
+        jitter_s: largest deviation of a packet's delay, which can reorder packets.
+        shares: each link's fraction of the rate, one per device; empty: each has all of it.
+        shared: one medium, on which the devices take turns: all their traffic together has the rate.
+    """
 
     bandwidth_bps: float
-    delay_s: float
-    jitter_s: float
-    shared: bool
+    delay_s: float = 0.0
+    jitter_s: float = 0.0
+    shares: Sequence[float] = ()
+    shared: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernel's bridge suffices."""
+        return not (self.delay_s or self.jitter_s or self.shared)
 
 
 class Switch:
@@ -42,11 +57,11 @@ class Switch:
 
     Args:
         interfaces: their names; none is on a bridge.
-        medium: replace the attribute to change it.
+        medium: read anew for each frame; replace the attribute to change it.
         queue_bytes: limit of the queue for a shared medium; more is dropped.
     """
 
-    def __init__(self, interfaces: Sequence[str], medium: Medium, queue_bytes: int):
+    def __init__(self, interfaces: Sequence[str], medium: Shape, queue_bytes: int):
         self.medium, self.queue_bytes = medium, queue_bytes
         self.ports = [_open(name) for name in interfaces]
         self._port_of: dict[bytes, socket.socket] = {}  # by Ethernet address, learned from senders
@@ -101,11 +116,11 @@ def _open(interface: str) -> socket.socket:
     return port
 
 
-def finish_checksums(interface: str) -> None:
-    """Makes the kernel finish each packet before it leaves `interface`, since the switch forwards frames unchanged.
+def set_checksums(interface: str, on: bool) -> None:
+    """Whether the kernel finishes each packet before it leaves `interface`, for a switch that forwards it unchanged.
 
     Otherwise it marks a packet as needing no checksum and no segmentation by the far end of a cable.
     """
-    order = ctypes.create_string_buffer(struct.pack("II", _ETHTOOL_STXCSUM, 0), 8)
+    order = ctypes.create_string_buffer(struct.pack("II", _ETHTOOL_STXCSUM, int(not on)), 8)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCETHTOOL, struct.pack("16sP", interface.encode(), ctypes.addressof(order)))

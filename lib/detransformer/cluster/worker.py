@@ -99,7 +99,7 @@ def join(job: Mapping[str, Any], device: int, order: Mapping[str, Any]) -> Worke
     warm_up_libraries()
     arrivals = Arrivals(job["arrivals"], num_ranks) if job.get("arrivals") else None
     home = {**job, "group": devices}
-    return WorkerState(rank, num_ranks, job["interface"], groups, wait, arrivals=arrivals, device=device, home=home)
+    return WorkerState(rank, job["interface"], groups, wait, arrivals=arrivals, device=device, home=home)
 
 
 def bound_store(where: str, num_processes: int | None, keeps: bool, wait: timedelta) -> dist.TCPStore:

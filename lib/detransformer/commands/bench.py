@@ -70,7 +70,7 @@ def bench(
         raise ValueError(f"{num_devices} devices are more than the {MAX_EMULATED} that a bench emulates.")
     mbps = bandwidths_of(bandwidth, spec)
 
-    from detransformer.cluster.bench import Bench, measure_grid
+    from detransformer.cluster.bench import Bench, measure_grid, timelines
     from detransformer.cluster.session import EmulatedCluster
     from detransformer.files import atomic_write
 
@@ -97,11 +97,15 @@ def bench(
     planned = Bench(emulated, time_scale=time_scale, memory_budget_bytes=options.in_bytes(memory))
     for cell in cells:
         planned.case(cell)  # raises for what does not fit
+    measured = f"{output}.rows.json" if output else None  # until the CSV is written
     with emulated:
-        rows = measure_grid(planned, cells, f"{output}.rows.json" if output else None, timeline=timeline)
-    if output:
-        with atomic_write(output) as file:
-            rows.to_csv(file, index=False)
+        rows = measure_grid(planned, cells, measured)
+    for path, table in ((timeline, timelines(rows)), (output, rows.drop(columns="timeline"))):
+        if path:
+            with atomic_write(path) as file:
+                table.to_csv(file, index=False)
+    if measured:
+        Path(measured).unlink()
     print(
         f"\n{model} on {on_devices(emulated.devices)} (emulated), {emulated.link} link, seq {seq_len}, "
         f"batch {batch_size}, median of {repeats}\n"
