@@ -1,6 +1,8 @@
 """Shared fixtures: small models on disk and a cluster of real processes over loopback."""
 
 import signal
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,6 +66,23 @@ def cases(tmp_path_factory) -> dict[str, Case]:
         "decoupled": Case(folder / "decoupled", decouple(bert, num_original_layers=2, num_divisions=4)),
         "narrow": Case(folder / "narrow", decouple(bert, 2, 4, attention_width="narrow")),
     }
+
+
+def random_model(kind: type, config, std: float = 0.2):
+    """A model of `kind` whose weights are random, the same each time, and large enough to matter."""
+    torch.manual_seed(3)
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float, seen: Callable[[], object] = lambda: "") -> None:
+    """Returns once `condition` holds; fails after `timeout_s` and shows what was `seen`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, seen()
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 The front needs no torch for them: the first device's worker plans and reports, and all workers answer.
 """
 
+import contextlib
 import functools
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +39,6 @@ from detransformer.planning.profile import ClusterProfile, DeviceProfile
 from detransformer.typed_json import from_json
 
 JOBS = {"run_plan": run_plan, "generate": generate}
-PLANS = ("plan", "prefill", "decode")  # their arguments that are plans
 KEPT = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # fields of a sample; only a timeline needs the rest
 
 
@@ -70,24 +69,23 @@ def _opened(cluster: str, model: str) -> tuple[ClusterSpec, Checkpoint, ClusterP
 def plan(
     state: WorkerState,
     request: Mapping[str, Any],
-    devices: Sequence[int],
     seq_len: int | None = None,
     slower: Mapping[str, float] | None = None,
 ) -> dict:
-    """Plans how `devices` of the cluster file answer a request.
+    """Plans how the devices of the group answer a request.
 
     Args:
         seq_len: the length that a service plans for; None: that of the request's text.
-        slower: device -> factor by which it is slower than its profile at present.
+        slower: device (in JSON a string) -> factor by which it is slower than its profile at present.
 
     Returns:
-        `op` and `job` with ranks of the group, `last` (the device that has the result), words on the plan, and the
+        `op` and `job` (with ranks of the group), `last` (the device that has the result), words on the plan, and the
         request's inputs as `tensors`. Or a sentence why there is no plan: `postponed` if all devices of the file
         together could answer, else `refused`.
     """
     asked, folder = from_json(Request, request), state.home["model"]
     _, checkpoint, whole = _opened(state.home["cluster"], folder)
-    config, inputs = checkpoint.config, None
+    config, inputs, devices = checkpoint.config, None, state.home["group"]
     if seq_len is not None:
         limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
         inputs = {"input_ids": torch.zeros(1, max(1, min(seq_len, limit)), dtype=torch.int64)}
@@ -96,25 +94,16 @@ def plan(
     try:
         prepared = prepare(asked, folder, config, profile, inputs)
     except ValueError as error:
-        why = "refused"
         if len(devices) < len(whole.devices):
-            try:
+            with contextlib.suppress(ValueError):
                 prepare(asked, folder, config, whole, inputs)
-                why = "postponed"
-            except ValueError:
-                pass
-        return {why: str(error)}
+                return {"postponed": str(error)}
+        return {"refused": str(error)}
     state.kept["prepared"] = prepared, asked, config
-    ranks = {device: rank for rank, device in enumerate(sorted(state.home["group"]))}
-    job = dict(prepared.job)
-    for name in job.keys() & set(PLANS):
-        made = Plan.from_dict(job[name])
-        job[name] = replace(made, devices=tuple(ranks[devices[i]] for i in made.device_ids)).to_dict()
     return {
         "op": prepared.op,
-        "job": job,
+        "job": prepared.job,
         "last": devices[prepared.plan.device_ids[-1]],
-        "method": prepared.plan.method,
         "busy": [devices[i] for i in prepared.plan.device_ids],
         "parts": [own_part(prepared.plan, rank) for rank in range(len(devices))],
         "tensors": prepared.inputs,
@@ -239,8 +228,8 @@ def answer(
 ) -> dict:
     """Computes this device's part of a request; on the device `last`, `tensors` are the outputs.
 
-    `paced`: compute takes as long as on the cluster file's device; `modelled_link`: messages do, too. `expected_s` and
-    `spent_s` are the seconds of compute by the device's profile and as measured; NaN if the device has no part, and for
+    `paced`: compute takes as long as on the cluster file's device; `modelled_link`: messages do, too. `compute_s` are
+    the seconds of compute as measured and by the device's profile; None if the device computes nothing, and for
     generated text.
     """
     _, _, profile = _opened(state.home["cluster"], state.home["model"])
@@ -255,7 +244,7 @@ def answer(
         time_scale=time_scale,
         **job,
     )
-    spent_s = expected_s = math.nan
+    compute_s = None
     if record and op == "run_plan":
         made, sample = Plan.from_dict(job["plan"]), record["samples"][-1]
         batch_size, seq_len = inputs["input_ids"].shape
@@ -263,10 +252,11 @@ def answer(
         parts = loaded.compute(made, made.device_ids.index(state.rank), seq_len, batch_size)
         expected_s = sum(compute_seconds(step, own) for part in parts for step in part)
         computed_s = sum(stop - start for what, start, stop in sample["events"] if what == "compute")
-        spent_s = computed_s / time_scale + sample["overrun_s"]
+        if expected_s:
+            compute_s = computed_s / time_scale + sample["overrun_s"], expected_s
         record["samples"] = [{name: sample[name] for name in KEPT} for sample in record["samples"]]
     tensors = outputs if state.device == last else {}
-    return {"record": record, "spent_s": spent_s, "expected_s": expected_s, "tensors": tensors}
+    return {"record": record, "compute_s": compute_s, "tensors": tensors}
 
 
 # --- Reporting ---------------------------------------------------------------------------------------------------

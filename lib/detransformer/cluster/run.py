@@ -36,8 +36,7 @@ def ask(
         DeviceError: if a worker is lost or fails, or the output differs from the single device's.
     """
     everyone = range(len(fleet.names))
-    asked = {"request": asdict(request), "devices": list(everyone)}
-    plan, inputs = fleet.run(f"{ANSWERING}:plan", asked, devices=[0])[0]
+    plan, inputs = fleet.run(f"{ANSWERING}:plan", {"request": asdict(request)}, devices=[0])[0]
     if "refused" in plan:
         raise ValueError(plan["refused"])
     names = [name.partition(" (")[0] for name in fleet.names]

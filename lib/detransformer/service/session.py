@@ -9,7 +9,7 @@ import json
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -88,14 +88,13 @@ class Session:
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._waiting = Waiting(max_waiting, max_batch)
         self.counts = self._waiting.counts
-        self.methods: Counter[str] = Counter()  # of the batches
         self.seconds: deque[float] = deque(maxlen=KEPT_SECONDS)  # from asking to the answer
         self._on_event = on_event
         self._stop = threading.Event()
         self._seq_len = seq_len
         self._plans: dict[str, Mapping] = {}  # of the serving group, by request
         self._group, self._number = (), 0  # the devices that serve, or did last, and their group's number
-        self._patience, self._speeds = Patience(), Speeds(len(spec.members))
+        self._patience, self._speeds = Patience(), Speeds()
         self._slow_since = 0.0
         self._short = False  # whether requests wait for devices that are away
         self._thread: threading.Thread | None = None
@@ -110,11 +109,9 @@ class Session:
             self.hosts.start()
             self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
-            deadline = time.monotonic() + START_S
-            while not self.serving:
-                if time.monotonic() > deadline:
+            with self.fleet.changed:
+                if not self.fleet.changed.wait_for(lambda: self.serving, START_S):
                     raise Unanswered(f"the devices did not start within {START_S:.0f} s: {self.hosts.last_words()}")
-                time.sleep(0.05)
         except BaseException:
             self.close()
             raise
@@ -171,12 +168,9 @@ class Session:
 
     def wait_for_all(self, timeout_s: float = 60.0) -> bool:
         """Waits until all devices of the cluster serve; returns whether they do."""
-        deadline = time.monotonic() + timeout_s
-        while not (self.serving and len(self.present) == len(self.spec.members)):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
+        with self.fleet.changed:
+            everyone = len(self.spec.members)
+            return self.fleet.changed.wait_for(lambda: self.serving and len(self.present) == everyone, timeout_s)
 
     @property
     def num_waiting(self) -> int:
@@ -209,7 +203,7 @@ class Session:
             number, group = self.fleet.number, self.fleet.devices
             if group and number != self._number:
                 self._number, self._group, self._short = number, group, False
-                self._speeds = Speeds(len(self.spec.members))
+                self._speeds = Speeds()
                 self._plan_anew()
             if group and not self._short:
                 if batch := self._waiting.take():
@@ -249,13 +243,12 @@ class Session:
                 asked.attempts -= 1  # this was no attempt
             return self._say("short", f"requests wait for the devices that are away: {plan['postponed']}", ())
         self.counts["batches"] += 1
-        self.methods[plan.get("method", "refused")] += 1
         if "refused" in plan:
             for asked in batch:
                 asked.settle(error=ValueError(plan["refused"]))
             return None
         inputs = join_rows([asked.inputs for asked in batch], left)
-        kind, num_tokens = json.dumps(plan["job"], sort_keys=True), inputs["input_ids"].numel()
+        kind, num_tokens = json.dumps(plan["job"]), inputs["input_ids"].numel()
         told = {name: plan[name] for name in ("op", "job", "last")}
         told |= {name: self.hosts.job[name] for name in ("paced", "time_scale")}
         if left:
@@ -268,7 +261,7 @@ class Session:
         share = outputs["tokens"].shape[1] / batch[0].request.max_new_tokens if left else 1  # it may have ended early
         self._patience.took(kind, num_tokens, took_s / share)
         self.seconds.extend(self._waiting.settle(batch, outputs, left, took_s))
-        self._compare_speeds(took_s, {device: result for device, (result, _) in answers.items()})
+        self._compare_speeds(took_s, {device: result["compute_s"] for device, (result, _) in answers.items()})
         return None
 
     def _how_to_generate(self, batch: list[Asked]) -> dict:
@@ -295,14 +288,13 @@ class Session:
         if len(self._group) < len(self.spec.members):
             request = replace(request, plan=None)
         asked = asdict(request)
-        key = json.dumps(asked, sort_keys=True)
+        key = json.dumps(asked)
         if key not in self._plans:
-            slower = {str(device): factor for device, factor in enumerate(self._speeds.factors)}
-            told = {"request": asked, "devices": self._group, "seq_len": self._seq_len, "slower": slower}
+            told = {"request": asked, "seq_len": self._seq_len, "slower": self._speeds.factors}
             options = dict(devices=[0], number=self._number, meanwhile=self._waiting.drop_expired)
             (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, **options)[0]
-            if plan.get("op") == "run_plan":  # the first requests warm workers up
-                plan["job"] |= {"warmup": 0, "repeats": 1}
+            if plan.get("op") == "run_plan":
+                plan["job"]["warmup"] = 0  # the first requests warm workers up
             self._plans[key] = plan
         return self._plans[key]
 
@@ -310,16 +302,13 @@ class Session:
         self._plans.clear()
         self._patience = Patience()
 
-    def _compare_speeds(self, batch_s: float, results: Mapping[int, Mapping]) -> None:
+    def _compare_speeds(self, batch_s: float, compute_s: Mapping[int, Sequence[float] | None]) -> None:
         """Replans if a device has become slow, and tries it again after a while."""
-        spent, expected = [float("nan")] * len(self.spec.members), [float("nan")] * len(self.spec.members)
-        for device, result in results.items():
-            spent[device], expected[device] = result["spent_s"], result["expected_s"]
-        changed = self._speeds.observe(batch_s, spent, expected)
+        changed = self._speeds.observe(batch_s, {device: times for device, times in compute_s.items() if times})
         if any(factor > 1 for factor in changed.values()):
             self._slow_since = time.monotonic()
-        elif max(self._speeds.factors) > 1 and time.monotonic() - self._slow_since > TRY_AGAIN_S:
-            changed = dict.fromkeys(self._speeds.forget(), 1.0)
+        elif time.monotonic() - self._slow_since > TRY_AGAIN_S:
+            changed |= dict.fromkeys(self._speeds.forget(), 1.0)
         for device, factor in changed.items():
             name = self.spec.names[device]
             words = f"takes {factor:.1f} times as long as usual" if factor > 1 else "is planned for as usual again"

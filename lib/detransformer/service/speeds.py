@@ -5,10 +5,9 @@ own usual ratio and with the other devices' change. One delayed batch does not m
 device that stalls now and then, which a median would miss if batches are too short to be hit each time.
 """
 
-import math
 import statistics
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping
 
 BATCHES, WINDOW_S = 3, 2.0  # a window has at least so many batches and seconds
 IGNORED = 2  # first batches of a device: they do work that happens only once
@@ -22,32 +21,28 @@ FIRST_S = 600.0
 
 
 class Speeds:
-    """`factors`: how many times slower than usual each device is, 1 if it is not; by device number, from 0."""
+    """`factors`: how many times slower than usual a device is, for devices that are slow."""
 
-    def __init__(self, num_devices: int):
-        self.factors = [1.0] * num_devices
-        self._windows = [Window() for _ in range(num_devices)]
-        self._usual: list[float | None] = [None] * num_devices
+    def __init__(self) -> None:
+        self.factors: dict[int, float] = {}
+        self._windows: defaultdict[int, Window] = defaultdict(Window)
+        self._usual: dict[int, float] = {}
 
-    def observe(self, batch_s: float, spent_s: Sequence[float], expected_s: Sequence[float]) -> dict[int, float]:
-        """Takes in a batch: its seconds, and each device's seconds of compute, as measured and as the profile predicts.
-
-        Devices without a part in the batch have NaN.
+    def observe(self, batch_s: float, compute_s: Mapping[int, tuple[float, float]]) -> dict[int, float]:
+        """Takes in a batch: its seconds, and by device its seconds of compute, measured and by the profile.
 
         Returns:
-            device -> new factor, for devices that have become slow or are as usual again.
+            device -> new factor, for devices that have become slow, and 1 for those that are as usual again.
         """
-        for device, (spent, expected) in enumerate(zip(spent_s, expected_s, strict=True)):
-            if math.isnan(spent) or not expected:
-                continue
+        for device, (spent, expected) in compute_s.items():
             window = self._windows[device]
             window.add(batch_s, spent, expected)
-            if self._usual[device] is None and window.full:
-                self._usual[device] = window.ratio
+            if window.full:
+                self._usual.setdefault(device, window.ratio)
         now = {
             device: self._windows[device].ratio / usual
-            for device, usual in enumerate(self._usual)
-            if usual and self._windows[device].full
+            for device, usual in self._usual.items()
+            if self._windows[device].full
         }
         changed = {}
         for device, own in now.items():
@@ -55,16 +50,19 @@ class Speeds:
             if not others:
                 continue
             factor = own / statistics.median(others)
-            if (self.factors[device] == 1 and factor > SLOW) or (self.factors[device] > 1 and factor < USUAL):
-                self.factors[device] = changed[device] = factor if factor > SLOW else 1.0
+            if device not in self.factors and factor > SLOW:
+                self.factors[device] = changed[device] = factor
+            elif device in self.factors and factor < USUAL:
+                del self.factors[device]
+                changed[device] = 1.0
         return changed
 
     def forget(self) -> list[int]:
         """Makes slow devices count as usual, so that they are tried again; returns them."""
-        slow = [device for device, factor in enumerate(self.factors) if factor > 1]
+        slow = list(self.factors)
+        self.factors.clear()
         for device in slow:
-            self.factors[device] = 1.0
-            self._windows[device] = Window()
+            del self._windows[device]
         return slow
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from detransformer.cluster.request import Request
 from detransformer.parallel.draw import Sampling
@@ -174,17 +175,11 @@ class Waiting:
 
 def join_rows(parts: list[dict[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
     """Joins inputs [B, T] of several requests, padded to the longest with mask 0 (`left`: before the tokens)."""
-    length = max(part["input_ids"].shape[1] for part in parts)
     joined = {}
     for name in EXAMPLES:
-        if not any(name in part for part in parts):
-            continue
-        rows = []
-        for part in parts:
-            tensor = part.get(name, torch.zeros_like(part["input_ids"]))
-            missing = length - tensor.shape[1]
-            rows.append(torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing)))
-        joined[name] = torch.cat(rows)
+        if any(name in part for part in parts):
+            rows = [row for part in parts for row in part.get(name, torch.zeros_like(part["input_ids"]))]
+            joined[name] = pad_sequence(rows, batch_first=True, padding_side="left" if left else "right")
     return joined
 
 
