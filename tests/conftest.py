@@ -3,11 +3,12 @@
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
 
@@ -75,6 +76,13 @@ def random_model(kind: type, config, std: float = 0.2):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return model
+
+
+def save_with_words(model, words: list[str], folder: Path) -> None:
+    """Saves a model, and a tokenizer that knows these words."""
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, seen: Callable[[], object] = lambda: "") -> None:

@@ -17,7 +17,7 @@ from detransformer.cluster.roster import join_words
 from detransformer.cluster.worker import blame, resolve
 
 NAMES = ["a (10.0.0.1)", "b (10.0.0.2)", "c (10.0.0.3)"]
-FACTS = dict(devices="d", versions="v", config="c", weights_bytes=1, weights="w")
+FACTS = dict(devices="d", versions="v", config="c", weights="w")
 
 
 class Ended(Exception):

@@ -26,20 +26,19 @@ MONITOR_S = 0.1
 
 
 def main() -> None:
-    """The process that `hosts` starts; arguments: the job's file and the device."""
+    """The process that `hosts` starts; arguments: the job's file, the device, and this host's folder of the model."""
     die_with_parent()
-    path, device = sys.argv[1], int(sys.argv[2])
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    job["model"] = job["models"].get(str(device), job["model"])
+    path, device, model = sys.argv[1:]
+    job = json.loads(Path(path).read_text(encoding="utf-8")) | {"model": model}
     os.environ |= {
         "OMP_NUM_THREADS": str(job["threads"] or os.cpu_count()),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # the agent then reads no ranks from a store
-        "DETRANSFORMER_PRELOADED_MODEL": job["model"],
+        "DETRANSFORMER_PRELOADED_MODEL": model,
     }
     multiprocessing.set_forkserver_preload(["detransformer.cluster.preload"])
     forkserver.ensure_running()  # it imports while this process does
-    keep(job, device)
+    keep(job, int(device))
 
 
 def keep(job: dict, device: int) -> None:

@@ -44,14 +44,13 @@ KEPT = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # fields of a sam
 
 @dataclass(frozen=True)
 class Prepared:
-    """A planned request: the job `op` (of `JOBS`) with the arguments `job` (JSON), on the tensors `inputs`.
+    """A planned request: the job `op` (of `JOBS`) with the arguments `job` (JSON).
 
     `notes` are sentences about the plan, such as which devices it leaves out.
     """
 
     op: str
     job: dict
-    inputs: dict[str, torch.Tensor]
     plan: Plan
     predicted_s: float
     notes: tuple[str, ...] = ()
@@ -85,28 +84,31 @@ def plan(
     """
     asked, folder = from_json(Request, request), state.home["model"]
     _, checkpoint, whole = _opened(state.home["cluster"], folder)
-    config, inputs, devices = checkpoint.config, None, state.home["group"]
-    if seq_len is not None:
-        limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
-        inputs = {"input_ids": torch.zeros(1, max(1, min(seq_len, limit)), dtype=torch.int64)}
+    config, inputs, devices = checkpoint.config, {}, state.home["group"]
     slowed = [_slowed(whole.devices[d], (slower or {}).get(str(d), 1.0)) for d in devices]
     profile = replace(whole.of(devices), devices=tuple(slowed))
+    if seq_len is not None:
+        limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
+        shape = 1, max(1, min(seq_len, limit))
     try:
-        prepared = prepare(asked, folder, config, profile, inputs)
+        if seq_len is None:
+            inputs = inputs_of(asked, folder, config)
+            shape = inputs["input_ids"].shape
+        prepared = prepare(asked, config, profile, *shape)
     except ValueError as error:
         if len(devices) < len(whole.devices):
             with contextlib.suppress(ValueError):
-                prepare(asked, folder, config, whole, inputs)
+                prepare(asked, config, whole, *shape)
                 return {"postponed": str(error)}
         return {"refused": str(error)}
-    state.kept["prepared"] = prepared, asked, config
+    state.kept["prepared"] = prepared, asked, inputs, config
     return {
         "op": prepared.op,
         "job": prepared.job,
         "last": devices[prepared.plan.device_ids[-1]],
         "busy": [devices[i] for i in prepared.plan.device_ids],
         "parts": [own_part(prepared.plan, rank) for rank in range(len(devices))],
-        "tensors": prepared.inputs,
+        "tensors": inputs,
     }
 
 
@@ -116,24 +118,18 @@ def _slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
 
 
 def prepare(
-    request: Request,
-    folder: str,
-    config: PretrainedConfig,
-    profile: ClusterProfile,
-    inputs: dict[str, torch.Tensor] | None = None,
+    request: Request, config: PretrainedConfig, profile: ClusterProfile, batch_size: int, seq_len: int
 ) -> Prepared:
-    """Tokenizes `request` (unless `inputs` are given) and plans it for the model in `folder` on `profile`.
+    """Plans `request` for a model on the devices of `profile`.
 
     Raises:
-        ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit the model or devices.
+        ValueError: for a plan that does not fit the model or devices.
     """
-    inputs = inputs_of(request, folder, config) if inputs is None else inputs
-    batch_size, seq_len = inputs["input_ids"].shape
     if not generates(config):
         chosen, notes = plan_of(request, config, profile, batch_size, seq_len)
         predicted_s = predict(config, chosen, profile, seq_len, batch_size).latency_s
         job = {"plan": chosen.to_dict(), "repeats": request.repeats}
-        return Prepared("run_plan", job, inputs, chosen, predicted_s, notes)
+        return Prepared("run_plan", job, chosen, predicted_s, notes)
     if request.wires != ("float32",):
         raise ValueError("a GPT-2 is run with --wire float32: leave that option out.")
     new, budget = request.max_new_tokens, request.memory_budget_bytes
@@ -144,7 +140,7 @@ def prepare(
         check_generation(config, chosen, chosen)
         best = price_generation(config, chosen, chosen, profile, seq_len, new, batch_size)
     job = {"prefill": best.prefill.to_dict(), "decode": best.decode.to_dict(), "max_new_tokens": new}
-    return Prepared("generate", job, inputs, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
+    return Prepared("generate", job, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
 
 
 def inputs_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
@@ -173,7 +169,7 @@ def plan_of(
     Raises:
         ValueError: for a plan that does not fit the model or the devices.
     """
-    common = dict(memory_budget_bytes=request.memory_budget_bytes)
+    budget = request.memory_budget_bytes
     if request.plan is not None:
         try:
             given = Plan.from_dict(request.plan)
@@ -187,7 +183,7 @@ def plan_of(
             )
         return given, ()
     if request.method == "auto":
-        placement = place_freely(config, profile, seq_len, batch_size, wires=request.wires, **common)
+        placement = place_freely(config, profile, seq_len, batch_size, memory_budget_bytes=budget, wires=request.wires)
         method = "bp+auto" if "decoupled" in layer_kinds(config) else "auto"
         best = placement.plan if placement.plan.num_devices == 1 else replace(placement.plan, method=method)
         return best, placement.left_out
@@ -195,7 +191,8 @@ def plan_of(
     (wire, *more) = request.wires
     if more:
         raise ValueError(f"--wire names several formats to choose from, and {request.method} takes one: give one.")
-    return place(config, profile, seq_len, batch_size, methods=methods, wire=wire, **common).plan, ()
+    chosen = place(config, profile, seq_len, batch_size, memory_budget_bytes=budget, methods=methods, wire=wire)
+    return chosen.plan, ()
 
 
 def own_part(plan: Plan, rank: int) -> str:
@@ -269,13 +266,13 @@ def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mappin
         results: the records of `answer`, one per device of the cluster file.
         inputs: the devices' outputs.
     """
-    prepared, request, config = state.kept["prepared"]
+    prepared, request, asked, config = state.kept["prepared"]
     plan, folder, outputs, task = prepared.plan, state.home["model"], dict(inputs), task_of(config)
     spec, checkpoint, _ = _opened(state.home["cluster"], folder)
     names = spec.names
     taking_part = {name: result for name, result in zip(names, results, strict=True) if result is not None}
-    found, fields = read_outputs(folder, config, prepared.inputs, outputs, request.text, request.context)
-    batch_size, seq_len = prepared.inputs["input_ids"].shape
+    found, fields = read_outputs(folder, config, asked, outputs, request.text, request.context)
+    batch_size, seq_len = asked["input_ids"].shape
     timed, times = (_generation_times if task == "generation" else _times)(request, prepared, taking_part)
     weights = {name: result["weights_bytes"] for name, result in taking_part.items()}
     lines = [
@@ -300,7 +297,7 @@ def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mappin
         **times,
     }
     if request.check:
-        expected = single_device_outputs(folder, config, prepared.inputs, request.max_new_tokens)
+        expected = single_device_outputs(folder, config, asked, request.max_new_tokens)
         record["check"], words = compare(outputs, expected, plan.wire)
         lines.append(words)
     return {"lines": lines, "record": record}

@@ -115,7 +115,7 @@ class Hosts:
     Args:
         own: this host's device in the file; None: all devices are emulated here, each in a namespace.
         interface: network interface of this host's collectives.
-        secret: shared by all hosts; made here if all devices are emulated.
+        secret: shared by all real hosts; emulated devices get a new one.
         stays: restart workers and agents that have ended, for a service.
         time_scale: factor by which emulated links and devices are slower.
         paced: emulated devices compute no faster than their presets; else as fast as this machine.
@@ -154,14 +154,13 @@ class Hosts:
         self._folder = tempfile.TemporaryDirectory(prefix="detransformer-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         first = spec.members[0]
-        self.secret = secret if own is not None else secret or secrets.token_hex(32)
+        self._models = models or {}
         self.job = {
             "cluster": str(spec.path.resolve()),
             "model": str(Path(model).resolve()),
-            "models": {str(device): str(Path(folder).resolve()) for device, folder in (models or {}).items()},
             "listed": ", ".join(f"{member.name} {member.address}" for member in spec.members),
             "first": f"{first.name} ({first.address})" if first.address else first.name,
-            "secret": self.secret,
+            "secret": secrets.token_hex(32) if own is None else secret,
             "interface": interface or INTERFACE,
             "threads": threads,
             "time_scale": time_scale,
@@ -263,7 +262,8 @@ class Hosts:
         return self.folder / f"agent{device}.log"
 
     def _start_agent(self, device: int) -> None:
-        command = [sys.executable, "-m", "detransformer.cluster.agent", str(self.folder / "job.json"), str(device)]
+        model = str(Path(self._models.get(device, self.job["model"])).resolve())
+        command = [sys.executable, "-m", "detransformer.cluster.agent", self.folder / "job.json", str(device), model]
         namespace = self.network.namespaces[device] if self.network else None
         temporary = {"TMPDIR": str(self.folder)}  # an agent is killed, and cannot remove its files
         with open(self._log(device), "ab") as log:

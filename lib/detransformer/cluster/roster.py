@@ -78,13 +78,12 @@ class Roster:
         stays: bool = False,
         silence_s: float = 10.0,
         form_s: float = 120.0,
-        on_event: Callable[[str, str, tuple[str, ...]], None] | None = None,
+        on_event: Callable[[str, str, tuple[str, ...]], None] = lambda kind, sentence, names: None,
     ):
         self.names, self.stays = tuple(names), stays
         self.changed = threading.Condition()
         self.members: dict[int, Member] = {}
         self.group: Group | None = None
-        self.devices: tuple[int, ...] = ()  # of the ready group; none while a group forms
         self.left_out: dict[int, str] = {}  # devices that jobs have done without (`Fleet.run`, `needed`), and why
         self.lost: tuple[int, str] | None = None  # the device whose loss ended all, and how it was lost
         self.refused = ""  # what a user has to correct first, in a sentence
@@ -94,7 +93,6 @@ class Roster:
         self.objections: dict[int, str] = {}  # device -> the current job's own error that it reported
         self.objected_at = 0.0
         self.on_part: Callable[[object], None] = lambda part: None  # called with a worker's partial results
-        self.first_came_at = 0.0  # when the first device's worker came
         self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
         self._on_event, self._listener = on_event, listener
         self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge and arrival time
@@ -103,7 +101,8 @@ class Roster:
         self._ended: dict[int, str] = {}  # how a worker ended, in words
         self._failed: dict[int, tuple[str, bool]] = {}  # a worker's error, and whether it caused it
         self._failed_at = 0.0
-        self._expected, self._since, self._came_at = set(range(len(names))), 0.0, 0.0
+        self._expected = set(range(len(names)))  # devices to wait for before a group is formed, for a while
+        self._since, self._came_at = 0.0, 0.0  # when this wait began, and when the last worker came
         self._missed: set[int] = set()  # devices that were lost and are not back
         self._seen: set[int] = set()  # devices that have been in a group
         self._stop = threading.Event()
@@ -112,6 +111,12 @@ class Roster:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The devices of the ready group; none while a group forms."""
+        group = self.group
+        return tuple(group.members) if group and group.ready else ()
+
     def close(self, kind: str = DONE, sentence: str = "", wait_s: float = 2.0) -> None:
         """Tells all workers to end and why, and waits up to `wait_s` until they have; safe to call twice."""
         if self._stop.is_set():
@@ -119,7 +124,7 @@ class Roster:
         with self.changed:
             for line in [*(member.line for member in self.members.values()), *self._observers]:
                 line.tell({"end": kind, "sentence": sentence})
-            self.group, self.devices = None, ()
+            self.group = None
             for member in self.members.values():
                 member.leaves = True
             self.changed.wait_for(lambda: not (self.members or self._observers), wait_s)
@@ -131,8 +136,7 @@ class Roster:
 
     def announce(self, kind: str, sentence: str, devices: Collection[int]) -> None:
         """Tells the front's user of an event."""
-        if self._on_event:
-            self._on_event(kind, sentence, tuple(self.names[device] for device in devices))
+        self._on_event(kind, sentence, tuple(self.names[device] for device in devices))
 
     def leave_out(self, device: int, how: str) -> None:
         """Jobs go on without this device."""
@@ -141,7 +145,7 @@ class Roster:
 
     def regroup(self, gone: Mapping[int, str], why: str = MEET_ANEW) -> None:
         """Breaks the group: `gone` maps lost devices to how they were lost; all others restart."""
-        group, self.group, self.devices = self.group, None, ()
+        group, self.group = self.group, None
         self._failed, self._failed_at = {}, 0.0
         members = group.members if group else {}
         for device, member in members.items():
@@ -239,8 +243,6 @@ class Roster:
         self._selector.modify(line, selectors.EVENT_READ, member)
         self._ended.pop(device, None)
         self._came_at = time.monotonic()
-        if device == 0:
-            self.first_came_at = self._came_at
         if device == 0 or not self._since:
             self._since = self._came_at
 
@@ -361,16 +363,17 @@ class Roster:
                 self.announce("differing", f"{found} It is left out.", [device])
 
     def _announce_serving(self) -> None:
-        self.devices = tuple(self.group.members)
-        unnamed = (self._expected & self._seen) - set(self.devices) - self._missed
-        if unnamed:
+        devices = set(self.devices)
+        if unnamed := (self._expected & self._seen) - devices - self._missed:
             self._missed |= unnamed
-            self.announce("lost", f"{join_words([self.names[device] for device in unnamed])} did not return", unnamed)
-        back = [self.names[device] for device in self.devices if device in self._missed]
-        self._missed -= set(self.devices)
-        self._seen |= set(self.devices)
-        words = f"serving on {join_words([self.names[device] for device in self.devices])}"
-        self.announce("serving", f"{join_words(back)} back; {words}" if back else words, self.devices)
+            self.announce("lost", f"{self._listed(unnamed)} did not return", unnamed)
+        back, words = devices & self._missed, f"serving on {self._listed(devices)}"
+        self._missed -= devices
+        self._seen |= devices
+        self.announce("serving", f"{self._listed(back)} back; {words}" if back else words, self.devices)
+
+    def _listed(self, devices: Collection[int]) -> str:
+        return join_words([self.names[device] for device in sorted(devices)])
 
 
 def _how(code: int, words: str) -> str:

@@ -103,7 +103,9 @@ class Session:
 
     def __enter__(self) -> "Session":
         try:
-            options = dict(secret=self.hosts.secret, stays=True, silence_s=SILENCE_S, form_s=FORM_S, on_event=self._say)
+            options = dict(
+                secret=self.hosts.job["secret"], stays=True, silence_s=SILENCE_S, form_s=FORM_S, on_event=self._say
+            )
             listener = self.hosts.listen()
             self.fleet = Fleet(self.spec.names, listener, self.hosts.store, **options)
             self.hosts.start()
