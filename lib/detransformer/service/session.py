@@ -309,7 +309,7 @@ class Session:
         changed = self._speeds.observe(batch_s, {device: times for device, times in compute_s.items() if times})
         if any(factor > 1 for factor in changed.values()):
             self._slow_since = time.monotonic()
-        elif time.monotonic() - self._slow_since > TRY_AGAIN_S:
+        elif self._speeds.factors and time.monotonic() - self._slow_since > TRY_AGAIN_S:
             changed |= dict.fromkeys(self._speeds.forget(), 1.0)
         for device, factor in changed.items():
             name = self.spec.names[device]

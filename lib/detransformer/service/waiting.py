@@ -86,14 +86,13 @@ class Waiting:
     def __init__(self, max_waiting: int, max_batch: int):
         self.counts: Counter[str] = Counter()
         self._max_waiting, self._max_batch = max_waiting, max_batch
-        self._new: deque[Asked] = deque()
-        self._again: deque[Asked] = deque()  # of broken batches, before all others
+        self._queue: deque[Asked] = deque()  # those of broken batches before all others
         self._changed = threading.Condition()
         self._row_s: deque[float] = deque(maxlen=32)  # of the last batches
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._new) + len(self._again)
+        return len(self._queue)
 
     def add(self, asked: Asked) -> None:
         """
@@ -104,12 +103,12 @@ class Waiting:
         with self._changed:
             if self._closed:
                 raise Unanswered("the session has ended.")
-            if len(self._new) >= self._max_waiting:
+            if len(self) >= self._max_waiting:
                 self.counts["refused"] += 1
                 row_s = statistics.fmean(self._row_s) if self._row_s else 1.0
-                raise QueueFull(len(self._new), max(1.0, len(self._new) * row_s))
+                raise QueueFull(len(self), max(1.0, len(self) * row_s))
             self.counts["accepted"] += 1
-            self._new.append(asked)
+            self._queue.append(asked)
             self._changed.notify()
 
     def take(self) -> list[Asked]:
@@ -119,11 +118,9 @@ class Waiting:
                 self._changed.wait(0.1)
         self.drop_expired()
         with self._changed:
-            if self._again:
-                return [self._again.popleft()]
             batch: list[Asked] = []
-            while self._new and (not batch or self._joins(batch, self._new[0])):
-                batch.append(self._new.popleft())
+            while self._queue and (not batch or self._joins(batch, self._queue[0])):
+                batch.append(self._queue.popleft())
             return batch
 
     def _joins(self, batch: list[Asked], asked: Asked) -> bool:
@@ -152,24 +149,23 @@ class Waiting:
                 self.counts["unanswered"] += 1
             else:
                 with self._changed:
-                    self._again.appendleft(asked)
+                    self._queue.appendleft(asked)
 
     def drop_expired(self) -> None:
         """Ends requests whose deadline has passed, with `Expired`, and cancelled ones."""
         now = time.monotonic()
         with self._changed:
-            for line in (self._again, self._new):
-                for asked in [a for a in line if a.deadline < now or a.future.cancelled()]:
-                    line.remove(asked)
-                    self.counts["expired"] += 1
-                    asked.settle(error=Expired("no answer by the deadline."))
+            for asked in [a for a in self._queue if a.deadline < now or a.future.cancelled()]:
+                self._queue.remove(asked)
+                self.counts["expired"] += 1
+                asked.settle(error=Expired("no answer by the deadline."))
 
     def close(self) -> None:
         """Ends all waiting requests with `Unanswered`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            for asked in [*self._again, *self._new]:
+            for asked in self._queue:
                 asked.settle(error=Unanswered("the session has ended."))
 
 
