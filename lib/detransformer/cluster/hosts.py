@@ -28,6 +28,7 @@ from detransformer.cluster.roster import REFUSED, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
+ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
 RETURN_S = 1.0  # longest delay until an agent that has ended is restarted
 END_S = 5.0  # wait for an interrupted worker to tell the front
 
@@ -166,7 +167,7 @@ class Hosts:
             "time_scale": time_scale,
             "paced": paced and own is None,
             "stays": stays,
-            "jobs": "detransformer.cluster.answering",  # a false front can ask for no other jobs
+            "jobs": ANSWERING,  # a false front can ask for no other jobs
             "wait_s": wait_s,
             "silence_s": silence_s,
             "message_s": 60.0 if stays else 120.0,

@@ -13,11 +13,9 @@ from pathlib import Path
 
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.fleet import Fleet
-from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
+from detransformer.cluster.hosts import ANSWERING, Hosts, interface_of, own_interfaces, own_rank
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
-
-ANSWERING = "detransformer.cluster.answering"  # the module of a request's jobs
 
 
 def _say(sentence: str) -> None:

@@ -21,8 +21,8 @@ from transformers import PretrainedConfig
 
 from detransformer.answers import check_inputs, end_tokens
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.fleet import Fleet, JobFailed
-from detransformer.cluster.hosts import Hosts
+from detransformer.cluster.fleet import START_S, Fleet, JobFailed
+from detransformer.cluster.hosts import ANSWERING, Hosts
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models.configuration import generates
@@ -31,11 +31,9 @@ from detransformer.parallel.draw import Sampling
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
-ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
 SILENCE_S = 2.5  # a device without a heartbeat for this time is lost
 FORM_S = 15.0  # limit for the present devices to join a group
 TRY_AGAIN_S = 60.0  # until a slow device is tried again
-START_S = 180.0
 KEPT_EVENTS, KEPT_SECONDS = 1000, 2000
 
 
@@ -75,7 +73,7 @@ class Session:
         seq_len: int = 128,
         max_waiting: int = 64,
         max_batch: int = 8,
-        on_event: Callable[[str], None] | None = None,
+        on_event: Callable[[str], None] = lambda sentence: None,
         **hosts: Any,
     ):
         self.spec, self.model = spec, str(model)
@@ -103,11 +101,9 @@ class Session:
 
     def __enter__(self) -> "Session":
         try:
-            options = dict(
-                secret=self.hosts.job["secret"], stays=True, silence_s=SILENCE_S, form_s=FORM_S, on_event=self._say
-            )
-            listener = self.hosts.listen()
-            self.fleet = Fleet(self.spec.names, listener, self.hosts.store, **options)
+            where = self.hosts.listen(), self.hosts.store, self.hosts.job["secret"]
+            options = dict(stays=True, silence_s=SILENCE_S, form_s=FORM_S, on_event=self._say)
+            self.fleet = Fleet(self.spec.names, *where, **options)
             self.hosts.start()
             self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
@@ -126,7 +122,7 @@ class Session:
         self,
         inputs: Mapping[str, torch.Tensor],
         deadline_s: float = 60.0,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int = Request.max_new_tokens,
         sampling: Sequence[Sampling] = (),
         on_token: Callable[[list[int]], None] | None = None,
     ) -> Future:
@@ -144,9 +140,8 @@ class Session:
             QueueFull: if `max_waiting` requests wait already.
             ValueError: for inputs that the model does not take.
         """
-        new = max_new_tokens if max_new_tokens is not None else self.defaults.max_new_tokens
-        request = replace(self.defaults, max_new_tokens=new)
-        asked = Asked(request, self._checked(inputs, new), time.monotonic() + deadline_s, sampling, on_token)
+        request, checked = replace(self.defaults, max_new_tokens=max_new_tokens), self._checked(inputs, max_new_tokens)
+        asked = Asked(request, checked, time.monotonic() + deadline_s, sampling, on_token)
         self._waiting.add(asked)
         return asked.future
 
@@ -323,8 +318,7 @@ class Session:
             return
         self.counts["losses"] += len(devices) if kind == "lost" else 0
         self.events.append(Event(time.monotonic(), kind, sentence, tuple(devices)))
-        if self._on_event:
-            self._on_event(sentence)
+        self._on_event(sentence)
 
 
 def _hearing(batch: list[Asked]) -> Callable[[list[int]], None]:
