@@ -20,21 +20,13 @@ NAMES = ["a (10.0.0.1)", "b (10.0.0.2)", "c (10.0.0.3)"]
 FACTS = dict(devices="d", versions="v", config="c", weights="w")
 
 
-class Ended(Exception):
-    """A worker's process would have ended."""
-
-
 class Worker:
     """A worker's line to the front at `address`."""
 
     def __init__(self, address: str, device: int | None, monkeypatch, secret: str = "s", **facts):
         monkeypatch.setattr(hello, "host_facts", lambda job: FACTS | facts)
-
-        def end(kind: str, sentence: str) -> None:
-            raise Ended(sentence)
-
         job = {"front": address, "secret": secret, "first": NAMES[0], "wait_s": 2.0}
-        self.line = meet(job, device, end)
+        self.line = meet(job, device)
         self.heard: list = list(self.line.unread)
 
     def hear(self, key: str, timeout_s: float = 60.0) -> dict:
@@ -208,7 +200,7 @@ def test_strangers_are_shown_out(started, monkeypatch):
         browser.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 4096)
         while browser.recv(4096):
             pass
-    with pytest.raises(Ended, match=r"a \(10.0.0.1\), the first device, does not answer at port"):
+    with pytest.raises(ConnectionError, match=r"a \(10.0.0.1\), the first device, does not answer at port"):
         Worker(fleet.path, 0, monkeypatch, secret="another")
     made = workers_of(fleet, monkeypatch)
     with pytest.raises(AssertionError):
@@ -296,9 +288,9 @@ def test_where_a_job_fails_on_one_device_all_meet_anew_and_none_is_lost(started,
 def test_a_worker_ends_with_its_starter_also_while_it_waits_for_the_front():
     """A service's worker waits without a limit for the first device; its agent may be killed meanwhile."""
     code = (
-        "import sys, time\nfrom detransformer.cluster.hello import End, meet\n"
+        "import sys\nfrom detransformer.cluster.worker import work\n"
         "job = {'front': '127.0.0.1:9', 'wait_s': 0, 'secret': '', 'first': 'pi1'}\n"
-        "end = End(job, 0, 1, int(sys.argv[1]))\nmeet(job, None, end)"
+        "work(job, 0, int(sys.argv[1]))"
     )
     with subprocess.Popen(["sleep", "60"]) as starter:
         worker = subprocess.Popen([sys.executable, "-c", code, str(starter.pid)], stdout=subprocess.PIPE, text=True)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import hmac
 import importlib.metadata
+import itertools
 import json
 import os
 import secrets
@@ -46,15 +47,21 @@ def is_proof(shown: Any, secret: str, challenge: str) -> bool:
     return hmac.compare_digest(str(shown).encode(), prove(secret, challenge).encode())
 
 
-def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -> Line:
+def meet(
+    job: Mapping[str, Any], device: int | None = None, meanwhile: Callable[[int], None] = lambda attempt: None
+) -> Line:
     """A line to the front, after both ends have proved that they know the secret.
 
-    Ends this process (`end`) if the front does not answer within the job's `wait_s` (0: no limit).
+    Args:
+        device: the device of this worker; None: of a process that reports how workers ended.
+        meanwhile: called with the number of each attempt that failed, from 0.
+
+    Raises:
+        ConnectionError: if the front does not answer within the job's `wait_s` (0: no limit).
     """
     deadline = time.monotonic() + (job["wait_s"] or float("inf"))
     facts = host_facts(job) if device is not None else {}
-    announced = False
-    while True:
+    for attempt in itertools.count():
         try:
             line = connect(job["front"], 2.0)
             challenge = await_message(line)["challenge"]
@@ -67,17 +74,12 @@ def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -
         except (OSError, LookupError) as error:
             why = (getattr(error, "strerror", None) or str(error) or "no answer").lower()
         if time.monotonic() > deadline:
-            end(
-                "lost",
+            raise ConnectionError(
                 f"{job['first']}, the first device, does not answer at port {job['front'].rpartition(':')[2]} within "
                 f"{job['wait_s']:g} s ({why}): start the same command there, and let that port and the next one "
-                "through its firewall.",
+                "through its firewall."
             )
-        if isinstance(end, End):
-            if not announced:
-                announced = True
-                end.say(f"waiting for {job['first']}, the first device")
-            end.alive()
+        meanwhile(attempt)
         time.sleep(RETRY_S)
 
 

@@ -22,6 +22,7 @@ from typing import IO
 import psutil
 
 from detransformer.cluster.devices import DeviceError, DeviceLost
+from detransformer.cluster.hello import meet
 from detransformer.cluster.line import listen
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_namespace, inside
 from detransformer.cluster.roster import REFUSED, join_words
@@ -30,7 +31,7 @@ from detransformer.files import last_words
 
 ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
 RETURN_S = 1.0  # longest delay until an agent that has ended is restarted
-END_S = 5.0  # wait for an interrupted worker to tell the front
+END_S = 1.0  # an interrupted host waits this long for the front to hear of it
 
 
 # --- This host ---------------------------------------------------------------------------------------------------
@@ -226,9 +227,9 @@ class Hosts:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.own and isinstance(error, KeyboardInterrupt) and not self.stays:
-            self.agents[self.own].terminate()  # its worker tells the front, which tells the other hosts
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.agents[self.own].wait(END_S)
+            with contextlib.suppress(OSError, LookupError):  # the front tells the other hosts
+                line = meet(self.job | {"wait_s": END_S})
+                line.send({"ended": self.own, "code": 130, "words": "it was interrupted"})
         self.close()
 
     def close(self) -> None:
