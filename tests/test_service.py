@@ -164,7 +164,7 @@ class Workers:
         self.devices = ()
 
 
-PLAN = {"op": "run_plan", "job": {"plan": {}}, "last": 1}
+PLAN = {"job": {"plan": {}}, "last": 1}
 
 
 @pytest.fixture

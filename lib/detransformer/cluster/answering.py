@@ -38,19 +38,14 @@ from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 from detransformer.typed_json import from_json
 
-JOBS = {"run_plan": run_plan, "generate": generate}
 KEPT = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # fields of a sample; only a timeline needs the rest
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A planned request: the job `op` (of `JOBS`) with the arguments `job` (JSON).
+    """A planned request; `notes` are sentences about the plan, such as which devices it leaves out."""
 
-    `notes` are sentences about the plan, such as which devices it leaves out.
-    """
-
-    op: str
-    job: dict
+    job: dict  # arguments of `jobs.run_plan` (`plan`), or for a GPT-2 of `jobs.generate` (`prefill`, `decode`), as JSON
     plan: Plan
     predicted_s: float
     notes: tuple[str, ...] = ()
@@ -78,9 +73,9 @@ def plan(
         slower: device (in JSON a string) -> factor by which it is slower than its profile at present.
 
     Returns:
-        `op` and `job` (with ranks of the group), `last` (the device that has the result), words on the plan, and the
-        request's inputs as `tensors`. Or a sentence why there is no plan: `postponed` if all devices of the file
-        together could answer, else `refused`.
+        `job` as in `Prepared` (with ranks of the group), `last` (the device that has the result), `busy` devices,
+        words on each device's part, and the request's inputs as `tensors`. Or a sentence why there is no plan:
+        `postponed` if all devices of the file together could answer, else `refused`.
     """
     asked, folder = from_json(Request, request), state.home["model"]
     _, checkpoint, whole = _opened(state.home["cluster"], folder)
@@ -103,7 +98,6 @@ def plan(
         return {"refused": str(error)}
     state.kept["prepared"] = prepared, asked, inputs, config
     return {
-        "op": prepared.op,
         "job": prepared.job,
         "last": devices[prepared.plan.device_ids[-1]],
         "busy": [devices[i] for i in prepared.plan.device_ids],
@@ -129,7 +123,7 @@ def prepare(
         chosen, notes = plan_of(request, config, profile, batch_size, seq_len)
         predicted_s = predict(config, chosen, profile, seq_len, batch_size).latency_s
         job = {"plan": chosen.to_dict(), "repeats": request.repeats}
-        return Prepared("run_plan", job, chosen, predicted_s, notes)
+        return Prepared(job, chosen, predicted_s, notes)
     if request.wires != ("float32",):
         raise ValueError("a GPT-2 is run with --wire float32: leave that option out.")
     new, budget = request.max_new_tokens, request.memory_budget_bytes
@@ -140,7 +134,7 @@ def prepare(
         check_generation(config, chosen, chosen)
         best = price_generation(config, chosen, chosen, profile, seq_len, new, batch_size)
     job = {"prefill": best.prefill.to_dict(), "decode": best.decode.to_dict(), "max_new_tokens": new}
-    return Prepared("generate", job, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
+    return Prepared(job, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
 
 
 def inputs_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
@@ -215,7 +209,6 @@ def own_part(plan: Plan, rank: int) -> str:
 
 def answer(
     state: WorkerState,
-    op: str,
     job: Mapping[str, Any],
     last: int,
     inputs: Mapping[str, torch.Tensor],
@@ -223,7 +216,7 @@ def answer(
     modelled_link: bool = False,
     time_scale: float = 1.0,
 ) -> dict:
-    """Computes this device's part of a request; on the device `last`, `tensors` are the outputs.
+    """Computes this device's part of a request, planned as `job`; on the device `last`, `tensors` are the outputs.
 
     `paced`: compute takes as long as on the cluster file's device; `modelled_link`: messages do, too. `compute_s` are
     the seconds of compute as measured and by the device's profile; None if the device computes nothing, and for
@@ -231,7 +224,8 @@ def answer(
     """
     _, _, profile = _opened(state.home["cluster"], state.home["model"])
     own, outputs = profile.devices[state.device], {}
-    record = JOBS[op](
+    generated = "plan" not in job
+    record = (generate if generated else run_plan)(
         state,
         checkpoint=state.home["model"],
         inputs=inputs,
@@ -242,7 +236,7 @@ def answer(
         **job,
     )
     compute_s = None
-    if record and op == "run_plan":
+    if record and not generated:
         made, sample = Plan.from_dict(job["plan"]), record["samples"][-1]
         batch_size, seq_len = inputs["input_ids"].shape
         loaded = next(reversed(state.loaded.values()))

@@ -17,7 +17,6 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import psutil
 
@@ -30,6 +29,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
 ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
+SERVICE_SILENCE_S = 2.5  # in a service, a device without a heartbeat for this time is lost
 RETURN_S = 1.0  # longest delay until an agent that has ended is restarted
 END_S = 1.0  # an interrupted host waits this long for the front to hear of it
 
@@ -123,10 +123,8 @@ class Hosts:
         paced: emulated devices compute no faster than their presets; else as fast as this machine.
         threads: per device, for compute; 0: all cores.
         wait_s: how long a worker waits for the first device; 0: no limit.
-        silence_s: a worker ends after this time without a heartbeat of the front.
         models: device -> folder, for devices with another copy of the model.
         variables: device -> further environment variables of its processes.
-        words: stream for workers' sentences to the user; None: the log.
     """
 
     def __init__(
@@ -141,13 +139,11 @@ class Hosts:
         paced: bool = True,
         threads: int = 1,
         wait_s: float = 0.0,
-        silence_s: float = 10.0,
         models: Mapping[int, str] | None = None,
         variables: Mapping[int, Mapping[str, str]] | None = None,
-        words: IO | None = None,
     ):
         self.spec, self.own, self.stays = spec, own, stays
-        self.variables, self._words = variables or {}, words
+        self.variables, self._models = variables or {}, models or {}
         self.agents: dict[int, subprocess.Popen] = {}
         self.kept = set(range(len(spec.members))) if own is None else {own}  # devices whose agents are to run
         self.network: EmulatedNetwork | None = None
@@ -156,7 +152,6 @@ class Hosts:
         self._folder = tempfile.TemporaryDirectory(prefix="detransformer-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         first = spec.members[0]
-        self._models = models or {}
         self.job = {
             "cluster": str(spec.path.resolve()),
             "model": str(Path(model).resolve()),
@@ -170,7 +165,7 @@ class Hosts:
             "stays": stays,
             "jobs": ANSWERING,  # a false front can ask for no other jobs
             "wait_s": wait_s,
-            "silence_s": silence_s,
+            "silence_s": SERVICE_SILENCE_S if stays else 10.0,
             "message_s": 60.0 if stays else 120.0,
             "alive": str(self.folder / "alive"),
             "end": None if stays else str(self.folder / "end.json"),
@@ -191,7 +186,6 @@ class Hosts:
         if self.own is None:
             rate_bps = self.spec.bandwidth_bps / self.job["time_scale"]
             self.network = EmulatedNetwork(len(self.spec.members), rate_bps).__enter__()
-            self.job["listed"] = ", ".join(self.spec.names)
             return inside(self.network.namespaces[0], lambda: listen(f"{self.address}:{self.spec.port}"))
         port = self.spec.port + 1
         try:
@@ -270,10 +264,14 @@ class Hosts:
         temporary = {"TMPDIR": str(self.folder)}  # an agent is killed, and cannot remove its files
         with open(self._log(device), "ab") as log:
             self.agents[device] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=self._words or log, stderr=log, start_new_session=True,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log if self.stays else sys.stderr,  # the worker's sentences are for the user of `run`
+                stderr=log,
+                start_new_session=True,
                 env=os.environ | temporary | self.variables.get(device, {}),
                 preexec_fn=namespace and (lambda: enter_namespace(namespace)),
-            )  # fmt: skip
+            )
 
     def _keep(self) -> None:
         """Restarts agents that have ended, as a host's service manager would."""

@@ -40,8 +40,8 @@ def ask(
     names = [name.partition(" (")[0] for name in fleet.names]
     for device, part in enumerate(plan["parts"]):
         fleet.say(device, f"{names[device]}: {part}")
-    job = {name: plan[name] for name in ("op", "job", "last")}
-    answers = fleet.run(f"{ANSWERING}:answer", {**job, **pace(plan)}, inputs)
+    told = {"job": plan["job"], "last": plan["last"], **pace(plan)}
+    answers = fleet.run(f"{ANSWERING}:answer", told, inputs)
     results = [answers[device][0]["record"] for device in everyone]
     (made, _) = fleet.run(f"{ANSWERING}:report_on", {"results": results}, answers[plan["last"]][1], devices=[0])[0]
     record = {"cluster": title, **made["record"]}
@@ -93,7 +93,7 @@ def run_on_hosts(
     rank = own_rank(spec, host, interfaces)
     interface = interface_of(spec, rank, interfaces)
     titles = [f"{member.name} ({member.address})" for member in spec.members]
-    options = dict(own=rank, interface=interface, stays=False, threads=threads or 0, wait_s=wait_s, words=sys.stderr)
+    options = dict(own=rank, interface=interface, stays=False, threads=threads or 0, wait_s=wait_s)
     with Hosts(spec, model, **options) as here:
         _say(f"{spec.names[rank]}: device {rank + 1} of {len(titles)} of {spec.name}, on {interface}")
         if rank:

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from detransformer.answers import check_inputs, end_tokens
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.fleet import START_S, Fleet, JobFailed
-from detransformer.cluster.hosts import ANSWERING, Hosts
+from detransformer.cluster.hosts import ANSWERING, SERVICE_SILENCE_S, Hosts
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models.configuration import generates
@@ -31,7 +31,6 @@ from detransformer.parallel.draw import Sampling
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
-SILENCE_S = 2.5  # a device without a heartbeat for this time is lost
 FORM_S = 15.0  # limit for the present devices to join a group
 TRY_AGAIN_S = 60.0  # until a slow device is tried again
 KEPT_EVENTS, KEPT_SECONDS = 1000, 2000
@@ -81,7 +80,7 @@ class Session:
         self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch, self.max_waiting = max_batch, max_waiting
         spec.profile(self.config)  # raises errors before anything starts
-        self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)
+        self.hosts = Hosts(spec, self.model, **hosts)
         self.fleet: Fleet | None = None
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._waiting = Waiting(max_waiting, max_batch)
@@ -102,7 +101,7 @@ class Session:
     def __enter__(self) -> "Session":
         try:
             where = self.hosts.listen(), self.hosts.store, self.hosts.job["secret"]
-            options = dict(stays=True, silence_s=SILENCE_S, form_s=FORM_S, on_event=self._say)
+            options = dict(stays=True, silence_s=SERVICE_SILENCE_S, form_s=FORM_S, on_event=self._say)
             self.fleet = Fleet(self.spec.names, *where, **options)
             self.hosts.start()
             self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -246,10 +245,8 @@ class Session:
             return None
         inputs = join_rows([asked.inputs for asked in batch], left)
         kind, num_tokens = json.dumps(plan["job"]), inputs["input_ids"].numel()
-        told = {name: plan[name] for name in ("op", "job", "last")}
+        told = {"job": plan["job"] | (self._how_to_generate(batch) if left else {}), "last": plan["last"]}
         told |= {name: self.hosts.job[name] for name in ("paced", "time_scale")}
-        if left:
-            told["job"] = told["job"] | self._how_to_generate(batch)
         answers = self.fleet.run(
             f"{ANSWERING}:answer", told, save(inputs), timeout_s=self._patience.limit_s(kind, num_tokens),
             number=self._number, meanwhile=lambda: self._between(batch), on_part=_hearing(batch),
@@ -290,7 +287,7 @@ class Session:
             told = {"request": asked, "seq_len": self._seq_len, "slower": self._speeds.factors}
             options = dict(devices=[0], number=self._number, meanwhile=self._waiting.drop_expired)
             (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, **options)[0]
-            if plan.get("op") == "run_plan":
+            if "job" in plan and not generates(self.config):
                 plan["job"]["warmup"] = 0  # the first requests warm workers up
             self._plans[key] = plan
         return self._plans[key]
