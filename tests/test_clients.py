@@ -500,7 +500,7 @@ def test_calls_that_are_shown_are_answered(request, call, kind):
 def test_a_job_that_fails_refuses_its_request_and_nobody_elses(reranker, monkeypatch):
     """Past the checks at the entry, real workers raise IndexError; others in the same batch are answered."""
     session, before = reranker.session, len(reranker.session.events)
-    monkeypatch.setattr(Session, "_checked", lambda self, inputs, new: dict(inputs))
+    monkeypatch.setattr(Session, "_check", lambda self, inputs, new: None)
     good = torch.tensor([[2, 5, 7, 3]])
     bad = {"input_ids": good, "attention_mask": torch.ones_like(good), "token_type_ids": torch.full_like(good, 5)}
     fine = {"input_ids": good, "attention_mask": torch.ones_like(good)}
@@ -528,7 +528,7 @@ def test_a_job_that_fails_refuses_its_request_and_nobody_elses(reranker, monkeyp
 
 
 def test_a_job_that_fails_is_424_over_http(reranker, monkeypatch):
-    monkeypatch.setattr(Session, "_checked", lambda self, inputs, new: dict(inputs))
+    monkeypatch.setattr(Session, "_check", lambda self, inputs, new: None)
     reply = reranker.http.post("/classify", json={"input_ids": [1, 99]})
     assert reply.status_code == 424 and "the model fails at this input" in reply.json()["error"]
     assert reranker.http.get("/health").json()["status"] == "serving"

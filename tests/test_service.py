@@ -54,7 +54,6 @@ devices:
 @pytest.mark.parametrize("left", [False, True])
 def test_requests_are_joined_with_padding_that_is_masked(left):
     parts = [{"input_ids": torch.ones(2, n, dtype=torch.int64)} for n in (3, 5)]
-    parts = [part | {"attention_mask": torch.ones_like(part["input_ids"])} for part in parts]
     joined = join_rows(parts, left)
     assert joined["input_ids"].shape == (4, 5)
     assert joined["attention_mask"].tolist() == [[0, 0, 1, 1, 1] if left else [1, 1, 1, 0, 0]] * 2 + [[1] * 5] * 2

@@ -17,6 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from detransformer.cluster.hello import ENDED, await_message, meet, write_end
+from detransformer.cluster.roster import how_ended
 from detransformer.machine import die_with_parent
 
 HUNG_S = 10.0  # a worker without a heartbeat for this time is killed
@@ -97,14 +98,13 @@ def _watch(agent, sign: Path, ended: threading.Event) -> None:
 
 def _report(job: dict, device: int, code: int) -> None:
     """Reports the worker's exit code to the front, and writes the front's answer for this host's user."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     try:
         line = meet(job)
         line.send({"ended": device, "code": code})
         answer = await_message(line)
         write_end(job["end"], answer["end"], answer["sentence"])
     except (OSError, LookupError):
-        write_end(job["end"], "lost", f"the worker of this host {how}.")
+        write_end(job["end"], "lost", f"the worker of this host {how_ended(code)}.")
 
 
 if __name__ == "__main__":

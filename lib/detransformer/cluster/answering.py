@@ -224,8 +224,8 @@ def answer(
     """
     _, _, profile = _opened(state.home["cluster"], state.home["model"])
     own, outputs = profile.devices[state.device], {}
-    generated = "plan" not in job
-    record = (generate if generated else run_plan)(
+    run = run_plan if "plan" in job else generate
+    record = run(
         state,
         checkpoint=state.home["model"],
         inputs=inputs,
@@ -236,7 +236,7 @@ def answer(
         **job,
     )
     compute_s = None
-    if record and not generated:
+    if record and run is run_plan:
         made, sample = Plan.from_dict(job["plan"]), record["samples"][-1]
         batch_size, seq_len = inputs["input_ids"].shape
         loaded = next(reversed(state.loaded.values()))

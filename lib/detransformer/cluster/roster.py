@@ -96,7 +96,7 @@ class Roster:
         self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
         self._on_event, self._listener = on_event, listener
         self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge and arrival time
-        self._observers: list[Line] = []  # launcher and agents, which report exit codes
+        self._observers: set[Line] = set()  # launcher and agents, which report exit codes
         self._count = 0  # of groups
         self._ended: dict[int, str] = {}  # how a worker ended, in words
         self._failed: dict[int, tuple[str, bool]] = {}  # a worker's error, and whether it caused it
@@ -203,12 +203,11 @@ class Roster:
         else:
             for header, _ in messages:
                 if header["ended"] in range(len(self.names)):
-                    self._ended[header["ended"]] = _how(int(header["code"]), str(header.get("words", "")))
+                    self._ended[header["ended"]] = how_ended(int(header["code"]), str(header.get("words", "")))
 
     def _drop(self, line: Line) -> None:
         self._strangers.pop(line, None)
-        if line in self._observers:
-            self._observers.remove(line)
+        self._observers.discard(line)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(line)
         line.close()
@@ -229,7 +228,7 @@ class Roster:
         line.limit_bytes = MEMBER_BYTES
         line.tell({"welcome": prove(self._secret, str(hello.get("nonce")))})
         if device is None:
-            self._observers.append(line)
+            self._observers.add(line)
             return
         if known := self.members.get(device):
             if not self.stays:
@@ -376,7 +375,8 @@ class Roster:
         return join_words([self.names[device] for device in sorted(devices)])
 
 
-def _how(code: int, words: str) -> str:
+def how_ended(code: int, words: str = "") -> str:
+    """How a process ended, by its exit code and its last words."""
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"exited with code {code}" + (f" ({words})" if words else "")

@@ -139,8 +139,9 @@ class Session:
             QueueFull: if `max_waiting` requests wait already.
             ValueError: for inputs that the model does not take.
         """
-        request, checked = replace(self.defaults, max_new_tokens=max_new_tokens), self._checked(inputs, max_new_tokens)
-        asked = Asked(request, checked, time.monotonic() + deadline_s, sampling, on_token)
+        self._check(inputs, max_new_tokens)
+        request = replace(self.defaults, max_new_tokens=max_new_tokens)
+        asked = Asked(request, inputs, time.monotonic() + deadline_s, sampling, on_token)
         self._waiting.add(asked)
         return asked.future
 
@@ -182,15 +183,13 @@ class Session:
             self._thread.join(10)
         self._waiting.close()
 
-    def _checked(self, inputs: Mapping[str, torch.Tensor], new: int) -> dict[str, torch.Tensor]:
+    def _check(self, inputs: Mapping[str, torch.Tensor], new: int) -> None:
         if set(inputs) - set(EXAMPLES):
             raise ValueError(f"inputs {sorted(set(inputs) - set(EXAMPLES))} are not known; give {', '.join(EXAMPLES)}.")
         check_inputs(self.config, inputs, new if generates(self.config) else 0)
-        ids = inputs["input_ids"]
-        if len(ids) > self.max_batch:
-            raise ValueError(f"{len(ids)} rows are asked for at once; give {self.max_batch} at most.")
-        mask = inputs.get("attention_mask")
-        return {"attention_mask": torch.ones_like(ids) if mask is None else mask, **inputs}
+        size = len(inputs["input_ids"])
+        if size > self.max_batch:
+            raise ValueError(f"{size} rows are asked for at once; give {self.max_batch} at most.")
 
     # --- The thread that asks the workers ---
 

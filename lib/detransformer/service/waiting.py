@@ -42,7 +42,7 @@ class Asked:
     """
 
     request: Request
-    inputs: dict[str, torch.Tensor]
+    inputs: Mapping[str, torch.Tensor]
     deadline: float
     sampling: Sequence[Sampling] = ()
     on_token: Callable[[list[int]], None] | None = None
@@ -169,8 +169,9 @@ class Waiting:
                 asked.settle(error=Unanswered("the session has ended."))
 
 
-def join_rows(parts: list[dict[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
+def join_rows(parts: Sequence[Mapping[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
     """Joins inputs [B, T] of several requests, padded to the longest with mask 0 (`left`: before the tokens)."""
+    parts = [{"attention_mask": torch.ones_like(part["input_ids"]), **part} for part in parts]
     joined = {}
     for name in EXAMPLES:
         if any(name in part for part in parts):
