@@ -130,7 +130,8 @@ def test_who_ends_all_is_named(started, monkeypatch):
 
 
 def test_who_is_silent_or_does_not_come_is_named(started, monkeypatch):
-    fleet, made = joined(started, monkeypatch, silence_s=1.0)
+    monkeypatch.setattr(roster, "SILENCE_S", 1.0)
+    fleet, made = joined(started, monkeypatch)
     with pytest.raises(DeviceLost, match=r"b \(10.0.0.2\) has been silent for 1 s while job"):
         fleet.run("job", meanwhile=lambda: [made[device].line.beat() for device in (0, 2)])
     fleet = started()

@@ -210,13 +210,12 @@ def own_part(plan: Plan, rank: int) -> str:
 def answer(
     state: WorkerState,
     job: Mapping[str, Any],
-    last: int,
     inputs: Mapping[str, torch.Tensor],
     paced: bool = False,
     modelled_link: bool = False,
     time_scale: float = 1.0,
 ) -> dict:
-    """Computes this device's part of a request, planned as `job`; on the device `last`, `tensors` are the outputs.
+    """Computes this device's part of a request, planned as `job`; on the last device `tensors` are the outputs.
 
     `paced`: compute takes as long as on the cluster file's device; `modelled_link`: messages do, too. `compute_s` are
     the seconds of compute as measured and by the device's profile; None if the device computes nothing, and for
@@ -246,8 +245,7 @@ def answer(
         if expected_s:
             compute_s = computed_s / time_scale + sample["overrun_s"], expected_s
         record["samples"] = [{name: sample[name] for name in KEPT} for sample in record["samples"]]
-    tensors = outputs if state.device == last else {}
-    return {"record": record, "compute_s": compute_s, "tensors": tensors}
+    return {"record": record, "compute_s": compute_s, "tensors": outputs}
 
 
 # --- Reporting ---------------------------------------------------------------------------------------------------

@@ -24,12 +24,11 @@ from detransformer.cluster.devices import DeviceError, DeviceLost
 from detransformer.cluster.hello import meet
 from detransformer.cluster.line import listen
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_namespace, inside
-from detransformer.cluster.roster import REFUSED, join_words
+from detransformer.cluster.roster import REFUSED, SERVICE_SILENCE_S, SILENCE_S, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
 ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
-SERVICE_SILENCE_S = 2.5  # in a service, a device without a heartbeat for this time is lost
 RETURN_S = 1.0  # longest delay until an agent that has ended is restarted
 END_S = 1.0  # an interrupted host waits this long for the front to hear of it
 
@@ -165,7 +164,7 @@ class Hosts:
             "stays": stays,
             "jobs": ANSWERING,  # a false front can ask for no other jobs
             "wait_s": wait_s,
-            "silence_s": SERVICE_SILENCE_S if stays else 10.0,
+            "silence_s": SERVICE_SILENCE_S if stays else SILENCE_S,
             "message_s": 60.0 if stays else 120.0,
             "alive": str(self.folder / "alive"),
             "end": None if stays else str(self.folder / "end.json"),

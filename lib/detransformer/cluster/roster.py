@@ -18,6 +18,8 @@ from detransformer.cluster.hello import difference, is_proof, prove
 from detransformer.cluster.line import BEAT_S, DEVICE, MEMBER_BYTES, PEER, REQUEST, Line, Message
 
 STRANGER_S, MAX_STRANGERS = 5.0, 64  # limits of connections without a valid hello: their age and number
+SILENCE_S, SERVICE_SILENCE_S = 10.0, 2.5  # a worker without a heartbeat for this time is lost
+FORM_S, SERVICE_FORM_S = 120.0, 15.0  # limit for a group to form
 LAST_CALL_S = 1.5  # wait for further devices after the expected ones have come
 RETURN_S = 8.0  # wait for the workers of a broken group before a group is formed without them
 EVIDENCE_S = 1.0  # wait for a death to show after a collective broke or a job failed
@@ -63,8 +65,6 @@ class Roster:
         store: ADDRESS:PORT at which the first device's worker keeps the store of the process group.
         secret: shared by front and workers.
         stays: lost workers come back, and the others go on meanwhile; else the first loss ends all.
-        silence_s: a worker without a heartbeat for this time is lost.
-        form_s: limit for a group to form.
         on_event: called with (kind, sentence, names) when devices come, are lost or are back. Kinds: waiting, lost,
             meeting, differing, serving.
     """
@@ -76,8 +76,6 @@ class Roster:
         store: str,
         secret: str = "",
         stays: bool = False,
-        silence_s: float = 10.0,
-        form_s: float = 120.0,
         on_event: Callable[[str, str, tuple[str, ...]], None] = lambda kind, sentence, names: None,
     ):
         self.names, self.stays = tuple(names), stays
@@ -93,7 +91,8 @@ class Roster:
         self.objections: dict[int, str] = {}  # device -> the current job's own error that it reported
         self.objected_at = 0.0
         self.on_part: Callable[[object], None] = lambda part: None  # called with a worker's partial results
-        self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
+        self._store, self._secret = store, secret
+        self._silence_s, self._form_s = (SERVICE_SILENCE_S, SERVICE_FORM_S) if stays else (SILENCE_S, FORM_S)
         self._on_event, self._listener = on_event, listener
         self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge and arrival time
         self._observers: set[Line] = set()  # launcher and agents, which report exit codes

@@ -40,8 +40,7 @@ def ask(
     names = [name.partition(" (")[0] for name in fleet.names]
     for device, part in enumerate(plan["parts"]):
         fleet.say(device, f"{names[device]}: {part}")
-    told = {"job": plan["job"], "last": plan["last"], **pace(plan)}
-    answers = fleet.run(f"{ANSWERING}:answer", told, inputs)
+    answers = fleet.run(f"{ANSWERING}:answer", {"job": plan["job"], **pace(plan)}, inputs)
     results = [answers[device][0]["record"] for device in everyone]
     (made, _) = fleet.run(f"{ANSWERING}:report_on", {"results": results}, answers[plan["last"]][1], devices=[0])[0]
     record = {"cluster": title, **made["record"]}

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 from detransformer.answers import check_inputs, end_tokens
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.fleet import START_S, Fleet, JobFailed
-from detransformer.cluster.hosts import ANSWERING, SERVICE_SILENCE_S, Hosts
+from detransformer.cluster.hosts import ANSWERING, Hosts
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models.configuration import generates
@@ -31,7 +31,6 @@ from detransformer.parallel.draw import Sampling
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
-FORM_S = 15.0  # limit for the present devices to join a group
 TRY_AGAIN_S = 60.0  # until a slow device is tried again
 KEPT_EVENTS, KEPT_SECONDS = 1000, 2000
 
@@ -101,8 +100,7 @@ class Session:
     def __enter__(self) -> "Session":
         try:
             where = self.hosts.listen(), self.hosts.store, self.hosts.job["secret"]
-            options = dict(stays=True, silence_s=SERVICE_SILENCE_S, form_s=FORM_S, on_event=self._say)
-            self.fleet = Fleet(self.spec.names, *where, **options)
+            self.fleet = Fleet(self.spec.names, *where, stays=True, on_event=self._say)
             self.hosts.start()
             self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
@@ -244,7 +242,7 @@ class Session:
             return None
         inputs = join_rows([asked.inputs for asked in batch], left)
         kind, num_tokens = json.dumps(plan["job"]), inputs["input_ids"].numel()
-        told = {"job": plan["job"] | (self._how_to_generate(batch) if left else {}), "last": plan["last"]}
+        told = {"job": plan["job"] | (self._how_to_generate(batch) if left else {})}
         told |= {name: self.hosts.job[name] for name in ("paced", "time_scale")}
         answers = self.fleet.run(
             f"{ANSWERING}:answer", told, save(inputs), timeout_s=self._patience.limit_s(kind, num_tokens),
