@@ -36,7 +36,6 @@ from transformers import (
 )
 
 from conftest import random_model, save_with_words, wait_until
-from detransformer.answers import scores
 from detransformer.cluster.fleet import JobFailed
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
@@ -261,6 +260,12 @@ def test_hub_text_generation_whole_streamed_and_stopped(writer):
     assert writer.hub.text_generation(TEXTS[0], max_new_tokens=24, stop=[stop]) == text[: text.index(stop)]
     details = writer.hub.text_generation(TEXTS[0], max_new_tokens=24, stream=True, details=True)
     assert list(details)[-1].generated_text == text
+
+
+def test_own_generation(writer):
+    text, tokens = continuation(writer, TEXTS[0], 12)
+    reply = writer.http.post("/generate", json={"text": TEXTS[0], "max_new_tokens": 12})
+    assert reply.json() == {"text": text, "tokens": tokens}
 
 
 def test_hub_refusals_are_read_by_the_client(embedder, classifier, writer):
@@ -532,17 +537,3 @@ def test_a_job_that_fails_is_424_over_http(reranker, monkeypatch):
     reply = reranker.http.post("/classify", json={"input_ids": [1, 99]})
     assert reply.status_code == 424 and "the model fails at this input" in reply.json()["error"]
     assert reranker.http.get("/health").json()["status"] == "serving"
-
-
-@pytest.mark.parametrize(
-    ("fields", "score"),
-    [
-        ({"problem_type": "multi_label_classification", "num_labels": 3}, torch.sigmoid),
-        ({"num_labels": 1}, torch.sigmoid),
-        ({"problem_type": "regression", "num_labels": 1}, lambda x: x),
-        ({"num_labels": 3}, lambda x: x.softmax(-1)),
-    ],
-)
-def test_scores_are_those_of_the_models_problem(fields, score):
-    x = torch.tensor([1.0, -2.0, 0.5])[: fields["num_labels"]]
-    assert torch.equal(scores(BertConfig(**fields), x), score(x))

@@ -17,21 +17,19 @@ import torch
 import uvicorn
 from fastapi.testclient import TestClient
 from safetensors.torch import load, save
-from tests.chaos.__main__ import main as chaos_main
 from tests.chaos.faults import DAMAGE, FAULTS, STEP, Field, can_damage, can_step_clock, clock_variables, set_ingress
 from tests.chaos.load import run_load
 from tests.chaos.rounds import Clients, play, small_model
 from tests.chaos.soak import soak_result
-from transformers import BertForMultipleChoice, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertForMultipleChoice, BertForSequenceClassification
 
-from conftest import random_model, wait_until
+from conftest import wait_until
 from detransformer.cluster import answering
 from detransformer.cluster.devices import DeviceLost
 from detransformer.cluster.network import INTERFACE, can_emulate
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import repository_root
-from detransformer.models import decouple
 from detransformer.parallel.plan import Plan
 from detransformer.service import http, speeds
 from detransformer.service.http import MAX_BODY_BYTES, build_app
@@ -101,23 +99,6 @@ def test_patience_grows_with_what_batches_of_a_kind_took_and_with_their_tokens()
     assert patience.limit_s("a", 10) == patience.limit_s("a", 1) == speeds.STALL_S + speeds.TIMES * 0.5
     assert patience.limit_s("a", 30) == speeds.STALL_S + speeds.TIMES * 1.5
     assert patience.limit_s("b", 1) == speeds.FIRST_S
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--cluster", "nothing.yaml"], "does not exist"),
-        (["--cluster", str(repository_root() / "examples/four-pis.yaml")], "emulated: true"),
-        (["--faults", "killed,nobody"], "not nobody"),
-        (["--rounds", "0"], "1 or more"),
-    ],
-)
-def test_chaos_says_what_is_wrong_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr("sys.argv", ["chaos", *arguments, "--output", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as ended:
-        chaos_main()
-    assert ended.value.code == 2 and words in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_answer_is_counted_and_one_to_who_has_given_up_is_not():
@@ -499,38 +480,6 @@ def test_no_process_and_no_namespace_outlive_a_session(session):
     assert not session.hosts.folder.exists()
     with pytest.raises(Unanswered, match="ended"):
         session.submit({"input_ids": ids})
-
-
-@emulated
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("method", ["tp", "bp+tp"])
-@pytest.mark.slow
-def test_http_goes_on_with_a_text_as_transformers_does(tmp_path, method):
-    """A GPT-2 as it is, and decoupled, on two devices; prompts of unlike lengths that are answered in one batch."""
-    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=101, n_positions=64)
-    model = random_model(GPT2LMHeadModel, GPT2Config(**sizes, bos_token_id=None, eos_token_id=3), std=0.3)
-    model = decouple(model, num_original_layers=2, num_divisions=4).eval() if method == "bp+tp" else model
-    model.save_pretrained(tmp_path / "model")
-    (tmp_path / "cluster.yaml").write_text(CLUSTER[: CLUSTER.index("  - {name: third")])
-    prompts = [torch.randint(4, 101, (n,)).tolist() for n in (1, 3, 8, 8, 20)]
-    spec = ClusterSpec.load(tmp_path / "cluster.yaml")
-    with Session(spec, tmp_path / "model", method=method, paced=False) as session:
-        assert session.wait_for_all(120)
-        client = TestClient(build_app(session, "the token of this test"), raise_server_exceptions=False)
-
-        def ask(prompt: list[int]) -> list[int]:
-            reply = client.post("/generate", json={"input_ids": prompt, "max_new_tokens": 12}, headers=TOKEN)
-            assert reply.status_code == 200, reply.text
-            return reply.json()["tokens"]
-
-        alone = [ask(prompt) for prompt in prompts]
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            assert list(pool.map(ask, prompts)) == alone
-        assert session.counts["batches"] < 2 * len(prompts)
-    for prompt, found in zip(prompts, alone, strict=True):
-        text = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
-        expected = text[0, len(prompt) :].tolist()
-        assert found == (expected[:-1] if expected[-1] == 3 else expected)
 
 
 # --- The command -------------------------------------------------------------------------------------------------
