@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +34,7 @@ from conftest import random_model, save_with_words, wait_until
 from detransformer.cluster import hosts as hosts_module
 from detransformer.cluster.hello import model_facts
 from detransformer.cluster.hosts import interface_of, own_rank
-from detransformer.cluster.network import EmulatedNetwork, can_emulate, inside
+from detransformer.cluster.network import EmulatedNetwork, can_emulate, enter_namespace, inside
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.commands.options import read_plan
 from detransformer.models import decouple
@@ -77,30 +78,24 @@ class Hosts:
         self.names = [f"pi{i + 1}" for i in range(len(addresses))]
         self.file = folder / "cluster.yaml"
         devices = [
-            f"  - {{name: {name}, address: {address}, device: rpi4b}}"
+            {"name": name, "address": address, "device": "rpi4b"}
             for name, address in zip(self.names, addresses, strict=True)
         ]
-        port = free_ports() if namespaces is None else 29400
-        link = "link: {bandwidth_mbps: 100}"
-        self.file.write_text("\n".join(["name: shelf", link, f"rendezvous: {{port: {port}}}", "devices:", *devices]))
+        where = {"link": {"bandwidth_mbps": 100}, "rendezvous": {"port": 29400 if namespaces else free_ports()}}
+        self.file.write_text(yaml.safe_dump({"name": "shelf", **where, "devices": devices}))
         self.running: list[subprocess.Popen] = []
 
     def start(self, number: int, model: Path, *options, command: str = "run") -> subprocess.Popen:
         """The command on host `number`, 0 being pi1."""
-        enter = ""
         words = [command, "--cluster", self.file, "--model", model, *options]
-        if self.namespaces is None:
-            words += ["--host", self.names[number]]
-        else:
-            enter = "from detransformer.cluster.network import enter_namespace\n"
-            enter += f"enter_namespace({self.namespaces[number]!r})\n"
-        code = enter + "from detransformer.cli import main; main()"
+        words += [] if self.namespaces else ["--host", self.names[number]]
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, words)],
+            [sys.executable, "-m", "detransformer.cli", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            preexec_fn=self.namespaces and (lambda: enter_namespace(self.namespaces[number])),
         )
         self.running.append(process)
         return process

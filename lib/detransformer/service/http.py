@@ -103,8 +103,7 @@ def build_app(session: Session, token: str) -> FastAPI:
 
     tasks = Tasks(session)
     for dialect, path in ((own, "/"), (hub, "/"), (tei, "/"), (openai, "/v1/")):
-        guarded = {"dependencies": [Depends(check_token)], "responses": responses_of(path)}
-        app.include_router(dialect.routes(tasks, guarded))
+        app.include_router(dialect.routes(tasks), dependencies=[Depends(check_token)], responses=responses_of(path))
 
     responses = responses_of("/")
     unready = {503: {"model": Health}, 405: responses[405]}
