@@ -165,8 +165,10 @@ def keep_line(
     `enough` receives, by job number, the rows that the front no longer needs.
     """
     first = f"{job['first']}, the first device,"
-
-    def take(messages: list[Message]) -> None:
+    messages: list[Message] | None = line.unread
+    while True:
+        if messages is None:
+            end("lost", f"{first} is lost: its process ended.")
         for message in messages:
             header = message.header
             if "again" in header:
@@ -180,15 +182,8 @@ def keep_line(
                 end.say(header["say"])
             else:
                 orders.put(message)
-
-    take(line.unread)
-    while True:
-        if select.select([line], [], [], BEAT_S / 2)[0]:
-            messages = line.receive()
-            if messages is None:
-                end("lost", f"{first} is lost: its process ended.")
-            take(messages)
         line.beat()
         end.alive()
         if time.monotonic() - line.heard_at > job["silence_s"]:
             end("lost", f"{first} has been silent for {job['silence_s']:g} s: it is off, or its network is down.")
+        messages = line.receive() if select.select([line], [], [], BEAT_S / 2)[0] else []
