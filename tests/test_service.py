@@ -37,7 +37,6 @@ from detransformer.service.session import Session
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import MAX_ATTEMPTS, Asked, Expired, QueueFull, Unanswered, join_rows
 
-emulated = pytest.mark.skipif(not can_emulate()[0], reason=can_emulate()[1])
 CLUSTER = """
 name: three for tests
 emulated: true
@@ -259,6 +258,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory, model):
+    can, why = can_emulate()
+    if not can:
+        pytest.skip(why)
     folder = tmp_path_factory.mktemp("service")
     (folder / "cluster.yaml").write_text(CLUSTER)
     model.save_pretrained(folder / "model")
@@ -282,8 +284,6 @@ def answers(session: Session, model, count: int, first: int = 0) -> list[float]:
     return [float((own - other).abs().max()) for own, other in zip(found, expected, strict=True)]
 
 
-@emulated
-@pytest.mark.timeout(240)
 def test_a_session_answers_as_one_device_does_also_in_batches(session, model):
     assert session.present == (0, 1, 2)
     assert max(answers(session, model, 20)) < 1e-4
@@ -297,8 +297,6 @@ def test_a_session_answers_as_one_device_does_also_in_batches(session, model):
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-@emulated
-@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["killed", DAMAGE, "slow", STEP])
 def test_a_fault_is_named_and_nothing_is_lost_wrong_or_answered_twice(session, model, name, tmp_path):
@@ -318,7 +316,6 @@ LARGE = "meta length > 1300 drop"  # frames of nearly full size are lost, as whe
 
 
 @pytest.mark.skipif(not can_damage()[0], reason=can_damage()[1])
-@pytest.mark.timeout(240)
 def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_request_answered(session, model):
     assert session.wait_for_all(60)
     namespace = session.hosts.network.namespaces[2]
@@ -345,7 +342,6 @@ def test_a_message_that_never_comes_although_all_live_is_given_up_and_the_reques
     assert not any(event.kind == "lost" for event in told())
 
 
-@emulated
 def test_a_session_refuses_what_it_cannot_take(session):
     ids = torch.ones(1, 4, dtype=torch.int64)
     for inputs, words in (
@@ -359,7 +355,6 @@ def test_a_session_refuses_what_it_cannot_take(session):
         session({"input_ids": ids}, deadline_s=0.0)
 
 
-@emulated
 def test_a_full_queue_refuses_and_says_when_to_come_again(session):
     ids = torch.ones(1, 50, dtype=torch.int64)
     futures = []
@@ -378,7 +373,6 @@ def client(session):
 TOKEN = {"Authorization": "Bearer the token of this test", "Content-Type": "application/json"}
 
 
-@emulated
 def test_http_answers_as_the_model_does(client, model):
     body = {"input_ids": [1, 2, 3], "model": "what clients send", "user": "and is not known"}
     reply = client.post("/classify", json=body, headers=TOKEN)
@@ -390,7 +384,6 @@ def test_http_answers_as_the_model_does(client, model):
     assert reply.json()["label"] == model.config.id2label[int(logits.argmax())]
 
 
-@emulated
 @pytest.mark.parametrize(
     ("sent", "status", "words"),
     [
@@ -413,7 +406,6 @@ def test_http_says_what_is_wrong(client, sent, status, words):
     assert words in reply.json()["error"]
 
 
-@emulated
 def test_http_wants_its_token_and_tells_nothing_without(client):
     for headers in ({}, {"Authorization": "Bearer another"}, {"Authorization": "Basic dXNlcjpwdw=="}):
         for reply in (client.post("/classify", json={"input_ids": [1]}, headers=headers), client.get("/metrics")):
@@ -423,7 +415,6 @@ def test_http_wants_its_token_and_tells_nothing_without(client):
     assert "/classify" in client.get("/nothing").json()["error"]
 
 
-@emulated
 def test_http_does_not_wait_for_who_says_nothing_or_only_begins(session, monkeypatch):
     monkeypatch.setattr(http, "HEAD_S", 0.5)
     monkeypatch.setattr(http, "BODY_S", 0.5)
@@ -451,7 +442,6 @@ def test_http_does_not_wait_for_who_says_nothing_or_only_begins(session, monkeyp
         running.join(10)
 
 
-@emulated
 def test_http_tells_health_and_metrics(client, session):
     health = client.get("/health", headers=TOKEN)
     assert health.status_code == 200
@@ -462,7 +452,6 @@ def test_http_tells_health_and_metrics(client, session):
     assert 'detransformer_device{name="third"} 1.0' in text
 
 
-@emulated
 def test_no_process_and_no_namespace_outlive_a_session(session):
     """The last to use it: it ends here."""
     import psutil
