@@ -79,16 +79,19 @@ def plan(
     """
     asked, folder = from_json(Request, request), state.home["model"]
     _, checkpoint, whole = _opened(state.home["cluster"], folder)
-    config, inputs, devices = checkpoint.config, {}, state.home["group"]
+    config, devices = checkpoint.config, state.home["group"]
     slowed = [_slowed(whole.devices[d], (slower or {}).get(str(d), 1.0)) for d in devices]
     profile = replace(whole.of(devices), devices=tuple(slowed))
-    if seq_len is not None:
-        limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
-        shape = 1, max(1, min(seq_len, limit))
-    try:
-        if seq_len is None:
+    if seq_len is None:
+        try:
             inputs = inputs_of(asked, folder, config)
-            shape = inputs["input_ids"].shape
+        except ValueError as error:
+            return {"refused": str(error)}
+        shape = inputs["input_ids"].shape
+    else:
+        limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
+        inputs, shape = {}, (1, max(1, min(seq_len, limit)))
+    try:
         prepared = prepare(asked, config, profile, *shape)
     except ValueError as error:
         if len(devices) < len(whole.devices):
