@@ -1,11 +1,14 @@
 """Shared fixtures: small models on disk and a cluster of real processes over loopback."""
 
 import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertModel, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
 
@@ -64,6 +67,30 @@ def cases(tmp_path_factory) -> dict[str, Case]:
         "decoupled": Case(folder / "decoupled", decouple(bert, num_original_layers=2, num_divisions=4)),
         "narrow": Case(folder / "narrow", decouple(bert, 2, 4, attention_width="narrow")),
     }
+
+
+def random_model(kind: type, config, std: float = 0.2):
+    """A model of `kind` whose weights are random, the same each time, and large enough to matter."""
+    torch.manual_seed(3)
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def save_with_words(model, words: list[str], folder: Path) -> None:
+    """Saves a model, and a tokenizer that knows these words."""
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float, seen: Callable[[], object] = lambda: "") -> None:
+    """Returns once `condition` holds; fails after `timeout_s` and shows what was `seen`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, seen()
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

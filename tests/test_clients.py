@@ -4,11 +4,11 @@ Clients of three dialects (huggingface_hub, openai, llama-index) and the routes 
 model kind for the whole file.
 """
 
+import base64
 import json
 import re
 import socket
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ from transformers import (
     pipeline,
 )
 
-from detransformer.answers import check_inputs, scores
+from conftest import random_model, save_with_words, wait_until
 from detransformer.cluster.fleet import JobFailed
 from detransformer.cluster.network import can_emulate
 from detransformer.cluster.spec import ClusterSpec
@@ -68,16 +68,15 @@ devices:
 
 def bert(folder, kind, **fields):
     """A small BERT of random weights with its word list, saved in `folder`."""
-    torch.manual_seed(3)
     sizes = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=70)
-    model = kind(BertConfig(**sizes, vocab_size=len(WORDS), max_position_embeddings=64, **fields)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
-    )
+    model = random_model(kind, BertConfig(**sizes, vocab_size=len(WORDS), max_position_embeddings=64, **fields))
+    save_with_words(model, WORDS, folder)
+    return model
+
+
+def embedding_bert(folder):
+    model = bert(folder, BertModel)
+    (folder / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Normalize"}]))
     return model
 
 
@@ -89,11 +88,8 @@ def gpt2(folder):
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
     words.train_from_iterator(TEXTS * 20, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
-    torch.manual_seed(3)
-    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, n_positions=1024)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, n_positions=1024, vocab_size=len(tokenizer))
+    model = random_model(GPT2LMHeadModel, GPT2Config(**sizes, bos_token_id=0, eos_token_id=0), std=0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
@@ -125,57 +121,26 @@ def served(folder, model):
             running.join(10)
 
 
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("embedder") / "model"
-    model = bert(folder, BertModel)
-    (folder / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Normalize"}]))
-    with served(folder, model) as service:
-        yield service
+def service_of(name: str, save) -> object:
+    """The fixture `name`: a service of the model that `save` makes in a folder."""
+
+    @pytest.fixture(scope="module", name=name)
+    def service(tmp_path_factory):
+        folder = tmp_path_factory.mktemp(name) / "model"
+        with served(folder, save(folder)) as started:
+            yield started
+
+    return service
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifier") / "model"
-    labels = dict(enumerate(["good", "bad", "neither"]))
-    with served(folder, bert(folder, BertForSequenceClassification, id2label=labels)) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def reranker(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reranker") / "model"
-    with served(folder, bert(folder, BertForSequenceClassification, num_labels=1)) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reader") / "model"
-    with served(folder, bert(folder, BertForQuestionAnswering)) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def tagger(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tagger") / "model"
-    labels = dict(enumerate(["O", "B-PER", "I-PER", "LOC"]))
-    with served(folder, bert(folder, BertForTokenClassification, id2label=labels)) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def filler(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("filler") / "model"
-    with served(folder, bert(folder, BertForMaskedLM)) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("writer") / "model"
-    with served(folder, gpt2(folder)) as service:
-        yield service
+LABELS, TAGS = dict(enumerate(["good", "bad", "neither"])), dict(enumerate(["O", "B-PER", "I-PER", "LOC"]))
+embedder = service_of("embedder", embedding_bert)
+classifier = service_of("classifier", lambda folder: bert(folder, BertForSequenceClassification, id2label=LABELS))
+reranker = service_of("reranker", lambda folder: bert(folder, BertForSequenceClassification, num_labels=1))
+reader = service_of("reader", lambda folder: bert(folder, BertForQuestionAnswering))
+tagger = service_of("tagger", lambda folder: bert(folder, BertForTokenClassification, id2label=TAGS))
+filler = service_of("filler", lambda folder: bert(folder, BertForMaskedLM))
+writer = service_of("writer", gpt2)
 
 
 @torch.inference_mode()
@@ -297,6 +262,12 @@ def test_hub_text_generation_whole_streamed_and_stopped(writer):
     assert list(details)[-1].generated_text == text
 
 
+def test_own_generation(writer):
+    text, tokens = continuation(writer, TEXTS[0], 12)
+    reply = writer.http.post("/generate", json={"text": TEXTS[0], "max_new_tokens": 12})
+    assert reply.json() == {"text": text, "tokens": tokens}
+
+
 def test_hub_refusals_are_read_by_the_client(embedder, classifier, writer):
     with pytest.raises(HfHubHTTPError) as refused:
         embedder.hub.fill_mask("the [MASK] was great")
@@ -322,8 +293,6 @@ def test_openai_embeddings(embedder, encoding):
     reply = embedder.ai.embeddings.create(model="any", input=TEXTS, encoding_format=encoding, user="someone")
     shown = [one.embedding for one in reply.data]
     if encoding == "base64":
-        import base64
-
         shown = [torch.frombuffer(bytearray(base64.b64decode(one)), dtype=torch.float32).tolist() for one in shown]
     assert close(shown, vectors(embedder)) and [one.index for one in reply.data] == [0, 1, 2, 3]
     assert reply.usage.prompt_tokens == sum(len(embedder.tokenizer(text)["input_ids"]) for text in TEXTS)
@@ -386,10 +355,7 @@ def test_openai_completions_come_while_they_are_made_and_end_when_nobody_reads(w
     with writer.ai.completions.create(**asked | {"prompt": prompt}, max_tokens=900) as stream:
         assert next(iter(stream)).choices[0].finish_reason is None
         assert writer.session.counts["answered"] == answered, "the first piece comes before the answer is whole"
-    deadline = time.monotonic() + 60
-    while not made:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: made, 60)
     assert made[0] < 900, "the devices stop when the client has gone"
 
 
@@ -536,25 +502,10 @@ def test_calls_that_are_shown_are_answered(request, call, kind):
 # --- A request's own error ---------------------------------------------------------------------------------------
 
 
-def test_a_request_that_the_model_cannot_take_is_refused_where_it_enters(reranker):
-    for tokens, words in (([1, 99], "vocabulary from 0 to"), ([1] * 65, "shorten")):
-        reply = reranker.http.post("/classify", json={"input_ids": tokens})
-        assert reply.status_code == 422 and words in reply.json()["error"]
-    found = reranker.http.post("/classify", json={"text": TEXTS[0]}).json()
-    assert found["probabilities"] == pytest.approx(logits(reranker, TEXTS[0]).sigmoid().tolist(), abs=1e-4)
-
-
-def test_inputs_are_those_that_the_model_has():
-    ids = torch.tensor([[1, 2]])
-    check_inputs(BertConfig(type_vocab_size=1), {"input_ids": ids, "token_type_ids": ids * 0})
-    with pytest.raises(ValueError, match="token_type_ids go from 1 to 2; the model's token types from 0 to 0"):
-        check_inputs(BertConfig(type_vocab_size=1), {"input_ids": ids, "token_type_ids": ids})
-
-
 def test_a_job_that_fails_refuses_its_request_and_nobody_elses(reranker, monkeypatch):
     """Past the checks at the entry, real workers raise IndexError; others in the same batch are answered."""
     session, before = reranker.session, len(reranker.session.events)
-    monkeypatch.setattr(Session, "_checked", lambda self, inputs, new: dict(inputs))
+    monkeypatch.setattr(Session, "_check", lambda self, inputs, new: None)
     good = torch.tensor([[2, 5, 7, 3]])
     bad = {"input_ids": good, "attention_mask": torch.ones_like(good), "token_type_ids": torch.full_like(good, 5)}
     fine = {"input_ids": good, "attention_mask": torch.ones_like(good)}
@@ -582,21 +533,7 @@ def test_a_job_that_fails_refuses_its_request_and_nobody_elses(reranker, monkeyp
 
 
 def test_a_job_that_fails_is_424_over_http(reranker, monkeypatch):
-    monkeypatch.setattr(Session, "_checked", lambda self, inputs, new: dict(inputs))
+    monkeypatch.setattr(Session, "_check", lambda self, inputs, new: None)
     reply = reranker.http.post("/classify", json={"input_ids": [1, 99]})
     assert reply.status_code == 424 and "the model fails at this input" in reply.json()["error"]
     assert reranker.http.get("/health").json()["status"] == "serving"
-
-
-@pytest.mark.parametrize(
-    ("fields", "score"),
-    [
-        ({"problem_type": "multi_label_classification", "num_labels": 3}, torch.sigmoid),
-        ({"num_labels": 1}, torch.sigmoid),
-        ({"problem_type": "regression", "num_labels": 1}, lambda x: x),
-        ({"num_labels": 3}, lambda x: x.softmax(-1)),
-    ],
-)
-def test_scores_are_those_of_the_models_problem(fields, score):
-    x = torch.tensor([1.0, -2.0, 0.5])[: fields["num_labels"]]
-    assert torch.equal(scores(BertConfig(**fields), x), score(x))

@@ -8,20 +8,16 @@ import time
 import pytest
 import torch
 
+from conftest import wait_until
 from detransformer.cluster import hello, roster
 from detransformer.cluster.devices import DeviceError, DeviceLost
 from detransformer.cluster.fleet import Fleet, JobFailed
 from detransformer.cluster.hello import meet
 from detransformer.cluster.line import HEAD, Line, listen
-from detransformer.cluster.roster import join_words
 from detransformer.cluster.worker import blame, resolve
 
 NAMES = ["a (10.0.0.1)", "b (10.0.0.2)", "c (10.0.0.3)"]
-FACTS = dict(devices="d", versions="v", config="c", weights_bytes=1, weights="w")
-
-
-class Ended(Exception):
-    """A worker's process would have ended."""
+FACTS = dict(devices="d", versions="v", config="c", weights="w")
 
 
 class Worker:
@@ -29,12 +25,8 @@ class Worker:
 
     def __init__(self, address: str, device: int | None, monkeypatch, secret: str = "s", **facts):
         monkeypatch.setattr(hello, "host_facts", lambda job: FACTS | facts)
-
-        def end(kind: str, sentence: str) -> None:
-            raise Ended(sentence)
-
         job = {"front": address, "secret": secret, "first": NAMES[0], "wait_s": 2.0}
-        self.line = meet(job, device, end)
+        self.line = meet(job, device)
         self.heard: list = list(self.line.unread)
 
     def hear(self, key: str, timeout_s: float = 60.0) -> dict:
@@ -123,7 +115,7 @@ def test_all_begin_together_answer_and_are_told_of_the_end(started, monkeypatch)
 def test_who_ends_all_is_named(started, monkeypatch):
     monkeypatch.setattr(roster, "CODE_S", 0.5)
     for end, words in (
-        (lambda at, made: made[2].line.close(), r"c \(10.0.0.3\) is gone: its process ended while starting; the"),
+        (lambda at, made: made[2].line.close(), r"c \(10.0.0.3\) is gone: its process ended while job; the"),
         (
             lambda at, made: made[1].line.send({"error": "no memory", "whose": "device"}),
             r"b \(10.0.0.2\) failed .*: no mem",
@@ -133,18 +125,13 @@ def test_who_ends_all_is_named(started, monkeypatch):
     ):
         fleet, made = joined(started, monkeypatch)
         end(fleet.path, made)
-        deadline = time.monotonic() + 8
         with pytest.raises(DeviceError, match=words):
-            while time.monotonic() < deadline:
-                for each in made:
-                    each.line.beat()
-                fleet.wait(0)
-                fleet._check("starting")
-                time.sleep(0.05)
+            fleet.run("job", timeout_s=8, meanwhile=lambda made=made: [each.line.beat() for each in made])
 
 
 def test_who_is_silent_or_does_not_come_is_named(started, monkeypatch):
-    fleet, made = joined(started, monkeypatch, silence_s=1.0)
+    monkeypatch.setattr(roster, "SILENCE_S", 1.0)
+    fleet, made = joined(started, monkeypatch)
     with pytest.raises(DeviceLost, match=r"b \(10.0.0.2\) has been silent for 1 s while job"):
         fleet.run("job", meanwhile=lambda: [made[device].line.beat() for device in (0, 2)])
     fleet = started()
@@ -171,10 +158,8 @@ def test_hosts_that_differ_are_refused_or_left_out(started, monkeypatch):
     first, second = workers_of(fleet, monkeypatch, (0, 1))
     other = workers_of(fleet, monkeypatch, (2,), weights="others")[0]
     assert first.join()["devices"] == second.join()["devices"] == [0, 1]
-    deadline = time.monotonic() + 5
-    while not fleet.devices and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert fleet.devices == (0, 1) and not other.heard
+    wait_until(lambda: fleet.devices == (0, 1), 5)
+    assert not other.heard
     assert any(kind == "differing" and "weights whose digest is others" in words for kind, words in fleet.said)
 
 
@@ -188,9 +173,7 @@ def test_a_group_that_breaks_is_formed_anew_where_workers_come_back(started, mon
         each.line.close()
     again = workers_of(fleet, monkeypatch, (1, 2, 0))
     assert {tuple(each.join()["devices"]) for each in again} == {(0, 1, 2)}
-    deadline = time.monotonic() + 5
-    while not fleet.devices and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: fleet.devices, 5)
     assert [kind for kind, _ in fleet.said if kind != "waiting"] == ["serving", "lost", "serving"]
     assert fleet.said[-1][1].startswith("c (10.0.0.3) back; serving on a")
 
@@ -218,7 +201,7 @@ def test_strangers_are_shown_out(started, monkeypatch):
         browser.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 4096)
         while browser.recv(4096):
             pass
-    with pytest.raises(Ended, match=r"a \(10.0.0.1\), the first device, does not answer at port"):
+    with pytest.raises(ConnectionError, match=r"a \(10.0.0.1\), the first device, does not answer at port"):
         Worker(fleet.path, 0, monkeypatch, secret="another")
     made = workers_of(fleet, monkeypatch)
     with pytest.raises(AssertionError):
@@ -265,20 +248,16 @@ def test_a_job_is_a_public_function_of_this_package():
         resolve("run_plan", "detransformer.cluster.answering")
 
 
-def test_a_broken_collective_is_not_blamed_on_who_saw_it():
+def test_an_error_is_blamed_on_a_peer_the_device_or_the_request():
     text = "[pair.cc:553] Connection closed by peer [10.77.0.1]:8630"
-    assert blame(RuntimeError(text)) == (f"RuntimeError: {text}", "peer")
-    assert blame(MemoryError()) == ("MemoryError: ", "device")
-    assert blame(RuntimeError("DefaultCPUAllocator: can't allocate memory"))[1] == "device"
-    assert blame(OSError("no space left"))[1] == "device"
-
-
-def test_an_error_that_would_come_again_is_the_requests_own():
+    assert blame(RuntimeError(text)) == (f"RuntimeError: {text}", "peer"), "and not on who saw it"
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError("no space left")):
+        assert blame(error)[1] == "device"
     assert blame(ValueError("no plan fits")) == ("no plan fits", "request")
-    assert blame(IndexError("index out of range in self"))[1] == "request"
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2, 3) @ torch.zeros(2, 3)
-    assert blame(caught.value)[1] == "request"
+    for error in (IndexError("index out of range in self"), caught.value):
+        assert blame(error)[1] == "request"
 
 
 def failing(fleet: Fleet, workers: list, errors: dict[int, str]) -> None:
@@ -307,16 +286,12 @@ def test_where_a_job_fails_on_one_device_all_meet_anew_and_none_is_lost(started,
     assert [kind for kind, _ in fleet.said if kind != "waiting"] == ["serving", "meeting"]
 
 
-def test_words_are_joined():
-    assert join_words(["a"]) == "a" and join_words(["a", "b", "c"]) == "a, b and c"
-
-
 def test_a_worker_ends_with_its_starter_also_while_it_waits_for_the_front():
     """A service's worker waits without a limit for the first device; its agent may be killed meanwhile."""
     code = (
-        "import sys, time\nfrom detransformer.cluster.hello import End, meet\n"
+        "import sys\nfrom detransformer.cluster.worker import work\n"
         "job = {'front': '127.0.0.1:9', 'wait_s': 0, 'secret': '', 'first': 'pi1'}\n"
-        "end = End(job, 0, 1, int(sys.argv[1]))\nmeet(job, None, end)"
+        "work(job, 0, int(sys.argv[1]))"
     )
     with subprocess.Popen(["sleep", "60"]) as starter:
         worker = subprocess.Popen([sys.executable, "-c", code, str(starter.pid)], stdout=subprocess.PIPE, text=True)

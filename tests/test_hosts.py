@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,10 +30,11 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from conftest import random_model, save_with_words, wait_until
 from detransformer.cluster import hosts as hosts_module
 from detransformer.cluster.hello import model_facts
 from detransformer.cluster.hosts import interface_of, own_rank
-from detransformer.cluster.network import EmulatedNetwork, can_emulate, inside
+from detransformer.cluster.network import EmulatedNetwork, can_emulate, enter_namespace, inside
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.commands.options import read_plan
 from detransformer.models import decouple
@@ -44,28 +46,18 @@ WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a film of great charm who made it the st
 SIZES = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=6, intermediate_size=70, vocab_size=len(WORDS))
 
 
-def save_model(folder: Path, cls, **fields) -> Path:
-    """A small decoupled model with a head and a tokenizer, its weights large enough to matter."""
-    torch.manual_seed(3)
-    model = cls(BertConfig(**SIZES | fields)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    decouple(model, num_original_layers=2, num_divisions=4).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+def save_model(folder: Path, kind: type, **fields) -> Path:
+    """A small decoupled model with a head and a tokenizer."""
+    model = random_model(kind, BertConfig(**SIZES | fields))
+    save_with_words(decouple(model, num_original_layers=2, num_divisions=4), WORDS, folder)
     return folder
 
 
-def save_decoder(folder: Path, decoupled: bool = True) -> Path:
-    """A small GPT-2, decoupled or original, and a tokenizer; its weights are large enough for texts to vary."""
-    torch.manual_seed(3)
+def save_decoder(folder: Path) -> Path:
+    """A small decoupled GPT-2 and a tokenizer; its weights are large enough for texts to vary."""
     sizes = dict(n_embd=48, n_layer=4, n_head=6, n_inner=70, vocab_size=len(WORDS), n_positions=64)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=3)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    (decouple(model, num_original_layers=2, num_divisions=4) if decoupled else model).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    model = random_model(GPT2LMHeadModel, GPT2Config(**sizes, bos_token_id=None, eos_token_id=3), std=0.3)
+    save_with_words(decouple(model, num_original_layers=2, num_divisions=4), WORDS, folder)
     return folder
 
 
@@ -86,30 +78,24 @@ class Hosts:
         self.names = [f"pi{i + 1}" for i in range(len(addresses))]
         self.file = folder / "cluster.yaml"
         devices = [
-            f"  - {{name: {name}, address: {address}, device: rpi4b}}"
+            {"name": name, "address": address, "device": "rpi4b"}
             for name, address in zip(self.names, addresses, strict=True)
         ]
-        port = free_ports() if namespaces is None else 29400
-        link = "link: {bandwidth_mbps: 100}"
-        self.file.write_text("\n".join(["name: shelf", link, f"rendezvous: {{port: {port}}}", "devices:", *devices]))
+        where = {"link": {"bandwidth_mbps": 100}, "rendezvous": {"port": 29400 if namespaces else free_ports()}}
+        self.file.write_text(yaml.safe_dump({"name": "shelf", **where, "devices": devices}))
         self.running: list[subprocess.Popen] = []
 
     def start(self, number: int, model: Path, *options, command: str = "run") -> subprocess.Popen:
         """The command on host `number`, 0 being pi1."""
-        enter = ""
         words = [command, "--cluster", self.file, "--model", model, *options]
-        if self.namespaces is None:
-            words += ["--host", self.names[number]]
-        else:
-            enter = "from detransformer.cluster.network import enter_namespace\n"
-            enter += f"enter_namespace({self.namespaces[number]!r})\n"
-        code = enter + "from detransformer.cli import main; main()"
+        words += [] if self.namespaces else ["--host", self.names[number]]
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, words)],
+            [sys.executable, "-m", "detransformer.cli", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            preexec_fn=self.namespaces and (lambda: enter_namespace(self.namespaces[number])),
         )
         self.running.append(process)
         return process
@@ -139,20 +125,25 @@ def hosts(folder: Path, count: int, backwards: bool = False):
 
     `backwards`: the first one's address is the last.
     """
-    if not can_emulate()[0]:
-        made = Hosts(folder, ["127.0.0.1"] * count, None)
-        try:
-            yield made
-        finally:
-            made.stop()
-        return
-    with EmulatedNetwork(count, 100e6) as network:
+    with EmulatedNetwork(count, 100e6) if can_emulate()[0] else nullcontext() as network:
         step = -1 if backwards else 1
-        made = Hosts(folder, network.addresses[::step], network.namespaces[::step])
+        addresses = network.addresses[::step] if network else ["127.0.0.1"] * count
+        made = Hosts(folder, addresses, network and network.namespaces[::step])
         try:
             yield made
         finally:
             made.stop()
+
+
+@contextmanager
+def computing(folder: Path, count: int, model: Path):
+    """The commands on `count` hosts in the middle of requests that do not end by themselves."""
+    with hosts(folder, count) as shelf:
+        running = [shelf.start(i, model, "--method", "bp+tp", "--repeats", "1000000") for i in range(count)]
+        for process in running:
+            wait_for(process.stderr, "of 6 heads")
+        time.sleep(1)
+        yield running
 
 
 def ended(process: subprocess.Popen, timeout_s: float = HANG_S) -> tuple[int, str, str]:
@@ -168,12 +159,9 @@ def last_sentence(stderr: str) -> str:
     return lines[-1]
 
 
-def children_of(pid: int) -> list[int]:
-    """Processes below `pid`, at any depth."""
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [int(child), *children_of(int(child))]
-    return found
+def children_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """Processes below `process`, at any depth, as they were started."""
+    return sorted(psutil.Process(process.pid).children(recursive=True), key=psutil.Process.create_time)
 
 
 @pytest.mark.slow
@@ -237,12 +225,8 @@ def wait_for(stream, words: str, timeout_s: float = HANG_S) -> list[str]:
 @pytest.mark.slow
 def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
     """In the middle of requests: within seconds one sentence on each of the others, and no process is left."""
-    with hosts(tmp_path, 3) as shelf:
-        running = [shelf.start(i, classifier, "--method", "bp+tp", "--repeats", "1000000") for i in range(3)]
-        for process in running:
-            wait_for(process.stderr, "of 6 heads")
-        time.sleep(1)
-        below = [pid for process in running for pid in children_of(process.pid)]
+    with computing(tmp_path, 3, classifier) as running:
+        below = [child for process in running for child in children_of(process)]
         assert len(below) >= 9  # the agent, its fork server and the worker on each
         for process in running:  # a board's memory is not for torch a third time
             loaded = Path(f"/proc/{process.pid}/maps").read_text()
@@ -253,28 +237,14 @@ def test_a_killed_host_ends_all_and_is_named(classifier, tmp_path):
             code, _, stderr = ended(process)
             assert code == 1 and "pi3 (" in last_sentence(stderr) and "is gone" in last_sentence(stderr)
         assert time.monotonic() - start < 10
-        assert gone(below)
-
-
-def gone(pids: list[int], timeout_s: float = 10) -> bool:
-    """Whether these processes have ended, or end soon."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if not any(Path("/proc", str(pid)).exists() for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
+        wait_until(lambda: not any(child.is_running() for child in below), 10)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_is_told_from_those_who_lose_their_connection(classifier, tmp_path):
     """As when the kernel takes a process for want of memory: its host is named, by all."""
-    with hosts(tmp_path, 2) as shelf:
-        running = [shelf.start(i, classifier, "--method", "bp+tp", "--repeats", "1000000") for i in range(2)]
-        for process in running:
-            wait_for(process.stderr, "of 6 heads")
-        time.sleep(1)
-        os.kill(children_of(running[1].pid)[-1], signal.SIGKILL)  # the last to be started
+    with computing(tmp_path, 2, classifier) as running:
+        children_of(running[1])[-1].kill()  # the worker
         for process in running:
             code, _, stderr = ended(process)
             assert code == 1
@@ -296,10 +266,6 @@ def test_a_host_that_does_not_come_is_named(classifier, tmp_path):
         assert "), the first device, does not answer at port" in last_sentence(stderr)
 
 
-def drop_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
 def change_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
@@ -316,11 +282,9 @@ def change_weights(folder: Path) -> None:
     "break_it, words",
     [
         (shutil.rmtree, "cannot take part: model folder .* does not exist on this host"),
-        (drop_weights, "cannot take part: .* has no model.safetensors"),
-        (change_config, "has a config.json whose digest is .*, and pi1 .*: copy the model's folder anew"),
         (change_weights, "has weights whose digest is .*, and pi1 .*: copy the model's folder anew"),
     ],
-    ids=["no-folder", "no-weights", "config", "weights"],
+    ids=["no-folder", "weights"],
 )
 def test_another_model_on_a_host_is_refused(classifier, tmp_path, break_it, words):
     copy = shutil.copytree(classifier, tmp_path / "copy")
@@ -339,8 +303,7 @@ def test_an_interrupted_host_is_named(classifier, tmp_path):
         wait_for(waiting.stderr, "waiting for pi1 (")
         waiting.send_signal(signal.SIGINT)
         assert ended(waiting)[0] == 130
-        running = [shelf.start(i, classifier, "--method", "bp+tp", "--repeats", "1000000") for i in range(2)]
-        wait_for(running[1].stderr, "of 6 heads")
+    with computing(tmp_path, 2, classifier) as running:
         running[1].send_signal(signal.SIGINT)
         assert ended(running[1])[0] == 130
         code, _, stderr = ended(running[0])
@@ -435,21 +398,12 @@ def test_model_facts_tell_copies_from_other_models(classifier, tmp_path):
     for change, key in [(change_config, "config"), (change_weights, "weights")]:
         change(copy)
         assert model_facts(str(copy))[key] != model_facts(str(classifier))[key]
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        model_facts(str(copy))
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged"):
         model_facts(str(copy))
-
-
-def test_every_byte_of_the_weights_counts(classifier, tmp_path):
-    copy = shutil.copytree(classifier, tmp_path / "copy")
-    weights = copy / "model.safetensors"
-    os.truncate(weights, 2**27)
-    whole = model_facts(str(copy))
-    with open(weights, "r+b") as file:
-        file.seek(2**26 + 12345)
-        file.write(b"!")
-    changed = model_facts(str(copy))
-    assert changed == whole | {"weights": changed["weights"]} != whole
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"method": "tp"}'])
@@ -462,76 +416,62 @@ def test_what_is_no_plan(tmp_path, text):
 # --- Emulated devices --------------------------------------------------------------------------------------------
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
+@pytest.fixture
+def run(capsys, tmp_path):
+    """`detransformer run` on two unequal devices over modelled links: exit code, what is shown, and the error."""
     from detransformer import cli
 
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        cli.main(["run", *map(str, arguments)])
-    return end.value.code, *capsys.readouterr()
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.slow
-def test_answers_bytes_and_weights_are_those_of_earlier_commits(capsys, tmp_path, name):
-    asked = {
-        "qa": ["--text", "who made it", "--context", "the studio in rome made it", "--method", "bp+sp"],
-        "gpt2": ["--text", "a film of", "--new-tokens", "9", "--method", "bp+tp"],
-    }[name]
-    folder = save_decoder(tmp_path / name) if name == "gpt2" else save_model(tmp_path / name, BertForQuestionAnswering)
     path = tmp_path / "c.yaml"
     path.write_text(
         "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 3}]"
     )
-    options = ["--cluster", path, "--model", folder, "--transport", "loopback", "--repeats", "2", *asked]
-    code, _, error = run(capsys, *options, "--output", tmp_path / "out.json")
-    assert code == 0, error
-    record = json.loads((tmp_path / "out.json").read_text())
-    if name == "qa":
-        assert 0 < record["answer"].pop("score") < 1
-    assert {field: record.get(field) for field in GOLDEN[name]} == GOLDEN[name]
+
+    def call(model: Path, *options) -> tuple[int, str, str]:
+        capsys.readouterr()
+        words = ["run", "--cluster", path, "--model", model, "--transport", "loopback", *options]
+        with pytest.raises(SystemExit) as end:
+            cli.main(list(map(str, words)))
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def is_golden(record: dict, name: str) -> bool:
+    """Whether answer, bytes and weights are those of earlier commits."""
+    return {field: record.get(field) for field in GOLDEN[name]} == GOLDEN[name]
 
 
 @pytest.mark.slow
-def test_the_same_command_over_emulated_devices(capsys, tmp_path):
-    """A question, answered by two unequal devices over modelled links; the plan it kept is run again."""
+def test_the_same_command_over_emulated_devices(run, tmp_path):
+    """A question, answered by two unequal devices; the plan it kept is run again."""
     folder = save_model(tmp_path / "qa", BertForQuestionAnswering)
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 3}]"
-    )
-    options = ["--cluster", path, "--model", folder, "--text", "who made it", "--transport", "loopback"]
-    options += ["--repeats", "2", "--check"]
-    code, shown, error = run(capsys, *options, "--method", "bp+sp", "--output", tmp_path / "out.json",
+    options = ["--text", "who made it", "--repeats", "2", "--check"]
+    code, shown, error = run(folder, *options, "--method", "bp+sp", "--output", tmp_path / "out.json",
                              "--context", "the studio in rome made it")  # fmt: skip
     assert code == 0, error
     for words in ("pair (Raspberry Pi 4B, Raspberry Pi 4B at 3x speed (emulated), modelled link)", "on a, b; float32"):
         assert words in shown
     assert "agrees with the single device's" in shown and "'who made it' -> " in shown
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["answer"]["answer"] in "the studio in rome made it"
+    assert 0 < record["answer"].pop("score") < 1 and is_golden(record, "qa")
     assert record["plan"]["sub_blocks"] == [1, 3] and record["latency_s"] >= record["predicted_s"]
-    code, shown, error = run(capsys, *options, "--plan", tmp_path / "out.json", "--context", "a film of charm")
+    code, shown, error = run(folder, *options, "--plan", tmp_path / "out.json", "--context", "a film of charm")
     assert code == 0 and "plan: bp+sp" in shown, error
 
 
 @pytest.mark.slow
-def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
+def test_text_goes_on_over_emulated_devices(run, tmp_path):
     """A GPT-2 over two unequal devices: the single device's tokens, and the text that they are."""
     folder = save_decoder(tmp_path / "gpt2")
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        "name: pair\nemulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b, speed: 2}]"
-    )
-    options = ["--cluster", path, "--model", folder, "--text", "a film of", "--transport", "loopback", "--check"]
-    code, shown, error = run(capsys, *options, "--new-tokens", "9", "--output", tmp_path / "out.json")
+    options = ["--text", "a film of", "--check"]
+    asked = ["--new-tokens", "9", "--method", "bp+tp", "--output", tmp_path / "out.json"]
+    code, shown, error = run(folder, *options, *asked)
     assert code == 0 and "check: all tokens are the single device's" in shown, error
     record = json.loads((tmp_path / "out.json").read_text())
-    assert len(record["answer"]["tokens"]) == len(record["token_s"]) == 9
-    assert set(record["answer"]["text"].split()) <= set(WORDS) and record["answer"]["text"] in shown
-    code, _, error = run(capsys, *options, "--new-tokens", "80")
+    assert is_golden(record, "gpt2") and len(record["token_s"]) == 9 and record["answer"]["text"] in shown
+    code, _, error = run(folder, *options, "--new-tokens", "80")
     assert code == 2 and "5 tokens and 80 new ones, and the model takes 64" in error
-    code, _, error = run(capsys, *options, "--new-tokens", "9", "--wire", "int8")
+    code, _, error = run(folder, *options, "--new-tokens", "9", "--wire", "int8")
     assert code == 2 and "GPT-2 is run with --wire float32" in error
 
 
@@ -552,10 +492,8 @@ def test_text_goes_on_over_emulated_devices(capsys, tmp_path):
     ],
 )
 @pytest.mark.slow
-def test_wrong_requests_are_one_sentence(capsys, classifier, tmp_path, options, words):
-    path = tmp_path / "c.yaml"
-    path.write_text("emulated: true\ndevices: [{name: a, device: rpi4b}, {name: b, device: rpi4b}]")
-    code, _, stderr = run(capsys, "--cluster", path, "--model", classifier, "--transport", "loopback", *options)
+def test_wrong_requests_are_one_sentence(run, classifier, options, words):
+    code, _, stderr = run(classifier, *options)
     assert code == 2 and words in last_sentence(stderr)
 
 
@@ -564,22 +502,17 @@ def test_wrong_requests_are_one_sentence(capsys, classifier, tmp_path, options, 
 
 def asked(namespace: str, path: str, body: dict | None = None) -> tuple[int, dict]:
     """Status and answer of a request from inside a host."""
-    found = []
+    headers = {"Authorization": f"Bearer {TOKEN}"}
 
-    def ask() -> None:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
-        try:
-            request = urllib.request.Request(f"http://127.0.0.1:8000{path}", data, headers)
-            with urllib.request.urlopen(request, timeout=90) as answer:
-                found.append((answer.status, json.load(answer)))
-        except urllib.error.HTTPError as error:
-            found.append((error.code, json.load(error)))
-        except OSError as error:
-            found.append((0, {"error": str(error)}))
+    def ask() -> httpx.Response:
+        method = "GET" if body is None else "POST"
+        return httpx.request(method, f"http://127.0.0.1:8000{path}", json=body, headers=headers, timeout=90)
 
-    inside(namespace, ask)
-    return found[0]
+    try:
+        reply = inside(namespace, ask)
+    except httpx.TransportError as error:
+        return 0, {"error": str(error)}
+    return reply.status_code, reply.json()
 
 
 TOKEN = "a token that nobody guesses"
@@ -601,23 +534,27 @@ def test_two_hosts_serve_over_http_and_one_goes_and_returns(classifier, tmp_path
         def serve(number: int) -> subprocess.Popen:
             return shelf.start(number, classifier, "--host", shelf.names[number], *options, command="serve")
 
-        def wait_for(names: list[str]) -> None:
-            deadline = time.monotonic() + HANG_S
-            while (found := asked(shelf.namespaces[0], "/health"))[1].get("devices") != names or found[0] != 200:
-                assert time.monotonic() < deadline and shelf.running[0].poll() is None, found
-                time.sleep(0.2)
+        def wait_for(*names: str) -> None:
+            def seen() -> tuple[int, dict]:
+                assert shelf.running[0].poll() is None
+                return asked(shelf.namespaces[0], "/health")
+
+            wait_until(lambda: seen()[0] == 200 and seen()[1].get("devices") == list(names), HANG_S, seen)
+
+        def check_answer() -> None:
+            status, answer = asked(shelf.namespaces[0], "/classify", request)
+            assert status == 200 and answer["logits"] == pytest.approx(expected, abs=1e-4)
 
         serve(0)
         other = serve(1)
-        wait_for(["pi1", "pi2"])
-        status, answer = asked(shelf.namespaces[0], "/classify", request)
-        assert status == 200 and answer["logits"] == pytest.approx(expected, abs=1e-4)
+        wait_for("pi1", "pi2")
+        check_answer()
         other.kill()
-        wait_for(["pi1"])
-        assert asked(shelf.namespaces[0], "/classify", request)[1]["logits"] == pytest.approx(expected, abs=1e-4)
+        wait_for("pi1")
+        check_answer()
         serve(1)
-        wait_for(["pi1", "pi2"])
-        assert asked(shelf.namespaces[0], "/classify", request)[1]["logits"] == pytest.approx(expected, abs=1e-4)
+        wait_for("pi1", "pi2")
+        check_answer()
         shelf.running[0].send_signal(signal.SIGINT)
         code, _, said = ended(shelf.running[0], 30)
         assert code in (0, 130)

@@ -17,6 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from detransformer.cluster.hello import ENDED, await_message, meet, write_end
+from detransformer.cluster.roster import how_ended
 from detransformer.machine import die_with_parent
 
 HUNG_S = 10.0  # a worker without a heartbeat for this time is killed
@@ -26,20 +27,19 @@ MONITOR_S = 0.1
 
 
 def main() -> None:
-    """The process that `hosts` starts; arguments: the job's file and the device."""
+    """The process that `hosts` starts; arguments: the job's file, the device, and this host's folder of the model."""
     die_with_parent()
-    path, device = sys.argv[1], int(sys.argv[2])
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    job["model"] = job["models"].get(str(device), job["model"])
+    path, device, model = sys.argv[1:]
+    job = json.loads(Path(path).read_text(encoding="utf-8")) | {"model": model}
     os.environ |= {
         "OMP_NUM_THREADS": str(job["threads"] or os.cpu_count()),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # the agent then reads no ranks from a store
-        "DETRANSFORMER_PRELOADED_MODEL": job["model"],
+        "DETRANSFORMER_PRELOADED_MODEL": model,
     }
     multiprocessing.set_forkserver_preload(["detransformer.cluster.preload"])
     forkserver.ensure_running()  # it imports while this process does
-    keep(job, device)
+    keep(job, int(device))
 
 
 def keep(job: dict, device: int) -> None:
@@ -98,14 +98,13 @@ def _watch(agent, sign: Path, ended: threading.Event) -> None:
 
 def _report(job: dict, device: int, code: int) -> None:
     """Reports the worker's exit code to the front, and writes the front's answer for this host's user."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     try:
-        line = meet(job, None, lambda *_: sys.exit(1))
+        line = meet(job)
         line.send({"ended": device, "code": code})
         answer = await_message(line)
         write_end(job["end"], answer["end"], answer["sentence"])
     except (OSError, LookupError):
-        write_end(job["end"], "lost", f"the worker of this host {how}.")
+        write_end(job["end"], "lost", f"the worker of this host {how_ended(code)}.")
 
 
 if __name__ == "__main__":

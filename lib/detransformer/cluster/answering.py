@@ -3,8 +3,8 @@
 The front needs no torch for them: the first device's worker plans and reports, and all workers answer.
 """
 
+import contextlib
 import functools
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,21 +38,14 @@ from detransformer.planning.placement import place, place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
 from detransformer.typed_json import from_json
 
-JOBS = {"run_plan": run_plan, "generate": generate}
-PLANS = ("plan", "prefill", "decode")  # their arguments that are plans
 KEPT = ("latency_s", "overrun_s", "modelled_s", "link_bytes")  # fields of a sample; only a timeline needs the rest
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A planned request: the job `op` (of `JOBS`) with the arguments `job` (JSON), on the tensors `inputs`.
+    """A planned request; `notes` are sentences about the plan, such as which devices it leaves out."""
 
-    `notes` are sentences about the plan, such as which devices it leaves out.
-    """
-
-    op: str
-    job: dict
-    inputs: dict[str, torch.Tensor]
+    job: dict  # arguments of `jobs.run_plan` (`plan`), or for a GPT-2 of `jobs.generate` (`prefill`, `decode`), as JSON
     plan: Plan
     predicted_s: float
     notes: tuple[str, ...] = ()
@@ -70,54 +63,49 @@ def _opened(cluster: str, model: str) -> tuple[ClusterSpec, Checkpoint, ClusterP
 def plan(
     state: WorkerState,
     request: Mapping[str, Any],
-    devices: Sequence[int],
     seq_len: int | None = None,
     slower: Mapping[str, float] | None = None,
 ) -> dict:
-    """Plans how `devices` of the cluster file answer a request.
+    """Plans how the devices of the group answer a request.
 
     Args:
         seq_len: the length that a service plans for; None: that of the request's text.
-        slower: device -> factor by which it is slower than its profile at present.
+        slower: device (in JSON a string) -> factor by which it is slower than its profile at present.
 
     Returns:
-        `op` and `job` with ranks of the group, `last` (the device that has the result), words on the plan, and the
-        request's inputs as `tensors`. Or a sentence why there is no plan: `postponed` if all devices of the file
-        together could answer, else `refused`.
+        `job` as in `Prepared` (with ranks of the group), `last` (the device that has the result), `busy` devices,
+        words on each device's part, and the request's inputs as `tensors`. Or a sentence why there is no plan:
+        `postponed` if all devices of the file together could answer, else `refused`.
     """
     asked, folder = from_json(Request, request), state.home["model"]
     _, checkpoint, whole = _opened(state.home["cluster"], folder)
-    config, inputs = checkpoint.config, None
-    if seq_len is not None:
-        limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
-        inputs = {"input_ids": torch.zeros(1, max(1, min(seq_len, limit)), dtype=torch.int64)}
+    config, devices = checkpoint.config, state.home["group"]
     slowed = [_slowed(whole.devices[d], (slower or {}).get(str(d), 1.0)) for d in devices]
     profile = replace(whole.of(devices), devices=tuple(slowed))
+    if seq_len is None:
+        try:
+            inputs = inputs_of(asked, folder, config)
+        except ValueError as error:
+            return {"refused": str(error)}
+        shape = inputs["input_ids"].shape
+    else:
+        limit = max_tokens(config) - (asked.max_new_tokens if generates(config) else 0)
+        inputs, shape = {}, (1, max(1, min(seq_len, limit)))
     try:
-        prepared = prepare(asked, folder, config, profile, inputs)
+        prepared = prepare(asked, config, profile, *shape)
     except ValueError as error:
-        why = "refused"
         if len(devices) < len(whole.devices):
-            try:
-                prepare(asked, folder, config, whole, inputs)
-                why = "postponed"
-            except ValueError:
-                pass
-        return {why: str(error)}
-    state.kept["prepared"] = prepared, asked, config
-    ranks = {device: rank for rank, device in enumerate(sorted(state.home["group"]))}
-    job = dict(prepared.job)
-    for name in job.keys() & set(PLANS):
-        made = Plan.from_dict(job[name])
-        job[name] = replace(made, devices=tuple(ranks[devices[i]] for i in made.device_ids)).to_dict()
+            with contextlib.suppress(ValueError):
+                prepare(asked, config, whole, *shape)
+                return {"postponed": str(error)}
+        return {"refused": str(error)}
+    state.kept["prepared"] = prepared, asked, inputs, config
     return {
-        "op": prepared.op,
-        "job": job,
+        "job": prepared.job,
         "last": devices[prepared.plan.device_ids[-1]],
-        "method": prepared.plan.method,
         "busy": [devices[i] for i in prepared.plan.device_ids],
         "parts": [own_part(prepared.plan, rank) for rank in range(len(devices))],
-        "tensors": prepared.inputs,
+        "tensors": inputs,
     }
 
 
@@ -127,24 +115,18 @@ def _slowed(device: DeviceProfile, factor: float) -> DeviceProfile:
 
 
 def prepare(
-    request: Request,
-    folder: str,
-    config: PretrainedConfig,
-    profile: ClusterProfile,
-    inputs: dict[str, torch.Tensor] | None = None,
+    request: Request, config: PretrainedConfig, profile: ClusterProfile, batch_size: int, seq_len: int
 ) -> Prepared:
-    """Tokenizes `request` (unless `inputs` are given) and plans it for the model in `folder` on `profile`.
+    """Plans `request` for a model on the devices of `profile`.
 
     Raises:
-        ValueError: for a text without tokenizer, too many tokens, or a plan that does not fit the model or devices.
+        ValueError: for a plan that does not fit the model or devices.
     """
-    inputs = inputs_of(request, folder, config) if inputs is None else inputs
-    batch_size, seq_len = inputs["input_ids"].shape
     if not generates(config):
         chosen, notes = plan_of(request, config, profile, batch_size, seq_len)
         predicted_s = predict(config, chosen, profile, seq_len, batch_size).latency_s
         job = {"plan": chosen.to_dict(), "repeats": request.repeats}
-        return Prepared("run_plan", job, inputs, chosen, predicted_s, notes)
+        return Prepared(job, chosen, predicted_s, notes)
     if request.wires != ("float32",):
         raise ValueError("a GPT-2 is run with --wire float32: leave that option out.")
     new, budget = request.max_new_tokens, request.memory_budget_bytes
@@ -155,7 +137,7 @@ def prepare(
         check_generation(config, chosen, chosen)
         best = price_generation(config, chosen, chosen, profile, seq_len, new, batch_size)
     job = {"prefill": best.prefill.to_dict(), "decode": best.decode.to_dict(), "max_new_tokens": new}
-    return Prepared("generate", job, inputs, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
+    return Prepared(job, best.prefill, best.total_s, (f"further tokens: {best.decode.describe()}",))
 
 
 def inputs_of(request: Request, folder: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
@@ -183,7 +165,7 @@ def plan_of(
     Raises:
         ValueError: for a plan that does not fit the model or the devices.
     """
-    common = dict(memory_budget_bytes=request.memory_budget_bytes)
+    budget = request.memory_budget_bytes
     if request.plan is not None:
         try:
             given = Plan.from_dict(request.plan)
@@ -197,7 +179,7 @@ def plan_of(
             )
         return given, ()
     if request.method == "auto":
-        placement = place_freely(config, profile, seq_len, batch_size, wires=request.wires, **common)
+        placement = place_freely(config, profile, seq_len, batch_size, memory_budget_bytes=budget, wires=request.wires)
         method = "bp+auto" if "decoupled" in layer_kinds(config) else "auto"
         best = placement.plan if placement.plan.num_devices == 1 else replace(placement.plan, method=method)
         return best, placement.left_out
@@ -205,7 +187,8 @@ def plan_of(
     (wire, *more) = request.wires
     if more:
         raise ValueError(f"--wire names several formats to choose from, and {request.method} takes one: give one.")
-    return place(config, profile, seq_len, batch_size, methods=methods, wire=wire, **common).plan, ()
+    chosen = place(config, profile, seq_len, batch_size, memory_budget_bytes=budget, methods=methods, wire=wire)
+    return chosen.plan, ()
 
 
 def own_part(plan: Plan, rank: int) -> str:
@@ -228,23 +211,22 @@ def own_part(plan: Plan, rank: int) -> str:
 
 def answer(
     state: WorkerState,
-    op: str,
     job: Mapping[str, Any],
-    last: int,
     inputs: Mapping[str, torch.Tensor],
     paced: bool = False,
     modelled_link: bool = False,
     time_scale: float = 1.0,
 ) -> dict:
-    """Computes this device's part of a request; on the device `last`, `tensors` are the outputs.
+    """Computes this device's part of a request, planned as `job`; on the last device `tensors` are the outputs.
 
-    `paced`: compute takes as long as on the cluster file's device; `modelled_link`: messages do, too. `expected_s` and
-    `spent_s` are the seconds of compute by the device's profile and as measured; NaN if the device has no part, and for
+    `paced`: compute takes as long as on the cluster file's device; `modelled_link`: messages do, too. `compute_s` are
+    the seconds of compute as measured and by the device's profile; None if the device computes nothing, and for
     generated text.
     """
     _, _, profile = _opened(state.home["cluster"], state.home["model"])
     own, outputs = profile.devices[state.device], {}
-    record = JOBS[op](
+    run = run_plan if "plan" in job else generate
+    record = run(
         state,
         checkpoint=state.home["model"],
         inputs=inputs,
@@ -254,18 +236,18 @@ def answer(
         time_scale=time_scale,
         **job,
     )
-    spent_s = expected_s = math.nan
-    if record and op == "run_plan":
+    compute_s = None
+    if record and run is run_plan:
         made, sample = Plan.from_dict(job["plan"]), record["samples"][-1]
         batch_size, seq_len = inputs["input_ids"].shape
         loaded = next(reversed(state.loaded.values()))
         parts = loaded.compute(made, made.device_ids.index(state.rank), seq_len, batch_size)
         expected_s = sum(compute_seconds(step, own) for part in parts for step in part)
         computed_s = sum(stop - start for what, start, stop in sample["events"] if what == "compute")
-        spent_s = computed_s / time_scale + sample["overrun_s"]
+        if expected_s:
+            compute_s = computed_s / time_scale + sample["overrun_s"], expected_s
         record["samples"] = [{name: sample[name] for name in KEPT} for sample in record["samples"]]
-    tensors = outputs if state.device == last else {}
-    return {"record": record, "spent_s": spent_s, "expected_s": expected_s, "tensors": tensors}
+    return {"record": record, "compute_s": compute_s, "tensors": outputs}
 
 
 # --- Reporting ---------------------------------------------------------------------------------------------------
@@ -278,13 +260,13 @@ def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mappin
         results: the records of `answer`, one per device of the cluster file.
         inputs: the devices' outputs.
     """
-    prepared, request, config = state.kept["prepared"]
+    prepared, request, asked, config = state.kept["prepared"]
     plan, folder, outputs, task = prepared.plan, state.home["model"], dict(inputs), task_of(config)
     spec, checkpoint, _ = _opened(state.home["cluster"], folder)
     names = spec.names
     taking_part = {name: result for name, result in zip(names, results, strict=True) if result is not None}
-    found, fields = read_outputs(folder, config, prepared.inputs, outputs, request.text, request.context)
-    batch_size, seq_len = prepared.inputs["input_ids"].shape
+    found, fields = read_outputs(folder, config, asked, outputs, request.text, request.context)
+    batch_size, seq_len = asked["input_ids"].shape
     timed, times = (_generation_times if task == "generation" else _times)(request, prepared, taking_part)
     weights = {name: result["weights_bytes"] for name, result in taking_part.items()}
     lines = [
@@ -309,7 +291,7 @@ def report_on(state: WorkerState, results: Sequence[dict | None], inputs: Mappin
         **times,
     }
     if request.check:
-        expected = single_device_outputs(folder, config, prepared.inputs, request.max_new_tokens)
+        expected = single_device_outputs(folder, config, asked, request.max_new_tokens)
         record["check"], words = compare(outputs, expected, plan.wire)
         lines.append(words)
     return {"lines": lines, "record": record}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from detransformer.cluster.devices import DeviceError, DeviceLost
-from detransformer.cluster.roster import CODE_S, EVIDENCE_S, FAILED, LOST, REFUSED, Group, Roster, join_words
+from detransformer.cluster.roster import CODE_S, EVIDENCE_S, FAILED, LOST, REFUSED, Group, Roster
 
 START_S = 180.0  # limit for the first device's worker to start, which imports torch
 LATE_S = 1.0  # wait for other answers after the needed device's
@@ -55,15 +55,14 @@ class Fleet(Roster):
             while len(self.devices) < len(self.names):
                 self._check("starting")
                 now = time.monotonic()
-                limit_s, since = (timeout_s, self.first_came_at) if 0 in self.members else (START_S, began)
+                limit_s, since = (timeout_s, self._since) if 0 in self.members else (START_S, began)
                 absent = [device for device in range(len(self.names)) if device not in self.members]
                 if now > max(began, since) + limit_s:
                     late = absent or [device for device, member in self.members.items() if not member.ready]
-                    titles = join_words([self.names[device] for device in late])
-                    raise DeviceLost(late[0], f"{titles} did not come within {limit_s:g} s{remedy}.")
+                    raise DeviceLost(late[0], f"{self._listed(late)} did not come within {limit_s:g} s{remedy}.")
                 if absent and (absent != announced or now - announced_at > ANNOUNCE_S):
                     announced, announced_at = absent, now
-                    sentence = f"waiting for {join_words([self.names[device] for device in absent])}"
+                    sentence = f"waiting for {self._listed(absent)}"
                     self.announce("waiting", sentence, absent)
                     for device, member in self.members.items():
                         if device:  # the first device's user is the front's
@@ -82,10 +81,6 @@ class Fleet(Roster):
             for device in self.asked:
                 if member := self.members.get(device):
                     member.line.tell({"enough": list(rows), "job": self.job})
-
-    def hello(self, device: int) -> dict:
-        """The hello of the worker of `device`, which is in the group."""
-        return self.group.members[device].hello
 
     def run(
         self,

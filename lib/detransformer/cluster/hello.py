@@ -9,11 +9,11 @@ import functools
 import hashlib
 import hmac
 import importlib.metadata
+import itertools
 import json
 import os
 import secrets
 import select
-import selectors
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +30,6 @@ COMPARED = {  # field of a hello -> (in words, the remedy if two hosts differ)
     "devices": ("a cluster file of other devices ({})", "use the same file on all hosts"),
     "versions": ("{}", "install the same versions on all hosts"),
     "config": ("a config.json whose digest is {}", "copy the model's folder anew"),
-    "weights_bytes": ("weights of {} bytes", "copy the model's folder anew"),
     "weights": ("weights whose digest is {}", "copy the model's folder anew"),
 }
 
@@ -48,15 +47,21 @@ def is_proof(shown: Any, secret: str, challenge: str) -> bool:
     return hmac.compare_digest(str(shown).encode(), prove(secret, challenge).encode())
 
 
-def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -> Line:
+def meet(
+    job: Mapping[str, Any], device: int | None = None, meanwhile: Callable[[int], None] = lambda attempt: None
+) -> Line:
     """A line to the front, after both ends have proved that they know the secret.
 
-    Ends this process (`end`) if the front does not answer within the job's `wait_s` (0: no limit).
+    Args:
+        device: the device of this worker; None: of a process that reports how workers ended.
+        meanwhile: called with the number of each attempt that failed, from 0.
+
+    Raises:
+        ConnectionError: if the front does not answer within the job's `wait_s` (0: no limit).
     """
     deadline = time.monotonic() + (job["wait_s"] or float("inf"))
     facts = host_facts(job) if device is not None else {}
-    announced = False
-    while True:
+    for attempt in itertools.count():
         try:
             line = connect(job["front"], 2.0)
             challenge = await_message(line)["challenge"]
@@ -69,17 +74,12 @@ def meet(job: Mapping[str, Any], device: int | None, end: Callable[..., None]) -
         except (OSError, LookupError) as error:
             why = (getattr(error, "strerror", None) or str(error) or "no answer").lower()
         if time.monotonic() > deadline:
-            end(
-                "lost",
+            raise ConnectionError(
                 f"{job['first']}, the first device, does not answer at port {job['front'].rpartition(':')[2]} within "
                 f"{job['wait_s']:g} s ({why}): start the same command there, and let that port and the next one "
-                "through its firewall.",
+                "through its firewall."
             )
-        if isinstance(end, End):
-            if not announced:
-                announced = True
-                end.say(f"waiting for {job['first']}, the first device")
-            end.alive()
+        meanwhile(attempt)
         time.sleep(RETRY_S)
 
 
@@ -90,16 +90,13 @@ def await_message(line: Line) -> dict:
         ConnectionError: if none comes in time, or the line is closed.
     """
     deadline = time.monotonic() + REACH_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(line, selectors.EVENT_READ)
-        while time.monotonic() < deadline:
-            if selector.select(0.2):
-                messages = line.receive()
-                if messages is None:
-                    raise ConnectionError("it closed the connection")
-                if messages:
-                    first, *line.unread = messages
-                    return first.header
+    while select.select([line], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        messages = line.receive()
+        if messages is None:
+            raise ConnectionError("it closed the connection")
+        if messages:
+            first, *line.unread = messages
+            return first.header
     raise ConnectionError("no answer")
 
 
@@ -129,8 +126,8 @@ def host_facts(job: Mapping[str, Any]) -> dict[str, Any]:
         return facts | {"problem": str(error)}
 
 
-def model_facts(folder: str) -> dict[str, Any]:
-    """Digests of a model's config.json and weights, and the weights' size in bytes.
+def model_facts(folder: str) -> dict[str, str]:
+    """Digests of a model's config.json and weights.
 
     Raises:
         ValueError: if config.json or the weights are missing or unreadable.
@@ -149,14 +146,11 @@ def model_facts(folder: str) -> dict[str, Any]:
         raise ValueError(f"{folder} has no model.safetensors or pytorch_model.bin: copy the whole checkpoint there.")
     kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     try:
-        size = sum(file.stat().st_size for file in files)
         digests = "".join(_file_digest(file, *_stamp(file)) for file in files)
     except OSError as error:
         raise ValueError(f"the weights in {folder} cannot be read ({error.strerror}): copy them there again.") from None
-    config_digest, weights_digest = (
-        hashlib.sha256(text.encode()).hexdigest()[:12] for text in (json.dumps(kept, sort_keys=True), digests)
-    )
-    return {"config": config_digest, "weights_bytes": size, "weights": weights_digest}
+    shown = {"config": json.dumps(kept, sort_keys=True), "weights": digests}
+    return {field: hashlib.sha256(text.encode()).hexdigest()[:12] for field, text in shown.items()}
 
 
 def _stamp(file: Path) -> tuple[int, ...]:

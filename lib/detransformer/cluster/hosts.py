@@ -17,19 +17,20 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import psutil
 
 from detransformer.cluster.devices import DeviceError, DeviceLost
+from detransformer.cluster.hello import meet
 from detransformer.cluster.line import listen
 from detransformer.cluster.network import INTERFACE, EmulatedNetwork, enter_namespace, inside
-from detransformer.cluster.roster import REFUSED, join_words
+from detransformer.cluster.roster import REFUSED, SERVICE_SILENCE_S, SILENCE_S, join_words
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import last_words
 
+ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
 RETURN_S = 1.0  # longest delay until an agent that has ended is restarted
-END_S = 5.0  # wait for an interrupted worker to tell the front
+END_S = 1.0  # an interrupted host waits this long for the front to hear of it
 
 
 # --- This host ---------------------------------------------------------------------------------------------------
@@ -115,16 +116,14 @@ class Hosts:
     Args:
         own: this host's device in the file; None: all devices are emulated here, each in a namespace.
         interface: network interface of this host's collectives.
-        secret: shared by all hosts; made here if all devices are emulated.
+        secret: shared by all real hosts; emulated devices get a new one.
         stays: restart workers and agents that have ended, for a service.
         time_scale: factor by which emulated links and devices are slower.
         paced: emulated devices compute no faster than their presets; else as fast as this machine.
         threads: per device, for compute; 0: all cores.
         wait_s: how long a worker waits for the first device; 0: no limit.
-        silence_s: a worker ends after this time without a heartbeat of the front.
         models: device -> folder, for devices with another copy of the model.
         variables: device -> further environment variables of its processes.
-        words: stream for workers' sentences to the user; None: the log.
     """
 
     def __init__(
@@ -139,13 +138,11 @@ class Hosts:
         paced: bool = True,
         threads: int = 1,
         wait_s: float = 0.0,
-        silence_s: float = 10.0,
         models: Mapping[int, str] | None = None,
         variables: Mapping[int, Mapping[str, str]] | None = None,
-        words: IO | None = None,
     ):
         self.spec, self.own, self.stays = spec, own, stays
-        self.variables, self._words = variables or {}, words
+        self.variables, self._models = variables or {}, models or {}
         self.agents: dict[int, subprocess.Popen] = {}
         self.kept = set(range(len(spec.members))) if own is None else {own}  # devices whose agents are to run
         self.network: EmulatedNetwork | None = None
@@ -154,22 +151,20 @@ class Hosts:
         self._folder = tempfile.TemporaryDirectory(prefix="detransformer-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         first = spec.members[0]
-        self.secret = secret if own is not None else secret or secrets.token_hex(32)
         self.job = {
             "cluster": str(spec.path.resolve()),
             "model": str(Path(model).resolve()),
-            "models": {str(device): str(Path(folder).resolve()) for device, folder in (models or {}).items()},
             "listed": ", ".join(f"{member.name} {member.address}" for member in spec.members),
             "first": f"{first.name} ({first.address})" if first.address else first.name,
-            "secret": self.secret,
+            "secret": secrets.token_hex(32) if own is None else secret,
             "interface": interface or INTERFACE,
             "threads": threads,
             "time_scale": time_scale,
             "paced": paced and own is None,
             "stays": stays,
-            "jobs": "detransformer.cluster.answering",  # a false front can ask for no other jobs
+            "jobs": ANSWERING,  # a false front can ask for no other jobs
             "wait_s": wait_s,
-            "silence_s": silence_s,
+            "silence_s": SERVICE_SILENCE_S if stays else SILENCE_S,
             "message_s": 60.0 if stays else 120.0,
             "alive": str(self.folder / "alive"),
             "end": None if stays else str(self.folder / "end.json"),
@@ -190,7 +185,6 @@ class Hosts:
         if self.own is None:
             rate_bps = self.spec.bandwidth_bps / self.job["time_scale"]
             self.network = EmulatedNetwork(len(self.spec.members), rate_bps).__enter__()
-            self.job["listed"] = ", ".join(self.spec.names)
             return inside(self.network.namespaces[0], lambda: listen(f"{self.address}:{self.spec.port}"))
         port = self.spec.port + 1
         try:
@@ -226,9 +220,9 @@ class Hosts:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.own and isinstance(error, KeyboardInterrupt) and not self.stays:
-            self.agents[self.own].terminate()  # its worker tells the front, which tells the other hosts
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.agents[self.own].wait(END_S)
+            with contextlib.suppress(OSError, LookupError):  # the front tells the other hosts
+                line = meet(self.job | {"wait_s": END_S})
+                line.send({"ended": self.own, "code": 130, "words": "it was interrupted"})
         self.close()
 
     def close(self) -> None:
@@ -263,15 +257,20 @@ class Hosts:
         return self.folder / f"agent{device}.log"
 
     def _start_agent(self, device: int) -> None:
-        command = [sys.executable, "-m", "detransformer.cluster.agent", str(self.folder / "job.json"), str(device)]
+        model = str(Path(self._models.get(device, self.job["model"])).resolve())
+        command = [sys.executable, "-m", "detransformer.cluster.agent", self.folder / "job.json", str(device), model]
         namespace = self.network.namespaces[device] if self.network else None
         temporary = {"TMPDIR": str(self.folder)}  # an agent is killed, and cannot remove its files
         with open(self._log(device), "ab") as log:
             self.agents[device] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=self._words or log, stderr=log, start_new_session=True,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log if self.stays else sys.stderr,  # the worker's sentences are for the user of `run`
+                stderr=log,
+                start_new_session=True,
                 env=os.environ | temporary | self.variables.get(device, {}),
                 preexec_fn=namespace and (lambda: enter_namespace(namespace)),
-            )  # fmt: skip
+            )
 
     def _keep(self) -> None:
         """Restarts agents that have ended, as a host's service manager would."""

@@ -196,7 +196,6 @@ def generate(
         "bytes": dict(comm.bytes),
         "weights_bytes": loaded.weights.num_bytes,
         "cache_bytes": generator.cache.num_bytes,
-        "peak_rss_bytes": state.note_peak(loaded),
     }
 
 

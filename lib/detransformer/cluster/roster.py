@@ -18,6 +18,8 @@ from detransformer.cluster.hello import difference, is_proof, prove
 from detransformer.cluster.line import BEAT_S, DEVICE, MEMBER_BYTES, PEER, REQUEST, Line, Message
 
 STRANGER_S, MAX_STRANGERS = 5.0, 64  # limits of connections without a valid hello: their age and number
+SILENCE_S, SERVICE_SILENCE_S = 10.0, 2.5  # a worker without a heartbeat for this time is lost
+FORM_S, SERVICE_FORM_S = 120.0, 15.0  # limit for a group to form
 LAST_CALL_S = 1.5  # wait for further devices after the expected ones have come
 RETURN_S = 8.0  # wait for the workers of a broken group before a group is formed without them
 EVIDENCE_S = 1.0  # wait for a death to show after a collective broke or a job failed
@@ -63,8 +65,6 @@ class Roster:
         store: ADDRESS:PORT at which the first device's worker keeps the store of the process group.
         secret: shared by front and workers.
         stays: lost workers come back, and the others go on meanwhile; else the first loss ends all.
-        silence_s: a worker without a heartbeat for this time is lost.
-        form_s: limit for a group to form.
         on_event: called with (kind, sentence, names) when devices come, are lost or are back. Kinds: waiting, lost,
             meeting, differing, serving.
     """
@@ -76,15 +76,12 @@ class Roster:
         store: str,
         secret: str = "",
         stays: bool = False,
-        silence_s: float = 10.0,
-        form_s: float = 120.0,
-        on_event: Callable[[str, str, tuple[str, ...]], None] | None = None,
+        on_event: Callable[[str, str, tuple[str, ...]], None] = lambda kind, sentence, names: None,
     ):
         self.names, self.stays = tuple(names), stays
         self.changed = threading.Condition()
         self.members: dict[int, Member] = {}
         self.group: Group | None = None
-        self.devices: tuple[int, ...] = ()  # of the ready group; none while a group forms
         self.left_out: dict[int, str] = {}  # devices that jobs have done without (`Fleet.run`, `needed`), and why
         self.lost: tuple[int, str] | None = None  # the device whose loss ended all, and how it was lost
         self.refused = ""  # what a user has to correct first, in a sentence
@@ -94,16 +91,17 @@ class Roster:
         self.objections: dict[int, str] = {}  # device -> the current job's own error that it reported
         self.objected_at = 0.0
         self.on_part: Callable[[object], None] = lambda part: None  # called with a worker's partial results
-        self.first_came_at = 0.0  # when the first device's worker came
-        self._store, self._secret, self._silence_s, self._form_s = store, secret, silence_s, form_s
+        self._store, self._secret = store, secret
+        self._silence_s, self._form_s = (SERVICE_SILENCE_S, SERVICE_FORM_S) if stays else (SILENCE_S, FORM_S)
         self._on_event, self._listener = on_event, listener
         self._strangers: dict[Line, tuple[str, float]] = {}  # -> its challenge and arrival time
-        self._observers: list[Line] = []  # launcher and agents, which report exit codes
+        self._observers: set[Line] = set()  # launcher and agents, which report exit codes
         self._count = 0  # of groups
         self._ended: dict[int, str] = {}  # how a worker ended, in words
         self._failed: dict[int, tuple[str, bool]] = {}  # a worker's error, and whether it caused it
         self._failed_at = 0.0
-        self._expected, self._since, self._came_at = set(range(len(names))), 0.0, 0.0
+        self._expected = set(range(len(names)))  # devices to wait for before a group is formed, for a while
+        self._since, self._came_at = 0.0, 0.0  # when this wait began, and when the last worker came
         self._missed: set[int] = set()  # devices that were lost and are not back
         self._seen: set[int] = set()  # devices that have been in a group
         self._stop = threading.Event()
@@ -112,6 +110,12 @@ class Roster:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The devices of the ready group; none while a group forms."""
+        group = self.group
+        return tuple(group.members) if group and group.ready else ()
+
     def close(self, kind: str = DONE, sentence: str = "", wait_s: float = 2.0) -> None:
         """Tells all workers to end and why, and waits up to `wait_s` until they have; safe to call twice."""
         if self._stop.is_set():
@@ -119,7 +123,7 @@ class Roster:
         with self.changed:
             for line in [*(member.line for member in self.members.values()), *self._observers]:
                 line.tell({"end": kind, "sentence": sentence})
-            self.group, self.devices = None, ()
+            self.group = None
             for member in self.members.values():
                 member.leaves = True
             self.changed.wait_for(lambda: not (self.members or self._observers), wait_s)
@@ -131,8 +135,7 @@ class Roster:
 
     def announce(self, kind: str, sentence: str, devices: Collection[int]) -> None:
         """Tells the front's user of an event."""
-        if self._on_event:
-            self._on_event(kind, sentence, tuple(self.names[device] for device in devices))
+        self._on_event(kind, sentence, tuple(self.names[device] for device in devices))
 
     def leave_out(self, device: int, how: str) -> None:
         """Jobs go on without this device."""
@@ -141,7 +144,7 @@ class Roster:
 
     def regroup(self, gone: Mapping[int, str], why: str = MEET_ANEW) -> None:
         """Breaks the group: `gone` maps lost devices to how they were lost; all others restart."""
-        group, self.group, self.devices = self.group, None, ()
+        group, self.group = self.group, None
         self._failed, self._failed_at = {}, 0.0
         members = group.members if group else {}
         for device, member in members.items():
@@ -199,12 +202,11 @@ class Roster:
         else:
             for header, _ in messages:
                 if header["ended"] in range(len(self.names)):
-                    self._ended[header["ended"]] = _how(int(header["code"]), str(header.get("words", "")))
+                    self._ended[header["ended"]] = how_ended(int(header["code"]), str(header.get("words", "")))
 
     def _drop(self, line: Line) -> None:
         self._strangers.pop(line, None)
-        if line in self._observers:
-            self._observers.remove(line)
+        self._observers.discard(line)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(line)
         line.close()
@@ -225,7 +227,7 @@ class Roster:
         line.limit_bytes = MEMBER_BYTES
         line.tell({"welcome": prove(self._secret, str(hello.get("nonce")))})
         if device is None:
-            self._observers.append(line)
+            self._observers.add(line)
             return
         if known := self.members.get(device):
             if not self.stays:
@@ -239,8 +241,6 @@ class Roster:
         self._selector.modify(line, selectors.EVENT_READ, member)
         self._ended.pop(device, None)
         self._came_at = time.monotonic()
-        if device == 0:
-            self.first_came_at = self._came_at
         if device == 0 or not self._since:
             self._since = self._came_at
 
@@ -361,19 +361,21 @@ class Roster:
                 self.announce("differing", f"{found} It is left out.", [device])
 
     def _announce_serving(self) -> None:
-        self.devices = tuple(self.group.members)
-        unnamed = (self._expected & self._seen) - set(self.devices) - self._missed
-        if unnamed:
+        devices = set(self.devices)
+        if unnamed := (self._expected & self._seen) - devices - self._missed:
             self._missed |= unnamed
-            self.announce("lost", f"{join_words([self.names[device] for device in unnamed])} did not return", unnamed)
-        back = [self.names[device] for device in self.devices if device in self._missed]
-        self._missed -= set(self.devices)
-        self._seen |= set(self.devices)
-        words = f"serving on {join_words([self.names[device] for device in self.devices])}"
-        self.announce("serving", f"{join_words(back)} back; {words}" if back else words, self.devices)
+            self.announce("lost", f"{self._listed(unnamed)} did not return", unnamed)
+        back, words = devices & self._missed, f"serving on {self._listed(devices)}"
+        self._missed -= devices
+        self._seen |= devices
+        self.announce("serving", f"{self._listed(back)} back; {words}" if back else words, self.devices)
+
+    def _listed(self, devices: Collection[int]) -> str:
+        return join_words([self.names[device] for device in sorted(devices)])
 
 
-def _how(code: int, words: str) -> str:
+def how_ended(code: int, words: str = "") -> str:
+    """How a process ended, by its exit code and its last words."""
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"exited with code {code}" + (f" ({words})" if words else "")

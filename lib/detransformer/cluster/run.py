@@ -13,11 +13,9 @@ from pathlib import Path
 
 from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.fleet import Fleet
-from detransformer.cluster.hosts import Hosts, interface_of, own_interfaces, own_rank
+from detransformer.cluster.hosts import ANSWERING, Hosts, interface_of, own_interfaces, own_rank
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
-
-ANSWERING = "detransformer.cluster.answering"  # the module of a request's jobs
 
 
 def _say(sentence: str) -> None:
@@ -36,15 +34,13 @@ def ask(
         DeviceError: if a worker is lost or fails, or the output differs from the single device's.
     """
     everyone = range(len(fleet.names))
-    asked = {"request": asdict(request), "devices": list(everyone)}
-    plan, inputs = fleet.run(f"{ANSWERING}:plan", asked, devices=[0])[0]
+    plan, inputs = fleet.run(f"{ANSWERING}:plan", {"request": asdict(request)}, devices=[0])[0]
     if "refused" in plan:
         raise ValueError(plan["refused"])
     names = [name.partition(" (")[0] for name in fleet.names]
     for device, part in enumerate(plan["parts"]):
         fleet.say(device, f"{names[device]}: {part}")
-    job = {name: plan[name] for name in ("op", "job", "last")}
-    answers = fleet.run(f"{ANSWERING}:answer", {**job, **pace(plan)}, inputs)
+    answers = fleet.run(f"{ANSWERING}:answer", {"job": plan["job"], **pace(plan)}, inputs)
     results = [answers[device][0]["record"] for device in everyone]
     (made, _) = fleet.run(f"{ANSWERING}:report_on", {"results": results}, answers[plan["last"]][1], devices=[0])[0]
     record = {"cluster": title, **made["record"]}
@@ -96,7 +92,7 @@ def run_on_hosts(
     rank = own_rank(spec, host, interfaces)
     interface = interface_of(spec, rank, interfaces)
     titles = [f"{member.name} ({member.address})" for member in spec.members]
-    options = dict(own=rank, interface=interface, stays=False, threads=threads or 0, wait_s=wait_s, words=sys.stderr)
+    options = dict(own=rank, interface=interface, stays=False, threads=threads or 0, wait_s=wait_s)
     with Hosts(spec, model, **options) as here:
         _say(f"{spec.names[rank]}: device {rank + 1} of {len(titles)} of {spec.name}, on {interface}")
         if rank:

@@ -184,7 +184,7 @@ class EmulatedCluster:
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers, by device."""
-        return [self.fleet.hello(rank)["pid"] for rank in range(self.num_devices)]
+        return [member.hello["pid"] for member in self.fleet.group.members.values()]
 
     def run(
         self, op: str, per_rank: list[dict] | None = None, timeout_s: float = 600, needed: int | None = None, **job

@@ -9,9 +9,8 @@ import contextlib
 import importlib
 import os
 import queue
-import selectors
+import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -49,15 +48,19 @@ def work(job: Mapping[str, Any], device: int, starter: int = 0) -> None:
     words = os.dup(1)  # for the user of this host
     os.dup2(2, 1)  # stray prints of libraries go to the log
     end = End(job, device, words, starter)
-    signal.signal(signal.SIGTERM, lambda *_: end())
-    line = meet(job, device, end)
-    heard, wakes = socket.socketpair()  # from now on the thread hears SIGTERM, even while the main thread computes
-    wakes.setblocking(False)
-    signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def meanwhile(attempt: int) -> None:
+        if attempt == 0:
+            end.say(f"waiting for {job['first']}, the first device")
+        end.alive()
+
+    try:
+        line = meet(job, device, meanwhile)
+    except ConnectionError as error:
+        end("lost", str(error))
     orders: queue.SimpleQueue[Message] = queue.SimpleQueue()
     enough: dict[int, list[int]] = {}
-    threading.Thread(target=keep_line, args=(job, line, orders, end, heard, enough), daemon=True).start()
+    threading.Thread(target=keep_line, args=(job, line, orders, end, enough), daemon=True).start()
     state = None
     while True:
         header, payload = orders.get()
@@ -155,20 +158,17 @@ def blame(error: Exception) -> tuple[str, str]:
 
 
 def keep_line(
-    job: Mapping[str, Any],
-    line: Line,
-    orders: queue.SimpleQueue,
-    end: End,
-    heard: socket.socket,
-    enough: dict[int, list[int]],
+    job: Mapping[str, Any], line: Line, orders: queue.SimpleQueue, end: End, enough: dict[int, list[int]]
 ) -> None:
     """The thread that keeps the line to the front while the main thread computes; ends the process with the front.
 
     `enough` receives, by job number, the rows that the front no longer needs.
     """
     first = f"{job['first']}, the first device,"
-
-    def take(messages: list[Message]) -> None:
+    messages: list[Message] | None = line.unread
+    while True:
+        if messages is None:
+            end("lost", f"{first} is lost: its process ended.")
         for message in messages:
             header = message.header
             if "again" in header:
@@ -182,21 +182,8 @@ def keep_line(
                 end.say(header["say"])
             else:
                 orders.put(message)
-
-    selector = selectors.DefaultSelector()
-    selector.register(line, selectors.EVENT_READ)
-    selector.register(heard, selectors.EVENT_READ)
-    take(line.unread)
-    while True:
-        for key, _ in selector.select(BEAT_S / 2):
-            if key.fileobj is heard:
-                line.tell({"error": "it was interrupted", "whose": DEVICE})
-                end()
-            elif (messages := line.receive()) is None:
-                end("lost", f"{first} is lost: its process ended.")
-            else:
-                take(messages)
         line.beat()
         end.alive()
         if time.monotonic() - line.heard_at > job["silence_s"]:
             end("lost", f"{first} has been silent for {job['silence_s']:g} s: it is off, or its network is down.")
+        messages = line.receive() if select.select([line], [], [], BEAT_S / 2)[0] else []

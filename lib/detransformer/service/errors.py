@@ -1,6 +1,7 @@
 """Refusals over HTTP: one sentence each, in the shape of the path's dialect."""
 
 import math
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -49,18 +50,17 @@ def as_problem(path: str, status: int, sentence: str) -> dict:
     return {"error": sentence, "error_type": TEI_TYPES.get(status, "Validation")}
 
 
-def problem(path: str, status: int, sentence: str, **headers: str) -> JSONResponse:
+def problem(path: str, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The response to a refused request."""
-    named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return JSONResponse(as_problem(path, status, sentence), status, named)
+    return JSONResponse(as_problem(path, status, sentence), status, headers)
 
 
 def refusal(path: str, error: Exception) -> tuple[int, str, dict[str, str]]:
     """Status, sentence and headers for an error of the session; other errors are raised again."""
     if isinstance(error, QueueFull):
-        return 503 if path in OWN_ROUTES else 429, str(error), {"Retry_After": str(math.ceil(error.retry_after_s))}
+        return 503 if path in OWN_ROUTES else 429, str(error), {"Retry-After": str(math.ceil(error.retry_after_s))}
     if isinstance(error, Unanswered):
-        return 503, str(error), {"Retry_After": str(UNANSWERED_RETRY_S)}
+        return 503, str(error), {"Retry-After": str(UNANSWERED_RETRY_S)}
     if isinstance(error, Expired):
         return 504, str(error), {}
     if isinstance(error, JobFailed):
@@ -68,7 +68,7 @@ def refusal(path: str, error: Exception) -> tuple[int, str, dict[str, str]]:
     if isinstance(error, ValueError):
         return 422, str(error), {}
     if isinstance(error, HTTPException):
-        return error.status_code, error.detail, {name.replace("-", "_"): v for name, v in (error.headers or {}).items()}
+        return error.status_code, error.detail, dict(error.headers or {})
     raise error
 
 
@@ -82,7 +82,7 @@ def add_handlers(app: FastAPI) -> None:
             sentence = f"{request.method} is not allowed here; use {headers['Allow']}."
         elif sentence == "Not Found":  # starlette's, for an unknown path
             sentence = f"there is no such path; this server has {', '.join(paths)}."
-        return problem(request.url.path, status, sentence, **headers)
+        return problem(request.url.path, status, sentence, headers)
 
     for kind in (HTTPException, QueueFull, Unanswered, Expired, JobFailed, ValueError):
         app.exception_handler(kind)(refused)

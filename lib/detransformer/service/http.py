@@ -6,17 +6,17 @@ Every answer but a metric or a stream is JSON, and so is every body, whatever it
 
 import asyncio
 import secrets
-from collections.abc import Callable
 from typing import Annotated
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from detransformer import __version__
@@ -28,6 +28,7 @@ from detransformer.service.tasks import Tasks
 
 MAX_BODY_BYTES = 2**20
 HEAD_S, BODY_S = 10.0, 10.0  # limits for each to arrive
+COUNTS = ("accepted", "answered", "refused", "expired", "unanswered", "failed", "retried", "losses", "batches")
 
 
 class Impatient(H11Protocol):
@@ -43,52 +44,41 @@ class Impatient(H11Protocol):
         super().data_received(data)
         self._wait()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._forgive()
-
     def _wait(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._forgive()  # it has arrived and is being answered
-        elif self._patience is None:
-            self._patience = self.loop.call_later(HEAD_S, self.transport.close)
-
-    def _forgive(self) -> None:
-        if self._patience is not None:
+        arrived = self.cycle is not None and not self.cycle.response_complete  # it is being answered
+        if arrived and self._patience is not None:
             self._patience.cancel()
             self._patience = None
+        elif not arrived and self._patience is None:
+            self._patience = self.loop.call_later(HEAD_S, self.transport.close)
 
 
 class SizeLimit:
-    """Refuses bodies of more than `limit` bytes, as announced or as received, and bodies that arrive slowly.
+    """Refuses bodies of more than `MAX_BODY_BYTES`, and bodies that arrive slowly.
 
     All bodies are read as JSON: one without Content-Type, or with that of a form (`curl -d`), is meant as JSON, too.
     """
 
-    def __init__(self, app: Callable, limit: int):
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp):
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > self.limit:
-            return await self._refuse(413, self._too_large, scope, receive, send)
-        parts, size, more = [], 0, True
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_S):
-                while more:  # read whole first: it is small
-                    message: Message = await receive()
-                    if message["type"] != "http.request":
-                        return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    more = message.get("more_body", False)
-                    if size > self.limit:
-                        return await self._refuse(413, self._too_large, scope, receive, send)
+                async for part in Request(scope, receive).stream():  # read whole first: it is small
+                    body += part
+                    if len(body) > MAX_BODY_BYTES:
+                        sentence = f"a body has {MAX_BODY_BYTES} bytes at most; send less at once."
+                        return await problem(scope["path"], 413, sentence)(scope, receive, send)
+        except ClientDisconnect:
+            return None
         except TimeoutError:
-            return await self._refuse(408, f"the body did not come within {BODY_S:g} s.", scope, receive, send)
-        whole = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
+            sentence = f"the body did not come within {BODY_S:g} s."
+            return await problem(scope["path"], 408, sentence)(scope, receive, send)
+        whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
         async def replay() -> Message:
             return next(whole, None) or await receive()
@@ -97,18 +87,11 @@ class SizeLimit:
         scope = scope | {"headers": [*headers, (b"content-type", b"application/json")]}
         return await self.app(scope, replay, send)
 
-    @property
-    def _too_large(self) -> str:
-        return f"a body has {self.limit} bytes at most; send less at once."
-
-    async def _refuse(self, status: int, sentence: str, scope: Scope, receive: Receive, send: Send) -> None:
-        await problem(scope["path"], status, sentence)(scope, receive, send)
-
 
 def build_app(session: Session, token: str) -> FastAPI:
     """The application over a session that has been entered; clients must show `token`."""
     app = FastAPI(title="DeTransformer", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(SizeLimit, limit=MAX_BODY_BYTES)
+    app.add_middleware(SizeLimit)
     bearer = HTTPBearer(auto_error=False)
 
     def is_token(given: str) -> bool:
@@ -120,8 +103,7 @@ def build_app(session: Session, token: str) -> FastAPI:
 
     tasks = Tasks(session)
     for dialect, path in ((own, "/"), (hub, "/"), (tei, "/"), (openai, "/v1/")):
-        guarded = {"dependencies": [Depends(check_token)], "responses": responses_of(path)}
-        app.include_router(dialect.routes(tasks, guarded))
+        app.include_router(dialect.routes(tasks), dependencies=[Depends(check_token)], responses=responses_of(path))
 
     responses = responses_of("/")
     unready = {503: {"model": Health}, 405: responses[405]}
@@ -138,13 +120,11 @@ def build_app(session: Session, token: str) -> FastAPI:
         event = session.events[-1].sentence if session.events else ""
         return Health(status=status, devices=names, waiting=session.num_waiting, model=tasks.name, last_event=event)
 
-    registry = CollectorRegistry()
-    registry.register(Collected(session))
-
     @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(check_token)])
     def metrics() -> PlainTextResponse:
         """Counts and seconds for Prometheus."""
-        return PlainTextResponse(generate_latest(registry).decode(), media_type="text/plain; version=0.0.4")
+        text = generate_latest(Collected(session)).decode()
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     metrics_route = app.routes[-1]
     metrics_route.responses = {status: responses[status] for status in (401, 405)}
@@ -165,17 +145,7 @@ class Collected:
 
     def collect(self):
         session, kept = self.session, list(self.session.seconds)
-        for name in (
-            "accepted",
-            "answered",
-            "refused",
-            "expired",
-            "unanswered",
-            "failed",
-            "retried",
-            "losses",
-            "batches",
-        ):
+        for name in COUNTS:
             yield CounterMetricFamily(f"detransformer_{name}", f"{name} so far", value=session.counts[name])
         yield GaugeMetricFamily("detransformer_waiting", "requests that wait", value=session.num_waiting)
         yield GaugeMetricFamily("detransformer_serving", "1 while devices serve", value=int(session.serving))
@@ -183,9 +153,5 @@ class Collected:
         for number, name in enumerate(session.spec.names):
             devices.add_metric([name], int(session.serving and number in session.present))
         yield devices
-        yield SummaryMetricFamily(
-            "detransformer_seconds",
-            "of the last requests, asked to answered",
-            count_value=len(kept),
-            sum_value=sum(kept),
-        )
+        words = "of the last requests, asked to answered"
+        yield SummaryMetricFamily("detransformer_seconds", words, count_value=len(kept), sum_value=sum(kept))

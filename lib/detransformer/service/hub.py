@@ -29,7 +29,7 @@ from detransformer.service.tei import listed
 PATH = "/"
 
 
-def routes(tasks: Tasks, guarded: dict) -> APIRouter:
+def routes(tasks: Tasks) -> APIRouter:
     """`POST /` for the task of the served model."""
     router = APIRouter()
     add = {
@@ -39,12 +39,12 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
         "generation": _text,
         "base": _features,
     }[tasks.task]
-    add(router, tasks, guarded)
+    add(router, tasks)
     return router
 
 
-def _classification(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
-    @router.post(PATH, **guarded)
+def _classification(router: APIRouter, tasks: Tasks) -> None:
+    @router.post(PATH)
     async def classify(body: HubClassification) -> list[list[dict]]:
         """Labels and scores of each text, the likeliest first."""
         given, wanted = body.inputs, body.parameters or ClassificationParameters()
@@ -55,23 +55,23 @@ def _classification(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
         return [tasks.labelled(apply(row))[: wanted.top_k] for row in logits]
 
 
-def _entities(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
-    @router.post(PATH, **guarded)
+def _entities(router: APIRouter, tasks: Tasks) -> None:
+    @router.post(PATH)
     async def label(body: HubEntities) -> list:
         """The entities of a text, or of each text in a list."""
         found = await tasks.entities(listed(body.inputs), body.deadline_s)
         return found if isinstance(body.inputs, list) else found[0]
 
 
-def _question(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
-    @router.post(PATH, **guarded)
+def _question(router: APIRouter, tasks: Tasks) -> None:
+    @router.post(PATH)
     async def answer(body: HubQuestion) -> dict:
         """The answer, in characters of the context."""
         return await tasks.span(body.inputs.question, body.inputs.context, body.deadline_s)
 
 
-def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
-    @router.post(PATH, **guarded)
+def _features(router: APIRouter, tasks: Tasks) -> None:
+    @router.post(PATH)
     async def embed(body: HubFeatures) -> list:
         """A vector of each text; similarities of `source_sentence` and `sentences`; tokens that fill a text's mask."""
         if isinstance(body.inputs, Sentences):
@@ -84,8 +84,8 @@ def _features(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
         return found if isinstance(body.inputs, list) else found[0]
 
 
-def _text(router: APIRouter, tasks: Tasks, guarded: dict) -> None:
-    @router.post(PATH, **guarded)
+def _text(router: APIRouter, tasks: Tasks) -> None:
+    @router.post(PATH)
     async def generate(body: HubText) -> list[dict]:
         """The text that follows; with `stream`, an event per token."""
         wanted = body.parameters or TextParameters()

@@ -17,24 +17,24 @@ from detransformer.service.tei import listed
 MAX_TOKENS = 16  # OpenAI's default
 
 
-def routes(tasks: Tasks, guarded: dict) -> APIRouter:
+def routes(tasks: Tasks) -> APIRouter:
     """All routes; those for another kind of model refuse with 424."""
     router, started = APIRouter(prefix="/v1"), int(time.time())
     model = {"id": tasks.name, "object": "model", "created": started, "owned_by": "detransformer"}
 
-    @router.get("/models", **guarded)
+    @router.get("/models")
     async def models() -> dict:
         """The served model."""
         return {"object": "list", "data": [model]}
 
-    @router.get("/models/{name:path}", **guarded)
+    @router.get("/models/{name:path}")
     async def one_model(name: str) -> dict:
         """The model of this name."""
         if name != tasks.name:
             raise HTTPException(404, f"there is no model {name!r}; this server has {tasks.name}.")
         return model
 
-    @router.post("/embeddings", **guarded)
+    @router.post("/embeddings")
     async def embeddings(body: Embeddings) -> dict:
         """A vector of each text, as numbers or as base64 of float32."""
         vectors, used = await tasks.vectors(listed(body.input), body)
@@ -44,7 +44,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
         usage = {"prompt_tokens": used, "total_tokens": used}
         return {"object": "list", "data": data, "model": tasks.name, "usage": usage}
 
-    @router.post("/completions", **guarded)
+    @router.post("/completions")
     async def completions(body: Completions) -> dict:
         """The text that follows each prompt; with `stream`, as events that end with [DONE]."""
         tasks.only("generation")

@@ -7,12 +7,12 @@ from detransformer.service.bodies import Answer, Classify, Generate
 from detransformer.service.tasks import OWN_PATHS, Tasks
 
 
-def routes(tasks: Tasks, guarded: dict) -> APIRouter:
+def routes(tasks: Tasks) -> APIRouter:
     """The route of the served model's task."""
     router, path = APIRouter(), OWN_PATHS[tasks.task]
     if tasks.task == "classification":
 
-        @router.post(path, **guarded)
+        @router.post(path)
         async def classify(body: Classify) -> dict:
             """The label of a text, with all probabilities and logits; for a regression both are its numbers."""
             row = tasks.row(body.input_ids or body.text, body.text_pair)
@@ -21,14 +21,14 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
 
     elif tasks.task == "question-answering":
 
-        @router.post(path, **guarded)
+        @router.post(path)
         async def answer(body: Answer) -> dict:
             """Where a passage answers a question: characters `start` to `end`, or tokens if input_ids are given."""
             return await tasks.span(body.input_ids or body.question, body.passage, body.deadline_s)
 
     elif tasks.task == "generation":
 
-        @router.post(path, **guarded)
+        @router.post(path)
         async def generate(body: Generate) -> dict:
             """Continues a text; `text` is null without a tokenizer."""
             (written,) = await tasks.write([body])

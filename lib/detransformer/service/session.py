@@ -9,7 +9,7 @@ import json
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +21,8 @@ from transformers import PretrainedConfig
 
 from detransformer.answers import check_inputs, end_tokens
 from detransformer.cluster.devices import DeviceError
-from detransformer.cluster.fleet import Fleet, JobFailed
-from detransformer.cluster.hosts import Hosts
+from detransformer.cluster.fleet import START_S, Fleet, JobFailed
+from detransformer.cluster.hosts import ANSWERING, Hosts
 from detransformer.cluster.request import Request
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.models.configuration import generates
@@ -31,11 +31,7 @@ from detransformer.parallel.draw import Sampling
 from detransformer.service.speeds import Patience, Speeds
 from detransformer.service.waiting import EXAMPLES, Asked, Expired, Unanswered, Waiting, join_rows
 
-ANSWERING = "detransformer.cluster.answering"  # the module of the workers' jobs
-SILENCE_S = 2.5  # a device without a heartbeat for this time is lost
-FORM_S = 15.0  # limit for the present devices to join a group
 TRY_AGAIN_S = 60.0  # until a slow device is tried again
-START_S = 180.0
 KEPT_EVENTS, KEPT_SECONDS = 1000, 2000
 
 
@@ -75,7 +71,7 @@ class Session:
         seq_len: int = 128,
         max_waiting: int = 64,
         max_batch: int = 8,
-        on_event: Callable[[str], None] | None = None,
+        on_event: Callable[[str], None] = lambda sentence: None,
         **hosts: Any,
     ):
         self.spec, self.model = spec, str(model)
@@ -83,19 +79,18 @@ class Session:
         self.defaults = Request(plan=plan, method=method, repeats=1)
         self.max_batch, self.max_waiting = max_batch, max_waiting
         spec.profile(self.config)  # raises errors before anything starts
-        self.hosts = Hosts(spec, self.model, silence_s=SILENCE_S, **hosts)
+        self.hosts = Hosts(spec, self.model, **hosts)
         self.fleet: Fleet | None = None
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._waiting = Waiting(max_waiting, max_batch)
         self.counts = self._waiting.counts
-        self.methods: Counter[str] = Counter()  # of the batches
         self.seconds: deque[float] = deque(maxlen=KEPT_SECONDS)  # from asking to the answer
         self._on_event = on_event
         self._stop = threading.Event()
         self._seq_len = seq_len
         self._plans: dict[str, Mapping] = {}  # of the serving group, by request
         self._group, self._number = (), 0  # the devices that serve, or did last, and their group's number
-        self._patience, self._speeds = Patience(), Speeds(len(spec.members))
+        self._patience, self._speeds = Patience(), Speeds()
         self._slow_since = 0.0
         self._short = False  # whether requests wait for devices that are away
         self._thread: threading.Thread | None = None
@@ -104,17 +99,14 @@ class Session:
 
     def __enter__(self) -> "Session":
         try:
-            options = dict(secret=self.hosts.secret, stays=True, silence_s=SILENCE_S, form_s=FORM_S, on_event=self._say)
-            listener = self.hosts.listen()
-            self.fleet = Fleet(self.spec.names, listener, self.hosts.store, **options)
+            where = self.hosts.listen(), self.hosts.store, self.hosts.job["secret"]
+            self.fleet = Fleet(self.spec.names, *where, stays=True, on_event=self._say)
             self.hosts.start()
             self._thread = threading.Thread(target=self._serve, daemon=True)
             self._thread.start()
-            deadline = time.monotonic() + START_S
-            while not self.serving:
-                if time.monotonic() > deadline:
+            with self.fleet.changed:
+                if not self.fleet.changed.wait_for(lambda: self.serving, START_S):
                     raise Unanswered(f"the devices did not start within {START_S:.0f} s: {self.hosts.last_words()}")
-                time.sleep(0.05)
         except BaseException:
             self.close()
             raise
@@ -127,7 +119,7 @@ class Session:
         self,
         inputs: Mapping[str, torch.Tensor],
         deadline_s: float = 60.0,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int = Request.max_new_tokens,
         sampling: Sequence[Sampling] = (),
         on_token: Callable[[list[int]], None] | None = None,
     ) -> Future:
@@ -145,9 +137,9 @@ class Session:
             QueueFull: if `max_waiting` requests wait already.
             ValueError: for inputs that the model does not take.
         """
-        new = max_new_tokens if max_new_tokens is not None else self.defaults.max_new_tokens
-        request = replace(self.defaults, max_new_tokens=new)
-        asked = Asked(request, self._checked(inputs, new), time.monotonic() + deadline_s, sampling, on_token)
+        self._check(inputs, max_new_tokens)
+        request = replace(self.defaults, max_new_tokens=max_new_tokens)
+        asked = Asked(request, inputs, time.monotonic() + deadline_s, sampling, on_token)
         self._waiting.add(asked)
         return asked.future
 
@@ -171,12 +163,9 @@ class Session:
 
     def wait_for_all(self, timeout_s: float = 60.0) -> bool:
         """Waits until all devices of the cluster serve; returns whether they do."""
-        deadline = time.monotonic() + timeout_s
-        while not (self.serving and len(self.present) == len(self.spec.members)):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
+        with self.fleet.changed:
+            everyone = len(self.spec.members)
+            return self.fleet.changed.wait_for(lambda: self.serving and len(self.present) == everyone, timeout_s)
 
     @property
     def num_waiting(self) -> int:
@@ -192,15 +181,13 @@ class Session:
             self._thread.join(10)
         self._waiting.close()
 
-    def _checked(self, inputs: Mapping[str, torch.Tensor], new: int) -> dict[str, torch.Tensor]:
+    def _check(self, inputs: Mapping[str, torch.Tensor], new: int) -> None:
         if set(inputs) - set(EXAMPLES):
             raise ValueError(f"inputs {sorted(set(inputs) - set(EXAMPLES))} are not known; give {', '.join(EXAMPLES)}.")
         check_inputs(self.config, inputs, new if generates(self.config) else 0)
-        ids = inputs["input_ids"]
-        if len(ids) > self.max_batch:
-            raise ValueError(f"{len(ids)} rows are asked for at once; give {self.max_batch} at most.")
-        mask = inputs.get("attention_mask")
-        return {"attention_mask": torch.ones_like(ids) if mask is None else mask, **inputs}
+        size = len(inputs["input_ids"])
+        if size > self.max_batch:
+            raise ValueError(f"{size} rows are asked for at once; give {self.max_batch} at most.")
 
     # --- The thread that asks the workers ---
 
@@ -209,7 +196,7 @@ class Session:
             number, group = self.fleet.number, self.fleet.devices
             if group and number != self._number:
                 self._number, self._group, self._short = number, group, False
-                self._speeds = Speeds(len(self.spec.members))
+                self._speeds = Speeds()
                 self._plan_anew()
             if group and not self._short:
                 if batch := self._waiting.take():
@@ -249,17 +236,14 @@ class Session:
                 asked.attempts -= 1  # this was no attempt
             return self._say("short", f"requests wait for the devices that are away: {plan['postponed']}", ())
         self.counts["batches"] += 1
-        self.methods[plan.get("method", "refused")] += 1
         if "refused" in plan:
             for asked in batch:
                 asked.settle(error=ValueError(plan["refused"]))
             return None
         inputs = join_rows([asked.inputs for asked in batch], left)
-        kind, num_tokens = json.dumps(plan["job"], sort_keys=True), inputs["input_ids"].numel()
-        told = {name: plan[name] for name in ("op", "job", "last")}
+        kind, num_tokens = json.dumps(plan["job"]), inputs["input_ids"].numel()
+        told = {"job": plan["job"] | (self._how_to_generate(batch) if left else {})}
         told |= {name: self.hosts.job[name] for name in ("paced", "time_scale")}
-        if left:
-            told["job"] = told["job"] | self._how_to_generate(batch)
         answers = self.fleet.run(
             f"{ANSWERING}:answer", told, save(inputs), timeout_s=self._patience.limit_s(kind, num_tokens),
             number=self._number, meanwhile=lambda: self._between(batch), on_part=_hearing(batch),
@@ -268,7 +252,7 @@ class Session:
         share = outputs["tokens"].shape[1] / batch[0].request.max_new_tokens if left else 1  # it may have ended early
         self._patience.took(kind, num_tokens, took_s / share)
         self.seconds.extend(self._waiting.settle(batch, outputs, left, took_s))
-        self._compare_speeds(took_s, {device: result for device, (result, _) in answers.items()})
+        self._compare_speeds(took_s, {device: result["compute_s"] for device, (result, _) in answers.items()})
         return None
 
     def _how_to_generate(self, batch: list[Asked]) -> dict:
@@ -295,14 +279,13 @@ class Session:
         if len(self._group) < len(self.spec.members):
             request = replace(request, plan=None)
         asked = asdict(request)
-        key = json.dumps(asked, sort_keys=True)
+        key = json.dumps(asked)
         if key not in self._plans:
-            slower = {str(device): factor for device, factor in enumerate(self._speeds.factors)}
-            told = {"request": asked, "devices": self._group, "seq_len": self._seq_len, "slower": slower}
+            told = {"request": asked, "seq_len": self._seq_len, "slower": self._speeds.factors}
             options = dict(devices=[0], number=self._number, meanwhile=self._waiting.drop_expired)
             (plan, _) = self.fleet.run(f"{ANSWERING}:plan", told, **options)[0]
-            if plan.get("op") == "run_plan":  # the first requests warm workers up
-                plan["job"] |= {"warmup": 0, "repeats": 1}
+            if "job" in plan and not generates(self.config):
+                plan["job"]["warmup"] = 0  # the first requests warm workers up
             self._plans[key] = plan
         return self._plans[key]
 
@@ -310,16 +293,13 @@ class Session:
         self._plans.clear()
         self._patience = Patience()
 
-    def _compare_speeds(self, batch_s: float, results: Mapping[int, Mapping]) -> None:
+    def _compare_speeds(self, batch_s: float, compute_s: Mapping[int, Sequence[float] | None]) -> None:
         """Replans if a device has become slow, and tries it again after a while."""
-        spent, expected = [float("nan")] * len(self.spec.members), [float("nan")] * len(self.spec.members)
-        for device, result in results.items():
-            spent[device], expected[device] = result["spent_s"], result["expected_s"]
-        changed = self._speeds.observe(batch_s, spent, expected)
+        changed = self._speeds.observe(batch_s, {device: times for device, times in compute_s.items() if times})
         if any(factor > 1 for factor in changed.values()):
             self._slow_since = time.monotonic()
-        elif max(self._speeds.factors) > 1 and time.monotonic() - self._slow_since > TRY_AGAIN_S:
-            changed = dict.fromkeys(self._speeds.forget(), 1.0)
+        elif self._speeds.factors and time.monotonic() - self._slow_since > TRY_AGAIN_S:
+            changed |= dict.fromkeys(self._speeds.forget(), 1.0)
         for device, factor in changed.items():
             name = self.spec.names[device]
             words = f"takes {factor:.1f} times as long as usual" if factor > 1 else "is planned for as usual again"
@@ -332,8 +312,7 @@ class Session:
             return
         self.counts["losses"] += len(devices) if kind == "lost" else 0
         self.events.append(Event(time.monotonic(), kind, sentence, tuple(devices)))
-        if self._on_event:
-            self._on_event(sentence)
+        self._on_event(sentence)
 
 
 def _hearing(batch: list[Asked]) -> Callable[[list[int]], None]:

@@ -75,7 +75,7 @@ class Tasks:
 
     def __init__(self, session: Session):
         self.session, self.config = session, session.config
-        self.name = session.model.rstrip("/").rpartition("/")[2]
+        self.name = Path(session.model).name
         self.task = answers.task_of(session.config)
         self.tokenizer = load_tokenizer(session.model, self.config) if has_tokenizer(session.model) else None
         self.max_texts = min(MAX_TEXTS, session.max_batch * session.max_waiting)
@@ -118,8 +118,7 @@ class Tasks:
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
         try:
             for part in parts:
-                full = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in part]
-                futures.append(self.session.submit(join_rows(full, left=False), deadline_s))
+                futures.append(self.session.submit(join_rows(part, left=False), deadline_s))
             async with asyncio.timeout(deadline_s + 1):
                 found = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except TimeoutError:

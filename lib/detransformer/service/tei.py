@@ -12,22 +12,22 @@ from detransformer.service.bodies import Embed, Predict, Rerank, Similarity, Vec
 from detransformer.service.tasks import Prompt, Tasks
 
 
-def routes(tasks: Tasks, guarded: dict) -> APIRouter:
+def routes(tasks: Tasks) -> APIRouter:
     """All routes; those for another kind of model refuse with 424."""
     router = APIRouter()
 
-    @router.post("/embed", **guarded)
+    @router.post("/embed")
     async def embed(body: Embed) -> list[list[float]]:
         """A vector of each text."""
         return (await tasks.vectors(listed(body.inputs), body))[0].tolist()
 
-    @router.post("/similarity", **guarded)
+    @router.post("/similarity")
     async def similarity(body: Similarity) -> list[float]:
         """How alike each sentence is to the source, from -1 to 1."""
         truncate = body.parameters and body.parameters.truncate
         return await tasks.similarities(body.inputs, Vectors(truncate=truncate, deadline_s=body.deadline_s))
 
-    @router.post("/predict", **guarded)
+    @router.post("/predict")
     async def predict(body: Predict) -> list[dict] | list[list[dict]]:
         """Labels and scores of a text, a pair, or each entry of a list."""
         tasks.only("classification")
@@ -38,7 +38,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
         found = [tasks.labelled(x if body.raw_scores else scores(tasks.config, x)) for x in logits]
         return found if several else found[0]
 
-    @router.post("/rerank", **guarded)
+    @router.post("/rerank")
     async def rerank(body: Rerank) -> list[dict]:
         """The texts ranked by how well they fit the query, best first."""
         tasks.only("classification")
@@ -52,7 +52,7 @@ def routes(tasks: Tasks, guarded: dict) -> APIRouter:
         texts = [{"text": text} if body.return_text else {} for text in body.texts]
         return [{"index": i, "score": fits[i], **texts[i]} for i in ranked]
 
-    @router.get("/info", **guarded)
+    @router.get("/info")
     async def info() -> dict:
         """The served model and its limits."""
         kind = {tasks.task: {}} if tasks.task != "base" else {"embedding": {"pooling": "+".join(tasks.pooling.modes)}}

@@ -9,6 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from detransformer.cluster.request import Request
 from detransformer.parallel.draw import Sampling
@@ -41,7 +42,7 @@ class Asked:
     """
 
     request: Request
-    inputs: dict[str, torch.Tensor]
+    inputs: Mapping[str, torch.Tensor]
     deadline: float
     sampling: Sequence[Sampling] = ()
     on_token: Callable[[list[int]], None] | None = None
@@ -85,14 +86,13 @@ class Waiting:
     def __init__(self, max_waiting: int, max_batch: int):
         self.counts: Counter[str] = Counter()
         self._max_waiting, self._max_batch = max_waiting, max_batch
-        self._new: deque[Asked] = deque()
-        self._again: deque[Asked] = deque()  # of broken batches, before all others
+        self._queue: deque[Asked] = deque()  # those of broken batches before all others
         self._changed = threading.Condition()
         self._row_s: deque[float] = deque(maxlen=32)  # of the last batches
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._new) + len(self._again)
+        return len(self._queue)
 
     def add(self, asked: Asked) -> None:
         """
@@ -103,12 +103,12 @@ class Waiting:
         with self._changed:
             if self._closed:
                 raise Unanswered("the session has ended.")
-            if len(self._new) >= self._max_waiting:
+            if len(self) >= self._max_waiting:
                 self.counts["refused"] += 1
                 row_s = statistics.fmean(self._row_s) if self._row_s else 1.0
-                raise QueueFull(len(self._new), max(1.0, len(self._new) * row_s))
+                raise QueueFull(len(self), max(1.0, len(self) * row_s))
             self.counts["accepted"] += 1
-            self._new.append(asked)
+            self._queue.append(asked)
             self._changed.notify()
 
     def take(self) -> list[Asked]:
@@ -118,11 +118,9 @@ class Waiting:
                 self._changed.wait(0.1)
         self.drop_expired()
         with self._changed:
-            if self._again:
-                return [self._again.popleft()]
             batch: list[Asked] = []
-            while self._new and (not batch or self._joins(batch, self._new[0])):
-                batch.append(self._new.popleft())
+            while self._queue and (not batch or self._joins(batch, self._queue[0])):
+                batch.append(self._queue.popleft())
             return batch
 
     def _joins(self, batch: list[Asked], asked: Asked) -> bool:
@@ -151,40 +149,34 @@ class Waiting:
                 self.counts["unanswered"] += 1
             else:
                 with self._changed:
-                    self._again.appendleft(asked)
+                    self._queue.appendleft(asked)
 
     def drop_expired(self) -> None:
         """Ends requests whose deadline has passed, with `Expired`, and cancelled ones."""
         now = time.monotonic()
         with self._changed:
-            for line in (self._again, self._new):
-                for asked in [a for a in line if a.deadline < now or a.future.cancelled()]:
-                    line.remove(asked)
-                    self.counts["expired"] += 1
-                    asked.settle(error=Expired("no answer by the deadline."))
+            for asked in [a for a in self._queue if a.deadline < now or a.future.cancelled()]:
+                self._queue.remove(asked)
+                self.counts["expired"] += 1
+                asked.settle(error=Expired("no answer by the deadline."))
 
     def close(self) -> None:
         """Ends all waiting requests with `Unanswered`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            for asked in [*self._again, *self._new]:
+            for asked in self._queue:
                 asked.settle(error=Unanswered("the session has ended."))
 
 
-def join_rows(parts: list[dict[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
+def join_rows(parts: Sequence[Mapping[str, torch.Tensor]], left: bool) -> dict[str, torch.Tensor]:
     """Joins inputs [B, T] of several requests, padded to the longest with mask 0 (`left`: before the tokens)."""
-    length = max(part["input_ids"].shape[1] for part in parts)
+    parts = [{"attention_mask": torch.ones_like(part["input_ids"]), **part} for part in parts]
     joined = {}
     for name in EXAMPLES:
-        if not any(name in part for part in parts):
-            continue
-        rows = []
-        for part in parts:
-            tensor = part.get(name, torch.zeros_like(part["input_ids"]))
-            missing = length - tensor.shape[1]
-            rows.append(torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing)))
-        joined[name] = torch.cat(rows)
+        if any(name in part for part in parts):
+            rows = [row for part in parts for row in part.get(name, torch.zeros_like(part["input_ids"]))]
+            joined[name] = pad_sequence(rows, batch_first=True, padding_side="left" if left else "right")
     return joined
 
 
