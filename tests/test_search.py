@@ -36,7 +36,7 @@ def unequal(speeds, mbps=50.0, shares=(), memory_bytes_per_s=4e9, memories=None)
     efficiency = [("block", 0.1, 20, 1, 0.7), ("block", 1.0, 20, 1, 0.9), ("block", 0.1, 50, 1, 0.8)]
     efficiency += [("heads", 0.5, 20, 1, 0.9), ("heads", 0.5, 20, 4, 0.5), ("replicate", 1.0, 20, 4, 0.8)]
     devices = tuple(
-        DeviceProfile(f"d{i}", m, 2e9 * s, "test", memory_bytes_per_s, efficiency)
+        DeviceProfile(f"d{i}", m, 2e9 * s, "test", memory_bytes_per_s, tuple(efficiency))
         for i, (s, m) in enumerate(zip(speeds, memories or [2**30] * len(speeds), strict=True))
     )
     return ClusterProfile(devices, LinkProfile(mbps * 1e6, shares=shares))
@@ -208,8 +208,6 @@ def test_one_gib_refuses_allgather_of_bert_large_with_the_figures():
 
 def test_where_nothing_fits_the_message_says_what_would_help():
     config = preset_config("bert-large")
-    with pytest.raises(ValueError, match=r"no plan fits: even the smallest, .*, needs \d+ MiB on device \d .*MiB more"):
-        place_freely(config, unequal([1.0] * 2, memories=[500 * MIB] * 2))
     with pytest.raises(ValueError, match=r"or shorten requests \(288 MiB of it are activations\)\."):
         place_freely(config, unequal([1.0] * 2), seq_len=512, batch_size=8, memory_budget_bytes=800 * MIB)
 

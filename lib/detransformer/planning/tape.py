@@ -7,7 +7,7 @@ execution follow one description. `planning.recorder` records layers, and keeps 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -74,21 +74,6 @@ class Recording:
 
     segments: tuple[tuple[Step, ...], ...]
     cache_bytes: int = 0
-
-    @cached_property
-    def gaps(self) -> tuple[tuple[tuple[Step, ...], tuple[tuple[Compute, ...], ...]], ...]:
-        """For each segment: (events, products before each event and after the last one)."""
-        cut = []
-        for steps in self.segments:
-            events, products = [], [[]]
-            for step in steps:
-                if isinstance(step, Compute):
-                    products[-1].append(step)
-                else:
-                    events.append(step)
-                    products.append([])
-            cut.append((tuple(events), tuple(map(tuple, products))))
-        return tuple(cut)
 
 
 @lru_cache(2**14)
