@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detransformer.commands import options
-from detransformer.commands.plan import bandwidths_of, cluster_file, markdown, on_devices
+from detransformer.commands.plan import cluster_of, markdown, on_devices
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.presets import PRESETS
@@ -59,19 +59,18 @@ def bench(
     pace: options.Pace = "measured",
 ) -> None:
     """Measure methods on emulated devices: one row per method and bandwidth, which --output saves as CSV."""
-    spec = cluster_file(cluster, {"devices": devices, "device": device, "delay": delay, "jitter": jitter})
-    if spec and not spec.emulated:
+    spec = cluster_of(cluster, devices, device, delay=delay, jitter=jitter)
+    if not spec.emulated:
         raise ValueError(
             f"{cluster} lists real hosts, and a bench measures emulated ones: set emulated: true in a copy of it, "
             "or measure requests on the hosts with `detransformer run`."
         )
-    num_devices = len(spec.members) if spec else devices or 4
+    num_devices = len(spec.devices)
     if num_devices > MAX_EMULATED:
         raise ValueError(f"{num_devices} devices are more than the {MAX_EMULATED} that a bench emulates.")
-    mbps = bandwidths_of(bandwidth, spec)
+    mbps = bandwidth or [spec.link.bandwidth_mbps]
 
     from detransformer.cluster.bench import Bench, measure_grid
-    from detransformer.cluster.session import EmulatedCluster
     from detransformer.files import atomic_write
 
     cells = cells_of(
@@ -88,12 +87,7 @@ def bench(
         repeats=repeats,
         pace=pace,
     )
-    common = dict(bandwidth_bps=mbps[0] * 1e6, transport=transport)
-    if spec:
-        emulated = spec.emulate(**common)
-    else:
-        alike = dict(device=device or "rpi4b", delay_s=(delay or 0) / 1e3, jitter_s=(jitter or 0) / 1e3)
-        emulated = EmulatedCluster(num_devices, **alike, **common)
+    emulated = spec.emulate(bandwidth_bps=mbps[0] * 1e6, transport=transport)
     planned = Bench(emulated, time_scale=time_scale, memory_budget_bytes=options.in_bytes(memory))
     for cell in cells:
         planned.case(cell)  # raises for what does not fit
