@@ -202,8 +202,9 @@ def _serve(
         choice = planner.choose(length)
         chosen_s = time.perf_counter() - started
         plan = choices[choice.index]
-        now = replace(profile, link=profile.link.at(rate * 1e6))
-        results = bench.run_plan(now, checkpoint, plan, length, 1, held_with=[other.to_dict() for other in held])
+        results = bench.run_plan(
+            profile.at(rate * 1e6), checkpoint, plan, length, 1, held_with=[other.to_dict() for other in held]
+        )
         samples = [result["samples"][0] for result in results]
         estimate_bps = planner.bandwidth_bps
         for transfer in as_transferred([sample["transfers"] for sample in samples]):

@@ -231,16 +231,10 @@ def test_auto_is_predicted_no_slower_than_any_named_plan(mbps):
     assert paper.method in PAPER_METHODS and not paper.direct and paper.num_chunks == 1
 
 
-def test_pipelines_and_data_parallelism_are_placed_by_the_cost_model_itself():
-    config = preset_config("bert-base")
-    placement = place(config, cluster(config), methods=("pp", "dp", "tp"))
-    for alternative in placement.alternatives:
-        assert alternative.latency_s == pytest.approx(predict(config, alternative.plan, cluster(config)).latency_s)
-
-
 def test_an_impossible_budget_says_how_much_is_missing():
     config = preset_config("bert-base", 4)
-    with pytest.raises(ValueError, match=r"no plan fits: even the smallest, bp\+tp, needs \d+ MiB .* MiB more than"):
+    words = r"bp\+tp, needs \d+ MiB on device \d \(Raspberry Pi 4B\), \d+ MiB more than its budget of 50 MiB"
+    with pytest.raises(ValueError, match=f"no plan fits: even the smallest, {words}"):
         place(config, cluster(config), memory_budget_bytes=50 * 2**20)
 
 

@@ -1,7 +1,6 @@
 """Planning in two phases: plans that are held together, the rate that links show, and what each request takes."""
 
 import time
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -44,8 +43,7 @@ def planner(plans):
 
 
 def latency_s(plan, seq_len, bandwidth_bps, profile=None):
-    profile = profile or cluster()
-    return predict(CONFIG, plan, replace(profile, link=profile.link.at(bandwidth_bps)), seq_len).latency_s
+    return predict(CONFIG, plan, (profile or cluster()).at(bandwidth_bps), seq_len).latency_s
 
 
 # Static ------------------------------------------------------------------------------------------------------------
@@ -63,12 +61,11 @@ def test_plans_held_together_share_one_split_and_each_adds_something(plans):
 
 
 def test_the_held_plans_come_near_to_planning_each_request_freely(plans):
-    """They share one split, so that two devices cannot join where four are held: 1% of the summed latency."""
+    """They share one split, so that two devices cannot join where four are held."""
     free, held = [], []
     for length in LENGTHS:
         for rate in RATES:
-            at_rate = replace(cluster(), link=cluster().link.at(rate))
-            free.append(place_freely(CONFIG, at_rate, length).chosen.latency_s)
+            free.append(place_freely(CONFIG, cluster().at(rate), length).chosen.latency_s)
             held.append(min(latency_s(plan, length, rate) for plan in plans))
     assert sum(held) <= 1.03 * sum(free)
     assert max(np.divide(held, free)) < 1.15
@@ -170,8 +167,7 @@ def test_other_lengths_take_other_plans_at_once(planner):
 def run(planner, choice, length, rate_bps):
     """Runs a request: its plan's collectives at that rate."""
     plan = planner.plans[choice.index]
-    profile = replace(cluster(), link=cluster().link.at(rate_bps))
-    for message in Pieces(CONFIG, plan, profile, length).run(plan.strategies).messages:
+    for message in Pieces(CONFIG, plan, cluster().at(rate_bps), length).run(plan.strategies).messages:
         planner.observe(message.kind, message.num_bytes, message.seconds)
 
 
@@ -212,8 +208,7 @@ def replay(planner: RuntimePlanner, profile: ClusterProfile, lengths, bandwidths
 
     @cache
     def priced(plan: Plan, seq_len: int, bandwidth_bps: float):
-        at_rate = replace(profile, link=profile.link.at(bandwidth_bps))
-        return Pieces(CONFIG, plan, at_rate, seq_len).run(plan.strategies)
+        return Pieces(CONFIG, plan, profile.at(bandwidth_bps), seq_len).run(plan.strategies)
 
     def lasts(seconds: float) -> float:
         return seconds * (1 + noise * chance.uniform(-1, 1))

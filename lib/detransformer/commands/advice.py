@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pandas as pd
 from transformers import PretrainedConfig
 
-from detransformer.models.configuration import is_decoder
+from detransformer.models.configuration import decoupled_config, is_decoder, original_config
 from detransformer.planning.cost import alone_seconds
 from detransformer.planning.placement import place_freely
 from detransformer.planning.problem import Alternative
@@ -25,17 +25,20 @@ WORTH = 0.05  # a change must save more than this fraction of the latency
 
 
 def advice(
-    original: PretrainedConfig, decoupled: PretrainedConfig, profile: ClusterProfile, wire: str, request: dict
+    config: PretrainedConfig, structure: tuple, profile: ClusterProfile, wire: str, request: dict
 ) -> tuple[pd.DataFrame, list[str]]:
     """Advice for a model on these devices: the prices, and lines of text with the choice and its costs.
 
     Args:
+        structure: Nb, Ndiv and attention width of an original model if it is decoupled.
         wire: the format of compressed messages.
         request: seq_len, batch_size and memory_budget_bytes of `place_freely`.
 
     Raises:
         ValueError: if nothing fits the memory, as in `place_freely`.
     """
+    original = original_config(config)
+    decoupled = config if hasattr(config, "num_original_layers") else decoupled_config(original, *structure)
     priced, left_out = _priced(original, decoupled, profile, wire, request)
     latency_s = {name: choice.latency_s for name, choice in priced.items()}
     sizes = request["seq_len"], request["batch_size"]

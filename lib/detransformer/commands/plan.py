@@ -62,20 +62,14 @@ def plan(
         raise ValueError(f"--output {output} takes a plan, and --advise compares several: leave one of them out.")
 
     from detransformer.files import atomic_write
-    from detransformer.models.configuration import decoupled_config, max_tokens, original_config
+    from detransformer.models.configuration import max_tokens
     from detransformer.planning.placement import bottleneck, place_freely
     from detransformer.planning.profile import ClusterProfile
 
-    config = config_of(model, num_original_layers, num_divisions, attention_width)
+    structure = num_original_layers, num_divisions, attention_width
+    config = config_of(model, *structure)
     if seq_len > max_tokens(config):
         raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {max_tokens(config)}.")
-    if advise:
-        from detransformer.commands.advice import advice
-
-        original = original_config(config)
-        is_original = original.model_type == config.model_type
-        sizes = num_original_layers, num_divisions, attention_width
-        split = decoupled_config(original, *sizes) if is_original else config
     known = ClusterProfile.load(profile) if profile else None
     if known and len(known.devices) < num_devices:
         raise ValueError(
@@ -83,25 +77,23 @@ def plan(
         )
     for mbps in rates:
         if known:
-            planned, name = known.of(range(num_devices)), f"{num_devices} profiled devices"
-            planned = replace(planned, link=planned.link.at(mbps * 1e6))
+            planned, name = known.of(range(num_devices)).at(mbps * 1e6), f"{num_devices} profiled devices"
         else:
             planned = spec.profile(config, pace, mbps * 1e6)
             name = f"{spec.name}: {on_devices(spec.device_specs)}" if cluster else on_devices(spec.device_specs)
         request = dict(seq_len=seq_len, batch_size=batch_size, memory_budget_bytes=options.in_bytes(memory))
         if advise:
+            from detransformer.commands.advice import advice
+
             compressed = next((word for word in wire if word != "float32"), "int8")
-            print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
-            prices, lines = advice(original, split, planned, compressed, request)
-            print("\n".join([markdown(prices), "", *lines]))
-            continue
-        started = time.perf_counter()
-        placement = place_freely(config, planned, wires=wire, **request)
-        planning_s = time.perf_counter() - started
-        print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
-        print("\n".join(_lines(placement, planning_s)))
-        if explain:
-            print(bottleneck(placement.plan, config, planned, seq_len, batch_size))
+            prices, lines = advice(config, structure, planned, compressed, request)
+            shown = [markdown(prices), "", *lines]
+        else:
+            started = time.perf_counter()
+            placement = place_freely(config, planned, wires=wire, **request)
+            shown = _lines(placement, time.perf_counter() - started)
+            shown += [bottleneck(placement.plan, config, planned, seq_len, batch_size)] if explain else []
+        print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n", *shown, sep="\n")
         if output:
             chosen = placement.chosen
             with atomic_write(output) as file:

@@ -191,10 +191,6 @@ class Recorder:
         self.common = dict(num_ranks=plan.num_devices, batch_size=batch_size, past=past, dtype=dtype)
         self._parts: dict[tuple[str, ...], tuple[list[int], dict]] = {}
 
-    @property
-    def num_chunks(self) -> int:
-        return len(self.tokens)
-
     def shapes(self, name: str, rank: int) -> list[tuple[int, int, int]]:
         """The shape of each chunk of X that a layer under strategy `name` takes."""
         return self._part(rank, STRATEGIES[name].splits).shapes(STRATEGIES[name].in_layout, self.config)
@@ -202,7 +198,7 @@ class Recorder:
     def layer(self, name: str, rank: int) -> Recording:
         """One layer under strategy `name`; `start` and `end` are the model's parts before and after all layers."""
         if name == "start":  # all chunks are ready
-            return Recording(((),) * (self.num_chunks + 1))
+            return Recording(((),) * (len(self.tokens) + 1))
         if name == "end":
             return _record_end(self.sizes, self._part(rank, ("tokens_share",)))
         return _record_layer(self.sizes, name, STRATEGIES[name], self._part(rank, STRATEGIES[name].splits))
@@ -298,19 +294,19 @@ def device_steps(
 
     message = message_bytes((batch_size, seq_len, config.hidden_size), plan.number_format, dtype.itemsize)
     steps: list[Step] = []
-    numbers: dict[tuple, list[int]] = {}  # the numbers of each recording's starts
+    started: list[list[int]] = [[] for _ in names]  # the numbers of each layer's starts
     num_started = 0
     if plan.stages and rank > 0:
         steps, num_started = [Start("receive", message), Wait(0)], 1
     for i, ((before, source), (after, target)) in enumerate(pairwise(zip(names, recordings, strict=True))):
         moved = recorder.reshard(layouts_of(before)[1], layouts_of(after)[0], own)
+        numbers = {"source": started[i], "moved": [], "target": started[i + 1]}
         for owner, part in interleaved(source.segments, moved and moved.segments, target.segments):
-            started = numbers.setdefault((owner, i) if owner == "moved" else i + (owner == "target"), [])
             for step in part:
                 if isinstance(step, Start):
-                    started.append(num_started)
+                    numbers[owner].append(num_started)
                     num_started += 1
-                steps.append(Wait(started[step.number]) if isinstance(step, Wait) else step)
+                steps.append(Wait(numbers[owner][step.number]) if isinstance(step, Wait) else step)
     if not is_last:
         steps += [Start("send", message), Wait(num_started)]
     return steps

@@ -65,7 +65,7 @@ class _Cells:
 
     def __init__(self, config, profile, seq_lens, bandwidths_bps):
         cells = itertools.product(seq_lens, bandwidths_bps)
-        self.problems = [Problem(config, _at(profile, rate_bps), seq_len, 1) for seq_len, rate_bps in cells]
+        self.problems = [Problem(config, profile.at(rate_bps), seq_len, 1) for seq_len, rate_bps in cells]
         self.largest = Problem(config, profile, max(seq_lens), 1)
         self._pieces: dict[tuple[int, Plan], Pieces] = {}
 
@@ -185,7 +185,7 @@ class RuntimePlanner:
         self.slowness = np.unique(1 / np.asarray(bandwidths_bps, float))
         axes = self.plans, self.seq_lens.tolist(), (1 / self.slowness).tolist()
         latency_s = [
-            Pieces(config, plan, _at(profile, bandwidth_bps), seq_len).price(plan.strategies)[0]
+            Pieces(config, plan, profile.at(bandwidth_bps), seq_len).price(plan.strategies)[0]
             for plan, seq_len, bandwidth_bps in itertools.product(*axes)
         ]
         self.latency_s = np.array(latency_s).reshape([len(axis) for axis in axes])
@@ -234,10 +234,6 @@ class RuntimePlanner:
         rate = self.estimator.rate("all_gather", num_bytes, seconds, self._num_devices)
         self.estimator.bandwidth_bps = rate or self.bandwidth_bps
         self._at_stake_s = 0.0
-
-
-def _at(profile: ClusterProfile, bandwidth_bps: float) -> ClusterProfile:
-    return replace(profile, link=profile.link.at(float(bandwidth_bps)))
 
 
 def _between(axis: np.ndarray, value: float, table: np.ndarray) -> np.ndarray:
