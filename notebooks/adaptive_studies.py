@@ -41,13 +41,10 @@ GRID_COLUMNS = (
 
 def contenders(placement: Placement, paper: Placement, num_rivals: int) -> list[Plan]:
     """The chosen plan, the best `num_rivals` others with other strategies, and the best of the paper's three."""
-    plans = [placement.plan]
-    for alternative in placement.alternatives:
-        known = {(plan.strategies, plan.device_ids) for plan in plans}
-        if alternative.fits and (alternative.plan.strategies, alternative.plan.device_ids) not in known:
-            plans.append(alternative.plan)
-        if len(plans) > num_rivals:
-            break
+    distinct: dict[tuple, Plan] = {}
+    for plan in (placement.plan, *(a.plan for a in placement.alternatives if a.fits)):
+        distinct.setdefault((plan.strategies, plan.device_ids), plan)
+    plans = list(distinct.values())[: num_rivals + 1]
     if paper.plan not in plans:
         plans.append(paper.plan)
     return [replace(plan, method="bp+auto") for plan in plans]

@@ -42,10 +42,7 @@ def frame(
         raise typer.Exit
 
 
-for command in (
-    *(reproduce, figures, decouple, decompose, calibrate),
-    *(bench, run, serve, plan, profile, doctor),
-):
+for command in (reproduce, figures, decouple, decompose, calibrate, bench, run, serve, plan, profile, doctor):
     app.command()(command)
 
 
