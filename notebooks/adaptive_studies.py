@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +41,10 @@ GRID_COLUMNS = (
 
 def contenders(placement: Placement, paper: Placement, num_rivals: int) -> list[Plan]:
     """The chosen plan, the best `num_rivals` others with other strategies, and the best of the paper's three."""
-    plans = [placement.plan]
-    for alternative in placement.alternatives:
-        known = {(plan.strategies, plan.device_ids) for plan in plans}
-        if alternative.fits and (alternative.plan.strategies, alternative.plan.device_ids) not in known:
-            plans.append(alternative.plan)
-        if len(plans) > num_rivals:
-            break
+    distinct: dict[tuple, Plan] = {}
+    for plan in (placement.plan, *(a.plan for a in placement.alternatives if a.fits)):
+        distinct.setdefault((plan.strategies, plan.device_ids), plan)
+    plans = list(distinct.values())[: num_rivals + 1]
     if paper.plan not in plans:
         plans.append(paper.plan)
     return [replace(plan, method="bp+auto") for plan in plans]
@@ -133,31 +130,13 @@ def unequal_rows(
     return frame[[*added, *(c for c in GRID_COLUMNS if c != "chosen")]]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A number of requests at one link rate."""
-
-    num_requests: int
-    bandwidth_mbps: float
-
-
-DROP_AND_RECOVERY = (Phase(67, 1000), Phase(66, 125), Phase(67, 1000))
-
-
-def request_lengths(num_requests: int, seq_lens: Sequence[int], seed: int = 0) -> list[int]:
-    """The lengths of a stream of mixed requests."""
-    return np.random.default_rng(seed).choice(list(seq_lens), num_requests).tolist()
-
-
 def trace_rows(
     run_path: str | Path,
+    phases: Sequence[tuple[int, float]],
     model: str = "bert-base",
     device: str = "jetson-tx2",
     num_devices: int = 4,
     seq_lens: Sequence[int] = (16, 32, 64, 128),
-    phases: Sequence[Phase] = DROP_AND_RECOVERY,
-    num_original_layers: int = 4,
-    num_divisions: int = 4,
     max_plans: int = 4,
     transport: str = "auto",
     time_scale: float | None = None,
@@ -167,23 +146,23 @@ def trace_rows(
     The planner is told each request's length, never the link's rate: it sees only the duration of its traffic. If the
     plan in use sends nothing, a probe is sent now and then, whose time counts as the request's. One row a request and
     policy, `adaptive` or `fixed: PLAN`, in the order of the requests; all policies serve the same requests.
+
+    Args:
+        phases: numbers of requests, each with the link's rate in Mbps.
     """
     path = Path(run_path) / "trace_rows.json"
-    rates = sorted({phase.bandwidth_mbps for phase in phases}, reverse=True)
-    num_requests = sum(phase.num_requests for phase in phases)
-    rate_of_each = [phase.bandwidth_mbps for phase in phases for _ in range(phase.num_requests)]
-    stream = list(zip(request_lengths(num_requests, seq_lens), rate_of_each, strict=True))
+    rate_of_each = [mbps for num_requests, mbps in phases for _ in range(num_requests)]
+    rates = sorted(set(rate_of_each), reverse=True)
+    lengths = np.random.default_rng(0).choice(list(seq_lens), len(rate_of_each)).tolist()
+    stream = list(zip(lengths, rate_of_each, strict=True))
     with EmulatedCluster(num_devices, device, rates[0] * 1e6, transport) as cluster:
         bench, kept = measured_bench(run_path, cluster, time_scale=time_scale), RowFile(path, cluster, [__file__])
-        sizes = (num_original_layers, num_divisions)
-        cell = Cell(model, "bp+auto", num_devices, rates[0], *sizes, seq_len=max(seq_lens), repeats=1)
+        cell = Cell(model, "bp+auto", num_devices, rates[0], seq_len=max(seq_lens), repeats=1)
         config = bench.config(cell)
         everyone = range(num_devices)
         scale = time_scale or min(MAX_TIME_SCALE, host_time_scale(cluster, config, bench.profile(cell), everyone))
         profile = on_testbed(bench.profile(cell), scale)
-        plans = static_plans(
-            config, profile, [(1, n) for n in seq_lens], [1e6 * mbps for mbps in rates], max_plans=max_plans
-        )
+        plans = static_plans(config, profile, seq_lens, [1e6 * mbps for mbps in rates], max_plans)
         policies = {"adaptive": plans} | {f"fixed: {in_words(plan)}": [plan] for plan in plans}
         rows = []
         for policy, choices in policies.items():
@@ -206,7 +185,7 @@ def _serve(
     cluster, checkpoint = bench.cluster, bench.checkpoint(cell)
     seq_lens, rates = sorted({length for length, _ in stream}), sorted({mbps for _, mbps in stream})
     bandwidths = np.geomspace(0.5e6 * rates[0], 2e6 * rates[-1], 12).tolist()
-    planner = RuntimePlanner(bench.config(cell), choices, profile, seq_lens, (1,), bandwidths)
+    planner = RuntimePlanner(bench.config(cell), choices, profile, seq_lens, bandwidths)
     rows, mbps = [], None
     for number, (length, rate) in enumerate(tqdm(stream, unit="request", desc=policy)):
         if rate != mbps:
@@ -217,11 +196,12 @@ def _serve(
             num_bytes, probe_s = probe_link(cluster)
             planner.observe_probe(num_bytes, probe_s)
         started = time.perf_counter()
-        choice = planner.choose(1, length)
+        choice = planner.choose(length)
         chosen_s = time.perf_counter() - started
         plan = choices[choice.index]
-        now = replace(profile, link=profile.link.at(rate * 1e6))
-        results = bench.run_plan(now, checkpoint, plan, length, 1, held_with=[other.to_dict() for other in held])
+        results = bench.run_plan(
+            profile.at(rate * 1e6), checkpoint, plan, length, 1, held_with=[other.to_dict() for other in held]
+        )
         samples = [result["samples"][0] for result in results]
         estimate_bps = planner.bandwidth_bps
         for transfer in as_transferred([sample["transfers"] for sample in samples]):

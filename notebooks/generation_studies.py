@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -23,19 +23,16 @@ from detransformer.planning.problem import device_speeds
 
 # A token is many short segments, each some 0.1 ms late. A larger time scale would hide that, and the links' latency.
 MAX_LATE_TOKENS = 0.1
-GENERATION_METHODS = ("single", "tp", "bp+auto")
 
 
 def generation_rows(
     run_path: str | Path,
-    model: str = "gpt2",
-    methods: Sequence[str] = GENERATION_METHODS,
-    bandwidths_mbps: Sequence[float] = (1000, 125),
+    model: str,
+    methods: Sequence[str],
+    bandwidths_mbps: Sequence[float],
     num_devices: int = 4,
     prompt_lens: Sequence[int] = (16, 32, 64),
     max_new_tokens: int = 64,
-    num_original_layers: int = 4,
-    num_divisions: int = 4,
     transport: str = "auto",
 ) -> pd.DataFrame:
     """Greedy text after one prompt of each length: seconds to the first token and of each further one.
@@ -49,9 +46,8 @@ def generation_rows(
     rows = []
     with EmulatedCluster(num_devices, bandwidth_bps=bandwidths_mbps[0] * 1e6, transport=transport) as cluster:
         bench, kept = measured_bench(run_path, cluster), RowFile(path, cluster, [__file__])
-        sizes = (num_original_layers, num_divisions)
         cells = [
-            Cell(model, method, 1 if method == "single" else num_devices, mbps, *sizes, seq_len=length, repeats=1)
+            Cell(model, method, 1 if method == "single" else num_devices, mbps, seq_len=length, repeats=1)
             for method in methods
             for mbps in (bandwidths_mbps[:1] if method == "single" else bandwidths_mbps)
             for length in prompt_lens
@@ -68,8 +64,7 @@ def plan_generation(bench: Bench, cell: Cell, max_new_tokens: int) -> Generation
     """The plan of `cell`'s method for a prompt of its length and this many new tokens, with its prediction."""
     config, profile = bench.config(cell), bench.profile(cell)
     if cell.method in ("auto", "bp+auto"):
-        best = place_generation(config, profile, cell.seq_len, max_new_tokens)[0]
-        return replace(best, **{n: replace(getattr(best, n), method=cell.method) for n in ("prefill", "decode")})
+        return place_generation(config, profile, cell.seq_len, max_new_tokens)
     plan = published_plan(cell.method, config, device_speeds(profile))
     return price_generation(config, plan, plan, profile, cell.seq_len, max_new_tokens)
 

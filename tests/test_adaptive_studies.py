@@ -66,10 +66,8 @@ def test_choices_are_measured_once(small, tmp_path, monkeypatch):
 
 
 def test_every_policy_serves_the_same_requests(small, tmp_path):
-    phases = [adaptive.Phase(3, 1000), adaptive.Phase(3, 125)]
-    rows = adaptive.trace_rows(
-        tmp_path, small, "rpi4b", 2, seq_lens=(8, 16), phases=phases, transport="loopback", time_scale=4
-    )
+    sizes = dict(num_devices=2, seq_lens=(8, 16), transport="loopback", time_scale=4)
+    rows = adaptive.trace_rows(tmp_path, [(3, 1000), (3, 125)], small, "rpi4b", **sizes)
     served = [part[["request", "seq_len", "bandwidth_mbps"]].to_numpy().tolist() for _, part in rows.groupby("policy")]
     assert "adaptive" in set(rows["policy"]) and all(part == served[0] for part in served)
     assert len(served[0]) == 6 and (rows["max_abs_error"] < 1e-4).all() and (rows["choosing_s"] < 0.005).all()

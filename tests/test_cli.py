@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import typer
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import BertConfig, BertForMaskedLM
 
 from detransformer import cli
 from detransformer.commands import options
@@ -108,6 +108,8 @@ def test_help_imports_nothing_heavy():
         (["plan", "--wire", "float8"], ["--wire float8", "bfloat16"]),
         (["plan", "--bandwidth", "125,500", "--output", "x.json"], ["--output x.json", "several"]),
         (["plan", "--advise", "--output", "x.json"], ["--output x.json", "--advise compares several"]),
+        (["plan", "--output", "/proc/plan.json"], ["/proc/plan.json"]),
+        (["plan", "--output", "/dev/null/plan.json"], ["/dev/null/plan.json"]),
         (["profile", "--output", "x", "--device", "toaster"], ["--device toaster", "jetson-tx2"]),
     ],
 )
@@ -148,24 +150,17 @@ def test_bench_prints_a_table_and_a_summary(bert, tmp_path):
 @pytest.mark.parametrize("how", [["--wire", "float32"], ["--wire", "float32,int8", "--pace", "roofline"]])
 def test_plan_of_a_cluster_file(capsys, tmp_path, how):
     """Unequal devices: a row for each set of devices, and why the slow ones take no part; the plan can be kept."""
-    options = ["--cluster", str(EXAMPLES / "unequal.yaml"), *how, "--output", tmp_path / "p.json"]
+    options = ["--cluster", str(EXAMPLES / "unequal.yaml"), *how, "--explain", "--output", tmp_path / "p.json"]
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", *map(str, options)])
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert "unequal devices: 2 x Raspberry Pi 4B, Raspberry Pi 4B at 2x speed" in shown and "at 125 Mbps" in shown
-    assert "| 0+1+2+3 " in shown and "left out: with " in shown
+    assert "| 0+1+2+3 " in shown and "left out: with " in shown and "Bottleneck: compute" in shown
     from detransformer.parallel.plan import Plan
 
     plan = Plan.from_dict(json.loads((tmp_path / "p.json").read_text())["plan"])
     assert f"({plan.describe()})" in shown and 3 in plan.device_ids
-
-
-def test_plan_explains_itself(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["plan", "--cluster", str(EXAMPLES / "unequal.yaml"), "--seq-len", "64", "--explain"])
-    shown = capsys.readouterr().out
-    assert end.value.code == 0 and "\nchosen: " in shown and "Bottleneck: compute" in shown
 
 
 @pytest.mark.slow
@@ -195,13 +190,8 @@ def test_summary_of_a_bench():
 
     rows = [row("tp", "float32", 2.0), row("tp", "int8", 0.9), row("sp", "float32", 1.5), row("bp+auto", "int8", 0.8)]
     (line,) = summary_lines(pd.DataFrame(rows))
-    for words in (
-        "0.800 s",
-        "2.50x faster than TP and 1.88x faster than SP",
-        "1.60 times the limit",
-        "fastest of 4 rows",
-    ):
-        assert words in line
+    assert "0.800 s, 2.50x faster than TP and 1.88x faster than SP" in line
+    assert "1.60 times the limit" in line and "fastest of 4 rows" in line
     (line,) = summary_lines(pd.DataFrame([*rows, row("ulysses", "int8", 0.7)]))
     assert "ulysses (int8) is faster, 0.700 s" in line
     assert "fastest" in summary_lines(pd.DataFrame([*rows, row("ulysses", "int8", 0.7, valid=False)]))[0]
@@ -336,12 +326,6 @@ def test_a_token_of_the_environment_is_checked_like_one_of_a_file(monkeypatch):
     assert _token(None) == "t" * 20
 
 
-@pytest.mark.parametrize("output", ["/proc/plan.json", "/dev/null/plan.json"])
-def test_a_place_that_cannot_be_written_is_named_at_once(capsys, output):
-    code, stderr = call(capsys, "plan", "--output", output)
-    assert_one_sentence(code, stderr, output)
-
-
 # --- decouple -----------------------------------------------------------------------------------------------------
 
 
@@ -355,9 +339,6 @@ def test_decouple_writes_a_checkpoint_that_loads(bert, tmp_path):
 
     model = DecoupledBertForMaskedLM.from_pretrained(out)
     assert (model.config.num_original_layers, model.config.num_divisions) == (2, 4)
-    source = BertForMaskedLM.from_pretrained(bert).bert.encoder.layer[0].attention.self.query.weight
-    sliced = model.bert.encoder.layer[0].attention.self.query.weight
-    torch.testing.assert_close(sliced[1], source[:, 12:24], rtol=0, atol=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bert", "decoupled"]
 
 
@@ -372,54 +353,17 @@ def test_decouple_refuses_an_existing_output_unless_forced(capsys, bert, tmp_pat
     assert_one_sentence(*call(capsys, "decouple", bert, "--output", bert, "--force"), "the checkpoint itself")
 
 
-def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def damage_weights(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def drop_layer(folder):
-    model = BertModel(BertConfig(**SIZES | {"num_hidden_layers": 3}))
-    model.save_pretrained(folder)
-    edit_config(folder, num_hidden_layers=4)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "words"),
-    [
-        (lambda folder: edit_config(folder, model_type="gpt2"), ["is not supported: of GPT-2, choose one of"]),
-        (lambda folder: edit_config(folder, model_type="decoupled_bert"), ["decoupled already"]),
-        (lambda folder: (folder / "config.json").write_text("{"), ["config.json is damaged"]),
-        (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
-        (lambda folder: (folder / "model.safetensors").unlink(), ["has no weights", "model.safetensors"]),
-        (damage_weights, ["cannot be read", "save or copy the model again"]),
-        (drop_layer, ["not a whole BertModel", "layer.3"]),
-        (lambda folder: edit_config(folder, intermediate_size=100), ["do not fit config.json", "[100]"]),
-    ],
-    ids=["gpt2", "decoupled", "config-damaged", "no-config", "no-weights", "weights-damaged", "layer-missing", "shape"],
-)
-def test_a_checkpoint_that_is_no_whole_bert(capsys, bert, tmp_path, break_it, words):
-    break_it(bert)
+@pytest.mark.parametrize("size, words", [(None, ["has no weights", "model.safetensors"]), (9999, ["cannot be read"])])
+def test_nothing_is_half_written_of_a_checkpoint_that_is_not_whole(capsys, bert, tmp_path, size, words):
+    """test_opening has all that may be wrong."""
+    weights = bert / "model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    if size:
+        weights.write_bytes(data[:size])
     result = call(capsys, "decouple", bert, "--output", tmp_path / "out", "--num-original-layers", 2)
     assert_one_sentence(*result, *words)
-    assert [p.name for p in tmp_path.iterdir()] == ["bert"], "nothing half-written"
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--num-divisions", "5"], ["num_divisions=5", "hidden_size=48", "1, 2, 3, 4"]),
-        (["--num-original-layers", "9"], ["num_original_layers=9", "1..4"]),
-        (["--num-divisions", "8", "--attention-width", "narrow"], ["num_divisions=8", "head size 12"]),
-    ],
-)
-def test_sizes_that_do_not_divide(capsys, bert, tmp_path, options, words):
-    assert_one_sentence(*call(capsys, "decouple", bert, "--output", tmp_path / "out", *options), *words)
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["bert"]
 
 
 def test_a_name_the_hub_cannot_give_offline(capsys, tmp_path, monkeypatch):
@@ -485,16 +429,7 @@ def test_doctor_speaks_plainly(capsys, monkeypatch):
         cli.main(["doctor"])
     output = capsys.readouterr().out
     assert end.value.code == 0
-    for name in (
-        "Python",
-        "Packages",
-        "Notebooks",
-        "Processor",
-        "Memory",
-        "Disk",
-        "GPU",
-        "Emulated cluster",
-    ):
+    for name in ("Python", "Packages", "Notebooks", "Processor", "Memory", "Disk", "GPU", "Emulated cluster"):
         assert f"{name} " in output
     assert "DETRANSFORMER_DATA names /nowhere/data, which is not a folder" in output
     assert "HF_HUB_OFFLINE is set" in output and "built-in corpus" in output

@@ -289,7 +289,7 @@ def test_prompt_and_tokens_are_planned_apart():
     config = GPT2Config()
     for mbps in (125, 1000):
         profile = ClusterProfile((PI,) * 4, LinkProfile(1e6 * mbps))
-        best = place_generation(config, profile, 128, 64)[0]
+        best = place_generation(config, profile, 128, 64)
         plan = published_plan("tp", config, [1.0] * 4)
         tensor = price_generation(config, plan, plan, profile, 128, 64)
         assert best.total_s < tensor.total_s and best.first_token_s <= tensor.first_token_s
@@ -300,8 +300,8 @@ def test_generation_under_a_budget():
     """Keys, values and weights count; what no plan can keep is said in MiB."""
     config = GPT2Config()
     profile = ClusterProfile((PI,) * 4, LinkProfile(1e9))
-    free = place_generation(config, profile, 128, 64)[0]
-    tight = place_generation(config, profile, 128, 64, memory_budget_bytes=max(free.memory_bytes) - 2**20)[0]
+    free = place_generation(config, profile, 128, 64)
+    tight = place_generation(config, profile, 128, 64, memory_budget_bytes=max(free.memory_bytes) - 2**20)
     assert max(tight.memory_bytes) < max(free.memory_bytes) and tight.total_s >= free.total_s
     with pytest.raises(ValueError, match="MiB more than a device has"):
         place_generation(config, profile, 128, 64, memory_budget_bytes=100 * 2**20)
@@ -310,5 +310,5 @@ def test_generation_under_a_budget():
 def test_a_slow_device_is_left_out():
     config = GPT2Config()
     slow = replace(PI, name="slow", flops_per_s=14e7, memory_bytes_per_s=4.8e7)
-    best = place_generation(config, ClusterProfile((slow, PI, PI), LinkProfile(1e9)), 64, 16)[0]
+    best = place_generation(config, ClusterProfile((slow, PI, PI), LinkProfile(1e9)), 64, 16)
     assert best.prefill.device_ids == best.decode.device_ids == (1, 2)

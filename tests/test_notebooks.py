@@ -138,10 +138,7 @@ def test_settings_fit_the_functions_that_take_them(profile):
         (latency.plan_map_rows, adaptive_settings["plan_map"]),
         (adaptive.choice_rows, adaptive_settings["choices"]),
         (adaptive.unequal_rows, adaptive_settings["unequal"]),
-        (
-            adaptive.trace_rows,
-            adaptive_settings["trace"] | {"phases": [adaptive.Phase(*adaptive_settings["phases"][0])]},
-        ),
+        (adaptive.trace_rows, adaptive_settings["trace"] | {"phases": adaptive_settings["phases"]}),
         (generation_rows, load_settings(profile, "10_generation")["generation"]),
     ):
         inspect.signature(function).bind("run", **settings)

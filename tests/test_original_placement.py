@@ -2,20 +2,13 @@
 
 import itertools
 import json
-from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import (
-    BertConfig,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertModel
 
 from conftest import SIZES, Case
 from detransformer.checkpoints import decouple_checkpoint
@@ -23,21 +16,14 @@ from detransformer.cluster.devices import preset_profile
 from detransformer.models import DecoupledBertConfig, DecoupledBertModel, decouple, layer_kinds
 from detransformer.models.configuration import ORIGINAL_PLACEMENTS, check_decoupling, decoupled_config
 from detransformer.models.overview import layer_pattern
-from detransformer.parallel.comm import Comm
-from detransformer.parallel.executor import Executor
 from detransformer.parallel.plan import layer_plan, published_plan
-from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import predict
-from detransformer.planning.memory import held_bytes
 from detransformer.planning.placement import bottleneck, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
-from detransformer.planning.recorder import device_steps
-from detransformer.planning.tape import Start
+from test_parallel import TOLERANCE, UNEVEN, check, run
 
-TOLERANCE = 1e-12  # float64: what is left is the order of summation
 PLACES = ("first", "bottom", "middle")  # those whose last layer is decoupled
 METHODS = ("single", "bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
-UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +82,6 @@ def test_a_checkpoint_without_the_field_is_the_published_structure(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reloaded.parameters(), strict=True))
 
 
-def test_another_place_is_saved_and_read_again(tmp_path, places):
-    case = places["bottom"]
-    reloaded = DecoupledBertModel.from_pretrained(case.checkpoint)
-    assert layer_kinds(reloaded.config) == ("original",) * 2 + ("decoupled",) * 3
-
-
 @pytest.mark.parametrize("placement", ORIGINAL_PLACEMENTS)
 def test_one_division_is_bert_wherever_original_layers_stand(placement):
     torch.manual_seed(0)
@@ -122,30 +102,6 @@ def test_a_checkpoint_is_converted_so(tmp_path):
     assert "original layers first" in said[1]
     model = DecoupledBertModel.from_pretrained(tmp_path / "ours")
     assert layer_pattern(model.config) == "ODD OD"
-
-
-def run(cluster, case, plan, **job):
-    results = cluster.run(
-        "run_plan",
-        checkpoint=case.checkpoint,
-        plan=plan.to_dict(),
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-        **{"inputs": case.inputs, "reference": case.reference, **job},
-    )
-    return [result for result in results if result is not None]
-
-
-def check(case, plan, results, seq_len=11, batch_size=2):
-    """Each device's output is the single device's; it counted, sent and keeps what the cost model says."""
-    assert max(r["max_abs_error"] for r in results if "max_abs_error" in r) < TOLERANCE
-    for rank, result in enumerate(results):
-        steps = device_steps(case.config, plan, rank, seq_len, batch_size, dtype=torch.float64)
-        started = [step for step in steps if isinstance(step, Start)]
-        assert result["counts"] == dict(Counter(step.kind for step in started))
-        assert sum(result["bytes"].values()) == sum(step.num_bytes for step in started)
-        assert result["weights_bytes"] == 2 * held_bytes(case.config, [plan], plan.device_ids[rank])
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
@@ -174,79 +130,47 @@ def test_the_last_reshard_is_compressed_too(cluster, places, wire):
     assert TOLERANCE < max(r["relative_error"] for r in results) < 0.05  # as in test_parallel
 
 
+def saved(folder, model, ids, expected) -> SimpleNamespace:
+    """A model's folder with a request and what the single device answers."""
+    model.save_pretrained(folder)
+    save_file({"input_ids": ids}, folder / "inputs")
+    save_file(expected, folder / "reference")
+    files = {name: str(folder / name) for name in ("inputs", "reference")}
+    return SimpleNamespace(checkpoint=str(folder), **files)
+
+
 @pytest.mark.parametrize("base", [BertForSequenceClassification, BertForQuestionAnswering])
 def test_task_heads_after_a_decoupled_layer(cluster, tmp_path, base):
     torch.manual_seed(1)
     model = decouple(base(BertConfig(**SIZES)).double().eval(), 2, 4, original_placement="bottom")
     ids = torch.randint(101, (2, 9))
-    executor = Executor(
-        model.config,
-        published_plan("single", model.config),
-        WeightSource(model.state_dict(), torch.float64),
-        Comm(None, 0, 1),
-    )
     with torch.no_grad():
         expected = model(ids)
     if base is BertForQuestionAnswering:
         expected = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
     else:
         expected = expected.logits
-    torch.testing.assert_close(executor(ids).logits, expected)
-    model.save_pretrained(tmp_path)
-    save_file({"input_ids": ids}, tmp_path / "inputs")
-    save_file({"logits": expected}, tmp_path / "reference")
-    results = cluster.run(
-        "run_plan",
-        checkpoint=str(tmp_path),
-        plan=published_plan("bp+heads", model.config, UNEVEN[4]).to_dict(),
-        inputs=str(tmp_path / "inputs"),
-        reference=str(tmp_path / "reference"),
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-    )
-    assert max(r["max_abs_error"] for r in results) < TOLERANCE
+    case = saved(tmp_path, model, ids, {"logits": expected})
+    for method, num_devices in (("single", 1), ("bp+heads", 4)):
+        results = run(cluster, case, published_plan(method, model.config, UNEVEN[num_devices]))
+        assert max(r["max_abs_error"] for r in results) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["bp+tp", "bp+heads"])
-def test_gpt2_that_ends_in_a_decoupled_layer_writes_the_same_text(cluster, tmp_path, method):
-    torch.manual_seed(3)
-    config = GPT2Config(
-        n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, n_positions=64, bos_token_id=None, eos_token_id=None
-    )
-    gpt2 = GPT2LMHeadModel(config).double().eval()
-    for parameter in gpt2.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model = decouple(gpt2, 2, 4, original_placement="first")
+def test_gpt2_that_ends_in_a_decoupled_layer_writes_the_same_text(cluster, random_gpt2, tmp_path, method):
+    sizes = dict(n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, n_positions=64)
+    model = decouple(random_gpt2(sizes), 2, 4, original_placement="first")
     ids = torch.randint(101, (2, 9))
-    model.save_pretrained(tmp_path)
-    save_file({"input_ids": ids}, tmp_path / "inputs")
     mask = torch.ones_like(ids)
     text = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 9:]
     with torch.no_grad():
-        save_file({"last_hidden_state": model.transformer(ids).last_hidden_state}, tmp_path / "reference")
-    prompt = published_plan(method, model.config, UNEVEN[3])
-    results = cluster.run(
-        "run_plan",
-        checkpoint=str(tmp_path),
-        plan=prompt.to_dict(),
-        inputs=str(tmp_path / "inputs"),
-        reference=str(tmp_path / "reference"),
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-    )
-    assert max(r["max_abs_error"] for r in results if r) < 1e-11
-    decode = published_plan("bp+tp", model.config, UNEVEN[3])
-    results = cluster.run(
-        "generate",
-        checkpoint=str(tmp_path),
-        prefill=prompt.to_dict(),
-        decode=decode.to_dict(),
-        inputs=str(tmp_path / "inputs"),
-        max_new_tokens=8,
-        dtype="float64",
-    )
+        hidden = model.transformer(ids).last_hidden_state
+    case = saved(tmp_path, model, ids, {"last_hidden_state": hidden})
+    prompt, decode = (published_plan(name, model.config, UNEVEN[3]) for name in (method, "bp+tp"))
+    assert max(r["max_abs_error"] for r in run(cluster, case, prompt)) < 1e-11
+    plans = dict(prefill=prompt.to_dict(), decode=decode.to_dict())
+    files = dict(checkpoint=case.checkpoint, inputs=case.inputs)
+    results = cluster.run("generate", **files, **plans, max_new_tokens=8, dtype="float64")
     assert all(r["tokens"] == text.tolist() for r in results if r)
 
 
@@ -257,16 +181,10 @@ def profiled(config, mbps=50.0, count=4):
     return ClusterProfile((preset_profile("rpi4b", config),) * count, LinkProfile(mbps * 1e6))
 
 
-def sizes(placement, decoder=False, num_layers=5, num_original=2):
-    small = dict(hidden_size=96, num_hidden_layers=num_layers, num_attention_heads=6, intermediate_size=384)
-    decoder_sizes = dict(n_embd=96, n_layer=num_layers, n_head=6, bos_token_id=0, eos_token_id=0)
-    original = GPT2Config(vocab_size=500, **decoder_sizes) if decoder else BertConfig(vocab_size=500, **small)
-    return decoupled_config(original, num_original, 4, original_placement=placement)
-
-
 @pytest.mark.parametrize("placement", ORIGINAL_PLACEMENTS)
 def test_the_planner_finds_a_plan_wherever_original_layers_stand(placement):
-    config = sizes(placement)
+    small = BertConfig(hidden_size=96, num_hidden_layers=5, num_attention_heads=6, intermediate_size=384)
+    config = decoupled_config(small, 2, 4, original_placement=placement)
     profile = profiled(config)
     found = place_freely(config, profile, 32)
     found.plan.check(config)

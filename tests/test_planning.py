@@ -13,9 +13,9 @@ from detransformer.planning.cost import launched_seconds, predict
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.pieces import Pieces
 from detransformer.planning.placement import bottleneck, limits, method_plan, place, place_freely
-from detransformer.planning.profile import COLLECTIVE_KINDS, ClusterProfile, DeviceProfile, LinkProfile
-from detransformer.planning.recorder import device_steps, segments
-from detransformer.planning.tape import Compute, Start, Wait
+from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+from detransformer.planning.recorder import device_steps
+from detransformer.planning.tape import Compute, Wait
 
 FOUR = [1.0] * 4
 
@@ -71,33 +71,18 @@ def test_preset_reproduces_published_single_device_latency(model, seconds):
     assert prediction.comm_s == 0
 
 
-@pytest.mark.parametrize("method", ["single", "tp", "sp", "ulysses", "galaxy"])
-def test_shares_add_up_to_the_whole_model(method):
-    config = preset_config("bert-base")
+@pytest.mark.parametrize(
+    "nb, method", [(4, "single"), *((None, m) for m in ("single", "tp", "sp", "ulysses", "galaxy"))]
+)
+def test_shares_add_up_to_the_whole_model(nb, method):
+    config = preset_config("bert-base", nb)
     plan = published_plan(method, config, FOUR)
-    flops = sum(
-        step.flops
-        for rank in range(plan.num_devices)
-        for step in device_steps(config, plan, rank, 128)
-        if isinstance(step, Compute)
-    )
+    steps = [step for rank in range(plan.num_devices) for step in device_steps(config, plan, rank, 128)]
+    flops = sum(step.flops for step in steps if isinstance(step, Compute))
     pooler_again = (plan.num_devices - 1) * 2 * config.hidden_size**2  # every device runs it
     assert flops - pooler_again == model_flops(config, 128)
-
-
-def test_blocks_add_up_to_the_whole_model():
-    config = preset_config("bert-base", 4)
-    plan = published_plan("single", config)
-    flops = sum(s.flops for s in device_steps(config, plan, 0, 128) if isinstance(s, Compute))
-    assert flops == model_flops(config, 128)
-    assert held_bytes(config, [plan], 0) == 4 * model_parameters(config)
-
-
-def test_segments_lie_between_starts_and_waits():
-    config = preset_config("bert-base", 4)
-    plan = published_plan("bp+sp", config, FOUR)
-    steps = device_steps(config, plan, 1, 128)
-    assert len(segments(steps)) == 2 * sum(isinstance(step, Start) for step in steps) + 1
+    if method == "single":
+        assert held_bytes(config, [plan], 0) == 4 * model_parameters(config)
 
 
 def test_few_tokens_take_as_long_as_reading_the_weights():
@@ -238,35 +223,11 @@ def test_auto_is_predicted_no_slower_than_any_named_plan(mbps):
     assert paper.method in PAPER_METHODS and not paper.direct and paper.num_chunks == 1
 
 
-def test_auto_keeps_to_the_memory_budget():
-    config = preset_config("bert-large", 4)
-    free = place_freely(config, cluster(config))
-    budget = min(max(a.prediction.memory_bytes) for a in free.alternatives)
-    tight = place_freely(config, cluster(config), memory_budget_bytes=budget)
-    assert max(tight.chosen.prediction.memory_bytes) <= budget < max(free.chosen.prediction.memory_bytes)
-
-
-def test_pipelines_and_data_parallelism_are_placed_by_the_cost_model_itself():
-    config = preset_config("bert-base")
-    placement = place(config, cluster(config), methods=("pp", "dp", "tp"))
-    for alternative in placement.alternatives:
-        assert alternative.latency_s == pytest.approx(predict(config, alternative.plan, cluster(config)).latency_s)
-
-
 def test_an_impossible_budget_says_how_much_is_missing():
     config = preset_config("bert-base", 4)
-    with pytest.raises(ValueError, match=r"no plan fits: even the smallest, bp\+tp, needs \d+ MiB .* MiB more than"):
+    words = r"bp\+tp, needs \d+ MiB on device \d \(Raspberry Pi 4B\), \d+ MiB more than its budget of 50 MiB"
+    with pytest.raises(ValueError, match=f"no plan fits: even the smallest, {words}"):
         place(config, cluster(config), memory_budget_bytes=50 * 2**20)
-
-
-def test_slower_device_sets_the_pace():
-    config = preset_config("bert-base", 4)
-    fast = preset_profile("rpi4b", config)
-    slow = DeviceProfile("slow", fast.memory_bytes, fast.flops_per_s / 2, "test")
-    plan = published_plan("bp+tp", config, FOUR)
-    mixed = predict(config, plan, ClusterProfile((fast, fast, slow, fast), LinkProfile(125e6)))
-    even = predict(config, plan, cluster(config))
-    assert mixed.compute_s == pytest.approx(2 * even.compute_s)
 
 
 def test_profile_round_trip(tmp_path):
@@ -345,9 +306,3 @@ def test_collectives_wait_for_their_steps_and_their_bytes(kind, steps):
     link = LinkProfile(100e6, {"*": 1e-3}, {kind: 0.5, "*": 1.0})
     assert link.collective_s(kind, 0, 4) == pytest.approx(steps * 1e-3)
     assert link.collective_s(kind, 1e6, 4) == pytest.approx(steps * 1e-3 + 0.16)
-    assert kind in COLLECTIVE_KINDS
-
-
-def test_an_unknown_collective_is_named():
-    with pytest.raises(ValueError, match="collective 'broadcast' is unknown: choose one of all_reduce"):
-        LinkProfile(100e6).collective_s("broadcast", 1, 4)

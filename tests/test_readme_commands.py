@@ -206,15 +206,10 @@ def prepared(words: list[str]) -> list[str]:
 
 
 def test_commands_are_found():
-    found = {words[0] for words in SHOWN}
-    assert {"decouple", "run", "serve"} <= found and CURLS
-    assert words_of("detransformer run --text 'a b' --check' &", True) == ["run", "--text", "a b", "--check"]
-    assert words_of(".venv/bin/detransformer doctor     # says", True) == ["doctor"]
-    assert words_of("detransformer run", False) == [] and words_of("git clone X detransformer && cd X", True) == []
+    assert {"decouple", "run", "serve"} <= {words[0] for words in SHOWN} and CURLS
     page = "See `detransformer\nrun --check`:\n\n    one\n\n```python\nwith a:\n    b()\n```\n"
     assert [*code_of(page)][:2] == [("detransformer run --check", False), ("one", True)]
     assert ("    b()", True) in code_of(page)
-    assert without_parts([["run", "--model", "m/"], ["run", "--model", "~/m", "--check"]])[0][-1] == "--check"
 
 
 @pytest.mark.parametrize("words", without_parts(SHOWN), ids=" ".join)

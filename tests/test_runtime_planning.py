@@ -1,13 +1,10 @@
 """Planning in two phases: plans that are held together, the rate that links show, and what each request takes."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
-from transformers import PretrainedConfig
 
 from detransformer.models import preset_config
 from detransformer.parallel.plan import Plan
@@ -27,7 +24,6 @@ from detransformer.planning.runtime import (
 MIB = 2**20
 CONFIG = preset_config("bert-base", 4)
 LENGTHS, RATES = (32, 128, 512), (1e9, 2.5e8, 1.25e8)
-REQUESTS = [(1, length) for length in LENGTHS]
 
 
 def cluster(gflops=(284.0,) * 4, memory=4096 * MIB):
@@ -38,17 +34,16 @@ def cluster(gflops=(284.0,) * 4, memory=4096 * MIB):
 
 @pytest.fixture(scope="module")
 def plans():
-    return static_plans(CONFIG, cluster(), REQUESTS, RATES)
+    return static_plans(CONFIG, cluster(), LENGTHS, RATES)
 
 
 @pytest.fixture
 def planner(plans):
-    return RuntimePlanner(CONFIG, plans, cluster(), LENGTHS, [1, 2], RATES)
+    return RuntimePlanner(CONFIG, plans, cluster(), LENGTHS, RATES)
 
 
 def latency_s(plan, seq_len, bandwidth_bps, profile=None):
-    profile = profile or cluster()
-    return predict(CONFIG, plan, replace(profile, link=profile.link.at(bandwidth_bps)), seq_len).latency_s
+    return predict(CONFIG, plan, (profile or cluster()).at(bandwidth_bps), seq_len).latency_s
 
 
 # Static ------------------------------------------------------------------------------------------------------------
@@ -66,12 +61,11 @@ def test_plans_held_together_share_one_split_and_each_adds_something(plans):
 
 
 def test_the_held_plans_come_near_to_planning_each_request_freely(plans):
-    """They share one split, so that two devices cannot join where four are held: 1% of the summed latency."""
+    """They share one split, so that two devices cannot join where four are held."""
     free, held = [], []
     for length in LENGTHS:
         for rate in RATES:
-            at_rate = replace(cluster(), link=cluster().link.at(rate))
-            free.append(place_freely(CONFIG, at_rate, length).chosen.latency_s)
+            free.append(place_freely(CONFIG, cluster().at(rate), length).chosen.latency_s)
             held.append(min(latency_s(plan, length, rate) for plan in plans))
     assert sum(held) <= 1.03 * sum(free)
     assert max(np.divide(held, free)) < 1.15
@@ -81,7 +75,7 @@ def test_all_held_weights_and_a_request_fit_the_budget_and_less_memory_is_slower
     totals = []
     for budget_mib in (290, 330, 1000):
         profile = cluster((100.0, 100.0, 200.0, 200.0), budget_mib * MIB)
-        plans = static_plans(CONFIG, profile, REQUESTS, RATES)
+        plans = static_plans(CONFIG, profile, LENGTHS, RATES)
         for device in range(4):
             held = held_bytes(CONFIG, plans, device)
             assert not held or held + activation_bytes(CONFIG, 512, 1) <= budget_mib * MIB
@@ -90,12 +84,8 @@ def test_all_held_weights_and_a_request_fit_the_budget_and_less_memory_is_slower
 
 
 def test_static_planning_says_what_is_missing():
-    with pytest.raises(ValueError, match="at least one of each"):
-        static_plans(CONFIG, cluster(), [], RATES)
     with pytest.raises(ValueError, match="no plan fits: even the smallest"):
-        static_plans(CONFIG, cluster(memory=100 * MIB), REQUESTS, RATES)
-    with pytest.raises(ValueError, match="at least one of each"):
-        RuntimePlanner(CONFIG, [], cluster(), LENGTHS, [1], RATES)
+        static_plans(CONFIG, cluster(memory=100 * MIB), LENGTHS, RATES)
 
 
 # The rate that links show --------------------------------------------------------------------------------------------
@@ -148,49 +138,47 @@ def test_noise_hardly_moves_the_estimate_and_waiting_does_not_lower_it():
 def test_predictions_are_the_cost_models_at_the_grid_and_near_it_between(planner, plans):
     for rate in RATES:
         expected = [latency_s(plan, 128, rate) for plan in plans]
-        assert planner.predict(1, 128, rate) == pytest.approx(expected)
+        assert planner.predict(128, rate) == pytest.approx(expected)
     for length, rate in ((80, 1e9), (300, 1.8e8)):
         expected = [latency_s(plan, length, rate) for plan in plans]
-        assert planner.predict(1, length, rate) == pytest.approx(expected, rel=0.15)
-    assert planner.predict(1, 128, 1.0) == pytest.approx(planner.predict(1, 128, min(RATES)))  # no slower than known
-    assert (planner.predict(2, 128, 1e9) > planner.predict(1, 128, 1e9)).all()
+        assert planner.predict(length, rate) == pytest.approx(expected, rel=0.15)
+    assert planner.predict(128, 1.0) == pytest.approx(planner.predict(128, min(RATES)))  # no slower than known
 
 
 def test_a_choice_takes_well_under_a_millisecond(planner):
-    planner.choose(1, 100)
+    planner.choose(100)
     start = time.process_time()
     for _ in range(200):
-        planner.choose(1, 100)
+        planner.choose(100)
     assert (time.process_time() - start) / 200 < 1e-3
 
 
 def test_other_lengths_take_other_plans_at_once(planner):
     """At 250 Mbps short requests run on one device, long ones on all; going from one to the other is no switch."""
     planner.estimator.bandwidth_bps = 2.5e8
-    planner.choose(1, 32)
-    chosen = [planner.choose(1, length) for length in (32, 512, 32, 512)]
+    planner.choose(32)
+    chosen = [planner.choose(length) for length in (32, 512, 32, 512)]
     assert len({choice.index for choice in chosen}) == 2
     assert not any(choice.switched for choice in chosen)
     for choice, length in zip(chosen, (32, 512, 32, 512), strict=True):
-        assert choice.predicted_s == pytest.approx(planner.predict(1, length, 2.5e8)[choice.index])
+        assert choice.predicted_s == pytest.approx(planner.predict(length, 2.5e8)[choice.index])
 
 
 def run(planner, choice, length, rate_bps):
     """Runs a request: its plan's collectives at that rate."""
     plan = planner.plans[choice.index]
-    profile = replace(cluster(), link=cluster().link.at(rate_bps))
-    for message in Pieces(CONFIG, plan, profile, length).run(plan.strategies).messages:
+    for message in Pieces(CONFIG, plan, cluster().at(rate_bps), length).run(plan.strategies).messages:
         planner.observe(message.kind, message.num_bytes, message.seconds)
 
 
 def test_a_changed_rate_changes_the_plan_and_noise_does_not(planner):
-    before = planner.choose(1, 512)
+    before = planner.choose(512)
     run(planner, before, 512, 1.25e8)
-    after = planner.choose(1, 512)
+    after = planner.choose(512)
     assert after.switched and after.index != before.index
     assert planner.bandwidth_bps == pytest.approx(1.25e8)
     for rate in np.random.default_rng(0).uniform(0.9, 1.1, 50) * 1.25e8:
-        choice = planner.choose(1, 512)
+        choice = planner.choose(512)
         assert choice.index == after.index and not choice.switched
         run(planner, choice, 512, rate)
 
@@ -201,68 +189,42 @@ def test_a_probe_is_due_when_silence_may_cost_more_and_is_believed(planner, plan
     assert planner.bandwidth_bps == pytest.approx(1.25e8)
     count = 0
     while not planner.needs_probe():
-        choice = planner.choose(1, 512)
+        choice = planner.choose(512)
         assert plans[choice.index].num_devices == 1  # sends nothing
         count += 1
     assert 1 <= count <= 20
     planner.observe_probe(PROBE_BYTES, cluster().link.at(1e9).collective_s("all_gather", PROBE_BYTES, 4))
     assert not planner.needs_probe()
-    assert plans[planner.choose(1, 512).index].num_devices == 4
+    assert plans[planner.choose(512).index].num_devices == 4
 
 
-def replay(
-    planner: RuntimePlanner,
-    config: PretrainedConfig,
-    profile: ClusterProfile,
-    requests: Sequence[tuple[int, int]],
-    bandwidths_bps: Sequence[float],
-    noise: float = 0.0,
-    seed: int = 0,
-) -> list[dict]:
-    """What `planner` chooses for `requests` (batch_size, seq_len), each at its own bandwidth; a simulation.
+def replay(planner: RuntimePlanner, profile: ClusterProfile, lengths, bandwidths_bps, noise: float):
+    """What `planner` chooses for requests of these lengths, each at its own bandwidth; a simulation.
 
-    Every collective lasts as the cost model says at the true rate, up to `noise` (relative) more or less. A row a
-    request: what was chosen and took how long (`latency_s`, with `probe_s` where the link was probed first), and the
-    plan that would have been fastest (`best`, `best_s`).
+    Every collective lasts as the cost model says at the true rate, up to `noise` (relative) more or less. A tuple a
+    request: the seconds that it took, probes included, those under the fastest plan, and whether plans were switched.
     """
-    chance = np.random.default_rng(seed)
+    chance = np.random.default_rng(0)
 
     @cache
-    def compiled(plan: Plan, batch_size: int, seq_len: int, bandwidth_bps: float) -> Pieces:
-        return Pieces(config, plan, replace(profile, link=profile.link.at(bandwidth_bps)), seq_len, batch_size)
+    def priced(plan: Plan, seq_len: int, bandwidth_bps: float):
+        return Pieces(CONFIG, plan, profile.at(bandwidth_bps), seq_len).run(plan.strategies)
 
     def lasts(seconds: float) -> float:
         return seconds * (1 + noise * chance.uniform(-1, 1))
 
-    rows = []
-    for number, ((batch_size, seq_len), bandwidth_bps) in enumerate(zip(requests, bandwidths_bps, strict=True)):
+    for seq_len, bandwidth_bps in zip(lengths, bandwidths_bps, strict=True):
         probe_s = 0.0
         if planner.needs_probe():
             link, count = profile.link.at(bandwidth_bps), len(profile.devices)
             probe_s = lasts(link.collective_s("all_gather", PROBE_BYTES, count))
             planner.observe_probe(PROBE_BYTES, probe_s)
-        choice = planner.choose(batch_size, seq_len)
-        runs = [compiled(plan, batch_size, seq_len, bandwidth_bps) for plan in planner.plans]
-        latencies = [run.price(run.plan.strategies)[0] for run in runs]
-        for message in runs[choice.index].run(planner.plans[choice.index].strategies).messages:
+        choice = planner.choose(seq_len)
+        runs = [priced(plan, seq_len, bandwidth_bps) for plan in planner.plans]
+        for message in runs[choice.index].messages:
             planner.observe(message.kind, message.num_bytes, lasts(message.seconds))
-        best = int(np.argmin(latencies))
-        rows.append(
-            {
-                "request": number,
-                "batch_size": batch_size,
-                "seq_len": seq_len,
-                "bandwidth_bps": bandwidth_bps,
-                "estimate_bps": planner.bandwidth_bps,
-                "chosen": choice.index,
-                "switched": choice.switched,
-                "latency_s": latencies[choice.index] + probe_s,
-                "probe_s": probe_s,
-                "best": best,
-                "best_s": latencies[best],
-            }
-        )
-    return rows
+        latencies = [run.now.max() for run in runs]
+        yield latencies[choice.index] + probe_s, min(latencies), choice.switched
 
 
 @pytest.mark.parametrize(
@@ -273,12 +235,9 @@ def replay(
 def test_a_drop_and_a_rise_of_the_rate_cost_little_over_an_oracle(gflops, noise):
     """200 requests of mixed lengths at 1000, 125 and again 1000 Mbps."""
     profile = cluster(gflops)
-    plans = static_plans(CONFIG, profile, REQUESTS, RATES)
-    planner = RuntimePlanner(CONFIG, plans, profile, LENGTHS, [1], RATES)
-    lengths = np.random.default_rng(1).choice(LENGTHS, 200)
+    planner = RuntimePlanner(CONFIG, static_plans(CONFIG, profile, LENGTHS, RATES), profile, LENGTHS, RATES)
+    lengths = np.random.default_rng(1).choice(LENGTHS, 200).tolist()
     rates = [1e9] * 67 + [1.25e8] * 66 + [1e9] * 67
-    rows = replay(planner, CONFIG, profile, [(1, int(t)) for t in lengths], rates, noise)
-    total, oracle = (sum(row[name] for row in rows) for name in ("latency_s", "best_s"))
-    assert total <= 1.03 * oracle
-    assert sum(row["switched"] for row in rows) <= 6
-    assert all(row["latency_s"] >= row["best_s"] for row in rows)
+    taken, fastest, switched = map(np.array, zip(*replay(planner, profile, lengths, rates, noise), strict=True))
+    assert taken.sum() <= 1.03 * fastest.sum() and (taken >= fastest).all()
+    assert switched.sum() <= 6

@@ -7,8 +7,8 @@ import pytest
 import slow_link_studies as studies
 
 from detransformer import cli
+from detransformer.commands.advice import advised, next_best
 from detransformer.files import repository_root
-from detransformer.planning.advice import advised, next_best
 from detransformer.tables.claims import slow_link_claim
 from detransformer.tables.costs import compression_costs, decoupling_costs, saved_tables
 

@@ -12,6 +12,7 @@ from detransformer.cluster.spec import ClusterSpec
 from detransformer.files import repository_root
 from detransformer.models import preset_config
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
+from detransformer.planning.tape import Start
 
 EXAMPLES = sorted((repository_root() / "examples").glob("*.yaml"))
 CONFIG = preset_config("bert-base")
@@ -72,9 +73,10 @@ def test_one_air_is_priced_and_emulated_as_one(tmp_path):
     own = replace(link, shared=False)
     rate = 0.94 * 50e6
     for kind, sent in (("all_gather", [1000, 5000]), ("all_to_all", [4000, 2000])):
-        alone_s = own.exchange_s(kind, [0, 0], [0, 0], [1, 1], 2)
-        assert link.exchange_s(kind, sent, sent[::-1], [1, 1], 2) - alone_s == pytest.approx(8 * 6000 / rate)
-        assert own.exchange_s(kind, sent, sent[::-1], [1, 1], 2) - alone_s == pytest.approx(8 * max(sent) / rate)
+        alone_s = own.collective_s(kind, 0, 2)
+        starts = [Start(kind, *sent), Start(kind, *sent[::-1])]
+        assert link.exchange_s(starts, [0, 1]) - alone_s == pytest.approx(8 * 6000 / rate)
+        assert own.exchange_s(starts, [0, 1]) - alone_s == pytest.approx(8 * max(sent) / rate)
     assert link.collective_s("send", 9000, 2) == own.collective_s("send", 9000, 2)
     with pytest.raises(ValueError, match="of a shared medium"):
         replace(link, shares=(1.0, 0.5))

@@ -42,10 +42,7 @@ def frame(
         raise typer.Exit
 
 
-for command in (
-    *(reproduce, figures, decouple, decompose, calibrate),
-    *(bench, run, serve, plan, profile, doctor),
-):
+for command in (reproduce, figures, decouple, decompose, calibrate, bench, run, serve, plan, profile, doctor):
     app.command()(command)
 
 
@@ -74,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)
         if debugging():
             raise
-        code, message = explain(error, arguments)
+        code, message = explain(error)
         if message is None:
             raise
         print(f"detransformer: {message}", file=sys.stderr)
@@ -129,7 +126,7 @@ def _stdout_is_read() -> bool:
     return True
 
 
-def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:
+def explain(error: Exception) -> tuple[int, str | None]:
     """(exit code, sentence) for an error that a user can correct; (1, None) for a bug."""
     if is_disk_full(error):
         place = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
@@ -138,7 +135,8 @@ def explain(error: Exception, arguments: list[str]) -> tuple[int, str | None]:
         return 2, _sentence(found)
     if isinstance(error, TyperException):
         words = _sentence(error.format_message()).rstrip(".")
-        return 2, f"{words}; see `detransformer {_command_of(arguments)}--help`."
+        context = getattr(error, "ctx", None)
+        return 2, f"{words}; see `{context.command_path if context else 'detransformer'} --help`."
     if isinstance(error, Abort):
         return 130, "stopped."
     # by name: their modules are imported on demand
@@ -168,11 +166,6 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def _sentence(text: str) -> str:
     return " ".join(text.split())
-
-
-def _command_of(arguments: list[str]) -> str:
-    names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    return "".join(f"{word} " for word in arguments[:1] if word in names)
 
 
 if __name__ == "__main__":

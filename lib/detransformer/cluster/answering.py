@@ -131,7 +131,7 @@ def prepare(
         raise ValueError("a GPT-2 is run with --wire float32: leave that option out.")
     new, budget = request.max_new_tokens, request.memory_budget_bytes
     if request.method == "auto" and request.plan is None:
-        best = place_generation(config, profile, seq_len, new, batch_size, budget)[0]
+        best = place_generation(config, profile, seq_len, new, batch_size, budget)
     else:
         chosen, _ = plan_of(request, config, profile, batch_size, seq_len)
         check_generation(config, chosen, chosen)

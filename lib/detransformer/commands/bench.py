@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from detransformer.commands import options
-from detransformer.commands.plan import bandwidths_of, cluster_file, markdown, on_devices
+from detransformer.commands.plan import cluster_of, markdown, on_devices
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import WIRE_FORMATS
 from detransformer.presets import PRESETS
@@ -59,19 +59,18 @@ def bench(
     pace: options.Pace = "measured",
 ) -> None:
     """Measure methods on emulated devices: one row per method and bandwidth, which --output saves as CSV."""
-    spec = cluster_file(cluster, {"devices": devices, "device": device, "delay": delay, "jitter": jitter})
-    if spec and not spec.emulated:
+    spec = cluster_of(cluster, devices, device, delay=delay, jitter=jitter)
+    if not spec.emulated:
         raise ValueError(
             f"{cluster} lists real hosts, and a bench measures emulated ones: set emulated: true in a copy of it, "
             "or measure requests on the hosts with `detransformer run`."
         )
-    num_devices = len(spec.members) if spec else devices or 4
+    num_devices = len(spec.devices)
     if num_devices > MAX_EMULATED:
         raise ValueError(f"{num_devices} devices are more than the {MAX_EMULATED} that a bench emulates.")
-    mbps = bandwidths_of(bandwidth, spec)
+    mbps = bandwidth or [spec.link.bandwidth_mbps]
 
     from detransformer.cluster.bench import Bench, measure_grid, timelines
-    from detransformer.cluster.session import EmulatedCluster
     from detransformer.files import atomic_write
 
     cells = cells_of(
@@ -88,12 +87,7 @@ def bench(
         repeats=repeats,
         pace=pace,
     )
-    common = dict(bandwidth_bps=mbps[0] * 1e6, transport=transport)
-    if spec:
-        emulated = spec.emulate(**common)
-    else:
-        alike = dict(device=device or "rpi4b", delay_s=(delay or 0) / 1e3, jitter_s=(jitter or 0) / 1e3)
-        emulated = EmulatedCluster(num_devices, **alike, **common)
+    emulated = spec.emulate(bandwidth_bps=mbps[0] * 1e6, transport=transport)
     planned = Bench(emulated, time_scale=time_scale, memory_budget_bytes=options.in_bytes(memory))
     for cell in cells:
         planned.case(cell)  # raises for what does not fit
@@ -145,7 +139,7 @@ def shown_rows(rows: "pd.DataFrame") -> "pd.DataFrame":
 
     shown = rows.assign(
         interval=[_between(*bootstrap_median(samples_of(text))) for text in rows["samples_s"]],
-        auto_speedup=[_auto_speedup(row, rows) for row in rows.to_dict("records")],
+        auto_speedup=[_auto_speedup(rows.iloc[[place]], rows) for place in range(len(rows))],
         collectives=[_collectives(row) for row in rows.to_dict("records")],
         sent_kib=rows[[f"{kind}_bytes" for kind in SHORT_KINDS]].sum(axis=1) / 1024,
         weights_mib=rows["weights_bytes"] / 2**20,
@@ -158,22 +152,17 @@ def _between(low: float, high: float) -> str:
     return "" if low != low else f"{low:.3f} to {high:.3f}"
 
 
-def _auto_speedup(row: dict, rows: "pd.DataFrame") -> str:
+def _auto_speedup(row: "pd.DataFrame", rows: "pd.DataFrame") -> str:
     """How many times as fast BP+Auto answers as `row` does under the same conditions, such as `2.39 (2.35 to 2.43)`."""
-    from detransformer.record.intervals import MIN_SAMPLES, bootstrap_ratio, samples_of
+    from detransformer.tables.latency import checked_rows, speedup
 
-    alike = rows[(rows["method"] == "bp+auto") & (rows["wire"] == row["wire"]) & rows["valid"].astype(bool)]
-    for name in ("bandwidth_mbps", "time_scale"):
-        alike = alike[alike[name] == row[name]]
-    if len(alike) != 1 or row["method"] == "bp+auto" or not row["valid"]:
+    conditions = ["bandwidth_mbps", "time_scale", "wire"]
+    auto = checked_rows(rows[rows["method"] == "bp+auto"])
+    auto = auto[(auto[conditions] == row[conditions].iloc[0]).all(axis=1)]
+    if len(auto) != 1 or not len(checked_rows(row[row["method"] != "bp+auto"])):
         return ""
-    auto = alike.iloc[0]
-    slower, faster = samples_of(row["samples_s"]), samples_of(auto["samples_s"])
-    ratio = f"{row['latency_s'] / auto['latency_s']:.2f}"
-    if not len(slower) == len(faster) >= MIN_SAMPLES:
-        return ratio
-    low, high = bootstrap_ratio(slower, faster)
-    return f"{ratio} ({low:.2f} to {high:.2f})"
+    ratio, low, high = speedup(row, auto)
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})" if low == low else f"{ratio:.2f}"
 
 
 def _collectives(row: dict) -> str:
@@ -183,8 +172,9 @@ def _collectives(row: dict) -> str:
 
 def summary_lines(rows: "pd.DataFrame") -> list[str]:
     """A line for each valid row of BP+Auto, against float32 TP and SP, the limit and all other rows."""
-    lines = []
-    valid = rows[rows["valid"].astype(bool)]
+    from detransformer.tables.latency import checked_rows
+
+    lines, valid = [], checked_rows(rows)
     for auto in valid[valid["method"] == "bp+auto"].to_dict("records"):
         alike = valid[valid["bandwidth_mbps"] == auto["bandwidth_mbps"]]
         parts = []

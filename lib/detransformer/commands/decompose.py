@@ -83,8 +83,9 @@ def decompose(
     from detransformer.coformer.predictor import fastest_device, latency, roofline_s
     from detransformer.coformer.sampling import filled
     from detransformer.coformer.search import Evaluator, SearchConfig, search_policy, training_batches
-    from detransformer.commands.classifiers import family_of, learned_task, load_classifier
+    from detransformer.commands.classifiers import learned_task, open_classifier
     from detransformer.files import atomic_write
+    from detransformer.opening import find_folder
     from detransformer.training.config import config_hash
 
     spec = ClusterSpec.load(cluster)
@@ -101,17 +102,18 @@ def decompose(
         checkpoint_every_s=120.0,
         seed=seed,
     )
+    checkpoint = find_folder(checkpoint)
     check_output(output, checkpoint, force)
-    family = family_of(checkpoint)
-    model = load_classifier(checkpoint, family)
+    model = open_classifier(checkpoint)
+    is_vit = model.config.model_type == "vit"
     work = output.with_name(f"{output.name}.work")
-    learned = learned_task(checkpoint, family, task, source, work / "data", seq_len, train_rows)
+    learned = learned_task(checkpoint, model.config, task, source, work / "data", seq_len, train_rows)
     if learned.num_classes != model.config.num_labels:
         raise ValueError(
             f"{checkpoint} has {model.config.num_labels} classes, and {learned.name} has "
             f"{learned.num_classes}: give a model that was fine-tuned on it."
         )
-    original = Original.of(model.config, None if family == "vit" else seq_len)
+    original = Original.of(model.config, None if is_vit else seq_len)
     profile = spec.profile(model.config)
     most_bytes = math.inf if memory is None else memory * 2**20
     limits = Limits(
@@ -145,7 +147,7 @@ def decompose(
     (said,) = collect_outputs([model], learned, "test", work / "sub-models").logits
     large = learned.score(said.argmax(-1).numpy())
     lost = missing_table(made.aggregator, made.test)
-    tokenizer_of = None if family == "vit" else checkpoint
+    tokenizer_of = None if is_vit else checkpoint
     save_ensemble(
         output, [part.model for part in made.boosted], made.aggregator, policy, original, times.central, tokenizer_of
     )

@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,30 +54,22 @@ def plan(
 
     --advise compares the unmodified model, the decoupled one, and both with compressed messages (--wire, else int8).
     """
-    spec = cluster_file(cluster, {"devices": devices, "device": device, "profile": profile})
-    num_devices = len(spec.members) if spec else devices or 4
-    rates = bandwidths_of(bandwidth, spec)
+    spec = cluster_of(cluster, devices, device, profile=profile)
+    num_devices, rates = len(spec.devices), bandwidth or [spec.link.bandwidth_mbps]
     if output and len(rates) > 1:
         raise ValueError(f"--output {output} takes the plan of one bandwidth, and --bandwidth names several: give one.")
     if output and advise:
         raise ValueError(f"--output {output} takes a plan, and --advise compares several: leave one of them out.")
 
-    from detransformer.cluster.devices import cluster_profile, device_specs
     from detransformer.files import atomic_write
-    from detransformer.models.configuration import decoupled_config, max_tokens, original_config
+    from detransformer.models.configuration import max_tokens
     from detransformer.planning.placement import bottleneck, place_freely
     from detransformer.planning.profile import ClusterProfile
 
-    config = config_of(model, num_original_layers, num_divisions, attention_width)
+    structure = num_original_layers, num_divisions, attention_width
+    config = config_of(model, *structure)
     if seq_len > max_tokens(config):
         raise ValueError(f"--seq-len {seq_len} is out of range; give one from 1 to {max_tokens(config)}.")
-    if advise:
-        from detransformer.commands.advice import advice
-
-        original = original_config(config)
-        is_original = original.model_type == config.model_type
-        sizes = num_original_layers, num_divisions, attention_width
-        split = decoupled_config(original, *sizes) if is_original else config
     known = ClusterProfile.load(profile) if profile else None
     if known and len(known.devices) < num_devices:
         raise ValueError(
@@ -85,28 +77,23 @@ def plan(
         )
     for mbps in rates:
         if known:
-            planned, name = known.of(range(num_devices)), f"{num_devices} profiled devices"
-            planned = replace(planned, link=replace(planned.link, bandwidth_bps=mbps * 1e6))
-        elif spec:
-            planned = spec.profile(config, pace, mbps * 1e6)
-            name = f"{spec.name}: {on_devices(spec.device_specs)}"
+            planned, name = known.of(range(num_devices)).at(mbps * 1e6), f"{num_devices} profiled devices"
         else:
-            specs = device_specs(num_devices, device or "rpi4b")
-            planned, name = cluster_profile(specs, config, mbps * 1e6, pace=pace), on_devices(specs)
+            planned = spec.profile(config, pace, mbps * 1e6)
+            name = f"{spec.name}: {on_devices(spec.device_specs)}" if cluster else on_devices(spec.device_specs)
         request = dict(seq_len=seq_len, batch_size=batch_size, memory_budget_bytes=options.in_bytes(memory))
         if advise:
+            from detransformer.commands.advice import advice
+
             compressed = next((word for word in wire if word != "float32"), "int8")
-            print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
-            prices, lines = advice(original, split, planned, compressed, request)
-            print("\n".join([markdown(prices), "", *lines]))
-            continue
-        started = time.perf_counter()
-        placement = place_freely(config, planned, wires=wire, **request)
-        planning_s = time.perf_counter() - started
-        print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n")
-        print("\n".join(_lines(placement, planning_s)))
-        if explain:
-            print(bottleneck(placement.plan, config, planned, seq_len, batch_size))
+            prices, lines = advice(config, structure, planned, compressed, request)
+            shown = [markdown(prices), "", *lines]
+        else:
+            started = time.perf_counter()
+            placement = place_freely(config, planned, wires=wire, **request)
+            shown = _lines(placement, time.perf_counter() - started)
+            shown += [bottleneck(placement.plan, config, planned, seq_len, batch_size)] if explain else []
+        print(f"\n{model} on {name}, at {mbps:g} Mbps (predicted)\n", *shown, sep="\n")
         if output:
             chosen = placement.chosen
             with atomic_write(output) as file:
@@ -167,11 +154,11 @@ def profile(
     For a cluster file of real hosts, this host is measured and the links are assumed as the file says; for an emulated
     one, the file's devices give the rates.
     """
-    spec = cluster_file(cluster, {"devices": devices, "device": device})
-    num_devices = len(spec.members) if spec else devices or 4
+    spec = cluster_of(cluster, devices, device if cluster else None)
+    num_devices = len(spec.devices)
     if not 2 <= num_devices <= MAX_PROFILED:
         raise ValueError(f"{cluster} lists {num_devices} devices; a profile is made of 2 to {MAX_PROFILED}.")
-    (mbps, *more) = bandwidths_of(bandwidth, spec)
+    (mbps, *more) = bandwidth or [spec.link.bandwidth_mbps]
     if more:
         raise ValueError(f"--bandwidth names {len(more) + 1} rates; a profile is made at one.")
 
@@ -181,7 +168,7 @@ def profile(
     from detransformer.planning.profile import ClusterProfile, LinkProfile
 
     config = config_of(model, num_original_layers, num_divisions, attention_width)
-    if spec and spec.emulated:
+    if cluster and spec.emulated:
         computes = spec.profile(config).devices
     elif device in (None, "host"):
         operations = profile_operations(config)
@@ -191,14 +178,14 @@ def profile(
         computes = (preset_profile(device, config),) * num_devices
     for name, rate, source in dict.fromkeys((c.name, c.flops_per_s, c.source) for c in computes):
         print(f"{name}: {rate / 1e9:.1f} GFLOP/s ({source})")
-    link = LinkProfile(mbps * 1e6, shared=bool(spec and spec.link.shared))
+    link = LinkProfile(mbps * 1e6, shared=spec.link.shared)
     # measured with equal links, whatever their shares
     emulated = EmulatedCluster(num_devices, bandwidth_bps=link.bandwidth_bps, shared=link.shared)
-    if emulated.transport == "namespaces" and not (spec and not spec.emulated):
+    if emulated.transport == "namespaces" and spec.emulated:
         with emulated:
             link, rows = profile_link(emulated)
         print(markdown(rows))
-    link = replace(link, shares=link_shares(spec.device_specs) if spec else ())
+    link = replace(link, shares=link_shares(spec.device_specs))
     print(f"link: {link.source}")
     provenance = {
         "model": model,
@@ -224,21 +211,25 @@ def config_of(model: str, num_original_layers: int, num_divisions: int, attentio
     return open_checkpoint(model).config
 
 
-def cluster_file(path: Path | None, beside: Mapping[str, Any]) -> "ClusterSpec | None":
-    """The file of `--cluster`; ValueError if an option `beside` it is given that the file sets."""
-    from detransformer.cluster.spec import ClusterSpec
+def cluster_of(file: Path | None, devices: int | None, device: str | None, **more: Any) -> "ClusterSpec":
+    """The cluster of `--cluster`, or one of equal devices as the other options say.
 
-    if path is None:
-        return None
-    for name, value in beside.items():
+    Args:
+        more: further options that a file replaces, such as `delay` and `jitter` of the links, in ms.
+
+    Raises:
+        ValueError: if such an option is given beside a file.
+    """
+    from detransformer.cluster.spec import ClusterSpec, Device, Link
+
+    if file is None:
+        link = Link(delay_ms=more.get("delay") or 0, jitter_ms=more.get("jitter") or 0)
+        equal = [Device(device=device or "rpi4b")] * (devices or 4)
+        return ClusterSpec.model_construct(emulated=True, link=link, devices=equal)
+    for name, value in {"devices": devices, "device": device, **more}.items():
         if value is not None:
             raise ValueError(f"--{name} {value} cannot be combined with --cluster, which sets it; leave one out.")
-    return ClusterSpec.load(path)
-
-
-def bandwidths_of(given: Sequence[float] | None, spec: "ClusterSpec | None") -> Sequence[float]:
-    """Link rates in Mbps: those of `--bandwidth`, else the file's, else 125."""
-    return given or [spec.bandwidth_bps / 1e6 if spec else 125.0]
+    return ClusterSpec.load(file)
 
 
 def on_devices(specs: Sequence[DeviceSpec]) -> str:

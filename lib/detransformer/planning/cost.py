@@ -73,14 +73,17 @@ def predict(
     )
 
 
-def _pipeline(config, plan, profile, seq_len, batch_size, past) -> tuple[float, float, list[tuple[str, int]]]:
+def _pipeline(config, plan, profile, *request) -> tuple[float, float, list[tuple[str, int]]]:
     """(latency, seconds of compute, messages) of one request through all stages."""
-    ranks = range(plan.num_devices)
-    steps = [device_steps(config, plan, rank, seq_len, batch_size, past) for rank in ranks]
-    compute_s = sum(busy_seconds(config, plan, profile, seq_len, batch_size, past))
-    sent = [step for own in steps for step in own if isinstance(step, Start) and step.kind == "send"]
+    compute_s = sum(busy_seconds(config, plan, profile, *request))
+    started = [start for rank in range(plan.num_devices) for start in _started(config, plan, rank, *request)]
+    sent = [start for start in started if start.kind == "send"]
     messages_s = sum(_stage_seconds(sent, plan, profile.link))
     return compute_s + messages_s, compute_s, [(start.kind, start.num_bytes) for start in sent]
+
+
+def _started(config, plan, rank, *request) -> list[Start]:
+    return [step for step in device_steps(config, plan, rank, *request) if isinstance(step, Start)]
 
 
 def busy_seconds(
@@ -113,20 +116,11 @@ def launched_seconds(
 
     As `predict` prices them, for pacing a modelled link: every rank has the same seconds for the same collective.
     """
-    ranks = [rank] if plan.stages else range(plan.num_devices)
-    started = [
-        [step for step in device_steps(config, plan, r, seq_len, batch_size, past) if isinstance(step, Start)]
-        for r in ranks
-    ]
+    request = seq_len, batch_size, past
     if plan.stages:
-        return _stage_seconds(started[0], plan, link)
-    shares = [link.share(device) for device in plan.device_ids]
-    return [
-        link.exchange_s(
-            same[0].kind, [s.num_bytes for s in same], [s.received_bytes for s in same], shares, plan.num_devices
-        )
-        for same in zip(*started, strict=True)
-    ]
+        return _stage_seconds(_started(config, plan, rank, *request), plan, link)
+    started = [_started(config, plan, each, *request) for each in range(plan.num_devices)]
+    return [link.exchange_s(same, plan.device_ids) for same in zip(*started, strict=True)]
 
 
 def _stage_seconds(messages: Sequence[Start], plan: Plan, link: LinkProfile) -> list[float]:

@@ -33,10 +33,6 @@ class GenerationPlan:
     total_s: float
     memory_bytes: tuple[int, ...]
 
-    @property
-    def method(self) -> str:
-        return self.prefill.method
-
 
 def price_generation(
     config: PretrainedConfig,
@@ -87,14 +83,14 @@ def place_generation(
     num_tokens: int,
     batch_size: int = 1,
     memory_budget_bytes: int | None = None,
-) -> list[GenerationPlan]:
-    """All plans that fit, fastest for the whole text first; over all devices, and over fewer of the fastest ones.
+) -> GenerationPlan:
+    """The fastest plan for the whole text that fits, over all devices or over fewer of the fastest ones.
 
     Raises:
         ValueError: if none fits, saying how much is missing.
     """
     problem = Problem(config, profile, prompt_len, batch_size, budget=memory_budget_bytes)
-    priced, refused = [], []
+    priced: list[tuple[int, GenerationPlan]] = []  # bytes over the budget of the device that lacks most
     for count in range(1, len(problem.order) + 1):
         chosen = sorted(problem.order[:count])
         speeds = [problem.speeds[i] for i in chosen]
@@ -107,11 +103,11 @@ def place_generation(
         for prefill, decode in pairs:
             plan = price_generation(config, prefill, decode, profile, prompt_len, num_tokens, batch_size)
             over = max(needed - problem.budgets[i] for needed, i in zip(plan.memory_bytes, chosen, strict=True))
-            (refused if over > 0 else priced).append((over if over > 0 else plan.total_s, plan))
-    if not priced:
-        over, plan = min(refused, key=lambda pair: pair[0])
+            priced.append((over, plan))
+    over, plan = min(priced, key=lambda pair: pair[0])
+    if over > 0:
         raise ValueError(
             f"no plan fits: the smallest ({plan.decode.describe()} on {plan.prefill.num_devices} devices) needs "
             f"{over / 2**20:.0f} MiB more than a device has; add devices or memory, or take a smaller model."
         )
-    return [plan for _, plan in sorted(priced, key=lambda pair: pair[0])]
+    return min((plan for over, plan in priced if over <= 0), key=lambda plan: plan.total_s)

@@ -17,11 +17,11 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from detransformer.models.configuration import layer_kinds
-from detransformer.parallel.layer import REPLICATE, STRATEGIES
+from detransformer.parallel.layer import STRATEGIES
 from detransformer.parallel.plan import Plan
 from detransformer.planning.memory import layer_bytes
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
-from detransformer.planning.recorder import Recorder, interleaved
+from detransformer.planning.recorder import Recorder, interleaved, layouts_of, segments
 from detransformer.planning.tape import WHOLE, Compute, Recording, Start, Wait
 
 
@@ -99,87 +99,69 @@ class Pieces:
         self.config, self.plan, self.link = config, plan, profile.link
         local = plan if plan.splits_layers else plan.on_one_device()
         self.recorder = Recorder(config, local, seq_len, batch_size, past)
-        fields = ("heads", "tokens_share", "ffn_columns", "sub_blocks")
-        first: dict[tuple, int] = {}
-        kinds: list[DeviceProfile] = []  # devices that differ; comparing them is cheaper than hashing them
-        self.ranks, self.devices, self.shares, self.group_of = [], [], [], []
-        for position, device_id in enumerate(plan.device_ids):
-            device, share = profile.devices[device_id], profile.link.share(device_id)
-            kind = next((i for i, known in enumerate(kinds) if known is device or known == device), len(kinds))
-            kinds += [device] if kind == len(kinds) else []
-            rank = position if plan.splits_layers else 0
-            group = first.setdefault((kind, share, *self.recorder.taken(rank, fields)), len(first))
-            if group == len(self.ranks):
-                self.ranks.append(rank)
-                self.devices.append(device)
-                self.shares.append(share)
-            self.group_of.append(group)
-        self.first_of_group = [self.group_of.index(group) for group in range(len(self.ranks))]
+        splits = ("heads", "tokens_share", "ffn_columns", "sub_blocks")
+        ranks = range(plan.num_devices) if plan.splits_layers else [0] * plan.num_devices
+        parts = [
+            (profile.devices[device], profile.link.share(device), *self.recorder.taken(rank, splits))
+            for device, rank in zip(plan.device_ids, ranks, strict=True)
+        ]
+        group = {part: number for number, part in enumerate(dict.fromkeys(parts))}
+        self.group_of = [group[part] for part in parts]
+        self.first_of_group = [self.group_of.index(number) for number in range(len(group))]
+        self.ranks = [ranks[place] for place in self.first_of_group]
+        self.devices = [device for device, *_ in group]
         self.num_ranks = local.num_devices
         self._rows: dict[str, Row] = {}
         self._reshards: dict[tuple[str, str], list[list] | None] = {}
-        self._matrices: dict[tuple[str, str, int], np.ndarray] = {}
 
     # Rows ------------------------------------------------------------------------------------------------------------
 
     def row(self, name: str) -> Row:
         """The layer under strategy `name`; `start` and `end` are the model's parts before and after all layers."""
         if name not in self._rows:
-            recorder, layouts, kept = self.recorder, (REPLICATE, REPLICATE), np.zeros(len(self.ranks))
-            if name == "start":
-                recordings = [recorder.start()] * len(self.ranks)
-            elif name == "end":
-                recordings = list(map(recorder.end, self.ranks))
-            else:
-                recordings = [recorder.layer(name, rank) for rank in self.ranks]
+            recorder, kept = self.recorder, np.zeros(len(self.ranks))
+            recordings = [recorder.layer(name, rank) for rank in self.ranks]
+            if name in STRATEGIES:
                 weights = [layer_bytes(recorder.sizes, name, recorder.plan, rank) for rank in self.ranks]
                 kept = np.array([w + r.cache_bytes for w, r in zip(weights, recordings, strict=True)], float)
-                layouts = STRATEGIES[name].in_layout, STRATEGIES[name].out_layout
-            self._rows[name] = Row(name, *layouts, self._steps(recordings), kept)
+            self._rows[name] = Row(name, *layouts_of(name), self._steps(recordings), kept)
         return self._rows[name]
 
     def choices(self) -> list[list[Row]]:
         """The rows to choose from: at the start, for each layer, and at the end."""
-        by_kind = {kind: [self.row(name) for name in self.strategies(kind)] for kind in set(layer_kinds(self.config))}
-        return [[self.row("start")], *(by_kind[kind] for kind in layer_kinds(self.config)), [self.row("end")]]
-
-    def strategies(self, kind: str) -> list[str]:
-        """The strategies that can run a layer of this kind on all ranks."""
-        return strategies_of(self.config, kind, self.num_ranks)
+        kinds = layer_kinds(self.config)
+        by_kind = {kind: list(map(self.row, strategies_of(self.config, kind, self.num_ranks))) for kind in set(kinds)}
+        return [[self.row("start")], *(by_kind[kind] for kind in kinds), [self.row("end")]]
 
     def _steps(self, recordings: Sequence[Recording]) -> list[list]:
         """Merges the recordings of all R: seconds, and how long messages take."""
         number, cut = 0, []
-        for same in zip(*(recording.gaps for recording in recordings), strict=True):
-            (events, *others), products = zip(*same, strict=True)
+        for same in zip(*(recording.segments for recording in recordings), strict=True):
             steps: list = []
-            for place in range(len(events) + 1):
+            events = zip(*([step for step in own if not isinstance(step, Compute)] for own in same), strict=True)
+            for products in zip(*map(segments, same), strict=True):
                 pairs = zip(products, self.devices, strict=True)
-                seconds = np.array([sum(compute_seconds(step, d) for step in own[place]) for own, d in pairs], float)
+                seconds = np.array([sum(compute_seconds(step, d) for step in own) for own, d in pairs], float)
                 if seconds.any():
                     steps.append(seconds)
-                if place < len(events):
-                    event = events[place]
-                    if isinstance(event, Start):
-                        alike = [event, *(own[place] for own in others)]
-                        event, number = self._message(number, alike), number + 1
-                    steps.append(event)
+                alike = next(events, None)
+                if alike and isinstance(alike[0], Start):
+                    steps.append(self._message(number, alike))
+                    number += 1
+                elif alike:
+                    steps.append(alike[0])
             cut.append(steps)
         return cut
 
     def _message(self, number: int, starts: Sequence[Start]) -> Message:
-        kind, sent = starts[0].kind, [start.num_bytes for start in starts]
-        received = [start.received_bytes for start in starts]
-        every = [[values[group] for group in self.group_of] for values in (sent, received, self.shares)]
-        seconds = self.link.exchange_s(kind, *every, self.num_ranks)
-        return Message(number, kind, max(sent), seconds)
+        seconds = self.link.exchange_s([starts[group] for group in self.group_of], self.plan.device_ids)
+        return Message(number, starts[0].kind, max(start.num_bytes for start in starts), seconds)
 
     def _moved(self, source: Row, target: Row) -> list[list] | None:
         """The resharding between two rows; None if X is passed on."""
         key = source.out_layout, target.in_layout
         if key not in self._reshards:
-            alone = self.num_ranks == 1
-            recordings = [None if alone else self.recorder.reshard(*key, rank) for rank in self.ranks]
+            recordings = [self.recorder.reshard(*key, rank) for rank in self.ranks]
             self._reshards[key] = None if recordings[0] is None else self._steps(recordings)
         return self._reshards[key]
 
@@ -205,19 +187,16 @@ class Pieces:
 
     def matrix(self, source: Row, target: Row, num_pending: int) -> np.ndarray:
         """The piece as a max-plus matrix [n, n] over devices, link and `num_pending` collectives: n = R + 1 + K."""
-        key = source.name, target.name, num_pending
-        if key not in self._matrices:
-            ranks = len(self.ranks)
-            units = np.full((ranks + 1 + num_pending,) * 2, -np.inf)
-            np.fill_diagonal(units, 0.0)
-            done = dict(zip((("target", n) for n in source.pending), units[ranks + 1 :], strict=False))
-            after = self._advance(source, target, State(units[:ranks], units[ranks], done))
-            matrix = np.full_like(units, -np.inf)
-            matrix[:ranks], matrix[ranks] = after.now, after.free
-            for place, number in enumerate(target.pending, ranks + 1):
-                matrix[place] = after.done["target", number]
-            self._matrices[key] = matrix
-        return self._matrices[key]
+        ranks = len(self.ranks)
+        units = np.full((ranks + 1 + num_pending,) * 2, -np.inf)
+        np.fill_diagonal(units, 0.0)
+        done = dict(zip((("target", n) for n in source.pending), units[ranks + 1 :], strict=False))
+        after = self._advance(source, target, State(units[:ranks], units[ranks], done))
+        matrix = np.full_like(units, -np.inf)
+        matrix[:ranks], matrix[ranks] = after.now, after.free
+        for place, number in enumerate(target.pending, ranks + 1):
+            matrix[place] = after.done["target", number]
+        return matrix
 
     def run(self, strategies: Sequence[str]) -> State:
         """The state after a request whose layers run by `strategies`."""

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.plan import Plan, published_plan, strategies_for
 from detransformer.parallel.wire import WIRE_FORMATS
-from detransformer.planning.pieces import Pieces
+from detransformer.planning.pieces import Pieces, strategies_of
 from detransformer.planning.problem import MIB, Alternative, Problem, device_speeds, search_space, splits
 from detransformer.planning.profile import ClusterProfile
 
@@ -201,7 +201,7 @@ class _Candidates:
             names[last] = final
             return [self.problem.alternative(replace(p.plan, strategies=tuple(names)), p) for p in tried]
 
-        names = tried[0].strategies("original")
+        names = strategies_of(config, "original", self.best.plan.num_devices)
         uniform = [a for name in names for a in priced(name, name)]
         rest = min(uniform, key=lambda a: (not a.fits, a.latency_s)).plan.strategies[last]
         return uniform + [a for name in names if name != rest for a in priced(rest, name)]

@@ -10,17 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from detransformer.files import atomic_write
 from detransformer.typed_json import STRICT, from_json
 
+if TYPE_CHECKING:
+    from detransformer.planning.tape import Start
+
 VERSION = 2
 
 CALIBRATION_TOKENS = 128  # the published single-device latencies are at seq 128, batch 1 (Section IV-A)
 SENT_KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "send")
-COLLECTIVE_KINDS = (*SENT_KINDS, "receive")
 
 
 def latency_steps(kind: str, num_devices: int) -> int:
@@ -28,21 +31,14 @@ def latency_steps(kind: str, num_devices: int) -> int:
 
     all_reduce goes round a ring in 2(P-1) steps, all_gather counts P-1 rounds. all_to_all and reduce_scatter have as
     many rounds but count one latency, which fits measurements (their bytes still share the device's link).
-
-    Raises:
-        ValueError: for an unknown kind.
     """
-    steps = {"all_reduce": 2 * (num_devices - 1), "all_gather": num_devices - 1}
-    if kind not in COLLECTIVE_KINDS:
-        raise ValueError(f"collective {kind!r} is unknown: choose one of {', '.join(COLLECTIVE_KINDS)}.")
-    return steps.get(kind, 1)
+    return {"all_reduce": 2 * (num_devices - 1), "all_gather": num_devices - 1}.get(kind, 1)
 
 
 def message_delays(kind: str, num_devices: int) -> int:
     """How many times a collective waits for a packet to cross the links: twice in each round.
 
-    In a round a rank waits for one message, which gloo sends when the receiver has said that it is ready. Measured with
-    50 ms of delay on two and four devices: 2.0 to 2.3 times in a round of any kind.
+    In a round a rank waits for one message, which gloo sends when the receiver has said that it is ready.
     """
     rounds = {"all_reduce": 2 * (num_devices - 1), "send": 1, "receive": 1}
     return 2 * rounds.get(kind, num_devices - 1)
@@ -95,25 +91,17 @@ class DeviceProfile:
         return cache(self._interpolated)
 
     def _interpolated(self, strategy: str, share: float, tokens: int, num_chunks: int) -> float:
-        table = self._tables.get(strategy)
-        if not table or not share > 0:
+        rows = [row for name, *row in sorted(self.efficiency) if name == strategy]
+        if not rows or not share > 0:
             return 1.0
-        chunks = min((n for n in table if n >= num_chunks), default=max(table))
-        by_tokens = [
-            (math.log(n), float(np.interp(math.log(share), *shares))) for n, shares in sorted(table[chunks].items())
-        ]
-        return float(np.interp(math.log(tokens), *zip(*by_tokens, strict=True)))
-
-    @cached_property
-    def _tables(self) -> dict[str, dict[int, dict[int, tuple[list[float], list[float]]]]]:
-        """Strategy -> chunks -> tokens -> (logarithms of shares, rising, and their efficiencies)."""
-        tables: dict = {}
-        for strategy, share, tokens, num_chunks, efficiency in sorted(self.efficiency):
-            by_tokens = tables.setdefault(strategy, {}).setdefault(num_chunks, {})
-            shares, found = by_tokens.setdefault(tokens, ([], []))
-            shares.append(math.log(share))
-            found.append(min(1.0, efficiency))
-        return tables
+        measured = {n for *_, n, _ in rows}
+        chunks = min((n for n in measured if n >= num_chunks), default=max(measured))
+        by_tokens: dict[int, list[tuple[float, float]]] = {}
+        for of_layer, of_tokens, n, efficiency in rows:
+            if n == chunks:
+                by_tokens.setdefault(of_tokens, []).append((math.log(of_layer), min(1.0, efficiency)))
+        at = {n: np.interp(math.log(share), *zip(*pairs, strict=True)) for n, pairs in sorted(by_tokens.items())}
+        return float(np.interp(math.log(tokens), [math.log(n) for n in at], list(at.values())))
 
 
 @dataclass(frozen=True)
@@ -154,7 +142,7 @@ class LinkProfile:
         return replace(self, bandwidth_bps=bandwidth_bps)
 
     def collective_s(self, kind: str, num_bytes: float, num_devices: int) -> float:
-        """Time of one collective of `num_devices` ranks that send `num_bytes` each; all kinds of `COLLECTIVE_KINDS`."""
+        """Time of one collective of `num_devices` ranks that send `num_bytes` each."""
         latency = self.step_latency_s.get(kind, self.step_latency_s["*"])
         efficiency = self.efficiency.get(kind, self.efficiency["*"])
         if self.shared and kind not in ("send", "receive"):
@@ -162,21 +150,20 @@ class LinkProfile:
         waits_s = latency_steps(kind, num_devices) * latency + message_delays(kind, num_devices) * self.delay_s
         return waits_s + 8 * num_bytes / (self.bandwidth_bps * efficiency)
 
-    def exchange_s(
-        self, kind: str, sent: Sequence[int], received: Sequence[int], shares: Sequence[float], num_devices: int
-    ) -> float:
-        """Time of one collective with these bytes sent and received by its ranks: until the busiest rank is done.
+    def exchange_s(self, starts: Sequence["Start"], devices: Sequence[int]) -> float:
+        """Time of one collective that `devices` start so: until the busiest one is done.
 
-        If links differ, a rank is busy with what it sends or receives over its `shares` of the bandwidth. On a shared
-        medium all ranks are busy with what all of them send: `sent` has all `num_devices` ranks.
+        If links differ, a device is busy with what it sends or receives over its share of the bandwidth. On a shared
+        medium all are busy with what all of them send.
         """
         if self.shared:
-            assert len(sent) == num_devices, "every rank's bytes take their time"
-            return self.collective_s(kind, sum(sent) / num_devices, num_devices)
-        if not self.shares:
-            return self.collective_s(kind, max(sent), num_devices)
-        busiest = max(max(pair) / share for *pair, share in zip(sent, received, shares, strict=True))
-        return self.collective_s(kind, busiest, num_devices)
+            busiest = sum(start.num_bytes for start in starts) / len(starts)
+        elif self.shares:
+            largest = (max(start.num_bytes, start.received_bytes) for start in starts)
+            busiest = max(size / self.shares[device] for size, device in zip(largest, devices, strict=True))
+        else:
+            busiest = max(start.num_bytes for start in starts)
+        return self.collective_s(starts[0].kind, busiest, len(starts))
 
 
 @dataclass(frozen=True)
@@ -190,6 +177,10 @@ class ClusterProfile:
         """The profile of these devices, in this order."""
         shares = tuple(self.link.shares[i] for i in devices) if self.link.shares else ()
         return ClusterProfile(tuple(self.devices[i] for i in devices), replace(self.link, shares=shares))
+
+    def at(self, bandwidth_bps: float) -> "ClusterProfile":
+        """The same devices, with links of another rate."""
+        return replace(self, link=self.link.at(bandwidth_bps))
 
     def save(self, path: str | Path, provenance: Mapping | None = None) -> None:
         record = {"version": VERSION, **asdict(self), "provenance": dict(provenance or {})}

@@ -4,6 +4,7 @@
 contain no bandwidth, speed or latency. Shapes as in `parallel.strategies`.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,9 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 import detransformer.models  # noqa: F401  registers decoupled models
-from detransformer.models.configuration import generates, head_of, is_decoder, layer_kinds
+from detransformer.models.configuration import is_decoder, layer_kinds
 from detransformer.opening import model_class
-from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import ending_of
 from detransformer.parallel.layer import (
     HIDDEN,
@@ -47,56 +47,25 @@ from detransformer.planning.tape import (
 )
 
 MAX_KEPT = 4096  # recordings of each kind, some 10 kB each
-Sizes = tuple[tuple[str, str | int | tuple[str, ...]], ...]  # all fields that recordings depend on
-_SIZES = (
-    "model_type",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "n_inner",
-    "hidden_dim",
-    "vocab_size",
-)
-_SIZES += ("max_position_embeddings", "type_vocab_size", "num_divisions", "attention_width")
-_SIZES += ("sync", "fuse_every", "shared_fraction", "is_causal")
 
 
-def sizes_of(config: PretrainedConfig) -> Sizes:
-    """The sizes of `config`, for a model that has one layer of each kind."""
-    names = config.attribute_map
-    sizes = [(names.get(name, name), getattr(config, name)) for name in _SIZES if hasattr(config, name)]
-    one_of_each = {"num_hidden_layers": len(set(layer_kinds(config)))}
-    if hasattr(config, "num_original_layers"):
-        one_of_each = {"num_hidden_layers": 2, "num_original_layers": 1}
-    if not generates(config) and head_of(config) != "base":
-        one_of_each |= {"num_labels": config.num_labels, "architectures": (config.architectures[0],)}
-    return (*sizes, *((names.get(name, name), value) for name, value in one_of_each.items()))
+def sizes_of(config: PretrainedConfig) -> str:
+    """`config` as JSON, for a model that has one layer of each kind: all that recordings depend on."""
+    fields, names = config.to_dict(), config.attribute_map
+    fields[names.get("num_hidden_layers", "num_hidden_layers")] = len(set(layer_kinds(config)))
+    if "num_original_layers" in fields:
+        fields["num_original_layers"] = 1
+    return json.dumps(fields, sort_keys=True)
 
 
 @lru_cache(MAX_KEPT)
-def small_model(sizes: Sizes) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
+def small_model(sizes: str) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
     """The model with one layer of each kind, and its weights on the meta device."""
-    fields = dict(sizes)
-    if "architectures" in fields:
-        fields["architectures"] = list(fields["architectures"])
+    fields = json.loads(sizes)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
         model = model_class(config)(config) if config.architectures else AutoModel.from_config(config)
         return config, model.state_dict()
-
-
-def load_layer(
-    sizes: Sizes,
-    strategy: type[Strategy],
-    plan: Plan,
-    comm: Comm,
-    weights: WeightSource,
-    keeps_whole: bool = False,
-) -> Strategy:
-    """One layer of the small model under `strategy`."""
-    config, _ = small_model(sizes)
-    layer = layer_kinds(config).index(strategy.layer_kind)
-    return strategy(config, plan, comm, weights, layer, keeps_whole)
 
 
 @dataclass(frozen=True)
@@ -133,7 +102,7 @@ class _Part:
 
 
 @lru_cache(MAX_KEPT)
-def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part) -> Recording:
+def _record_layer(sizes: str, name: str, strategy: type[Strategy], part: _Part) -> Recording:
     if part.past > 2:  # only attention depends on it, linearly
         one, two = (_record_layer(sizes, name, strategy, replace(part, past=past)) for past in (1, 2))
         pairs = (zip(*same, strict=True) for same in zip(one.segments, two.segments, strict=True))
@@ -147,8 +116,8 @@ def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part
     config, state = small_model(sizes)
     share = strategy.share(part.plan, part.rank)
     tape = Tape(strategy=name, share=share, tokens=part.batch_size * part.num_tokens, num_chunks=len(part.chunks))
-    comm = TapeComm(part.rank, part.num_ranks, tape)
-    layer = load_layer(sizes, strategy, part.plan, comm, WeightSource(state, part.dtype))
+    comm, number = TapeComm(part.rank, part.num_ranks, tape), layer_kinds(config).index(strategy.layer_kind)
+    layer = strategy(config, part.plan, comm, WeightSource(state, part.dtype), number)
     cache = None
     if is_decoder(config):
         cache = KeyValueCache(part.past + part.num_tokens)
@@ -160,7 +129,7 @@ def _record_layer(sizes: Sizes, name: str, strategy: type[Strategy], part: _Part
 
 
 @lru_cache(MAX_KEPT)
-def _record_reshard(sizes: Sizes, source: str, target: str, part: _Part) -> Recording | None:
+def _record_reshard(sizes: str, source: str, target: str, part: _Part) -> Recording | None:
     """Segments: those that start each chunk's transfer, then those that wait for it; None if no message is needed."""
     tape = Tape()
     comm, started = TapeComm(part.rank, part.num_ranks, tape), []
@@ -184,7 +153,7 @@ def _record_reshard(sizes: Sizes, source: str, target: str, part: _Part) -> Reco
 
 
 @lru_cache(MAX_KEPT)
-def _record_end(sizes: Sizes, part: _Part) -> Recording:
+def _record_end(sizes: str, part: _Part) -> Recording:
     """The model's ending: pooler or task head, or a decoder's next token."""
     tape = Tape(tokens=part.batch_size * part.num_tokens)
     config, state = small_model(sizes)
@@ -222,32 +191,24 @@ class Recorder:
         self.common = dict(num_ranks=plan.num_devices, batch_size=batch_size, past=past, dtype=dtype)
         self._parts: dict[tuple[str, ...], tuple[list[int], dict]] = {}
 
-    @property
-    def num_chunks(self) -> int:
-        return len(self.tokens)
-
-    def start(self) -> Recording:
-        """The recording before the first layer: all chunks are ready."""
-        return Recording(((),) * (self.num_chunks + 1))
-
     def shapes(self, name: str, rank: int) -> list[tuple[int, int, int]]:
         """The shape of each chunk of X that a layer under strategy `name` takes."""
         return self._part(rank, STRATEGIES[name].splits).shapes(STRATEGIES[name].in_layout, self.config)
 
     def layer(self, name: str, rank: int) -> Recording:
-        """One layer under strategy `name`."""
+        """One layer under strategy `name`; `start` and `end` are the model's parts before and after all layers."""
+        if name == "start":  # all chunks are ready
+            return Recording(((),) * (len(self.tokens) + 1))
+        if name == "end":
+            return _record_end(self.sizes, self._part(rank, ("tokens_share",)))
         return _record_layer(self.sizes, name, STRATEGIES[name], self._part(rank, STRATEGIES[name].splits))
 
     def reshard(self, source: str, target: str, rank: int) -> Recording | None:
         """The resharding between two layouts of X; None if no message is needed."""
         fields = {SEQ: ("tokens_share",), HIDDEN: ("sub_blocks",), REPLICATE: (), UNSUMMED: ()}
-        if source == target or source == REPLICATE:
+        if source == target or source == REPLICATE or self.plan.num_devices == 1:
             return None
         return _record_reshard(self.sizes, source, target, self._part(rank, (*fields[source], *fields[target])))
-
-    def end(self, rank: int) -> Recording:
-        """The model's ending."""
-        return _record_end(self.sizes, self._part(rank, ("tokens_share",)))
 
     def _part(self, rank: int, fields: tuple[str, ...]) -> _Part:
         """Rank's part by these splits; ranks with equal parts share the first one's."""
@@ -273,6 +234,16 @@ class Recorder:
             equal = [1.0] * self.plan.num_devices
             taken += [split(self.common["batch_size"] * sum(tokens), equal)[rank] for tokens in self.tokens]
         return tuple(taken)
+
+
+def layouts_of(name: str) -> tuple[str, str]:
+    """The layouts of X that `Recorder.layer` of this name takes and leaves."""
+    return (STRATEGIES[name].in_layout, STRATEGIES[name].out_layout) if name in STRATEGIES else (REPLICATE, REPLICATE)
+
+
+def split_of(plan: Plan, rank: int) -> tuple[Plan, int]:
+    """The plan by which device `rank` runs its layers, and its rank in it: alone, if each device runs layers whole."""
+    return (plan, rank) if plan.splits_layers else (plan.on_one_device(), 0)
 
 
 def interleaved(
@@ -313,31 +284,29 @@ def device_steps(
 
     A decoder's request ends with its next token; its `seq_len` new tokens follow `past` cached ones.
     """
-    local, own = (plan, rank) if plan.splits_layers else (plan.on_one_device(), 0)
+    local, own = split_of(plan, rank)
     recorder = Recorder(config, local, seq_len, batch_size, past, dtype)
-    names = [plan.strategies[layer] for layer in plan.layers(rank)]
+    names = ["start", *(plan.strategies[layer] for layer in plan.layers(rank)), "end"]
+    recordings = [recorder.layer(name, own) for name in names]
     is_last = not plan.stages or rank == plan.num_devices - 1
-    arriving = tuple(step for chunk in range(recorder.num_chunks) for step in (Pull(chunk), Arrive(chunk)))
-    passed_on = Recording(((*arriving, Pull(recorder.num_chunks)),))
-    rows = [(REPLICATE, REPLICATE, recorder.start())]
-    rows += [(STRATEGIES[name].in_layout, STRATEGIES[name].out_layout, recorder.layer(name, own)) for name in names]
-    rows.append((REPLICATE, REPLICATE, recorder.end(own) if is_last else passed_on))
+    if not is_last:  # passes X on
+        recordings[-1] = Recording(((Pull(0), Arrive(0), Pull(1)),))
 
     message = message_bytes((batch_size, seq_len, config.hidden_size), plan.number_format, dtype.itemsize)
     steps: list[Step] = []
-    numbers: dict[tuple, list[int]] = {}  # the numbers of each recording's starts
+    started: list[list[int]] = [[] for _ in names]  # the numbers of each layer's starts
     num_started = 0
     if plan.stages and rank > 0:
         steps, num_started = [Start("receive", message), Wait(0)], 1
-    for i, ((_, layout, source), (wanted, _, target)) in enumerate(pairwise(rows)):
-        moved = recorder.reshard(layout, wanted, own) if local.num_devices > 1 else None
+    for i, ((before, source), (after, target)) in enumerate(pairwise(zip(names, recordings, strict=True))):
+        moved = recorder.reshard(layouts_of(before)[1], layouts_of(after)[0], own)
+        numbers = {"source": started[i], "moved": [], "target": started[i + 1]}
         for owner, part in interleaved(source.segments, moved and moved.segments, target.segments):
-            started = numbers.setdefault((owner, i) if owner == "moved" else i + (owner == "target"), [])
             for step in part:
                 if isinstance(step, Start):
-                    started.append(num_started)
+                    numbers[owner].append(num_started)
                     num_started += 1
-                steps.append(Wait(started[step.number]) if isinstance(step, Wait) else step)
+                steps.append(Wait(numbers[owner][step.number]) if isinstance(step, Wait) else step)
     if not is_last:
         steps += [Start("send", message), Wait(num_started)]
     return steps
@@ -345,5 +314,10 @@ def device_steps(
 
 def segments(steps: Sequence[Step]) -> list[list[Compute]]:
     """The products before each start and each wait, and after the last one."""
-    (_, products), *_ = Recording((tuple(steps),)).gaps
-    return [list(part) for part in products]
+    parts: list[list[Compute]] = [[]]
+    for step in steps:
+        if isinstance(step, Compute):
+            parts[-1].append(step)
+        else:
+            parts.append([])
+    return parts

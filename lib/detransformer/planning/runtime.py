@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from detransformer.parallel.plan import Plan, strategies_for
 from detransformer.planning.memory import activation_bytes, cache_bytes, held_bytes
-from detransformer.planning.pieces import Pieces
+from detransformer.planning.pieces import Pieces, strategies_of
 from detransformer.planning.placement import chunk_counts, first_counts, place_freely
 from detransformer.planning.problem import Problem, splits
 from detransformer.planning.profile import ClusterProfile, LinkProfile
@@ -35,30 +35,22 @@ PROBE_WORTH = 20  # a probe is due once requests may have lost this many times i
 def static_plans(
     config: PretrainedConfig,
     profile: ClusterProfile,
-    requests: Sequence[tuple[int, int]],
+    seq_lens: Sequence[int],
     bandwidths_bps: Sequence[float],
     max_plans: int = 4,
 ) -> list[Plan]:
     """At most `max_plans` plans to load at once: the best single one, then those that add most.
 
     They share one split of one set of devices, and so the weights; a plan on a single device may join them. Of all such
-    sets whose weights fit, it returns the one of least summed latency over all `requests` and `bandwidths_bps`.
-
-    Args:
-        profile: its devices' memory limits weights and the largest request.
-        requests: (batch_size, seq_len) of each kind of request, all equally frequent.
+    sets whose weights fit, it returns the one of least summed latency over requests of all `seq_lens`, equally frequent
+    at all `bandwidths_bps`. The devices' memory limits weights and the longest request.
 
     Raises:
-        ValueError: if no plan fits, or there is nothing to plan for.
+        ValueError: if no plan fits.
     """
-    if not requests or not bandwidths_bps or max_plans < 1:
-        raise ValueError(
-            f"requests={list(requests)}, bandwidths_bps={list(bandwidths_bps)}, max_plans={max_plans}: "
-            "at least one of each is needed."
-        )
-    cells = _Cells(config, profile, requests, bandwidths_bps)
+    cells = _Cells(config, profile, seq_lens, bandwidths_bps)
     largest, sets = cells.largest, []
-    place_freely(config, profile, largest.seq_len, largest.batch_size)  # or says why
+    place_freely(config, profile, largest.seq_len)  # or says why
     for order in largest.orders:
         singles = [plan for i in order for plan in splits(largest, [i]) if not largest.lacks(plan)][:1]
         sets.append(cells.hold(singles, max_plans))
@@ -69,16 +61,12 @@ def static_plans(
 
 
 class _Cells:
-    """Each kind of request at each bandwidth, and what plans cost there."""
+    """Requests of each length at each bandwidth, and what plans cost there."""
 
-    def __init__(self, config, profile, requests, bandwidths_bps):
-        self.problems = [
-            Problem(config, _at(profile, bandwidth_bps), seq_len, batch_size)
-            for batch_size, seq_len in requests
-            for bandwidth_bps in bandwidths_bps
-        ]
-        batch_size, seq_len = max(requests, key=lambda request: activation_bytes(config, request[1], request[0]))
-        self.largest = Problem(config, profile, seq_len, batch_size)
+    def __init__(self, config, profile, seq_lens, bandwidths_bps):
+        cells = itertools.product(seq_lens, bandwidths_bps)
+        self.problems = [Problem(config, profile.at(rate_bps), seq_len, 1) for seq_len, rate_bps in cells]
+        self.largest = Problem(config, profile, max(seq_lens), 1)
         self._pieces: dict[tuple[int, Plan], Pieces] = {}
 
     def pieces(self, cell: int, plan: Plan) -> Pieces:
@@ -93,7 +81,7 @@ class _Cells:
         plans = []
         for num_chunks in chunk_counts(self.largest.seq_len, split.num_devices):
             split = replace(split, num_chunks=num_chunks)
-            for name in self.pieces(0, split).strategies("original"):
+            for name in strategies_of(self.largest.config, "original", split.num_devices):
                 plans.append(replace(split, strategies=strategies_for(self.largest.config, name)))
             found = [problem.fastest(self.pieces(cell, split)) for cell, problem in enumerate(self.problems)]
             plans += [replace(split, strategies=strategies) for strategies in found if strategies]
@@ -118,10 +106,10 @@ class _Cells:
     def _fit(self, plans: Sequence[Plan]) -> bool:
         """Whether the weights of all plans, and one largest request, fit each device."""
         largest, config = self.largest, self.largest.config
-        activations = activation_bytes(config, largest.seq_len, largest.batch_size)
+        activations = activation_bytes(config, largest.seq_len, 1)
         for device in {device for plan in plans for device in plan.device_ids}:
             own = [(plan, plan.device_ids.index(device)) for plan in plans if device in plan.device_ids]
-            cached = max(cache_bytes(config, plan, rank, largest.seq_len, largest.batch_size) for plan, rank in own)
+            cached = max(cache_bytes(config, plan, rank, largest.seq_len) for plan, rank in own)
             if held_bytes(config, plans, device) + activations + cached > largest.budgets[device]:
                 return False
         return True
@@ -178,9 +166,9 @@ class Choice:
 class RuntimePlanner:
     """Chooses for each request the fastest of `plans` at the rate that the links have shown (TPDS 2025).
 
-    Latency is predicted beforehand, by plan, batch size, length and bandwidth, and interpolated: linearly in size and
-    length, and in 1 / bandwidth. Small changes of the rate do not change plans: the choice is that for the rate of the
-    last change, until another plan saves 5% at the present rate. Requests of other sizes take other plans at once.
+    Latency is predicted beforehand, by plan, length and bandwidth, and interpolated: linearly in length and in
+    1 / bandwidth. Small changes of the rate do not change plans: the choice is that for the rate of the last change,
+    until another plan saves 5% at the present rate. Requests of another length take another plan at once.
 
     One device chooses for all; it may observe its own collectives, or preferably those of all devices.
     """
@@ -191,18 +179,14 @@ class RuntimePlanner:
         plans: Sequence[Plan],
         profile: ClusterProfile,
         seq_lens: Sequence[int],
-        batch_sizes: Sequence[int],
         bandwidths_bps: Sequence[float],
     ):
-        if not (len(plans) and len(seq_lens) and len(batch_sizes) and len(bandwidths_bps)):
-            raise ValueError("plans, seq_lens, batch_sizes and bandwidths_bps: at least one of each is needed.")
-        self.plans = list(plans)
-        self.batch_sizes, self.seq_lens = np.unique(batch_sizes), np.unique(seq_lens)
+        self.plans, self.seq_lens = list(plans), np.unique(seq_lens)
         self.slowness = np.unique(1 / np.asarray(bandwidths_bps, float))
-        axes = self.plans, self.batch_sizes.tolist(), self.seq_lens.tolist(), (1 / self.slowness).tolist()
+        axes = self.plans, self.seq_lens.tolist(), (1 / self.slowness).tolist()
         latency_s = [
-            Pieces(config, plan, _at(profile, bandwidth_bps), seq_len, batch_size).price(plan.strategies)[0]
-            for plan, batch_size, seq_len, bandwidth_bps in itertools.product(*axes)
+            Pieces(config, plan, profile.at(bandwidth_bps), seq_len).price(plan.strategies)[0]
+            for plan, seq_len, bandwidth_bps in itertools.product(*axes)
         ]
         self.latency_s = np.array(latency_s).reshape([len(axis) for axis in axes])
         self.estimator = BandwidthEstimator(profile.link)
@@ -213,26 +197,23 @@ class RuntimePlanner:
     def bandwidth_bps(self) -> float:
         return self.estimator.bandwidth_bps
 
-    def predict(self, batch_size: int, seq_len: int, bandwidth_bps: float) -> np.ndarray:
+    def predict(self, seq_len: int, bandwidth_bps: float) -> np.ndarray:
         """Seconds of one request under each plan."""
         slowness = np.clip(1 / bandwidth_bps, self.slowness[0], self.slowness[-1])
-        latency_s = self.latency_s
-        for axis, value in ((self.batch_sizes, batch_size), (self.seq_lens, seq_len), (self.slowness, slowness)):
-            latency_s = _between(axis, value, latency_s)
-        return latency_s
+        return _between(self.slowness, slowness, _between(self.seq_lens, seq_len, self.latency_s))
 
-    def choose(self, batch_size: int, seq_len: int) -> Choice:
+    def choose(self, seq_len: int) -> Choice:
         """The plan for the next request, by all observations so far."""
         if self.estimator.end_request():
             self._at_stake_s = 0.0
-        before = int(self.predict(batch_size, seq_len, self._planned_bps).argmin())
-        now = self.predict(batch_size, seq_len, self.bandwidth_bps)
+        before = int(self.predict(seq_len, self._planned_bps).argmin())
+        now = self.predict(seq_len, self.bandwidth_bps)
         best = int(now.argmin())
         switched = bool(now[best] < (1 - SWITCH_GAIN) * now[before])
         if switched:
             self._planned_bps = self.bandwidth_bps
         self._current = best if switched else before
-        self._at_stake_s += now[self._current] - self.predict(batch_size, seq_len, 1 / self.slowness[0]).min()
+        self._at_stake_s += now[self._current] - self.predict(seq_len, 1 / self.slowness[0]).min()
         return Choice(self._current, float(now[self._current]), switched)
 
     def observe(self, kind: str, num_bytes: float, seconds: float) -> None:
@@ -253,10 +234,6 @@ class RuntimePlanner:
         rate = self.estimator.rate("all_gather", num_bytes, seconds, self._num_devices)
         self.estimator.bandwidth_bps = rate or self.bandwidth_bps
         self._at_stake_s = 0.0
-
-
-def _at(profile: ClusterProfile, bandwidth_bps: float) -> ClusterProfile:
-    return replace(profile, link=profile.link.at(float(bandwidth_bps)))
 
 
 def _between(axis: np.ndarray, value: float, table: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ execution follow one description. `planning.recorder` records layers, and keeps 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -75,21 +75,6 @@ class Recording:
     segments: tuple[tuple[Step, ...], ...]
     cache_bytes: int = 0
 
-    @cached_property
-    def gaps(self) -> tuple[tuple[tuple[Step, ...], tuple[tuple[Compute, ...], ...]], ...]:
-        """For each segment: (events, products before each event and after the last one)."""
-        cut = []
-        for steps in self.segments:
-            events, products = [], [[]]
-            for step in steps:
-                if isinstance(step, Compute):
-                    products[-1].append(step)
-                else:
-                    events.append(step)
-                    products.append([])
-            cut.append((tuple(events), tuple(map(tuple, products))))
-        return tuple(cut)
-
 
 @lru_cache(2**14)
 def without_numbers(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -149,7 +134,7 @@ class Tape(TorchFunctionMode):
             q, k = args[:2]
             self._product(4 * q.numel() * k.shape[-2], 0)
             return without_numbers(q.shape, q.dtype)
-        if function is torch.cat:  # torch itself takes milliseconds to find out
+        if function is torch.cat:  # slow in torch itself
             parts, dim = args[0], (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
             shape = list(parts[0].shape)
             shape[dim] = sum(part.shape[dim] for part in parts)
