@@ -2,12 +2,11 @@
 
 import itertools
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -21,23 +20,19 @@ from conftest import SIZES, Case
 from detransformer.checkpoints import decouple_checkpoint
 from detransformer.cluster.devices import preset_profile
 from detransformer.models import DecoupledBertConfig, DecoupledBertModel, decouple, layer_kinds
-from detransformer.models.configuration import ORIGINAL_PLACEMENTS, check_decoupling, decoupled_config
+from detransformer.models.configuration import ORIGINAL_PLACEMENTS, decoupled_config
 from detransformer.models.overview import layer_pattern
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
-from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.plan import check_plan, layer_plan, published_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import predict
-from detransformer.planning.memory import held_bytes
 from detransformer.planning.placement import bottleneck, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
-from detransformer.planning.recorder import device_steps
-from detransformer.planning.tape import Start
+from parity import STRATEGIES_OF_ORIGINAL, TOLERANCE, UNEVEN, check_run, run_plan, saved_case
 
-TOLERANCE = 1e-12  # float64: what is left is the order of summation
 PLACES = ("first", "bottom", "middle")  # those whose last layer is decoupled
 METHODS = ("single", "bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
-UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +106,8 @@ def test_one_division_is_bert_wherever_original_layers_stand(placement):
 
 
 def test_bad_placement_is_one_sentence():
-    with pytest.raises(ValueError, match="original_placement='outer' is unknown"):
-        check_decoupling(48, 4, 6, 2, 4, original_placement="outer")
+    with pytest.raises(StrictDataclassFieldValidationError, match="'original_placement' expected one of .*, got outer"):
+        DecoupledBertConfig(original_placement="outer")
 
 
 def test_a_checkpoint_is_converted_so(tmp_path):
@@ -124,53 +119,28 @@ def test_a_checkpoint_is_converted_so(tmp_path):
     assert layer_pattern(model.config) == "ODD OD"
 
 
-def run(cluster, case, plan, **job):
-    results = cluster.run(
-        "run_plan",
-        checkpoint=case.checkpoint,
-        plan=plan.to_dict(),
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-        **{"inputs": case.inputs, "reference": case.reference, **job},
-    )
-    return [result for result in results if result is not None]
-
-
-def check(case, plan, results, seq_len=11, batch_size=2):
-    """Each device's output is the single device's; it counted, sent and keeps what the cost model says."""
-    assert max(r["max_abs_error"] for r in results if "max_abs_error" in r) < TOLERANCE
-    for rank, result in enumerate(results):
-        steps = device_steps(case.config, plan, rank, seq_len, batch_size, dtype=torch.float64)
-        started = [step for step in steps if isinstance(step, Start)]
-        assert result["counts"] == dict(Counter(step.kind for step in started))
-        assert sum(result["bytes"].values()) == sum(step.num_bytes for step in started)
-        assert result["weights_bytes"] == 2 * held_bytes(case.config, [plan], plan.device_ids[rank])
-
-
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
 @pytest.mark.parametrize("method", [*METHODS, "pp"])
 @pytest.mark.parametrize("place_", PLACES)
 def test_plan_equals_single_device(cluster, places, place_, method, num_devices):
     case = places[place_]
     plan = published_plan(method, case.config, UNEVEN[num_devices])
-    check(case, plan, run(cluster, case, plan))
+    check_run(cluster, case, plan)
 
 
-@pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("strategy", STRATEGIES_OF_ORIGINAL)
 def test_chunks_and_devices_without_sub_blocks(cluster, places, strategy):
     case = places["first"]
-    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
-    plan = layer_plan("bp+auto", case.config, strategies, UNEVEN[4], num_chunks=3)
-    check(case, plan, run(cluster, case, plan))
+    plan = layer_plan("bp+auto", case.config, strategies_for(case.config, strategy), UNEVEN[4], num_chunks=3)
+    check_run(cluster, case, plan)
     plan = replace(plan, sub_blocks=(2, 0, 1, 1))
-    assert max(r["max_abs_error"] for r in run(cluster, case, plan)) < TOLERANCE
+    assert max(r["max_abs_error"] for r in run_plan(cluster, case, plan)) < TOLERANCE
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
 def test_the_last_reshard_is_compressed_too(cluster, places, wire):
     case = places["bottom"]
-    results = run(cluster, case, published_plan("bp+tp", case.config, UNEVEN[3], wire))
+    results = run_plan(cluster, case, published_plan("bp+tp", case.config, UNEVEN[3], wire))
     assert TOLERANCE < max(r["relative_error"] for r in results) < 0.05  # as in test_parallel
 
 
@@ -192,19 +162,8 @@ def test_task_heads_after_a_decoupled_layer(cluster, tmp_path, base):
     else:
         expected = expected.logits
     torch.testing.assert_close(executor(ids).logits, expected)
-    model.save_pretrained(tmp_path)
-    save_file({"input_ids": ids}, tmp_path / "inputs")
-    save_file({"logits": expected}, tmp_path / "reference")
-    results = cluster.run(
-        "run_plan",
-        checkpoint=str(tmp_path),
-        plan=published_plan("bp+heads", model.config, UNEVEN[4]).to_dict(),
-        inputs=str(tmp_path / "inputs"),
-        reference=str(tmp_path / "reference"),
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-    )
+    case = saved_case(tmp_path, model, {"input_ids": ids}, {"logits": expected})
+    results = run_plan(cluster, case, published_plan("bp+heads", model.config, UNEVEN[4]))
     assert max(r["max_abs_error"] for r in results) < TOLERANCE
 
 
@@ -219,31 +178,20 @@ def test_gpt2_that_ends_in_a_decoupled_layer_writes_the_same_text(cluster, tmp_p
         torch.nn.init.normal_(parameter, std=0.3)
     model = decouple(gpt2, 2, 4, original_placement="first")
     ids = torch.randint(101, (2, 9))
-    model.save_pretrained(tmp_path)
-    save_file({"input_ids": ids}, tmp_path / "inputs")
     mask = torch.ones_like(ids)
     text = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 9:]
     with torch.no_grad():
-        save_file({"last_hidden_state": model.transformer(ids).last_hidden_state}, tmp_path / "reference")
+        expected = {"last_hidden_state": model.transformer(ids).last_hidden_state}
+    case = saved_case(tmp_path, model, {"input_ids": ids}, expected)
     prompt = published_plan(method, model.config, UNEVEN[3])
-    results = cluster.run(
-        "run_plan",
-        checkpoint=str(tmp_path),
-        plan=prompt.to_dict(),
-        inputs=str(tmp_path / "inputs"),
-        reference=str(tmp_path / "reference"),
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-    )
-    assert max(r["max_abs_error"] for r in results if r) < 1e-11
+    assert max(r["max_abs_error"] for r in run_plan(cluster, case, prompt)) < 1e-11
     decode = published_plan("bp+tp", model.config, UNEVEN[3])
     results = cluster.run(
         "generate",
         checkpoint=str(tmp_path),
         prefill=prompt.to_dict(),
         decode=decode.to_dict(),
-        inputs=str(tmp_path / "inputs"),
+        inputs=case.inputs,
         max_new_tokens=8,
         dtype="float64",
     )
@@ -269,7 +217,7 @@ def test_the_planner_finds_a_plan_wherever_original_layers_stand(placement):
     config = sizes(placement)
     profile = profiled(config)
     found = place_freely(config, profile, 32)
-    found.plan.check(config)
+    check_plan(found.plan, config)
     published = place(config, profile, 32)
     assert found.chosen.latency_s <= published.chosen.latency_s
     assert bottleneck(found.plan, config, profile, 32).startswith("Bottleneck: ")

@@ -192,7 +192,7 @@ def _check(config: "PretrainedConfig") -> None:
     from transformers.activations import ACT2FN
 
     from detransformer.models.configuration import architecture, family_of, ffn_size, head_of, max_tokens
-    from detransformer.parallel.parameters import naming_of
+    from detransformer.models.naming import naming_of
 
     for name in SIZES[:3] if architecture(config) == "vit" else SIZES:
         size = getattr(config, name, None)

@@ -1,5 +1,20 @@
 """Decoupled and original models, and the conversion between them. Knows no rank, clock, file path or plot."""
 
+from detransformer.models.auto import (
+    DecoupledBertForMaskedLM,
+    DecoupledBertForMultipleChoice,
+    DecoupledBertForNextSentencePrediction,
+    DecoupledBertForPreTraining,
+    DecoupledBertForQuestionAnswering,
+    DecoupledBertForSequenceClassification,
+    DecoupledBertForTokenClassification,
+    DecoupledBertModel,
+    DecoupledGPT2ForQuestionAnswering,
+    DecoupledGPT2ForSequenceClassification,
+    DecoupledGPT2ForTokenClassification,
+    DecoupledGPT2LMHeadModel,
+    DecoupledGPT2Model,
+)
 from detransformer.models.configuration import (
     DecoupledBertConfig,
     DecoupledGPT2Config,
@@ -9,23 +24,6 @@ from detransformer.models.configuration import (
     preset_config,
 )
 from detransformer.models.conversion import decouple
-from detransformer.models.decoupled_bert import (
-    DecoupledBertForMaskedLM,
-    DecoupledBertForMultipleChoice,
-    DecoupledBertForNextSentencePrediction,
-    DecoupledBertForPreTraining,
-    DecoupledBertForQuestionAnswering,
-    DecoupledBertForSequenceClassification,
-    DecoupledBertForTokenClassification,
-    DecoupledBertModel,
-)
-from detransformer.models.decoupled_gpt2 import (
-    DecoupledGPT2ForQuestionAnswering,
-    DecoupledGPT2ForSequenceClassification,
-    DecoupledGPT2ForTokenClassification,
-    DecoupledGPT2LMHeadModel,
-    DecoupledGPT2Model,
-)
 
 __all__ = [
     "DecoupledBertConfig",

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, BertConfig
 
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Output
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.partition import Plan
 
 BY_COLUMNS = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
 BY_ROWS = ("attention.output.dense", "output.dense")

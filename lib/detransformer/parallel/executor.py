@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from detransformer.models.configuration import architecture, family_of, generates, head_of, is_decoder, max_tokens
+from detransformer.models.naming import naming_of
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.draw import NOT_FINITE, Draw
 from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
-from detransformer.parallel.parameters import naming_of
-from detransformer.parallel.partition import bounds
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.partition import Plan, bounds
+from detransformer.parallel.plan import check_plan, keeps_whole
 from detransformer.parallel.reshard import reshard
 from detransformer.parallel.weights import WeightSource
 
@@ -211,7 +211,7 @@ class Executor:
         comm: Comm,
         held_with: Sequence[Plan] = (),
     ):
-        plan.check(config)
+        check_plan(plan, config)
         if comm.num_ranks != plan.num_devices:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         self.config = config
@@ -229,8 +229,8 @@ class Executor:
         device = plan.device_ids[comm.rank]
         self.layers = []
         for i in plan.layers(comm.rank):
-            keeps_whole = any(other.keeps_whole(i, device) for other in held_with)
-            self.layers.append(STRATEGIES[plan.strategies[i]](config, self.plan, local, weights, i, keeps_whole))
+            shared = any(keeps_whole(other, i, device) for other in held_with)
+            self.layers.append(STRATEGIES[plan.strategies[i]](config, self.plan, local, weights, i, shared))
         if self.is_last:
             self.head = ending_of(config, weights, self.plan, local)
         self.dtype, self.weights_bytes = weights.dtype, weights.num_bytes

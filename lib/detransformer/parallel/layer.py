@@ -5,7 +5,6 @@ Shapes as in `parallel.strategies`.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -14,11 +13,8 @@ from transformers.activations import ACT2FN
 
 from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.parameters import LayerParameters
-from detransformer.parallel.partition import bounds
+from detransformer.parallel.partition import Plan, bounds
 from detransformer.parallel.weights import WeightSource
-
-if TYPE_CHECKING:
-    from detransformer.parallel.plan import Plan
 
 # Layouts of a hidden state X [B, T, D] over devices
 REPLICATE = "replicate"  # every device holds all of X
@@ -97,7 +93,7 @@ class Request:
     @classmethod
     def of(
         cls,
-        plan: "Plan",
+        plan: Plan,
         batch_size: int,
         seq_len: int,
         mask: torch.Tensor | None = None,
@@ -134,7 +130,7 @@ class Strategy:
     def __init__(
         self,
         config: PretrainedConfig,
-        plan: "Plan",
+        plan: Plan,
         comm: Comm,
         weights: WeightSource,
         layer: int,
@@ -163,7 +159,7 @@ class Strategy:
         raise NotImplementedError
 
     @classmethod
-    def share(cls, plan: "Plan", rank: int) -> float:
+    def share(cls, plan: Plan, rank: int) -> float:
         """Device `rank`'s share of a layer, from 0 to 1."""
         if not cls.splits:
             return 1.0

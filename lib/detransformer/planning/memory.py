@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import ffn_size, is_decoder
 from detransformer.parallel.executor import embeddings_of, ending_of
 from detransformer.parallel.layer import STRATEGIES, Strategy
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.plan import Plan, keeps_whole
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.recorder import MAX_KEPT, Recorder, Sizes, load_layer, sizes_of, small_model
 from detransformer.planning.tape import Tape, TapeComm
@@ -72,7 +72,7 @@ def held_bytes(config: PretrainedConfig, plans: Sequence[Plan], device: int) -> 
                 local, rank = (plan, rank) if plan.splits_layers else (plan.on_one_device(), 0)
                 parts.append(_own_part(plan.strategies[layer], local, rank))
         if parts:
-            whole = len(plans) > 1 and any(plan.keeps_whole(layer, device) for plan in plans)
+            whole = len(plans) > 1 and any(keeps_whole(plan, layer, device) for plan in plans)
             total += _layer_bytes(sizes, tuple(dict.fromkeys(parts)), whole)
     first = any(not plan.stages or plan.device_ids[0] == device for plan in plans)
     last = any(not plan.stages or plan.device_ids[-1] == device for plan in plans)
