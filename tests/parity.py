@@ -1,11 +1,13 @@
 """Requests over the processes of the `cluster` fixture: what a plan's devices must have computed, sent and kept."""
 
 from collections import Counter
+from itertools import cycle
 from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
 
+from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.plan import Plan
 from detransformer.planning.memory import held_bytes
 from detransformer.planning.recorder import device_steps
@@ -14,6 +16,12 @@ from detransformer.planning.tape import Start
 TOLERANCE = 1e-12  # float64: what is left is the order of summation
 UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}  # speeds
 STRATEGIES_OF_ORIGINAL = ("tensor", "sequence", "ulysses", "heads", "galaxy", "replicate")
+
+
+def in_turn(config, *strategies: str) -> list[str]:
+    """A strategy a layer: `block` for decoupled layers, these in turn for original ones."""
+    originals = cycle(strategies)
+    return ["block" if kind == "decoupled" else next(originals) for kind in layer_kinds(config)]
 
 
 def saved_case(folder, model, inputs: dict, expected: dict) -> SimpleNamespace:

@@ -47,7 +47,7 @@ def test_two_devices_equal_one(cluster, cases, tmp_path, masked):
 def test_one_device_runs_the_model_whole(cases):
     case = cases["original"]
     comm = Comm(None, 0, 1)
-    executor = DTensorExecutor(case.checkpoint, published_plan("dtensor", case.config), comm)
+    executor = DTensorExecutor(case.checkpoint, published_plan("dtensor", case.config), comm, torch.float64)
     output = executor(**load_file(case.inputs))
     for name, expected in load_file(case.reference).items():
         torch.testing.assert_close(getattr(output, name), expected, rtol=0, atol=TOLERANCE)
@@ -57,10 +57,11 @@ def test_one_device_runs_the_model_whole(cases):
 
 def test_plans_that_do_not_fit_are_refused(cases):
     case = cases["original"]
+    two, three = (published_plan("dtensor", case.config, [1.0] * count) for count in (2, 3))
     with pytest.raises(ValueError, match="the plan is for 2 devices and the group has 1"):
-        DTensorExecutor(case.checkpoint, published_plan("dtensor", case.config, [1.0] * 2), Comm(None, 0, 1))
+        DTensorExecutor(case.checkpoint, two, Comm(None, 0, 1), torch.float64)
     with pytest.raises(ValueError, match="intermediate_size=70 does not divide by 3 devices"):
-        DTensorExecutor(case.checkpoint, published_plan("dtensor", case.config, [1.0] * 3), Comm(None, 0, 3))
+        DTensorExecutor(case.checkpoint, three, Comm(None, 0, 3), torch.float64)
 
 
 def test_costs_what_tp_costs():

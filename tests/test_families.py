@@ -101,7 +101,7 @@ def test_positions_of_robertas_kind_leave_some_for_padding(model_type):
     model = small(model_type, "base")
     longest = max_tokens(model.config)
     assert model(torch.full((1, longest), 7)).last_hidden_state.shape[1] == longest
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, longest + 1), 7))
 
 

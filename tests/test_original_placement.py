@@ -13,7 +13,6 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
-    GPT2LMHeadModel,
 )
 
 from conftest import SIZES, Case
@@ -168,14 +167,8 @@ def test_task_heads_after_a_decoupled_layer(cluster, tmp_path, base):
 
 
 @pytest.mark.parametrize("method", ["bp+tp", "bp+heads"])
-def test_gpt2_that_ends_in_a_decoupled_layer_writes_the_same_text(cluster, tmp_path, method):
-    torch.manual_seed(3)
-    config = GPT2Config(
-        n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, n_positions=64, bos_token_id=None, eos_token_id=None
-    )
-    gpt2 = GPT2LMHeadModel(config).double().eval()
-    for parameter in gpt2.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+def test_gpt2_that_ends_in_a_decoupled_layer_writes_the_same_text(cluster, tmp_path, random_gpt2, method):
+    gpt2 = random_gpt2(dict(n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, n_positions=64), std=0.3)
     model = decouple(gpt2, 2, 4, original_placement="first")
     ids = torch.randint(101, (2, 9))
     mask = torch.ones_like(ids)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.codec import decode, encode
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
@@ -14,7 +13,7 @@ from detransformer.parallel.linear import Linear, StackedLinear, laid_out
 from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
 from detransformer.parallel.wire import message_bytes
-from parity import STRATEGIES_OF_ORIGINAL, TOLERANCE, UNEVEN, check_counts, check_run, run_plan, started
+from parity import STRATEGIES_OF_ORIGINAL, TOLERANCE, UNEVEN, check_counts, check_run, in_turn, run_plan, started
 
 # RMS error over the RMS of the output, of a 5-layer model whose every message is rounded: 8 bits of mantissa err by up
 # to 0.4% a number, 127 steps a row's largest by up to 0.4% of that, 7 steps by up to 7%, and errors add up over layers.
@@ -65,11 +64,8 @@ def test_a_device_may_be_too_slow_for_any_part(cluster, cases, model, strategy, 
 @pytest.mark.parametrize("direct", [False, True])
 def test_any_strategy_may_follow_any_other(cluster, cases, first, last, direct):
     """Every pair of layouts, with and without a decoupled layer between."""
-    for model, layers in (("original", [first, last] * 2 + [first]), ("decoupled", None)):
-        case = cases[model]
-        if layers is None:
-            originals = iter([first, last])
-            layers = ["block" if kind == "decoupled" else next(originals) for kind in layer_kinds(case.config)]
+    for case in (cases["original"], cases["decoupled"]):
+        layers = in_turn(case.config, first, last)
         plan = layer_plan("bp+auto", case.config, layers, UNEVEN[3], direct=direct, num_chunks=2)
         check_run(cluster, case, plan)
 

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from conftest import SIZES
-from detransformer.models import decouple, layer_kinds, preset_config
+from detransformer.models import decouple, preset_config
 from detransformer.parallel.plan import check_plan, layer_plan, published_plan
 from detransformer.parallel.wire import TOKEN_FORMATS
 from detransformer.parallel.wire_model import wire_plan, wired
-from parity import TOLERANCE, UNEVEN, run_plan
+from parity import TOLERANCE, UNEVEN, in_turn, run_plan
 
 ORIGINAL = ("tp", "sp", "ulysses", "galaxy")
 BLOCKS = ("bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
@@ -74,8 +74,7 @@ def test_approximate_tokens_are_those_of_other_devices_alone(cluster, cases, tmp
 @pytest.mark.parametrize("num_chunks", [1, 3])
 def test_mixed_plans_as_the_planner_makes_them(cluster, cases, tmp_path, first, last, num_chunks):
     case = cases["decoupled"]
-    originals = iter([first, last])
-    names = ["block" if kind == "decoupled" else next(originals) for kind in layer_kinds(case.config)]
+    names = in_turn(case.config, first, last)
     plan = layer_plan("bp+auto", case.config, names, UNEVEN[3], "int8", num_chunks=num_chunks)
     check(cluster, case, plan, tmp_path)
 

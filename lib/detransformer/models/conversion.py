@@ -84,5 +84,4 @@ def _narrow_heads(stacked: torch.Tensor, config: PretrainedConfig, dim: int, num
     """Sub-block p keeps the p-th part of every head, of each map packed along `dim`: [P, ..D..] -> [P, ..d..]."""
     blocks, heads = config.num_divisions, num_maps * config.num_attention_heads
     parts = stacked.unflatten(dim, (heads, blocks, -1))  # [P, .., H, P, s/P, ..]
-    kept = [parts[p].select(dim, p) for p in range(blocks)]  # the leading axis is gone: P stands at dim
-    return torch.stack(kept).flatten(dim, dim + 1)
+    return parts.diagonal(dim1=0, dim2=dim + 1).movedim(-1, 0).flatten(dim, dim + 1)

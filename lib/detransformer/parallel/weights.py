@@ -117,10 +117,6 @@ class WeightSource:
     def _resolve(self, name: str) -> str:
         return name if name in self._tensors else self._prefix + name
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`."""
-        return tuple(self._tensors[self._resolve(name)].shape)
-
     def take(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """The tensor `name`, or its part start..stop along `dim`, contiguous and on its own storage."""
         return self.take_joined([(name, start, stop)], dim)
@@ -130,6 +126,10 @@ class WeightSource:
         if name not in self.kept:
             self.kept[name] = self.take(name)
         return self.kept[name]
+
+    def pair(self, name: str) -> list[torch.Tensor | None]:
+        """Weight and bias of map or LayerNorm `name`; None for a bias that it has not."""
+        return [self.once(f"{name}.weight"), self.once(f"{name}.bias") if f"{name}.bias" in self else None]
 
     def take_joined(
         self, parts: Sequence[tuple[str, int | None, int | None]], dim: int = 0, axis: int = 0

@@ -160,9 +160,9 @@ class _InProcessComm(Comm):
         super().__init__(None, rank, meeting.parties)
         self.meeting, self.device = meeting, device
 
-    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
+    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32") -> Pending:
         if wire != "float32" or self.num_ranks == 1:
-            return super().start_all_reduce(x, wire, name)
+            return super().start_all_reduce(x, wire)
         sums = []
         self.meeting.swap(self.rank, x, lambda every: sums.append(torch.stack(every).sum(0)))
         return Pending(x.copy_(sums[0]))
@@ -180,6 +180,5 @@ class _InProcessComm(Comm):
 
         self.meeting.swap(self.rank, outgoing, take)
 
-    def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
-        """A new buffer each time: nothing here is reused while it is read."""
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
