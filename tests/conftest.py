@@ -105,11 +105,11 @@ def float32_folder(cases, tmp_path_factory) -> str:
 def random_gpt2():
     """A GPT-2 of given sizes, its biases and LayerNorms random too; float64, so that orders of summing hardly show."""
 
-    def make(sizes: dict) -> GPT2LMHeadModel:
+    def make(sizes: dict, std: float = 0.2) -> GPT2LMHeadModel:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).double().eval()
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=std)
         return model
 
     return make

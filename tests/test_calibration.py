@@ -26,8 +26,8 @@ from transformers import (
 from detransformer import cli
 from detransformer.models import decouple, layer_kinds
 from detransformer.models.configuration import FAMILIES
+from detransformer.models.naming import layers_of
 from detransformer.opening import load_model, open_checkpoint
-from detransformer.parallel.parameters import layers_of
 from detransformer.training import (
     CalibrationConfig,
     FinetuneConfig,

@@ -7,10 +7,11 @@ from safetensors.torch import load_file, save_file
 
 from detransformer.answers import SINGLE, task_of
 from detransformer.models import decouple
-from detransformer.models.configuration import FAMILIES, layer_kinds, max_tokens
+from detransformer.models.configuration import FAMILIES, max_tokens
 from detransformer.opening import load_model, open_checkpoint
-from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.planning.memory import held_bytes
+from parity import UNEVEN, run_plan, saved_case
 
 TOLERANCE = 1e-10  # float64: what is left is the order of summation
 # Odd on purpose: 6 heads over 4 devices, 70 FFN columns, 11 tokens, uneven speeds.
@@ -24,9 +25,8 @@ SIZES = {
     "camembert": ENCODER | dict(type_vocab_size=2),
     "bert": ENCODER | dict(type_vocab_size=3, hidden_act="silu"),
 }  # fmt: skip
-SPEEDS = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 HEADS = ("base", "classification", "token-classification", "question-answering")
-METHODS = {"original": ("single", "tp", "sp", "ulysses", "galaxy"), "decoupled": ("bp+tp", "bp+sp", "bp+ulysses")}
+METHODS = {"original": ("tp", "sp", "ulysses", "galaxy"), "decoupled": ("bp+tp", "bp+sp", "bp+ulysses")}
 
 
 class Case:
@@ -34,23 +34,22 @@ class Case:
 
     def __init__(self, folder, model):
         model.save_pretrained(folder)
-        self.checkpoint = open_checkpoint(folder)
-        self.config = self.checkpoint.config
+        opened = open_checkpoint(folder)
+        self.checkpoint, self.config, self.inputs = str(folder), opened.config, str(folder / "inputs.safetensors")
         padding = self.config.pad_token_id
         ids = torch.randint(5, 101, (3, 11), generator=torch.Generator().manual_seed(2))
         mask = torch.ones_like(ids)
         for row, length in ((1, 6), (2, 10)):
             mask[row, length:], ids[row, length:] = 0, padding
-        self.inputs = {"input_ids": ids, "attention_mask": mask}
+        request = {"input_ids": ids, "attention_mask": mask}
         if getattr(self.config, "type_vocab_size", 0) > 1:
-            self.inputs["token_type_ids"] = (torch.arange(11) > 4).long().expand(3, -1).contiguous()
-        loaded = load_model(self.checkpoint, torch.float64)
+            request["token_type_ids"] = (torch.arange(11) > 4).long().expand(3, -1).contiguous()
+        loaded = load_model(opened, torch.float64)
         task = task_of(self.config)
         with torch.inference_mode():
-            outputs = SINGLE["base" if task == "generation" else task](loaded, self.inputs, 0)
+            outputs = SINGLE["base" if task == "generation" else task](loaded, request, 0)
         self.expected = {name: tensor.contiguous() for name, tensor in outputs.items()}
-        self.request = folder / "inputs.safetensors"
-        save_file(self.inputs, self.request)
+        save_file(request, self.inputs)
         self.real = mask.bool()  # nobody reads the hidden states of padding
 
     def error(self, outputs) -> float:
@@ -83,45 +82,35 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
 def test_plans_equal_transformers(cluster, pair, num_devices):
     for kind, case in pair.items():
-        speeds, plans = SPEEDS[num_devices], []
-        for method in METHODS[kind]:
-            if (method == "single") == (num_devices == 1):
-                plans.append(published_plan(method, case.config, speeds))
+        speeds = UNEVEN[num_devices]
+        methods = METHODS[kind] if num_devices > 1 else ("single",)
+        plans = [published_plan(method, case.config, speeds) for method in methods]
         if kind == "decoupled" and num_devices > 1:  # as BP+Auto plans: by heads, in chunks
-            strategies = ["block" if k == "decoupled" else "heads" for k in layer_kinds(case.config)]
+            strategies = strategies_for(case.config, "heads")
             plans.append(layer_plan("bp+auto", case.config, strategies, speeds, num_chunks=2))
-        if num_devices == 1 and kind == "decoupled":
-            plans = [published_plan("single", case.config, speeds)]
         for plan in plans:
-            output = str(case.checkpoint.path / "output.safetensors")
-            results = cluster.run(
-                "run_plan", checkpoint=str(case.checkpoint.path), plan=plan.to_dict(), inputs=str(case.request),
-                dtype="float64", repeats=1, warmup=0, output=output,
-            )  # fmt: skip
+            output = f"{case.checkpoint}/output.safetensors"
+            results = run_plan(cluster, case, plan, output=output)
             assert case.error(load_file(output)) < TOLERANCE, (plan.method, kind)
             expected = held_bytes(case.config, [plan], plan.device_ids[0])
             assert results[0]["weights_bytes"] == 2 * expected  # float64, and the price is of float32
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert"])
-def test_positions_of_robertas_kind_leave_some_for_padding(model_type, tmp_path):
-    case = Case(tmp_path, small(model_type, "base"))
-    unused = case.config.pad_token_id + 1
-    assert max_tokens(case.config) == case.config.max_position_embeddings - unused
+def test_positions_of_robertas_kind_leave_some_for_padding(model_type):
+    model = small(model_type, "base")
+    longest = max_tokens(model.config)
+    assert model(torch.full((1, longest), 7)).last_hidden_state.shape[1] == longest
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 7))
 
 
 def test_gpt2_without_a_padding_token_reads_the_last_token(tmp_path, cluster):
     model = small("gpt2", "classification")
     model.config.pad_token_id = None
-    model.save_pretrained(tmp_path)
     ids = torch.randint(5, 101, (1, 7))
     with torch.inference_mode():
-        expected = model(input_ids=ids).logits
-    plan = published_plan("tp", model.config, SPEEDS[2])
-    output = str(tmp_path / "output.safetensors")
-    save_file({"input_ids": ids}, tmp_path / "inputs.safetensors")
-    cluster.run(
-        "run_plan", checkpoint=str(tmp_path), plan=plan.to_dict(), inputs=str(tmp_path / "inputs.safetensors"),
-        dtype="float64", repeats=1, warmup=0, output=output,
-    )  # fmt: skip
-    torch.testing.assert_close(load_file(output)["logits"], expected, rtol=0, atol=TOLERANCE)
+        expected = {"logits": model(input_ids=ids).logits.clone()}
+    case = saved_case(tmp_path, model, {"input_ids": ids}, expected)
+    results = run_plan(cluster, case, published_plan("tp", model.config, UNEVEN[2]))
+    assert [result["max_abs_error"] < TOLERANCE for result in results] == [True] * 2

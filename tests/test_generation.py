@@ -1,30 +1,26 @@
 """Text generated over 1 to 4 real processes is the single device's, token for token; plans, caches and errors."""
 
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config
 
 from detransformer.models import decouple
-from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.draw import END, Draw, Sampling
 from detransformer.parallel.generation import Generator, check_generation
 from detransformer.parallel.layer import STRATEGIES
-from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.generation import place_generation, price_generation
 from detransformer.planning.memory import cache_bytes, held_bytes
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
-from detransformer.planning.recorder import device_steps
-from detransformer.planning.tape import Start
+from parity import UNEVEN, check_counts, run_plan, started
 
 NEW_TOKENS = 12
-UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 ORIGINAL = [name for name, signature in STRATEGIES.items() if signature.layer_kind == "original"]
 GOES_ON_AS = {"own": "tensor", "all": "replicate"}  # what decodes after a prompt whose keys and values are kept so
 
@@ -52,15 +48,9 @@ class Text:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> dict[str, Text]:
+def texts(tmp_path_factory, random_gpt2) -> dict[str, Text]:
     folder = tmp_path_factory.mktemp("texts")
-    torch.manual_seed(3)
-    config = GPT2Config(
-        n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, n_positions=64, bos_token_id=None, eos_token_id=None
-    )
-    gpt2 = GPT2LMHeadModel(config).double().eval()
-    for parameter in gpt2.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    gpt2 = random_gpt2(dict(n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, n_positions=64), std=0.3)
     return {
         "original": Text(folder / "original", gpt2),
         "decoupled": Text(folder / "decoupled", decouple(gpt2, num_original_layers=2, num_divisions=4)),
@@ -69,21 +59,14 @@ def texts(tmp_path_factory) -> dict[str, Text]:
 
 
 def plan_of(config, strategy: str, speeds, num_chunks: int = 1, devices=()):
-    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(config)]
+    strategies = strategies_for(config, strategy)
     return layer_plan("bp+auto", config, strategies, speeds, num_chunks=num_chunks, devices=devices)
 
 
 def generate(cluster, text, prefill, decode, **job):
-    results = cluster.run(
-        "generate",
-        checkpoint=text.checkpoint,
-        prefill=prefill.to_dict(),
-        decode=decode.to_dict(),
-        inputs=text.inputs,
-        max_new_tokens=NEW_TOKENS,
-        dtype="float64",
-        **job,
-    )
+    job = {"max_new_tokens": NEW_TOKENS, "dtype": "float64"} | job
+    plans = {"prefill": prefill.to_dict(), "decode": decode.to_dict()}
+    results = cluster.run("generate", checkpoint=text.checkpoint, inputs=text.inputs, **plans, **job)
     return [result for result in results if result is not None]
 
 
@@ -101,16 +84,7 @@ def test_text_equals_single_device(cluster, texts, tmp_path, model, strategy, nu
     prefill = plan_of(text.config, strategy, speeds, num_chunks)
     decode = plan_of(text.config, GOES_ON_AS[STRATEGIES[strategy].cache], speeds)
     output = tmp_path / "output.safetensors"
-    cluster.run(
-        "run_plan",
-        checkpoint=text.checkpoint,
-        plan=prefill.to_dict(),
-        inputs=text.inputs,
-        repeats=1,
-        warmup=0,
-        dtype="float64",
-        output=str(output),
-    )
+    run_plan(cluster, text, prefill, output=str(output))
     got = load_file(output)
     assert ((got["last_hidden_state"] - text.hidden) * text.mask[..., None]).abs().max() < 1e-12
     assert got["next_token"].tolist() == [row[0] for row in text.tokens]
@@ -119,10 +93,7 @@ def test_text_equals_single_device(cluster, texts, tmp_path, model, strategy, nu
     for rank, result in enumerate(results):
         assert result["tokens"] == text.tokens
         past = 9 + NEW_TOKENS - 2
-        steps = device_steps(text.config, decode, rank, 1, 2, past, torch.float64)
-        started = [step for step in steps if isinstance(step, Start)]
-        assert result["counts"] == dict(Counter(step.kind for step in started))
-        assert sum(result["bytes"].values()) == sum(step.num_bytes for step in started)
+        check_counts(result, started(text, decode, rank, 1, 2, past=past))
         assert result["weights_bytes"] == 2 * held_bytes(text.config, [prefill, decode], rank)
         assert result["cache_bytes"] == 2 * cache_bytes(text.config, decode, rank, 9 + NEW_TOKENS, 2)
 
@@ -230,16 +201,8 @@ def test_devices_in_another_order(cluster, texts):
     """A plan names its devices: the first one left out, the others turned round."""
     text = texts["decoupled"]
     plan = plan_of(text.config, "tensor", [1.0, 2.0, 1.0], devices=(3, 1, 2))
-    results = cluster.run(
-        "generate",
-        checkpoint=text.checkpoint,
-        prefill=plan.to_dict(),
-        decode=plan.to_dict(),
-        inputs=text.inputs,
-        max_new_tokens=NEW_TOKENS,
-        dtype="float64",
-    )
-    assert results[0] is None and all(result["tokens"] == text.tokens for result in results[1:])
+    results = generate(cluster, text, plan, plan)
+    assert len(results) == 3 and all(result["tokens"] == text.tokens for result in results)
 
 
 def test_what_cannot_take_turns_is_refused(texts):
@@ -264,21 +227,14 @@ def test_numbers_that_are_not_finite_are_no_text(texts):
         made.start(inputs["input_ids"], inputs["attention_mask"], NEW_TOKENS)
 
 
-def test_too_long_a_text_is_refused_before_it_starts(cluster, texts):
+def test_too_long_a_text_is_refused_before_it_starts(texts):
     from detransformer.cluster.devices import DeviceError
     from detransformer.cluster.session import EmulatedCluster
 
     text = texts["original"]
     plan = plan_of(text.config, "tensor", [1.0])
     with EmulatedCluster(1, transport="loopback") as one, pytest.raises(DeviceError, match="64 positions.*56 tokens"):
-        one.run(
-            "generate",
-            checkpoint=text.checkpoint,
-            prefill=plan.to_dict(),
-            decode=plan.to_dict(),
-            inputs=text.inputs,
-            max_new_tokens=57,
-        )
+        generate(one, text, plan, plan, max_new_tokens=57)
 
 
 PI = DeviceProfile("pi", 4 * 2**30, 14e9, "assumed", 4.8e9)

@@ -3,12 +3,7 @@
 import pytest
 import torch
 from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
     BertConfig,
-    BertForMaskedLM,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
     BertModel,
 )
 
@@ -36,15 +31,6 @@ def batch() -> dict[str, torch.Tensor]:
     types[:, 5:] = 1
     ids = torch.randint(SMALL["vocab_size"], (2, 11), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-
-
-@pytest.mark.parametrize("width", ["full", "narrow"])
-@pytest.mark.parametrize("num_original, num_divisions", [(1, 1), (4, 4), (2, 1)])
-def test_one_division_or_all_original_is_bert(bert, batch, num_original, num_divisions, width):
-    ours = decouple(bert, num_original, num_divisions, width)(**batch)
-    theirs = bert(**batch)
-    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, rtol=0, atol=1e-5)
 
 
 def test_decoupled_layer_is_equation_2(bert, batch):
@@ -105,27 +91,6 @@ def test_the_last_layer_of_each_group_is_original(num_layers, num_original, expe
     assert "".join(kind[0].upper() for kind in layer_kinds(config)) == expected
 
 
-@pytest.mark.parametrize("base", [BertModel, BertForMaskedLM, BertForSequenceClassification, BertForQuestionAnswering])
-@pytest.mark.parametrize("width", ["full", "narrow"])
-def test_save_and_reload(tmp_path, batch, base, width):
-    config = BertConfig(**SMALL | dict(num_attention_heads=6))
-    model = decouple(base(config).eval(), num_original_layers=2, num_divisions=4, attention_width=width)
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_file()
-    reloaded = type(model).from_pretrained(tmp_path).eval()
-    assert reloaded.config.num_divisions == 4 and reloaded.config.attention_width == width
-    torch.testing.assert_close(reloaded(**batch)[0], model(**batch)[0], rtol=0, atol=0)
-
-
-def test_auto_classes_know_decoupled_bert(tmp_path):
-    model = decouple(BertForMaskedLM(BertConfig(**SMALL)), 2, 4)
-    model.save_pretrained(tmp_path)
-    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)) is type(model)
-    assert isinstance(AutoModel.from_pretrained(tmp_path), DecoupledBertModel)
-    tied = AutoModelForMaskedLM.from_pretrained(tmp_path)
-    assert tied.cls.predictions.decoder.weight is tied.bert.embeddings.word_embeddings.weight
-
-
 def test_masked_tokens_do_not_matter(bert, batch):
     decoupled = decouple(bert, 2, 4)
     changed = batch | {"input_ids": batch["input_ids"].clone()}
@@ -134,16 +99,10 @@ def test_masked_tokens_do_not_matter(bert, batch):
     torch.testing.assert_close(ours[1, :7], other[1, :7], rtol=0, atol=1e-6)
 
 
-def test_eager_attention_equals_sdpa(bert, batch):
-    decoupled = decouple(bert, 2, 4)
+def test_attentions_are_the_mean_over_sub_blocks(bert, batch):
     eager = decouple(bert, 2, 4)
     eager.set_attn_implementation("eager")
-    torch.testing.assert_close(
-        eager(**batch).last_hidden_state, decoupled(**batch).last_hidden_state, rtol=0, atol=1e-5
-    )
     output = eager(**batch, output_hidden_states=True, output_attentions=True)
-    assert len(output.hidden_states) == 5
-    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 3, 11, 11)] * 4
     layer, mask = eager.encoder.layer[0].attention.self, batch["attention_mask"].bool()
     weights = []  # of each sub-block, written out
     for p, part in enumerate(output.hidden_states[0].split(12, dim=-1)):
@@ -153,12 +112,6 @@ def test_eager_attention_equals_sdpa(bert, batch):
         )
         weights.append((q @ k.transpose(2, 3) / 4).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1))
     torch.testing.assert_close(output.attentions[0], torch.stack(weights).mean(0), rtol=0, atol=1e-5)
-
-
-def test_gradients_reach_every_parameter(batch):
-    model = decouple(BertForMaskedLM(BertConfig(**SMALL)), 2, 4).train()
-    model(**batch, labels=batch["input_ids"]).loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_narrow_slices_keep_a_part_of_every_head():

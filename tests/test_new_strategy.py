@@ -1,8 +1,4 @@
-"""A strategy is one class: two are defined here, run over real processes, priced and planned; nothing else is added.
-
-The first is tensor parallelism whose all_reduces are written as a reduce_scatter of equal rows and an all_gather; the
-second is sequence parallelism that gathers X, where the published one gathers K and V.
-"""
+"""A strategy is one class: one is defined here, run over real processes, priced and planned; nothing else is added."""
 
 import json
 import multiprocessing
@@ -21,10 +17,8 @@ from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import SEQ, STRATEGIES, Request, Strategy, register, together
 from detransformer.parallel.parameters import LayerParameters
-from detransformer.parallel.partition import split
 from detransformer.parallel.plan import Plan, layer_plan, strategies_for
 from detransformer.parallel.reshard import gather_tokens
-from detransformer.parallel.strategies import TensorParallel
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.cost import predict
 from detransformer.planning.memory import held_bytes
@@ -32,26 +26,6 @@ from detransformer.planning.placement import place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 from detransformer.planning.recorder import device_steps
 from detransformer.planning.tape import Compute, Start
-
-
-class TwoStepSums(TensorParallel):
-    """TP whose sums go round in two steps of their own: each device adds up its rows, then all gather them."""
-
-    def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        xs, qkv = self.projected(chunks)
-        contexts = list(self.attended(qkv, request))
-        for i, (context, x) in enumerate(zip(contexts, xs, strict=True)):
-            x = self.add(self.summed(self.out(context), i).add_(self.out_bias), x, self.attention_norm)
-            yield self.add(self.summed(self.ffn(x), i).add_(self.ffn_bias), x, self.ffn_norm)
-
-    def summed(self, partial: torch.Tensor, index: int) -> torch.Tensor:
-        """The sum over devices of `partial` [B, T, D]."""
-        rows = partial.flatten(0, 1)
-        sizes = split(len(rows), [1.0] * self.comm.num_ranks)
-        own = self.comm.start_reduce_scatter(rows.split(sizes), self.plan.wire, f"rows{index}").wait()
-        shapes = [(size, rows.shape[-1]) for size in sizes]
-        parts = self.comm.start_all_gather(own, shapes, self.plan.wire, f"all{index}").wait()
-        return torch.cat(parts).view(partial.shape)
 
 
 class GatheredX(Strategy):
@@ -76,19 +50,19 @@ class GatheredX(Strategy):
             yield self.after_attention(self.attend(part[:, start:stop, 0], k, v, mask), x)
 
 
-@pytest.fixture(params=[TwoStepSums, GatheredX])
-def name(request) -> Iterator[str]:
+@pytest.fixture
+def name() -> Iterator[str]:
     """The strategy under a name of its own, forgotten afterwards."""
-    register("own")(request.param)
+    register("own")(GatheredX)
     yield "own"
     del STRATEGIES["own"]
 
 
-def run_rank(rank: int, size: int, store: Path, folder: str, inputs: str, plan: Plan, strategy: str, out: Path) -> None:
+def run_rank(rank: int, size: int, store: Path, folder: str, inputs: str, plan: Plan, out: Path) -> None:
     """One device of a request, in a process of its own: writes its output, what it sent and its weights' bytes."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    register("own")(globals()[strategy])
+    register("own")(GatheredX)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     comm, weights = Comm(dist.group.WORLD, rank, size), WeightSource(folder, torch.float64)
     output = Executor(AutoConfig.from_pretrained(folder), plan, weights, comm)(**load_file(inputs))
@@ -104,7 +78,7 @@ def test_it_runs_over_real_processes(cases, tmp_path, name, model):
     plan = layer_plan("own", case.config, strategies_for(case.config, name), [1.0, 1.0, 2.0], num_chunks=2)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # which imports everything once
-    arguments = size, tmp_path / "store", case.checkpoint, case.inputs, plan, STRATEGIES[name].__name__, tmp_path
+    arguments = size, tmp_path / "store", case.checkpoint, case.inputs, plan, tmp_path
     ranks = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(size)]
     for rank in ranks:
         rank.start()
@@ -130,15 +104,9 @@ def test_it_is_priced_and_planned(name):
     found = predict(config, plan, profile)
     flops = sum(step.flops for step in device_steps(config, plan, 0, 128) if isinstance(step, Compute))
     assert found.compute_s == pytest.approx(flops / 1e10)
-    if STRATEGIES[name] is TwoStepSums:
-        assert found.counts == {"reduce_scatter": 24, "all_gather": 24}
-        tensor = predict(config, layer_plan("tp", config, ("tensor",) * 12, [1.0] * 4), profile)
-        assert sum(found.bytes.values()) == sum(tensor.bytes.values())  # an all_reduce is made of these two
-        assert found.weights_bytes == tensor.weights_bytes
-    else:
-        sequence = predict(config, layer_plan("sp", config, ("sequence",) * 12, [1.0] * 4), profile)
-        assert found.counts == sequence.counts == {"all_gather": 13}
-        one_x = 3 * 32 * 768 * 4
-        assert (found.bytes["all_gather"], sequence.bytes["all_gather"]) == (13 * one_x, 25 * one_x)
+    sequence = predict(config, layer_plan("sp", config, ("sequence",) * 12, [1.0] * 4), profile)
+    assert found.counts == sequence.counts == {"all_gather": 13}
+    one_x = 3 * 32 * 768 * 4
+    assert (found.bytes["all_gather"], sequence.bytes["all_gather"]) == (13 * one_x, 25 * one_x)
     placement = place_freely(config, profile)
     assert any(set(a.plan.strategies) == {name} for a in placement.alternatives)

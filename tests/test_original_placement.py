@@ -3,24 +3,23 @@
 import itertools
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertModel
 
 from conftest import SIZES, Case
 from detransformer.checkpoints import decouple_checkpoint
 from detransformer.cluster.devices import preset_profile
 from detransformer.models import DecoupledBertConfig, DecoupledBertModel, decouple, layer_kinds
-from detransformer.models.configuration import ORIGINAL_PLACEMENTS, check_decoupling, decoupled_config
+from detransformer.models.configuration import ORIGINAL_PLACEMENTS, decoupled_config
 from detransformer.models.overview import layer_pattern
-from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.plan import check_plan, layer_plan, published_plan, strategies_for
 from detransformer.planning.cost import predict
 from detransformer.planning.placement import bottleneck, place, place_freely
 from detransformer.planning.profile import ClusterProfile, LinkProfile
-from test_parallel import TOLERANCE, UNEVEN, check, run
+from parity import STRATEGIES_OF_ORIGINAL, TOLERANCE, UNEVEN, check_run, run_plan, saved_case
 
 PLACES = ("first", "bottom", "middle")  # those whose last layer is decoupled
 METHODS = ("single", "bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
@@ -91,8 +90,8 @@ def test_one_division_is_bert_wherever_original_layers_stand(placement):
 
 
 def test_bad_placement_is_one_sentence():
-    with pytest.raises(ValueError, match="original_placement='outer' is unknown"):
-        check_decoupling(48, 4, 6, 2, 4, original_placement="outer")
+    with pytest.raises(StrictDataclassFieldValidationError, match="'original_placement' expected one of .*, got outer"):
+        DecoupledBertConfig(original_placement="outer")
 
 
 def test_a_checkpoint_is_converted_so(tmp_path):
@@ -110,33 +109,23 @@ def test_a_checkpoint_is_converted_so(tmp_path):
 def test_plan_equals_single_device(cluster, places, place_, method, num_devices):
     case = places[place_]
     plan = published_plan(method, case.config, UNEVEN[num_devices])
-    check(case, plan, run(cluster, case, plan))
+    check_run(cluster, case, plan)
 
 
-@pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("strategy", STRATEGIES_OF_ORIGINAL)
 def test_chunks_and_devices_without_sub_blocks(cluster, places, strategy):
     case = places["first"]
-    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
-    plan = layer_plan("bp+auto", case.config, strategies, UNEVEN[4], num_chunks=3)
-    check(case, plan, run(cluster, case, plan))
+    plan = layer_plan("bp+auto", case.config, strategies_for(case.config, strategy), UNEVEN[4], num_chunks=3)
+    check_run(cluster, case, plan)
     plan = replace(plan, sub_blocks=(2, 0, 1, 1))
-    assert max(r["max_abs_error"] for r in run(cluster, case, plan)) < TOLERANCE
+    assert max(r["max_abs_error"] for r in run_plan(cluster, case, plan)) < TOLERANCE
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
 def test_the_last_reshard_is_compressed_too(cluster, places, wire):
     case = places["bottom"]
-    results = run(cluster, case, published_plan("bp+tp", case.config, UNEVEN[3], wire))
+    results = run_plan(cluster, case, published_plan("bp+tp", case.config, UNEVEN[3], wire))
     assert TOLERANCE < max(r["relative_error"] for r in results) < 0.05  # as in test_parallel
-
-
-def saved(folder, model, ids, expected) -> SimpleNamespace:
-    """A model's folder with a request and what the single device answers."""
-    model.save_pretrained(folder)
-    save_file({"input_ids": ids}, folder / "inputs")
-    save_file(expected, folder / "reference")
-    files = {name: str(folder / name) for name in ("inputs", "reference")}
-    return SimpleNamespace(checkpoint=str(folder), **files)
 
 
 @pytest.mark.parametrize("base", [BertForSequenceClassification, BertForQuestionAnswering])
@@ -150,9 +139,9 @@ def test_task_heads_after_a_decoupled_layer(cluster, tmp_path, base):
         expected = torch.stack([expected.start_logits, expected.end_logits], dim=-1)
     else:
         expected = expected.logits
-    case = saved(tmp_path, model, ids, {"logits": expected})
+    case = saved_case(tmp_path, model, {"input_ids": ids}, {"logits": expected})
     for method, num_devices in (("single", 1), ("bp+heads", 4)):
-        results = run(cluster, case, published_plan(method, model.config, UNEVEN[num_devices]))
+        results = run_plan(cluster, case, published_plan(method, model.config, UNEVEN[num_devices]))
         assert max(r["max_abs_error"] for r in results) < TOLERANCE
 
 
@@ -164,10 +153,10 @@ def test_gpt2_that_ends_in_a_decoupled_layer_writes_the_same_text(cluster, rando
     mask = torch.ones_like(ids)
     text = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 9:]
     with torch.no_grad():
-        hidden = model.transformer(ids).last_hidden_state
-    case = saved(tmp_path, model, ids, {"last_hidden_state": hidden})
+        expected = {"last_hidden_state": model.transformer(ids).last_hidden_state}
+    case = saved_case(tmp_path, model, {"input_ids": ids}, expected)
     prompt, decode = (published_plan(name, model.config, UNEVEN[3]) for name in (method, "bp+tp"))
-    assert max(r["max_abs_error"] for r in run(cluster, case, prompt)) < 1e-11
+    assert max(r["max_abs_error"] for r in run_plan(cluster, case, prompt)) < 1e-11
     plans = dict(prefill=prompt.to_dict(), decode=decode.to_dict())
     files = dict(checkpoint=case.checkpoint, inputs=case.inputs)
     results = cluster.run("generate", **files, **plans, max_new_tokens=8, dtype="float64")
@@ -187,7 +176,7 @@ def test_the_planner_finds_a_plan_wherever_original_layers_stand(placement):
     config = decoupled_config(small, 2, 4, original_placement=placement)
     profile = profiled(config)
     found = place_freely(config, profile, 32)
-    found.plan.check(config)
+    check_plan(found.plan, config)
     published = place(config, profile, 32)
     assert found.chosen.latency_s <= published.chosen.latency_s
     assert bottleneck(found.plan, config, profile, 32).startswith("Bottleneck: ")

@@ -1,65 +1,25 @@
 """Every plan on 1 to 4 real processes equals the single-device model, and counts what the cost model counts."""
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from detransformer.models.configuration import layer_kinds
 from detransformer.parallel.codec import decode, encode
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Executor
-from detransformer.parallel.linear import Linear, StackedLinear, input_major
-from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.parallel.linear import Linear, StackedLinear, laid_out
+from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
 from detransformer.parallel.weights import WeightSource
 from detransformer.parallel.wire import message_bytes
-from detransformer.planning.memory import held_bytes
-from detransformer.planning.recorder import device_steps
-from detransformer.planning.tape import Start
+from parity import STRATEGIES_OF_ORIGINAL, TOLERANCE, UNEVEN, check_counts, check_run, in_turn, run_plan, started
 
-# float64: what is left is the order of summation
-TOLERANCE = 1e-12
 # RMS error over the RMS of the output, of a 5-layer model whose every message is rounded: 8 bits of mantissa err by up
 # to 0.4% a number, 127 steps a row's largest by up to 0.4% of that, 7 steps by up to 7%, and errors add up over layers.
 WIRE_TOLERANCE = {"bfloat16": 0.02, "int8": 0.05, "int4": 0.5}
-UNEVEN = {1: [1.0], 2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 ORIGINAL = ("single", "dp", "pp", "tp", "sp", "ulysses", "galaxy")
 BLOCKS = ("bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
-
-
-def run(cluster, case, plan, reference=None, **job):
-    job = {"inputs": case.inputs, **job}
-    results = cluster.run(
-        "run_plan",
-        checkpoint=case.checkpoint,
-        plan=plan.to_dict(),
-        reference=reference or case.reference,
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-        **job,
-    )
-    return [result for result in results if result is not None]
-
-
-def check(case, plan, results, seq_len=11, batch_size=2):
-    """Every device's output equals the single device's, and it counted and keeps what the cost model says."""
-    errors = [r["max_abs_error"] for r in results if "max_abs_error" in r]
-    # A pipeline's result is on its last device; every other plan leaves it on all.
-    assert len(errors) == (1 if plan.method == "pp" else plan.num_devices)
-    assert max(errors) < TOLERANCE
-    for rank, result in enumerate(results):
-        started = [
-            step
-            for step in device_steps(case.config, plan, rank, seq_len, batch_size, dtype=torch.float64)
-            if isinstance(step, Start)
-        ]
-        assert result["counts"] == dict(Counter(step.kind for step in started))
-        assert result["bytes"] == {
-            kind: sum(step.num_bytes for step in started if step.kind == kind) for kind in result["counts"]
-        }
-        assert result["weights_bytes"] == 2 * held_bytes(case.config, [plan], plan.device_ids[rank])
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 4])
@@ -73,44 +33,41 @@ def check(case, plan, results, seq_len=11, batch_size=2):
 def test_plan_equals_single_device(cluster, cases, model, method, num_devices, uneven):
     case = cases[model]
     plan = published_plan(method, case.config, UNEVEN[num_devices] if uneven else [1.0] * num_devices)
-    check(case, plan, run(cluster, case, plan))
+    check_run(cluster, case, plan)
 
 
 @pytest.mark.parametrize("num_devices, num_chunks", [(2, 2), (3, 4), (4, 3), (4, 12)])
-@pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("strategy", STRATEGIES_OF_ORIGINAL)
 @pytest.mark.parametrize("model", ["original", "decoupled"])
 def test_chunks_that_overlap_change_nothing(cluster, cases, model, strategy, num_devices, num_chunks):
     case = cases[model]
-    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
+    strategies = strategies_for(case.config, strategy)
     speeds = UNEVEN[num_devices]
     plan = layer_plan("bp+auto", case.config, strategies, speeds, num_chunks=num_chunks)
-    check(case, plan, run(cluster, case, plan))
+    check_run(cluster, case, plan)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3])
-@pytest.mark.parametrize("strategy", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("strategy", STRATEGIES_OF_ORIGINAL)
 @pytest.mark.parametrize("model", ["original", "decoupled"])
 def test_a_device_may_be_too_slow_for_any_part(cluster, cases, model, strategy, num_chunks):
     """Not a head, not a token, not a column or sub-block."""
     case, speeds = cases[model], [1.0, 1.0, 0.01]
-    strategies = ["block" if kind == "decoupled" else strategy for kind in layer_kinds(case.config)]
+    strategies = strategies_for(case.config, strategy)
     plan = layer_plan("bp+auto", case.config, strategies, speeds, num_chunks=num_chunks)
     assert plan.heads[2] == plan.ffn_columns[2] == 0
-    check(case, plan, run(cluster, case, plan))
+    check_run(cluster, case, plan)
 
 
-@pytest.mark.parametrize("last", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
-@pytest.mark.parametrize("first", ["tensor", "sequence", "ulysses", "heads", "galaxy", "replicate"])
+@pytest.mark.parametrize("last", STRATEGIES_OF_ORIGINAL)
+@pytest.mark.parametrize("first", STRATEGIES_OF_ORIGINAL)
 @pytest.mark.parametrize("direct", [False, True])
 def test_any_strategy_may_follow_any_other(cluster, cases, first, last, direct):
     """Every pair of layouts, with and without a decoupled layer between."""
-    for model, layers in (("original", [first, last] * 2 + [first]), ("decoupled", None)):
-        case = cases[model]
-        if layers is None:
-            originals = iter([first, last])
-            layers = ["block" if kind == "decoupled" else next(originals) for kind in layer_kinds(case.config)]
+    for case in (cases["original"], cases["decoupled"]):
+        layers = in_turn(case.config, first, last)
         plan = layer_plan("bp+auto", case.config, layers, UNEVEN[3], direct=direct, num_chunks=2)
-        check(case, plan, run(cluster, case, plan))
+        check_run(cluster, case, plan)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -124,7 +81,7 @@ def test_lengths_and_batches(cluster, cases, tmp_path, model, method, num_chunks
     case = cases[model]
     inputs, reference = case.request(tmp_path, batch_size, seq_len)
     plan = replace(published_plan(method, case.config, [1.0] * 4), num_chunks=num_chunks)
-    check(case, plan, run(cluster, case, plan, reference, inputs=inputs), seq_len, batch_size)
+    check_run(cluster, case, plan, seq_len, batch_size, inputs=inputs, reference=reference)
 
 
 @pytest.mark.parametrize("wire", WIRE_TOLERANCE)
@@ -135,14 +92,13 @@ def test_wire_formats(cluster, cases, model, method, wire):
     """Compressed messages move the output by no more than stated, and weigh what the cost model says."""
     case = cases[model]
     plan = published_plan(method, case.config, UNEVEN[3], wire)
-    results = run(cluster, case, plan)
+    results = run_plan(cluster, case, plan)
     error = max(r["relative_error"] for r in results if "relative_error" in r)
     assert error < WIRE_TOLERANCE[wire]
     if results[-1]["counts"]:
         assert error > TOLERANCE  # something was rounded
     for rank, result in enumerate(results):
-        started = [s for s in device_steps(case.config, plan, rank, 11, 2, dtype=torch.float64) if isinstance(s, Start)]
-        assert sum(result["bytes"].values()) == sum(s.num_bytes for s in started)
+        check_counts(result, started(case, plan, rank, 11, 2))
 
 
 def test_wire_messages_keep_what_they_carry():
@@ -180,42 +136,21 @@ def test_bad_wire_is_one_sentence(cases, wire):
         published_plan("tp", cases["original"].config, [1.0] * 2, wire=wire)
 
 
-def test_more_devices_than_sub_blocks(cluster, cases):
-    """A device without a sub-block still takes part in the original layers."""
-    case = cases["decoupled"]
-    plan = published_plan("bp+tp", case.config, [1.0] * 4)
-    plan = replace(plan, sub_blocks=(2, 0, 1, 1))
-    assert max(r["max_abs_error"] for r in run(cluster, case, plan)) < TOLERANCE
-
-
-def test_a_wrong_weight_is_noticed(cluster, cases, tmp_path):
+def test_a_wrong_weight_is_noticed(cluster, cases):
     """The parity check can fail: another model's output is not this one's."""
     case, other = cases["decoupled"], cases["original"]
     plan = published_plan("bp+tp", case.config, [1.0] * 2)
-    results = run(cluster, case, plan, reference=other.reference)
+    results = run_plan(cluster, case, plan, reference=other.reference)
     assert results[0]["max_abs_error"] > 1e-3
 
 
 def test_output_is_written(cluster, cases, tmp_path):
-    from safetensors.torch import load_file
-
     case = cases["original"]
     path = tmp_path / "output.safetensors"
-    run(cluster, case, published_plan("tp", case.config, [1.0] * 3), output=str(path))
+    run_plan(cluster, case, published_plan("tp", case.config, [1.0] * 3), output=str(path))
     written, expected = load_file(path), load_file(case.reference)
     assert set(written) == {"last_hidden_state", "pooler_output"}
     assert float((written["pooler_output"] - expected["pooler_output"]).abs().max()) < TOLERANCE
-
-
-def test_state_dict_and_file_give_the_same_parts(cases):
-    case = cases["original"]
-    from_file = WeightSource(f"{case.checkpoint}/model.safetensors", torch.float64)
-    from_state = WeightSource(case.state, torch.float64)
-    name = "encoder.layer.0.attention.output.dense.weight"
-    assert torch.equal(from_file.take(name, 1, 8, 24), from_state.take(name, 1, 8, 24))
-    assert from_file.num_bytes == from_state.num_bytes == 48 * 16 * 8
-    with pytest.raises(ValueError, match="no weight 'encoder.layer.9"):
-        from_state.take("encoder.layer.9.attention.output.dense.weight")
 
 
 def test_executor_refuses_what_does_not_fit(cases):
@@ -231,12 +166,12 @@ def test_executor_refuses_what_does_not_fit(cases):
 def test_linear_maps_are_torchs_whatever_way_the_weight_lies(num_in, num_out):
     """Also where rows of the weight are a multiple of 4 KiB, and so padded; in parts, without a bias, without rows."""
     x, weight, bias = torch.randn(2, 3, num_in).double(), torch.randn(num_out, num_in).double(), torch.randn(num_out)
-    bias, linear = bias.double(), Linear(input_major(weight), bias.double())
+    bias, linear = bias.double(), Linear(laid_out(weight.mT), bias.double())
     expected = torch.nn.functional.linear(x, weight, bias)
     torch.testing.assert_close(linear(x), expected)
-    torch.testing.assert_close(Linear(input_major(weight))(x), x @ weight.T)
+    torch.testing.assert_close(Linear(laid_out(weight.mT))(x), x @ weight.T)
     assert linear(x[:0]).shape == (0, 3, num_out)
     assert linear.weight.stride(0) * 8 % 4096 != 0
-    blocks = StackedLinear(input_major(weight.expand(2, -1, -1)), bias.expand(2, -1))
+    blocks = StackedLinear(laid_out(weight.mT.expand(2, -1, -1)), bias.expand(2, -1))
     torch.testing.assert_close(blocks(x), expected)
-    torch.testing.assert_close(StackedLinear(input_major(weight[None]), bias[None])(x[:1]), expected[:1])
+    torch.testing.assert_close(StackedLinear(laid_out(weight.mT[None]), bias[None])(x[:1]), expected[:1])

@@ -1,12 +1,10 @@
 """Models whose parts are added up later, less often or in part: what they compute, on one device and on several."""
 
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
@@ -15,13 +13,11 @@ from detransformer.models.sync_gpt2 import SyncGPT2Config, SyncGPT2ForMaskedLM, 
 from detransformer.opening import open_checkpoint
 from detransformer.parallel.executor import causal_mask, positions
 from detransformer.parallel.layer import STRATEGIES
-from detransformer.parallel.plan import layer_plan, published_plan, strategies_for
+from detransformer.parallel.plan import check_plan, layer_plan, published_plan, strategies_for
 from detransformer.planning.cost import predict
-from detransformer.planning.memory import held_bytes
 from detransformer.planning.placement import place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
-from detransformer.planning.recorder import device_steps
-from detransformer.planning.tape import Start
+from parity import TOLERANCE, check_run, run_plan, saved_case, started
 
 SMALL = dict(n_embd=48, n_layer=5, n_head=4, n_inner=72, vocab_size=101, n_positions=40)
 ARCHITECTURES = {
@@ -31,8 +27,6 @@ ARCHITECTURES = {
     "channels": dict(sync="parts", shared_fraction=0.4),
     "both": dict(sync="parts", shared_fraction=0.4, fuse_every=3),
 }
-# float64: what is left is the order of summation
-TOLERANCE = 1e-12
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +158,6 @@ def test_every_weight_learns(gpt2, batch, architecture):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(sync="desync"), "sync='desync' is unknown: choose one of parallel, ladder, parts"),
         (dict(fuse_every=0), "fuse_every=0 is below 1"),
         (dict(shared_fraction=1.5), "shared_fraction=1.5 is outside 0..1"),
         (dict(num_divisions=3), "num_divisions=3 does not divide the number of heads, 4"),
@@ -190,45 +183,14 @@ def checkpoints(gpt2, batch, tmp_path_factory) -> dict[tuple[str, bool], SimpleN
     made = {}
     for name, sync in ARCHITECTURES.items():
         for causal in (True, False):
-            folder = tmp_path_factory.mktemp(f"{name}-{causal}")
-            model = synced(gpt2, **sync, is_causal=causal)
-            model.save_pretrained(folder)
-            inputs, reference = str(folder / "inputs.safetensors"), str(folder / "reference.safetensors")
-            save_file(batch, inputs)
-            asked = dict(batch)
+            model, asked = synced(gpt2, **sync, is_causal=causal), dict(batch)
             if causal:  # what pads: as the executor has it
                 asked["attention_mask"] = causal_mask(11, 0, batch["attention_mask"])
                 asked["position_ids"] = positions(2, 11, 0, batch["attention_mask"])
             with torch.no_grad():
-                output = model.transformer(**asked)
-            save_file({"last_hidden_state": output.last_hidden_state.contiguous()}, reference)
-            config = open_checkpoint(folder).config
-            made[name, causal] = SimpleNamespace(config=config, folder=str(folder), inputs=inputs, reference=reference)
+                expected = {"last_hidden_state": model.transformer(**asked).last_hidden_state}
+            made[name, causal] = saved_case(tmp_path_factory.mktemp(f"{name}-{causal}"), model, batch, expected)
     return made
-
-
-def check(cluster, case, plan):
-    """Every device's output is the single device's, and it counted and keeps what its own tape says."""
-    results = cluster.run(
-        "run_plan",
-        checkpoint=case.folder,
-        plan=plan.to_dict(),
-        inputs=case.inputs,
-        reference=case.reference,
-        dtype="float64",
-        repeats=1,
-        warmup=1,
-    )
-    results = [result for result in results if result is not None]
-    assert len(results) == plan.num_devices
-    for rank, result in enumerate(results):
-        assert result["max_abs_error"] < TOLERANCE
-        steps = device_steps(case.config, plan, rank, 11, 2, dtype=torch.float64)
-        started = [step for step in steps if isinstance(step, Start)]
-        assert result["counts"] == dict(Counter(step.kind for step in started))
-        assert sum(result["bytes"].values()) == sum(step.num_bytes for step in started)
-        assert result["weights_bytes"] == 2 * held_bytes(case.config, [plan], plan.device_ids[rank])
-    return results
 
 
 @pytest.mark.parametrize("speeds, num_chunks", [([1], 1), ([1, 1], 1), ([1, 1, 2], 3), ([1, 1, 1, 1], 1)])
@@ -237,7 +199,7 @@ def check(cluster, case, plan):
 def test_plan_equals_single_device(cluster, checkpoints, architecture, causal, speeds, num_chunks):
     case = checkpoints[architecture, causal]
     strategies = strategies_for(case.config, "tensor")
-    check(cluster, case, layer_plan("tp", case.config, strategies, speeds, num_chunks=num_chunks))
+    check_run(cluster, case, layer_plan("tp", case.config, strategies, speeds, num_chunks=num_chunks))
 
 
 def test_a_pipeline_is_cut_where_x_is_whole(cluster, checkpoints):
@@ -245,10 +207,8 @@ def test_a_pipeline_is_cut_where_x_is_whole(cluster, checkpoints):
     case = checkpoints["tracks", True]
     plan = published_plan("pp", case.config, [1.0] * 2)
     with pytest.raises(ValueError, match="cut the model before layer 3, where X is not whole .a 'parts' layer."):
-        replace(plan, stages=(3, 2)).check(case.config)
-    job = dict(plan=replace(plan, stages=(2, 3)).to_dict(), inputs=case.inputs, reference=case.reference)
-    results = cluster.run("run_plan", checkpoint=case.folder, **job, dtype="float64", repeats=1)
-    assert [r["max_abs_error"] < TOLERANCE for r in results if r and "max_abs_error" in r] == [True]
+        check_plan(replace(plan, stages=(3, 2)), case.config)
+    check_run(cluster, case, replace(plan, stages=(2, 3)))
 
 
 @pytest.mark.parametrize("architecture", ["ladder", "both"])
@@ -256,20 +216,18 @@ def test_compressed_messages_move_the_output_by_little(cluster, checkpoints, arc
     """As tests/test_parallel.py has it for the other strategies."""
     case = checkpoints[architecture, True]
     plan = layer_plan("tp", case.config, strategies_for(case.config, "tensor"), [1, 1], wire="bfloat16")
-    job = dict(checkpoint=case.folder, plan=plan.to_dict(), inputs=case.inputs, reference=case.reference)
-    results = cluster.run("run_plan", **job, dtype="float64", repeats=1)
-    assert TOLERANCE < max(r["relative_error"] for r in results if r) < 0.02
+    assert TOLERANCE < max(r["relative_error"] for r in run_plan(cluster, case, plan)) < 0.02
 
 
 def test_the_messages_are_the_architectures(checkpoints):
     """Of 5 layers on 4 devices: one sum a layer, two, three fusions, two and the last; bytes by what is in them."""
     found = {}
     for name in ARCHITECTURES:
-        config = checkpoints[name, True].config
-        plan = layer_plan("tp", config, strategies_for(config, "tensor"), [1.0] * 4)
-        sums = [s for s in device_steps(config, plan, 0, 10) if isinstance(s, Start) and s.kind == "all_reduce"]
+        case = checkpoints[name, True]
+        plan = layer_plan("tp", case.config, strategies_for(case.config, "tensor"), [1.0] * 4)
+        sums = [s for s in started(case, plan, 0, 10) if s.kind == "all_reduce"]
         found[name] = len(sums), sum(step.num_bytes for step in sums)
-    whole, shared = (2 * 3 * 10 * channels * 4 // 4 for channels in (48, 19))
+    whole, shared = (2 * 3 * 10 * channels * 8 // 4 for channels in (48, 19))
     assert found == {
         "parallel": (5, 5 * whole),
         "ladder": (10, 10 * whole),
@@ -286,7 +244,7 @@ def test_devices_and_parts_must_agree(checkpoints):
     with pytest.raises(ValueError, match="needs a decoupled model"):
         published_plan("bp+tp", config, [1.0] * 2)
     with pytest.raises(ValueError, match="'tensor' at layer 0 is for original layers, and this one is parts-first"):
-        layer_plan("tp", config, ["tensor"] * 5, [1.0] * 2).check(config)
+        check_plan(layer_plan("tp", config, ["tensor"] * 5, [1.0] * 2), config)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

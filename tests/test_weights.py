@@ -55,7 +55,7 @@ def test_stacked_parts_equal_their_concatenation(path, kind, dim, axis):
     names = [f"{kind}.{n}" for n in "qkv"]
     source = WeightSource(path)
     expected = torch.cat([source.take(name, dim, 1, 3) for name in names], axis)
-    assert torch.equal(source.take_stacked(names, dim, 1, 3, axis), expected)
+    assert torch.equal(source.take_joined([(name, 1, 3) for name in names], dim, axis), expected)
 
 
 def test_a_checkpoint_in_several_files(cases, tmp_path):

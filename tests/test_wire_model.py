@@ -17,42 +17,25 @@ from transformers import (
 )
 
 from conftest import SIZES
-from detransformer.models import decouple, layer_kinds, preset_config
-from detransformer.parallel.plan import layer_plan, published_plan
+from detransformer.models import decouple, preset_config
+from detransformer.parallel.plan import check_plan, layer_plan, published_plan
 from detransformer.parallel.wire import TOKEN_FORMATS
 from detransformer.parallel.wire_model import wire_plan, wired
+from parity import TOLERANCE, UNEVEN, in_turn, run_plan
 
-# float64, the same operations in the same order; only gloo's all_reduce, of the float32 format, has an order of its own
-TOLERANCE = 1e-12
-UNEVEN = {2: [1.0, 2.0], 3: [1.0, 1.0, 2.0], 4: [1.0, 2.0, 1.0, 1.0]}
 ORIGINAL = ("tp", "sp", "ulysses", "galaxy")
 BLOCKS = ("bp+tp", "bp+sp", "bp+allgather", "bp+ulysses", "bp+heads")
 WIRES = ("float32", "bfloat16", "int8", "int4")
 
 
-def on_devices(cluster, case, plan, inputs, folder) -> dict[str, torch.Tensor]:
-    """What real processes make of a request."""
-    path = folder / "output.safetensors"
-    cluster.run(
-        "run_plan",
-        checkpoint=case.checkpoint,
-        plan=plan.to_dict(),
-        inputs=str(inputs),
-        output=str(path),
-        dtype="float64",
-        repeats=1,
-        warmup=0,
-    )
-    return load_file(path)
-
-
 @torch.no_grad()
 def check(cluster, case, plan, folder, inputs=None):
-    inputs = inputs or case.inputs
+    """What it gives is what real processes give: the same operations in the same order, but for gloo's all_reduce."""
+    inputs, output = inputs or case.inputs, folder / "output.safetensors"
     with wired(case.model, plan) as model:
         ours = model(**load_file(inputs))
-    theirs = on_devices(cluster, case, plan, inputs, folder)
-    for name, expected in theirs.items():
+    run_plan(cluster, case, plan, inputs=inputs, reference=None, output=str(output))
+    for name, expected in load_file(output).items():
         torch.testing.assert_close(ours[name], expected, rtol=0, atol=TOLERANCE)
     return ours
 
@@ -81,7 +64,7 @@ def test_approximate_tokens_are_those_of_other_devices_alone(cluster, cases, tmp
     assert 1e-5 < ((ours.last_hidden_state - plain).square().mean() / plain.square().mean()).sqrt() < 1
     for method, devices in (("tp", 3), ("ulysses", 3), ("sp", 1)):
         ours, rounded = (
-            check(cluster, case, published_plan(method, case.config, UNEVEN.get(devices, [1.0]), name), tmp_path)
+            check(cluster, case, published_plan(method, case.config, UNEVEN[devices], name), tmp_path)
             for name in (wire, "int8")
         )
         assert torch.equal(ours.last_hidden_state, rounded.last_hidden_state)
@@ -91,8 +74,7 @@ def test_approximate_tokens_are_those_of_other_devices_alone(cluster, cases, tmp
 @pytest.mark.parametrize("num_chunks", [1, 3])
 def test_mixed_plans_as_the_planner_makes_them(cluster, cases, tmp_path, first, last, num_chunks):
     case = cases["decoupled"]
-    originals = iter([first, last])
-    names = ["block" if kind == "decoupled" else next(originals) for kind in layer_kinds(case.config)]
+    names = in_turn(case.config, first, last)
     plan = layer_plan("bp+auto", case.config, names, UNEVEN[3], "int8", num_chunks=num_chunks)
     check(cluster, case, plan, tmp_path)
 
@@ -164,7 +146,7 @@ def test_the_plan_for_scores(num_divisions, heads, expected):
     config = preset_config("bert-base") if num_divisions is None else preset_config("bert-base", 4, num_divisions)
     config.num_attention_heads = heads
     plan = wire_plan(config, wire="bfloat16")
-    plan.check(config)
+    check_plan(plan, config)
     assert plan.num_devices == expected and plan.wire == "bfloat16" and plan == wire_plan(config, wire="bfloat16")
     original = "heads" if heads >= expected else "sequence"
     assert plan.strategies.count(original) == (4 if num_divisions else 12)
@@ -184,9 +166,8 @@ def test_what_cannot_be_wired_is_one_sentence(cases):
             pass
     with wired(model, wire_plan(config)):
         for request, words in (
-            (dict(inputs_embeds=torch.zeros(1, 4, 48)), "input_ids, not inputs_embeds"),
+            (dict(inputs_embeds=torch.zeros(1, 4, 48), input_ids=None), "leave out inputs_embeds"),
             (dict(input_ids=ids, attention_mask=torch.ones(1, 1, 4, 4)), "has 4 axes"),
-            (dict(input_ids=ids, position_ids=ids), "numbers positions"),
             (dict(input_ids=ids, output_hidden_states=True), "leave out output_hidden_states"),
         ):
             with pytest.raises(ValueError, match=words):

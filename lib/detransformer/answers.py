@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from detransformer.models.configuration import generates, head_of, max_tokens
-from detransformer.models.heads import lm_logits
+from detransformer.models.naming import lm_logits
 from detransformer.opening import Checkpoint, has_tokenizer, load_model, load_tokenizer
 
 SEED = 0

@@ -30,7 +30,7 @@ from detransformer.models.configuration import (
     original_type,
     read_generation,
 )
-from detransformer.parallel.parameters import naming_of
+from detransformer.models.naming import naming_of
 from detransformer.parallel.weights import WeightSource, refuse_pointer
 
 VOCABULARY_FILES = (  # one is enough

@@ -1,6 +1,6 @@
 """transformers' own tests of BERT and GPT-2, run on the decoupled classes; README.md says how and with what result.
 
-The folder that has transformers' `tests` is on PYTHONPATH. Not collected by `make test`: nothing of it is in this repository.
+The folder that has transformers' `tests` is on PYTHONPATH; nothing of it is in this repository.
 """
 
 from tests.models.bert.test_modeling_bert import BertModelTest, BertModelTester
@@ -15,7 +15,7 @@ from detransformer.models.configuration import config_fields
 DECOUPLING = dict(num_original_layers=1, num_divisions=4)  # D O: two layers, the last one original
 
 for config, table in CLASSES.items():  # as models of the library have them; the tests look heads up by these names
-    for auto, original, decoupled in table:
+    for _, original, decoupled in table:
         for name, names in vars(modeling_auto).items():
             if name.endswith("_MAPPING_NAMES") and names.get(original.config_class.model_type) == original.__name__:
                 names[config.model_type] = decoupled.__name__

@@ -31,7 +31,7 @@ from detransformer.cluster.state import WorkerState
 from detransformer.models.configuration import generates, layer_kinds, max_tokens
 from detransformer.opening import Checkpoint, load_tokenizer, open_checkpoint
 from detransformer.parallel.generation import check_generation
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.plan import Plan, check_plan
 from detransformer.planning.cost import compute_seconds, predict
 from detransformer.planning.generation import place_generation, price_generation
 from detransformer.planning.placement import place, place_freely
@@ -171,7 +171,7 @@ def plan_of(
             given = Plan.from_dict(request.plan)
         except ValueError as error:
             raise ValueError(f"--plan is not a plan ({error}): make one with `detransformer plan`.") from None
-        given.check(config)
+        check_plan(given, config)
         if max(given.device_ids) >= len(profile.devices):
             raise ValueError(
                 f"the plan uses device {max(given.device_ids)}, and the cluster has {len(profile.devices)} devices, "

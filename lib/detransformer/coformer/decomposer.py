@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 
 from detransformer.coformer.policy import Original, Policy, SubModelConfig, check_policy
 from detransformer.coformer.submodels import SUB_MODEL_CLASS, sub_model_config
-from detransformer.parallel.parameters import NAMING, Naming
+from detransformer.models.naming import NAMING, Naming
 
 LAYER_NAME = re.compile(r"^(?:bert\.|transformer\.|vit\.)?(?:encoder\.layer|layers|h)\.(\d+)\.(.+)$")
 PREFIX = re.compile(r"^(?:bert|transformer|vit)\.")

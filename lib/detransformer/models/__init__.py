@@ -1,51 +1,12 @@
-"""Decoupled and original models, and the conversion between them. Knows no rank, clock, file path or plot."""
+"""Decoupled and original models, and the conversion between them. Knows no rank, clock, file path or plot.
 
-from detransformer.models.configuration import (
-    DecoupledBertConfig,
-    DecoupledGPT2Config,
-    architecture,
-    ffn_size,
-    layer_kinds,
-    preset_config,
-)
+The classes that `models.auto` makes are here by their names too, such as `DecoupledBertForMaskedLM`.
+"""
+
+from detransformer.models.auto import BY_NAME
+from detransformer.models.configuration import architecture, ffn_size, layer_kinds, preset_config
 from detransformer.models.conversion import decouple
-from detransformer.models.decoupled_bert import (
-    DecoupledBertForMaskedLM,
-    DecoupledBertForMultipleChoice,
-    DecoupledBertForNextSentencePrediction,
-    DecoupledBertForPreTraining,
-    DecoupledBertForQuestionAnswering,
-    DecoupledBertForSequenceClassification,
-    DecoupledBertForTokenClassification,
-    DecoupledBertModel,
-)
-from detransformer.models.decoupled_gpt2 import (
-    DecoupledGPT2ForQuestionAnswering,
-    DecoupledGPT2ForSequenceClassification,
-    DecoupledGPT2ForTokenClassification,
-    DecoupledGPT2LMHeadModel,
-    DecoupledGPT2Model,
-)
 
-__all__ = [
-    "DecoupledBertConfig",
-    "DecoupledBertForMaskedLM",
-    "DecoupledBertForMultipleChoice",
-    "DecoupledBertForNextSentencePrediction",
-    "DecoupledBertForPreTraining",
-    "DecoupledBertForQuestionAnswering",
-    "DecoupledBertForSequenceClassification",
-    "DecoupledBertForTokenClassification",
-    "DecoupledBertModel",
-    "DecoupledGPT2Config",
-    "DecoupledGPT2ForQuestionAnswering",
-    "DecoupledGPT2ForSequenceClassification",
-    "DecoupledGPT2ForTokenClassification",
-    "DecoupledGPT2LMHeadModel",
-    "DecoupledGPT2Model",
-    "architecture",
-    "decouple",
-    "ffn_size",
-    "layer_kinds",
-    "preset_config",
-]
+globals().update(BY_NAME)
+
+__all__ = ["architecture", "decouple", "ffn_size", "layer_kinds", "preset_config"]

@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import get_args
 
 from huggingface_hub.dataclasses import strict
@@ -30,7 +30,6 @@ from transformers import (
 from detransformer.presets import GPT2_SIZES, PRESET_SIZES, PRESETS, AttentionWidth, OriginalPlacement
 
 ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS = get_args(AttentionWidth), get_args(OriginalPlacement)
-SYNCS = ("parallel", "ladder", "parts")  # `models.sync_gpt2`: when a layer's parts are summed
 
 
 @dataclass(kw_only=True)
@@ -59,122 +58,71 @@ class Decoupling:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        check_decoupling(
-            self.hidden_size,
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.num_original_layers,
-            self.num_divisions,
-            self.attention_width,
-            self.original_placement,
-        )
+        if getattr(self, "add_cross_attention", False):
+            raise ValueError("a decoupled model attends to its own tokens only: set add_cross_attention=False.")
+        if getattr(self, "is_decoder", False) and architecture(self) != "gpt2":
+            raise ValueError(f"a {self.model_type} is an encoder: set is_decoder=False.")
+        if not getattr(self, "qkv_bias", True):  # ViT's
+            raise ValueError("qkv_bias=False: a decoupled ViT has biases of Q, K and V; choose a ViT with them.")
+        if not 1 <= self.num_original_layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"num_original_layers={self.num_original_layers} is outside 1..{self.num_hidden_layers}: "
+                f"at least one of the {self.num_hidden_layers} layers is original. Choose a value in that range."
+            )
+        if self.num_divisions < 1 or self.hidden_size % self.num_divisions:
+            good = ", ".join(str(n) for n in range(1, 17) if self.hidden_size % n == 0)
+            raise ValueError(
+                f"num_divisions={self.num_divisions} does not divide hidden_size={self.hidden_size}: every sub-block "
+                f"takes an equal slice of the hidden axis. Choose one of {good}."
+            )
+        if self.attention_width == "narrow" and self.hidden_size // self.num_attention_heads % self.num_divisions:
+            raise ValueError(
+                f"num_divisions={self.num_divisions} does not divide the head size "
+                f"{self.hidden_size // self.num_attention_heads}: the narrow "
+                f'sub-block keeps 1/Ndiv of every head. Choose a divisor of it, or attention_width="full".'
+            )
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: `transformers` would copy this file beside the weights; models save a module of their own."""
+    @property
+    def slice_width(self) -> int:
+        """d, the width of a sub-block's slice of the hidden axis."""
+        return self.hidden_size // self.num_divisions
 
-
-@strict
-class DecoupledBertConfig(Decoupling, BertConfig):
-    """`BertConfig` plus the choices of `Decoupling`."""
-
-    model_type = "decoupled_bert"
-
-
-@strict
-class DecoupledRobertaConfig(Decoupling, RobertaConfig):
-    """`RobertaConfig` plus the choices of `Decoupling`."""
-
-    model_type = "decoupled_roberta"
-
-
-@strict
-class DecoupledXLMRobertaConfig(Decoupling, XLMRobertaConfig):
-    """`XLMRobertaConfig` plus the choices of `Decoupling`."""
-
-    model_type = "decoupled_xlm-roberta"
-
-
-@strict
-class DecoupledCamembertConfig(Decoupling, CamembertConfig):
-    """`CamembertConfig` plus the choices of `Decoupling`."""
-
-    model_type = "decoupled_camembert"
-
-
-@strict
-class DecoupledDistilBertConfig(Decoupling, DistilBertConfig):
-    """`DistilBertConfig` plus the choices of `Decoupling`."""
-
-    model_type = "decoupled_distilbert"
-
-
-@strict
-class DecoupledGPT2Config(Decoupling, GPT2Config):
-    """`GPT2Config` plus the choices of `Decoupling`."""
-
-    model_type = "decoupled_gpt2"
+    @property
+    def slice_attention_width(self) -> int:
+        """A, the width of a sub-block's attention."""
+        return self.hidden_size if self.attention_width == "full" else self.slice_width
 
     @property
     def per_layer_config(self) -> list[PretrainedConfig]:
-        """One configuration a layer, for sizing a cache: `head_dim` is the width of a head in the cache, P*s."""
+        """One configuration a layer, for sizing a decoder's cache: `head_dim` is the width of a head in it, P*s."""
         configs = [copy.copy(self) for _ in range(self.num_hidden_layers)]
         for config, kind in zip(configs, layer_kinds(self), strict=True):
             wider = self.num_divisions if kind == "decoupled" and self.attention_width == "full" else 1
             config.head_dim = wider * self.hidden_size // self.num_attention_heads
         return configs
 
-
-@strict
-class DecoupledViTConfig(Decoupling, ViTConfig):
-    """`ViTConfig` plus the choices of `Decoupling`.
-
-    Raises:
-        ValueError: as `Decoupling`, and if Q, K and V have no biases.
-    """
-
-    model_type = "decoupled_vit"
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if not self.qkv_bias:
-            raise ValueError("qkv_bias=False: a decoupled ViT has biases of Q, K and V; choose a ViT with them.")
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: `transformers` would copy this file beside the weights; models save a module of their own."""
 
 
-def check_decoupling(
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_original_layers: int,
-    num_divisions: int,
-    attention_width: str = "full",
-    original_placement: str = "last",
-) -> None:
-    """Raises ValueError if a model of these sizes cannot be decoupled in this way."""
-    if not 1 <= num_original_layers <= num_layers:
-        raise ValueError(
-            f"num_original_layers={num_original_layers} is outside 1..{num_layers}: "
-            f"at least one of the {num_layers} layers is original. Choose a value in that range."
-        )
-    if num_divisions < 1 or hidden_size % num_divisions:
-        good = ", ".join(str(n) for n in range(1, 17) if hidden_size % n == 0)
-        raise ValueError(
-            f"num_divisions={num_divisions} does not divide hidden_size={hidden_size}: every sub-block takes an equal "
-            f"slice of the hidden axis. Choose one of {good}."
-        )
-    if attention_width not in ATTENTION_WIDTHS:
-        raise ValueError(
-            f"attention_width={attention_width!r} is unknown: choose one of {', '.join(ATTENTION_WIDTHS)}."
-        )
-    if original_placement not in ORIGINAL_PLACEMENTS:
-        raise ValueError(
-            f"original_placement={original_placement!r} is unknown: choose one of {', '.join(ORIGINAL_PLACEMENTS)}."
-        )
-    if attention_width == "narrow" and (hidden_size // num_heads) % num_divisions:
-        raise ValueError(
-            f"num_divisions={num_divisions} does not divide the head size {hidden_size // num_heads}: the narrow "
-            f'sub-block keeps 1/Ndiv of every head. Choose a divisor of it, or attention_width="full".'
-        )
+def _decoupled(original: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    """`original` plus the choices of `Decoupling`."""
+    members = {
+        "__module__": __name__,
+        "__doc__": f"`{original.__name__}` plus the choices of `Decoupling`.",
+        "model_type": f"decoupled_{original.model_type}",
+    }
+    return strict(type(f"Decoupled{original.__name__}", (Decoupling, original), members))
+
+
+DecoupledBertConfig = _decoupled(BertConfig)
+DecoupledRobertaConfig = _decoupled(RobertaConfig)
+DecoupledXLMRobertaConfig = _decoupled(XLMRobertaConfig)
+DecoupledCamembertConfig = _decoupled(CamembertConfig)
+DecoupledDistilBertConfig = _decoupled(DistilBertConfig)
+DecoupledGPT2Config = _decoupled(GPT2Config)
+DecoupledViTConfig = _decoupled(ViTConfig)
 
 
 @dataclass(frozen=True)
@@ -285,7 +233,7 @@ def is_decoder(config: PretrainedConfig) -> bool:
     return architecture(config) == "gpt2" and getattr(config, "is_causal", True)
 
 
-def read_generation(config: PretrainedConfig, fields: dict) -> None:
+def read_generation(config: PretrainedConfig, options: dict) -> None:
     """Takes the end tokens from the fields of a generation_config.json, which transformers prefers to config.json.
 
     Raises:
@@ -293,9 +241,9 @@ def read_generation(config: PretrainedConfig, fields: dict) -> None:
     """
     place = "generation_config.json"
     for name, value in LIKELIEST_TEXT.items():
-        if fields.get(name) not in (None, value):
-            raise ValueError(f"{place}: {name} is {fields[name]!r}, and only {value!r} is supported: remove it there.")
-    ends = fields.get("eos_token_id")
+        if options.get(name) not in (None, value):
+            raise ValueError(f"{place}: {name} is {options[name]!r}, and only {value!r} is supported: remove it there.")
+    ends = options.get("eos_token_id")
     if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends or 0])):
         raise ValueError(f"{place}: eos_token_id is {ends!r}, and must be a token id or a list of them.")
     if ends is not None:
@@ -371,7 +319,7 @@ def decoupled_config(
 
 def original_config(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration from which `config` was decoupled, or an equal one if it is not decoupled."""
-    added = ("num_original_layers", "num_divisions", "attention_width", "original_placement")
+    added = {field.name for field in fields(Decoupling)}
     kind = CONFIG_MAPPING[config.model_type.removeprefix("decoupled_")]
     return kind(**{name: value for name, value in config_fields(config).items() if name not in added})
 

@@ -11,12 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from detransformer.models.auto import DECOUPLED_CLASS
 from detransformer.models.configuration import decoupled_config, layer_kinds
+from detransformer.models.naming import naming_of
 from detransformer.models.stacked import made_from
 
 LAYER_NAME = re.compile(r"(?:^|\.)(?:(?:encoder|transformer)\.layer|h|layers)\.(\d+)\.(.+)$")
-QKV = ("attention.self.", *(f"attention.{x}_{kind}." for x in "qkv" for kind in ("lin", "proj")))  # name prefixes
-FFN_IN = ("intermediate.", "ffn.lin1.", "mlp.fc1.")
-ATTENTION_OUT = ("attention.output.dense.weight", "attention.out_lin.weight", "attention.o_proj.weight")
 
 
 def decouple(
@@ -66,43 +64,24 @@ def slice_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfi
 
     `parameter` is the name inside the layer, e.g. `attention.self.query.weight` or `attn.c_attn.weight`.
     """
-    if config.model_type == "decoupled_gpt2":
-        return _slice_gpt2_parameter(parameter, value, config)
-    blocks = config.num_divisions
-    narrow = config.attention_width == "narrow"
-    is_qkv = parameter.startswith(QKV)
-    if is_qkv or parameter.startswith(FFN_IN):  # reads a slice: columns; the bias is whole in each sub-block
-        if parameter.endswith("weight"):
-            value = value.unflatten(1, (blocks, -1)).transpose(0, 1)  # [out, D] -> [P, out, d]
-        else:
-            value = value.expand(blocks, -1)
-        return _narrow_heads(value, config, dim=1) if is_qkv and narrow else value
-    value = value.unflatten(0, (blocks, -1))  # writes a slice: rows, bias and LayerNorm entries [P, d, ...]
-    if parameter in ATTENTION_OUT and narrow:
-        value = _narrow_heads(value, config, dim=2)
+    naming, (part, kind) = naming_of(config), parameter.rsplit(".", 1)
+    reads_slice = part in (*naming.qkv, naming.ffn_in)
+    if reads_slice and kind == "bias":  # whole in each sub-block
+        value = value.expand(config.num_divisions, -1)
+    else:  # its inputs, or its outputs, which are rows of an output-major weight, and all of a bias or LayerNorm
+        axis = int(reads_slice != naming.input_major) if value.ndim == 2 else 0
+        value = value.unflatten(axis, (config.num_divisions, -1)).movedim(axis, 0)
+    if config.attention_width == "narrow":
+        if part in naming.qkv:
+            axis = 2 if naming.input_major and kind == "weight" else 1
+            value = _narrow_heads(value, config, axis, num_maps=3 // len(naming.qkv))
+        elif part == naming.out and kind == "weight":
+            value = _narrow_heads(value, config, 1 if naming.input_major else 2)
     return value
-
-
-def _slice_gpt2_parameter(parameter: str, value: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """As `slice_parameter`, for GPT-2: weights are input-major, Q, K and V packed in one."""
-    blocks = config.num_divisions
-    narrow = config.attention_width == "narrow"
-    if parameter.startswith(("attn.c_attn.", "mlp.c_fc.")):  # reads a slice: rows; the bias is whole in each sub-block
-        if parameter.endswith("weight"):
-            value = value.unflatten(0, (blocks, -1))  # [D, out] -> [P, d, out]
-        else:
-            value = value.expand(blocks, -1)
-        is_qkv = parameter.startswith("attn.")
-        return _narrow_heads(value, config, value.ndim - 1, num_maps=3) if is_qkv and narrow else value
-    if parameter in ("attn.c_proj.weight", "mlp.c_proj.weight"):  # writes a slice: columns
-        value = value.unflatten(1, (blocks, -1)).transpose(0, 1)  # [in, D] -> [P, in, d]
-        return _narrow_heads(value, config, dim=1) if parameter.startswith("attn.") and narrow else value
-    return value.unflatten(0, (blocks, -1))  # bias and LayerNorm entries [P, d]
 
 
 def _narrow_heads(stacked: torch.Tensor, config: PretrainedConfig, dim: int, num_maps: int = 1) -> torch.Tensor:
     """Sub-block p keeps the p-th part of every head, of each map packed along `dim`: [P, ..D..] -> [P, ..d..]."""
     blocks, heads = config.num_divisions, num_maps * config.num_attention_heads
     parts = stacked.unflatten(dim, (heads, blocks, -1))  # [P, .., H, P, s/P, ..]
-    kept = [parts[p].select(dim, p) for p in range(blocks)]  # the leading axis is gone: P stands at dim
-    return torch.stack(kept).flatten(dim, dim + 1)
+    return parts.diagonal(dim1=0, dim2=dim + 1).movedim(-1, 0).flatten(dim, dim + 1)

@@ -1,9 +1,8 @@
-"""Decoupled GPT-2 as Hugging Face models: the decoder's counterpart of `decoupled_bert` (TPDS 2025).
+"""The decoupled layer of GPT-2: the decoder's counterpart of `decoupled_encoders` (TPDS 2025).
 
-Only the layers differ from `transformers`' GPT-2: embeddings, original layers, the last LayerNorm, the head and
-`generate` are its own. A decoupled layer is a pre-norm layer on each slice of the hidden axis: for slice p,
-x + Attention_p(LayerNorm_p(x)), then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds, for each head, the keys (and
-the values) of all sub-blocks side by side: [B, H, T, P*s]. Parameter names are GPT-2's, with a leading sub-block axis.
+A decoupled layer is a pre-norm layer on each slice of the hidden axis: for slice p, x + Attention_p(LayerNorm_p(x)),
+then x + FFN_p(LayerNorm_p(x)), causal. Its cache holds, for each head, the keys (and the values) of all sub-blocks side
+by side: [B, H, T, P*s]. Parameter names are GPT-2's, with a leading sub-block axis.
 
 Shapes: B batch, T tokens, D hidden size, P = Ndiv sub-blocks, d = D/P slice, A attention width of a sub-block (D, or d
 if narrow), H heads, s = A/H head size, I intermediate size.
@@ -11,48 +10,21 @@ if narrow), H heads, s = A/H head size, I intermediate size.
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    Cache,
-    GenerationMixin,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-    GPT2PreTrainedModel,
-)
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import Cache, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, eager_attention_forward
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, eager_attention_forward
 
-from detransformer.models.configuration import DecoupledGPT2Config, ffn_size, layer_kinds
-from detransformer.models.stacked import (
-    BatchedConv1D,
-    BatchedLayerNorm,
-    DecoupledHead,
-    DecoupledModel,
-    attend_in_slices,
-    merge_hidden,
-    split_hidden,
-)
+from detransformer.models.stacked import BatchedConv1D, DecoupledLayer, DecoupledModel, attend_in_slices
 
 
 class DecoupledGPT2Attention(GPT2Attention):
     """Causal self-attention of P sub-blocks: Q, K, V are Linear(d -> A) packed in one, all heads in each sub-block."""
 
-    def __init__(self, config: DecoupledGPT2Config, layer_idx: int):
+    def __init__(self, config: PretrainedConfig, layer_idx: int):
         nn.Module.__init__(self)
         self.config = config
         self.layer_idx = layer_idx
-        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
-        attention_width = config.hidden_size if config.attention_width == "full" else width
+        blocks, width, attention_width = config.num_divisions, config.slice_width, config.slice_attention_width
         self.num_heads = config.num_attention_heads
         self.head_dim = attention_width // self.num_heads
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
@@ -68,11 +40,12 @@ class DecoupledGPT2Attention(GPT2Attention):
     def forward(
         self,
         x: torch.Tensor,
-        batch_size: int,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        *,
+        batch_size: int,
         **kwargs,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [P, B*T, d] -> ([P, B*T, d], attention weights [B, H, T, T_all], the mean over sub-blocks, or None)."""
         blocks = len(x)
         packed = self.c_attn(x).view(blocks, batch_size, -1, 3, self.num_heads, self.head_dim)
@@ -115,76 +88,16 @@ def _upcast_attention(module: GPT2Attention, query, key, value, attention_mask, 
     return module._upcast_and_reordered_attn(query, key, value, attention_mask)
 
 
-class DecoupledGPT2MLP(GPT2MLP):
-    """The FFN of P sub-blocks, Linear(d -> I), activation, Linear(I -> d): [P, M, d] -> [P, M, d]."""
-
-    def __init__(self, config: DecoupledGPT2Config):
-        nn.Module.__init__(self)
-        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
-        self.c_fc = BatchedConv1D(blocks, width, ffn_size(config))
-        self.c_proj = BatchedConv1D(blocks, ffn_size(config), width)
-        self.act = ACT2FN[config.activation_function]
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-
-class DecoupledGPT2Block(GPT2Block):
+class DecoupledGPT2Block(DecoupledLayer, GPT2Block):
     """One decoupled layer: P pre-norm sub-blocks, each over its own slice of the hidden axis."""
 
-    def __init__(self, config: DecoupledGPT2Config, layer_idx: int):
-        GradientCheckpointingLayer.__init__(self)
-        blocks, width = config.num_divisions, config.hidden_size // config.num_divisions
-        self.num_divisions = blocks
-        self.ln_1 = BatchedLayerNorm(blocks, width, config.layer_norm_epsilon)
+    def __init__(self, config: PretrainedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
         self.attn = DecoupledGPT2Attention(config, layer_idx)
-        self.ln_2 = BatchedLayerNorm(blocks, width, config.layer_norm_epsilon)
-        self.mlp = DecoupledGPT2MLP(config)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        *args,
-        **kwargs,
-    ) -> torch.Tensor:
-        """hidden_states [B, T, D] -> [B, T, D]; the remaining arguments are GPT2Block's (no cross-attention)."""
-        kwargs.pop("encoder_attention_mask", None)
-        batch_size = len(hidden_states)
-        x = split_hidden(hidden_states, self.num_divisions)  # [P, B*T, d]
-        attended, _ = self.attn(self.ln_1(x), batch_size, past_key_values, attention_mask, **kwargs)
-        x = x + attended
-        x = x + self.mlp(self.ln_2(x))
-        return merge_hidden(x, batch_size)
 
 
-class DecoupledGPT2Model(DecoupledModel, GPT2Model):
-    """Decoupled GPT-2 without a head; outputs as `transformers.GPT2Model`."""
-
-    config_class = DecoupledGPT2Config
-    block_class = {"decoupled": DecoupledGPT2Block, "original": GPT2Block}
-    _no_split_modules = ["GPT2Block", "DecoupledGPT2Block"]
-
-    def __init__(self, config: DecoupledGPT2Config):
-        if config.add_cross_attention:
-            raise ValueError("decoupled GPT-2 attends to its own tokens only: set add_cross_attention=False.")
-        GPT2PreTrainedModel.__init__(self, config)  # GPT2Model's own would make the original layers too
-        self.gradient_checkpointing = False
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        kinds = enumerate(layer_kinds(config))
-        self.h = nn.ModuleList(self.block_class[kind](config, layer_idx=i) for i, kind in kinds)
-        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.post_init()
-
-
-class _DecoupledGPT2Head(DecoupledHead):
-    config_class = DecoupledGPT2Config
-    body_class = DecoupledGPT2Model
-
-
-class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel, GenerationMixin):
-    """Decoupled GPT-2 that writes text; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
+class DecoupledGPT2(DecoupledModel):
+    """Mixin of decoupled GPT-2s, in place of `DecoupledModel`."""
 
     def init_continuous_batching(self, *args, **kwargs):
         """Raises ValueError: decoupled GPT-2 has no continuous batching."""
@@ -192,25 +105,3 @@ class DecoupledGPT2LMHeadModel(_DecoupledGPT2Head, GPT2LMHeadModel, GenerationMi
             "continuous batching (generate_batch) keeps the keys of one attention a layer, and a decoupled layer has "
             f"num_divisions={self.config.num_divisions}: call generate on padded prompts, or `detransformer serve`."
         )
-
-
-class DecoupledGPT2ForSequenceClassification(_DecoupledGPT2Head, GPT2ForSequenceClassification):
-    """Decoupled GPT-2 with GPT-2's own classifier of the last token: logits [B, labels]."""
-
-
-class DecoupledGPT2ForTokenClassification(_DecoupledGPT2Head, GPT2ForTokenClassification):
-    """Decoupled GPT-2 with GPT-2's own classifier of tokens: logits [B, T, labels]."""
-
-
-class DecoupledGPT2ForQuestionAnswering(_DecoupledGPT2Head, GPT2ForQuestionAnswering):
-    """Decoupled GPT-2 with GPT-2's own span head: logits [B, T] of an answer's start and of its end."""
-
-
-CLASSES = (  # the AutoModel class, the original, the decoupled one
-    (AutoModel, GPT2Model, DecoupledGPT2Model),
-    (AutoModelForPreTraining, GPT2LMHeadModel, DecoupledGPT2LMHeadModel),
-    (AutoModelForCausalLM, GPT2LMHeadModel, DecoupledGPT2LMHeadModel),
-    (AutoModelForSequenceClassification, GPT2ForSequenceClassification, DecoupledGPT2ForSequenceClassification),
-    (AutoModelForTokenClassification, GPT2ForTokenClassification, DecoupledGPT2ForTokenClassification),
-    (AutoModelForQuestionAnswering, GPT2ForQuestionAnswering, DecoupledGPT2ForQuestionAnswering),
-)

@@ -11,10 +11,9 @@ from detransformer.models.configuration import architecture, ffn_size, layer_kin
 
 def _widths(config: PretrainedConfig, kind: str) -> tuple[int, int, int]:
     """(sub-blocks P, slice width d, attention width A of one sub-block) of a layer."""
-    blocks = config.num_divisions if kind == "decoupled" else 1
-    width = config.hidden_size // blocks
-    narrow = kind == "decoupled" and config.attention_width == "narrow"
-    return blocks, width, width if narrow else config.hidden_size
+    if kind == "decoupled":
+        return config.num_divisions, config.slice_width, config.slice_attention_width
+    return 1, config.hidden_size, config.hidden_size
 
 
 def layer_parameters(config: PretrainedConfig, kind: str) -> int:
@@ -32,15 +31,11 @@ def embedding_parameters(config: PretrainedConfig) -> int:
     return (config.vocab_size + config.max_position_embeddings + token_types + 2) * config.hidden_size
 
 
-def pooler_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the pooler, which models with BERT's layer have; DistilBERT and GPT-2 have none."""
-    return config.hidden_size**2 + config.hidden_size if architecture(config) == "bert" else 0
-
-
 def model_parameters(config: PretrainedConfig) -> int:
     """Embeddings, layers and pooler: 109.48 M for BERT-Base, 109.61 M decoupled (Nb=4, Ndiv=4); 124.44 M for GPT-2."""
     layers = sum(layer_parameters(config, kind) for kind in layer_kinds(config))
-    return embedding_parameters(config) + layers + pooler_parameters(config)
+    pooler = config.hidden_size**2 + config.hidden_size if architecture(config) == "bert" else 0  # others have none
+    return embedding_parameters(config) + layers + pooler
 
 
 def layer_flops(config: PretrainedConfig, kind: str, seq_len: int, batch_size: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Shared by all decoupled models: maps and LayerNorms of all sub-blocks in one stacked tensor, and heads.
+"""Shared by all decoupled models: maps and LayerNorms of all sub-blocks in one stacked tensor; layers and models.
 
 Shapes: B batch, T tokens, M = B*T rows, D hidden size, P = Ndiv sub-blocks, d = D/P slice, H heads of size s, A = H*s.
 """
@@ -14,6 +14,10 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from detransformer.models.configuration import architecture, ffn_size, layer_kinds
+from detransformer.models.naming import layers_of
 
 
 class BatchedLinear(nn.Module):
@@ -23,9 +27,6 @@ class BatchedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_blocks, out_features, in_features))  # as nn.Linear, stacked
         self.bias = nn.Parameter(torch.empty(num_blocks, out_features))
-        for block in self.weight.data:
-            nn.init.kaiming_uniform_(block, a=5**0.5)  # nn.Linear's own default
-        nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
@@ -37,8 +38,7 @@ class BatchedConv1D(nn.Module):
     def __init__(self, num_blocks: int, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_blocks, in_features, out_features))  # as Conv1D, stacked
-        self.bias = nn.Parameter(torch.zeros(num_blocks, out_features))
-        nn.init.normal_(self.weight, std=0.02)  # Conv1D's own default
+        self.bias = nn.Parameter(torch.empty(num_blocks, out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
@@ -49,8 +49,8 @@ class BatchedLayerNorm(nn.Module):
 
     def __init__(self, num_blocks: int, width: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_blocks, width))
-        self.bias = nn.Parameter(torch.zeros(num_blocks, width))
+        self.weight = nn.Parameter(torch.empty(num_blocks, width))
+        self.bias = nn.Parameter(torch.empty(num_blocks, width))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,6 +84,37 @@ def attend_in_slices(
     context = torch.stack([context for context, _ in attended])  # [P, B, T, H, s]
     weights = [weights for _, weights in attended if weights is not None]
     return context.flatten(3).flatten(1, 2), torch.stack(weights).mean(0) if weights else None
+
+
+class DecoupledLayer:
+    """Mixin of every decoupled layer, before `transformers`' layer: that layer on each slice (Eq. 2).
+
+    Its maps and LayerNorms are as wide as a slice, and stacked. A subclass puts its own attention in place, which takes
+    x [P, B*T, d] and `batch_size`. `DecoupledModel` draws the weights.
+    """
+
+    def __init__(self, config: PretrainedConfig, *layer_idx: int):
+        sizes = copy.copy(config)
+        sizes.hidden_size = config.slice_width
+        sizes.num_attention_heads = 1  # of the attention that is replaced: transformers refuses what does not divide
+        if architecture(config) == "gpt2":
+            sizes.n_inner = ffn_size(config)  # not 4 times the width of the slice
+        super().__init__(sizes, *layer_idx)
+        self.num_divisions = config.num_divisions
+        for parent in list(self.modules()):
+            for name, part in list(parent.named_children()):
+                if isinstance(part, nn.Linear):
+                    setattr(parent, name, BatchedLinear(self.num_divisions, part.in_features, part.out_features))
+                elif isinstance(part, Conv1D):
+                    setattr(parent, name, BatchedConv1D(self.num_divisions, *part.weight.shape))
+                elif isinstance(part, nn.LayerNorm):
+                    setattr(parent, name, BatchedLayerNorm(self.num_divisions, *part.normalized_shape, part.eps))
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; the other arguments are those of `transformers`' layer."""
+        batch_size = hidden_states.shape[0]  # not len, which a trace would keep as a constant
+        x = split_hidden(hidden_states, self.num_divisions)
+        return merge_hidden(super().forward(x, *args, batch_size=batch_size, **kwargs), batch_size)
 
 
 CODE_FILE = "detransformer_models.py"  # saved beside the weights; `transformers` reads it with trust_remote_code=True
@@ -124,12 +155,34 @@ def made_from(
 
 
 class DecoupledModel:
-    """Mixin of every decoupled model, before `transformers`' class: initialises the stacked weights as that class does.
+    """Mixin of every decoupled model, before `transformers`' class: its parts around layers given by `layer_kinds`.
 
-    `auto_map` names the class for each AutoModel class that opens such a checkpoint (`models.auto`).
+    A model without a head names `layer_class`, the class of each kind of layer; a model with one names `body_class`,
+    the decoupled model without it. `auto_map` names the class for each AutoModel class that opens such a checkpoint
+    (`models.auto`).
     """
 
     auto_map: dict[str, str]
+    layer_class: dict[str, type[nn.Module]]
+    body_class: type[PreTrainedModel] | None = None
+
+    def __init__(self, config: PretrainedConfig, *args, **kwargs):
+        num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+        checkpointing = vars(config).pop("gradient_checkpointing", False)  # there is no layer to set it on
+        with no_init_weights():  # of a model with a head, the original class makes a body that is discarded
+            super().__init__(config, *args, **kwargs)
+        config.num_hidden_layers = num_layers
+        if checkpointing:
+            config.gradient_checkpointing = True
+        if self.body_class:
+            has_pooler = hasattr(self.base_model, "pooler")
+            pooler = {"add_pooling_layer": self.base_model.pooler is not None} if has_pooler else {}
+            setattr(self, self.base_model_prefix, self.body_class(config, **pooler))
+        else:
+            for i, kind in enumerate(layer_kinds(config)):
+                place = (i,) if architecture(config) == "gpt2" else ()  # in its cache; encoders have none
+                layers_of(self).append(self.layer_class[kind](config, *place))
+        self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in `transformers`, plus `CODE_FILE`, with which programs that never import this package open it."""
@@ -153,23 +206,3 @@ class DecoupledModel:
         elif isinstance(module, BatchedLayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-
-
-class DecoupledHead(DecoupledModel):
-    """Mixin of a decoupled model with a head: the head of `transformers`' class on a decoupled model.
-
-    A subclass names `body_class`, the decoupled model without a head.
-    """
-
-    body_class: type
-
-    def __init__(self, config: PretrainedConfig):
-        without_layers = copy.deepcopy(config)
-        without_layers.num_hidden_layers = 0
-        without_layers.gradient_checkpointing = False  # a ViT without layers has nothing to set it on
-        with no_init_weights():  # the original class makes the head, and a body that is discarded
-            super().__init__(without_layers)
-        self.config = config
-        pooler = {"add_pooling_layer": self.base_model.pooler is not None} if hasattr(self.base_model, "pooler") else {}
-        setattr(self, self.base_model_prefix, self.body_class(config, **pooler))
-        self.post_init()

@@ -16,6 +16,8 @@ here each has the whole width, so that all models have the same embeddings and a
 Shapes: B batch, T tokens, D hidden size, P parts, A = D/P the width of a part's heads.
 """
 
+from typing import Literal
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch.nn import functional as F
@@ -24,7 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     Cache,
-    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -33,9 +34,8 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from detransformer.models.configuration import SYNCS, config_fields, ffn_size, layer_kinds
-from detransformer.models.decoupled_gpt2 import DecoupledGPT2Model
-from detransformer.models.stacked import DecoupledHead, made_from
+from detransformer.models.configuration import config_fields, ffn_size, layer_kinds
+from detransformer.models.stacked import DecoupledModel, made_from
 
 
 @strict
@@ -55,7 +55,7 @@ class SyncGPT2Config(GPT2Config):
 
     model_type = "sync_gpt2"
 
-    sync: str = "parts"
+    sync: Literal["parallel", "ladder", "parts"] = "parts"
     num_divisions: int = 4
     fuse_every: int | None = None
     shared_fraction: float = 0.0
@@ -63,8 +63,6 @@ class SyncGPT2Config(GPT2Config):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.sync not in SYNCS:
-            raise ValueError(f"sync={self.sync!r} is unknown: choose one of {', '.join(SYNCS)}.")
         if self.fuse_every is not None and self.fuse_every < 1:
             raise ValueError(f"fuse_every={self.fuse_every} is below 1: give a number of layers, or None.")
         if not 0 <= self.shared_fraction <= 1:
@@ -129,14 +127,10 @@ class SyncGPT2Block(GPT2Block):
         if config.sync == "parts":
             parts, width, inner = config.num_divisions, config.hidden_size, ffn_size(config)
             self.num_parts = parts
-            self.attn.c_attn, self.attn.c_proj = (
-                _InputOfParts(parts, 3, 3 * width, width),
-                _OutputOfParts(parts, width, width),
-            )
-            self.mlp.c_fc, self.mlp.c_proj = (
-                _InputOfParts(parts, 1, inner, width),
-                _OutputOfParts(parts, width, inner),
-            )
+            self.attn.c_attn = _InputOfParts(parts, 3, 3 * width, width)
+            self.attn.c_proj = _OutputOfParts(parts, width, width)
+            self.mlp.c_fc = _InputOfParts(parts, 1, inner, width)
+            self.mlp.c_proj = _OutputOfParts(parts, width, inner)
 
     def forward(
         self,
@@ -178,19 +172,18 @@ class SyncGPT2Block(GPT2Block):
         return stream, own + F.pad(made[..., shared:], (shared, 0))
 
 
-class SyncGPT2Model(DecoupledGPT2Model):
+class SyncGPT2Model(DecoupledModel, GPT2Model):
     """The layers of `SyncGPT2Config.sync` without a head; outputs as `transformers.GPT2Model`.
 
     `hidden_states`, if requested, are the outputs of `SyncGPT2Block`.
     """
 
     config_class = SyncGPT2Config
-    block_class = dict.fromkeys(("parallel", "ladder-first", "ladder", "parts-first", "parts"), SyncGPT2Block)
+    layer_class = dict.fromkeys(("parallel", "ladder-first", "ladder", "parts-first", "parts"), SyncGPT2Block)
     _no_split_modules = ["SyncGPT2Block"]
-    _can_record_outputs = GPT2Model._can_record_outputs | {"hidden_states": SyncGPT2Block}
 
 
-class SyncGPT2LMHeadModel(DecoupledHead, GPT2LMHeadModel, GenerationMixin):
+class SyncGPT2LMHeadModel(DecoupledModel, GPT2LMHeadModel):
     """With GPT-2's LM head; outputs and `generate` as `transformers.GPT2LMHeadModel`."""
 
     config_class = SyncGPT2Config

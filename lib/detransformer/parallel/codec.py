@@ -1,8 +1,7 @@
-"""Messages as bytes: one class for each format of `parallel.wire` writes and reads tensors."""
+"""Messages as bytes: writes and reads tensors in the formats of `parallel.wire`."""
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -14,127 +13,102 @@ KMEANS_ROUNDS = 5  # of Lloyd's algorithm, which makes a message's codebook
 Shape = Sequence[int]
 
 
-class Codec(Protocol):
-    """Writes and reads one format; `message` is uint8, of `message_bytes`, and x is not empty."""
-
-    def write(self, x: torch.Tensor, message: torch.Tensor) -> None: ...
-
-    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor: ...
-
-
-class AsComputed:
-    """The numbers as they are; reading returns a view of the message."""
-
-    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
-        message[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-
-    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        return message[: dtype.itemsize * math.prod(shape)].view(dtype).view(*shape)
-
-
-class BFloat16:
-    """The numbers rounded to bfloat16."""
-
-    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
-        message[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
-
-    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        return message[: 2 * math.prod(shape)].view(torch.bfloat16).view(*shape).to(dtype)
+def encode(x: torch.Tensor, wire: str, message: torch.Tensor) -> None:
+    """Writes `x` [..., n] into `message` (uint8, of `message_bytes`), in a format of `parallel.wire`."""
+    if not x.numel():
+        return
+    match wire:
+        case "float32":  # the numbers as computed
+            message[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        case "bfloat16":
+            message[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
+        case "int8":
+            _write_int8(x, message)
+        case "int4":
+            _write_int4(x, message)
+        case "means8":
+            means = [segment.mean(1, keepdim=True) for segment in x.split(SEGMENT, dim=1)]
+            _write_int8(torch.cat(means, dim=1), message)
+        case "vq4":
+            _write_vq4(x, message)
 
 
-class Int8:
+def decode(message: torch.Tensor, shape: Shape, wire: str, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor of `shape` in `message`; a view of the message if it needs no conversion."""
+    numbers = math.prod(shape)
+    if not numbers:
+        return message.new_zeros(shape, dtype=dtype)
+    match wire:
+        case "float32":
+            return message[: dtype.itemsize * numbers].view(dtype).view(*shape)
+        case "bfloat16":
+            return message[: 2 * numbers].view(torch.bfloat16).view(*shape).to(dtype)
+        case "int8":
+            return _read_int8(message, shape, dtype)
+        case "int4":
+            return _read_int4(message, shape, dtype)
+        case "means8":
+            # Attention to equal keys adds up, so a mean weighs as much as its tokens together (Prism's scaled softmax).
+            means = _read_int8(message, means_shape(shape), dtype)
+            return means.repeat_interleave(SEGMENT, dim=1)[:, : shape[1]]
+        case "vq4":
+            return _read_vq4(message, shape, dtype)
+
+
+def _write_int8(x: torch.Tensor, message: torch.Tensor) -> None:
     """One scale a row, all in front of the numbers, so that both travel together.
 
     Rows are the leading axes of a tensor (tokens, and q, k, v or sub-blocks if they travel in one message): one scale
     covers one token's features on one device, or fewer.
     """
-
-    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(1, keepdim=True).float() / 127  # symmetric: zero stays zero
-        message[: 4 * len(rows)].view(torch.float32).copy_(scale[:, 0])
-        quantised = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()
-        message[4 * len(rows) : 4 * len(rows) + rows.numel()].view(torch.int8).view(rows.shape).copy_(quantised)
-
-    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        numbers, rows = math.prod(shape), math.prod(shape[:-1])
-        scale = message[: 4 * rows].view(torch.float32).view(*shape[:-1], 1)
-        return message[4 * rows : 4 * rows + numbers].view(torch.int8).view(*shape).to(dtype).mul_(scale)
+    rows = x.reshape(-1, x.shape[-1])
+    scale = rows.abs().amax(1, keepdim=True).float() / 127  # symmetric: zero stays zero
+    message[: 4 * len(rows)].view(torch.float32).copy_(scale[:, 0])
+    quantised = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_()
+    message[4 * len(rows) : 4 * len(rows) + rows.numel()].view(torch.int8).view(rows.shape).copy_(quantised)
 
 
-class Int4:
+def _read_int8(message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    numbers, rows = math.prod(shape), math.prod(shape[:-1])
+    scale = message[: 4 * rows].view(torch.float32).view(*shape[:-1], 1)
+    return message[4 * rows : 4 * rows + numbers].view(torch.int8).view(*shape).to(dtype).mul_(scale)
+
+
+def _write_int4(x: torch.Tensor, message: torch.Tensor) -> None:
     """A bfloat16 scale for each `GROUP` numbers of a row, all scales in front; two numbers a byte, from -7 to 7."""
-
-    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
-        groups = F.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % GROUP)).view(-1, GROUP)
-        scale = (groups.abs().amax(1, keepdim=True) / 7).bfloat16()
-        message[: 2 * len(groups)].view(torch.bfloat16).copy_(scale[:, 0])
-        quantised = (groups / scale.float().clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-7, 7)
-        _pack(quantised.add_(8).to(torch.uint8), message[2 * len(groups) :])
-
-    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        groups = math.prod(shape[:-1]) * -(-shape[-1] // GROUP)
-        scale = message[: 2 * groups].view(torch.bfloat16).view(-1, 1).to(dtype)
-        numbers = _unpack(message[2 * groups :], GROUP * groups).view(-1, GROUP).to(dtype).sub_(8).mul_(scale)
-        return numbers.view(*shape[:-1], -1)[..., : shape[-1]]
+    groups = F.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % GROUP)).view(-1, GROUP)
+    scale = (groups.abs().amax(1, keepdim=True) / 7).bfloat16()
+    message[: 2 * len(groups)].view(torch.bfloat16).copy_(scale[:, 0])
+    quantised = (groups / scale.float().clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-7, 7)
+    _pack(quantised.add_(8).to(torch.uint8), message[2 * len(groups) :])
 
 
-class SegmentMeans:
-    """K and V [2, t, B, n] as means of `SEGMENT` tokens each, in int8; reading repeats a mean for each of its tokens.
-
-    Attention to equal keys adds up, so a mean weighs as much as its tokens together (Prism's scaled softmax).
-    """
-
-    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
-        INT8.write(torch.cat([segment.mean(1, keepdim=True) for segment in x.split(SEGMENT, dim=1)], dim=1), message)
-
-    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        means = INT8.read(message, means_shape(shape), dtype)
-        return means.repeat_interleave(SEGMENT, dim=1)[:, : shape[1]]
+def _read_int4(message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    groups = math.prod(shape[:-1]) * -(-shape[-1] // GROUP)
+    scale = message[: 2 * groups].view(torch.bfloat16).view(-1, 1).to(dtype)
+    numbers = _unpack(message[2 * groups :], GROUP * groups).view(-1, GROUP).to(dtype).sub_(8).mul_(scale)
+    return numbers.view(*shape[:-1], -1)[..., : shape[-1]]
 
 
-class VectorQuantised:
+def _write_vq4(x: torch.Tensor, message: torch.Tensor) -> None:
     """K and V [2, t, B, n]: their mean tokens in int8, codebooks, and a code for each vector of the differences."""
-
-    def write(self, x: torch.Tensor, message: torch.Tensor) -> None:
-        mean, books, codes = message[: sum(vq_parts(x.shape))].split(vq_parts(x.shape))
-        INT8.write(x.mean(1, keepdim=True), mean)
-        rest = (x - INT8.read(mean, means_shape(x.shape, x.shape[1]), x.dtype)).float()
-        vectors = F.pad(rest, (0, -x.shape[-1] % VECTOR)).reshape(len(x), -1, VECTOR)
-        made = torch.stack([_codebook(part) for part in vectors]).bfloat16()
-        books.view(torch.bfloat16).view(made.shape).copy_(made)
-        _pack(torch.cdist(vectors, made.float()).argmin(-1).to(torch.uint8).flatten(), codes)
-
-    def read(self, message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        mean, books, codes = message[: sum(vq_parts(shape))].split(vq_parts(shape))
-        books = books.view(torch.bfloat16).view(shape[0], CODES, VECTOR).to(dtype)
-        width = -(-shape[-1] // VECTOR)
-        chosen = _unpack(codes, math.prod(shape[:-1]) * width).long().view(shape[0], -1)
-        rest = torch.stack([book[own] for book, own in zip(books, chosen, strict=True)])
-        rest = rest.view(*shape[:-1], VECTOR * width)[..., : shape[-1]]
-        return rest + INT8.read(mean, means_shape(shape, shape[1]), dtype)
+    mean, books, codes = message[: sum(vq_parts(x.shape))].split(vq_parts(x.shape))
+    _write_int8(x.mean(1, keepdim=True), mean)
+    rest = (x - _read_int8(mean, means_shape(x.shape, x.shape[1]), x.dtype)).float()
+    vectors = F.pad(rest, (0, -x.shape[-1] % VECTOR)).reshape(len(x), -1, VECTOR)
+    made = torch.stack([_codebook(part) for part in vectors]).bfloat16()
+    books.view(torch.bfloat16).view(made.shape).copy_(made)
+    _pack(torch.cdist(vectors, made.float()).argmin(-1).to(torch.uint8).flatten(), codes)
 
 
-INT8 = Int8()
-CODECS: dict[str, Codec] = {
-    "float32": AsComputed(),
-    "bfloat16": BFloat16(),
-    "int8": INT8,
-    "int4": Int4(),
-    "means8": SegmentMeans(),
-    "vq4": VectorQuantised(),
-}
-
-
-def encode(x: torch.Tensor, wire: str, message: torch.Tensor) -> None:
-    """Writes `x` [..., n] into `message` (uint8, of `message_bytes`), in a format of `parallel.wire`."""
-    if x.numel():
-        CODECS[wire].write(x, message)
-
-
-def decode(message: torch.Tensor, shape: Shape, wire: str, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor of `shape` in `message`; a view of the message if it needs no conversion."""
-    return CODECS[wire].read(message, shape, dtype) if math.prod(shape) else message.new_zeros(shape, dtype=dtype)
+def _read_vq4(message: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    mean, books, codes = message[: sum(vq_parts(shape))].split(vq_parts(shape))
+    books = books.view(torch.bfloat16).view(shape[0], CODES, VECTOR).to(dtype)
+    width = -(-shape[-1] // VECTOR)
+    chosen = _unpack(codes, math.prod(shape[:-1]) * width).long().view(shape[0], -1)
+    rest = torch.stack([book[own] for book, own in zip(books, chosen, strict=True)])
+    rest = rest.view(*shape[:-1], VECTOR * width)[..., : shape[-1]]
+    return rest + _read_int8(mean, means_shape(shape, shape[1]), dtype)
 
 
 def _codebook(vectors: torch.Tensor) -> torch.Tensor:

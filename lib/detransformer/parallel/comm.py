@@ -4,8 +4,7 @@ Each collective is started and waited for later, so that compute can go on meanw
 One thread runs them in order, so the first to start gets the link first.
 Bytes are those that a rank sends (P ranks): all_reduce 2 (P-1)/P of the tensor (ring), all_gather P-1 times its own
 message, all_to_all and reduce_scatter one message to each other rank, gather its own message (the receiving rank:
-what it receives). An observer is told of starts and waits; pacing and timing live there, not here. Message buffers are
-reused: what a collective returns may be a view of one, and is valid until the next collective of the same name.
+what it receives). An observer is told of starts and waits; pacing and timing live there, not here.
 `transfers` lists (kind, bytes, seconds) of each collective, timed from when this rank could begin; this includes
 waiting for slower peers.
 """
@@ -17,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -58,8 +56,7 @@ class Pending:
 class Comm:
     """The collectives of one group of ranks; with one rank every collective is the identity and counts nothing.
 
-    `wire` is a format of `parallel.wire`; `name` separates the buffers of collectives that are under way, or whose
-    results are in use, at the same time.
+    `wire` is a format of `parallel.wire`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, num_ranks: int):
@@ -70,7 +67,6 @@ class Comm:
         self.counts: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.transfers: list[tuple[str, int, float]] = []  # (kind, bytes, seconds) of each
-        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._runner = ThreadPoolExecutor(1, "collectives") if num_ranks > 1 else None
 
     def reset(self) -> None:
@@ -116,7 +112,7 @@ class Comm:
 
         return Pending(finish=finish)
 
-    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
+    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32") -> Pending:
         """Sum of `x` [..., n] over ranks: in place in float32, else a reduce_scatter of rows and an all_gather."""
         if self.num_ranks == 1:
             return Pending(x)
@@ -129,11 +125,11 @@ class Comm:
         shapes = [(size, x.shape[-1]) for size in sizes]
 
         def gather(own: torch.Tensor) -> torch.Tensor:
-            return torch.cat(self.start_all_gather(own, shapes, wire, name).wait()).view(x.shape)
+            return torch.cat(self.start_all_gather(own, shapes, wire).wait()).view(x.shape)
 
-        return self.start_reduce_scatter(parts, wire, name).then(gather)
+        return self.start_reduce_scatter(parts, wire).then(gather)
 
-    def start_reduce_scatter(self, parts: Sequence[torch.Tensor], wire: str = "float32", name: str = "sum") -> Pending:
+    def start_reduce_scatter(self, parts: Sequence[torch.Tensor], wire: str = "float32") -> Pending:
         """`parts[r]` is for rank r; returns the sum of all ranks' parts for this one.
 
         Uses point-to-point messages: gloo's own reduce_scatter is an all_reduce, with twice the bytes.
@@ -141,17 +137,15 @@ class Comm:
         own = parts[self.rank]
         if self.num_ranks == 1:
             return Pending(own)
-        received = self._exchange("reduce_scatter", parts, [own.shape] * self.num_ranks, wire, name)
+        received = self._exchange("reduce_scatter", parts, [own.shape] * self.num_ranks, wire)
         return received.then(lambda every: torch.stack(every).sum(0))  # in rank order: the same sum on every run
 
-    def start_all_gather(
-        self, x: torch.Tensor, shapes: Sequence[Sequence[int]], wire: str = "float32", name: str = "gather"
-    ) -> Pending:
+    def start_all_gather(self, x: torch.Tensor, shapes: Sequence[Sequence[int]], wire: str = "float32") -> Pending:
         """Every rank's `x`, which has `shapes[rank]`, as a list in rank order; shapes may differ."""
         if self.num_ranks == 1:
             return Pending([x])
         dtype, sizes = x.dtype, [message_bytes(shape, wire, x.itemsize) for shape in shapes]
-        gathered = self._buffer("in", name, sum(sizes)).split(sizes)
+        gathered = self._buffer(sum(sizes)).split(sizes)
         own = gathered[self.rank]
         self._write(x, wire, own)
         return self._start(
@@ -163,23 +157,19 @@ class Comm:
         )
 
     def start_all_to_all(
-        self,
-        parts: Sequence[torch.Tensor],
-        shapes: Sequence[Sequence[int]],
-        wire: str = "float32",
-        name: str = "exchange",
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], wire: str = "float32"
     ) -> Pending:
         """Sends `parts[r]` to rank r; returns what each rank sent here, `shapes[r]`, as a list in rank order."""
         if self.num_ranks == 1:
             return Pending(list(parts))
-        return self._exchange("all_to_all", parts, shapes, wire, name)
+        return self._exchange("all_to_all", parts, shapes, wire)
 
-    def _exchange(self, kind: str, parts, shapes, wire: str, name: str) -> Pending:
+    def _exchange(self, kind: str, parts, shapes, wire: str) -> Pending:
         itemsize, dtype, own = parts[0].itemsize, parts[0].dtype, parts[self.rank]
         sent = [message_bytes(part.shape, wire, itemsize) for part in parts]
         got = [message_bytes(shape, wire, itemsize) for shape in shapes]
         sent[self.rank] = got[self.rank] = 0  # the own part stays here, as computed
-        outgoing, incoming = self._buffer("out", name, sum(sent)), self._buffer("in", name, sum(got))
+        outgoing, incoming = self._buffer(sum(sent)), self._buffer(sum(got))
         for rank, message in enumerate(outgoing.split(sent)):
             if rank != self.rank and parts[rank].numel():
                 self._write(parts[rank], wire, message)
@@ -198,7 +188,7 @@ class Comm:
         """In round k each rank sends to the k-th after it and receives from the k-th before it, one message at a time.
 
         gloo's own all_to_all posts all messages at once; on links that are full both ways, acknowledgements then queue
-        behind data: 24 ms against 17 for 3 x 74 kB at 125 Mbps. Its all_gather needs equal parts.
+        behind data. Its all_gather needs equal parts.
         """
         for k in range(1, self.num_ranks):
             target, source = (self.rank + k) % self.num_ranks, (self.rank - k) % self.num_ranks
@@ -223,12 +213,12 @@ class Comm:
             return Pending([x])
         sizes = [message_bytes(shape, "float32", x.itemsize) for shape in shapes]
         if self.rank != root:
-            message = self._buffer("out", "gather to one", sizes[self.rank])
+            message = self._buffer(sizes[self.rank])
             self._write(x, "float32", message)
             run = partial(dist.send, message, group=self.group, group_dst=root)
             return self._start("gather", len(message), 0, run, lambda: None)
         sizes[root] = 0
-        incoming, present = self._buffer("in", "gather to one", sum(sizes)).split(sizes), {root: x}
+        incoming, present = self._buffer(sum(sizes)).split(sizes), {root: x}
 
         def collect() -> None:
             deadline, works = time.monotonic() + timeout_s, {}
@@ -245,14 +235,14 @@ class Comm:
         return self._start("gather", sum(sizes), sum(sizes), collect, lambda: [present.get(rank) for rank in every])
 
     def send(self, x: torch.Tensor, to_rank: int, wire: str = "float32") -> None:
-        message = self._buffer("out", "send", message_bytes(x.shape, wire, x.itemsize))
+        message = self._buffer(message_bytes(x.shape, wire, x.itemsize))
         self._write(x, wire, message)
         with self.observed("send", message.nbytes):
             dist.send(message, group=self.group, group_dst=to_rank)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, from_rank: int, wire: str = "float32") -> torch.Tensor:
         """The tensor of `shape` that `from_rank` sends."""
-        message = self._buffer("in", "send", message_bytes(shape, wire, dtype.itemsize))
+        message = self._buffer(message_bytes(shape, wire, dtype.itemsize))
         with self.observed("receive", message.nbytes):
             dist.recv(message, group=self.group, group_src=from_rank)
         return self._read(message, shape, wire, dtype)
@@ -264,23 +254,6 @@ class Comm:
 
     _write, _read = staticmethod(encode), staticmethod(decode)
 
-    def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
-        """A reused message buffer; zeroed when made, so that padding never holds denormals."""
-        kept = self._buffers.get((direction, name))
-        if kept is None or len(kept) < num_bytes:
-            kept = self._buffers[direction, name] = torch.zeros(num_bytes, dtype=torch.uint8)
-        return kept[:num_bytes]
-
-
-def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat(parts)`, without a copy if they are adjacent in one buffer already."""
-    first = parts[0]
-    starts = accumulate((part.nbytes for part in parts), initial=first.data_ptr())
-    memory = first.untyped_storage().data_ptr()
-    adjacent = all(
-        part.is_contiguous() and part.data_ptr() == start and part.untyped_storage().data_ptr() == memory
-        for part, start in zip(parts, starts, strict=False)
-    )
-    if not adjacent:
-        return torch.cat(list(parts))
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        """Memory of a message; zeroed, so that padding never holds denormals."""
+        return torch.zeros(num_bytes, dtype=torch.uint8)

@@ -68,7 +68,7 @@ class Draw:
             row.top_p < 1 and row.temperature for row in self.rows
         ):  # needs all logits; costs leave this out, so the observer, which paces by costs, is not told
             observer, comm.observer = comm.observer, None
-            every = comm.start_all_gather(logits, [(len(logits), size) for size in sizes], name="logits").wait()
+            every = comm.start_all_gather(logits, [(len(logits), size) for size in sizes]).wait()
             comm.observer, whole = observer, torch.cat(every, -1)  # [B, V]
         for i, (row, generator) in enumerate(zip(self.rows, self._generators, strict=True)):
             if not row.temperature:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, BertConfig
 
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.executor import Output
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.partition import Plan
 
 BY_COLUMNS = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
 BY_ROWS = ("attention.output.dense", "output.dense")
@@ -42,13 +42,13 @@ class DTensorExecutor:
 
     Args:
         plan: a plan with `runs='dtensor'`; only its number of devices is used.
-        dtype: to compute in; default: the checkpoint's.
+        dtype: to compute in.
 
     Raises:
         ValueError: if plan, model and group do not fit together.
     """
 
-    def __init__(self, checkpoint: str | Path, plan: Plan, comm: Comm, dtype: torch.dtype | str = "auto"):
+    def __init__(self, checkpoint: str | Path, plan: Plan, comm: Comm, dtype: torch.dtype):
         if comm.num_ranks != plan.num_devices:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         check_shards(AutoConfig.from_pretrained(checkpoint), comm.num_ranks)
@@ -92,4 +92,4 @@ class DTensorExecutor:
     ) -> Output:
         """All three [B, T], mask 1 = attend -> Output on every rank, without logits: the task head is not loaded."""
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        return Output(output.last_hidden_state, output.pooler_output, None)
+        return Output(output.last_hidden_state, output.pooler_output)

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from detransformer.models.configuration import architecture, family_of, generates, head_of, is_decoder, max_tokens
+from detransformer.models.naming import naming_of
 from detransformer.parallel.comm import Comm
 from detransformer.parallel.draw import NOT_FINITE, Draw
 from detransformer.parallel.layer import REPLICATE, STRATEGIES, KeyValueCache, Request, arrived, together
-from detransformer.parallel.parameters import naming_of
-from detransformer.parallel.partition import bounds
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.partition import Plan, bounds
+from detransformer.parallel.plan import check_plan, keeps_whole
 from detransformer.parallel.reshard import reshard
 from detransformer.parallel.weights import WeightSource
 
@@ -50,7 +50,7 @@ class Embeddings:
         self.position = weights.once("embeddings.position_embeddings.weight")
         has_types = architecture(config) != "distilbert"
         self.token_type = weights.once("embeddings.token_type_embeddings.weight") if has_types else None
-        self.norm = [weights.once(f"embeddings.LayerNorm.{n}") for n in ("weight", "bias")]
+        self.norm = weights.pair("embeddings.LayerNorm")
 
     def __call__(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None) -> torch.Tensor:
         x = F.embedding(input_ids, self.word)
@@ -79,7 +79,7 @@ class PatchEmbeddings:
     """A ViT's projected patches, the class token before them, and positions; at full width on every device."""
 
     def __init__(self, weights: WeightSource):
-        self.projection = [weights.once(f"embeddings.patch_embeddings.projection.{n}") for n in ("weight", "bias")]
+        self.projection = weights.pair("embeddings.patch_embeddings.projection")
         self.class_token = weights.once("embeddings.cls_token")
         self.position = weights.once("embeddings.position_embeddings")
 
@@ -97,7 +97,7 @@ class NextToken:
 
     def __init__(self, config: PretrainedConfig, weights: WeightSource, plan: Plan, comm: Comm):
         self.eps = config.layer_norm_epsilon
-        self.norm = [weights.once(f"ln_f.{n}") for n in ("weight", "bias")]
+        self.norm = weights.pair("ln_f")
         self.sizes = plan.vocabulary(config.vocab_size)
         self.start, stop = bounds(self.sizes, comm.rank)
         words = "wte.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -116,7 +116,7 @@ class NextToken:
             best = torch.stack([value, (token + self.start).to(x.dtype)], -1)  # [B, 2]; exact up to 2^24 tokens
         if draw:
             draw.end(best)
-        every = self.comm.start_all_gather(best, [best.shape] * self.comm.num_ranks, name="token").wait()
+        every = self.comm.start_all_gather(best, [best.shape] * self.comm.num_ranks).wait()
         logits, tokens = torch.stack(every).unbind(-1)  # [P, B] each
         best, rank = logits.max(0)  # NaN is the largest of all
         token = tokens.gather(0, rank[None])[0].masked_fill(best.isnan(), NOT_FINITE)
@@ -145,18 +145,14 @@ class Head:
     def __init__(self, config: PretrainedConfig, weights: WeightSource):
         self.reads = head_of(config)
         last_norm = _LAST_NORM.get(architecture(config))
-        self.norm = [weights.once(f"{last_norm}.{n}") for n in ("weight", "bias")] if last_norm else None
+        self.norm = weights.pair(last_norm) if last_norm else None
         self.eps = naming_of(config).eps_of(config)
         maps = _OF_EACH_TOKEN.get(self.reads, ())
         if self.reads in _READ_ONE:
             maps = _ROBERTA if family_of(config).pads_positions else _OF_ONE_TOKEN[architecture(config)]
-        self.maps = [(self._linear(weights, name), activation) for name, activation in maps]
+        self.maps = [(weights.pair(name), activation) for name, activation in maps]
         has_pooler = self.reads == "base" and "pooler.dense.weight" in weights
-        self.pooler = self._linear(weights, "pooler.dense") if has_pooler else None
-
-    @staticmethod
-    def _linear(weights: WeightSource, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return weights.once(f"{name}.weight"), weights.once(f"{name}.bias") if f"{name}.bias" in weights else None
+        self.pooler = weights.pair("pooler.dense") if has_pooler else None
 
     def __call__(self, x: torch.Tensor, last: torch.Tensor | None = None) -> Output:
         """x [B, T, D]; `last` [B] is the index of each text's last token, which a decoder's classifier reads."""
@@ -211,7 +207,7 @@ class Executor:
         comm: Comm,
         held_with: Sequence[Plan] = (),
     ):
-        plan.check(config)
+        check_plan(plan, config)
         if comm.num_ranks != plan.num_devices:
             raise ValueError(f"the plan is for {plan.num_devices} devices and the group has {comm.num_ranks}.")
         self.config = config
@@ -229,8 +225,8 @@ class Executor:
         device = plan.device_ids[comm.rank]
         self.layers = []
         for i in plan.layers(comm.rank):
-            keeps_whole = any(other.keeps_whole(i, device) for other in held_with)
-            self.layers.append(STRATEGIES[plan.strategies[i]](config, self.plan, local, weights, i, keeps_whole))
+            shared = any(keeps_whole(other, i, device) for other in held_with)
+            self.layers.append(STRATEGIES[plan.strategies[i]](config, self.plan, local, weights, i, shared))
         if self.is_last:
             self.head = ending_of(config, weights, self.plan, local)
         self.dtype, self.weights_bytes = weights.dtype, weights.num_bytes
@@ -285,8 +281,6 @@ class Executor:
         if not self.is_last:
             self.comm.send(x, self.stage + 1, plan.number_format)
             return None
-        # The next request reuses message buffers, so the result must not lie in one.
-        x = x.clone() if layout != REPLICATE else x
         if isinstance(self.head, NextToken):
             return self.head(x, draw)
         if self.decoder:

@@ -14,7 +14,7 @@ from detransformer.parallel.comm import Comm
 from detransformer.parallel.draw import END, NOT_FINITE, Draw, Sampling
 from detransformer.parallel.executor import Executor
 from detransformer.parallel.layer import STRATEGIES, KeyValueCache
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.partition import Plan
 from detransformer.parallel.weights import WeightSource
 
 

@@ -5,7 +5,6 @@ Shapes as in `parallel.strategies`.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -14,11 +13,8 @@ from transformers.activations import ACT2FN
 
 from detransformer.parallel.comm import Comm, Pending
 from detransformer.parallel.parameters import LayerParameters
-from detransformer.parallel.partition import bounds
+from detransformer.parallel.partition import Plan, bounds
 from detransformer.parallel.weights import WeightSource
-
-if TYPE_CHECKING:
-    from detransformer.parallel.plan import Plan
 
 # Layouts of a hidden state X [B, T, D] over devices
 REPLICATE = "replicate"  # every device holds all of X
@@ -43,7 +39,6 @@ def register(name: str) -> Callable[[type["Strategy"]], type["Strategy"]]:
 class Chunk:
     """Tokens start..stop of a request, and how many of them each device takes under shard(seq)."""
 
-    index: int
     start: int
     stop: int
     tokens: Sequence[int]
@@ -56,8 +51,8 @@ class Chunk:
 def chunks_of(sizes: Iterable[tuple[int, Sequence[int]]]) -> list[Chunk]:
     """Consecutive chunks of these sizes, each (tokens in all, tokens of each device)."""
     chunks, start = [], 0
-    for index, (total, tokens) in enumerate(sizes):
-        chunks.append(Chunk(index, start, start + total, tokens))
+    for total, tokens in sizes:
+        chunks.append(Chunk(start, start + total, tokens))
         start += total
     return chunks
 
@@ -97,7 +92,7 @@ class Request:
     @classmethod
     def of(
         cls,
-        plan: "Plan",
+        plan: Plan,
         batch_size: int,
         seq_len: int,
         mask: torch.Tensor | None = None,
@@ -134,7 +129,7 @@ class Strategy:
     def __init__(
         self,
         config: PretrainedConfig,
-        plan: "Plan",
+        plan: Plan,
         comm: Comm,
         weights: WeightSource,
         layer: int,
@@ -163,7 +158,7 @@ class Strategy:
         raise NotImplementedError
 
     @classmethod
-    def share(cls, plan: "Plan", rank: int) -> float:
+    def share(cls, plan: Plan, rank: int) -> float:
         """Device `rank`'s share of a layer, from 0 to 1."""
         if not cls.splits:
             return 1.0
@@ -253,6 +248,10 @@ class Strategy:
         """k and v [rows, T, A] of the request's tokens, after the cached ones if there is a cache."""
         return request.cache.join(self.layer, k, v) if request.cache else (k, v)
 
+    def start_sum(self, partial: torch.Tensor) -> Pending:
+        """Starts summing `partial` over the devices."""
+        return self.comm.start_all_reduce(partial, self.plan.number_format)
+
     def own_tokens(self, x: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         start, stop = chunk.of(self.comm.rank)
         return x[:, start:stop]
@@ -261,13 +260,13 @@ class Strategy:
         """Own tokens, all heads -> all tokens, own heads, by one all_to_all: [B, t, 3, D] -> [B, T, 3, h*s]."""
         parts = qkv.split([heads * self.head_size for heads in self.plan.heads], dim=-1)
         shapes = [(len(qkv), tokens, 3, parts[self.comm.rank].shape[-1]) for tokens in chunk.tokens]
-        return self.comm.start_all_to_all(parts, shapes, self.plan.number_format, f"qkv{chunk.index}").then(together)
+        return self.comm.start_all_to_all(parts, shapes, self.plan.number_format).then(together)
 
     def heads_to_tokens(self, context: torch.Tensor, chunk: Chunk) -> Pending:
         """All tokens, own heads -> own tokens, all heads, by one all_to_all: [B, T, h*s] -> [B, t, D]."""
         parts = context.split(list(chunk.tokens), dim=1)
         shapes = [(*parts[self.comm.rank].shape[:2], heads * self.head_size) for heads in self.plan.heads]
-        pending = self.comm.start_all_to_all(parts, shapes, self.plan.number_format, f"context{chunk.index}")
+        pending = self.comm.start_all_to_all(parts, shapes, self.plan.number_format)
         return pending.then(lambda parts: together(parts, dim=-1))
 
     def after_exchange(

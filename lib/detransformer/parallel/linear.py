@@ -1,8 +1,7 @@
 """Linear maps whose weights are laid out for the fastest product.
 
 A share of a layer has few rows or narrow outputs, and a product of few rows takes as long as laying out and reading its
-weights. oneDNN keeps weights in its own blocked layout (`packed`): 16 rows through 768 -> 3072 then run at 90 instead
-of 47 GFLOP/s, 8 at 62 instead of 32, 128 at 108 instead of 91 (one core of an AMD EPYC, float32). What cannot be packed
+weights. oneDNN keeps weights in its own blocked layout (`packed`; notebook 04 measures both). What cannot be packed
 (other number formats, views of a map that several plans share) is kept input-major, [in, out]; rows of a multiple of
 4 KiB are padded, since such rows fall on the same cache sets.
 """
@@ -20,22 +19,13 @@ _TYPICAL_ROWS = 32  # oneDNN lays out for these; 8 to 128 rows run as fast as wi
 _MIN_PACKED = 2**14  # weights; with fewer, the call itself takes longer than the product
 
 
-def input_major(weight: torch.Tensor) -> torch.Tensor:
-    """[..., out, in] -> [..., in, out], each row contiguous, padded if its length is a multiple of 4 KiB."""
-    return _laid_out(weight.transpose(-1, -2))
-
-
-def padded(weight: torch.Tensor) -> torch.Tensor:
-    """[..., in, out] as it is, or copied with padded rows if their length is a multiple of 4 KiB."""
-    unlucky = weight.shape[-1] * weight.itemsize % _BAD_STRIDE_BYTES == 0
-    return _laid_out(weight) if unlucky else weight
-
-
-def _laid_out(weight: torch.Tensor) -> torch.Tensor:
+def laid_out(weight: torch.Tensor) -> torch.Tensor:
+    """[..., in, out] with contiguous rows, padded if their length is a multiple of 4 KiB; not copied if it lies so."""
     *leading, num_out = weight.shape
-    stride = num_out
-    if num_out * weight.itemsize % _BAD_STRIDE_BYTES == 0:
-        stride += _PADDING
+    unlucky = num_out * weight.itemsize % _BAD_STRIDE_BYTES == 0
+    if weight.is_contiguous() and not unlucky:
+        return weight
+    stride = num_out + _PADDING if unlucky else num_out
     return weight.new_zeros(*leading, stride)[..., :num_out].copy_(weight)
 
 
@@ -77,7 +67,7 @@ class Linear:
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, packed: Sequence[torch.Tensor] | None = None
     ):
-        """`weight` is [in, out], see `input_major`; `packed`, if given, is used instead of its numbers."""
+        """`weight` is [in, out], see `laid_out`; `packed`, if given, is used instead of its numbers."""
         self.weight = weight
         self.bias = bias
         self.packed = packed
@@ -85,12 +75,11 @@ class Linear:
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, is_input_major: bool, packs: bool) -> Self:
         """From a weight as a checkpoint stores it, [in, out] or [out, in]; `packs`: pack it for oneDNN if that pays."""
-        other_major = weight.transpose(-1, -2)
+        input_major, output_major = (weight, weight.mT) if is_input_major else (weight.mT, weight)
         if packs and len(weight) and _worth_packing(weight):
-            output_major = other_major if is_input_major else weight
             packed = [_packed(block) for block in (output_major if weight.ndim == 3 else [output_major])]
-            return cls(_no_numbers(weight if is_input_major else other_major), bias, packed)
-        return cls(padded(weight) if is_input_major else input_major(weight), bias)
+            return cls(_no_numbers(input_major), bias, packed)
+        return cls(laid_out(input_major), bias)
 
     def part(self, outputs: tuple[int, int] | None = None, inputs: tuple[int, int] | None = None) -> "Linear":
         """A view of outputs, or inputs, start..stop; some inputs give partial sums, without bias."""

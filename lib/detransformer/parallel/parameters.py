@@ -6,104 +6,15 @@ Shapes: D hidden, A attention width, I intermediate size, P sub-blocks of width 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from detransformer.models.configuration import architecture
+from detransformer.models.naming import naming_of
 from detransformer.parallel.linear import Linear, StackedLinear
 from detransformer.parallel.weights import WeightSource
 
 Range = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Naming:
-    """Names and layout of an architecture's parameters. `input_major`: weights are [in, out], as in GPT-2's Conv1D."""
-
-    prefix: str
-    qkv: tuple[str, ...]  # Q, K and V, or all three packed in one
-    out: str
-    ffn_in: str
-    ffn_out: str
-    attention_norm: str
-    ffn_norm: str
-    input_major: bool
-    pre_norm: bool  # LayerNorm stands before attention and FFN, not after their residuals
-    eps: str | float  # the configuration's field of LayerNorm's epsilon, or its constant value
-    activation: str  # the configuration's field of the FFN's activation
-
-    def eps_of(self, config: PretrainedConfig) -> float:
-        """LayerNorm's epsilon."""
-        return getattr(config, self.eps) if isinstance(self.eps, str) else self.eps
-
-
-NAMING = {
-    "bert": Naming(
-        prefix="encoder.layer.{}.",
-        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
-        out="attention.output.dense",
-        ffn_in="intermediate.dense",
-        ffn_out="output.dense",
-        attention_norm="attention.output.LayerNorm",
-        ffn_norm="output.LayerNorm",
-        input_major=False,
-        pre_norm=False,
-        eps="layer_norm_eps",
-        activation="hidden_act",
-    ),
-    "distilbert": Naming(
-        prefix="transformer.layer.{}.",
-        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        out="attention.out_lin",
-        ffn_in="ffn.lin1",
-        ffn_out="ffn.lin2",
-        attention_norm="sa_layer_norm",
-        ffn_norm="output_layer_norm",
-        input_major=False,
-        pre_norm=False,
-        eps=1e-12,
-        activation="activation",
-    ),
-    "gpt2": Naming(
-        prefix="h.{}.",
-        qkv=("attn.c_attn",),
-        out="attn.c_proj",
-        ffn_in="mlp.c_fc",
-        ffn_out="mlp.c_proj",
-        attention_norm="ln_1",
-        ffn_norm="ln_2",
-        input_major=True,
-        pre_norm=True,
-        eps="layer_norm_epsilon",
-        activation="activation_function",
-    ),
-    "vit": Naming(
-        prefix="layers.{}.",
-        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        out="attention.o_proj",
-        ffn_in="mlp.fc1",
-        ffn_out="mlp.fc2",
-        attention_norm="layernorm_before",
-        ffn_norm="layernorm_after",
-        input_major=False,
-        pre_norm=True,
-        eps="layer_norm_eps",
-        activation="hidden_act",
-    ),
-}
-
-
-def naming_of(config: PretrainedConfig) -> Naming:
-    """The names of a model's architecture; ValueError if it is not supported."""
-    return NAMING[architecture(config)]
-
-
-def layers_of(body: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a model without a head, original or decoupled, first to last."""
-    return body.get_submodule(naming_of(body.config).prefix.removesuffix(".{}."))
 
 
 class LayerParameters:
@@ -169,35 +80,27 @@ class LayerParameters:
         return self._once(("qkv", columns), lambda: self._read_qkv(columns))
 
     def _read_qkv(self, columns: Range | None) -> Linear:
-        names = [self._prefix + name for name in self.naming.qkv]
-        if not self.naming.input_major:
-            weight, bias = (
-                self._source.take_stacked([f"{name}.{kind}" for name in names], 0, *(columns or (None, None)))
-                for kind in ("weight", "bias")
-            )
-            return Linear.of(weight, bias, False, self._packs)
-        width = self._width
-        start, stop = columns or (0, width)
+        names, (start, stop) = self.naming.qkv, columns or (0, self._width)
+        parts = [(name, start, stop) for name in names]
+        if len(names) == 1:  # packed
+            parts = [(*names, third * self._width + start, third * self._width + stop) for third in range(3)]
         weight, bias = (
-            torch.cat(
-                [self._source.take(f"{names[0]}.{kind}", dim, i * width + start, i * width + stop) for i in range(3)],
-                dim,
-            )
-            for kind, dim in (("weight", 1), ("bias", 0))
+            self._source.take_joined([(f"{self._prefix}{name}.{kind}", *own) for name, *own in parts], axis, axis)
+            for kind, axis in (("weight", int(self.naming.input_major)), ("bias", 0))
         )
-        return Linear.of(weight, bias, True, self._packs)
+        return Linear.of(weight, bias, self.naming.input_major, self._packs)
 
     def blocks(self, role: str, part: Range) -> StackedLinear:
         """Map `role` of sub-blocks start..stop: d -> I, I -> d or A -> d each; `qkv`: d -> 3A."""
         if self._keeps_whole:
-            whole = self._once((role, "blocks"), lambda: self._read_blocks(role, None))
+            whole = self._once((role, "blocks"), lambda: self._read_blocks(role, (None, None)))
             return whole.part(*part)
         return self._once((role, "blocks", part), lambda: self._read_blocks(role, part))
 
-    def _read_blocks(self, role: str, part: Range | None) -> StackedLinear:
+    def _read_blocks(self, role: str, part: Range | tuple[None, None]) -> StackedLinear:
         names = self.naming.qkv if role == "qkv" else (getattr(self.naming, role),)
         weight, bias = (
-            self._source.take_stacked([f"{self._prefix}{n}.{kind}" for n in names], 0, *(part or (None, None)), axis=1)
+            self._source.take_joined([(f"{self._prefix}{name}.{kind}", *part) for name in names], 0, axis=1)
             for kind in ("weight", "bias")
         )
         return StackedLinear.of(weight, bias, self.naming.input_major, self._packs)

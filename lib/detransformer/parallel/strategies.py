@@ -85,12 +85,11 @@ class TensorParallel(Strategy):
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         """Partial sums of the projection and of the FFN, each summed over the devices."""
         xs, qkv = self.projected(chunks)
-        wire, sums, ffns = self.plan.number_format, [], []
-        for i, context in enumerate(self.attended(qkv, request)):  # [B, T, h*s]
-            sums.append(self.comm.start_all_reduce(self.out(context), wire, f"sum{i}"))
-        for i, (summed, x) in enumerate(zip(sums, xs, strict=True)):
+        sums = [self.start_sum(self.out(context)) for context in self.attended(qkv, request)]  # of [B, T, h*s]
+        ffns = []
+        for summed, x in zip(sums, xs, strict=True):
             x = self.add(summed.wait().add_(self.out_bias), x, self.attention_norm)
-            ffns.append((self.comm.start_all_reduce(self.ffn(x), wire, f"sum{i}"), x))
+            ffns.append((self.start_sum(self.ffn(x)), x))
         for summed, x in ffns:
             yield self.add(summed.wait().add_(self.ffn_bias), x, self.ffn_norm)
 
@@ -113,7 +112,7 @@ class SequenceParallel(Strategy):
             queries.append(q[:, :, 0])
             owns.append(kv.permute(2, 1, 0, 3))
             shapes = [(2, tokens, len(x), kv.shape[-1]) for tokens in chunk.tokens]
-            gathers.append(self.comm.start_all_gather(owns[-1], shapes, self.plan.wire, f"kv{chunk.index}"))
+            gathers.append(self.comm.start_all_gather(owns[-1], shapes, self.plan.wire))
         parts = [gather.wait() for gather in gathers]
         for every, own in zip(parts, owns, strict=True):
             every[self.comm.rank] = own
@@ -198,7 +197,7 @@ class Galaxy(TensorParallel):
     def scatter(self, partial: torch.Tensor, chunk: Chunk) -> Pending:
         """Starts summing over devices; this one receives its own tokens."""
         parts = partial.split(list(chunk.tokens), dim=1)
-        return self.comm.start_reduce_scatter(parts, self.plan.number_format, f"sum{chunk.index}")
+        return self.comm.start_reduce_scatter(parts, self.plan.number_format)
 
 
 @register("replicate")

@@ -30,10 +30,8 @@ class ParallelBlock(TensorParallel):
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
         xs, qkv = self.projected(chunks)
-        sums = []
-        for i, (context, x) in enumerate(zip(self.attended(qkv, request), xs, strict=True)):
-            both = self.out(context).add_(self.ffn(x))
-            sums.append(self.comm.start_all_reduce(both, self.plan.number_format, f"sum{i}"))
+        contexts = zip(self.attended(qkv, request), xs, strict=True)
+        sums = [self.start_sum(self.out(context).add_(self.ffn(x))) for context, x in contexts]
         for summed, x in zip(sums, xs, strict=True):
             yield summed.wait().add_(self.out_bias).add_(self.ffn_bias).add_(x)
 
@@ -46,15 +44,13 @@ class Ladder(TensorParallel):
     in_layout = out_layout = UNSUMMED
 
     def __call__(self, chunks: Iterable[Pending], request: Request) -> Iterator[torch.Tensor]:
-        wire, streams, qkv, before = self.plan.number_format, [], [], []
-        for i, x in enumerate(arrived(chunks)):
+        streams, qkv, before = [], [], []
+        for x in arrived(chunks):
             stream, *unsummed = x if x.ndim == 4 else (x,)
-            before.append([self.comm.start_all_reduce(ffn, wire, f"ffn{i}") for ffn in unsummed])
+            before.append([self.start_sum(ffn) for ffn in unsummed])
             streams.append(stream)
             qkv.append(self.qkv(stream))
-        sums = []
-        for i, context in enumerate(self.attended(qkv, request)):
-            sums.append(self.comm.start_all_reduce(self.out(context), wire, f"sum{i}"))
+        sums = [self.start_sum(self.out(context)) for context in self.attended(qkv, request)]
         for stream, pending, summed in zip(streams, before, sums, strict=True):
             for ffn in pending:
                 stream = stream + ffn.wait()
@@ -122,14 +118,14 @@ class Parts(Strategy):
             read = self.read(x, self.attention_norm)
             projected = torch.cat([part.qkv(y) for part, y in zip(self.parts, read, strict=True)])
             qkv.append(projected.unflatten(-1, (3, -1)))  # [p*B, T, 3, A]
-        for i, context in enumerate(self.attended(qkv, request, copies=len(self.parts))):  # [p*B, T, A]
+        for context in self.attended(qkv, request, copies=len(self.parts)):  # [p*B, T, A]
             contexts = context.chunk(len(self.parts))
-            steps.append(self.start([p.out(y) for p, y in zip(self.parts, contexts, strict=True)], i))
+            steps.append(self.start([p.out(y) for p, y in zip(self.parts, contexts, strict=True)]))
         ffns = []
-        for i, (step, x) in enumerate(zip(steps, xs, strict=True)):
+        for step, x in zip(steps, xs, strict=True):
             x = self.added(x, *step, self.out_bias)
             pairs = zip(self.parts, self.read(x, self.ffn_norm), strict=True)
-            ffns.append((x, self.start([p.ffn_out(self.activation(p.ffn_in(y))) for p, y in pairs], i)))
+            ffns.append((x, self.start([p.ffn_out(self.activation(p.ffn_in(y))) for p, y in pairs])))
         for x, step in ffns:
             yield self.added(x, *step, self.ffn_bias)
 
@@ -137,13 +133,13 @@ class Parts(Strategy):
         """The normalised input of each own part: [1 + p, B, T, D] -> [p, B, T, D]."""
         return self.norm(x[0] + x[1:], norm)
 
-    def start(self, made: Sequence[torch.Tensor], chunk: int) -> tuple[torch.Tensor, Pending]:
+    def start(self, made: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Pending]:
         """Each own part's addition, [p, B, T, D], and the pending sum over all parts of its shared channels."""
         stacked = torch.stack(list(made))
         shared = stacked[..., : self.config.num_shared].sum(0)
         if not self.config.num_shared:
             return stacked, Pending(shared)
-        return stacked, self.comm.start_all_reduce(shared, self.plan.number_format, f"sum{chunk}")
+        return stacked, self.start_sum(shared)
 
     def added(self, x: torch.Tensor, made: torch.Tensor, shared: Pending, bias: torch.Tensor) -> torch.Tensor:
         """X with the parts' additions: for shared channels the sum of all, for the others each part's own."""

@@ -117,13 +117,9 @@ class WeightSource:
     def _resolve(self, name: str) -> str:
         return name if name in self._tensors else self._prefix + name
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`."""
-        return tuple(self._tensors[self._resolve(name)].shape)
-
     def take(self, name: str, dim: int = 0, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """The tensor `name`, or its part start..stop along `dim`, contiguous and on its own storage."""
-        return self.take_stacked([name], dim, start, stop)
+        return self.take_joined([(name, start, stop)], dim)
 
     def once(self, name: str) -> torch.Tensor:
         """The whole tensor `name`, the same object at each call."""
@@ -131,29 +127,37 @@ class WeightSource:
             self.kept[name] = self.take(name)
         return self.kept[name]
 
-    def take_stacked(
-        self, names: Sequence[str], dim: int = 0, start: int | None = None, stop: int | None = None, axis: int = 0
-    ) -> torch.Tensor:
-        """The parts start..stop along `dim` of several tensors, joined along `axis`, read straight into one tensor.
+    def pair(self, name: str) -> list[torch.Tensor | None]:
+        """Weight and bias of map or LayerNorm `name`; None for a bias that it has not."""
+        return [self.once(f"{name}.weight"), self.once(f"{name}.bias") if f"{name}.bias" in self else None]
 
-        `take_stacked([q, k, v], 0, a, b)` of [D, D] is [3(b-a), D]; with `axis=1`, of [P, A, d], it is [b-a, 3A, d].
+    def take_joined(
+        self, parts: Sequence[tuple[str, int | None, int | None]], dim: int = 0, axis: int = 0
+    ) -> torch.Tensor:
+        """Parts (name, start, stop) along `dim`, of one shape, joined along `axis`, read straight into one tensor.
+
+        `take_joined([(q, a, b), (k, a, b), (v, a, b)])` of [D, D] is [3(b-a), D]; with `axis=1`, of [P, A, d], it is
+        [b-a, 3A, d].
 
         Raises:
             ValueError: if the checkpoint has no such tensor.
         """
-        tensors = []
-        for name in names:
+        found = []
+        for name, start, stop in parts:
             if name not in self:
                 raise ValueError(
                     f"the checkpoint has no weight {name!r}: it is of another model, or was saved by another version."
                 )
-            tensors.append(self._tensors[self._resolve(name)])
-        first, last, _ = slice(start, stop).indices(tensors[0].shape[dim])
-        shapes = [[*tensor.shape[:dim], last - first, *tensor.shape[dim + 1 :]] for tensor in tensors]
-        sizes = [shape[axis] for shape in shapes]
-        device = None if isinstance(tensors[0], _Stored) else tensors[0].device
-        joined = torch.empty([*shapes[0][:axis], sum(sizes), *shapes[0][axis + 1 :]], dtype=self.dtype, device=device)
-        for tensor, out in zip(tensors, joined.split(sizes, axis), strict=True):
+            tensor = self._tensors[self._resolve(name)]
+            first, last, _ = slice(start, stop).indices(tensor.shape[dim])
+            found.append((tensor, first, last))
+        tensor, first, last = found[0]
+        shape = list(tensor.shape)
+        shape[dim] = last - first
+        shape[axis] *= len(found)
+        device = None if isinstance(tensor, _Stored) else tensor.device
+        joined = torch.empty(shape, dtype=self.dtype, device=device)
+        for (tensor, first, last), out in zip(found, joined.chunk(len(found), axis), strict=True):
             if isinstance(tensor, _Stored):
                 tensor.copy(out, dim, first, last, self._buffer)
             else:

@@ -54,7 +54,7 @@ def wired(model: PreTrainedModel, plan: Plan) -> Iterator[PreTrainedModel]:
 
     Raises:
         ValueError: for another model, a plan that does not fit or shares no layer; when called, for a model in training
-            mode, `inputs_embeds`, a mask other than [B, T], positions other than 0, 1, .., or asked-for inner states.
+            mode, a mask other than [B, T], or other arguments, such as `inputs_embeds` or asked-for inner states.
     """
     base = getattr(model, "bert", model)
     if not isinstance(base, BertModel):
@@ -93,27 +93,23 @@ class _Devices:
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """As `BertModel.forward` of an encoder."""
         if self.model.training:
             raise ValueError("a wired model only infers: call eval() first.")
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("a wired model takes input_ids, not inputs_embeds.")
+        others = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if others:
+            raise ValueError(
+                "a wired model takes input_ids, attention_mask and token_type_ids and gives its last hidden state: "
+                f"leave out {others[0]}."
+            )
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask has {attention_mask.ndim} axes: a wired model takes one [B, T].")
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if position_ids is not None and not bool((position_ids == places).all()):
-            raise ValueError("a wired model numbers positions 0, 1, ..: leave out position_ids.")
-        asked = [name for name, value in kwargs.items() if value is not None and value is not False]
-        if asked:
-            raise ValueError(f"a wired model gives its last hidden state only: leave out {asked[0]}.")
         output = self._run(input_ids, attention_mask, token_type_ids)
         # Tensors of inference mode: copies may be used anywhere.
         hidden, pooled = (
@@ -164,9 +160,9 @@ class _InProcessComm(Comm):
         super().__init__(None, rank, meeting.parties)
         self.meeting, self.device = meeting, device
 
-    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32", name: str = "sum") -> Pending:
+    def start_all_reduce(self, x: torch.Tensor, wire: str = "float32") -> Pending:
         if wire != "float32" or self.num_ranks == 1:
-            return super().start_all_reduce(x, wire, name)
+            return super().start_all_reduce(x, wire)
         sums = []
         self.meeting.swap(self.rank, x, lambda every: sums.append(torch.stack(every).sum(0)))
         return Pending(x.copy_(sums[0]))
@@ -184,6 +180,5 @@ class _InProcessComm(Comm):
 
         self.meeting.swap(self.rank, outgoing, take)
 
-    def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
-        """A new buffer each time: nothing here is reused while it is read."""
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)

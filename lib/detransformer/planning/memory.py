@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from detransformer.models.configuration import ffn_size, is_decoder, layer_kinds
 from detransformer.parallel.executor import embeddings_of, ending_of
 from detransformer.parallel.layer import STRATEGIES, Strategy
-from detransformer.parallel.plan import Plan
+from detransformer.parallel.plan import Plan, keeps_whole
 from detransformer.parallel.weights import WeightSource
 from detransformer.planning.recorder import MAX_KEPT, Recorder, sizes_of, small_model, split_of
 from detransformer.planning.tape import Tape, TapeComm
@@ -72,7 +72,7 @@ def _held_bytes(sizes: str, plans: Sequence[Plan], device: int) -> int:
     total, layers = 0, list(zip(*own, strict=True))
     for names, count in Counter(layers).items():
         parts = [_own_part(name, *where) for name, where in zip(names, used, strict=True) if name]
-        whole = len(used) > 1 and any(plan.keeps_whole(layers.index(names), device) for plan, _ in used)
+        whole = len(used) > 1 and any(keeps_whole(plan, layers.index(names), device) for plan, _ in used)
         total += count * _layer_bytes(sizes, tuple(dict.fromkeys(parts)), whole)
     first = any(not plan.stages or rank == 0 for plan, rank in used)
     last = any(not plan.stages or rank == plan.num_devices - 1 for plan, rank in used)

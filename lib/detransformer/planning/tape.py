@@ -175,5 +175,5 @@ class TapeComm(Comm):
     def _read(self, message: torch.Tensor, shape: Sequence[int], wire: str, dtype: torch.dtype) -> torch.Tensor:
         return without_numbers(tuple(shape), dtype)
 
-    def _buffer(self, direction: str, name: str, num_bytes: int) -> torch.Tensor:
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
         return without_numbers((num_bytes,), torch.uint8)

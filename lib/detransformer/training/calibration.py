@@ -30,9 +30,8 @@ from detransformer.files import atomic_folder
 from detransformer.folders import OTHER_FILES
 from detransformer.models import decouple, layer_kinds
 from detransformer.models.configuration import ENCODER_HEADS, architecture, config_fields, decoupled_config, head_of
-from detransformer.models.heads import lm_logits
+from detransformer.models.naming import layers_of, lm_logits
 from detransformer.opening import load_model, open_checkpoint
-from detransformer.parallel.parameters import layers_of
 from detransformer.training.config import (
     ModelRow,
     TextRecipe,

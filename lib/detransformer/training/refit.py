@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from detransformer.models.naming import Naming, layers_of, naming_of
 from detransformer.models.stacked import merge_hidden, split_hidden
-from detransformer.parallel.parameters import Naming, layers_of, naming_of
 
 BATCH = 16  # sequences at once
 RIDGE = 1e-4  # added to the inputs' second moments, relative to their mean
@@ -88,7 +88,7 @@ def fit_layer(
         _regress(
             [m for m, _ in qkv], ((x, [shared(full(t)) for _, full in qkv]) for x, t in zip(xs, theirs, strict=True))
         )
-    contexts = [_given(out, layer.attention, x, size) for x, size in zip(xs, sizes, strict=True)]
+    contexts = [_given(out, layer.attention, x, batch_size=size) for x, size in zip(xs, sizes, strict=True)]
     _regress([out], ((c, [cut(t) - x]) for c, t, x in zip(contexts, attended, xs, strict=True)))
     added = [out(c) + x for c, x in zip(contexts, xs, strict=True)]
     _rescale(norm, ((x, cut(y)) for x, y in zip(added, middles, strict=True)))
@@ -106,11 +106,11 @@ def fit_layer(
     return merged, outputs
 
 
-def _given(part: nn.Module, attention: nn.Module, *inputs) -> torch.Tensor:
-    """The input of `part` when `attention` is called with `inputs`: the context, before the output projection."""
+def _given(part: nn.Module, attention: nn.Module, x: torch.Tensor, **options) -> torch.Tensor:
+    """The input of `part` when `attention` is called with `x`: the context, before the output projection."""
     seen: list[torch.Tensor] = []
     hook = part.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    attention(*inputs)
+    attention(x, **options)
     hook.remove()
     return seen[0]
 
