@@ -30,14 +30,7 @@ from detransformer.models import decouple, layer_kinds
 from detransformer.models.configuration import ENCODER_HEADS, architecture, config_fields, decoupled_config, head_of
 from detransformer.opening import OTHER_FILES, load_model, open_checkpoint
 from detransformer.parallel.parameters import layers_of
-from detransformer.training.config import (
-    ModelRow,
-    TextRecipe,
-    config_hash,
-    fraction,
-    not_negative,
-    positive,
-)
+from detransformer.training.config import ModelRow, TextRecipe, config_hash, fraction, not_negative, positive
 from detransformer.training.data import TrainingData
 from detransformer.training.data.packing import CutBatches, MaskedBatches
 from detransformer.training.finetuning import source_of

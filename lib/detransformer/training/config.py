@@ -243,17 +243,14 @@ class FinetuneConfig(Recipe):
     dropout: float = fraction(0.1)
     max_train_rows: int | None = positive(None)
     max_eval_rows: int | None = positive(None)
-    wire_formats: tuple[str, ...] = ()
+    wire_formats: tuple[str, ...] = checked(
+        (), lambda names: set(names) <= set(WIRE_FORMATS), f"is unknown: choose among {', '.join(WIRE_FORMATS)}"
+    )
     num_seeds: int = positive(1)
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "wire_formats", tuple(self.wire_formats))  # a profile gives a list
-        unknown = [name for name in self.wire_formats if name not in WIRE_FORMATS]
-        if unknown:
-            raise ValueError(
-                f"wire_formats has {unknown[0]!r}, which is unknown: choose among {', '.join(WIRE_FORMATS)}."
-            )
         if not 0 <= self.stride < self.seq_len // 2:
             raise ValueError(
                 f"doc_stride={self.doc_stride} is outside 0..{self.seq_len // 2 - 1}: windows of "

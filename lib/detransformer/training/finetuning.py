@@ -22,14 +22,7 @@ from detransformer.parallel.wire_model import wire_plan, wired
 from detransformer.training.config import FinetuneConfig, config_hash
 from detransformer.training.data import Task, TrainingData
 from detransformer.training.data.tasks import get_task
-from detransformer.training.features import (
-    LengthGrouped,
-    PreparedTask,
-    best_spans,
-    by_length,
-    collate,
-    prepared_task,
-)
+from detransformer.training.features import LengthGrouped, PreparedTask, best_spans, by_length, collate, prepared_task
 from detransformer.training.jobs import run_jobs
 from detransformer.training.loop import Objective, Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores

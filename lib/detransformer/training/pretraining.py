@@ -33,13 +33,7 @@ from detransformer.training.config import (
     positive,
 )
 from detransformer.training.data import TrainingData
-from detransformer.training.data.packing import (
-    IGNORED,
-    MaskedBatches,
-    NextTokenBatches,
-    SpecialTokens,
-    unigram_loss,
-)
+from detransformer.training.data.packing import IGNORED, MaskedBatches, NextTokenBatches, SpecialTokens, unigram_loss
 from detransformer.training.jobs import run_jobs
 from detransformer.training.loop import Objective, Run, fit, micro_batches
 from detransformer.training.results import Result, as_result, read_result, write_result
@@ -210,12 +204,7 @@ def build_model(row: ModelRow, config: ScratchRecipe, data: TrainingData) -> Pre
     return row.made_of((GPT2LMHeadModel if architecture(original) == "gpt2" else BertForMaskedLM)(original))
 
 
-def pretrain(
-    row: ModelRow,
-    config: ScratchRecipe,
-    data: TrainingData,
-    output_dir: str | Path,
-) -> Result:
+def pretrain(row: ModelRow, config: ScratchRecipe, data: TrainingData, output_dir: str | Path) -> Result:
     """Trains one row into `output_dir/ROW/` (model/, history.csv, result.json).
 
     Args:
