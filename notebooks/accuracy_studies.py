@@ -194,7 +194,6 @@ def probe(
             model = _encoder(folder) if model is None else model
             read = partial(sentence_vectors, model, data=data, seq_len=config.seq_len)
             made = outcome_of(read, name, config, data)
-            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, "wb") as file:
                 np.savez_compressed(file, predicted=made.predicted, labels=made.labels, note=made.note)
         with np.load(path) as saved:
@@ -268,17 +267,12 @@ def _questions(config: ProbeConfig, data: TrainingData) -> tuple[list[str], list
 # Scores ----------------------------------------------------------------------------------------------------------
 
 
-def score_columns(name: str) -> list[str]:
-    """The score columns of a task: its metric's, or recall at 1 and 10."""
-    return [f"{RETRIEVAL}@1", f"{RETRIEVAL}@10"] if name == RETRIEVAL else [name]
-
-
-def score(column: str, predicted: np.ndarray, labels: np.ndarray) -> float:
-    """A score, times 100."""
-    if column.startswith(RETRIEVAL):
-        return 100 * float((predicted <= int(column.partition("@")[2])).mean())
-    task = get_task(column)
-    return classification_scores(task, predicted, labels)["mcc" if task.metric == "mcc" else "accuracy"]
+def scores_of(name: str, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The scores of a task, times 100, by column: its metric's, or recall at 1 and 10."""
+    if name == RETRIEVAL:
+        return {f"{RETRIEVAL}@{rank}": 100 * float((predicted <= rank).mean()) for rank in (1, 10)}
+    task = get_task(name)
+    return {name: classification_scores(task, predicted, labels)[task.metric]}
 
 
 def probe_table(outcomes: Mapping[str, dict[str, Outcome]], original: str) -> pd.DataFrame:
@@ -289,23 +283,24 @@ def probe_table(outcomes: Mapping[str, dict[str, Outcome]], original: str) -> pd
     rng, rows = np.random.default_rng(0), []
     for row, found in outcomes.items():
         for name, outcome in found.items():
-            base = outcomes[original][name]
+            base, metric, guess = outcomes[original][name], "recall", 0.0
+            if name != RETRIEVAL:
+                task = get_task(name)
+                metric, guess = task.metric, majority_score(task, {"label": base.labels.tolist()})
             picks = rng.integers(0, len(base.labels), (RESAMPLES, len(base.labels)))
-            for column in score_columns(name):
-                value, known = (score(column, o.predicted, o.labels) for o in (outcome, base))
-                low = high = float("nan")
-                if row != original:
-                    apart = [
-                        score(column, outcome.predicted[p], outcome.labels[p])
-                        - score(column, base.predicted[p], base.labels[p])
-                        for p in picks
-                    ]
-                    low, high = np.percentile(apart, [2.5, 97.5])
-                metric = "recall" if name == RETRIEVAL else get_task(name).metric
-                guess = 0.0 if name == RETRIEVAL else majority_score(get_task(name), {"label": base.labels.tolist()})
-                rows.append({"row": row, "task": column, "metric": metric, "score": value, "majority_score": guess,
-                             "difference": value - known, "difference_low": low, "difference_high": high,
-                             "eval_rows": len(base.labels), "note": base.note})  # fmt: skip
+            picks = picks[:0] if row == original else picks  # it does not differ from itself
+            ours, theirs = (
+                pd.DataFrame([scores_of(name, o.predicted[p], o.labels[p]) for p in (slice(None), *picks)])
+                for o in (outcome, base)
+            )
+            apart = ours - theirs
+            low, high = (apart[1:].quantile(share) for share in (0.025, 0.975))
+            for column in ours:
+                rows.append({
+                    "row": row, "task": column, "metric": metric, "score": ours[column][0], "majority_score": guess,
+                    "difference": apart[column][0], "difference_low": low[column], "difference_high": high[column],
+                    "eval_rows": len(base.labels), "note": base.note,
+                })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -358,31 +353,18 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
     floors = scores[scores["row"].isin(BASELINES)].groupby("task")["score"].max().reindex(base.index)
     base = base.assign(majority_score=base["majority_score"].clip(lower=floors.fillna(0)))
     known = list(base.index[learned(base)]) if len(base) else []
-    rows = []
+    whole, rows = base.loc[known, "score"].mean(), []
     for row, group in scores.groupby("row", sort=False):
         cells = group.set_index("task").reindex(known)
         if known and cells["score"].isna().any():
             continue
-        mean, whole = cells["score"].mean(), base.loc[known, "score"].mean()
+        share = 100 * cells["score"].mean() / whole
         spread = (cells["difference_high"] - cells["difference_low"]) / (2 * NUM_ERRORS)
         summed = math.sqrt((spread**2).sum(skipna=False)) / max(len(known), 1)
-        error = 100 * summed / whole if row != original else math.nan
-        low, high = around(100 * mean / whole, error)
-        verdict = Verdict(
-            f"{row}: share kept", KEPT_PERCENT, 100 * mean / whole, "measured", low=low, high=high, side="at least"
-        )
+        low, high = around(share, 100 * summed / whole if row != original else math.nan)
+        verdict = Verdict(f"{row}: share kept", KEPT_PERCENT, share, "measured", low=low, high=high, side="at least")
         judged = "" if row in (original, *BASELINES) else verdict.judged
-        rows.append(
-            {
-                "row": row,
-                "num_tasks": len(known),
-                "mean": mean,
-                "share": 100 * mean / whole,
-                "low": low,
-                "high": high,
-                "judged": judged,
-                "num_seeds": group["num_seeds"].min() if "num_seeds" in group else math.nan,
-            }
-        )
+        num_seeds = group["num_seeds"].min() if "num_seeds" in group else math.nan
+        rows.append((row, len(known), cells["score"].mean(), share, low, high, judged, num_seeds))
     columns = ["row", "num_tasks", "mean", "share", "low", "high", "judged", "num_seeds"]
     return pd.DataFrame(rows, columns=columns).assign(tasks=", ".join(known))

@@ -1,5 +1,6 @@
 """Shared fixtures: small models on disk and a cluster of real processes over loopback."""
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, BertTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
 
@@ -122,3 +123,64 @@ def cluster():
 
     with EmulatedCluster(4, transport="loopback") as session:
         yield session
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The generated corpus and its tasks."""
+    from detransformer.training import open_data
+
+    return open_data("built-in", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def small_bert(tmp_path_factory, data) -> Path:
+    """Folder of a BERT of two layers with the tokenizer of `data`, small enough to learn in a second."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    folder = tmp_path_factory.mktemp("small")
+    BertForMaskedLM(BertConfig(**sizes, vocab_size=data.vocab_size, initializer_range=0.07)).save_pretrained(folder)
+    data.save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Products this small only wait for each other on several; and sums have one order in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Steps(list):
+    """The numbers, from 1, of the steps that were trained."""
+
+    last = math.inf
+
+    def interrupt(self, last: int, train: Callable, *arguments) -> None:
+        """Calls `train`, which ends as by a crash after step `last` and its checkpoint; after 0: it would train."""
+        self.last = last
+        with pytest.raises(InterruptedError):
+            train(*arguments)
+        self.last = math.inf
+        self.clear()
+
+
+@pytest.fixture
+def steps(monkeypatch) -> Steps:
+    from detransformer.training import loop
+
+    seen, rate = Steps(), loop.learning_rate
+
+    def watched(step: int, *recipe) -> float:
+        if step == seen.last:
+            raise InterruptedError
+        seen.append(step + 1)
+        return rate(step, *recipe)
+
+    monkeypatch.setattr(loop, "learning_rate", watched)
+    return seen

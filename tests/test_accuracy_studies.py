@@ -17,14 +17,13 @@ from accuracy_studies import (
     wide,
 )
 from pretraining_studies import published_runs
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel
 
 from detransformer.files import repository_root
 from detransformer.record.published import published
 from detransformer.record.run import RunFolder
 from detransformer.tables.accuracy import table_iii
 from detransformer.tables.claims import structure_of
-from detransformer.training import open_data
 
 TASKS = {
     "SST-2": ProbeConfig(max_train_rows=200, max_eval_rows=80, seq_len=32),
@@ -33,23 +32,8 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return open_data("built-in", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def encoder(data, tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("encoder")
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    BertModel(BertConfig(**sizes, vocab_size=data.vocab_size, initializer_range=0.2)).save_pretrained(folder)
-    data.save_tokenizer(folder)
-    return folder
-
-
-def test_vectors_do_not_depend_on_the_company(data, encoder):
-    model = AutoModel.from_pretrained(encoder).eval()
+def test_vectors_do_not_depend_on_the_company(data, small_bert):
+    model = AutoModel.from_pretrained(small_bert).eval()
     texts = ["the film is warm and clever.", "Anna bought a red kite in Paris.", "dull"]
     together = sentence_vectors(model, texts, data, 32)
     alone = np.concatenate([sentence_vectors(model, [text], data, 32) for text in texts])
@@ -69,9 +53,9 @@ def test_a_probe_finds_what_is_there_and_nothing_in_noise():
     assert found[0] > 0.9 and found[1] < 0.65
 
 
-def test_outcomes_are_kept_and_make_a_table(data, encoder, tmp_path):
-    outcomes = {"small original": probe(encoder, TASKS, data, tmp_path)}
-    again = probe(encoder, TASKS, data, tmp_path)
+def test_outcomes_are_kept_and_make_a_table(data, small_bert, tmp_path):
+    outcomes = {"small original": probe(small_bert, TASKS, data, tmp_path)}
+    again = probe(small_bert, TASKS, data, tmp_path)
     assert all(np.array_equal(again[name].predicted, outcomes["small original"][name].predicted) for name in TASKS)
     outcomes |= {"bag of words": bag_of_words(TASKS, data), "majority": majority(TASKS, data)}
     table = probe_table(outcomes, "small original")

@@ -1,10 +1,11 @@
-"""Calibration: the closed form, the losses; that it learns, resumes, is found again, leaves its teacher alone."""
+"""Calibration: the closed form, the losses; that it learns, is found again, leaves its teacher alone."""
 
 import dataclasses
 import gzip
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from detransformer import cli
 from detransformer.models import decouple, layer_kinds
 from detransformer.models.configuration import FAMILIES
 from detransformer.models.naming import layers_of
@@ -34,14 +34,15 @@ from detransformer.training import (
     ModelRow,
     calibrate,
     finetune,
-    open_data,
 )
 from detransformer.training.calibration import LayerErrors, distance
 from detransformer.training.data.packing import CutBatches, SpecialTokens, mask_tokens
-from detransformer.training.data.text import LONGEST, text_data
+from detransformer.training.data.text import LONGEST, TextFiles
+from detransformer.training.loop import Objective
 from detransformer.training.refit import refit
-from stopping import Stop, stop_at
 from test_cli import assert_one_sentence, call
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = CalibrationConfig(
     **dict(num_steps=6, global_batch_size=16, micro_batch_size=8, seq_len=16, learning_rate=2e-3, seed=5),
@@ -49,20 +50,6 @@ TINY = CalibrationConfig(
 )
 ROW = ModelRow("bert-base", 2, 4)
 SIZES = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products this small only wait for each other on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return open_data("built-in", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +116,7 @@ def test_the_closed_form_of_one_division_stays_the_teacher(models):
 
 def test_losses_by_hand(models):
     original, student, batch = models
-    objective = LayerErrors(student, original, range(1, 5), [0, 2])
+    loss = partial(LayerErrors(original, range(1, 5), [0, 2]), student)
     outputs = [m(batch["input_ids"], output_hidden_states=True) for m in (student, original)]
     index = batch["positions"].unsqueeze(-1).expand(-1, -1, 60)
     ours, theirs = ((output.logits.gather(1, index) / 2).softmax(-1) for output in outputs)  # [B, K, V]
@@ -140,18 +127,16 @@ def test_losses_by_hand(models):
 
     hidden, targets = (output.hidden_states for output in outputs)
     together = sum(error(x, y) for x, y in zip(hidden[1:], targets[1:], strict=True)) / 4
-    torch.testing.assert_close(
-        objective(**batch, alone=torch.tensor(False)), together + divergence, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(loss(**batch, alone=torch.tensor(False)), together + divergence, rtol=1e-4, atol=1e-5)
     layers = layers_of(student.base_model)
     alone = sum(error(layers[i](targets[i]), targets[i + 1]) for i in (0, 2)) / 2
-    torch.testing.assert_close(objective(**batch, alone=torch.tensor(True)), alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss(**batch, alone=torch.tensor(True)), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_student_is_trained_and_saved(models, dtype):
     original, student, batch = models
-    objective = LayerErrors(student.to(dtype), original.to(dtype), range(1, 5), [0, 2]).train()
+    objective = Objective(student.to(dtype), LayerErrors(original.to(dtype), range(1, 5), [0, 2])).train()
     loss = objective(**batch, alone=torch.tensor(False))
     loss.backward()
     assert loss.dtype == torch.float32
@@ -176,7 +161,7 @@ def test_batches_have_every_token_in_pieces_of_several_lengths():
 # --- calibration ----------------------------------------------------------------------------------------------------
 
 
-def test_it_learns_and_leaves_the_teacher_alone(data, teacher, tmp_path):
+def test_it_learns_and_leaves_the_teacher_alone(data, teacher, steps, tmp_path):
     before = files(teacher)
     config = dataclasses.replace(TINY, num_steps=30)
     curve = calibration_curve(teacher, ROW, [30 * 256], config, data, tmp_path)
@@ -190,31 +175,14 @@ def test_it_learns_and_leaves_the_teacher_alone(data, teacher, tmp_path):
     assert model.config.num_divisions == 4 and (trained.checkpoint / "tokenizer.json").is_file()
     original = AutoModelForMaskedLM.from_pretrained(teacher)
     assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
-    again = calibrate(teacher, ROW, config, data, tmp_path, fitted, on_step=stop_at(1))  # would raise if it trained
-    assert again.errors == trained.errors and again.identity == trained.identity
+    steps.clear()
+    again = calibrate(teacher, ROW, config, data, tmp_path, fitted)
+    assert not steps and again.errors == trained.errors and again.identity == trained.identity
     tuning = FinetuneConfig(max_train_rows=32, max_eval_rows=32, num_epochs=1)
     assert math.isfinite(finetune(trained, "SST-2", tuning, data, 0, tmp_path / "t")["score"])
     table = calibration_table(curve)
     assert table["tokens"].tolist() == [0, 300 * 16, 30 * 256] and (table["row"] == ROW.label).all()
     assert table["error"].tolist() == [r.errors[-1] for r in curve]
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16-weights"])
-def test_interrupted_calibration_ends_bit_equal(data, teacher, tmp_path, precision):
-    config = dataclasses.replace(TINY, num_steps=4, mixed_precision=precision, fit_sequences=0)
-    row = ModelRow("bert-base", 2, 4, "full", "middle")
-    whole = calibrate(teacher, row, config, data, tmp_path / "whole")
-    often = dataclasses.replace(config, checkpoint_every_s=0)
-    with pytest.raises(Stop):
-        calibrate(teacher, row, often, data, tmp_path / "parts", on_step=stop_at(2))
-    steps = []
-    parts = calibrate(teacher, row, often, data, tmp_path / "parts", on_step=lambda step, loss: steps.append(step))
-    assert steps == [3, 4]
-    assert parts.history["train_loss"].tolist() == whole.history["train_loss"].tolist()
-    states = [AutoModelForMaskedLM.from_pretrained(r.checkpoint).state_dict() for r in (whole, parts)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert states[0]["bert.encoder.layer.0.attention.self.query.weight"].dtype == torch.float32
-    assert not list((tmp_path / "parts").glob("*/checkpoint"))
 
 
 @pytest.mark.parametrize("ending", ["Model", "ForMaskedLM", "ForSequenceClassification"])
@@ -241,12 +209,6 @@ def test_every_encoder_is_calibrated(data, tmp_path, family, ending):
         if not torch.equal(weights, before.state_dict()[name])
     }
     assert len(moved) == 1, moved  # the layers alone
-
-
-def test_one_division_and_no_training_is_the_teacher(data, teacher, tmp_path):
-    config = dataclasses.replace(TINY, num_steps=1, learning_rate=1e-12, fit_sequences=0)
-    result = calibrate(teacher, ModelRow("bert-base", 2, 1), config, data, tmp_path)
-    assert result.history["train_loss"][0] < 1e-6 and max(result.errors) < 1e-5
 
 
 def test_fewer_layers_keep_every_nth_one(data, teacher, tmp_path):
@@ -286,20 +248,7 @@ def test_what_cannot_be_calibrated_is_one_sentence(data, teacher, tmp_path):
 
 # --- from the command line ------------------------------------------------------------------------------------------
 
-SHORT = [
-    "--num-original-layers",
-    2,
-    "--steps",
-    3,
-    "--batch-size",
-    4,
-    "--seq-len",
-    16,
-    "--fit-sequences",
-    40,
-    "--precision",
-    "no",
-]
+SHORT = "--num-original-layers 2 --steps 3 --batch-size 4 --seq-len 16 --fit-sequences 40 --precision no".split()
 
 
 def test_a_checkpoint_and_a_text_file_make_a_calibrated_model(data, teacher, tmp_path, capsys):
@@ -308,13 +257,11 @@ def test_a_checkpoint_and_a_text_file_make_a_calibrated_model(data, teacher, tmp
     (tmp_path / "texts" / "a.txt").write_text("\n\n".join(articles[:30]))
     (tmp_path / "b.txt").write_text("\n".join(articles[30:]))
     texts = ["--text", tmp_path / "texts", "--text", tmp_path / "b.txt"]
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(a) for a in ("calibrate", teacher, tmp_path / "ours", *texts, *SHORT)])
-    assert end.value.code == 0
-    assert "trained on 192 tokens" in capsys.readouterr().out
+    assert call(capsys, "calibrate", teacher, tmp_path / "ours", *texts, *SHORT)[0] == 0
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
     assert layer_kinds(model.config).count("original") == 2
-    assert json.loads((tmp_path / "ours" / "calibration.json").read_text())["stage"] == "trained"
+    facts = json.loads((tmp_path / "ours" / "calibration.json").read_text())
+    assert (facts["stage"], facts["tokens"]) == ("trained", 192)
     assert AutoTokenizer.from_pretrained(tmp_path / "ours").get_vocab() == data.tokenizer.get_vocab()
     assert not (tmp_path / "ours.work").exists()
     code, stderr = call(capsys, "calibrate", teacher, tmp_path / "ours", *texts, *SHORT)
@@ -325,9 +272,7 @@ def test_an_encoder_without_a_head_is_calibrated(data, teacher, tmp_path, capsys
     AutoModel.from_pretrained(teacher).save_pretrained(tmp_path / "headless")
     data.save_tokenizer(tmp_path / "headless")
     arguments = ("calibrate", tmp_path / "headless", tmp_path / "ours", "--source", "built-in", *SHORT)
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(a) for a in arguments])
-    assert end.value.code == 0
+    assert call(capsys, *arguments)[0] == 0
     assert type(AutoModel.from_pretrained(tmp_path / "ours")).__name__ == "DecoupledBertModel"
 
 
@@ -346,9 +291,7 @@ def test_a_byte_level_tokenizer_names_its_special_tokens_otherwise(tmp_path, cap
     words.save(str(tmp_path / "roberta" / "tokenizer.json"))
     (tmp_path / "a.txt").write_text("\n".join(f"line {i} of a text that is read here" for i in range(200)))
     arguments = ("calibrate", tmp_path / "roberta", tmp_path / "ours", "--text", tmp_path / "a.txt", *SHORT)
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(a) for a in arguments])
-    assert end.value.code == 0
+    assert call(capsys, *arguments)[0] == 0
     assert type(AutoModel.from_pretrained(tmp_path / "ours")).__name__ == "DecoupledRobertaModel"
 
 
@@ -375,9 +318,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
     assert_one_sentence(code, stderr, "tokenizer")
 
 
-def test_text_files_hold_out_every_twentieth_line(data, tmp_path):
+def test_text_files_hold_out_every_twentieth_line(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(45)) + "\n\n")
-    text = text_data([tmp_path], data.tokenizer, tmp_path / "cache").source
+    text = TextFiles([tmp_path])
     assert list(text.articles("validation")) == ["line 19", "line 39"]
     assert len(list(text.articles("train"))) == 43
     (tmp_path / "a.txt").write_text("one\ntwo\nthree")
@@ -386,10 +329,10 @@ def test_text_files_hold_out_every_twentieth_line(data, tmp_path):
     assert list(text.articles("train")) == ["one"] and list(text.articles("validation")) == ["two"]
 
 
-def test_a_corpus_in_one_line_is_cut_at_spaces(data, tmp_path):
+def test_a_corpus_in_one_line_is_cut_at_spaces(tmp_path):
     words = [f"word{i}" for i in range(30_000)]
     (tmp_path / "text8").write_text(" ".join(words))
-    text = text_data([tmp_path / "text8"], data.tokenizer, tmp_path / "cache").source
+    text = TextFiles([tmp_path / "text8"])
     train, valid = list(text.articles("train")), list(text.articles("validation"))
     assert len(valid) == (len(train) + len(valid)) // 20 >= 1 and max(map(len, train)) < 2 * LONGEST
     assert sorted(" ".join(train + valid).split()) == sorted(words)
@@ -409,9 +352,9 @@ def test_a_corpus_in_one_line_is_cut_at_spaces(data, tmp_path):
     ],
     ids=["empty", "blank", "one-line", "utf-16", "gzip", "jsonl"],
 )
-def test_text_that_cannot_be_read_is_refused(data, tmp_path, content, words):
+def test_text_that_cannot_be_read_is_refused(tmp_path, content, words):
     (tmp_path / "a.txt").write_bytes(content)
-    text = text_data([tmp_path / "a.txt"], data.tokenizer, tmp_path / "cache").source
+    text = TextFiles([tmp_path / "a.txt"])
     for split in ("train", "validation"):
         with pytest.raises(ValueError, match=f"a.txt.*{words}"):
             list(text.articles(split))

@@ -1,8 +1,8 @@
-"""Images: sources and damaged files, batches as a function of the step, a ViT that learns and resumes."""
+"""Images: sources and damaged files, batches as a function of the step, a ViT that learns."""
 
 import dataclasses
-import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,8 +28,8 @@ from detransformer.training.images import (
     train_best_vit,
     train_vit,
 )
-from stopping import Stop, stop_at
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ImageConfig(
     **dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, patch_size=8, num_steps=8),
     **dict(global_batch_size=32, micro_batch_size=16, learning_rate=3e-3, dropout=0.1, mixed_precision="no"),
@@ -51,14 +51,6 @@ def write(folder, **changed):
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{name: array for name, array in (arrays() | changed).items() if array is not None})
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -89,9 +81,8 @@ def generated() -> ImageData:
 
 def test_the_mirror_is_first_and_its_rows_are_balanced(mirror, tmp_path):
     data = open_images("auto", tmp_path / "cache")
-    assert (data.name, data.is_real, data.num_classes) == ("mirror", True, 100)
+    assert (data.name, data.num_classes) == ("mirror", 100)
     assert data.note == "mirror; reduced training set, 30 of 50,000 rows; reduced test set, 12 of 10,000 rows"
-    assert "DETRANSFORMER_DATA" in data.found
     assert data.labels["train"][:10].tolist() == list(range(10)) == data.labels["train"][20:].tolist()
     given = arrays()
     for image, label in zip(data.images["train"], data.labels["train"], strict=True):  # images kept their labels
@@ -101,37 +92,23 @@ def test_the_mirror_is_first_and_its_rows_are_balanced(mirror, tmp_path):
 
 def test_a_whole_set_is_preferred_to_a_subset_and_not_called_reduced(mirror):
     shutil.copy(mirror / "cifar100/cifar100_subset.npz", mirror / "cifar100/cifar100.npz")
-    assert open_images("mirror").found.startswith("cifar100.npz")
+    np.savez(mirror / "cifar100/cifar100_subset.npz", nothing=0)
     data = dataclasses.replace(open_images("mirror"), full_rows={"train": 30, "test": 12})
     assert data.note == "mirror; full training set, 30 rows; 12 test rows"
 
 
-def test_auto_without_images_generates_some_and_says_why(no_mirror, no_hub, tmp_path):
+@pytest.mark.parametrize("mirror", ["nowhere", "with-other-data"])
+def test_auto_without_images_generates_some(mirror, no_hub, monkeypatch, tmp_path):
+    (tmp_path / "with-other-data" / "glue").mkdir(parents=True)
+    monkeypatch.setenv("DETRANSFORMER_DATA", str(tmp_path / mirror))
     data = open_images("auto", tmp_path / "cache")
-    assert data.name == "built-in" and not data.is_real
-    assert "nowhere" in data.found and "no network in this test" in data.found
+    assert data.name == "built-in"
     assert data.note == "built-in generated images, 2,000 training rows; 400 test rows"
 
 
-def test_a_mirror_without_images_does_not_stop_auto(tmp_path, monkeypatch, no_hub):
-    (tmp_path / "mirror" / "glue").mkdir(parents=True)
-    monkeypatch.setenv("DETRANSFORMER_DATA", str(tmp_path / "mirror"))
-    assert open_images("auto", tmp_path).name == "built-in"
-
-
-def test_an_explicit_source_that_is_not_there_is_an_error(no_mirror, no_hub, tmp_path):
+def test_a_mirror_that_is_not_there_is_an_error(no_mirror, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.*cifar100_subset.npz is missing: copy it there"):
         open_images("mirror", tmp_path)
-    with pytest.raises(ValueError, match=r"'hub' is not available \(no network in this test\): connect"):
-        open_images("hub", tmp_path)
-    with pytest.raises(ValueError, match=r"source 'imagenet' is unknown: choose one of auto"):
-        open_images("imagenet", tmp_path)
-
-
-def test_an_offline_hub_is_said_to_be_offline(no_mirror, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
-        open_images("hub", tmp_path)
 
 
 def test_the_hub_is_decoded_once_and_kept(no_mirror, monkeypatch, tmp_path):
@@ -177,21 +154,14 @@ def test_wrong_arrays_name_the_file_and_the_remedy(mirror, changed, said):
         open_images("mirror")
 
 
-@pytest.mark.parametrize("keep", [0, 10, 2000, -30])
-def test_a_cut_off_file_is_damaged(mirror, keep):
+def test_a_damaged_file_is_named(mirror):
     path = mirror / "cifar100" / "cifar100_subset.npz"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"cifar100_subset\.npz is damaged.*copy it again"):
-        open_images("mirror")
-
-
-def test_a_changed_byte_inside_is_damaged(mirror):
-    path = mirror / "cifar100" / "cifar100_subset.npz"
-    content = bytearray(path.read_bytes())
-    content[5000] ^= 255
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"is damaged"):
-        open_images("mirror")
+    content = path.read_bytes()
+    changed = content[:5000] + bytes([content[5000] ^ 255]) + content[5001:]
+    for damaged in (b"", content[:10], content[:2000], content[:-30], changed):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cifar100_subset\.npz is damaged.*copy it again"):
+            open_images("mirror")
 
 
 def test_generated_images_are_the_same_every_time_and_balanced(generated):
@@ -231,7 +201,7 @@ def test_held_out_rows_are_the_last_ones_and_in_no_batch(generated):
     assert np.array_equal(data.labels["train"], cut.labels["train"][:90])
     assert np.array_equal(data.labels["held"], cut.labels["train"][90:]) and len(data.images["held"]) == 10
     assert data.fingerprint != cut.fingerprint and "90 training rows and 10 held out" in data.note
-    seen = np.concatenate([data.train_rows(0, step, 30) for step in range(6)])
+    seen = np.concatenate([data.train_batch(0, step, 30)["rows"] for step in range(6)])
     assert set(seen) == set(range(90))
     (batch,) = data.ordered_batches("held", 100)
     assert batch["labels"].tolist() == cut.labels["train"][90:].tolist()
@@ -240,8 +210,6 @@ def test_held_out_rows_are_the_last_ones_and_in_no_batch(generated):
             cut.hold_out(wrong)
     with pytest.raises(ValueError, match="once"):
         data.hold_out(0.1)
-    with pytest.raises(ValueError, match="call hold_out"):
-        next(cut.ordered_batches("held", 5))
 
 
 def test_batches_are_a_function_of_seed_and_step(generated):
@@ -251,15 +219,6 @@ def test_batches_are_a_function_of_seed_and_step(generated):
     assert not torch.equal(first["rows"], data.train_batch(4, 5, 16)["rows"])
     assert first["pixel_values"].shape == (16, 3, 32, 32) and first["labels"].dtype == torch.int64
     assert (data.labels["train"][first["rows"].numpy()] == first["labels"].numpy()).all()
-
-
-@pytest.mark.parametrize("batch_size", [16, 100, 250])
-def test_each_epoch_has_every_row_once_in_its_own_order(generated, batch_size):
-    data, wanted = generated.cut(100), 300
-    rows = np.concatenate([data.train_rows(0, step, batch_size) for step in range(-(-wanted // batch_size))])[:wanted]
-    epochs = rows.reshape(3, 100)
-    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
-    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
 def test_an_augmented_image_is_the_image_moved_with_black_beyond_its_edge_half_of_them_flipped():
@@ -295,56 +254,30 @@ def test_ordered_batches_have_every_row_once_as_it_is(generated):
     assert torch.cat([batch["labels"] for batch in data.ordered_batches("train", 16)]).tolist() == list(
         data.labels["train"]
     )
-    with pytest.raises(ValueError, match="split 'valid' is unknown"):
-        next(data.ordered_batches("valid", 4))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fields, said",
-    [
-        ({"patch_size": 5}, "patch_size=5 does not divide image_size=32"),
-        ({"num_heads": 5}, "num_heads=5 does not divide hidden_size=192"),
-        ({"micro_batch_size": 48}, "micro_batch_size=48 does not divide"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 is not above 0"),
-        ({"label_smoothing": 1.5}, "label_smoothing=1.5 is outside"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown"),
-        ({"mixed_precision": "int8"}, "mixed_precision='int8' is unknown"),
-    ],
-)
-def test_a_wrong_config_says_what_is_wrong(fields, said):
-    with pytest.raises(ValueError, match=said):
-        ImageConfig(**fields)
-
-
-def test_sizes_of_the_model_are_the_configuration_s():
-    config = ImageConfig(hidden_size=48, num_layers=3, num_heads=4, patch_size=4).vit_config(20)
-    assert (config.intermediate_size, config.image_size, config.num_labels) == (192, 32, 20)
-    assert ImageConfig(patch_size=4).num_tokens == 65 and ImageConfig(patch_size=8).num_tokens == 17
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16-weights"])
-def test_a_vit_learns_the_generated_images_and_is_found_again(generated, tmp_path, precision):
+def test_a_vit_learns_the_generated_images_and_is_found_again(generated, steps, tmp_path, precision):
     data = generated.cut(400, 100)
     config = dataclasses.replace(TINY, num_steps=45, micro_batch_size=32, dropout=0.0, mixed_precision=precision)
     result = train_vit(config, data, tmp_path)
-    assert result.chance_accuracy == 5 and result.accuracy > 15
+    assert result.accuracy > 15  # guessing gets 5
     assert result.history.train_loss.tail(10).mean() < result.history.train_loss.head(5).mean() - 0.4
-    assert result.history.images.iloc[-1] == 45 * 32 and result.num_epochs == 45 * 32 / 400
+    assert result.history.images.iloc[-1] == 45 * 32
     assert result.note.startswith("2 layers, hidden 32, 17 tokens, 3.6 epochs; built-in generated images")
     model = AutoModelForImageClassification.from_pretrained(result.checkpoint)
-    assert model.dtype == torch.float32 and model.num_parameters() == result.num_parameters
+    assert model.dtype == torch.float32
     assert evaluate_images(model, data) == pytest.approx(result.accuracy, abs=3)  # bfloat16 decides some otherwise
     assert not (result.checkpoint.parent / "checkpoint").exists()
 
-    again = train_vit(config, data, tmp_path, on_step=stop_at(1))  # trains nothing
-    assert again.accuracy == result.accuracy and again.identity == result.identity
-    with pytest.raises(Stop):
-        train_vit(dataclasses.replace(config, seed=1), data, tmp_path, on_step=stop_at(1))
-    with pytest.raises(Stop):
-        train_vit(config, data.cut(399), tmp_path, on_step=stop_at(1))
+    steps.clear()
+    again = train_vit(config, data, tmp_path)
+    assert not steps and again.accuracy == result.accuracy and again.identity == result.identity
+    steps.interrupt(0, train_vit, dataclasses.replace(config, seed=1), data, tmp_path)
+    steps.interrupt(0, train_vit, config, data.cut(399), tmp_path)
 
 
 def test_the_recipe_is_chosen_on_images_held_out(generated, tmp_path):
@@ -359,50 +292,21 @@ def test_the_recipe_is_chosen_on_images_held_out(generated, tmp_path):
         train_best_vit(recipes, generated, tmp_path)
 
 
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(generated, tmp_path):
-    data = generated.cut(64, 20)
-    config = dataclasses.replace(TINY, checkpoint_every_s=0.0)
-    whole = train_vit(config, data, tmp_path / "whole")
-    with pytest.raises(Stop):
-        train_vit(config, data, tmp_path / "parts", on_step=stop_at(5))
-    seen = []
-    parts = train_vit(config, data, tmp_path / "parts", on_step=lambda step, loss: seen.append(step))
-    assert seen == [6, 7, 8]
-    assert parts.history.train_loss.tolist() == whole.history.train_loss.tolist()
-    weights = [AutoModelForImageClassification.from_pretrained(r.checkpoint).state_dict() for r in (whole, parts)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_evaluation_counts_right_answers(generated):
+    class Tells(torch.nn.Module):
+        """Tells the classes that are given, image by image."""
 
-
-def test_a_damaged_result_or_checkpoint_says_what_to_delete(generated, tmp_path):
-    data = generated.cut(64, 20)
-    config = dataclasses.replace(TINY, checkpoint_every_s=0.0)
-    with pytest.raises(Stop):
-        train_vit(config, data, tmp_path, on_step=stop_at(2))
-    folder = next(tmp_path.iterdir())
-    next((folder / "checkpoint").rglob("*.bin")).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint.*cannot be read.*delete that folder"):
-        train_vit(config, data, tmp_path)
-    (folder / "result.json").write_text(json.dumps({"identity": "x"})[:-3])
-    with pytest.raises(ValueError, match=r"result.json, line 1: damaged"):
-        train_vit(config, data, tmp_path)
-
-
-def test_evaluation_counts_right_answers_and_leaves_the_mode(generated):
-    class Knows(torch.nn.Module):
-        def __init__(self, labels):
+        def __init__(self, classes):
             super().__init__()
-            self.labels, self.at = torch.from_numpy(labels), 0
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.rest, self.weight = torch.from_numpy(classes), torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, pixel_values):
             assert not self.training
-            part = self.labels[self.at : self.at + len(pixel_values)]
-            self.at += len(pixel_values)
-            return type("Output", (), {"logits": torch.nn.functional.one_hot(part, 20).float()})
+            part, self.rest = self.rest[: len(pixel_values)], self.rest[len(pixel_values) :]
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(part, 20).float())
 
-    data = generated.cut(40, 30)
-    wrong = data.labels["test"].copy()
-    wrong[:6] = (wrong[:6] + 1) % 20
-    model = Knows(wrong).train()
-    assert evaluate_images(model, data, batch_size=7) == 80 and model.training
-    assert evaluate_images(Knows(data.labels["train"]), data, split="train") == 100
+    data = generated.cut(300, 30)
+    right = data.labels["train"]
+    wrong = np.concatenate([(right[:60] + 1) % 20, right[60:]])
+    assert evaluate_images(Tells(right), data, split="train") == 100
+    assert evaluate_images(Tells(wrong), data, split="train") == 80

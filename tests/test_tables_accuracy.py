@@ -300,8 +300,6 @@ def test_pretraining_table_has_structure_seed_and_speed():
     assert row["attention_width"] == "narrow" and row["original_placement"] == "top" and row["seed"] == 3
     assert row["tokens_per_s"] == 500 and row["precision"] == "bf16-weights"
     assert row["unigram_loss"] == 5.0 and row["unigram_perplexity"] == pytest.approx(math.exp(5.0))
-    result.seconds = 0
-    assert np.isnan(pretraining_table([result])["tokens_per_s"]).all()
 
 
 def test_the_wide_table_has_both_values_and_marks_what_is_beyond_noise():

@@ -12,12 +12,15 @@ import torch
 from pretraining_studies import loss_table
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from detransformer.models import DecoupledBertConfig, DecoupledBertForMaskedLM
+from detransformer.models import decouple
+from detransformer.profiles import load_settings
+from detransformer.record.published import published
 from detransformer.tables.accuracy import table_iii
 from detransformer.training import (
     CalibrationConfig,
+    CausalConfig,
     FinetuneConfig,
     ModelRow,
     PretrainConfig,
@@ -25,7 +28,6 @@ from detransformer.training import (
     finetune_all,
     make_config,
     model_rows,
-    open_data,
     pretrain,
     pretrain_all,
     pretraining_table,
@@ -35,11 +37,11 @@ from detransformer.training.config import Recipe
 from detransformer.training.data import TASKS
 from detransformer.training.data.packing import SpecialTokens, mask_tokens
 from detransformer.training.features import LengthGrouped, best_spans, question_features
-from detransformer.training.loop import Run, fit
+from detransformer.training.images import ImageConfig
+from detransformer.training.loop import Objective, Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.optim import Lamb, learning_rate, parameter_groups
-from detransformer.training.pretraining import MaskedLmLoss
-from stopping import Stop, stop_at
+from detransformer.training.pretraining import masked_lm_loss
 
 TINY = PretrainConfig(
     **dict(hidden_size=16, num_heads=2, intermediate_size=32, num_steps=4, seq_len=16, global_batch_size=4),
@@ -47,21 +49,6 @@ TINY = PretrainConfig(
     **dict(max_valid_tokens=320, seed=5),
 )
 DECOUPLED = ModelRow("bert-base", 4, 4)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return open_data("built-in", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory, data):
-    """A two-layer checkpoint folder, small enough to learn in a second."""
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
-    folder = tmp_path_factory.mktemp("small")
-    BertForMaskedLM(BertConfig(**sizes, vocab_size=data.vocab_size, initializer_range=0.07)).save_pretrained(folder)
-    return folder
 
 
 # --- optimisation ---------------------------------------------------------------------------------------------------
@@ -98,17 +85,22 @@ def test_lamb_without_weight_decay_is_adam():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_no_weight_decay_on_bias_and_layer_norm_even_when_stacked():
-    config = DecoupledBertConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50,
-        num_original_layers=1, num_divisions=2,
-    )  # fmt: skip
-    model = DecoupledBertForMaskedLM(config)
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_no_weight_decay_on_bias_and_layer_norm_even_when_stacked(family):
+    if family == "bert":
+        model = decouple(BertForMaskedLM(BertConfig(**SMALL)), 1, 2)
+    else:
+        model = decouple(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=60)), 1, 2)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, plain = parameter_groups(model.named_parameters(), 0.01)
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
-    assert all(names[id(p)].endswith("weight") and "LayerNorm" not in names[id(p)] for p in decayed["params"])
-    assert any(p.ndim == 2 and names[id(p)].endswith("bias") for p in plain["params"])
+    decayed, plain = ([names[id(p)] for p in group["params"]] for group in (decayed, plain))
+    assert all(name.endswith("weight") and "LayerNorm" not in name and ".ln_" not in name for name in decayed)
+    assert any(p.ndim == 2 and name in plain for name, p in model.named_parameters())
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -118,58 +110,35 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(0, 10, 2.0, 0.0) == 2.0
 
 
-@pytest.mark.parametrize("kind", ["original", "decoupled"])
-def test_masked_only_projection_equals_the_full_loss(kind):
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_loss_at_masked_positions_is_the_whole_sequences_loss(decoupled):
     torch.manual_seed(0)
-    model = (
-        BertForMaskedLM(BertConfig(**sizes))
-        if kind == "original"
-        else DecoupledBertForMaskedLM(DecoupledBertConfig(**sizes, num_original_layers=1, num_divisions=4))
-    )
-    model = model.double().eval()
+    model = BertForMaskedLM(BertConfig(**SMALL))
+    model = (decouple(model, 1, 4) if decoupled else model).double().eval()
     tokens = torch.randint(5, 60, (3, 20))
     batch = mask_tokens(tokens, 60, SpecialTokens(0, 1, 2, 3), 4, torch.Generator().manual_seed(0))
     batch["labels"][0, 0] = -100
     full_labels = torch.full_like(tokens, -100).scatter(1, batch["positions"], batch["labels"])
     full = F.cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), full_labels.flatten(), ignore_index=-100)
-    ours = MaskedLmLoss(model)(**batch)
+    ours = masked_lm_loss(model, **batch)
     # The loss is computed in float32 whatever the model's type.
     torch.testing.assert_close(ours.double(), full, rtol=1e-5, atol=1e-6)
-    ours.backward()
-    ours_grad = model.bert.embeddings.word_embeddings.weight.grad.clone()
-    model.zero_grad()
-    full.backward()
-    torch.testing.assert_close(ours_grad, model.bert.embeddings.word_embeddings.weight.grad, rtol=1e-4, atol=1e-6)
+    words = model.bert.embeddings.word_embeddings.weight
+    (ours_grad,), (full_grad,) = torch.autograd.grad(ours, words), torch.autograd.grad(full, words)
+    torch.testing.assert_close(ours_grad, full_grad, rtol=1e-4, atol=1e-6)
 
 
 # --- pre-training ---------------------------------------------------------------------------------------------------
 
 
-def test_interrupted_pretraining_ends_bit_equal(data, tmp_path):
-    config = dataclasses.replace(TINY, checkpoint_every_s=0)
-    whole = pretrain(DECOUPLED, TINY, data, tmp_path / "whole")
-    with pytest.raises(Stop):
-        pretrain(DECOUPLED, config, data, tmp_path / "parts", on_step=stop_at(2))
-    assert (tmp_path / "parts" / DECOUPLED.key / "checkpoint").is_dir()
-    steps = []
-    parts = pretrain(DECOUPLED, config, data, tmp_path / "parts", on_step=lambda step, loss: steps.append(step))
-    assert steps == [3, 4]  # it went on, it did not start again
-    assert parts.history["train_loss"].tolist() == whole.history["train_loss"].tolist()
-    assert parts.valid_loss == whole.valid_loss
-    models = [AutoModelForMaskedLM.from_pretrained(r.checkpoint).state_dict() for r in (whole, parts)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    assert not (tmp_path / "parts" / DECOUPLED.key / "checkpoint").exists()
-
-
-def test_finished_rows_are_read_back_and_changed_ones_trained(data, tmp_path):
+def test_finished_rows_are_read_back_and_changed_ones_trained(data, steps, tmp_path):
     rows = model_rows([["bert-base"], ["bert-base", 4, 4]])
     config = dataclasses.replace(TINY, num_steps=2)
     first = pretrain_all(rows, config, data, tmp_path)
-    again = pretrain(rows[1], config, data, tmp_path, on_step=stop_at(1))  # would raise if it trained
-    assert again.valid_loss == first[1].valid_loss
-    with pytest.raises(Stop):
-        pretrain(rows[1], dataclasses.replace(config, learning_rate=2e-2), data, tmp_path, on_step=stop_at(1))
+    steps.clear()
+    again = pretrain(rows[1], config, data, tmp_path)
+    assert not steps and again.valid_loss == first[1].valid_loss
+    steps.interrupt(0, pretrain, rows[1], dataclasses.replace(config, learning_rate=2e-2), data, tmp_path)
     losses, summary = loss_table(first), pretraining_table(first)
     assert losses["row"].unique().tolist() == ["bert-base original", "bert-base Nb=4, Ndiv=4"]
     assert losses["tokens"].tolist() == [64, 128, 64, 128]
@@ -187,23 +156,20 @@ def test_losses_of_a_long_run_are_means_of_as_many_steps():
     assert table["train_loss"].tolist()[:2] == [2.0, 5.0]
 
 
-def test_gradient_accumulation_is_the_same_step(data, small_model, tmp_path):
-    losses = {8: [], None: []}
-    for size, seen in losses.items():
-        config = FinetuneConfig(
-            **dict(seq_len=48, max_train_rows=64, max_eval_rows=10, num_epochs=1, batch_size=16, dropout=0.0),
-            micro_batch_size=size,
-        )
-        note = lambda step, loss, seen=seen: seen.append(loss)  # noqa: E731
-        finetune(small_model, "MRPC", config, data, 0, tmp_path / str(size), on_step=note)
+def test_gradient_accumulation_is_the_same_step(data, small_bert, tmp_path):
+    losses = {}
+    config = FinetuneConfig(seq_len=48, max_train_rows=64, max_eval_rows=10, num_epochs=1, batch_size=16, dropout=0.0)
+    for size in (8, None):
+        config = dataclasses.replace(config, micro_batch_size=size)
+        finetune(small_bert, "MRPC", config, data, 0, tmp_path / str(size))
+        losses[size] = pd.read_csv(tmp_path / str(size) / "history.csv")["train_loss"].tolist()
     # float32 sums in another order, through four Adam steps
     assert losses[8] == pytest.approx(losses[None], abs=1e-4) and len(losses[8]) == 4
 
 
-def test_damaged_checkpoint_and_result_name_the_remedy(data, tmp_path):
+def test_damaged_checkpoint_and_result_name_the_remedy(data, steps, tmp_path):
     config = dataclasses.replace(TINY, checkpoint_every_s=0)
-    with pytest.raises(Stop):
-        pretrain(ModelRow(), config, data, tmp_path, on_step=stop_at(1))
+    steps.interrupt(1, pretrain, ModelRow(), config, data, tmp_path)
     folder = tmp_path / ModelRow().key
     (weights,) = (folder / "checkpoint").rglob("pytorch_model*")
     weights.write_bytes(b"damaged")
@@ -217,32 +183,16 @@ def test_damaged_checkpoint_and_result_name_the_remedy(data, tmp_path):
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
 
 
-def test_finetuning_learns_the_built_in_task(data, small_model, tmp_path):
+def test_finetuning_learns_the_built_in_task(data, small_bert, tmp_path):
     config = FinetuneConfig(learning_rate=1e-3, num_epochs=2, seq_len=32, max_train_rows=1000, dropout=0.0)
-    result = finetune(small_model, "SST-2", config, data, seed=0, output_dir=tmp_path)
+    result = finetune(small_bert, "SST-2", config, data, seed=0, output_dir=tmp_path)
     assert result["score"] > result["majority_score"] + 25
     assert result["train_rows"] == 1000 and result["eval_rows"] == 400 and result["source"] == "built-in"
 
 
-@pytest.mark.parametrize("task", ["MRPC", "SQuAD"])
-def test_interrupted_finetuning_ends_equal(task, data, small_model, tmp_path):
-    config = FinetuneConfig(
-        **dict(seq_len=48, doc_stride=8, max_train_rows=64, max_eval_rows=40, num_epochs=2, batch_size=16),
-        **dict(micro_batch_size=8, checkpoint_every_s=0),
-    )
-    whole = finetune(small_model, task, config, data, 1, tmp_path / "whole")
-    with pytest.raises(Stop):
-        finetune(small_model, task, config, data, 1, tmp_path / "parts", on_step=stop_at(5))
-    steps = []
-    parts = finetune(
-        small_model, task, config, data, 1, tmp_path / "parts", on_step=lambda step, loss: steps.append(step)
-    )
-    assert steps[0] == 6
-    assert {k: v for k, v in parts.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
-    finetune(small_model, task, config, data, 1, tmp_path / "parts", on_step=stop_at(1))  # would raise if it trained
-
-
-def test_what_is_no_checkpoint_is_refused(data, tmp_path):
+def test_what_is_no_task_or_no_checkpoint_is_refused(data, small_bert, tmp_path):
+    with pytest.raises(ValueError, match="task 'QQP' is unknown: choose one of CoLA"):
+        finetune(small_bert, "QQP", FinetuneConfig(), data, 0, tmp_path)
     with pytest.raises(ValueError, match="has no model.safetensors: pre-train first"):
         finetune(tmp_path, "CoLA", FinetuneConfig(), data, 0, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -318,7 +268,11 @@ def test_epoch_batches_cover_all_rows_once():
         (lambda: FinetuneConfig(seq_len=64, doc_stride=40), "doc_stride=40 is outside 0..31"),
         (lambda: FinetuneConfig(max_train_rows=0), "max_train_rows=0 is not above 0"),
         (lambda: make_config(FinetuneConfig, {"lr": 1}), "has no setting 'lr': choose among optimizer, learning_rate"),
-        (lambda: FinetuneConfig(num_seeds=0), "num_seeds=0 is not above 0"),
+        (lambda: CausalConfig(num_heads=3), "num_heads=3 does not divide hidden_size=128"),
+        (lambda: CausalConfig(seq_len=4), "seq_len=4 is outside 8..1024"),
+        (lambda: ImageConfig(patch_size=5), "patch_size=5 does not divide image_size=32"),
+        (lambda: ImageConfig(num_heads=5), "num_heads=5 does not divide hidden_size=192"),
+        (lambda: ImageConfig(mixed_precision="int8"), "mixed_precision='int8' is unknown"),
     ],
 )
 def test_bad_settings_are_named(make, message):
@@ -326,19 +280,9 @@ def test_bad_settings_are_named(make, message):
         make()
 
 
-def test_unknown_task_is_named(data, small_model, tmp_path):
-    with pytest.raises(ValueError, match="task 'QQP' is unknown: choose one of CoLA"):
-        finetune(small_model, "QQP", FinetuneConfig(), data, 0, tmp_path)
-
-
 @pytest.mark.parametrize("profile", ["quick", "laptop", "paper"])
 def test_profiles_hold_runnable_settings(profile):
-    from importlib.resources import files
-
-    import yaml
-
-    sections = yaml.safe_load((files("detransformer") / "profiles" / f"{profile}.yaml").read_text())
-    accuracy, pretraining = sections["03_accuracy"], sections["02_pretraining"]
+    pretraining, accuracy = (load_settings(profile, name) for name in ("02_pretraining", "03_accuracy"))
     config = make_config(PretrainConfig, pretraining["pretraining"])
     for row in model_rows(pretraining["rows"]):
         config.check_row(row)
@@ -350,45 +294,29 @@ def test_profiles_hold_runnable_settings(profile):
     assert len(pretraining["rows"]) == {"quick": 2, "laptop": 7, "paper": 11}[profile]
 
 
-def test_table_iii_has_every_published_cell_and_the_measured_ones(data, tmp_path):
-    published = pd.DataFrame(
-        {
-            "model": ["bert-base"] * 3,
-            "num_original_layers_nb": ["original", "4", "1"],
-            "num_divisions_ndiv": ["original", "4", "4"],
-            **{name: [50.0, 52.0, 40.0] for name in ("cola_mcc", "sst2_acc", "mrpc_acc", "mnli_acc", "squad_acc")},
-        }
-    )
-    pretrained = pretrain_all(
-        model_rows([["bert-base"], ["bert-base", 4, 4]]), dataclasses.replace(TINY, num_steps=1), data, tmp_path
-    )
+def test_every_model_is_fine_tuned_on_every_task_with_every_seed(data, steps, tmp_path):
+    rows, short = model_rows([["bert-base"], ["bert-base", 4, 4]]), dataclasses.replace(TINY, num_steps=1)
+    pretrained = {r.row.label: r for r in pretrain_all(rows, short, data, tmp_path)}
     config = FinetuneConfig(num_epochs=1, seq_len=16, max_train_rows=32, max_eval_rows=30, num_seeds=2)
-    runs = finetune_all({r.row.label: r for r in pretrained}, {"CoLA": config}, data, tmp_path / "runs")
-    assert len(runs) == 4 and runs["seed"].tolist() == [0, 1, 0, 1]
-    table = table_iii(runs, published, "quick")
-    assert len(table) == 15 and (table["status"] == "measured").sum() == 2
-    assert set(table["status"]) == {"measured", "not run (profile quick)"}
-    cola = table[(table["task"] == "CoLA") & (table["num_original_layers"] == 4)].iloc[0]
-    assert cola["published"] == 52 and cola["num_seeds"] == 2 and cola["train_rows"] == 32
-    assert cola["obtained_mean"] == pytest.approx(runs["score"][2:].mean())
+    runs = finetune_all(pretrained, {"CoLA": config}, data, tmp_path / "runs")
+    assert runs["seed"].tolist() == [0, 1, 0, 1] and runs["num_divisions"].tolist()[2:] == [4, 4]
     assert runs["note"].str.contains("built-in generated set, 32 training rows").all()
+    steps.clear()
+    again = finetune_all(pretrained, {"CoLA": config}, data, tmp_path / "runs")
+    assert not steps and again["score"].tolist() == runs["score"].tolist()
+    table = table_iii(runs, published("table_iii"), "quick")
+    measured = table[table["status"] == "measured"]
+    assert measured["task"].tolist() == ["CoLA"] * 2 and set(measured["num_seeds"]) == {2}
+    assert set(measured["obtained_mean"]) == set(runs.groupby("row")["score"].mean())
 
 
-class Line(nn.Module):
-    """A loss that is a multiple of one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = nn.Linear(1, 1, bias=False)
-
-    def forward(self, times: torch.Tensor) -> torch.Tensor:
-        return self.model.weight.sum() * times.sum()
+LINE = Objective(nn.Linear(1, 1, bias=False), lambda model, times: model.weight.sum() * times.sum())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run():
     batches = lambda step: [(1.0, {"times": torch.tensor([math.inf if step == 1 else 1.0])})]  # noqa: E731
     with pytest.raises(ValueError, match="mine: the loss is .* at step 2; lower learning_rate=0.01"):
-        fit(Line(), batches, Recipe(learning_rate=0.01), 3, Run("mine"))
+        fit(LINE, batches, Recipe(learning_rate=0.01), 3, Run("mine"))
 
 
 def test_one_of_several_processes_does_not_wait_for_the_others(monkeypatch):
@@ -396,5 +324,5 @@ def test_one_of_several_processes_does_not_wait_for_the_others(monkeypatch):
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
         with pytest.raises(ValueError, match=f"{name}=8 is set, and a training run is one process: unset it"):
-            fit(Line(), lambda step: [], Recipe(), 1, Run("mine"))
+            fit(LINE, lambda step: [], Recipe(), 1, Run("mine"))
         monkeypatch.setenv(name, "1")

@@ -1,6 +1,5 @@
 """Training runs side by side, bfloat16 weights with float32 copies, and what is chosen for the hardware."""
 
-import copy
 import dataclasses
 import time
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from detransformer.training import FinetuneConfig, ModelRow, PretrainConfig, finetune_all, open_data, pretrain_all
+from detransformer.training import FinetuneConfig, ModelRow, PretrainConfig, finetune_all, pretrain_all
 from detransformer.training.config import Recipe
 from detransformer.training.hardware import resolve_precision
 from detransformer.training.jobs import run_jobs
@@ -20,11 +19,6 @@ TINY = PretrainConfig(
     **dict(max_valid_tokens=320, seed=5),
 )
 ROWS = [ModelRow(), ModelRow("bert-base", 4, 4)]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return open_data("built-in", tmp_path_factory.mktemp("cache"))
 
 
 # --- bfloat16 weights -----------------------------------------------------------------------------------------------
@@ -63,22 +57,6 @@ def test_float32_copies_take_the_steps_of_a_float32_model(name):
     copies.restore_float32()
     for p, q in zip(exact.parameters(), rounded.parameters(), strict=True):
         assert q.dtype == torch.float32 and torch.equal(p, q)
-
-
-def test_float32_copies_are_saved_and_loaded():
-    first, second = (in_bfloat16(Recipe(learning_rate=1e-3)) for _ in range(2))
-    for step in range(3):
-        for q in first[0].parameters():
-            q.grad = torch.full_like(q, 0.1 * (step + 1))
-        first[2].step()
-    for one, two in zip(first[1:], second[1:], strict=True):
-        two.load_state_dict(copy.deepcopy(one.state_dict()))  # as from a file: no shared memory
-    for model, copies, optimizer in (first, second):
-        for q in model.parameters():
-            q.grad = torch.full_like(q, -0.2)
-        optimizer.step()
-        copies.restore_float32()
-    assert all(torch.equal(p, q) for p, q in zip(first[0].parameters(), second[0].parameters(), strict=True))
 
 
 def test_training_in_bfloat16_weights_learns_as_in_float32_and_leaves_float32(data, tmp_path):

@@ -38,7 +38,6 @@ from transformers import PreTrainedModel
 from detransformer.coformer.outputs import collect_outputs, weights_hash
 from detransformer.coformer.tasks import BoostTask
 from detransformer.training.config import PRECISIONS, StepRecipe, config_hash, not_negative, one_of, positive
-from detransformer.training.hardware import resolve_precision
 from detransformer.training.loop import Run, fit, micro_batches
 from detransformer.training.results import Result, as_result, read_result, write_result
 
@@ -139,7 +138,6 @@ def boost(
             f"the large model tells {teacher.config.num_labels} classes apart, {task.name} has {task.num_classes}: "
             "fine-tune it on this task first."
         )
-    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     (taught,) = collect_outputs([teacher], task, "train", output_dir).logits
     said = (taught.argmax(-1) if config.target == "hard" else taught).numpy()
     before = config_hash("calibration", config, task.name, task.fingerprint, hashlib.sha256(said).hexdigest())
@@ -169,6 +167,5 @@ def _calibrate(sub_model, number, taught, weights, task, config, run: Run) -> di
 
     set_seed(seed + 1)  # dropout
     trained = fit(BoostLoss(model, config.target), micro_batches(train_batch, config), config, config.num_steps, run)
-    trained.restore_float32()
     record = {"number": number, "task": task.name, "config": dataclasses.asdict(config)}
     return write_result(run, trained, record, "samples", config.global_batch_size, model.save_pretrained)

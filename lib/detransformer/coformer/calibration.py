@@ -106,7 +106,6 @@ def train_aggregator(
     num_steps = max(1, round(config.num_epochs * per_epoch))
     objective = AggregatorLoss(aggregator, config.label_smoothing)
     trained = fit(objective, batches, config, num_steps, Run(f"{kind} aggregator"))
-    trained.restore_float32()
     return aggregator.cpu().eval(), trained.losses
 
 

@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, K masked positions a sequence, D hidden, V vocabulary
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -30,22 +29,15 @@ from detransformer.files import atomic_folder
 from detransformer.folders import OTHER_FILES
 from detransformer.models import decouple, layer_kinds
 from detransformer.models.configuration import ENCODER_HEADS, architecture, config_fields, decoupled_config, head_of
-from detransformer.models.naming import layers_of, lm_logits
+from detransformer.models.naming import layers_of
 from detransformer.opening import load_model, open_checkpoint
-from detransformer.training.config import (
-    ModelRow,
-    TextRecipe,
-    config_hash,
-    fraction,
-    not_negative,
-    num_masked,
-    positive,
-)
+from detransformer.training.config import ModelRow, TextRecipe, config_hash, fraction, not_negative, positive
 from detransformer.training.data import TrainingData
 from detransformer.training.data.packing import CutBatches, MaskedBatches
 from detransformer.training.finetuning import source_of
-from detransformer.training.hardware import place, resolve_precision
-from detransformer.training.loop import Run, fit, micro_batches
+from detransformer.training.hardware import place
+from detransformer.training.loop import Objective, Run, fit, micro_batches
+from detransformer.training.pretraining import logits_at
 from detransformer.training.refit import refit
 from detransformer.training.results import Result, as_result, read_result, write_result
 
@@ -57,7 +49,7 @@ class CalibrationConfig(TextRecipe):
     """The recipe that brings a sliced model back to its original's function.
 
     Args:
-        global_batch_size: small batches learn more from the same text: 8 sequences beat 32 by a fifth of the error.
+        global_batch_size: small batches learn more from the same text.
         fit_sequences: sequences that the closed form reads; 0 leaves the slices as they are.
         alone_share: share of the steps in which each decoupled layer is trained alone, before all train together;
             after the closed form it did not help.
@@ -72,35 +64,31 @@ class CalibrationConfig(TextRecipe):
     max_valid_tokens: int | None = positive(32_768)
 
 
-class LayerErrors(nn.Module):
-    """A student and its distance from its teacher as one module.
-
-    The teacher is not a submodule: it has no gradients, stays in eval mode, and is in no checkpoint.
+@dataclass(frozen=True)
+class LayerErrors:
+    """The loss of a student: its distance from its teacher.
 
     Args:
+        teacher: in eval mode; nothing here trains or saves it.
         depths: for each layer of the student, the number of teacher layers whose output it should match.
         alone: the student's layers that are trained alone, in the steps that ask for it.
     """
 
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        depths: Sequence[int],
-        alone: Sequence[int],
-    ):
-        super().__init__()
-        self.model, self.depths, self.alone_layers = student, list(depths), list(alone)
-        self._beside = [teacher.eval().requires_grad_(False)]  # in a list, since a module would be registered
-        self.classifies = type(student).__name__.endswith(ENCODER_HEADS["classification"])
-        self.fills_masks = not self.classifies and student.base_model is not student
+    teacher: PreTrainedModel
+    depths: Sequence[int]
+    alone: Sequence[int]
 
     @property
-    def teacher(self) -> PreTrainedModel:
-        return self._beside[0]
+    def classifies(self) -> bool:
+        return type(self.teacher).__name__.endswith(ENCODER_HEADS["classification"])
 
-    def forward(
+    @property
+    def fills_masks(self) -> bool:
+        return not self.classifies and self.teacher.base_model is not self.teacher
+
+    def __call__(
         self,
+        student: PreTrainedModel,
         input_ids: torch.Tensor,
         alone: torch.Tensor,
         positions: torch.Tensor | None = None,
@@ -110,39 +98,32 @@ class LayerErrors(nn.Module):
         with torch.no_grad():
             expected = self._outputs(self.teacher, input_ids)
         targets = expected.hidden_states
-        layers = layers_of(self.model.base_model)
         if bool(alone):
+            layers = layers_of(student.base_model)
             errors = [
-                relative_error(layers[i](targets[self.depths[i] - 1]), targets[self.depths[i]])
-                for i in self.alone_layers
+                relative_error(layers[i](targets[self.depths[i] - 1]), targets[self.depths[i]]) for i in self.alone
             ]
             return torch.stack(errors).mean()
-        obtained = self._outputs(self.model, input_ids)
+        obtained = self._outputs(student, input_ids)
         outputs = obtained.hidden_states[1:]
         errors = [relative_error(x, targets[depth]) for x, depth in zip(outputs, self.depths, strict=True)]
         loss = torch.stack(errors).mean()
-        has_head = self.classifies or self.fills_masks
-        return loss + self._divergence(obtained, expected, positions) if has_head else loss
+        if not self.classifies and not self.fills_masks:
+            return loss
+        ours = self._log_probabilities(student, obtained, positions)
+        with torch.no_grad():
+            theirs = self._log_probabilities(self.teacher, expected, positions)
+        divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean()
+        return loss + TEMPERATURE**2 * divergence
 
     def _outputs(self, model: PreTrainedModel, input_ids: torch.Tensor):
         """Hidden states, with a classifier's logits; an LM head is applied later, where needed."""
         whole = model if self.classifies else model.base_model
         return whole(input_ids, output_hidden_states=True)
 
-    def _divergence(self, obtained, expected, positions: torch.Tensor | None) -> torch.Tensor:
-        """KL divergence from the teacher's probabilities, times temperature squared; the mean over positions."""
-        ours = self._log_probabilities(self.model, obtained, positions)
-        with torch.no_grad():
-            theirs = self._log_probabilities(self.teacher, expected, positions)
-        each = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-        return TEMPERATURE**2 * each.mean()
-
     def _log_probabilities(self, model: PreTrainedModel, output, positions: torch.Tensor | None) -> torch.Tensor:
-        if self.classifies:
-            logits = output.logits
-        else:  # at the masked positions only
-            hidden = output.last_hidden_state
-            logits = lm_logits(model, hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
+        """Of a classifier's labels, or of an LM head's tokens at the masked positions."""
+        logits = output.logits if self.classifies else logits_at(model, output.last_hidden_state, positions)
         return F.log_softmax(logits.float() / TEMPERATURE, dim=-1)
 
 
@@ -155,13 +136,12 @@ def relative_error(ours: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def distance(student: PreTrainedModel, teacher: PreTrainedModel, sequences: torch.Tensor, depths: Sequence[int]):
     """(relative error of each layer's output, mean cosine of mean-pooled outputs) over sequences [N, T]."""
-    was_training, errors, cosines = student.training, [], []
+    errors, cosines = [], []
     student.eval()
     for ids in sequences.split(32):
         ours, theirs = (m.base_model(ids, output_hidden_states=True).hidden_states for m in (student, teacher))
         errors.append([float(relative_error(x, theirs[d])) for x, d in zip(ours[1:], depths, strict=True)])
         cosines.append(F.cosine_similarity(ours[-1].float().mean(1), theirs[-1].float().mean(1), dim=-1))
-    student.train(was_training)
     return np.mean(errors, axis=0).round(5).tolist(), round(float(torch.cat(cosines).mean()), 5)
 
 
@@ -172,7 +152,6 @@ def calibrate(
     data: TrainingData,
     output_dir: str | Path,
     start: Result | None = None,
-    on_step: Callable[[int, float], None] | None = None,
 ) -> Result:
     """Cuts `teacher` into `row`'s structure and trains it, in a folder of its own under `output_dir`.
 
@@ -184,7 +163,6 @@ def calibrate(
         row: a decoupled structure, or an original one of fewer layers.
         data: the text; its tokenizer must be the teacher's.
         start: a calibration of the same row to continue, instead of the slices.
-        on_step: `on_step(step, loss)` is called after each step.
 
     Returns:
         The calibration's row, label, stage (`sliced` or `cut`, `closed form`, `trained`), tokens (trained on in all,
@@ -198,12 +176,12 @@ def calibrate(
     teacher = Path(teacher)
     if row.is_original and row.num_layers is None:
         raise ValueError(f"row {row.label} is the teacher itself: give num_original_layers and num_divisions.")
-    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
-    before = None if start is None else start.identity
-    identity = config_hash("calibration", source_of(teacher)[1], row, config, data.name, data.fingerprint, before)
-    tokens = config.num_steps * config.tokens_per_step + (0 if start is None else start.tokens)
+    start = start or Result(identity=None, checkpoint=None, tokens=0, fit_tokens=0, seconds=0.0)
+    source = source_of(teacher)[1]
+    identity = config_hash("calibration", source, row, config, data.name, data.fingerprint, start.identity)
+    tokens = start.tokens + config.num_steps * config.tokens_per_step
     folder = Path(output_dir) / f"{row.key}-{tokens}tokens-{identity[:6]}"
-    run = Run(f"{row.label}, {tokens:,} tokens", folder, identity, on_step)
+    run = Run(f"{row.label}, {tokens:,} tokens", folder, identity)
     done = read_result(run)
     if done is not None:
         return as_result(run, done, row=row)
@@ -211,34 +189,40 @@ def calibrate(
     student, depths = cut(original, row)
     train, valid = data.packed_splits(config)
     valid = torch.from_numpy(valid.astype(np.int64))
-    fit_tokens = 0
-    if start is not None:
+    fit_tokens = start.fit_tokens
+    if start.checkpoint is not None:
         student = type(student).from_pretrained(start.checkpoint)
-        fit_tokens = start.fit_tokens
     elif not row.is_original and config.fit_sequences:
-        rows = np.random.default_rng([config.seed, 3]).permutation(len(train))[: int(config.fit_sequences)]
+        rows = np.random.default_rng([config.seed, 3]).permutation(len(train))[: config.fit_sequences]
         refit(student.base_model, original.base_model, torch.from_numpy(train[np.sort(rows)].astype(np.int64)))
         fit_tokens = len(rows) * config.seq_len
-    record = {"row": dataclasses.asdict(row), "config": dataclasses.asdict(config), "fit_tokens": fit_tokens}
     layers_of(student.requires_grad_(False).base_model).requires_grad_(True)
     for model in (original, student):
         place(model, config.mixed_precision)
     if config.mixed_precision == "bf16-weights":  # as its student will be
         original.to(torch.bfloat16)
     alone = [] if row.is_original else [i for i, kind in enumerate(layer_kinds(student.config)) if kind == "decoupled"]
-    objective = LayerErrors(student, original, depths, alone)
+    loss = LayerErrors(original, depths, alone)
     set_seed(config.seed + 1)
-    first = alone and (start is None or not start.tokens)
-    batches = _batches(objective, data, train, config, round(config.alone_share * config.num_steps) if first else 0)
-    trained = fit(objective, batches, config, config.num_steps, run)
-    trained.restore_float32()
+    num_alone = round(config.alone_share * config.num_steps) if alone and not start.tokens else 0
+    kind = MaskedBatches if loss.fills_masks else CutBatches
+    together = micro_batches(kind(train, data.vocab_size, data.special, config.seed).train_batch, config)
+
+    def batches(step: int) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
+        for share, batch in together(step):
+            yield share, batch | {"alone": torch.tensor(step < num_alone)}
+
+    trained = fit(Objective(student, loss), batches, config, config.num_steps, run)
     original.to(torch.float32)
-    errors, cosine = distance(student.to(torch.float32), original, valid, depths)
+    errors, cosine = distance(student, original, valid, depths)
     stage = "trained" if tokens else "closed form" if fit_tokens else "sliced" if alone else "cut"
-    record |= {
+    record = {
+        "row": dataclasses.asdict(row),
+        "config": dataclasses.asdict(config),
         "label": f"{row.label}, {f'{tokens:,} tokens' if tokens else stage}",
         "stage": stage,
         "tokens": tokens,
+        "fit_tokens": fit_tokens,
         "errors": errors,
         "cosine": cosine,
         "seed": config.seed,
@@ -246,25 +230,9 @@ def calibrate(
         "source": data.name,
         "note": data.text_note(train),
     }
-    if start is not None:
-        trained.seconds += start.seconds
+    trained.seconds += start.seconds
     save = (student.save_pretrained, partial(copy_tokenizer, str(teacher)))
     return as_result(run, write_result(run, trained, record, "tokens", config.tokens_per_step, *save), row=row)
-
-
-def _batches(
-    objective: LayerErrors, data: TrainingData, sequences: np.ndarray, config: CalibrationConfig, num_alone: int
-):
-    """Batches of each step: masked text for an LM head, else pieces of plain text; first come steps of layers alone."""
-    source = (sequences, data.vocab_size, data.special, config.seed)
-    text = MaskedBatches(*source, num_masked(config.seq_len)) if objective.fills_masks else CutBatches(*source)
-    of_step = micro_batches(text.train_batch, config)
-
-    def batches(step: int):
-        alone = torch.tensor(step < num_alone)
-        return ((share, batch | {"alone": alone}) for share, batch in of_step(step))
-
-    return batches
 
 
 def row_config(original: PretrainedConfig, row: ModelRow) -> PretrainedConfig:
@@ -329,7 +297,7 @@ def load_teacher(folder: Path, data: TrainingData) -> PreTrainedModel:
     for name in DROPOUTS:  # text is hardly ever repeated
         if getattr(teacher.config, name, None) is not None:
             setattr(teacher.config, name, 0.0)
-    return teacher.eval()
+    return teacher.eval().requires_grad_(False)
 
 
 def save(result: Result, teacher: str | Path, output: str | Path) -> None:

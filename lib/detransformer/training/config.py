@@ -16,14 +16,13 @@ from transformers import PreTrainedModel
 from detransformer.models import decouple
 from detransformer.models.configuration import ATTENTION_WIDTHS, ORIGINAL_PLACEMENTS, PRESET_SIZES
 from detransformer.parallel.wire import WIRE_FORMATS
+from detransformer.training.hardware import resolve_precision
 
 T = TypeVar("T")  # a configuration
 
 MODELS = (*PRESET_SIZES, "gpt2", "minilm")
 OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("no", "bf16", "bf16-weights", "auto")
-TOKENS_PER_SPECIAL = 2  # [CLS] and [SEP] around a packed sequence
-MASK_FRACTION = 0.15
 NO_IDENTITY = ("checkpoint_every_s", "num_seeds")  # fields that do not change a run's result
 
 # Fields that are checked -----------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ class Recipe(Checked):
         weight_decay: for all weights but biases and LayerNorm.
         max_grad_norm: gradients are clipped to it; None does not clip.
         mixed_precision: `"no"` (float32), `"bf16"` (autocast), `"bf16-weights"` (bfloat16 weights and activations,
-            float32 copies in the optimizer), or `"auto"` for the fastest on this machine.
+            float32 copies in the optimizer), or `"auto"`, which becomes the fastest of these on this machine.
         checkpoint_every_s: seconds between checkpoints.
     """
 
@@ -171,6 +170,10 @@ class Recipe(Checked):
     max_grad_norm: float | None = positive(1.0)
     mixed_precision: str = one_of("no", PRECISIONS)
     checkpoint_every_s: float = not_negative(600.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "mixed_precision", resolve_precision(self.mixed_precision))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,17 +243,14 @@ class FinetuneConfig(Recipe):
     dropout: float = fraction(0.1)
     max_train_rows: int | None = positive(None)
     max_eval_rows: int | None = positive(None)
-    wire_formats: tuple[str, ...] = ()
+    wire_formats: tuple[str, ...] = checked(
+        (), lambda names: set(names) <= set(WIRE_FORMATS), f"is unknown: choose among {', '.join(WIRE_FORMATS)}"
+    )
     num_seeds: int = positive(1)
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "wire_formats", tuple(self.wire_formats))  # a profile gives a list
-        unknown = [name for name in self.wire_formats if name not in WIRE_FORMATS]
-        if unknown:
-            raise ValueError(
-                f"wire_formats has {unknown[0]!r}, which is unknown: choose among {', '.join(WIRE_FORMATS)}."
-            )
         if not 0 <= self.stride < self.seq_len // 2:
             raise ValueError(
                 f"doc_stride={self.doc_stride} is outside 0..{self.seq_len // 2 - 1}: windows of "
@@ -260,11 +260,6 @@ class FinetuneConfig(Recipe):
     @property
     def stride(self) -> int:
         return self.seq_len // 4 if self.doc_stride is None else self.doc_stride
-
-
-def num_masked(seq_len: int) -> int:
-    """Positions of a packed sequence that BERT's training masks: 15% of its text."""
-    return max(1, round(MASK_FRACTION * (seq_len - TOKENS_PER_SPECIAL)))
 
 
 def make_config(kind: type[T], fields: dict) -> T:

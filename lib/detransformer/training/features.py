@@ -6,7 +6,7 @@ Rows of similar length share a batch, so there is little padding.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -45,21 +45,16 @@ class PreparedTask:
 
 def prepared_task(data: TrainingData, task: str, config: FinetuneConfig) -> PreparedTask:
     """Both splits of a task as features, tokenised once in this process for all models and seeds."""
-    limits = config.max_train_rows, config.max_eval_rows
-    return _prepared(data, task, *limits, config.seq_len, config.stride)
+    return _prepared(data, task, config.max_train_rows, config.max_eval_rows, config.seq_len, config.stride)
 
 
 @cache
-def _prepared(data, task, max_train_rows, max_eval_rows, seq_len: int, doc_stride: int) -> PreparedTask:
-    return prepare_task(data.task(task, max_train_rows, max_eval_rows), data.tokenizer, seq_len, doc_stride)
-
-
-def prepare_task(rows: TaskRows, tokenizer: Tokenizer, seq_len: int, doc_stride: int) -> PreparedTask:
-    """Both splits of a task as features; questions in windows that overlap by `doc_stride` tokens."""
+def _prepared(data, task: str, max_train_rows, max_eval_rows, seq_len: int, doc_stride: int) -> PreparedTask:
+    rows = data.task(task, max_train_rows, max_eval_rows)
     if rows.task.is_question_answering:
-        parts = [question_features(part, tokenizer, seq_len, doc_stride) for part in (rows.train, rows.validation)]
+        parts = [question_features(part, data.tokenizer, seq_len, doc_stride) for part in (rows.train, rows.validation)]
     else:
-        parts = [sentence_features(part, rows.task, tokenizer, seq_len) for part in (rows.train, rows.validation)]
+        parts = [sentence_features(part, rows.task, data.tokenizer, seq_len) for part in (rows.train, rows.validation)]
     return PreparedTask(rows, *parts)
 
 
@@ -140,15 +135,13 @@ class LengthGrouped:
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.steps_per_epoch = math.ceil(len(lengths) / batch_size)
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+        self.epoch_batches = lru_cache(maxsize=1)(self._epoch_batches)
 
     def rows(self, step: int) -> np.ndarray:
         epoch, number = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self.epoch_batches(epoch))
-        return self._epoch[1][number]
+        return self.epoch_batches(epoch)[number]
 
-    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
+    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
         """Row numbers of each batch of an epoch."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths))

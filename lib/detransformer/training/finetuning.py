@@ -6,7 +6,7 @@ One process per run; several runs may go side by side. A finished run is read fr
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import set_seed
-from torch import nn
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -23,36 +22,14 @@ from detransformer.parallel.wire_model import wire_plan, wired
 from detransformer.training.config import FinetuneConfig, config_hash
 from detransformer.training.data import Task, TrainingData
 from detransformer.training.data.tasks import get_task
-from detransformer.training.features import (
-    LengthGrouped,
-    PreparedTask,
-    best_spans,
-    by_length,
-    collate,
-    prepared_task,
-)
-from detransformer.training.hardware import resolve_precision
+from detransformer.training.features import LengthGrouped, PreparedTask, best_spans, by_length, collate, prepared_task
 from detransformer.training.jobs import run_jobs
-from detransformer.training.loop import Run, fit
+from detransformer.training.loop import Objective, Run, fit
 from detransformer.training.metrics import classification_scores, majority_score, squad_scores
 from detransformer.training.results import accuracy_table, read_result, write_result
 
-# The paper does not define its "Acc" for SQuAD; exact match is the share of questions answered right.
-TABLE_METRIC = {"mcc": "mcc", "accuracy": "accuracy", "f1": "exact_match"}
 EVAL_BATCH = 64
 MAX_ANSWER_TOKENS = 30
-
-
-class TaskLoss(nn.Module):
-    """A model with a task head; the loss is transformers' own."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        """A batch of `collate` -> mean loss of its rows."""
-        return self.model(**batch).loss
 
 
 def finetune(
@@ -62,7 +39,6 @@ def finetune(
     data: TrainingData,
     seed: int,
     output_dir: str | Path,
-    on_step: Callable[[int, float], None] | None = None,
     keep_model: bool = False,
 ) -> dict:
     """Fine-tunes `checkpoint` on `task` with `seed` into `output_dir/` and returns its scores (times 100).
@@ -77,9 +53,8 @@ def finetune(
     """
     chosen, folder = get_task(task), Path(output_dir)
     model_folder, source_identity = source_of(checkpoint)
-    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     identity = config_hash(config, source_identity, task, seed, data.name, data.fingerprint)
-    run = Run(task, folder, identity, on_step)
+    run = Run(task, folder, identity)
     done = read_result(run)
     if done is not None and (not keep_model or (folder / "model").is_dir()):
         return done
@@ -96,18 +71,17 @@ def finetune(
             yield len(part) / len(rows), collate([prepared.train[i] for i in part], pad)
 
     num_steps = max(1, round(config.num_epochs * order.steps_per_epoch))
-    trained = fit(TaskLoss(model), batches, config, num_steps, run)
-    trained.restore_float32()
+    objective = Objective(model, lambda model, **batch: model(**batch).loss)
+    trained = fit(objective, batches, config, num_steps, run)
     scores = evaluate(model, prepared, pad)
-    metric = TABLE_METRIC[chosen.metric]
     for name in config.wire_formats:
         with wired(model, wire_plan(model.config, wire=name)):
-            scores[f"score_{name}"] = evaluate(model, prepared, pad)[metric]
+            scores[f"score_{name}"] = evaluate(model, prepared, pad)[chosen.metric]
     record = {
         "task": task,
         "seed": seed,
-        "metric": metric,
-        "score": scores[metric],
+        "metric": chosen.metric,
+        "score": scores[chosen.metric],
         "majority_score": majority_score(chosen, prepared.rows.validation),
         **scores,
         "train_loss": float(np.mean(trained.losses[-20:])),
@@ -138,20 +112,18 @@ def finetune_all(
         num_jobs: runs side by side.
         wire_rows: labels of models that are also scored with their task's `wire_formats`; None is all.
     """
-    cells = []
+    jobs, known = [], []
     for label, model in models.items():
         folder = Path(output_dir) / re.sub(r"[^\w.-]+", "-", label)
+        structure = dataclasses.asdict(model.row) if hasattr(model, "row") else {}
+        facts = {"row": label} | structure | {"pretraining": getattr(model, "note", "as downloaded")}
         for task, config in configs.items():
             if wire_rows is not None and label not in wire_rows:
                 config = dataclasses.replace(config, wire_formats=())
-            cells += [
-                (label, model, task, config, seed, folder / task / f"seed{seed}") for seed in range(config.num_seeds)
-            ]
-    records = run_jobs(finetune, [(*cell[1:4], data, *cell[4:]) for cell in cells], num_jobs, "fine-tuning")
-    known = []
-    for label, model, *_ in cells:
-        row = dataclasses.asdict(model.row) if hasattr(model, "row") else {}
-        known.append({"row": label} | row | {"pretraining": getattr(model, "note", "as downloaded")})
+            for seed in range(config.num_seeds):
+                jobs.append((model, task, config, data, seed, folder / task / f"seed{seed}"))
+                known.append(facts)
+    records = run_jobs(finetune, jobs, num_jobs, "fine-tuning")
     return accuracy_table([facts | record for facts, record in zip(known, records, strict=True)])
 
 

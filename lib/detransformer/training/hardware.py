@@ -1,8 +1,8 @@
 """The fastest settings for training on this hardware: number format, attention kernel, kept memory.
 
-Measured on one x86 core with AVX-512 BF16 (AMD Zen 4 or later), 12 layers of width 128, 32 sequences of 128 tokens:
-bfloat16 matrix products run 2.5 times as fast as float32 ones, PyTorch's fused attention takes half of a bfloat16
-training step in its backward pass, and giving freed memory back to the system costs a tenth of a step.
+On an x86 core with AVX-512 BF16 (AMD Zen 4 or later), bfloat16 matrix products run faster than float32 ones, but
+PyTorch's fused attention takes half of a bfloat16 training step in its backward pass. Giving freed memory back to the
+system, only to ask for it in the next step, costs time too.
 """
 
 import ctypes
@@ -33,8 +33,10 @@ def resolve_precision(precision: str) -> str:
     return "bf16-weights" if fast else "no"
 
 
-def own_device() -> torch.device:
-    """The device that this process trains on.
+def place(model: nn.Module, precision: str) -> None:
+    """Moves `model` to this process's device, with the attention that is fastest there.
+
+    That is plain products and softmax for bfloat16 training on a CPU, and PyTorch's fused attention elsewhere.
 
     Raises:
         ValueError: if environment variables make it one of several processes, which accelerate would wait for.
@@ -43,15 +45,7 @@ def own_device() -> torch.device:
         raise ValueError(
             f"{sizes} is set, and a training run is one process: unset it, and start one without a launcher."
         )
-    return PartialState().device
-
-
-def place(model: nn.Module, precision: str) -> None:
-    """Moves `model` to the device, with the attention that is fastest there.
-
-    That is plain products and softmax for bfloat16 training on a CPU, and PyTorch's fused attention elsewhere.
-    """
-    device = own_device()
+    device = PartialState().device
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager" if precision == "bf16-weights" and device.type == "cpu" else "sdpa")
     model.to(device)

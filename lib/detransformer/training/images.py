@@ -7,14 +7,14 @@ run is not repeated; an interrupted one is resumed.
 Shapes: B batch, C classes; images [B, 3, 32, 32], (32 / patch_size)^2 + 1 tokens.
 """
 
+import copy
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -33,9 +33,10 @@ from detransformer.training.config import (
     positive,
 )
 from detransformer.training.data.images import IMAGE_SIZE, MEAN, NUM_CHANNELS, STD, ImageData
-from detransformer.training.hardware import resolve_precision
-from detransformer.training.loop import Run, fit, micro_batches
+from detransformer.training.loop import Objective, Run, fit, micro_batches
 from detransformer.training.results import Result, as_result, read_result, write_result
+
+EVAL_BATCH = 250
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,6 @@ class ImageConfig(StepRecipe):
         check_divides("patch_size", self.patch_size, "image_size", IMAGE_SIZE, "patches cover the image")
         check_divides("num_heads", self.num_heads, "hidden_size", self.hidden_size, "every head takes an equal part")
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of an image, [CLS] included."""
-        return (IMAGE_SIZE // self.patch_size) ** 2 + 1
-
     def vit_config(self, num_classes: int) -> ViTConfig:
         return ViTConfig(
             hidden_size=self.hidden_size,
@@ -87,18 +83,6 @@ class ImageConfig(StepRecipe):
         )
 
 
-class ImageLoss(nn.Module):
-    """A model and its mean cross-entropy as one module."""
-
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
-        super().__init__()
-        self.model, self.label_smoothing = model, label_smoothing
-
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = self.model(pixel_values=pixel_values).logits.float()  # [B, C]
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-
-
 def train_best_vit(recipes: Sequence[ImageConfig], data: ImageData, output_dir: str | Path) -> Result:
     """Trains a ViT by each recipe; returns the one that gets most held-out images right. Test images choose nothing.
 
@@ -110,62 +94,47 @@ def train_best_vit(recipes: Sequence[ImageConfig], data: ImageData, output_dir: 
     return max((train_vit(recipe, data, output_dir) for recipe in recipes), key=lambda made: made.held_out_accuracy)
 
 
-def train_vit(
-    config: ImageConfig,
-    data: ImageData,
-    output_dir: str | Path,
-    on_step: Callable[[int, float], None] | None = None,
-) -> Result:
+def train_vit(config: ImageConfig, data: ImageData, output_dir: str | Path) -> Result:
     """Trains a ViT from scratch into a folder of its own under `output_dir` (model/, history.csv, result.json).
 
-    `on_step(step, loss)` is called after each step.
-
     Returns:
-        The run's accuracy, train_accuracy, held_out_accuracy (NaN if no images are held out) and chance_accuracy
-        (times 100), num_steps, num_epochs, num_parameters, train_rows, test_rows, images_per_s, seed, precision,
-        source, note.
+        The run's accuracy, train_accuracy and held_out_accuracy (times 100; NaN if no images are held out), num_steps,
+        seed, precision, source, note.
 
     Raises:
         ValueError: for a damaged checkpoint, or a loss that is not finite.
     """
-    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
     identity = config_hash("vit", config, data.name, data.fingerprint)
     name = f"vit-{config.num_layers}x{config.hidden_size}-patch{config.patch_size}-{config.num_steps}steps"
-    run = Run(name, Path(output_dir) / f"{name}-{identity[:6]}", identity, on_step)
+    run = Run(name, Path(output_dir) / f"{name}-{identity[:6]}", identity)
     done = read_result(run)
     if done is not None:
         return as_result(run, done)
     set_seed(config.seed)
     model = ViTForImageClassification(config.vit_config(data.num_classes))
-    objective = ImageLoss(model, config.label_smoothing)
     set_seed(config.seed + 1)  # dropout
 
-    def train_batch(index: int, batch_size: int) -> dict[str, torch.Tensor]:
-        batch = data.train_batch(config.seed, index, batch_size)
-        return {name: batch[name] for name in ("pixel_values", "labels")}
+    def loss(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, **_) -> torch.Tensor:
+        logits = model(pixel_values=pixel_values).logits.float()  # [B, C]
+        return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
-    trained = fit(objective, micro_batches(train_batch, config), config, config.num_steps, run)
-    accuracy = evaluate_images(model, data)  # in the number format of training, which is fast
-    train_accuracy = evaluate_images(model, data.cut(max_train_rows=len(data.labels["test"])), split="train")
-    held_out_accuracy = evaluate_images(model, data, split="held") if "held" in data.labels else math.nan
-    trained.restore_float32()
-    images, test_labels = config.num_steps * config.global_batch_size, data.labels["test"]
-    epochs = images / len(data.labels["train"])
+    batches = micro_batches(partial(data.train_batch, config.seed), config)
+    trained = fit(Objective(model, loss), batches, config, config.num_steps, run)
+    scored = model  # in the number format of training, which is fast
+    if config.mixed_precision == "bf16-weights":
+        scored = copy.deepcopy(model).to(torch.bfloat16)
+    seen = data.cut(max_train_rows=len(data.labels["test"]))
+    num_tokens = (IMAGE_SIZE // config.patch_size) ** 2 + 1  # of an image, [CLS] included
+    epochs = config.num_steps * config.global_batch_size / len(data.labels["train"])
     record = {
-        "accuracy": accuracy,
-        "train_accuracy": train_accuracy,
-        "held_out_accuracy": held_out_accuracy,
-        "chance_accuracy": 100 * float(np.bincount(test_labels).max()) / len(test_labels),
+        "accuracy": evaluate_images(scored, data),
+        "train_accuracy": evaluate_images(scored, seen, split="train"),
+        "held_out_accuracy": evaluate_images(scored, data, split="held") if "held" in data.labels else math.nan,
         "num_steps": config.num_steps,
-        "num_epochs": epochs,
-        "num_parameters": model.num_parameters(),
-        "train_rows": len(data.labels["train"]),
-        "test_rows": len(test_labels),
-        "images_per_s": round(images / max(trained.seconds, 1e-9), 3),
         "seed": config.seed,
         "precision": config.mixed_precision,
         "source": data.name,
-        "note": f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_tokens} tokens, "
+        "note": f"{config.num_layers} layers, hidden {config.hidden_size}, {num_tokens} tokens, "
         f"{epochs:.3g} epochs; {data.note}",
         "config": dataclasses.asdict(config),
     }
@@ -174,33 +143,20 @@ def train_vit(
 
 
 def save_preprocessor(folder: Path) -> None:
-    """Writes how a picture becomes the model's input, in the fields of Hugging Face's image processors."""
-    words = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
+    """Writes how a picture becomes the model's input, as Hugging Face's image processors read it."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ViTImageProcessorPil(size=size, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
 
 
 @torch.no_grad()
-def evaluate_images(model: nn.Module, data: ImageData, batch_size: int = 250, split: str = "test") -> float:
+def evaluate_images(model: nn.Module, data: ImageData, split: str = "test") -> float:
     """Accuracy times 100 of `model` (pixel_values -> .logits [B, C]) over a split, in the model's own number format."""
     device = next(model.parameters()).device
-    was_training = model.training
     model.eval()
-    right = count = 0
-    total = len(data.labels[split])
-    with tqdm(total=total, desc=f"{split} accuracy", unit="image", leave=False) as bar:
-        for batch in data.ordered_batches(split, batch_size):
-            predicted = model(pixel_values=batch["pixel_values"].to(device)).logits.argmax(-1).cpu()
-            right += int((predicted == batch["labels"]).sum())
-            count += len(predicted)
-            bar.update(len(predicted))
-    model.train(was_training)
-    return 100 * right / count
+    right = 0
+    for batch in tqdm(data.ordered_batches(split, EVAL_BATCH), f"{split} accuracy", unit="batch", leave=False):
+        predicted = model(pixel_values=batch["pixel_values"].to(device)).logits.argmax(-1).cpu()
+        right += int((predicted == batch["labels"]).sum())
+    return 100 * right / len(data.labels[split])

@@ -24,31 +24,26 @@ def run_jobs(function: Callable, jobs: Sequence[tuple], num_jobs: int, title: st
     """
     if num_jobs < 1:
         raise ValueError(f"num_jobs={num_jobs} is below 1: give the number of runs side by side.")
-    with tqdm(total=len(jobs), desc=title, unit="run", leave=len(jobs) > 1) as bar:
-        if num_jobs == 1:
-            results = []
-            for job in jobs:
-                results.append(function(*job))
-                bar.update()
-            return results
-        # Workers are forked from a process that has imported the library and done nothing else: a fork of this process
-        # would inherit PyTorch's threads without their state.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["detransformer.training"])
-        threads = max(1, torch.get_num_threads() // num_jobs)
-        others = multiprocessing.active_children()
-        with ProcessPoolExecutor(num_jobs, context, initializer=_start_worker, initargs=(threads,)) as pool:
-            futures = [pool.submit(_work, function, job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()  # raises what the job raised
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in multiprocessing.active_children():
-                    if worker not in others:  # a run in progress saves a checkpoint before it ends
-                        worker.terminate()
-                raise
+    look = dict(desc=title, total=len(jobs), unit="run", leave=len(jobs) > 1)
+    if num_jobs == 1:
+        return [function(*job) for job in tqdm(jobs, **look)]
+    # Workers are forked from a process that has imported the library and done nothing else: a fork of this process
+    # would inherit PyTorch's threads without their state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["detransformer.training"])
+    threads = max(1, torch.get_num_threads() // num_jobs)
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(num_jobs, context, initializer=_start_worker, initargs=(threads,)) as pool:
+        futures = [pool.submit(_work, function, job) for job in jobs]
+        try:
+            for future in tqdm(as_completed(futures), **look):
+                future.result()  # raises what the job raised
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                if worker not in others:  # a run in progress saves a checkpoint before it ends
+                    worker.terminate()
+            raise
     return [future.result() for future in futures]
 
 

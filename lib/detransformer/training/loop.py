@@ -21,7 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from detransformer.training.config import Recipe, StepRecipe
-from detransformer.training.hardware import keep_freed_memory, own_device, place, resolve_precision
+from detransformer.training.hardware import keep_freed_memory, place
 from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer
 
 Batches = Callable[[int], Iterable[tuple[float, dict[str, torch.Tensor]]]]  # step -> its (share, micro-batch) pairs
@@ -35,23 +35,29 @@ class Run:
         title: of the progress bar and of errors.
         folder: the run's folder; checkpoints are in `folder/checkpoint`. None keeps none.
         identity: hash of all that makes the run; a checkpoint of another run is not resumed.
-        on_step: `on_step(step, loss)` is called after each step and its checkpoint.
     """
 
     title: str
     folder: Path | None = None
     identity: str = ""
-    on_step: Callable[[int, float], None] | None = None
+
+
+class Objective(nn.Module):
+    """A model and its loss as one module: `loss(model, **batch)` is the mean loss of a micro-batch."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        return self.loss(self.model, **batch)
 
 
 class Progress:
-    """What `fit` returns: the loss of each step and the total seconds; saved with a checkpoint.
+    """What `fit` returns: the loss of each step and the total seconds; saved with a checkpoint."""
 
-    The model was trained in place. Until `restore_float32` it keeps the number format of training, which is fast.
-    """
-
-    def __init__(self, copies: MasterWeights | None = None):
-        self.seconds, self.losses, self._copies = 0.0, [], copies
+    def __init__(self):
+        self.seconds, self.losses = 0.0, []
 
     @property
     def step(self) -> int:
@@ -63,17 +69,12 @@ class Progress:
     def load_state_dict(self, state: dict) -> None:
         self.seconds, self.losses = state["seconds"], list(state["losses"])
 
-    def restore_float32(self) -> None:
-        """Leaves the model in float32."""
-        if self._copies is not None:
-            self._copies.restore_float32()
-
 
 def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, run: Run) -> Progress:
-    """Trains `objective.model` in place.
+    """Trains `objective.model` in place and leaves it in float32.
 
     Args:
-        objective: `objective(**batch)` is a micro-batch's mean loss; its attribute `model` is trained.
+        objective: an `Objective`, or another module of that form.
         batches: a step's micro-batches as a function of its number; the shares of a step add up to 1.
         recipe: optimizer, schedule, clipping, number format, seconds between checkpoints.
         run: its title, and where its checkpoints are; its last checkpoint is resumed.
@@ -82,16 +83,12 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
         ValueError: if the loss is not finite, a checkpoint is damaged, or several processes were launched together.
     """
     keep_freed_memory()
-    precision = resolve_precision(recipe.mixed_precision)
-    own_device()  # first: accelerate would wait for other processes
-    accelerator = Accelerator(mixed_precision="no")  # one for the process: it would refuse another for the next run
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
-    if accelerator.num_processes > 1:
-        raise ValueError(f"{accelerator.num_processes} processes were launched: a training run takes one, start one.")
     model = objective.model
-    place(model, precision)
-    copies = MasterWeights(model) if precision == "bf16-weights" else None
-    progress = Progress(copies)
+    place(model, recipe.mixed_precision)  # first: accelerate would wait for other processes
+    accelerator = Accelerator(mixed_precision="no")  # one for the process: it would refuse another for the next run
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
+    copies = MasterWeights(model) if recipe.mixed_precision == "bf16-weights" else None
+    progress = Progress()
     weights = model.parameters() if copies is None else copies.copies
     names = (name for name, _ in model.named_parameters())
     optimizer = make_optimizer(zip(names, weights, strict=True), recipe)
@@ -136,10 +133,10 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
             bar.set_postfix(loss=f"{progress.losses[-1]:.3f}", refresh=False)
             if checkpoints is not None and (signals or checkpoints.age_s >= recipe.checkpoint_every_s):
                 checkpoints.save(progress.step)
-            if run.on_step is not None:
-                run.on_step(progress.step, progress.losses[-1])
     if signals:
         signal.raise_signal(signals[0])
+    if copies is not None:
+        copies.restore_float32()
     return progress
 
 

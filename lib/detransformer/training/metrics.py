@@ -12,10 +12,10 @@ def classification_scores(task: Task, predicted: Sequence[int], labels: Sequence
     """The task's own metric, and accuracy for all."""
     from sklearn.metrics import accuracy_score, matthews_corrcoef
 
-    scores = {"accuracy": 100 * accuracy_score(labels, predicted)}
+    scores = {"accuracy": 100 * float(accuracy_score(labels, predicted))}
     if task.metric == "mcc":
-        scores["mcc"] = 100 * matthews_corrcoef(labels, predicted)
-    return {name: float(value) for name, value in scores.items()}
+        scores["mcc"] = 100 * float(matthews_corrcoef(labels, predicted))
+    return scores
 
 
 def majority_score(task: Task, rows: Mapping[str, Sequence]) -> float:

@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, K masked positions a sequence, D hidden, V vocabulary
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
 from detransformer.models.configuration import PRESET_SIZES, architecture, decoupled_config
+from detransformer.models.heads import lm_logits
 from detransformer.training.config import (
     OPTIMIZERS,
-    TOKENS_PER_SPECIAL,
     ModelRow,
     TextRecipe,
     between,
@@ -29,22 +29,13 @@ from detransformer.training.config import (
     config_hash,
     fraction,
     not_negative,
-    num_masked,
     one_of,
     positive,
 )
 from detransformer.training.data import TrainingData
-from detransformer.training.data.packing import (
-    IGNORED,
-    MaskedBatches,
-    NextTokenBatches,
-    SpecialTokens,
-    TextBatches,
-    unigram_loss,
-)
-from detransformer.training.hardware import resolve_precision
+from detransformer.training.data.packing import IGNORED, MaskedBatches, NextTokenBatches, SpecialTokens, unigram_loss
 from detransformer.training.jobs import run_jobs
-from detransformer.training.loop import Run, fit, micro_batches
+from detransformer.training.loop import Objective, Run, fit, micro_batches
 from detransformer.training.results import Result, as_result, read_result, write_result
 
 
@@ -64,11 +55,6 @@ class ScratchRecipe(TextRecipe):
     hidden_size: int | None = positive(None)
     num_heads: int | None = positive(None)
     dropout: float = fraction(0.1)
-
-    @property
-    def num_masked(self) -> int:
-        """Masked positions in a sequence: a fixed number, so that every sequence weighs the same."""
-        return num_masked(self.seq_len)
 
     def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> PretrainedConfig:
         """The original model's configuration at this scale."""
@@ -168,7 +154,7 @@ class CausalConfig(ScratchRecipe):
     @property
     def tokens_per_step(self) -> int:
         """Tokens predicted in a step."""
-        return self.global_batch_size * (self.seq_len - TOKENS_PER_SPECIAL)
+        return self.global_batch_size * (self.seq_len - 2)  # [CLS] and the last [SEP] are not
 
     def original_config(self, model: str, vocab_size: int, special: SpecialTokens) -> GPT2Config:
         return GPT2Config(
@@ -188,37 +174,27 @@ class CausalConfig(ScratchRecipe):
         )
 
 
-class MaskedLmLoss(nn.Module):
-    """A masked-token model and its loss as one module, with the vocabulary's projection on masked positions only.
+def masked_lm_loss(
+    model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """input_ids [B, T], positions [B, K], labels [B, K] -> mean loss in nats over the labels that count.
 
-    With K = 0.15 T the projection, the widest product of a small BERT, costs 0.15 of the full one; loss and gradients
-    are the same.
+    Loss and gradients are those of the whole sequence's logits, but only masked positions are projected onto the
+    vocabulary, the widest product of a small BERT.
     """
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, T], positions [B, K], labels [B, K] -> mean loss in nats over the labels that count."""
-        hidden = self.model.base_model(input_ids).last_hidden_state  # [B, T, D]
-        picked = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))  # [B, K, D]
-        head = self.model.cls if hasattr(self.model, "cls") else self.model.lm_head
-        logits = head(picked)  # [B, K, V]
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+    logits = logits_at(model, model.base_model(input_ids).last_hidden_state, positions)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
 
-class NextTokenLoss(nn.Module):
-    """A GPT-2 and its loss as one module."""
+def logits_at(model: PreTrainedModel, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """hidden [B, T, D], positions [B, K] -> the LM head's logits [B, K, V] there."""
+    return lm_logits(model, hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
 
-    def __init__(self, model: GPT2LMHeadModel):
-        super().__init__()
-        self.model = model
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, T - 2], labels [B, T - 2], the token after each -> mean loss in nats."""
-        logits = self.model(input_ids, use_cache=False).logits  # [B, T - 2, V]
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+def next_token_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """input_ids [B, T - 2], labels [B, T - 2], the token after each -> mean loss in nats."""
+    logits = model(input_ids, use_cache=False).logits  # [B, T - 2, V]
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 def build_model(row: ModelRow, config: ScratchRecipe, data: TrainingData) -> PreTrainedModel:
@@ -228,50 +204,33 @@ def build_model(row: ModelRow, config: ScratchRecipe, data: TrainingData) -> Pre
     return row.made_of((GPT2LMHeadModel if architecture(original) == "gpt2" else BertForMaskedLM)(original))
 
 
-def text_batches(data: TrainingData, config: ScratchRecipe) -> tuple[TextBatches, TextBatches]:
-    """Batches of a recipe's (training, validation) text, which is packed if it is not yet."""
-    texts = data.packed_splits(config)
-    if config.predicts_next:
-        return tuple(NextTokenBatches(text, data.vocab_size, data.special, config.seed) for text in texts)
-    masked = config.num_masked
-    return tuple(MaskedBatches(text, data.vocab_size, data.special, config.seed, masked) for text in texts)
-
-
-def pretrain(
-    row: ModelRow,
-    config: ScratchRecipe,
-    data: TrainingData,
-    output_dir: str | Path,
-    on_step: Callable[[int, float], None] | None = None,
-) -> Result:
+def pretrain(row: ModelRow, config: ScratchRecipe, data: TrainingData, output_dir: str | Path) -> Result:
     """Trains one row into `output_dir/ROW/` (model/, history.csv, result.json).
 
     Args:
         config: a `PretrainConfig`, or a decoder's `CausalConfig`.
-        on_step: `on_step(step, loss)` is called after each step.
 
     Returns:
         The run's row, valid_loss, unigram_loss (of word frequencies alone on the same held-out tokens), valid_tokens,
-        num_steps, tokens (trained on), unique_tokens, hidden_size, seed, precision, source, note.
+        num_steps, tokens (trained on), hidden_size, seed, precision, source, note.
 
     Raises:
         ValueError: for sizes that do not divide, damaged data or a damaged checkpoint.
     """
     config.check_row(row)
-    config = dataclasses.replace(config, mixed_precision=resolve_precision(config.mixed_precision))
-    run = Run(row.label, Path(output_dir) / row.key, config_hash(row, config, data.name, data.fingerprint), on_step)
+    run = Run(row.label, Path(output_dir) / row.key, config_hash(row, config, data.name, data.fingerprint))
     done = read_result(run)
     if done is not None:
         return as_result(run, done, row=row)
-    train, valid = text_batches(data, config)
+    kind = NextTokenBatches if config.predicts_next else MaskedBatches
+    train, valid = (kind(text, data.vocab_size, data.special, config.seed) for text in data.packed_splits(config))
     model = build_model(row, config, data)
     if isinstance(config, PretrainConfig) and config.frequency_bias:
         with torch.no_grad():
             model.cls.predictions.bias.copy_(train.log_frequencies())
-    objective = NextTokenLoss(model) if config.predicts_next else MaskedLmLoss(model)
+    objective = Objective(model, next_token_loss if config.predicts_next else masked_lm_loss)
     set_seed(config.seed + 1)  # dropout: the same in every row
     trained = fit(objective, micro_batches(train.train_batch, config), config, config.num_steps, run)
-    trained.restore_float32()
     record = {
         "row": dataclasses.asdict(row),
         "valid_loss": evaluate(objective, valid.valid_batches(config.micro_batch_size)),
@@ -279,7 +238,6 @@ def pretrain(
         "valid_tokens": int(valid.sequences.size),
         "num_steps": config.num_steps,
         "tokens": config.num_steps * config.tokens_per_step,
-        "unique_tokens": int(train.sequences.size),
         "hidden_size": model.config.hidden_size,
         "seed": config.seed,
         "precision": config.mixed_precision,
@@ -314,12 +272,10 @@ def pretrain_all(
 def evaluate(objective: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> float:
     """Mean loss of a labelled token over `batches`, in the model's own number format."""
     device = next(objective.parameters()).device
-    was_training = objective.training
     objective.eval()
     total = count = 0.0
     for batch in batches:
         num = int((batch["labels"] >= 0).sum())
         total += float(objective(**{name: tensor.to(device) for name, tensor in batch.items()})) * num
         count += num
-    objective.train(was_training)
     return total / count

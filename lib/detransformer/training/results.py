@@ -5,7 +5,6 @@ noise).
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -93,13 +92,10 @@ def pretraining_table(results: Iterable[Result]) -> pd.DataFrame:
 
     unigram_loss and unigram_perplexity are those of word frequencies alone on the same held-out tokens.
     """
-    rows = []
-    for result in results:
-        losses, seconds = result.history["train_loss"], result.seconds
-        rows.append(vars(result) | vars(result.row) | {"row": result.row.label, "first_loss": losses.iloc[0]})
-        rows[-1]["last_loss"] = losses.tail(10).mean()
-        rows[-1]["tokens_per_s"] = result.tokens / seconds if seconds else math.nan
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(vars(result) | vars(result.row) | {"row": result.row.label} for result in results)
+    frame["first_loss"] = [history["train_loss"].iloc[0] for history in frame["history"]]
+    frame["last_loss"] = [history["train_loss"].tail(10).mean() for history in frame["history"]]
+    frame["tokens_per_s"] = frame["tokens"] / frame["seconds"]
     frame["perplexity"], frame["unigram_perplexity"] = np.exp(frame["valid_loss"]), np.exp(frame["unigram_loss"])
     columns = ["row", *ROW_COLUMNS, *VARIANT_COLUMNS, "seed", "hidden_size", "num_steps", "tokens", "first_loss"]
     columns += ["last_loss", "valid_loss", "unigram_loss", "perplexity", "unigram_perplexity", "valid_tokens"]

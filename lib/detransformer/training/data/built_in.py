@@ -74,7 +74,6 @@ class BuiltInSource:
     """The generated corpus as a data source (see `sources.py` for what a source offers)."""
 
     name = "built-in"
-    is_real = False
 
     def tokenizer(self) -> Tokenizer:
         """WordPiece with BERT's normalisation and special tokens; its pieces are the letters and the corpus' words."""

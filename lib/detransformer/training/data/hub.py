@@ -17,7 +17,6 @@ from detransformer.training.data.tasks import Task
 GLUE, SQUAD, WIKIPEDIA = "nyu-mll/glue", "rajpurkar/squad", "wikimedia/wikipedia"
 WIKIPEDIA_SNAPSHOT = "20231101.en"
 TOKENIZER = "google-bert/bert-base-uncased"
-GLUE_CONFIG = {"CoLA": "cola", "SST-2": "sst2", "MRPC": "mrpc", "MNLI": "mnli", "RTE": "rte"}
 NUM_VALID_ARTICLES = 500  # the snapshot has one split: its first articles are held out
 
 
@@ -44,7 +43,6 @@ class HubSource:
     """The Hub's official sets as a data source (see `sources.py` for what a source offers)."""
 
     name = "hub"
-    is_real = True
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_pretrained(TOKENIZER)
@@ -55,9 +53,8 @@ class HubSource:
     def task_rows(self, task: Task, split: str) -> Dataset:
         if task.is_question_answering:
             return load_dataset(SQUAD, split=split)
-        config = GLUE_CONFIG[task.name]
         split = f"{split}_matched" if task.name == "MNLI" and split == "validation" else split
-        rows = load_dataset(GLUE, config, split=split)
+        rows = load_dataset(GLUE, task.name.lower().replace("-", ""), split=split)  # SST-2 is sst2
         if task.name == "MNLI":
             rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
         return rows.select_columns([*task.columns, "label"])  # GLUE's label numbers are the task's order

@@ -21,6 +21,7 @@ import torch
 
 from detransformer.files import atomic_write
 from detransformer.settings import data_environment
+from detransformer.training.data.packing import stream_rows
 from detransformer.training.data.sources import choose_source, rows_note
 
 IMAGE_SIZE, NUM_CHANNELS = 32, 3
@@ -40,32 +41,23 @@ class ImageData:
 
     Args:
         name: of the source, `mirror`, `hub` or `built-in`.
-        found: which sources were tried and why this one was taken.
         images: uint8 [N, 32, 32, 3].
         labels: int64 [N], 0..num_classes - 1.
         full_rows: of the official `train` and `test` sets, to call smaller ones reduced.
     """
 
     name: str
-    found: str
     images: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
     num_classes: int
     full_rows: dict[str, int]
-
-    def __repr__(self) -> str:
-        return f"ImageData({self.note})"
-
-    @property
-    def is_real(self) -> bool:
-        return self.name != "built-in"
 
     @property
     def note(self) -> str:
         """Source and row counts, e.g. `mirror; reduced training set, 15,000 of 50,000 rows; 10,000 test rows`."""
         held = f" and {len(self.labels['held']):,} held out" if "held" in self.labels else ""
         train, test = len(self.labels["train"]), len(self.labels["test"])
-        if not self.is_real:
+        if self.name == "built-in":
             return f"built-in generated images, {train:,} training rows{held}; {test:,} test rows"
         return rows_note(self.name, "test", (train, self.full_rows["train"]), (test, self.full_rows["test"]), held)
 
@@ -83,7 +75,7 @@ class ImageData:
         for name, limit in (("max_train_rows", max_train_rows), ("max_test_rows", max_test_rows)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name}={limit} is below 1: give a number of rows, or None for all.")
-        return self._with(train=slice(max_train_rows), test=slice(max_test_rows))
+        return self._with(train=("train", slice(max_train_rows)), test=("test", slice(max_test_rows)))
 
     def hold_out(self, share: float) -> "ImageData":
         """The last `share` of the training rows become the split `held`: nothing is trained on them.
@@ -100,41 +92,24 @@ class ImageData:
                 f"{share:g} of {num} training rows cannot be held out: give a share between 0 and 1 "
                 "that leaves rows on both sides, once."
             )
-        held = self._with(train=slice(-count, None))
-        rest = self._with(train=slice(-count))
-        parts = {name: getattr(rest, name) | {"held": getattr(held, name)["train"]} for name in ("images", "labels")}
-        return dataclasses.replace(self, **parts)
+        return self._with(train=("train", slice(-count)), held=("train", slice(-count, None)))
 
-    def _with(self, **rows: slice) -> "ImageData":
-        """Of the splits named the rows given, of the others all."""
+    def _with(self, **parts: tuple[str, slice]) -> "ImageData":
+        """With these splits, each of the rows of a split here; the others stay."""
         images, labels = (
-            {split: array[rows.get(split, slice(None))] for split, array in part.items()}
-            for part in (self.images, self.labels)
+            arrays | {name: arrays[split][rows] for name, (split, rows) in parts.items()}
+            for arrays in (self.images, self.labels)
         )
         return dataclasses.replace(self, images=images, labels=labels)
 
-    def train_rows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """Row numbers [B] of batch `step` of the endless stream; each epoch has its own order."""
-        num = len(self.labels["train"])
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
-        rows = np.empty(batch_size, dtype=np.int64)
-        for epoch in np.unique(positions // num):
-            here = positions // num == epoch
-            rows[here] = np.random.default_rng([seed, 0, int(epoch)]).permutation(num)[positions[here] % num]
-        return rows
-
     def train_batch(self, seed: int, step: int, batch_size: int) -> dict[str, torch.Tensor]:
         """Batch `step`: pixel_values [B, 3, 32, 32], labels [B], rows [B]; images are moved and flipped."""
-        rows = self.train_rows(seed, step, batch_size)
+        rows = stream_rows(len(self.labels["train"]), step * batch_size, batch_size, seed, 0)
         images = augmented(self.images["train"][rows], np.random.default_rng([seed, 1, step]))
         return _batch(images, self.labels["train"][rows], rows)
 
     def ordered_batches(self, split: str, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """All rows of `split` (`train`, `test` or `held`) once, in order, as they are; keys as in `train_batch`."""
-        if split not in self.labels:
-            raise ValueError(
-                f"split {split!r} is unknown: choose one of {', '.join(self.labels)}, or call hold_out for held."
-            )
         for start in range(0, len(self.labels[split]), batch_size):
             rows = np.arange(start, min(start + batch_size, len(self.labels[split])))
             yield _batch(self.images[split][rows], self.labels[split][rows], rows)
@@ -152,20 +127,22 @@ def open_images(source: str = "auto", cache_dir: str | Path = "data/cache") -> I
     paths = [data_environment().mirror / "cifar100" / name for name in MIRROR_FILES]
     path = next((path for path in paths if path.is_file()), paths[-1])
     cached = Path(cache_dir) / "cifar100-hub.npz"
-    name, why = choose_source(source, path, cached)
+    name, _ = choose_source(source, path, cached)
     if name == "built-in":
-        return generated_images(why)
-    if name == "hub":
-        return _image_data("hub", why, _hub_images(cached))
-    if not path.is_file():
+        return generated_images()
+    if name == "mirror" and not path.is_file():
         raise ValueError(
             f"{path} is missing: copy it there, set DETRANSFORMER_DATA to the folder that has it, or choose "
             "the source hub or built-in."
         )
-    return _image_data("mirror", f"{path.name}, {why}", read_images(path))
+    arrays = _hub_images(cached) if name == "hub" else read_images(path)
+    orders = {split: balanced_order(arrays[f"{split}_labels"]) for split in CIFAR_ROWS}
+    images = {split: arrays[f"{split}_images"][order] for split, order in orders.items()}
+    labels = {split: arrays[f"{split}_labels"][order].astype(np.int64) for split, order in orders.items()}
+    return ImageData(name, images, labels, CIFAR_CLASSES, CIFAR_ROWS)
 
 
-def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.ndarray]:
+def read_images(path: Path) -> dict[str, np.ndarray]:
     """The four arrays of an npz file: train_images, train_labels, test_images, test_labels.
 
     Raises:
@@ -187,9 +164,8 @@ def read_images(path: Path, num_classes: int = CIFAR_CLASSES) -> dict[str, np.nd
         elif labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             found = f"{labels.dtype} {list(labels.shape)}"
             problem = f"{split}_labels is {found} where {len(images)} integers are expected"
-        elif labels.min() < 0 or labels.max() >= num_classes:
-            outside = labels.max() if labels.max() >= num_classes else labels.min()
-            problem = f"{split}_labels has {outside}, outside 0..{num_classes - 1}"
+        elif outside := sorted(set(labels.tolist()).difference(range(CIFAR_CLASSES))):
+            problem = f"{split}_labels has {outside[0]}, outside 0..{CIFAR_CLASSES - 1}"
         else:
             continue
         raise ValueError(f"{path}: {problem}; copy it again from the original.")
@@ -224,7 +200,7 @@ def normalised(images: np.ndarray) -> torch.Tensor:
 
 
 @cache
-def generated_images(found: str = "generated images") -> ImageData:
+def generated_images() -> ImageData:
     """Twenty classes, each a coarse pattern of its own under noise: a set that can be learned.
 
     It stands in for CIFAR-100 in form only: accuracy on it says that the software works.
@@ -238,19 +214,11 @@ def generated_images(found: str = "generated images") -> ImageData:
         labels[split] = (np.arange(num) % GENERATED_CLASSES).astype(np.int64)
         noise = rng.normal(0, 50, size=(num, IMAGE_SIZE, IMAGE_SIZE, NUM_CHANNELS))
         images[split] = (patterns[labels[split]] + noise).clip(0, 255).astype(np.uint8)
-    return ImageData("built-in", found, images, labels, GENERATED_CLASSES, GENERATED_ROWS)
+    return ImageData("built-in", images, labels, GENERATED_CLASSES, GENERATED_ROWS)
 
 
 def _batch(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, torch.Tensor]:
     return {"pixel_values": normalised(images), "labels": torch.from_numpy(labels), "rows": torch.from_numpy(rows)}
-
-
-def _image_data(name: str, found: str, arrays: dict[str, np.ndarray]) -> ImageData:
-    """Arrays of CIFAR-100, as read, in balanced order."""
-    orders = {split: balanced_order(arrays[f"{split}_labels"]) for split in CIFAR_ROWS}
-    images = {split: arrays[f"{split}_images"][order] for split, order in orders.items()}
-    labels = {split: arrays[f"{split}_labels"][order].astype(np.int64) for split, order in orders.items()}
-    return ImageData(name, found, images, labels, CIFAR_CLASSES, CIFAR_ROWS)
 
 
 def _hub_images(cached: Path) -> dict[str, np.ndarray]:

@@ -14,33 +14,31 @@ from pathlib import Path
 from datasets import Dataset
 from tokenizers import Tokenizer
 
-from detransformer.training.data.tasks import Task
+from detransformer.training.data.tasks import PAIR, Task
 
 
 @dataclass(frozen=True)
 class TsvLayout:
-    """Where a task's columns stand: names in the header line, or positions if there is none."""
+    """The file's names of a task's columns."""
 
-    folder: str
-    train: tuple[str, ...]  # the first that exists
-    validation: tuple[str, ...]
-    columns: tuple[str, ...] | tuple[int, ...]
-    label: str | int
+    columns: tuple[str, ...]
+    label: str
     labels: tuple[str, ...]  # as written in the file, in the task's order
-    num_fields: int = 0
+    header: tuple[str, ...] = ()  # of a file that has no header line
+    train: tuple[str, ...] = ("train.tsv",)  # the first that exists
+    validation: tuple[str, ...] = ("dev.tsv",)
 
 
 LAYOUTS = {
-    "CoLA": TsvLayout("CoLA", ("train.tsv",), ("dev.tsv",), (3,), 1, ("0", "1"), num_fields=4),
-    "SST-2": TsvLayout("SST-2", ("train.tsv",), ("dev.tsv",), ("sentence",), "label", ("0", "1")),
-    "MRPC": TsvLayout("MRPC", ("train.tsv",), ("dev.tsv",), ("#1 String", "#2 String"), "Quality", ("0", "1")),
+    "CoLA": TsvLayout(("sentence",), "label", ("0", "1"), header=("source", "label", "mark", "sentence")),
+    "SST-2": TsvLayout(("sentence",), "label", ("0", "1")),
+    "MRPC": TsvLayout(("#1 String", "#2 String"), "Quality", ("0", "1")),
     "MNLI": TsvLayout(
-        *("MNLI", ("train.tsv", "train_subset.tsv"), ("dev_matched.tsv",), ("sentence1", "sentence2"), "gold_label"),
-        labels=("entailment", "neutral", "contradiction"),
+        *(PAIR, "gold_label", ("entailment", "neutral", "contradiction")),
+        train=("train.tsv", "train_subset.tsv"),
+        validation=("dev_matched.tsv",),
     ),
-    "RTE": TsvLayout(
-        *("RTE", ("train.tsv",), ("dev.tsv",), ("sentence1", "sentence2"), "label", ("entailment", "not_entailment"))
-    ),
+    "RTE": TsvLayout(PAIR, "label", ("entailment", "not_entailment")),
 }
 
 
@@ -48,7 +46,6 @@ class MirrorSource:
     """The mirror folder as a data source (see `sources.py` for what a source offers)."""
 
     name = "mirror"
-    is_real = True
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -80,7 +77,7 @@ class MirrorSource:
                 raise ValueError(f"{paths[0]} has no question with an answer: copy SQuAD v1.1's file there.")
             return Dataset.from_list(rows)
         layout = LAYOUTS[task.name]
-        folder = self.folder / "glue" / layout.folder
+        folder = self.folder / "glue" / task.name
         names = getattr(layout, split)
         path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
         return Dataset.from_dict(read_tsv(path, layout, task))
@@ -95,7 +92,7 @@ class MirrorSource:
                 f"no {split} text {folder / pattern}: copy it there, or choose the source hub or built-in."
             )
         for path in paths:
-            yield from read_articles(path)
+            yield from read_wikipedia(path)
 
     def _squad_files(self, split: str) -> list[Path]:
         folder = self.folder / "squad"
@@ -127,20 +124,16 @@ def damaged(place: str, what: str) -> ValueError:
 def read_tsv(path: Path, layout: TsvLayout, task: Task) -> dict[str, list]:
     """A GLUE TSV file as columns: the task's text columns and `label` (its index in the task's labels)."""
     lines = read_text(path).removesuffix("\n").split("\n")  # only line feeds end a line
-    if layout.num_fields:  # no header: positions
-        first, num_fields, wanted = 0, layout.num_fields, [*layout.columns, layout.label]
-    else:
-        header = lines[0].rstrip("\r").split("\t")
-        missing = [name for name in (*layout.columns, layout.label) if name not in header]
-        if missing:
-            raise damaged(f"{path}, line 1", f"the header has no column {missing[0]!r} of GLUE's file for {task.name}")
-        first, num_fields = 1, len(header)
-        wanted = [header.index(name) for name in (*layout.columns, layout.label)]
+    header, first = (layout.header, 0) if layout.header else (lines[0].rstrip("\r").split("\t"), 1)
+    for name in (*layout.columns, layout.label):
+        if name not in header:
+            raise damaged(f"{path}, line 1", f"the header has no column {name!r} of GLUE's file for {task.name}")
+    wanted = [header.index(name) for name in (*layout.columns, layout.label)]
     rows = []
     for number, line in enumerate(lines[first:], start=first + 1):
         fields = line.rstrip("\r").split("\t")
-        if len(fields) != num_fields:
-            what = f"{len(fields)} tab-separated fields where {num_fields} are expected"
+        if len(fields) != len(header):
+            what = f"{len(fields)} tab-separated fields where {len(header)} are expected"
             raise damaged(f"{path}, line {number}", what)
         *texts, label = (fields[at] for at in wanted)
         if label not in layout.labels:
@@ -179,7 +172,7 @@ def read_squad(path: Path) -> Iterator[dict]:
         raise damaged(f"{path}, line 1", f"not SQuAD v1.1 ({type(error).__name__}: {error})") from error
 
 
-def read_articles(path: Path) -> Iterator[str]:
+def read_wikipedia(path: Path) -> Iterator[str]:
     """Articles of an xz text file: title line, one paragraph a line, blank line between articles; read as needed."""
     number, article = 0, []
     try:

@@ -5,9 +5,9 @@ the same masks, on any number of processes, and a resumed run goes on where it s
 T is the sequence length, N the number of sequences, K the masked positions in a sequence.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from detransformer.files import atomic_write
 
 ARTICLES_PER_BATCH = 512
 IGNORED = -100  # cross entropy's ignore_index
+MASK_FRACTION = 0.15  # of a sequence's text, in BERT's training
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,12 @@ def packed_sequences(articles: Iterator[str], tokenizer: Tokenizer, seq_len: int
 def pack_text(
     articles: Iterator[str], tokenizer: Tokenizer, seq_len: int, max_tokens: int | None, path: Path, title: str
 ) -> np.ndarray:
-    """The packed text at `path` as a memory map [N, T], made first if it is not there: NAME.bin (uint16), NAME.json.
+    """The packed text at `path` as a memory map [N, T] of uint16, made first if it is not there.
 
     Raises:
         ValueError: if the text is shorter than one sequence, the vocabulary is above 65,536, or the file is damaged.
     """
-    description = path.with_suffix(".json")
-    if not description.exists():
+    if not path.exists():
         if tokenizer.get_vocab_size() > 2**16:
             raise ValueError(
                 f"the vocabulary has {tokenizer.get_vocab_size():,} tokens, packed text holds 65,536: use BERT's."
@@ -98,13 +98,26 @@ def pack_text(
                     f"the {title} is shorter than one sequence of {seq_len} tokens: give more text (one line in twenty "
                     "of a file is held out), or a smaller sequence length."
                 )
-        with atomic_write(description) as file:  # last: it says that the tokens are whole
-            json.dump({"num_sequences": count, "seq_len": seq_len}, file)
     try:
-        count = json.loads(description.read_text())["num_sequences"]
-        return np.memmap(path, dtype=np.uint16, mode="r", shape=(count, seq_len))
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and {description.name}, it is made again.") from error
+        return np.memmap(path, dtype=np.uint16, mode="r").reshape(-1, seq_len)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, it is made again.") from error
+
+
+@lru_cache(maxsize=4)  # an order of all Wikipedia takes longer to draw than a batch
+def epoch_order(num_rows: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(num_rows)
+
+
+def stream_rows(num_rows: int, start: int, count: int, *seed: int) -> np.ndarray:
+    """Row numbers [count] from place `start` of an endless stream; each epoch has all rows in its own order."""
+    places = np.arange(start, start + count)
+    epochs = places // num_rows
+    parts = []
+    for epoch in np.unique(epochs):
+        order = epoch_order(num_rows, *seed, int(epoch))
+        parts.append(order[places[epochs == epoch] % num_rows])
+    return np.concatenate(parts)
 
 
 class TextBatches:
@@ -118,23 +131,11 @@ class TextBatches:
 
     def __init__(self, sequences: np.ndarray, vocab_size: int, special: SpecialTokens, seed: int):
         self.sequences, self.vocab_size, self.special, self.seed = sequences, vocab_size, special, seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """Row numbers of positions start..start+count of the endless stream; each epoch has its own order."""
-        num = len(self.sequences)
-        picked = []
-        for position in range(start, start + count):
-            epoch, offset = divmod(position, num)
-            if self._order[0] != epoch:
-                self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(num))
-            picked.append(self._order[1][offset])
-        return np.array(picked)
 
     def train_batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
         """Micro-batch `index` of the shuffled stream."""
-        rows = np.sort(self.rows(index * batch_size, batch_size))  # sorted reads are kinder to the disk
-        return self._batch(self._tokens(rows), 1, index)
+        rows = stream_rows(len(self.sequences), index * batch_size, batch_size, self.seed)
+        return self._batch(self._tokens(np.sort(rows)), 1, index)  # sorted reads are kinder to the disk
 
     def valid_batches(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """All sequences once, in order, the same each time."""
@@ -165,16 +166,16 @@ class TextBatches:
 
 
 class MaskedBatches(TextBatches):
-    """With BERT's masks: input_ids [B, T], positions [B, K], labels [B, K]."""
+    """With BERT's masks: input_ids [B, T], positions [B, K], labels [B, K].
 
-    def __init__(self, sequences: np.ndarray, vocab_size: int, special: SpecialTokens, seed: int, num_masked: int):
-        super().__init__(sequences, vocab_size, special, seed)
-        self.num_masked = num_masked
+    K is the same in every sequence, so that all weigh the same.
+    """
 
     def _batch(self, tokens: torch.Tensor, split: int, index: int) -> dict[str, torch.Tensor]:
         seed = np.random.SeedSequence([self.seed, split, index]).generate_state(1, np.uint64)[0] >> 1
         generator = torch.Generator().manual_seed(int(seed))
-        return mask_tokens(tokens, self.vocab_size, self.special, self.num_masked, generator)
+        num_masked = max(1, round(MASK_FRACTION * (tokens.shape[1] - 2)))
+        return mask_tokens(tokens, self.vocab_size, self.special, num_masked, generator)
 
     def _predicted(self, sequences: np.ndarray) -> np.ndarray:
         return sequences[~np.isin(sequences, self.special.all)]

@@ -6,8 +6,8 @@ adds what every source needs: packed text, row counts and the words for reduced 
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from datasets import Dataset
@@ -22,16 +22,6 @@ from detransformer.training.data.packing import SpecialTokens, pack_text
 from detransformer.training.data.tasks import Task, get_task
 
 SOURCES = ("auto", "mirror", "hub", "built-in")
-
-
-class Source(Protocol):
-    name: str
-    is_real: bool
-
-    def tokenizer(self) -> Tokenizer: ...
-    def fingerprint(self) -> str: ...
-    def task_rows(self, task: Task, split: str) -> Dataset: ...
-    def articles(self, split: str): ...
 
 
 @dataclass(frozen=True)
@@ -74,34 +64,24 @@ class TrainingData:
         name: in tables; the source's own where it is empty.
     """
 
-    def __init__(
-        self, source: Source, cache_dir: str | Path, note: str, tokenizer: Tokenizer | None = None, name: str = ""
-    ):
+    def __init__(self, source, cache_dir: str | Path, note: str, tokenizer: Tokenizer | None = None, name: str = ""):
         self.source, self.cache_dir, self.note = source, Path(cache_dir), note
         self.name, self.fingerprint = name or source.name, source.fingerprint()
-        self._given = tokenizer, name
-        if tokenizer is not None:
-            text = self.fingerprint + tokenizer.to_str()
-            self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
-        # A copy of what was given: truncation is a tokenizer's state.
-        self.tokenizer = source.tokenizer() if tokenizer is None else Tokenizer.from_str(tokenizer.to_str())
+        if tokenizer is None:
+            self.tokenizer = source.tokenizer()
+        else:
+            described = tokenizer.to_str()
+            self.fingerprint = hashlib.sha256((self.fingerprint + described).encode()).hexdigest()[:12]
+            self.tokenizer = Tokenizer.from_str(described)  # a copy: truncation is a tokenizer's state
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.special = SpecialTokens.of(self.tokenizer)
-        self._rows: dict[tuple[str, str], Dataset] = {}
-
-    def __reduce__(self):
-        """Another process opens the source for itself; what was read or tokenised here does not travel."""
-        return TrainingData, (self.source, self.cache_dir, self.note, *self._given)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrainingData) and (self.name, self.fingerprint) == (other.name, other.fingerprint)
 
     def __hash__(self) -> int:
         return hash((self.name, self.fingerprint))
-
-    def __repr__(self) -> str:
-        return f"TrainingData(source={self.name!r}: {self.note})"
 
     @property
     def vocab_size(self) -> int:
@@ -126,7 +106,7 @@ class TrainingData:
 
     def text_note(self, sequences: np.ndarray) -> str:
         """Source and amount of packed text in words."""
-        made = "" if self.source.is_real else ", generated"
+        made = ", generated" if self.source.name == BuiltInSource.name else ""
         return f"{self.name} text, {sequences.size:,} different tokens{made}"
 
     def task(self, name: str, max_train_rows: int | None = None, max_eval_rows: int | None = None) -> TaskRows:
@@ -134,13 +114,16 @@ class TrainingData:
         task = get_task(name)
         parts = []
         for split, limit in (("train", max_train_rows), ("validation", max_eval_rows)):
-            if (name, split) not in self._rows:
-                self._rows[name, split] = self.source.task_rows(task, split)
-            rows = self._rows[name, split]
+            rows = _all_rows(self, task, split)
             if limit is not None and limit < len(rows):
                 rows = rows.shuffle(seed=0).select(range(limit))
             parts.append(rows)
         return TaskRows(task, *parts, source=self.name)
+
+
+@cache
+def _all_rows(data: TrainingData, task: Task, split: str) -> Dataset:
+    return data.source.task_rows(task, split)
 
 
 def choose_source(source: str, mirror: Path, cached: Path | None = None) -> tuple[str, str]:

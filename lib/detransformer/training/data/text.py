@@ -6,6 +6,7 @@ Most of BERT's 30,522 pieces are too rare for a small model to learn them from l
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
@@ -27,10 +28,15 @@ class TextFiles:
     """
 
     name = "text"
-    is_real = True
 
-    def __init__(self, files: Sequence[Path]):
-        self.files = list(files)
+    def __init__(self, paths: Sequence[str | Path]):
+        """Takes files, and all .txt files of folders; ValueError where one is not there, or a folder has no text."""
+        self.files: list[Path] = []
+        for path in map(Path, paths):
+            found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+            if not found or not found[0].is_file():
+                raise ValueError(f"{path} has no text: give a text file, or a folder of .txt files.")
+            self.files += found
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -50,7 +56,7 @@ class TextFiles:
         """
         held_out = split == "validation"
         number, last = 0, None
-        for article in (article for path in self.files for article in read_articles(path)):
+        for article in chain.from_iterable(map(read_articles, self.files)):
             if last is not None and (number % VALID_EVERY == 0) == held_out:
                 yield last
             number, last = number + 1, article
@@ -60,7 +66,7 @@ class TextFiles:
                 f"{named}: {number or 'no'} line of text, and one of {VALID_EVERY} is held out: give text with an "
                 f"article a line, or more than {LONGEST:,} characters."
             )
-        if last is not None and (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
+        if (number % VALID_EVERY == 0 or number < VALID_EVERY) == held_out:
             yield last
 
 
@@ -96,28 +102,13 @@ def is_json(line: str) -> bool:
         return False
 
 
-def text_data(paths: Sequence[str | Path], tokenizer: Tokenizer, cache_dir: str | Path) -> TrainingData:
-    """The text of files, and of all .txt files of folders.
-
-    Raises:
-        ValueError: where one is not there, or a folder has no text.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        if not found or not found[0].is_file():
-            raise ValueError(f"{path} has no text: give a text file, or a folder of .txt files.")
-        files += found
-    return TrainingData(TextFiles(files), cache_dir, f"{len(files)} text files", tokenizer)
-
-
 def text_for(
     checkpoint: str | Path, paths: Sequence[str | Path] | None, source: str, cache_dir: str | Path
 ) -> TrainingData:
     """The text of files, or of a data source where there are none, cut by the checkpoint's own tokenizer.
 
     Raises:
-        ValueError: for a checkpoint without a tokenizer, or one that cannot be read, and as `text_data`.
+        ValueError: for a checkpoint without a tokenizer, or one that cannot be read, and as `TextFiles`.
     """
     if not has_tokenizer(checkpoint):
         raise ValueError(f"{checkpoint} has no tokenizer: copy its tokenizer.json or vocab.txt there.")
@@ -125,7 +116,10 @@ def text_for(
         tokenizer = AutoTokenizer.from_pretrained(checkpoint).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"the tokenizer of {checkpoint} cannot be read ({error}): copy its files again.") from error
-    return text_data(paths, tokenizer, cache_dir) if paths else open_data(source, cache_dir, tokenizer)
+    if not paths:
+        return open_data(source, cache_dir, tokenizer)
+    text = TextFiles(paths)
+    return TrainingData(text, cache_dir, f"{len(text.files)} text files", tokenizer)
 
 
 def reduced_data(data: TrainingData, vocab_size: int | None, decoder: bool = False) -> TrainingData:
