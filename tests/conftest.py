@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
@@ -78,6 +79,16 @@ def random_gpt2():
         return model
 
     return make
+
+
+@pytest.fixture
+def one_thread():
+    """For torch and BLAS: the threads of small products only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
