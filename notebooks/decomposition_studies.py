@@ -251,13 +251,13 @@ def balanced(lab: Lab, evaluator: Evaluator, limits: Limits, num_policies: int =
     return replace(evaluator, delta=float(np.std([e.loss for e in drawn]) / np.std([e.latency_s for e in drawn])))
 
 
-def evaluation_rows(found: SearchResult) -> pd.DataFrame:
+def evaluation_rows(method: str, found: SearchResult) -> pd.DataFrame:
     """A row an evaluation: `policy` as JSON, `loss`, `latency_s`, `objective`, and the best objective so far.
 
     `best_loss` and `best_latency_s` are the best policy's so far (Fig. 11).
     """
     frame = pd.DataFrame(map(asdict, found.evaluations))
-    frame.insert(0, "method", found.settings["method"])
+    frame.insert(0, "method", method)
     frame.insert(1, "evaluation", frame.index)
     frame.insert(2, "policy", [json.dumps(asdict(policy)) for policy in found.policies])
     leader = [frame["objective"][: i + 1].idxmin() for i in frame.index]
@@ -267,7 +267,8 @@ def evaluation_rows(found: SearchResult) -> pd.DataFrame:
 
 def search_history(lab: Lab, evaluator: Evaluator, limits: Limits, folder: Path, num_seeds: int) -> pd.DataFrame:
     """Searches by each method from each seed, one row an evaluation; an interrupted search is resumed."""
-    key = config_hash(weights_hash(lab.model), evaluator.delta, limits, lab.search.num_rows)[:8]
+    settings = lab.search.num_initial, lab.search.num_rows
+    key = config_hash(weights_hash(lab.model), evaluator.delta, limits, settings)[:8]
     frames, original, count = [], lab.original, len(lab.devices)
     with threadpool_limits(1, user_api="blas"):  # small matrices: more threads only wait for each other
         for seed in range(num_seeds):
@@ -275,7 +276,7 @@ def search_history(lab: Lab, evaluator: Evaluator, limits: Limits, folder: Path,
                 history = folder / key / f"{method.replace(' ', '-')}-{seed}.json"
                 seeded = replace(lab.search, seed=seed)
                 found = search_policy(evaluator, original, count, seeded, limits, method, history)
-                frames.append(evaluation_rows(found).assign(seed=seed))
+                frames.append(evaluation_rows(method, found).assign(seed=seed))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -317,9 +318,8 @@ def policy_rows(policies: dict[str, Policy], lab: Lab, evaluator: Evaluator) -> 
         roofline = latency(sizes, priced, cluster)
         for n, (config, device) in enumerate(zip(sizes.sub_models, cluster.devices, strict=True)):
             rows.append({
-                "method": method, "device": device.name, "num_layers": config.num_layers,
-                "hidden_size": config.hidden_size, "mean_heads": config.mean_heads,
-                "mean_ffn_size": config.mean_ffn_size, "flops_share": flops(config, priced) / whole,
+                "method": method, "device": device.name, **{name: getattr(config, name) for name in PUBLISHED_FEATURES},
+                "flops_share": flops(config, priced) / whole,
                 "memory_mib": memory_bytes(config, priced) / 2**20, "backbone_ms": 1e3 * times.backbone_s[n],
                 "roofline_ms": 1e3 * roofline.backbone_s[n], "send_ms": 1e3 * times.send_s[n],
                 "idle_ms": 1e3 * times.idle_s[n], "total_ms": 1e3 * times.total_s,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
 from detransformer.models import decouple
@@ -116,6 +117,16 @@ def random_gpt2():
     return make
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For torch and BLAS: threads of small products only wait for each other; and sums have one order everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """Four worker processes with real gloo between them, over loopback."""
@@ -145,15 +156,6 @@ def small_bert(tmp_path_factory, data) -> Path:
     BertForMaskedLM(BertConfig(**sizes, vocab_size=data.vocab_size, initializer_range=0.07)).save_pretrained(folder)
     data.save_tokenizer(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Products this small only wait for each other on several; and sums have one order in every process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Steps(list):

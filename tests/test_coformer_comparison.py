@@ -4,27 +4,21 @@ import method_rows as comparison
 import pandas as pd
 import pytest
 import torch
-from transformers import BertConfig, BertModel, ViTConfig
+from transformers import BertConfig, BertModel
 
-from detransformer.cluster.devices import DeviceSpec
-from detransformer.coformer.policy import Original, Policy, parameters
+from coformer_cases import DEIT, JETSONS, SMALL
+from detransformer.coformer.policy import Policy, parameters
 from detransformer.coformer.predictor import Latency
 from detransformer.coformer.sampling import uniform_policy
 from detransformer.models.sizes import embedding_parameters
 
-SPECS = tuple(
-    DeviceSpec(preset, name=name)
-    for preset, name in (("jetson-nano", "nano"), ("jetson-tx2", "tx2"), ("jetson-orin-nano", "orin"))
-)
-DEIT = Original.of(ViTConfig())
-SMALL = Original(6, 96, 6, 384, seq_len=17, embedding_rows=213, patch_values=192)
 UNIFORM = uniform_policy(SMALL, 3)
 
 
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
     policies = {"coformer": UNIFORM, "devit": UNIFORM, "small": Policy(UNIFORM.sub_models[:1])}
-    return comparison.predicted_rows(policies, SMALL, SPECS, [2, 100, 1000], DEIT)
+    return comparison.predicted_rows(policies, SMALL, JETSONS, [2, 100, 1000], DEIT)
 
 
 def one(rows: pd.DataFrame, method: str, mbps: float, plan: str = "") -> pd.Series:
@@ -73,7 +67,7 @@ def test_parts_add_up_and_kinds_are_named(rows):
 def test_energy_is_power_times_computing_seconds(rows):
     times = Latency((1.0, 2.0), (0.5, 0.0), 0.25, central=1)
     assert comparison.energy_j(times, (10.0, 4.0)) == pytest.approx(10 * 1.0 + 4 * 2.25)
-    assert comparison.tdp_w(SPECS) == (10.0, 15.0, 10.0)  # Table VII
+    assert comparison.tdp_w(JETSONS) == (10.0, 15.0, 10.0)  # Table VII
     row = one(rows, "single", 100, "nano")
     assert row["energy_mj"] == pytest.approx(10 * row["latency_ms"])
     whole = one(rows, "pp", 100)
@@ -81,7 +75,7 @@ def test_energy_is_power_times_computing_seconds(rows):
 
 
 def test_no_bandwidth_measures_nothing(tmp_path):
-    assert not len(comparison.measured_rows(tmp_path, {"coformer": UNIFORM}, SMALL, SPECS, []))
+    assert not len(comparison.measured_rows(tmp_path, {"coformer": UNIFORM}, SMALL, JETSONS, []))
 
 
 @pytest.mark.slow
@@ -89,7 +83,7 @@ def test_an_ensemble_and_a_peer_are_measured_alike_and_kept(tmp_path):
     sizes = dict(hidden_size=96, num_hidden_layers=6, num_attention_heads=6, intermediate_size=384)
     torch.manual_seed(0)
     BertModel(BertConfig(**sizes, vocab_size=60, max_position_embeddings=32)).save_pretrained(tmp_path / "bert")
-    given = (tmp_path, {"coformer": UNIFORM}, SMALL, SPECS, [1000])
+    given = (tmp_path, {"coformer": UNIFORM}, SMALL, JETSONS, [1000])
     common = dict(methods=["single"], model=str(tmp_path / "bert"), seq_len=16, time_scale=64, transport="loopback")
     rows = comparison.measured_rows(*given, **common)
     assert list(rows["method"]) == ["single", "coformer"] and list(rows["answers"]) == ["exact", "boosted"]

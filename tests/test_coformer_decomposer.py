@@ -1,6 +1,5 @@
 """Sub-models: a full-size one is the original, a smaller one is the original with the other parts taken out."""
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,76 +11,36 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
-    GPT2Config,
     GPT2ForSequenceClassification,
-    ViTConfig,
     ViTForImageClassification,
 )
 
-from detransformer.coformer.decomposer import (
-    choose_layers,
-    choose_parts,
-    deal,
-    decompose,
-    magnitude_importance,
-)
+from coformer_cases import BERT, CONFIGS, UNEQUAL, random_model
+from detransformer.coformer.decomposer import choose_layers, choose_parts, deal, decompose, magnitude_importance
 from detransformer.coformer.policy import Original, Policy, SubModelConfig, parameters
 from detransformer.coformer.sampling import sample_policy
 from detransformer.coformer.submodels import CoformerBertConfig, CoformerBertForSequenceClassification, sizes_of
+from detransformer.parallel.parameters import layers_of, naming_of
 
-# Odd on purpose: 6 heads of size 8, 70 FFN columns, 5 layers.
-BERT = BertConfig(
-    hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=70, vocab_size=101, num_labels=3
-)
-GPT2 = GPT2Config(
-    n_embd=48, n_layer=5, n_head=6, n_inner=70, vocab_size=101, num_labels=3,
-    bos_token_id=0, eos_token_id=0, pad_token_id=0, scale_attn_by_inverse_layer_idx=True,
-)  # fmt: skip
-VIT = ViTConfig(
-    hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=70, image_size=12, patch_size=4,
-    num_labels=3,
-)  # fmt: skip
-CLASSES = {
-    BertForSequenceClassification: (BERT, AutoModelForSequenceClassification),
-    GPT2ForSequenceClassification: (GPT2, AutoModelForSequenceClassification),
-    ViTForImageClassification: (VIT, AutoModelForImageClassification),
+AUTO_CLASS = {
+    BertForSequenceClassification: AutoModelForSequenceClassification,
+    GPT2ForSequenceClassification: AutoModelForSequenceClassification,
+    ViTForImageClassification: AutoModelForImageClassification,
 }
 # float64: where a weight lies in memory changes the order of a product's sums, and so the last bits.
 EXACT = dict(rtol=0, atol=1e-12)
-EACH_CLASS = pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
-UNEQUAL = Policy(
-    (
-        SubModelConfig(3, 20, (1, 3, 2), (17, 9, 30)),
-        SubModelConfig(5, 11, (2, 1, 3, 4, 6), (40, 31, 8, 70, 1)),
-    )
-)
+EACH_CLASS = pytest.mark.parametrize("model_class", CONFIGS, ids=lambda c: c.__name__)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def random_model(model_class, seed=0):
-    torch.manual_seed(seed)
-    model = model_class(copy.deepcopy(CLASSES[model_class][0])).double().eval()
-    for parameter in model.parameters():  # biases and LayerNorms too
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def inputs_of(model, labels=False):
+def inputs_of(model):
     generator = torch.Generator().manual_seed(7)
     if model.config.model_type.endswith("vit"):
-        inputs = {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64)}
-        targets = torch.tensor([0, 2])
-    else:
-        ids = torch.randint(1, 101, (2, 9), generator=generator)
-        mask = torch.ones_like(ids)
-        mask[1, 6:] = 0
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        targets = torch.tensor([0, 2])
-    return inputs | ({"labels": targets} if labels else {})
+        return {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator, dtype=torch.float64)}
+    ids = torch.randint(1, 101, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def output_of(model):
@@ -99,28 +58,21 @@ def test_one_sub_model_of_the_full_size_is_the_original(model_class):
 
 
 @EACH_CLASS
-def test_sub_models_are_saved_and_loaded(model_class, tmp_path):
+def test_sub_models_have_the_sizes_of_their_policy_and_are_saved_and_loaded(model_class, tmp_path):
     model = random_model(model_class)
+    original = Original.of(model.config, 9 if model_class is not ViTForImageClassification else None)
     for sizes, sub_model in zip(UNEQUAL.sub_models, decompose(model, UNEQUAL), strict=True):
         assert sizes_of(sub_model.config) == sizes
+        assert sum(p.numel() for p in sub_model.base_model.parameters()) == parameters(sizes, original)
+        hidden = sub_model.base_model(**inputs_of(model)).last_hidden_state
+        assert hidden.shape == (2, original.seq_len, sizes.hidden_size)
         sub_model.save_pretrained(tmp_path)
         for loaded in (
             type(sub_model).from_pretrained(tmp_path, dtype=torch.float64),
-            CLASSES[model_class][1].from_pretrained(tmp_path, dtype=torch.float64),
+            AUTO_CLASS[model_class].from_pretrained(tmp_path, dtype=torch.float64),
         ):
             assert type(loaded) is type(sub_model) and isinstance(loaded, model_class)
             torch.testing.assert_close(output_of(loaded), output_of(sub_model), **EXACT)
-        hidden = sub_model.base_model(**inputs_of(model)).last_hidden_state
-        assert hidden.shape == (2, Original.of(model.config, 9).seq_len if model.config.model_type != "vit" else 10,
-                                sizes.hidden_size)  # fmt: skip
-
-
-@EACH_CLASS
-def test_parameters_are_those_the_policy_counts(model_class):
-    model = random_model(model_class)
-    original = Original.of(model.config)
-    for sizes, sub_model in zip(UNEQUAL.sub_models, decompose(model, UNEQUAL), strict=True):
-        assert sum(p.numel() for p in sub_model.base_model.parameters()) == parameters(sizes, original)
 
 
 @EACH_CLASS
@@ -130,24 +82,15 @@ def test_taking_heads_ffn_and_layers_is_switching_the_others_off(model_class):
     sizes = SubModelConfig(3, 48, (1, 3, 2), (17, 9, 30))
     (parts,) = choose_parts(magnitude_importance(model), Policy((sizes,)))
     (sub_model,) = decompose(model, Policy((sizes,)))
-    layers, writes = {
-        "bert": (lambda m: m.base_model.encoder.layer, ("attention.output.dense", "output.dense")),
-        "gpt2": (lambda m: m.base_model.h, ("attn.c_proj", "mlp.c_proj")),
-        "vit": (lambda m: m.base_model.layers, ("attention.o_proj", "mlp.fc2")),
-    }[model.config.model_type]
-    kept = [layers(model)[i] for i in parts.layers]
-    for layer, heads, ffn in zip(kept, parts.heads, parts.ffn, strict=True):
+    naming, layers = naming_of(model.config), layers_of(model.base_model)
+    for layer, heads, ffn in zip((layers[i] for i in parts.layers), parts.heads, parts.ffn, strict=True):
         columns = [c for head in heads for c in range(8 * head, 8 * head + 8)]
-        for name, inner in zip(writes, (columns, ffn), strict=True):
+        for name, inner in ((naming.out, columns), (naming.ffn_out, ffn)):
             weight = layer.get_submodule(name).weight.data
-            switched_off = np.setdiff1d(np.arange(70 if name == writes[1] else 48), inner)
-            if model.config.model_type == "gpt2":
-                weight[switched_off] = 0
-            else:
-                weight[:, switched_off] = 0
-    for i, layer in enumerate(kept):
-        layers(model)[i] = layer
-    del layers(model)[len(kept) :]
+            by_input = weight if naming.input_major else weight.T
+            by_input[np.setdiff1d(np.arange(len(by_input)), inner)] = 0
+    for i in sorted(set(range(5)) - set(parts.layers), reverse=True):
+        del layers[i]
     torch.testing.assert_close(output_of(sub_model), output_of(model), **EXACT)
 
 
@@ -179,7 +122,7 @@ def test_outputs_attentions_and_the_choice_of_attention_are_those_of_transformer
 def test_sub_models_train(model_class):
     sub_model = decompose(random_model(model_class), UNEQUAL)[0].train()
     assert sub_model.training
-    sub_model(**inputs_of(sub_model, labels=True)).loss.backward()
+    sub_model(**inputs_of(sub_model), labels=torch.tensor([0, 2])).loss.backward()
     assert [name for name, p in sub_model.named_parameters() if p.grad is None] == []
 
 

@@ -5,32 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig
+from transformers import BertConfig, BertForSequenceClassification
 
+from coformer_cases import DEIT
 from detransformer.cluster.devices import DeviceSpec, jetson_share
 from detransformer.cluster.spec import ClusterSpec
 from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.policy import Original, Policy, SubModelConfig, flops
-from detransformer.coformer.predictor import (
-    latency,
-    roofline_s,
-)
+from detransformer.coformer.predictor import latency, roofline_s
 from detransformer.coformer.sampling import uniform_policy
 from detransformer.coformer.search import Evaluator, validation_loss
 from detransformer.files import repository_root
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
-DEIT_B = Original.of(ViTConfig())
+pytestmark = pytest.mark.usefixtures("one_thread")
 JETSONS = tuple(DeviceSpec(name) for name in ("jetson-nano", "jetson-tx2", "jetson-orin-nano"))
 LINK = LinkProfile(100e6, {"*": 0.0}, {"*": 1.0}, "test", shares=(1.0, 0.5, 1.0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
 
 
 def device(rate, memory=2**30):
@@ -44,9 +34,9 @@ def test_latency_is_eqs_3_to_6():
     policy = Policy(
         tuple(SubModelConfig(2, width, (heads,) * 2, (64,) * 2) for width, heads in ((128, 2), (256, 3), (320, 4)))
     )
-    times = latency(policy, DEIT_B, CLUSTER, sent_tokens=None)
+    times = latency(policy, DEIT, CLUSTER, sent_tokens=None)
     assert times.backbone_s == pytest.approx(
-        [flops(c, DEIT_B) / rate for c, rate in zip(policy.sub_models, (1e9, 2e9, 4e9), strict=True)]
+        [flops(c, DEIT) / rate for c, rate in zip(policy.sub_models, (1e9, 2e9, 4e9), strict=True)]
     )
     assert times.central == 2  # the fastest
     # |X_n| / r_n of 197 tokens in float32; the second device has half a link, the central one sends nothing.
@@ -56,17 +46,15 @@ def test_latency_is_eqs_3_to_6():
         max(a + b for a, b in zip(times.backbone_s, times.send_s, strict=True)) + times.aggregate_s
     )
     assert min(times.idle_s) == 0 and max(times.idle_s) > 0
-    pooled = latency(policy, DEIT_B, CLUSTER)
+    pooled = latency(policy, DEIT, CLUSTER)
     assert pooled.send_s == pytest.approx([s / 197 for s in times.send_s])
     assert pooled.aggregate_s == pytest.approx(times.aggregate_s / 197)
-    predicted = latency(policy, DEIT_B, CLUSTER, [lambda c: 1.0, lambda c: 2.0, lambda c: 0.5], central=0)
+    predicted = latency(policy, DEIT, CLUSTER, [lambda c: 1.0, lambda c: 2.0, lambda c: 0.5], central=0)
     assert predicted.backbone_s == (1.0, 2.0, 0.5) and predicted.send_s[0] == 0 and predicted.central == 0
-    with pytest.raises(ValueError, match="2 sub-models, the cluster 3 devices"):
-        latency(uniform_policy(DEIT_B, 2), DEIT_B, CLUSTER)
 
 
 def test_the_roofline_is_bound_by_memory_where_tokens_are_few():
-    few = replace(DEIT_B, seq_len=2)
+    few = replace(DEIT, seq_len=2)
     slow_memory = replace(device(1e12), memory_bytes_per_s=1e9)
     config = SubModelConfig(1, 64, (1,), (64,))
     weights = 4 * (768 * 64 + 4 * 64 * 64 + 2 * 64 * 64)
@@ -74,9 +62,9 @@ def test_the_roofline_is_bound_by_memory_where_tokens_are_few():
 
 
 def test_deit_b_on_a_tx2_is_the_published_latency():
-    known = JETSONS[1].on(DEIT_B.whole)
+    known = JETSONS[1].on(DEIT.whole)
     # Table V, one device; the preset is calibrated on it, with BERT's pooler counted.
-    assert roofline_s(DEIT_B.whole, DEIT_B, known) == pytest.approx(0.12348, rel=0.01)
+    assert roofline_s(DEIT.whole, DEIT, known) == pytest.approx(0.12348, rel=0.01)
     assert 0.3 < jetson_share() < 0.6
 
 
@@ -84,7 +72,7 @@ def test_the_clusters_file_of_coformers_testbed_is_three_jetsons():
     spec = ClusterSpec.load(repository_root() / "examples" / "jetsons.yaml")
     assert [s.preset for s in spec.device_specs] == [s.preset for s in JETSONS]
     cluster = spec.profile(BertConfig())
-    times = latency(uniform_policy(DEIT_B, 3), DEIT_B, cluster)
+    times = latency(uniform_policy(DEIT, 3), DEIT, cluster)
     assert times.total_s < 0.12348  # faster than DeiT-B on the TX2
     assert np.argmax(times.idle_s) in (1, 2) and times.idle_s[0] == 0  # the Jetson Nano is waited for
 

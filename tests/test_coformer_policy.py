@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from transformers import ViTConfig
 
+from coformer_cases import DEIT
 from detransformer.coformer.policy import (
     Limits,
     Original,
     Policy,
     SubModelConfig,
-    check_policy,
     encode,
     flops,
     memory_bytes,
@@ -29,12 +28,11 @@ from detransformer.models import preset_config
 from detransformer.models.sizes import model_flops, model_parameters
 from detransformer.planning.cost import activation_bytes
 
-DEIT_B = Original.of(ViTConfig())  # sizes of DeiT-B
 SMALL = Original(num_layers=4, hidden_size=48, num_heads=6, ffn_size=96, seq_len=10, embedding_rows=20)
 
 
 def sub_model(num_layers=4, hidden_size=16, heads=2, ffn=32):
-    return SubModelConfig(num_layers, hidden_size, (heads,) * num_layers, (ffn,) * num_layers)
+    return SubModelConfig.alike(num_layers, hidden_size, heads, ffn)
 
 
 @pytest.mark.parametrize("name", ["bert-base", "gpt2"])
@@ -48,9 +46,9 @@ def test_costs_of_the_whole_model_are_those_of_the_cost_model(name):
 
 
 def test_deit_b_is_what_the_paper_says_of_it():
-    assert DEIT_B.seq_len == 197
-    assert flops(DEIT_B.whole, DEIT_B) == pytest.approx(35.1e9, rel=0.01)  # 17.6 GMAC (Touvron et al. 2021)
-    assert parameters(DEIT_B.whole, DEIT_B) == pytest.approx(86e6, rel=0.01)
+    assert DEIT.seq_len == 197
+    assert flops(DEIT.whole, DEIT) == pytest.approx(35.1e9, rel=0.01)  # 17.6 GMAC (Touvron et al. 2021)
+    assert parameters(DEIT.whole, DEIT) == pytest.approx(86e6, rel=0.01)
 
 
 BROKEN = {
@@ -70,8 +68,6 @@ def test_a_broken_constraint_is_named(message):
     (first, *others) = violations(Policy(BROKEN[message]), SMALL)
     assert first.startswith(message)
     assert all(other.startswith(message[:2]) for other in others)
-    with pytest.raises(ValueError, match=message[:2]):
-        check_policy(Policy(BROKEN[message]), SMALL)
 
 
 def test_device_limits_are_named():
@@ -81,8 +77,6 @@ def test_device_limits_are_named():
     assert violations(policy, SMALL, Limits((enough, enough), (enough, enough))) == []
     assert violations(policy, SMALL, Limits((enough, slow), (enough, enough)))[0].startswith("C5: sub-model 1")
     assert violations(policy, SMALL, Limits((enough, enough), (small, enough)))[0].startswith("C6: sub-model 0")
-    with pytest.raises(ValueError, match="3 devices"):
-        violations(policy, SMALL, Limits.share(SMALL, 1, 3))
 
 
 def test_sizes_must_be_of_each_layer_and_above_0():
@@ -90,15 +84,13 @@ def test_sizes_must_be_of_each_layer_and_above_0():
         SubModelConfig(2, 8, (1,), (4, 4))
     with pytest.raises(ValueError, match="below 1"):
         SubModelConfig(1, 8, (0,), (4,))
-    with pytest.raises(ValueError, match="without a sub-model"):
-        Policy(())
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 6])
 @pytest.mark.parametrize("share", [None, 0.3, 0.02])
 def test_random_policies_are_valid(num_devices, share):
     rng = np.random.default_rng(1)
-    for original in (SMALL, DEIT_B):
+    for original in (SMALL, DEIT):
         limits = Limits.share(original, share, num_devices) if share else None
         if limits:
             memory = 0.4 * memory_bytes(original.whole, original)
@@ -120,13 +112,14 @@ def test_neighbours_of_a_policy_differ_from_it_also_where_all_is_given():
     assert {c.num_layers for policy in neighbours for c in policy.sub_models} >= {2, 3, 4}
 
 
-def test_random_policies_differ_and_reach_far():
+def test_random_policies_differ_reach_far_and_are_in_steps():
     rng = np.random.default_rng(2)
     policies = [sample_policy(rng, SMALL, None, 3) for _ in range(200)]
     assert len(set(policies)) > 190
+    assert all(size % SMALL.ffn_step == 0 for p in policies for c in p.sub_models for size in c.ffn_sizes)
     assert {c.num_layers for p in policies for c in p.sub_models} == {1, 2, 3, 4}
     widths = [c.hidden_size for p in policies for c in p.sub_models]
-    assert min(widths) <= 4 and max(widths) >= 36
+    assert min(widths) <= 4 and max(widths) >= 36 and all(width % SMALL.hidden_step == 0 for width in widths)
     assert any(len(set(c.num_heads)) > 1 for c in policies[0].sub_models + policies[1].sub_models)
 
 
@@ -141,15 +134,13 @@ def test_what_no_policy_can_satisfy_is_named():
 
 
 def test_uniform_policies_share_out_evenly_and_lose_layers_under_limits():
-    (config, *others) = uniform_policy(DEIT_B, 3).sub_models
-    assert config == SubModelConfig(12, 256, (4,) * 12, (1024,) * 12) and others == [config, config]
-    limits = Limits.share(DEIT_B, 0.06, 3)
-    fewer = uniform_policy(DEIT_B, 3, limits).sub_models[0]
+    (config, *others) = uniform_policy(DEIT, 3).sub_models
+    assert config == SubModelConfig.alike(12, 256, 4, 1024) and others == [config, config]
+    limits = Limits.share(DEIT, 0.06, 3)
+    fewer = uniform_policy(DEIT, 3, limits).sub_models[0]
     assert 1 <= fewer.num_layers < 12
-    one_more = SubModelConfig(
-        fewer.num_layers + 1, 256, (4,) * (fewer.num_layers + 1), (1024,) * (fewer.num_layers + 1)
-    )
-    assert flops(one_more, DEIT_B) > limits.flops[0] >= flops(fewer, DEIT_B)
+    one_more = SubModelConfig.alike(fewer.num_layers + 1, 256, 4, 1024)
+    assert flops(one_more, DEIT) > limits.flops[0] >= flops(fewer, DEIT)
 
 
 def test_encoding_is_normalised_and_tells_policies_apart():
@@ -160,12 +151,6 @@ def test_encoding_is_normalised_and_tells_policies_apart():
     policies = {sample_policy(rng, SMALL, None, 2) for _ in range(50)}
     vectors = {tuple(encode(policy, SMALL)) for policy in policies}
     assert len(vectors) == len(policies) and {len(v) for v in vectors} == {20}
-
-
-def test_random_sizes_are_in_steps():
-    policy = sample_policy(np.random.default_rng(4), SMALL, None, 3)
-    assert all(c.hidden_size % SMALL.hidden_step == 0 for c in policy.sub_models)
-    assert all(size % SMALL.ffn_step == 0 for c in policy.sub_models for size in c.ffn_sizes)
 
 
 @pytest.mark.parametrize("total", [0.1, 0.25])

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
 from transformers import ViTConfig, ViTForImageClassification
 
-from detransformer.cluster.devices import DeviceSpec
+from coformer_cases import JETSONS
 from detransformer.coformer.aggregator import KINDS
 from detransformer.coformer.booster import BoostConfig
 from detransformer.coformer.calibration import AggregatorConfig
@@ -24,21 +23,11 @@ from detransformer.coformer.tasks import ImageTask
 from detransformer.training.data.images import generated_images
 from detransformer.training.images import ImageConfig
 
-JETSONS = tuple(
-    DeviceSpec(preset, name=name)
-    for preset, name in (("jetson-nano", "nano"), ("jetson-tx2", "tx2"), ("jetson-orin-nano", "orin"))
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = dict(
     total_share=0.25, budgets=[0.5], recipes=[dict(num_steps=2, target="soft")],
     num_seeds=dict(main=2, uniform=1, devices=1, budgets=1, rules=1, recipes=1),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from detransformer.record.published import published
 from detransformer.tables.accuracy import (
     learned,
     mean_score,
-    paired_std_error,
     scores_wide,
     table_iii,
     trends,
@@ -59,15 +58,6 @@ def test_differences_are_those_of_paired_seeds():
     assert row["beyond_noise"]
     original = cell(table_iii(runs, PUBLISHED), "CoLA")
     assert original[DIFFERENCES].isna().all(), "the original has no difference to itself"
-
-
-def test_seeds_without_partners_are_not_paired():
-    ours, theirs = pd.Series([1.0, 2.0, 3.0], [0, 1, 2]), pd.Series([5.0, 9.0], [7, 8])
-    assert paired_std_error(ours, theirs) == pytest.approx(
-        math.hypot(1 / math.sqrt(3), 4 / math.sqrt(2) / math.sqrt(2))
-    )
-    assert paired_std_error(ours, theirs.rename({7: 0, 8: 2})) == pytest.approx(np.std([-4, -6], ddof=1) / math.sqrt(2))
-    assert math.isnan(paired_std_error(ours, theirs[:1])) and math.isnan(paired_std_error(ours[:1], ours[:1]))
 
 
 def test_two_errors_make_a_difference(tmp_path):

@@ -64,55 +64,33 @@ class Aggregator(nn.Module):
 
     def __init__(self, widths: Sequence[int], num_labels: int):
         super().__init__()
-        if not widths or min(widths) < 1 or num_labels < 2:
-            raise ValueError(
-                f"widths={list(widths)}, num_labels={num_labels}: give a width above 0 for each of one or more "
-                "sub-models, and two classes or more."
-            )
         self.widths, self.num_labels = tuple(widths), num_labels
         self.hidden_size = max(widths)  # d_i, the central device's
         if self.learned:
             self.register_buffer("mean", torch.zeros(sum(widths)))  # of the training samples' features, all sub-models
             self.build()
 
-    @property
-    def sizes(self) -> dict:
-        """The arguments of `make_aggregator` for an aggregator like this."""
-        return {name: getattr(self, name) for name in ("kind", "widths", "num_labels")}
-
     def set_means(self, features: Sequence[torch.Tensor]) -> None:
         """Stores the mean of training samples' features [M, d_n]."""
         self.mean.copy_(torch.cat([x.mean(0) for x in features]))
 
     def forward(
-        self, answers: Sequence[torch.Tensor | None], present: Sequence[bool] | torch.Tensor | None = None
+        self, answers: Sequence[torch.Tensor], present: Sequence[bool] | torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits [B, C]; for `average` log of the mean probabilities, for `majority` votes plus a fraction for ties.
 
         Args:
             answers: of each sub-model its features [B, d_n] for learned kinds, its logits [B, C] for the others;
-                None if it is missing.
-            present: which sub-models answered, [N] or, by sample, [B, N]; None takes all that are not None.
-
-        Raises:
-            ValueError: for another number of sub-models, or samples with no sub-model present.
+                anything of that shape if it is missing.
+            present: which sub-models answered, one or more, [N] or, by sample, [B, N]; None: all.
         """
-        if len(answers) != len(self.widths):
-            raise ValueError(
-                f"answers of {len(answers)} sub-models for an aggregator of {len(self.widths)}: give one each."
-            )
-        first = next((x for x in answers if x is not None), None)
-        here = torch.tensor([x is not None for x in answers]).expand(0 if first is None else len(first), -1)  # [B, N]
-        if present is not None:
-            here = here & torch.as_tensor(present, dtype=torch.bool).to(here.device)
-        if first is None or not here.any(1).all():
-            raise ValueError("no sub-model is present for some samples: at least one must be.")
-        here = here.to(first.device).unsqueeze(-1)  # [B, N, 1]
+        here = torch.as_tensor([True] * len(answers) if present is None else present, dtype=torch.bool)
+        here = here.to(answers[0].device).expand(len(answers[0]), -1).unsqueeze(-1)  # [B, N, 1]
         if self.learned:
-            pairs = enumerate(zip(answers, self.mean.to(first.dtype).split(self.widths), strict=True))
-            return self.fuse([torch.where(here[:, n], mean if x is None else x, mean) for n, (x, mean) in pairs])
-        known = [torch.zeros_like(first) if x is None else x for x in answers]
-        return self.vote(torch.stack([x.float().softmax(-1) for x in known], dim=1), here.float())
+            means = self.mean.to(answers[0].dtype).split(self.widths)
+            parts = enumerate(zip(answers, means, strict=True))
+            return self.fuse([torch.where(here[:, n], x, mean) for n, (x, mean) in parts])
+        return self.vote(torch.stack([x.float().softmax(-1) for x in answers], dim=1), here.float())
 
 
 class CoFormerAggregator(Aggregator):

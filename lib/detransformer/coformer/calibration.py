@@ -25,7 +25,7 @@ from detransformer.coformer.decomposer import decompose
 from detransformer.coformer.outputs import Outputs, collect_outputs
 from detransformer.coformer.policy import Policy
 from detransformer.coformer.tasks import BoostTask
-from detransformer.training.config import Recipe, fraction, not_negative, positive
+from detransformer.training.config import Recipe, checked, fraction, not_negative, positive
 from detransformer.training.loop import Run, fit
 from detransformer.training.results import Result
 
@@ -47,12 +47,7 @@ class AggregatorConfig(Recipe):
     weight_decay: float = not_negative(0.05)
     max_grad_norm: float | None = positive(None)
     label_smoothing: float = fraction(0.0)
-    drop: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop={self.drop} is outside 0..1 (1 excluded): sub-models must be there at times.")
+    drop: float = checked(0.0, lambda share: 0 <= share < 1, "is outside 0..1 (1 excluded): give less than 1")
 
 
 class AggregatorLoss(nn.Module):
@@ -84,10 +79,8 @@ def train_aggregator(
         num_labels: C.
         start: a trained aggregator of this kind to continue from, e.g. with `drop` above 0; it is not changed.
     """
-    widths = outputs.widths
-    assert start is None or (start.kind, start.widths) == (kind, widths), (start.sizes, kind, widths)
     set_seed(seed)
-    aggregator = make_aggregator(kind, widths, num_labels) if start is None else copy.deepcopy(start)
+    aggregator = make_aggregator(kind, outputs.widths, num_labels) if start is None else copy.deepcopy(start)
     if not aggregator.learned:
         return aggregator.eval(), []
     aggregator.set_means(outputs.features)
@@ -100,7 +93,7 @@ def train_aggregator(
         rows = torch.from_numpy(order[number * config.batch_size : (number + 1) * config.batch_size])
         batch = {"labels": outputs.labels[rows]} | {str(n): x[rows] for n, x in enumerate(outputs.features)}
         if config.drop:
-            batch["present"] = random_presence(len(rows), len(widths), config.drop, [seed, 1, step])
+            batch["present"] = random_presence(len(rows), len(outputs.features), config.drop, [seed, 1, step])
         yield 1.0, batch
 
     num_steps = max(1, round(config.num_epochs * per_epoch))

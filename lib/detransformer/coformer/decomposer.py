@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from detransformer.coformer.policy import Original, Policy, SubModelConfig, check_policy
+from detransformer.coformer.policy import Original, Policy, SubModelConfig, violations
 from detransformer.coformer.submodels import SUB_MODEL_CLASS, sub_model_config
 from detransformer.models.naming import NAMING, Naming
 
@@ -154,18 +154,13 @@ def deal(scores: np.ndarray, counts: Sequence[int], first: int = 0) -> list[np.n
 
     An item is given twice only after all have been given, and never to the same n.
     """
-    order = [int(item) for item in np.argsort(-scores, kind="stable")]
-    hands: list[list[int]] = [[] for _ in counts]
-    turn = [(first + i) % len(counts) for i in range(len(counts))]
-    deck = iter(order)
-    while wanting := [n for n in turn if len(hands[n]) < counts[n]]:
-        for n in wanting:
-            item = next(deck, None)
-            if item is None:
-                rest = [i for i in order if i not in hands[n]]
-                hands[n] += rest[: counts[n] - len(hands[n])]
-            else:
-                hands[n].append(item)
+    order, hands = np.argsort(-scores, kind="stable").tolist(), [[] for _ in counts]
+    players = [(first + i) % len(counts) for i in range(len(counts))]
+    turns = [n for dealt in range(max(counts, default=0)) for n in players if dealt < counts[n]]
+    for item, n in zip(order, turns, strict=False):
+        hands[n].append(item)
+    for hand, count in zip(hands, counts, strict=True):
+        hand += [item for item in order if item not in hand][: count - len(hand)]
     return [np.sort(np.array(hand, dtype=int)) for hand in hands]
 
 
@@ -188,7 +183,8 @@ def decompose(model: PreTrainedModel, policy: Policy) -> list[PreTrainedModel]:
             f"{type(model).__name__} cannot be decomposed: "
             f"load the checkpoint as one of {', '.join(c.__name__ for c in SUB_MODEL_CLASS)}."
         )
-    check_policy(policy, Original.of(model.config))
+    if broken := violations(policy, Original.of(model.config)):
+        raise ValueError(f"{broken[0]}.")
     parts = choose_parts(magnitude_importance(model), policy)
     return [_sub_model(model, c, p) for c, p in zip(policy.sub_models, parts, strict=True)]
 

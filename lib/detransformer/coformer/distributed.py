@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detransformer import machine
-from detransformer.cluster.devices import DeviceError
 from detransformer.cluster.pacing import Pacer, sleep_until
 from detransformer.cluster.session import EmulatedCluster
 from detransformer.cluster.state import WorkerState
@@ -60,28 +59,17 @@ class EnsembleRun:
 
 
 def run_ensemble(
-    cluster: EmulatedCluster,
-    ensemble: Ensemble,
-    inputs: dict[str, torch.Tensor],
-    repeats: int = 1,
-    deadline_s: float = DEADLINE_S,
+    cluster: EmulatedCluster, ensemble: Ensemble, inputs: dict[str, torch.Tensor], repeats: int = 1
 ) -> EnsembleRun:
     """One request on `cluster`; device n runs sub-model n at that device's speed.
 
     Args:
         inputs: input_ids (attention_mask, token_type_ids) [B, T], or pixel_values [B, 3, H, W].
         repeats: how often the request is timed; a device lost in between is left out of the later ones.
-        deadline_s: how long the central device waits for the others, in the devices' seconds.
 
     Raises:
-        ValueError: for another number of devices.
         DeviceLost, DeviceError: if the central device is lost or fails.
     """
-    if cluster.num_devices != ensemble.num_devices:
-        raise ValueError(
-            f"the ensemble has {ensemble.num_devices} sub-models, the cluster {cluster.num_devices} devices: give a "
-            f"cluster of {ensemble.num_devices}, or decompose the model for this one."
-        )
     given, logits = cluster.folder / "inputs.safetensors", cluster.folder / "logits.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
     logits.unlink(missing_ok=True)
@@ -89,7 +77,7 @@ def run_ensemble(
     is_real = cluster.transport == "namespaces"  # the link between the devices
     link = LinkProfile(bandwidth_bps=cluster.bandwidth_bps, shares=cluster.link_shares)
     job = {"folder": str(ensemble.folder.resolve()), "inputs": str(given), "output": str(logits)}
-    job |= {"time_scale": cluster.time_scale, "deadline_s": deadline_s, "needed": ensemble.central}
+    job |= {"time_scale": cluster.time_scale, "needed": ensemble.central}
     job["per_rank"] = [
         {
             "segment_s": segments(ensemble, rank, device.on(config), batch_size, aggregator),
@@ -98,14 +86,11 @@ def run_ensemble(
         for rank, (device, config) in enumerate(zip(cluster.devices, ensemble.policy.sub_models, strict=True))
     ]
     cluster.run(ANSWER_PART, **job)  # loads, and runs once to be warm
-    samples, records = [], []
+    samples = []
     for _ in range(repeats):
         start_at = time.perf_counter() + START_AFTER_S
         records = cluster.run(ANSWER_PART, **job, lost=sorted(cluster.lost), start_at=start_at)
-        central = records[ensemble.central]
-        if central is None:
-            raise DeviceError(ensemble.central, f"device {ensemble.central} aggregates and gave no answer.")
-        samples.append(central["latency_s"])
+        samples.append(records[ensemble.central]["latency_s"])
     present = tuple(records[ensemble.central]["present"])
     return EnsembleRun(load_file(logits)["logits"], present, dict(cluster.lost), samples, records)
 
@@ -144,7 +129,6 @@ def answer_part(
     segment_s: list[float],
     link_s: list[float] | None,
     time_scale: float,
-    deadline_s: float,
     lost: Sequence[int] = (),
     start_at: float | None = None,
 ) -> dict:
@@ -153,8 +137,7 @@ def answer_part(
     All start at `start_at` of their shared clock: a barrier would wait for a device that hangs. Without `start_at`, the
     sub-model is loaded and run once.
     """
-    is_new = state.kept.get("ensemble", ("",))[0] != folder
-    if is_new:
+    if state.kept.get("ensemble", ("",))[0] != folder:
         state.loaded.clear()
         state.kept.pop("ensemble", None)
         machine.free_unused()
@@ -163,8 +146,7 @@ def answer_part(
     _, ensemble, sub_model, aggregator = state.kept["ensemble"]  # every device has the aggregator, which is small
     tensors = load_file(inputs)
     if start_at is None:
-        if is_new:  # a model that has run is warm
-            answer(sub_model, tensors, aggregator)
+        answer(sub_model, tensors, aggregator)
         return {}
     batch_size, devices = len(next(iter(tensors.values()))), tuple(range(ensemble.num_devices))
     comm = state.comm(devices)
@@ -176,9 +158,13 @@ def answer_part(
     pacer.begin()
     own = answer(sub_model, tensors, aggregator)
     shapes = [(batch_size, width) for width in message_widths(aggregator)]
-    arrived = comm.start_gather(own, shapes, ensemble.central, timeout_s=deadline_s * time_scale, absent=lost).wait()
-    with torch.inference_mode():
-        result = aggregator(arrived) if state.rank == ensemble.central else None
+    arrived = comm.start_gather(own, shapes, ensemble.central, timeout_s=DEADLINE_S * time_scale, absent=lost).wait()
+    result = present = None
+    if state.rank == ensemble.central:
+        present = [x is not None for x in arrived]
+        known = [torch.zeros(shape) if x is None else x for x, shape in zip(arrived, shapes, strict=True)]
+        with torch.inference_mode():
+            result = aggregator(known, present)
     pacer.end()
     record = {
         "latency_s": (time.perf_counter() - start_at) / time_scale,
@@ -188,6 +174,6 @@ def answer_part(
         "weights_bytes": sum(p.nbytes for p in sub_model.parameters()),
     }
     if result is not None:
-        record["present"] = [x is not None for x in arrived]
+        record["present"] = present
         save_file({"logits": result.contiguous()}, output)
     return record

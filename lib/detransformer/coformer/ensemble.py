@@ -69,7 +69,7 @@ def save_ensemble(
     assert len(sub_models) == len(aggregator.widths) == policy.num_devices > central >= 0
     model_type = sub_models[0].config.model_type.removeprefix("coformer_")
     described = {"policy": asdict(policy), "original": asdict(original), "central": central, "model_type": model_type}
-    described["aggregator_sizes"] = aggregator.sizes
+    described["aggregator_sizes"] = {name: getattr(aggregator, name) for name in ("kind", "widths", "num_labels")}
     with atomic_folder(Path(folder)) as temporary:
         for number, sub_model in enumerate(sub_models):
             sub_model.save_pretrained(temporary / f"sub_model_{number}")
@@ -102,6 +102,5 @@ def answer(sub_model: PreTrainedModel, inputs: dict, aggregator: Aggregator) -> 
 def whole_answer(ensemble: Ensemble, inputs: dict, present: Sequence[bool] | None = None) -> torch.Tensor:
     """The ensemble's logits [B, C] in one process: the reference of a distributed run."""
     aggregator = ensemble.aggregator()
-    here = [True] * ensemble.num_devices if present is None else present
-    answers = [answer(ensemble.sub_model(n), inputs, aggregator) if there else None for n, there in enumerate(here)]
-    return aggregator(answers)
+    answers = [answer(ensemble.sub_model(n), inputs, aggregator) for n in range(ensemble.num_devices)]
+    return aggregator(answers, present)

@@ -14,7 +14,8 @@ from itertools import zip_longest
 import numpy as np
 from transformers import PretrainedConfig
 
-from detransformer.models.configuration import max_tokens
+from detransformer.models.configuration import ffn_size, max_tokens
+from detransformer.models.sizes import embedding_parameters
 
 FLOAT_BYTES = 4
 NUM_STEPS = 24  # into which widths are divided when policies are drawn
@@ -63,11 +64,6 @@ class Policy:
 
     sub_models: tuple[SubModelConfig, ...]
 
-    def __post_init__(self):
-        object.__setattr__(self, "sub_models", tuple(self.sub_models))
-        if not self.sub_models:
-            raise ValueError("a policy without a sub-model decomposes nothing: give one for each device.")
-
     @property
     def num_devices(self) -> int:
         return len(self.sub_models)
@@ -99,10 +95,6 @@ class Original:
     patch_values: int = 0
     has_pooler: bool = False
 
-    def __post_init__(self):
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}.")
-
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
@@ -129,21 +121,16 @@ class Original:
         Raises:
             ValueError: for another model.
         """
-        layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-        if config.model_type == "bert":
-            rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size + 2
-            return cls(layers, hidden, heads, config.intermediate_size, seq_len or 128, rows, has_pooler=True)
-        if config.model_type == "gpt2":
-            rows = config.vocab_size + config.max_position_embeddings + 2
-            return cls(layers, hidden, heads, config.n_inner or 4 * hidden, seq_len or 128, rows)
+        if config.model_type not in ("bert", "gpt2", "vit"):
+            raise ValueError(f"model type {config.model_type!r} cannot be decomposed: choose a BERT, GPT-2 or ViT.")
+        sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, ffn_size(config)
         if config.model_type == "vit":
-            tokens, values = (
-                max_tokens(config),
-                config.num_channels * int(np.prod(np.broadcast_to(config.patch_size, 2))),
-            )
+            patch = np.broadcast_to(config.patch_size, 2)  # height, width
+            tokens, values = max_tokens(config), config.num_channels * int(patch.prod())
             rows = tokens + 1 + values + 1 + 2  # positions, class token, patch weights and bias, last LayerNorm
-            return cls(layers, hidden, heads, config.intermediate_size, seq_len or tokens, rows, values)
-        raise ValueError(f"model type {config.model_type!r} cannot be decomposed: choose a BERT, GPT-2 or ViT.")
+            return cls(*sizes, seq_len or tokens, rows, values)
+        rows = embedding_parameters(config) // config.hidden_size
+        return cls(*sizes, seq_len or 128, rows, has_pooler=config.model_type == "bert")
 
 
 @dataclass(frozen=True)
@@ -212,12 +199,7 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
     """The violations of C1-C6 of Eq. 8 by a policy, each sentence beginning with the constraint's name; [] if valid.
 
     C3 and C4 are read as printed: over the k-th layers of the sub-models, whichever layers of the original these are.
-
-    Raises:
-        ValueError: if `limits` has another number of devices.
     """
-    if limits is not None and len(limits.flops) != policy.num_devices:
-        raise ValueError(f"limits are for {len(limits.flops)} devices and the policy for {policy.num_devices}.")
     configs = policy.sub_models
     found = [
         f"C1: sub-model {n} has {c.num_layers} layers, the original {original.num_layers}: give it no more"
@@ -239,26 +221,18 @@ def violations(policy: Policy, original: Original, limits: Limits | None = None)
                     f"{name}: layer {layer} has {sum(sizes)} {what} over the sub-models, the original {most}: "
                     f"give some of them fewer {what} there"
                 )
-    for n, c in enumerate(configs if limits else ()):
-        if flops(c, original) > limits.flops[n]:
+    most = zip(configs, limits.flops, limits.memory_bytes, strict=True) if limits else ()
+    for n, (c, most_flops, most_bytes) in enumerate(most):
+        if (spent := flops(c, original)) > most_flops:
             found.append(
-                f"C5: sub-model {n} takes {flops(c, original) / 1e9:.3g} GFLOP, its device "
-                f"{limits.flops[n] / 1e9:.3g}: make it smaller"
+                f"C5: sub-model {n} takes {spent / 1e9:.3g} GFLOP, its device {most_flops / 1e9:.3g}: make it smaller"
             )
-        if memory_bytes(c, original) > limits.memory_bytes[n]:
+        if (taken := memory_bytes(c, original)) > most_bytes:
             found.append(
-                f"C6: sub-model {n} takes {memory_bytes(c, original) / 2**20:.4g} MiB, its device has "
-                f"{limits.memory_bytes[n] / 2**20:.4g}: make it smaller, its embedding first"
+                f"C6: sub-model {n} takes {taken / 2**20:.4g} MiB, its device has {most_bytes / 2**20:.4g}: make it "
+                "smaller, its embedding first"
             )
     return found
-
-
-def check_policy(policy: Policy, original: Original, limits: Limits | None = None) -> None:
-    """Raises ValueError if a policy breaks a constraint of Eq. 8, naming it; without `limits` only C1-C4 count."""
-    found = violations(policy, original, limits)
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise ValueError(f"{found[0]}{more}.")
 
 
 # Encoding --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ paces them: a prediction from them is a model of a model.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from detransformer.coformer.policy import FLOAT_BYTES, Original, Policy, SubModelConfig, products
 from detransformer.planning.profile import ClusterProfile, DeviceProfile
@@ -62,21 +63,11 @@ def latency(
         central: the device that aggregates and already has its own features; default: the fastest.
         sent_tokens: tokens of the features that each device sends, [sent_tokens, d_n] in float32; 1: pooled; None: all
             S of them, as Eqs. 2 and 6 are printed.
-
-    Raises:
-        ValueError: if policy and cluster have different numbers of devices.
     """
-    if len(cluster.devices) != policy.num_devices:
-        raise ValueError(
-            f"the policy has {policy.num_devices} sub-models, the cluster {len(cluster.devices)} devices: "
-            "give one sub-model a device."
-        )
     central = fastest_device(cluster.devices) if central is None else central
     tokens = original.seq_len if sent_tokens is None else sent_tokens
-    if predictors is None:
-        backbone = [roofline_s(c, original, d) for c, d in zip(policy.sub_models, cluster.devices, strict=True)]
-    else:
-        backbone = [float(predict(c)) for c, predict in zip(policy.sub_models, predictors, strict=True)]
+    predictors = predictors or [partial(roofline_s, original=original, device=d) for d in cluster.devices]
+    backbone = [float(predict(c)) for c, predict in zip(policy.sub_models, predictors, strict=True)]
     link, send = cluster.link, []
     all_sent = sum(policy.widths) - policy.widths[central]
     for n, width in enumerate(policy.widths):

@@ -67,7 +67,6 @@ def uniform_policy(original: Original, num_devices: int, limits: Limits | None =
     Raises:
         ValueError: if not even one layer of it fits, naming the constraint.
     """
-    _check_room(original, num_devices)
     width = original.hidden_size // num_devices // original.hidden_step * original.hidden_step
     ffn = original.ffn_size // num_devices // original.ffn_step * original.ffn_step
     for layers in range(original.num_layers, 0, -1):

@@ -45,10 +45,6 @@ class Evaluation:
     latency_s: float
     objective: float
 
-    @classmethod
-    def of(cls, loss: float, latency_s: float, delta: float) -> "Evaluation":
-        return cls(float(loss), float(latency_s), float(loss + delta * latency_s))
-
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -69,8 +65,9 @@ class Evaluator:
 
     def __call__(self, policy: Policy) -> Evaluation:
         sub_models = decompose(self.model, policy)
-        loss = np.mean([validation_loss(sub_model, self.batches) for sub_model in sub_models])
-        return Evaluation.of(loss, self.latency(policy).total_s, self.delta)
+        loss = float(np.mean([validation_loss(sub_model, self.batches) for sub_model in sub_models]))
+        latency_s = self.latency(policy).total_s
+        return Evaluation(loss, latency_s, loss + self.delta * latency_s)
 
 
 def training_batches(task: BoostTask, num_rows: int, seed: int = 0, batch_size: int = 64) -> list[dict]:
@@ -115,20 +112,15 @@ class SearchConfig(Checked):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The policies that a search evaluated, in order; `settings` are all that they depend on besides the objective."""
+    """The policies that a search evaluated, in order."""
 
-    settings: dict
-    policies: tuple[Policy, ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-
-    @property
-    def best(self) -> int:
-        """The index of the best evaluation, of equals the first."""
-        return int(np.argmin([e.objective for e in self.evaluations]))
+    policies: tuple[Policy, ...]
+    evaluations: tuple[Evaluation, ...]
 
     @property
     def best_policy(self) -> Policy:
-        return self.policies[self.best]
+        """The policy of least objective, of equals the first."""
+        return self.policies[int(np.argmin([e.objective for e in self.evaluations]))]
 
 
 def search_policy(
@@ -148,19 +140,18 @@ def search_policy(
         limits: of each device; None: only C1 to C4.
         method: `"bayesian"` has the published length scale of 1, `FITTED` fits it by maximum likelihood at each step;
             `"random"` chooses nothing, and `"uniform"` draws policies with the same sub-model on each device.
-        history: a JSON file, written after each evaluation. Its evaluations are not repeated, and more iterations may
-            be requested than before: an interrupted search continues as if uninterrupted.
+        history: a JSON file of this search, written after each evaluation. Its evaluations are not repeated, and more
+            iterations may be requested than before: an interrupted search continues as if uninterrupted. Its name
+            must tell searches apart, as by a hash of all other arguments.
 
     Raises:
-        ValueError: for an unknown method, if no policy is within the limits, or if `history` is not a history or has
-            other settings.
+        ValueError: for an unknown method, if no policy is within the limits, or if `history` is damaged.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: choose one of {', '.join(METHODS)}.")
     draw = sample_uniform_policy if method == "uniform" else sample_policy
     chooses = method in ("bayesian", FITTED)
-    settings = {"method": method, "seed": config.seed} | ({"num_initial": config.num_initial} if chooses else {})
-    found = _load(history, settings)
+    found = _load(history)
     total, done = config.num_initial + config.num_iterations, len(found.policies)
     for i in tqdm(range(done, total), method, total, initial=done, unit="policy", disable=not progress):
         rng = np.random.default_rng([config.seed, i])  # for this evaluation alone, so that a search can resume anywhere
@@ -175,11 +166,11 @@ def search_policy(
             candidates = [policy for policy in candidates if policy not in found.policies] or candidates
             vectors = (np.array([encode(p, original) for p in part]) for part in (found.policies, candidates))
             policy = candidates[int(np.argmax(expected_improvement(*vectors, observed, method == FITTED)))]
-        found = SearchResult(settings, (*found.policies, policy), (*found.evaluations, objective(policy)))
+        found = SearchResult((*found.policies, policy), (*found.evaluations, objective(policy)))
         if history is not None:
             with atomic_write(history) as file:
                 json.dump(asdict(found), file)
-    return SearchResult(settings, found.policies[:total], found.evaluations[:total])
+    return SearchResult(found.policies[:total], found.evaluations[:total])
 
 
 def expected_improvement(
@@ -205,16 +196,11 @@ def expected_improvement(
     return improvement * norm.cdf(z) + deviation * norm.pdf(z)
 
 
-def _load(path: str | Path | None, settings: dict) -> SearchResult:
+def _load(path: str | Path | None) -> SearchResult:
     """The history at `path`; empty if there is none."""
     if path is None or not Path(path).exists():
-        return SearchResult(settings)
+        return SearchResult((), ())
     try:
-        found = from_json(SearchResult, json.loads(Path(path).read_text(encoding="utf-8")))
-        known = dict(found.settings)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return from_json(SearchResult, json.loads(Path(path).read_text(encoding="utf-8")))
+    except ValueError as error:
         raise ValueError(f"{path} is not the history of a search ({error}): remove it, or give another.") from error
-    if known != settings:
-        others = ", ".join(f"{name}={known.get(name)!r}" for name in settings if known.get(name) != settings[name])
-        raise ValueError(f"{path} is of a search with {others}: give another file, or search with these settings.")
-    return found

@@ -18,13 +18,10 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    BertTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
-    GPT2Tokenizer,
     PretrainedConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -234,5 +231,3 @@ for made in SUB_MODEL_CLASS.values():  # so that the Auto classes know the sub-m
     images = made is CoformerViTForImageClassification
     auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
     auto.register(made.config_class, made, exist_ok=True)
-AutoTokenizer.register(CoformerBertConfig, BertTokenizer, exist_ok=True)
-AutoTokenizer.register(CoformerGPT2Config, GPT2Tokenizer, exist_ok=True)

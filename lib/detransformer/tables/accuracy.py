@@ -17,13 +17,7 @@ from detransformer.record.verdict import Verdict
 
 ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
 PUBLISHED_STRUCTURE = {"attention_width": "full", "original_placement": "last"}
-PUBLISHED_COLUMNS = {  # Table III's tasks in its order, and their columns in data/published/table_iii.csv
-    "CoLA": "cola_mcc",
-    "SST-2": "sst2_acc",
-    "MRPC": "mrpc_acc",
-    "MNLI": "mnli_acc",
-    "SQuAD": "squad_acc",
-}
+# Table III's tasks in its order, and what they are scored by.
 METRICS = {"CoLA": "mcc", "SST-2": "accuracy", "MRPC": "accuracy", "MNLI": "accuracy", "SQuAD": "exact_match"}
 MLM = "MLM"  # the sixth column, ours: perplexity of held-out text, lower is better
 MARGINS = {"exact_match": 10.0, "f1": 10.0}  # metric -> least points above guessing that count as learned
@@ -43,9 +37,10 @@ def structure_names(rows: pd.DataFrame) -> list[str]:
     """A name for each row's structure: `original`, `Nb=4, Ndiv=4`, or with its variant, `Nb=4, Ndiv=4, narrow`."""
     names = []
     for row in rows.to_dict("records"):
-        parts = ["original" if pd.isna(row["num_divisions"]) else f"Nb={row['num_original_layers']:g}"]
-        parts += [] if pd.isna(row["num_divisions"]) else [f"Ndiv={row['num_divisions']:g}"]
-        names.append(", ".join(parts + [row[n] for n, v in PUBLISHED_STRUCTURE.items() if row.get(n, v) != v]))
+        variant = [row[name] for name, value in PUBLISHED_STRUCTURE.items() if row.get(name, value) != value]
+        is_decoupled = not pd.isna(row["num_divisions"])
+        name = f"Nb={row['num_original_layers']:g}, Ndiv={row['num_divisions']:g}" if is_decoupled else "original"
+        names.append(", ".join([name, *variant]))
     return names
 
 
@@ -75,27 +70,18 @@ def learned(rows: pd.DataFrame) -> pd.Series:
     return scores.astype(float) > rows["majority_score"].astype(float) + above
 
 
-def paired_std_error(ours: pd.Series, originals: pd.Series) -> float:
-    """Standard error of mean(ours) - mean(originals), two series of scores by seed; NaN for a single seed.
-
-    Common seeds are paired; with fewer than two, the two spreads are added as if independent.
-    """
-    pairs = (ours - originals).dropna()
-    if len(pairs) >= 2:
-        return float(pairs.std(ddof=1) / len(pairs) ** 0.5)
-    return math.hypot(*(scores.std(ddof=1) / len(scores) ** 0.5 for scores in (ours, originals)))
-
-
-def compared(ours: pd.Series, originals: pd.Series | None) -> dict[str, float]:
+def compared(ours: pd.Series, originals: pd.Series) -> dict[str, float]:
     """Mean and standard deviation of scores by seed, number of seeds, difference to the original's mean, and its error.
 
-    Without `originals` (as for the original itself) the difference is NaN.
+    The error is that of the differences of common seeds, NaN for a single one; without `originals` both are NaN.
     """
-    known = {"mean": ours.mean(), "std": ours.std(ddof=1), "num_seeds": len(ours)}
-    if originals is None:
-        return known | {"difference": math.nan, "difference_std_error": math.nan}
-    error = paired_std_error(ours, originals)
-    return known | {"difference": ours.mean() - originals.mean(), "difference_std_error": error}
+    return {
+        "mean": ours.mean(),
+        "std": ours.std(),
+        "num_seeds": len(ours),
+        "difference": ours.mean() - originals.mean(),
+        "difference_std_error": (ours - originals).sem(),
+    }
 
 
 # --- Table III ---------------------------------------------------------------------------------------------------
@@ -123,7 +109,8 @@ def table_iii(
     kept = ["majority_score", "train_rows", "eval_rows", "source"]
     found = []
     for key, rows in groups.items():
-        made = compared(rows["score"], None if pd.isna(key[1]) else originals.get((key[0], key[3])))
+        known = {} if pd.isna(key[1]) else originals  # the original is not compared with itself
+        made = compared(rows["score"], known.get((key[0], key[3]), pd.Series(dtype=float)))
         beyond = abs(made["difference"]) > NUM_ERRORS * made["difference_std_error"]
         made["beyond_noise"] = pd.NA if pd.isna(made["difference_std_error"]) else beyond
         made["valid_loss"] = rows["valid_loss"].mean()
@@ -131,15 +118,11 @@ def table_iii(
     renamed = {"mean": "obtained_mean", "std": "obtained_std", "difference": "obtained_difference"}
     columns = [*keys, *renamed, "num_seeds", "difference_std_error", "beyond_noise", "valid_loss", *kept]
     found = pd.DataFrame(found, columns=columns).rename(columns=renamed).astype(dict.fromkeys(keys[1:3], float))
-    cells = published_cells(published)
-    tasks = [*PUBLISHED_COLUMNS, *([] if pretraining is None else [MLM])]
-    cells = pd.concat([cells, cells.drop_duplicates(ROW_COLUMNS).assign(task=MLM, published=math.nan)])
-    cells["task"] = pd.Categorical(cells["task"], tasks)
-    cells = cells[cells["task"].notna()].sort_values(["place", "task"]).astype({"task": str})
+    cells = published_cells(published, [*METRICS, *([] if pretraining is None else [MLM])])
     base = cells[is_original(cells)].set_index(["model", "task"])["published"].rename("base")
     cells["published_difference"] = cells["published"] - cells.join(base, on=["model", "task"])["base"]
     cells.loc[is_original(cells), "published_difference"] = math.nan
-    table = cells.drop(columns="place").merge(found, "left", on=keys)
+    table = cells.merge(found, "left", on=keys)
     table["num_seeds"] = table["num_seeds"].fillna(0).astype(int)
     not_run = f"not run (profile {profile})" if profile else "not run"
     table["status"] = np.where(table["num_seeds"] > 0, "measured", not_run)
@@ -147,13 +130,13 @@ def table_iii(
     return typed(table)
 
 
-def published_cells(published: pd.DataFrame) -> pd.DataFrame:
-    """The paper's table in long form: model, Nb, Ndiv (empty for the original), task, published, place (its line)."""
-    named = published.set_axis([*ROW_COLUMNS, *PUBLISHED_COLUMNS], axis=1).assign(place=range(len(published)))
-    cells = named.melt([*ROW_COLUMNS, "place"], list(PUBLISHED_COLUMNS), "task", "published")
+def published_cells(published: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
+    """The paper's table in long form, row by row: model, Nb, Ndiv (empty for the original), task, published."""
+    named = published.set_axis([*ROW_COLUMNS, *METRICS], axis=1).assign(**{MLM: math.nan})
+    cells = named.melt(ROW_COLUMNS, tasks, "task", "published", ignore_index=False).sort_index(kind="stable")
     for name in ROW_COLUMNS[1:]:
         cells[name] = pd.to_numeric(cells[name].replace("original", None)).astype(float)
-    return cells
+    return cells.reset_index(drop=True)
 
 
 def _scores(runs: pd.DataFrame, pretraining: pd.DataFrame | None) -> pd.DataFrame:
@@ -176,8 +159,7 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
 
 def std_errors(rows: pd.DataFrame) -> pd.Series:
     """Standard errors of the obtained means; NaN for a single seed."""
-    seeds = rows["num_seeds"].astype(float)
-    return (rows["obtained_std"].astype(float) / seeds**0.5).where(seeds > 1)
+    return rows["obtained_std"].astype(float) / rows["num_seeds"].astype(float) ** 0.5
 
 
 def scores_wide(table: pd.DataFrame) -> pd.DataFrame:

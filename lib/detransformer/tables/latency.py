@@ -5,6 +5,7 @@ failed their self-check are left out, and missing measurements read "not run".
 """
 
 import itertools
+import math
 
 import pandas as pd
 
@@ -114,12 +115,16 @@ def speedup(slower: pd.DataFrame, faster: pd.DataFrame) -> tuple[float, float, f
     The interval is NaN unless each is one row of the same pace and time scale, with `MIN_SAMPLES` requests or more.
     """
     value = slower["latency_s"].median() / faster["latency_s"].median()
-    pairs = ("pace", "time_scale")
-    if len(slower) == len(faster) == 1 and all(slower[name].iloc[0] == faster[name].iloc[0] for name in pairs):
-        samples = [samples_of(rows["samples_s"].iloc[0]) for rows in (slower, faster)]
-        if len(samples[0]) == len(samples[1]) >= MIN_SAMPLES:
-            return value, *bootstrap_ratio(*samples)
-    return value, float("nan"), float("nan")
+    alike = ("pace", "time_scale")
+    if len(slower) == len(faster) == 1 and all(slower[name].iloc[0] == faster[name].iloc[0] for name in alike):
+        return value, *paired_interval(slower["samples_s"].iloc[0], faster["samples_s"].iloc[0])
+    return value, math.nan, math.nan
+
+
+def paired_interval(slower: object, faster: object) -> tuple[float, float]:
+    """The 95% interval of a speedup from two cells of samples; NaN unless `MIN_SAMPLES` requests or more are paired."""
+    above, below = samples_of(slower), samples_of(faster)
+    return bootstrap_ratio(above, below) if len(above) == len(below) >= MIN_SAMPLES else (math.nan, math.nan)
 
 
 def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -146,6 +151,7 @@ def table_iv(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     return table[measured | (table["variant"] == "paper")].reset_index(drop=True)
 
 
+TABLE_II_MODEL, TABLE_II_MBPS = "bert-base", 500
 TABLE_II_METHODS = {"BP": "bp+paper", "BP (ours)": "bp+auto"}
 # Attribute of Table II -> the column measured for it, and whether more is better.
 ATTRIBUTES = {
@@ -156,22 +162,23 @@ ATTRIBUTES = {
 GAIN = 0.02  # of one device; repeats of one measurement differ by about that much
 
 
-def table_ii(
-    latency: pd.DataFrame, published: pd.DataFrame, model: str = "bert-base", bandwidth_mbps: float = 500
-) -> pd.DataFrame:
+def table_ii(latency: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Table II measured: does each approach lower latency, raise throughput and save memory against one device?
 
     One row per approach, the single device first: latency_s, throughput_rps, weights_mib and peak_rss_mib (of the
     fullest device), their ratios to the single device, and yes, no or not run beside the published mark. Weights decide
-    the mark for memory. The measured bandwidth nearest to `bandwidth_mbps` counts.
+    the mark for memory. Of each method the measured bandwidth nearest to `TABLE_II_MBPS` counts.
     """
     latency = valid_rows(latency)
+    latency = latency[latency["model"] == TABLE_II_MODEL]
     link = next(iter(links_of(latency)), "")
-    single, nearest = select(latency, model, "single"), _nearest(latency, link, bandwidth_mbps)
+    distance = (latency["bandwidth_mbps"] - TABLE_II_MBPS).abs().where(latency["link"] == link)
+    single = select(latency, TABLE_II_MODEL, "single")
+    nearest = latency[distance == distance.groupby(latency["method"]).transform("min")]
     marks = published.set_index(published["method"].str.upper())
     rows = [{"approach": "Single", "method": "single", "link": link} | _absolute(single)]
     for approach in dict.fromkeys([*marks.index, *TABLE_II_METHODS]):
-        found = select(nearest, model, TABLE_II_METHODS.get(approach, approach.lower()), link=link)
+        found = select(nearest, TABLE_II_MODEL, TABLE_II_METHODS.get(approach, approach.lower()), link=link)
         if approach not in marks.index and not len(found):
             continue
         row = {"approach": approach, "method": next(iter(found["method"]), ""), "link": link}
@@ -193,10 +200,3 @@ def _absolute(rows: pd.DataFrame) -> dict[str, float]:
         "weights_mib": rows["weights_bytes"].median() / MIB,
         "peak_rss_mib": rows["peak_rss_bytes"].astype(float).median() / MIB,
     }
-
-
-def _nearest(latency: pd.DataFrame, link: str, bandwidth_mbps: float) -> pd.DataFrame:
-    """Rows of each method on `link` at its measured bandwidth nearest to `bandwidth_mbps`."""
-    rows = latency[latency["link"] == link]
-    distance = (rows["bandwidth_mbps"] - bandwidth_mbps).abs()
-    return rows[distance == distance.groupby([rows["model"], rows["method"]]).transform("min")]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from detransformer.record.intervals import MIN_SAMPLES, bootstrap_ratio, samples_of
+from detransformer.tables.latency import paired_interval
 
 SETTING = ["model", "num_devices", "bandwidth_mbps", "delay_ms", "shared", "wire", "pace"]
 ONE_DEVICE = "one device"
@@ -19,17 +19,19 @@ def margins(rows: pd.DataFrame) -> pd.DataFrame:
     """
     made = []
     for key, part in rows[rows["valid"].astype(bool)].groupby([*SETTING, "kind"], sort=False, dropna=False):
-        by = part.drop_duplicates("structure").set_index("structure")
+        by = part[part["structure"] != ONE_DEVICE].drop_duplicates("structure").set_index("structure")
         if "original" not in by.index:
             continue
         own = dict(zip([*SETTING, "kind"], key, strict=True))
         alone = _one_device(rows, own)
         plain = by.loc["original"]
         best_plain = min(plain["latency_s"], alone)  # in measurements, one device may be faster
-        ranked = by["latency_s"].drop(ONE_DEVICE, errors="ignore").sort_values()
-        winner = ranked.index[0] if ranked.iloc[0] < alone and not _is_alone(by.loc[ranked.index[0]]) else ONE_DEVICE
-        for structure, row in by.drop(["original", ONE_DEVICE], errors="ignore").iterrows():
-            low, high = _interval(plain, row) if plain["latency_s"] == best_plain else (math.nan, math.nan)
+        fastest = by.loc[by["latency_s"].idxmin()]
+        shares_out = fastest["latency_s"] < alone and not str(fastest["plan"]).endswith("on 1 device")
+        winner = fastest.name if shares_out else ONE_DEVICE
+        for structure, row in by.drop("original").iterrows():
+            paired = plain["latency_s"] == best_plain
+            low, high = paired_interval(plain["samples_s"], row["samples_s"]) if paired else (math.nan, math.nan)
             made.append(
                 own
                 | dict(structure=structure, latency_s=row["latency_s"], unmodified_s=best_plain, one_device_s=alone)
@@ -46,13 +48,3 @@ def _one_device(rows: pd.DataFrame, own: Mapping) -> float:
     for name in (*(name for name in SETTING if name != "wire"), "kind"):
         alike = alike[alike[name] == own[name]]
     return float(alike["latency_s"].median())
-
-
-def _is_alone(row: pd.Series) -> bool:
-    return str(row["plan"]).endswith("on 1 device")
-
-
-def _interval(slower: pd.Series, faster: pd.Series) -> tuple[float, float]:
-    samples = [samples_of(row["samples_s"]) for row in (slower, faster)]
-    enough = len(samples[0]) == len(samples[1]) >= MIN_SAMPLES
-    return bootstrap_ratio(*samples) if enough else (math.nan, math.nan)

@@ -15,23 +15,8 @@ from detransformer.record.published import published
 from detransformer.record.run import RunFolder
 from detransformer.record.verdict import COLUMNS, TOLERANCE, Verdict
 from detransformer.record.verdict import table as verdict_table
-from detransformer.tables.accuracy import (
-    PUBLISHED_COLUMNS,
-    is_original,
-    learned,
-    std_errors,
-    structure_names,
-)
-from detransformer.tables.latency import (
-    MODEL_NAMES,
-    VARIANTS,
-    links_of,
-    select,
-    single_latency,
-    speedup,
-    table_iv,
-    valid_rows,
-)
+from detransformer.tables.accuracy import METRICS, is_original, learned, std_errors, structure_names
+from detransformer.tables.latency import MODEL_NAMES, VARIANTS, links_of, select, speedup, table_iv, valid_rows
 
 OURS = " (our plans)"  # after the claim of a row whose plans are not the paper's
 # Speedups in the text: model, Mbps, the slower method and the faster one (empty: DeTransformer). The largest over TP is
@@ -85,7 +70,7 @@ def text_claims(latency: pd.DataFrame, tolerance: float) -> pd.DataFrame:
             rows.append(Verdict(name, obtained=obtained, kind="measured", tolerance=0, **known))
         else:  # an emulated device is paced to its published latency
             model = line.claim.removeprefix("single_device_latency_").replace("_", "-")
-            obtained = single_latency(latency, model)
+            obtained = select(latency, model, "single")["latency_s"].median()
             rows.append(Verdict(name, obtained=obtained, kind="by construction", tolerance=tolerance, **known))
     return verdict_table(rows).assign(link=links, notebook="06_latency")
 
@@ -147,7 +132,7 @@ def table_iii_differences(table: pd.DataFrame, tolerance: float = TOLERANCE) -> 
 
 def _table_iii_cells(table: pd.DataFrame) -> pd.DataFrame:
     """The published cells with the standard error of the obtained mean, and whether the task is learned."""
-    tasks = list(PUBLISHED_COLUMNS)
+    tasks = list(METRICS)
     cells = table[table["task"].isin(tasks)].sort_values("task", key=lambda task: task.map(tasks.index), kind="stable")
     cells = cells.assign(learned=learned(cells), std_error=std_errors(cells))
     named = zip(cells["task"], cells["model"], structure_names(cells), strict=True)
