@@ -20,7 +20,7 @@ from detransformer.coformer.decomposer import choose_layers, choose_parts, deal,
 from detransformer.coformer.policy import Original, Policy, SubModelConfig, parameters
 from detransformer.coformer.sampling import sample_policy
 from detransformer.coformer.submodels import CoformerBertConfig, CoformerBertForSequenceClassification, sizes_of
-from detransformer.parallel.parameters import layers_of, naming_of
+from detransformer.models.naming import layers_of, naming_of
 
 AUTO_CLASS = {
     BertForSequenceClassification: AutoModelForSequenceClassification,

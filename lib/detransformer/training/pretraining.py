@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
 from detransformer.models.configuration import PRESET_SIZES, architecture, decoupled_config
-from detransformer.models.heads import lm_logits
+from detransformer.models.naming import lm_logits
 from detransformer.training.config import (
     OPTIMIZERS,
     ModelRow,
