@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from detransformer.record.published import published
+from detransformer.tables.accuracy import METRICS, ROW_COLUMNS, published_cells, structure_names
 
 BANDWIDTHS = (1000, 750, 500, 250, 125)
 SINGLE_S = {"bert-base": 1.57, "bert-large": 4.48}
@@ -71,43 +72,31 @@ def latency_rows(links=("line-rate", "modelled")) -> pd.DataFrame:
 
 
 SPREAD = 1.5  # standard deviation of three seeds: the middle one, and 1.5 points to both sides
-TASK_METRICS = {"CoLA": "mcc", "SST-2": "accuracy", "MRPC": "accuracy", "MNLI": "accuracy", "SQuAD": "exact_match"}
-MAJORITY = {"CoLA": 0.0, "SST-2": 50.0, "MRPC": 62.0, "MNLI": 35.0, "SQuAD": 0.0}
-EVAL_ROWS = {"CoLA": 1043, "SST-2": 872, "MRPC": 408, "MNLI": 9815, "SQuAD": 10570}
+TASKS = pd.DataFrame(dict(
+    task=list(METRICS), metric=list(METRICS.values()), majority_score=[0.0, 50.0, 62.0, 35.0, 0.0],
+    eval_rows=[1043, 872, 408, 9815, 10570],
+))  # fmt: skip
+STRUCTURE = dict(attention_width="full", original_placement="last")
 
 
-def published_cells():
-    """(place, task, published value) of each of the paper's 55 cells; Nb and Ndiv None for the original."""
-    for _, cell in published("table_iii").iterrows():
-        nb, ndiv = (None if n == "original" else int(n) for n in cell.iloc[1:3])
-        for task, value in zip(TASK_METRICS, cell.iloc[3:], strict=True):
-            yield dict(model=cell["model"], num_original_layers=nb, num_divisions=ndiv), task, float(value)
+def with_seeds(rows: pd.DataFrame, num_seeds: int) -> pd.DataFrame:
+    """The rows of BERT-Base, once for each seed."""
+    return rows[rows["model"] == "bert-base"].merge(pd.DataFrame({"seed": range(num_seeds)}), "cross")
 
 
-def accuracy_rows(num_seeds: int = 3, model: str = "bert-base", **fields) -> pd.DataFrame:
-    """Fine-tuning runs of every published row of `model`: 0.8 times the published score, seeds `SPREAD` apart."""
-    fields = dict(attention_width="full", original_placement="last") | fields
-    rows = []
-    for place, task, value in published_cells():
-        for seed in range(num_seeds if place["model"] == model else 0):
-            score = 0.8 * value + SPREAD * (seed - (num_seeds - 1) / 2)
-            made = dict(task=task, metric=TASK_METRICS[task], seed=seed, score=score, majority_score=MAJORITY[task])
-            made |= dict(
-                eval_rows=EVAL_ROWS[task], train_rows=3000, source="mirror", note="made up", pretraining="tiny"
-            )
-            rows.append(place | made | fields)
-    return pd.DataFrame(rows)
+def accuracy_rows(num_seeds: int = 3, **fields) -> pd.DataFrame:
+    """Fine-tuning runs of every published row of BERT-Base: 0.8 times the published score, seeds `SPREAD` apart."""
+    rows = with_seeds(published_cells(published("table_iii"), list(METRICS)).merge(TASKS, on="task"), num_seeds)
+    score = 0.8 * rows.pop("published") + SPREAD * (rows["seed"] - (num_seeds - 1) / 2)
+    made = dict(score=score, train_rows=3000, source="mirror", note="made up", pretraining="tiny")
+    return rows.assign(**made | STRUCTURE | fields)
 
 
 def pretraining_rows(num_seeds: int = 1) -> pd.DataFrame:
     """Pre-training of every published row of BERT-Base: more original layers, fewer divisions, less loss."""
-    places = {tuple(place.values()): place for place, _, _ in published_cells() if place["model"] == "bert-base"}
-    rows = []
-    for place, seed in itertools.product(places.values(), range(num_seeds)):
-        nb, ndiv = place["num_original_layers"] or 6, place["num_divisions"] or 1
-        loss = 4 - 0.05 * nb + 0.03 * ndiv + 0.01 * seed
-        label = "bert-base original" if ndiv == 1 else f"bert-base Nb={nb}, Ndiv={ndiv}"
-        made = dict(row=label, attention_width="full", original_placement="last", seed=seed, source="mirror")
-        made |= dict(unigram_loss=5.0, unigram_perplexity=np.exp(5.0))
-        rows.append(place | made | dict(valid_loss=loss, perplexity=np.exp(loss), tokens=10**6, hidden_size=128))
-    return pd.DataFrame(rows)
+    rows = with_seeds(published_cells(published("table_iii"), ["MLM"])[ROW_COLUMNS], num_seeds)
+    num_original, num_divisions = rows["num_original_layers"].fillna(6), rows["num_divisions"].fillna(1)
+    loss = 4 - 0.05 * num_original + 0.03 * num_divisions + 0.01 * rows["seed"]
+    label = [f"bert-base {name}" for name in structure_names(rows)]
+    made = dict(row=label, unigram_loss=5.0, unigram_perplexity=np.exp(5.0), valid_loss=loss, perplexity=np.exp(loss))
+    return rows.assign(**made | STRUCTURE, tokens=10**6, hidden_size=128, source="mirror")

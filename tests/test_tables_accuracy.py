@@ -9,14 +9,7 @@ import pytest
 from pretraining_studies import data_note, variant_table, wire_table
 
 from detransformer.record.published import published
-from detransformer.tables.accuracy import (
-    learned,
-    mean_score,
-    scores_wide,
-    table_iii,
-    trends,
-    typed,
-)
+from detransformer.tables.accuracy import learned, mean_score, scores_wide, table_iii, trends, typed
 from detransformer.training.config import ModelRow
 from detransformer.training.results import accuracy_table, pretraining_table
 from table_frames import SPREAD, accuracy_rows, pretraining_rows
@@ -25,24 +18,20 @@ PUBLISHED = published("table_iii")
 DIFFERENCES = ["published_difference", "obtained_difference", "difference_std_error", "beyond_noise"]
 
 
+def one(runs: pd.DataFrame, task: str, nb, ndiv) -> pd.Series:
+    """Which runs are those of one cell; Nb and Ndiv are None for the original."""
+    number, divisions = runs["num_original_layers"].fillna(0), runs["num_divisions"].fillna(0)
+    return (runs["task"] == task) & (number == (nb or 0)) & (divisions == (ndiv or 0))
+
+
 def cell(table: pd.DataFrame, task: str, nb=None, ndiv=None, model="bert-base") -> pd.Series:
     rows = typed(table)
-    here = rows[(rows["model"] == model) & (rows["task"] == task)]
-    found = here[here["num_original_layers"].isna() if nb is None else here["num_original_layers"] == nb]
-    return found[found["num_divisions"].isna() if ndiv is None else found["num_divisions"] == ndiv].iloc[0]
+    return rows[one(rows, task, nb, ndiv) & (rows["model"] == model)].iloc[0]
 
 
 def through_csv(table: pd.DataFrame, tmp_path) -> pd.DataFrame:
     table.to_csv(tmp_path / "table.csv", index=False)
     return pd.read_csv(tmp_path / "table.csv")
-
-
-def one(runs: pd.DataFrame, task: str, nb, ndiv) -> pd.Series:
-    """Which runs are those of one cell."""
-    place = (runs["num_original_layers"].isna() if nb is None else runs["num_original_layers"] == nb) & (
-        runs["num_divisions"].isna() if ndiv is None else runs["num_divisions"] == ndiv
-    )
-    return place & (runs["task"] == task)
 
 
 # --- the long table ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ this in three cases of ten (by Student's t), and of 45 differences some always p
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,9 @@ from detransformer.record.intervals import NUM_ERRORS, around
 from detransformer.record.verdict import Verdict
 
 ROW_COLUMNS = ["model", "num_original_layers", "num_divisions"]
+COLUMNS = [*ROW_COLUMNS, "task", "published", "published_difference", "obtained_mean", "obtained_std"]
+COLUMNS += ["obtained_difference", "num_seeds", "difference_std_error", "beyond_noise", "valid_loss"]
+COLUMNS += ["majority_score", "train_rows", "eval_rows", "source", "status", "metric"]
 PUBLISHED_STRUCTURE = {"attention_width": "full", "original_placement": "last"}
 # Table III's tasks in its order, and what they are scored by.
 METRICS = {"CoLA": "mcc", "SST-2": "accuracy", "MRPC": "accuracy", "MNLI": "accuracy", "SQuAD": "exact_match"}
@@ -93,9 +95,9 @@ def table_iii(
     """Table III, one row per published cell: obtained mean and standard deviation over seeds, or why there is none.
 
     Also each cell's difference to its model's original: published; obtained; its standard error, from the differences
-    by seed if two or more seeds are common, else from both spreads; and whether it is beyond noise (empty for one
-    seed). With `pretraining` each model gets a sixth cell, task MLM: perplexity (lower is better) and loss on held-out
-    text. Rows of other structures than the published one are left out.
+    by seed; and whether it is beyond noise (empty for one seed). With `pretraining` each model gets a sixth cell, task
+    MLM: perplexity (lower is better) and loss on held-out text. Rows of other structures than the published one are
+    left out.
 
     Args:
         runs: one row per fine-tuning run (`training.accuracy_table`).
@@ -103,31 +105,30 @@ def table_iii(
         profile: named in the status of cells that were not run.
         pretraining: one row per pre-trained model (`training.pretraining_table`).
     """
-    scored, keys = _scores(runs, pretraining), [*ROW_COLUMNS, "task"]
-    groups = {key: rows.set_index("seed") for key, rows in scored.groupby(keys, dropna=False)}
-    originals = {(key[0], key[3]): rows["score"] for key, rows in groups.items() if pd.isna(key[1])}
-    kept = ["majority_score", "train_rows", "eval_rows", "source"]
-    found = []
-    for key, rows in groups.items():
-        known = {} if pd.isna(key[1]) else originals  # the original is not compared with itself
-        made = compared(rows["score"], known.get((key[0], key[3]), pd.Series(dtype=float)))
-        beyond = abs(made["difference"]) > NUM_ERRORS * made["difference_std_error"]
-        made["beyond_noise"] = pd.NA if pd.isna(made["difference_std_error"]) else beyond
-        made["valid_loss"] = rows["valid_loss"].mean()
-        found.append(dict(zip(keys, key, strict=True)) | made | {name: rows[name].iloc[0] for name in kept})
-    renamed = {"mean": "obtained_mean", "std": "obtained_std", "difference": "obtained_difference"}
-    columns = [*keys, *renamed, "num_seeds", "difference_std_error", "beyond_noise", "valid_loss", *kept]
-    found = pd.DataFrame(found, columns=columns).rename(columns=renamed).astype(dict.fromkeys(keys[1:3], float))
-    cells = published_cells(published, [*METRICS, *([] if pretraining is None else [MLM])])
-    base = cells[is_original(cells)].set_index(["model", "task"])["published"].rename("base")
-    cells["published_difference"] = cells["published"] - cells.join(base, on=["model", "task"])["base"]
-    cells.loc[is_original(cells), "published_difference"] = math.nan
-    table = cells.merge(found, "left", on=keys)
+    scored, keys, by_seed = _scores(runs, pretraining), [*ROW_COLUMNS, "task"], ["model", "task", "seed"]
+    originals = scored.loc[is_original(scored), [*by_seed, "score"]].rename(columns={"score": "base"})
+    scored = scored.merge(originals, "left", on=by_seed)
+    scored["apart"] = (scored["score"] - scored["base"]).mask(is_original(scored))
+    found = scored.groupby(keys, dropna=False, as_index=False).agg(
+        obtained_mean=("score", "mean"),
+        obtained_std=("score", "std"),
+        num_seeds=("score", "size"),
+        difference_std_error=("apart", "sem"),
+        valid_loss=("valid_loss", "mean"),
+        **{name: (name, "first") for name in ("majority_score", "train_rows", "eval_rows", "source")},
+    )
+    tasks = [*METRICS, *([] if pretraining is None else [MLM])]
+    table = published_cells(published, tasks).merge(found, "left", on=keys)
+    base = table[["model", "task"]].merge(table[is_original(table)], "left", on=["model", "task"])
+    for name, value in (("published_difference", "published"), ("obtained_difference", "obtained_mean")):
+        table[name] = (table[value] - base[value]).mask(is_original(table))
+    error = table["difference_std_error"]
+    table["beyond_noise"] = (table["obtained_difference"].abs() > NUM_ERRORS * error).mask(error.isna())
     table["num_seeds"] = table["num_seeds"].fillna(0).astype(int)
     not_run = f"not run (profile {profile})" if profile else "not run"
     table["status"] = np.where(table["num_seeds"] > 0, "measured", not_run)
     table["metric"] = table["task"].map(METRICS | {MLM: "perplexity"})
-    return typed(table)
+    return typed(table[COLUMNS])
 
 
 def published_cells(published: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
@@ -146,8 +147,8 @@ def _scores(runs: pd.DataFrame, pretraining: pd.DataFrame | None) -> pd.DataFram
         runs["seed"] = list(zip(runs["pretraining_seed"], runs["seed"], strict=True))
     if pretraining is not None:
         texts = published_structure(pretraining)
-        known = dict(task=MLM, score=texts["perplexity"], majority_score=math.nan)
-        runs = pd.concat([runs, texts.assign(**known, train_rows=None, eval_rows=None)])
+        unknown = dict.fromkeys(("majority_score", "train_rows", "eval_rows"), math.nan)
+        runs = pd.concat([runs, texts.assign(task=MLM, score=texts["perplexity"], **unknown)])
     return runs.astype(dict.fromkeys(ROW_COLUMNS[1:], float))
 
 
@@ -257,33 +258,30 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
             place = {"model": model, "trend": trend, "at": f"{'Ndiv' if trend == 'Nb' else 'Nb'}={FIXED}", "step": step}
             ran = pd.concat([line, of_model[is_original(of_model)]]).dropna(subset=["obtained_mean", "majority_score"])
             chance = {task for task, cells in ran.groupby("task") if not learned(cells).any()}
-            found = [_slopes(task, points, trend, chance) for task, points in _lines(line, varies, chance)]
+            found = [_slopes(task, points, trend, chance) for task, points in _lines(line, varies, chance).items()]
             mean = next(row["published_slope"] for row in found if row["task"] == "mean")
             rows += [place | row | {"judged": _slope_verdict(row, mean)} for row in found]
     return pd.DataFrame(rows)
 
 
-def _lines(line: pd.DataFrame, varies: str, chance: set[str]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(task, points) for every task, their mean, the mean of the learned ones, and MLM; points by what varies."""
-    line = line.rename(columns={"obtained_mean": "obtained"}).set_index(varies)
-    columns = ["published", "obtained", "error", "num_seeds"]
-    parts = {task: cells[columns] for task, cells in line.groupby("task", sort=False)}
-    tasks = [task for task in parts if task != MLM]
-    known = [task for task in tasks if task not in chance]
-    yield from ((task, parts[task]) for task in tasks)
-    yield "mean", _mean_points([parts[task] for task in tasks])
-    if known and len(known) < len(tasks):
-        yield "mean of learned", _mean_points([parts[task] for task in known])
-    if MLM in parts:
-        yield MLM, parts[MLM]
+def _lines(line: pd.DataFrame, varies: str, chance: set[str]) -> dict[str, pd.DataFrame]:
+    """Task -> points by what varies: every task, and the means of all (without MLM) and of the learned ones."""
+    line = line.rename(columns={"obtained_mean": "obtained"})
+    lines = {task: cells.set_index(varies) for task, cells in line.groupby("task", sort=False)}
+    tasks = line[line["task"] != MLM]
+    known = tasks[~tasks["task"].isin(chance)]
+    lines["mean"] = _mean_points(tasks, varies)
+    if 0 < len(known) < len(tasks):
+        lines["mean of learned"] = _mean_points(known, varies)
+    return lines
 
 
-def _mean_points(parts: list[pd.DataFrame]) -> pd.DataFrame:
+def _mean_points(cells: pd.DataFrame, varies: str) -> pd.DataFrame:
     """The mean over all tasks that were measured anywhere on the line; empty at points that lack one of them."""
-    parts = [part for part in parts if part["obtained"].notna().any()] or parts
-    mean = {name: sum(part[name] for part in parts) / len(parts) for name in ("published", "obtained")}
-    mean["error"] = sum(part["error"] ** 2 for part in parts) ** 0.5 / len(parts)
-    return pd.DataFrame(mean | {"num_seeds": pd.concat([part["num_seeds"] for part in parts], axis=1).min(axis=1)})
+    measured = cells.groupby("task")["obtained"].transform("count") > 0
+    means = dict.fromkeys(("published", "obtained"), lambda values: values.mean(skipna=False))
+    cells = cells[measured] if measured.any() else cells
+    return cells.groupby(varies).agg(means | {"error": _mean_error, "num_seeds": "min"})
 
 
 def _slopes(task: str, points: pd.DataFrame, trend: str, chance: set[str]) -> dict:

@@ -21,11 +21,10 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
 
     `original_share`: the fraction of layers that stay original; the sentences cite the saved row nearest to it.
     """
-    rows, trained = _rows(run, "kept"), _rows(run, "calibration")
-    trained = trained[trained["stage"] == "trained"] if len(trained) else trained
-    if not len(rows) or not len(trained):
+    if run is None or not run.has_table("kept"):  # saved after the other two
         return ["No saved table says what decoupling costs; run notebook 03."]
-    sizes = trained[["row", "num_original_layers", "num_layers"]].drop_duplicates()
+    rows, probes, trained = (run.load_table(name) for name in ("kept", "probes", "calibration"))
+    sizes = trained.loc[trained["stage"] == "trained", ["row", "num_original_layers", "num_layers"]].drop_duplicates()
     models = longest_trainings(rows).merge(sizes.rename(columns={"row": "structure"}), on="structure")
     probed, tuned = (models[models["how"] == how] for how in ("probe", "fine-tuned"))
     distance = (probed["num_original_layers"] / probed["num_layers"] - original_share).abs()
@@ -36,9 +35,7 @@ def decoupling_costs(run: RunFolder | None, original_share: float) -> list[str]:
         f"Nearest row, {name!r}: {row['share']:.0f}% ({row['low']:.0f} to {row['high']:.0f}) of the original's mean "
         f"over {row['tasks']}{counting} (table kept)."
     ]
-    probes = _rows(run, "probes")
-    probes = probes[(probes["row"] == name) & (probes["task"] == "retrieval@1")] if len(probes) else probes
-    for probe in probes.itertuples():
+    for probe in probes[(probes["row"] == name) & (probes["task"] == "retrieval@1")].itertuples():
         low, high = probe.difference_low, probe.difference_high
         sentences.append(
             f"The same row: retrieval@1 {probe.difference:+.1f} points ({low:+.1f} to {high:+.1f}) (table probes)."

@@ -16,15 +16,6 @@ NUM_ORIGINAL_LAYERS, NUM_DIVISIONS = 4, 4  # Section IV-C-1: DeTransformer's con
 SEQ_LEN = 128
 MIB = 2**20
 BASELINES = ("tp", "sp")
-MODEL_NAMES = {
-    "bert-base": "BERT-Base",
-    "bert-large": "BERT-Large",
-    "gpt2": "GPT-2",
-    "gpt2-medium": "GPT-2 Medium",
-    "gpt2-large": "GPT-2 Large",
-    "gpt2-xl": "GPT-2 XL",
-    "opt-6.7b-shape": "7B shape",
-}
 METHOD_NAMES = {  # in the order of tables and legends
     "single": "Single",
     "dp": "DP",
@@ -86,6 +77,13 @@ def single_latency(latency: pd.DataFrame, model: str) -> float:
     return float(select(latency, model, "single")["latency_s"].median())
 
 
+def of_papers_structure(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of Nb=4 and Ndiv=4 (more devices: as many divisions) of block-parallel methods, all of the others."""
+    divisions = rows["num_devices"].clip(lower=NUM_DIVISIONS)
+    papers = (rows["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (rows["num_divisions"] == divisions)
+    return rows[papers | ~rows["method"].str.startswith("bp")]
+
+
 def select(
     latency: pd.DataFrame,
     model: str,
@@ -95,14 +93,10 @@ def select(
     bandwidth_mbps: float | None = None,
     num_devices: int | None = NUM_DEVICES,
 ) -> pd.DataFrame:
-    """Rows of one method: for block-parallel ones (`bp+...`) those of Nb=4 and Ndiv=4, or as many divisions as devices
-    if these are more; for `single` those of the original model, which uses no link."""
-    rows = latency[(latency["model"] == model) & (latency["method"] == method)]
+    """Rows of one method and `of_papers_structure`; for `single` those of the original model, which uses no link."""
+    rows = of_papers_structure(latency[(latency["model"] == model) & (latency["method"] == method)])
     if method == "single":
         return rows[rows["num_original_layers"].isna()]
-    if method.startswith("bp"):
-        divisions = rows["num_devices"].clip(lower=NUM_DIVISIONS)
-        rows = rows[(rows["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (rows["num_divisions"] == divisions)]
     for column, wanted in (("link", link), ("bandwidth_mbps", bandwidth_mbps), ("num_devices", num_devices)):
         if wanted is not None:
             rows = rows[rows[column] == wanted]

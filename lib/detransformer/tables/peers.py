@@ -5,25 +5,24 @@ Pure functions of the bench table `latency`, as in `tables.latency`: rows that f
 
 import pandas as pd
 
+from detransformer.planning.profile import SENT_KINDS
 from detransformer.record.published import published_claim
 from detransformer.tables.latency import (
     METHOD_NAMES,
     MIB,
     NUM_DEVICES,
     NUM_DIVISIONS,
-    NUM_ORIGINAL_LAYERS,
     SEQ_LEN,
     checked_rows,
     comparable_rows,
     links_of,
-    select,
+    of_papers_structure,
     speedup,
     valid_rows,
 )
 
 SCALING_BANDWIDTH_MBPS = 500  # Section IV-C-2
 PLACE = ["link", "model", "bandwidth_mbps"]
-KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "send")
 WIRES = ("float32", "bfloat16", "int8")
 STRATEGY_ORDER = ("replicate", "tensor", "sequence", "ulysses", "heads", "galaxy", "block")
 
@@ -45,15 +44,13 @@ def methods_table(latency: pd.DataFrame) -> pd.DataFrame:
     single = single.assign(over_limit=NUM_DEVICES * single["over_limit"] / single["num_devices"])
     rows = pd.concat([single.drop(columns=["link", "bandwidth_mbps"]).merge(places, on="model"), spread])
     named = rows["method"].replace(METHOD_NAMES) + (", " + rows["wire"]).where(rows["wire"] != "float32", "")
-    counted = [name for name in rows if name.removesuffix("_count") in KINDS]
-    sent = [name for name in rows if name.removesuffix("_bytes") in KINDS]
     table = rows.assign(
         name=named,
         speedup=rows["model"].map(single.set_index("model")["latency_s"]) / rows["latency_s"],
         weights_mib=rows["weights_bytes"] / MIB,
         peak_rss_mib=rows["peak_rss_bytes"].astype(float) / MIB,
-        collectives=rows[counted].sum(axis=1).astype(int),
-        sent_mib=rows[sent].sum(axis=1) / MIB,
+        collectives=rows.filter([f"{kind}_count" for kind in SENT_KINDS]).sum(axis=1).astype(int),
+        sent_mib=rows.filter([f"{kind}_bytes" for kind in SENT_KINDS]).sum(axis=1) / MIB,
     )
     shown = [*PLACE, "name", "method", "wire", "plan", "latency_s", "speedup", "over_limit", "compute_s", "comm_s"]
     shown += ["wait_s", "weights_mib", "peak_rss_mib", "collectives", "sent_mib", "relative_error", "max_abs_error"]
@@ -97,25 +94,21 @@ def wire_table(latency: pd.DataFrame) -> pd.DataFrame:
     return _by_method(rows[[*PLACE, "method", *shown, "max_abs_error"]], ["wire"]).astype({"wire": str})
 
 
-def scaling_table(latency: pd.DataFrame, bandwidth_mbps: float = SCALING_BANDWIDTH_MBPS) -> pd.DataFrame:
+def scaling_table(latency: pd.DataFrame) -> pd.DataFrame:
     """Strong scaling at one bandwidth (Figs. 7c,d): latency, speedup over one device, and speedup / devices.
 
     More than four devices run a model with as many divisions as devices (`num_divisions`).
     """
-    rows, parts = valid_rows(latency), []
-    for model in dict.fromkeys(rows["model"]):
-        one = select(rows, model, "single")[["latency_s", "weights_bytes"]].median()
-        for method in METHOD_NAMES:
-            found = select(rows, model, method, bandwidth_mbps=bandwidth_mbps, num_devices=None)
-            if method in ("single", "dp", "pp") or found["num_devices"].nunique() < 2 or one.isna().any():
-                continue
-            found = found.groupby(["link", "num_devices"], as_index=False)[["latency_s", "weights_bytes"]].median()
-            alone = pd.DataFrame(one.to_dict() | {"num_devices": 1, "link": found["link"].unique()})
-            found = pd.concat([alone, found[found["num_devices"] > 1]])
-            parts.append(found.assign(model=model, method=method, speedup=one["latency_s"] / found["latency_s"]))
-    if not parts:
-        return pd.DataFrame()
-    table = pd.concat(parts, ignore_index=True).assign(bandwidth_mbps=bandwidth_mbps)
+    rows, values = valid_rows(latency), ["latency_s", "weights_bytes"]
+    is_single = (rows["method"] == "single") & rows["num_original_layers"].isna()
+    one = rows[is_single].groupby("model")[values].median()
+    rows = of_papers_structure(rows[rows["bandwidth_mbps"] == SCALING_BANDWIDTH_MBPS])
+    rows = rows[~rows["method"].isin(["single", "dp", "pp"]) & rows["model"].isin(one.index)]
+    several = rows.groupby(["model", "method"])["num_devices"].transform("nunique") > 1
+    found = rows[several].groupby([*PLACE, "method", "num_devices"], as_index=False)[values].median()
+    alone = found[[*PLACE, "method"]].drop_duplicates().join(one, on="model").assign(num_devices=1)
+    table = pd.concat([alone, found[found["num_devices"] > 1]], ignore_index=True)
+    table["speedup"] = table.join(one["latency_s"].rename("one_s"), on="model")["one_s"] / table["latency_s"]
     table["efficiency"] = table["speedup"] / table["num_devices"]
     table["weights_mib"] = table["weights_bytes"] / MIB
     divisions = table["num_devices"].clip(lower=NUM_DIVISIONS).where(table["method"].str.startswith("bp"))
@@ -153,16 +146,15 @@ def pace_table(latency: pd.DataFrame) -> pd.DataFrame:
     pace, and BP+Auto's speedup over the method at each, with its 95% interval if there are enough requests.
     """
     rows = checked_rows(latency)
-    rows = _one_setting(rows[(rows["wire"] == "float32")])
+    rows = _one_setting(rows[rows["wire"] == "float32"]).sort_values("bandwidth_mbps", ascending=False, kind="stable")
+    ours = dict(list(rows[rows["method"] == "bp+auto"].groupby(["model", "bandwidth_mbps", "pace"])))
     made = []
     for (model, method), part in rows.groupby(["model", "method"], sort=False):
-        for mbps in sorted(part["bandwidth_mbps"].unique(), reverse=True):
+        for mbps, at_rate in part.groupby("bandwidth_mbps", sort=False):
             row = {"model": model, "method": method, "bandwidth_mbps": mbps}
-            for pace in ("measured", "roofline"):
-                alike = rows[(rows["model"] == model) & (rows["bandwidth_mbps"] == mbps) & (rows["pace"] == pace)]
-                own, ours = alike[alike["method"] == method], alike[alike["method"] == "bp+auto"]
-                if len(own) and len(ours):
-                    value, low, high = speedup(own, ours)
+            for pace, own in at_rate.groupby("pace"):
+                if (model, mbps, pace) in ours:
+                    value, low, high = speedup(own, ours[model, mbps, pace])
                     row |= {f"{pace}_s": own["latency_s"].median(), f"{pace}_plan": own["plan"].iloc[0]}
                     row |= {f"{pace}_speedup": value, f"{pace}_low": low, f"{pace}_high": high}
             if "measured_s" in row and "roofline_s" in row:
@@ -189,11 +181,8 @@ def fig7_error(latency: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _one_setting(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows on 4 devices (or one) of the original model or of Nb=4, Ndiv=4."""
-    block = rows["method"].str.startswith("bp")
-    papers = (rows["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (rows["num_divisions"] == NUM_DIVISIONS)
-    devices = (rows["num_devices"] == NUM_DEVICES) | (rows["method"] == "single")
-    return rows[devices & (papers | ~block)]
+    """Rows on 4 devices, or one, `of_papers_structure`."""
+    return of_papers_structure(rows[(rows["num_devices"] == NUM_DEVICES) | (rows["method"] == "single")])
 
 
 def _by_method(table: pd.DataFrame, then: list[str]) -> pd.DataFrame:

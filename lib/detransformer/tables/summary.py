@@ -16,8 +16,9 @@ from detransformer.record.run import RunFolder
 from detransformer.record.verdict import COLUMNS, TOLERANCE, Verdict
 from detransformer.record.verdict import table as verdict_table
 from detransformer.tables.accuracy import METRICS, is_original, learned, std_errors, structure_names
-from detransformer.tables.latency import MODEL_NAMES, VARIANTS, links_of, select, speedup, table_iv, valid_rows
+from detransformer.tables.latency import VARIANTS, links_of, select, speedup, table_iv, valid_rows
 
+MODEL_NAMES = {"bert-base": "BERT-Base", "bert-large": "BERT-Large"}
 OURS = " (our plans)"  # after the claim of a row whose plans are not the paper's
 # Speedups in the text: model, Mbps, the slower method and the faster one (empty: DeTransformer). The largest over TP is
 # taken at the cell of Table IV that has the published maximum, not at our largest.
