@@ -164,7 +164,7 @@ class Hosts:
             "stays": stays,
             "jobs": ANSWERING,  # a false front can ask for no other jobs
             "wait_s": wait_s,
-            "silence_s": SERVICE_SILENCE_S if stays else SILENCE_S,
+            "silence_s": SERVICE_SILENCE_S if stays and not own else SILENCE_S,  # another host's front may be busy
             "message_s": 60.0 if stays else 120.0,
             "alive": str(self.folder / "alive"),
             "end": None if stays else str(self.folder / "end.json"),
