@@ -108,10 +108,9 @@ def fit(objective: nn.Module, batches: Batches, recipe: Recipe, num_steps: int, 
     with bar, _signals() as signals:
         while progress.step < num_steps and not signals:
             start_s, loss = time.perf_counter(), torch.zeros((), device=accelerator.device)
+            rate = learning_rate(progress.step, num_steps, recipe.learning_rate, recipe.warmup, recipe.decay_power)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    progress.step, num_steps, recipe.learning_rate, recipe.warmup, recipe.decay_power
-                )
+                group["lr"] = rate
             for share, batch in batches(progress.step):
                 batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
                 with autocast:
