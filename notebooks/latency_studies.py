@@ -98,11 +98,15 @@ def measured_link(profiles: str | Path, model: str = "*") -> LinkProfile | None:
 
 
 def measured_efficiency(run_path: str | Path) -> dict[str, tuple]:
-    """The efficiency of shares of each model's layers on this host, as measured by notebook 04 of the run; by model."""
+    """The efficiency of shares of each model's layers on this host, as measured by notebook 04 of the run; by model.
+
+    Of notebook 04's two weight layouts, packed is the one that executors run.
+    """
     path = Path(run_path) / "tables" / "profile.csv"
     if not path.is_file():
         return {}
-    return {model: efficiency_rows(rows) for model, rows in pd.read_csv(path).groupby("model")}
+    packed = pd.read_csv(path).query("weights == 'packed'")
+    return {model: efficiency_rows(rows) for model, rows in packed.groupby("model")}
 
 
 def measured_bench(run_path: str | Path, cluster: EmulatedCluster, time_scale: float | None = None) -> Bench:

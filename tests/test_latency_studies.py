@@ -1,10 +1,12 @@
 """What notebooks 04 to 06 ask for: the rows of the paper's tables, profiles on any transport, placements."""
 
+import pandas as pd
 import pytest
 from latency_studies import (
     collective_counts,
     latency_cells,
     measure_latency,
+    measured_efficiency,
     measured_link,
     overlap_rows,
     placement_table,
@@ -14,7 +16,7 @@ from latency_studies import (
 from detransformer.cluster.cells import Cell
 from detransformer.cluster.network import can_emulate
 from detransformer.parallel.methods import METHODS
-from detransformer.planning.profile import ClusterProfile, LinkProfile
+from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
 
 def test_cells_make_every_table_and_figure():
@@ -44,6 +46,18 @@ def test_all_methods_and_eight_devices():
     assert {c.method for c in cells if c.num_devices == 4 and c.bandwidth_mbps == 125} >= set(METHODS) - {"single"}
     assert {c.num_divisions for c in cells if c.num_devices == 8} == {8}
     assert {c.num_divisions for c in cells if c.num_devices != 8} == {4}
+
+
+def test_shares_are_paced_as_executors_lay_weights_out(tmp_path):
+    """Notebook 04 measures two layouts; executors run the packed one."""
+    columns = ["model", "weights", "strategy", "share", "tokens", "num_chunks", "efficiency"]
+    rows = [["bert-base", layout, "block", 0.25, 128, 1, e] for layout, e in (("plain", 0.9), ("packed", 0.8))]
+    (tmp_path / "tables").mkdir()
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "tables" / "profile.csv", index=False)
+    (row,) = measured_efficiency(tmp_path)["bert-base"]
+    assert row == ("block", 0.25, 128, 1, 0.8)
+    with pytest.raises(ValueError, match="2 rows for \\['block', 0.25, 128, 1\\]; keep one"):
+        DeviceProfile("pi", 1, 1e9, "", efficiency=(row, row[:-1] + (0.9,)))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ cost model takes its rates from it. Stored as versioned JSON with its provenance
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
@@ -57,6 +58,9 @@ class DeviceProfile:
             ignored.
         efficiency: how fast shares of a layer run relative to the whole layer: rows of (strategy, share of the layer,
             tokens of the request, chunks, efficiency), as `cluster.profiler` measures them. Empty: all run as fast.
+
+    Raises:
+        ValueError: if two rows of `efficiency` are of the same share, tokens and chunks.
     """
 
     __pydantic_config__ = STRICT
@@ -67,6 +71,11 @@ class DeviceProfile:
     source: str
     memory_bytes_per_s: float | None = None
     efficiency: tuple[tuple[str, float, int, int, float], ...] = ()
+
+    def __post_init__(self):
+        ((twice, count),) = Counter(tuple(row) for *row, _ in self.efficiency).most_common(1) or [((), 1)]
+        if count > 1:
+            raise ValueError(f"{self.name}: efficiency has {count} rows for {list(twice)}; keep one.")
 
     def compute_s(
         self,
