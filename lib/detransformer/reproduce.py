@@ -8,6 +8,7 @@ notebooks, tables and figures, and shows what made them.
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ import jinja2
 import nbformat
 import pandas as pd
 from filelock import FileLock, Timeout
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
 from detransformer import machine
@@ -35,6 +37,7 @@ DATA = ("published", "measured")
 FRAME = ("cli.py", "commands", "doctor.py", "reproduce.py", "notebooks.py", "profiles/__init__.py")
 
 TEMPLATE = Path(__file__).with_name("index.html.jinja")
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)  # LaTeX between dollars, in a line of its own or inline
 FACTS = ("profile", "command", "date", "commit", "dirty", "drawn")  # fields of the manifest on the index page
 
 
@@ -267,6 +270,9 @@ def write_index(run: RunFolder) -> Path:
     for path in sorted(run.notebooks.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         title = next(iter(notebook.cells[0].source.splitlines()), path.stem).lstrip("# ")
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = FORMULA.sub(_in_mathml, cell.source)
         body, _ = exporter.from_notebook_node(notebook)
         with atomic_write(run.path / "html" / f"{path.stem}.html") as file:
             file.write(template.render(title=title, body=body))
@@ -284,6 +290,12 @@ def write_index(run: RunFolder) -> Path:
     with atomic_write(run.path / "index.html") as file:
         file.write(page)
     return run.path / "index.html"
+
+
+def _in_mathml(formula: re.Match) -> str:
+    """A formula of `FORMULA` as browsers show it without a script."""
+    block, inline = formula.groups()
+    return convert(block or inline, display="block" if block else "inline")
 
 
 def _duration(seconds: float) -> str:
