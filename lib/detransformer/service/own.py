@@ -17,7 +17,7 @@ def routes(tasks: Tasks) -> APIRouter:
             """The label of a text, with all probabilities and logits; for a regression both are its numbers."""
             row = tasks.row(body.input_ids or body.text, body.text_pair)
             (logits,) = await tasks.logits([row], body.deadline_s)
-            return answers.classify(tasks.config, row, {"logits": logits[None]}, None)[1]
+            return answers.classify(tasks.config, {"logits": logits[None]}, None)[1]
 
     elif tasks.task == "question-answering":
 
