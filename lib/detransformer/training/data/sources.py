@@ -58,14 +58,16 @@ class TrainingData:
     Two are equal that have the same name and fingerprint, wherever they were opened.
 
     Args:
-        source: has the text and the rows, by `articles(split)`, `task_rows(task, split)`, `tokenizer()`, `fingerprint()`.
+        source: has text and rows, by `articles(split)`, `task_rows(task, split)`, `tokenizer()` and `fingerprint()`.
         cache_dir: where packed text is kept.
         note: which sources were tried and why this one was taken.
         tokenizer: by which the text is cut; None is the source's own.
         name: in tables; the source's own where it is empty.
     """
 
-    def __init__(self, source: Any, cache_dir: str | Path, note: str, tokenizer: Tokenizer | None = None, name: str = ""):
+    def __init__(
+        self, source: Any, cache_dir: str | Path, note: str, tokenizer: Tokenizer | None = None, name: str = ""
+    ):
         self.source, self.cache_dir, self.note = source, Path(cache_dir), note
         self.name, self.fingerprint = name or source.name, source.fingerprint()
         if tokenizer is None:
