@@ -6,7 +6,7 @@ Only the layers differ from the original's class: embeddings, original layers, p
 from pathlib import Path
 
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationMixin, PretrainedConfig
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from detransformer.models import sync_gpt2
@@ -69,7 +69,10 @@ def _make_classes(model_type: str) -> tuple[tuple[type, type, type], ...]:
                     "attentions": [original._can_record_outputs["attentions"], DecoupledSelfAttention],
                 }
             mixin = DecoupledGPT2 if is_decoder else DecoupledModel
-            made[original] = type(f"Decoupled{original.__name__}", (mixin, original), fields)
+            bases = [mixin, original]
+            if issubclass(original, GenerationMixin):
+                bases.append(GenerationMixin)  # `transformers` asks for it as a direct base of what generates
+            made[original] = type(f"Decoupled{original.__name__}", tuple(bases), fields)
         rows.append((auto, original, made[original]))
     return tuple(rows)
 
