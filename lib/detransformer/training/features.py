@@ -50,11 +50,15 @@ def prepared_task(data: TrainingData, task: str, config: FinetuneConfig) -> Prep
 
 @cache
 def _prepared(data, task: str, max_train_rows, max_eval_rows, seq_len: int, doc_stride: int) -> PreparedTask:
-    rows = data.task(task, max_train_rows, max_eval_rows)
+    return prepare_task(data.task(task, max_train_rows, max_eval_rows), data.tokenizer, seq_len, doc_stride)
+
+
+def prepare_task(rows: TaskRows, tokenizer: Tokenizer, seq_len: int, doc_stride: int) -> PreparedTask:
+    """Both splits of a task as features; questions in windows that overlap by `doc_stride` tokens."""
     if rows.task.is_question_answering:
-        parts = [question_features(part, data.tokenizer, seq_len, doc_stride) for part in (rows.train, rows.validation)]
+        parts = [question_features(part, tokenizer, seq_len, doc_stride) for part in (rows.train, rows.validation)]
     else:
-        parts = [sentence_features(part, rows.task, data.tokenizer, seq_len) for part in (rows.train, rows.validation)]
+        parts = [sentence_features(part, rows.task, tokenizer, seq_len) for part in (rows.train, rows.validation)]
     return PreparedTask(rows, *parts)
 
 
