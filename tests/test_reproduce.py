@@ -12,7 +12,7 @@ import yaml
 
 from detransformer.notebooks import NotebookFailed
 from detransformer.record.run import RunFolder
-from detransformer.reproduce import locked, redraw, reproduce
+from detransformer.reproduce import locked, redraw, reproduce, write_index
 
 PARAMETERS = 'run_dir = "../results/local"\nprofile = "quick"\nmeasure = True'
 VALUE = 'from detransformer.profiles import load_settings\nvalue = load_settings(profile, "{name}").get("value", 1)'
@@ -310,6 +310,14 @@ def test_damaged_manifest_names_the_file(clone):
     run.manifest_path.write_text('{"notebooks": ')
     with pytest.raises(ValueError, match="manifest.json is damaged; delete it"):
         run_all(clone)
+
+
+def test_formulas_of_a_page_need_no_script(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    cells = [nbformat.v4.new_markdown_cell("# Title\n\nwith $N_b = 4$ and\n\n$$x^2$$")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), run.notebooks / "01_first.ipynb")
+    page = write_index(run).with_name("html").joinpath("01_first.html").read_text(encoding="utf-8")
+    assert page.count("<math") == 2 and "$" not in page and "<script" not in page
 
 
 @pytest.mark.slow

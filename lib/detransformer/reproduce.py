@@ -68,7 +68,7 @@ def reproduce(
     path = Path(output).resolve() if output else root / "results" / Path(profile).stem
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output {output} is a file; give the folder the run should be written to.")
-    if path.is_relative_to(root / "results" / "reference"):
+    if path.resolve().is_relative_to((root / "results" / "reference").resolve()):
         check_traceable(root, path)
     with locked(RunFolder(path)) as run:
         _run(run, root, profile, settings, chosen, force, say)

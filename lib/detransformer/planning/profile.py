@@ -73,9 +73,10 @@ class DeviceProfile:
     efficiency: tuple[tuple[str, float, int, int, float], ...] = ()
 
     def __post_init__(self):
-        ((twice, count),) = Counter(tuple(row) for *row, _ in self.efficiency).most_common(1) or [((), 1)]
-        if count > 1:
-            raise ValueError(f"{self.name}: efficiency has {count} rows for {list(twice)}; keep one.")
+        rows = Counter(tuple(share) for *share, _ in self.efficiency)
+        for share, count in rows.items():
+            if count > 1:
+                raise ValueError(f"{self.name}: efficiency has {count} rows for {list(share)}; keep one.")
 
     def compute_s(
         self,
