@@ -216,7 +216,7 @@ def _own_weights(place: Field) -> None:
 
 
 def _no_memory(place: Field) -> None:
-    """The worker dies, and no new one gets the memory to start, until its agent gives up and is started anew."""
+    """The worker dies, and no new one gets the memory to start, until its fork server is started anew."""
     server = place.worker.parent()
     resource.prlimit(server.pid, resource.RLIMIT_AS, (server.memory_info().vms + 2**22,) * 2)
     place.worker.kill()

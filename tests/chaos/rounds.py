@@ -180,8 +180,8 @@ def calm(clients: Clients) -> None:
 
 def rest(session: Session) -> None:
     """Until a device may be lost again: one that fails sooner is left out for a while, which would be another fault."""
-    lost_at = [event.at for event in list(session.events) if event.kind == "lost"]
-    time.sleep(max(0.0, max(lost_at, default=0.0) + FAILURES_S - time.monotonic()))
+    changed_at = [event.at for event in list(session.events) if event.kind in ("lost", "serving")]
+    time.sleep(max(0.0, max(changed_at, default=0.0) + FAILURES_S - time.monotonic()))
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 
 The agent is torch's own, with a static rendezvous of this host alone; the front (`fleet`) decides who belongs to the
 group. torch's dynamic rendezvous unpickles whatever anyone writes into its store, and compares the clocks of hosts.
-Workers are forked from a server that has already imported torch, which saves seconds in every recovery.
+Workers are forked from a server that has already imported torch, which saves seconds in every recovery. If two
+in a row failed early, the agent and this server begin anew, too: the cause may be theirs.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,9 +29,15 @@ MONITOR_S = 0.1
 
 
 def main() -> None:
-    """The process that `hosts` starts; arguments: the job's file, the device, and this host's folder of the model."""
+    """The process that `hosts` starts; arguments: the job's file, the device, and this host's folder of the model.
+
+    A fourth argument is the delay in seconds before the next worker.
+    """
     die_with_parent()
-    path, device, model = sys.argv[1:]
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:  # fork servers of its earlier lives
+            pass
+    path, device, model, *delay = sys.argv[1:]
     job = json.loads(Path(path).read_text(encoding="utf-8")) | {"model": model}
     os.environ |= {
         "OMP_NUM_THREADS": str(job["threads"] or os.cpu_count()),
@@ -39,11 +47,16 @@ def main() -> None:
     }
     multiprocessing.set_forkserver_preload(["detransformer.cluster.preload"])
     forkserver.ensure_running()  # it imports while this process does
-    keep(job, int(device))
+    delay_s = keep(job, int(device), *map(float, delay))
+    if delay_s:
+        os.execv(sys.executable, [*sys.orig_argv[:6], str(delay_s)])
 
 
-def keep(job: dict, device: int) -> None:
-    """Runs the worker of `device`; if the job `stays`, restarts it whenever it has ended."""
+def keep(job: dict, device: int, delay_s: float = 0.0) -> float:
+    """Runs the worker of `device` after `delay_s`; if the job `stays`, restarts it until two in a row fail early.
+
+    Returns the delay in seconds until a further one may be started; 0 if there shall be none.
+    """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -65,7 +78,7 @@ def keep(job: dict, device: int) -> None:
         monitor_interval=MONITOR_S,
     )
     sign = Path(f"{job['alive']}{device}")
-    delay_s = 0.0
+    time.sleep(delay_s)
     while True:
         sign.touch()
         started = time.monotonic()
@@ -76,9 +89,13 @@ def keep(job: dict, device: int) -> None:
         ended.set()
         code = next(iter(failures.values())).exitcode if failures else ENDED
         if not job["stays"]:
-            return _report(job, device, code) if code != ENDED else None
-        lasted = code == ENDED or time.monotonic() - started > FAILURES_S
-        delay_s = 0.0 if lasted else min(max(2 * delay_s, DELAY_S), MAX_DELAY_S)
+            if code != ENDED:
+                _report(job, device, code)
+            return 0.0
+        failed_early = code != ENDED and time.monotonic() - started < FAILURES_S
+        if failed_early and delay_s:
+            return min(2 * delay_s, MAX_DELAY_S)
+        delay_s = DELAY_S if failed_early else 0.0
         time.sleep(delay_s)
 
 
