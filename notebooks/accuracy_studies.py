@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import hstack, issparse
+from seaborn import FacetGrid
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import make_scorer, matthews_corrcoef
@@ -368,3 +369,10 @@ def kept(scores: pd.DataFrame, original: str) -> pd.DataFrame:
         rows.append((row, len(known), cells["score"].mean(), share, low, high, judged, num_seeds))
     columns = ["row", "num_tasks", "mean", "share", "low", "high", "judged", "num_seeds"]
     return pd.DataFrame(rows, columns=columns).assign(tasks=", ".join(known))
+
+
+def draw_intervals(grid: FacetGrid, points: pd.DataFrame) -> None:
+    """Draws `low` to `high` of `share` at each point's `latency_ms`, in the panel of its `bandwidth_mbps`."""
+    for mbps, part in points.groupby("bandwidth_mbps"):
+        spread = part[["low", "high"]].sub(part["share"], axis=0).abs().fillna(0).T
+        grid.axes_dict[mbps].errorbar(part["latency_ms"], part["share"], spread, fmt="none", color="0.7", zorder=0)

@@ -9,6 +9,7 @@ import adaptive_studies as adaptive
 import latency_studies as latency
 import matplotlib
 import nbformat
+import pandas as pd
 import pytest
 from generation_studies import generation_rows
 
@@ -89,10 +90,35 @@ def test_ends_with_expected_obtained_verdict(notebook):
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_draws_from_the_saved_tables_of_the_committed_run(path, tmp_path, monkeypatch):
     """All cells with `measure = False`, in this process: every figure that a cell saves is there."""
-    run = tmp_path / "run"
-    shutil.copytree(ROOT / "results" / "reference" / "tables", run / "tables")
-    shutil.copy(ROOT / "results" / "reference" / "manifest.json", run)
+    run = committed_run(tmp_path)
     monkeypatch.chdir(ROOT / "notebooks")
+    drawn = draw(path, run)
+    assert drawn == set(re.findall(r'save\(run, \\"(\w+)\\"', path.read_text(encoding="utf-8")))
+
+
+def test_tasks_that_counting_words_masters_leave_nothing_to_keep(tmp_path, monkeypatch):
+    """As on the built-in corpus."""
+    run = committed_run(tmp_path)
+    probes = pd.read_csv(run / "tables" / "probes.csv").assign(score=100.0)
+    probes.to_csv(run / "tables" / "probes.csv", index=False)
+    (run / "tables" / "finetuning_runs.csv").unlink()
+    monkeypatch.chdir(ROOT / "notebooks")
+    (path,) = (path for path in PATHS if path.stem == "03_accuracy")
+    assert "accuracy_latency" not in draw(path, run)
+    assert pd.read_csv(run / "tables" / "kept.csv")["share"].isna().all()
+    (path,) = (path for path in PATHS if path.stem == "16_summary")
+    draw(path, run)
+
+
+def committed_run(folder):
+    """A copy of the committed run's tables."""
+    shutil.copytree(ROOT / "results" / "reference" / "tables", folder / "run" / "tables")
+    shutil.copy(ROOT / "results" / "reference" / "manifest.json", folder / "run")
+    return folder / "run"
+
+
+def draw(path, run) -> set[str]:
+    """Runs a notebook's cells without measuring, in this process, and returns the names of all figures in `run`."""
     matplotlib.use("agg")
     names = {"display": lambda shown: shown}
     for cell in code_cells(nbformat.read(path, as_version=4)):
@@ -100,8 +126,7 @@ def test_draws_from_the_saved_tables_of_the_committed_run(path, tmp_path, monkey
         if "parameters" in tags(cell):
             names |= {"run_dir": str(run), "measure": False, "profile": "reference"}
         matplotlib.pyplot.close("all")
-    saved = set(re.findall(r'save\(run, \\"(\w+)\\"', path.read_text(encoding="utf-8")))
-    assert {figure.stem for figure in (run / "figures").glob("*.png")} == saved
+    return {figure.stem for figure in (run / "figures").glob("*.png")}
 
 
 @pytest.mark.parametrize("profile", built_in_profiles())
