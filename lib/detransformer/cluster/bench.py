@@ -129,13 +129,15 @@ class Bench:
     # --- Measuring ---
 
     def measure(self, cells: Sequence[Cell], plans: Sequence[Plan] = (), held_with: Sequence[Plan] = ()) -> list[dict]:
-        """Measures `cells` in turn; returns a row for each.
+        """Measures `cells` in turn, those that send most first: they are late first. Returns a row for each.
 
         Args:
             plans: one for each cell, instead of its method's.
             held_with: all plans of this model that will run on these devices; weights are loaded once for all.
         """
-        cases = [self.case(cell, plan) for cell, plan in itertools.zip_longest(cells, plans)]
+        asked = [self.case(cell, plan) for cell, plan in itertools.zip_longest(cells, plans)]
+        order = sorted(range(len(asked)), key=lambda i: -sum(asked[i].prediction.bytes.values()))
+        cases = [asked[i] for i in order]
         checkpoints = [self.checkpoint(case.cell) for case in cases]
         sends = any(sum(case.prediction.bytes.values()) for case in cases)
         num_devices = max(max(case.plan.device_ids) + 1 for case in cases)
@@ -157,7 +159,8 @@ class Bench:
         first = cases[0].cell
         conditions = first.bandwidth_mbps, num_devices, scale, sends
         found, scale, check = self.in_turn(*conditions, measure, len(cases), first.repeats)
-        return [self._row(case, runs, scale, check, steal) for case, (runs, steal) in zip(cases, found, strict=True)]
+        rows = [self._row(case, runs, scale, check, steal) for case, (runs, steal) in zip(cases, found, strict=True)]
+        return [rows[order.index(i)] for i in range(len(rows))]
 
     def run_plan(
         self, profile: ClusterProfile, checkpoint: Checkpoint, plan: Plan, seq_len: int, batch_size: int, **options: Any
