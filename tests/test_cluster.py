@@ -344,7 +344,7 @@ def test_unequal_devices_are_paced_and_shaped_each_as_it_is(cases):
 
 def test_a_failing_job_names_the_device_and_the_error(cases):
     with EmulatedCluster(2, transport="loopback") as session:
-        with pytest.raises(DeviceError, match="device 0 of 2 .* failed while run_plan: .*missing"):
+        with pytest.raises(DeviceError, match="device 0 of 2 .* failed in the job run_plan: .*missing"):
             run_plan(session, cases["original"], inputs="/missing.safetensors", repeats=1)
 
 
@@ -361,7 +361,7 @@ def test_a_lost_device_ends_the_run_and_is_named(cases, how, words):
         timer.start()
         start = time.monotonic()
         slow = {"name": "slow", "memory_bytes": 1, "flops_per_s": 1e6, "source": "test"}
-        with pytest.raises(DeviceLost, match=f"device 1 of 3 .*{words} while run_plan") as lost:
+        with pytest.raises(DeviceLost, match=f"device 1 of 3 .*{words} during the job run_plan") as lost:
             run_plan(session, case, device=slow, repeats=50)
         assert lost.value.rank == 1
         assert time.monotonic() - start < 30

@@ -115,12 +115,12 @@ def test_all_begin_together_answer_and_are_told_of_the_end(started, monkeypatch)
 def test_who_ends_all_is_named(started, monkeypatch):
     monkeypatch.setattr(roster, "CODE_S", 0.5)
     for end, words in (
-        (lambda at, made: made[2].line.close(), r"c \(10.0.0.3\) is gone: its process ended while job; the"),
+        (lambda at, made: made[2].line.close(), r"c \(10.0.0.3\) is gone: its process ended during the job job; the"),
         (
             lambda at, made: made[1].line.send({"error": "no memory", "whose": "device"}),
             r"b \(10.0.0.2\) failed .*: no mem",
         ),
-        (lambda at, made: said_and_gone(made[2].line), r"c \(10.0.0.3\) failed while .*: it was interrupted"),
+        (lambda at, made: said_and_gone(made[2].line), r"c \(10.0.0.3\) failed in the job job: it was interrupted"),
         (lambda at, made: Worker(at, None, monkeypatch).line.send({"ended": 1, "code": -9}), "was killed by SIGKILL"),
     ):
         fleet, made = joined(started, monkeypatch)
@@ -132,7 +132,7 @@ def test_who_ends_all_is_named(started, monkeypatch):
 def test_who_is_silent_or_does_not_come_is_named(started, monkeypatch):
     monkeypatch.setattr(roster, "SILENCE_S", 1.0)
     fleet, made = joined(started, monkeypatch)
-    with pytest.raises(DeviceLost, match=r"b \(10.0.0.2\) has been silent for 1 s while job"):
+    with pytest.raises(DeviceLost, match=r"b \(10.0.0.2\) has been silent for 1 s during the job job"):
         fleet.run("job", meanwhile=lambda: [made[device].line.beat() for device in (0, 2)])
     fleet = started()
     made = workers_of(fleet, monkeypatch, (0,))

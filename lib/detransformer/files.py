@@ -1,9 +1,10 @@
 """Atomic files and folders: each is written beside its destination, then renamed onto it. Also: where files lie."""
 
 import ast
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,14 @@ def computing_part(path: Path) -> bytes:
     for node in with_docstring(tree):
         del node.body[0]
     return ast.dump(tree).encode()
+
+
+def computing_digest(paths: Iterable[Path]) -> str:
+    """A digest of the names of files and of all in them that can change a result."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + computing_part(path))
+    return digest.hexdigest()
 
 
 def with_docstring(tree: ast.Module) -> list[ast.AST]:

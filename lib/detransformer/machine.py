@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # mallopt(3)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -100,6 +100,14 @@ def large_blocks_apart() -> Iterator[None]:
         yield
     finally:
         set_option(_M_MMAP_THRESHOLD, 2**25)
+
+
+def keep_freed_memory() -> None:
+    """Lets the allocator keep memory that a training step has freed: asking for it again in the next costs time."""
+    set_option = ctypes.CDLL(None).mallopt
+    set_option(_M_MMAP_THRESHOLD, 2**25)
+    set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+    set_option(_M_TOP_PAD, 2**26)
 
 
 def die_with_parent() -> None:

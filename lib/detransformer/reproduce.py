@@ -26,7 +26,7 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
 from detransformer import machine
-from detransformer.files import PACKAGE, atomic_write, computing_part, data_folder, repository_root
+from detransformer.files import PACKAGE, atomic_write, computing_digest, data_folder, repository_root
 from detransformer.notebooks import USES, NotebookFailed, execute, find_notebooks, select_notebooks, shown
 from detransformer.profiles import built_in_profiles, load_profile, load_settings
 from detransformer.record import provenance
@@ -187,12 +187,9 @@ def _run(run, root, profile, settings, chosen, force, say) -> None:
 
 def library_digest() -> str:
     """Digest of the package's sources and committed data: what notebooks compute with."""
-    digest = hashlib.sha256()
     inside = {path: path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))}
     modules = [path for path, name in inside.items() if not {name.as_posix(), name.parts[0]} & set(FRAME)]
-    for path in [*modules, *(p for name in DATA for p in sorted(data_folder(name).glob("*.csv")))]:
-        digest.update(path.name.encode() + computing_part(path))
-    return digest.hexdigest()
+    return computing_digest([*modules, *(p for name in DATA for p in sorted(data_folder(name).glob("*.csv")))])
 
 
 def notebook_key(notebook: Path, settings: Mapping, library: str, data: dict, finished: dict[str, dict]) -> str:
@@ -202,7 +199,7 @@ def notebook_key(notebook: Path, settings: Mapping, library: str, data: dict, fi
     except ValueError as error:
         raise ValueError(f"{notebook} is not a readable notebook; restore it from git.") from error
     sources = [(c["cell_type"], c["source"], c.get("metadata", {}).get("tags", [])) for c in cells]
-    studies = [computing_part(path).decode() for path in sorted(notebook.parent.glob("*.py"))]
+    studies = computing_digest(sorted(notebook.parent.glob("*.py")))
     used = {name: finished.get(name, {}).get("finished") for name in USES.get(notebook.stem, ())}
     made_of = [sources, studies, settings, library, data, used]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,13 +1,12 @@
 """The conditions of a measured row, grids of them, and a file of rows from which an interrupted grid resumes."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detransformer.files import PACKAGE, atomic_write, computing_part, data_folder
+from detransformer.files import PACKAGE, atomic_write, computing_digest, data_folder
 from detransformer.parallel.methods import METHODS
 from detransformer.parallel.wire import check_wire
 
@@ -112,7 +111,4 @@ def _code_fingerprint(studies: Sequence[str]) -> str:
     """A digest of the code and the committed data that make rows."""
     folders = [*(PACKAGE / room for room in ROOMS), *map(data_folder, ("published", "measured"))]
     files = [file for folder in folders for kind in ("*.py", "*.csv") for file in sorted(folder.glob(kind))]
-    digest = hashlib.sha256()
-    for file in [*files, *map(Path, studies)]:
-        digest.update(computing_part(file))
-    return digest.hexdigest()[:16]
+    return computing_digest([*files, *map(Path, studies)])[:16]

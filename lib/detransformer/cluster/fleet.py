@@ -155,7 +155,7 @@ class Fleet(Roster):
                     self.regroup({}, "a message has not come although all devices are alive: they regroup")
                 elif now > deadline:
                     late = min(left)
-                    raise DeviceLost(late, f"{self.names[late]} had no result after {timeout_s:.0f} s while {doing}.")
+                    raise DeviceLost(late, f"{self.names[late]} had no result of {doing} after {timeout_s:.0f} s.")
                 self.changed.wait(0.1)
                 meanwhile()
             if self.objections:
@@ -173,5 +173,5 @@ class Fleet(Roster):
             stopped = "; the others were stopped." if len(self.names) > 1 else "."
             if how.startswith(FAILED):
                 text = how.removeprefix(FAILED).rstrip(".")
-                raise DeviceError(device, f"{self.names[device]} failed while {doing}: {text}{stopped}")
-            raise DeviceLost(device, f"{self.names[device]} {how} while {doing}{stopped}")
+                raise DeviceError(device, f"{self.names[device]} failed in the job {doing}: {text}{stopped}")
+            raise DeviceLost(device, f"{self.names[device]} {how} during the job {doing}{stopped}")

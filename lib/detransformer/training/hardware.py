@@ -1,12 +1,8 @@
-"""The fastest settings for training on this hardware: number format, attention kernel, kept memory.
+"""The fastest settings for training on this hardware: number format, attention kernel.
 
 On an x86 core with AVX-512 BF16 (AMD Zen 4 or later), bfloat16 matrix products run faster than float32 ones, but
-PyTorch's fused attention takes half of a bfloat16 training step in its backward pass. Giving freed memory back to the
-system, only to ask for it in the next step, costs time too.
+PyTorch's fused attention takes half of a bfloat16 training step in its backward pass.
 """
-
-import ctypes
-import sys
 
 import torch
 from accelerate import PartialState
@@ -14,9 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from detransformer.settings import group_sizes
-
-_KEPT_BYTES = 2**31 - 1
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -3, -1, -2  # malloc.h
 
 
 def resolve_precision(precision: str) -> str:
@@ -49,16 +42,3 @@ def place(model: nn.Module, precision: str) -> None:
     if isinstance(model, PreTrainedModel):
         model.set_attn_implementation("eager" if precision == "bf16-weights" and device.type == "cpu" else "sdpa")
     model.to(device)
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep memory freed by a training step for the next one; does nothing elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl
-        return
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's largest
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-    mallopt(_M_TOP_PAD, 64 << 20)

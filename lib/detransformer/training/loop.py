@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from detransformer.machine import keep_freed_memory
 from detransformer.training.config import Recipe, StepRecipe
-from detransformer.training.hardware import keep_freed_memory, place
+from detransformer.training.hardware import place
 from detransformer.training.optim import MasterWeights, learning_rate, make_optimizer
 
 Batches = Callable[[int], Iterable[tuple[float, dict[str, torch.Tensor]]]]  # step -> its (share, micro-batch) pairs
