@@ -21,10 +21,12 @@ from detransformer.cluster.cells import Cell, grid
 from detransformer.cluster.checkpoints import original_checkpoint
 from detransformer.cluster.devices import (
     DEVICES,
+    EFFICIENCY,
     DeviceSpec,
     cluster_profile,
     device_specs,
     efficiency_rows,
+    host_efficiency,
     preset_profile,
 )
 from detransformer.cluster.profiler import profile_link
@@ -41,6 +43,7 @@ from detransformer.record.published import published_claim
 
 DEVICE = "rpi4b"  # of all predictions here
 SCALING_MBPS = 500  # Table II and Figs. 2b, 7c,d
+CORES = {"AVX-512": EFFICIENCY, "AVX2": EFFICIENCY.with_name("efficiency-avx2.csv")}  # of an AMD EPYC
 
 # --- Notebook 04: one device, and links --------------------------------------------------------------------------
 
@@ -263,6 +266,34 @@ def overlap_rows(
         row |= {"asleep_samples_s": asleep["samples_s"], "busy_samples_s": busy["samples_s"]}
         reasons = [r["why_invalid"] for r in (asleep, busy) if r["why_invalid"]]
         rows.append(row | {"valid": not reasons, "why_invalid": "; ".join(reasons)})
+    return pd.DataFrame(rows)
+
+
+def gains_by_core(
+    run_path: str | Path, model: str, bandwidths_mbps: Sequence[float], num_original_layers: Sequence[int] = (4, 1)
+) -> pd.DataFrame:
+    """What decoupling gains over the best plan of the unmodified model, as priced, by the core that sets the pace.
+
+    A core is one on which shares of layers were timed: this run's, or one of `CORES`; `none` is the roofline pace.
+    """
+    link, own = measured_link(Path(run_path) / "profiles"), measured_efficiency(run_path).get(model)
+    hidden_size, specs = preset_config(model).hidden_size, device_specs(4, DEVICE)
+    cores = {} if own is None else {"this run's": own}
+    cores |= {core: host_efficiency(hidden_size, path) for core, path in CORES.items()} | {"none": ()}
+
+    def priced(layers: int | None, mbps: float, efficiency: Sequence) -> float:
+        config = preset_config(model, layers, 4)
+        profile = cluster_profile(specs, config, 1e6 * mbps, link=link, efficiency=efficiency)
+        return place_freely(config, profile).chosen.latency_s
+
+    rows = []
+    for (core, efficiency), mbps in itertools.product(cores.items(), bandwidths_mbps):
+        unmodified_s = priced(None, mbps, efficiency)
+        for layers in num_original_layers:
+            decoupled_s = priced(layers, mbps, efficiency)
+            row = dict(model=model, core=core, bandwidth_mbps=mbps, num_original_layers=layers, kind="predicted")
+            row |= dict(unmodified_s=unmodified_s, decoupled_s=decoupled_s, gain=unmodified_s / decoupled_s)
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -3,7 +3,9 @@
 import pandas as pd
 import pytest
 from latency_studies import (
+    CORES,
     collective_counts,
+    gains_by_core,
     latency_cells,
     measure_latency,
     measured_efficiency,
@@ -14,8 +16,11 @@ from latency_studies import (
 )
 
 from detransformer.cluster.cells import Cell
+from detransformer.cluster.devices import cluster_profile, device_specs
 from detransformer.cluster.network import can_emulate
+from detransformer.models.configuration import preset_config
 from detransformer.parallel.methods import METHODS
+from detransformer.planning.placement import place_freely
 from detransformer.planning.profile import ClusterProfile, DeviceProfile, LinkProfile
 
 
@@ -46,6 +51,16 @@ def test_all_methods_and_eight_devices():
     assert {c.method for c in cells if c.num_devices == 4 and c.bandwidth_mbps == 125} >= set(METHODS) - {"single"}
     assert {c.num_divisions for c in cells if c.num_devices == 8} == {8}
     assert {c.num_divisions for c in cells if c.num_devices != 8} == {4}
+
+
+def test_gains_are_priced_by_each_core(tmp_path):
+    rows = gains_by_core(tmp_path, "bert-base", [125], num_original_layers=[4]).set_index("core")
+    assert list(rows.index) == [*CORES, "none"], "this run has not timed its own"
+    assert (rows["gain"] == rows["unmodified_s"] / rows["decoupled_s"]).all()
+    specs, config = device_specs(4, "rpi4b"), preset_config("bert-base", 4, 4)
+    roofline = place_freely(config, cluster_profile(specs, config, 125e6, pace="roofline")).chosen.latency_s
+    assert rows.loc["none", "decoupled_s"] == roofline
+    assert rows["gain"].nunique() == 3, "the cores differ"
 
 
 def test_shares_are_paced_as_executors_lay_weights_out(tmp_path):

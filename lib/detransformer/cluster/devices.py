@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detransformer.files import data_folder
@@ -24,7 +25,7 @@ PACES = ("measured", "roofline")  # a share of a layer takes seconds as measured
 MAX_DEVICES = 64  # of a cluster
 BANDWIDTH_LIMITS_MBPS = (0.1, 100_000)  # of a link
 DEIT_TOKENS, DEIT_PATCH = 197, 16  # DeiT-B: BERT-Base's layers on 14 x 14 patches of 16 x 16 x 3 and a class token
-EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler`
+EFFICIENCY = data_folder("measured") / "efficiency.csv"  # made by `python -m detransformer.cluster.profiler FILE`
 EFFICIENCY_COLUMNS = ("strategy", "share", "tokens", "num_chunks", "efficiency")
 MEASURED_JETSON = "jetson-tx2"  # runs the whole DeiT-B in CoFormer 2025, Table V
 
@@ -222,11 +223,11 @@ def preset_profile(name: str, config: "PretrainedConfig") -> DeviceProfile:
 
 
 @cache
-def host_efficiency(hidden_size: int) -> tuple[tuple[str, float, int, int, float], ...]:
-    """Rows of `DeviceProfile.efficiency` measured on one core, for the nearest hidden size in the package's table."""
+def host_efficiency(hidden_size: int, path: Path = EFFICIENCY) -> tuple[tuple[str, float, int, int, float], ...]:
+    """Rows of `DeviceProfile.efficiency` measured on one core, for the nearest hidden size in the table at `path`."""
     import pandas as pd
 
-    table = pd.read_csv(EFFICIENCY, comment="#")
+    table = pd.read_csv(path, comment="#")
     nearest = min(table["hidden_size"].unique(), key=lambda size: abs(math.log(size / hidden_size)))
     return efficiency_rows(table[table["hidden_size"] == nearest])
 

@@ -5,8 +5,10 @@ is enough. Collectives: a few sizes of each kind, fitted by a latency per ring s
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -172,10 +174,10 @@ def profile_link(cluster: EmulatedCluster, repeats: int = 3) -> tuple[LinkProfil
     return link, frame.assign(fitted_s=fitted)
 
 
-def save_efficiency() -> None:
-    """Measures the efficiency of shares that planner and pacer assume for a device without measurements of its own.
+def save_efficiency(path: str | Path = EFFICIENCY) -> None:
+    """Measures the efficiency of shares on this host, as assumed for a device without measurements of its own.
 
-    One row per hidden size, strategy, share of the layer, tokens of the request and chunks.
+    Writes a row per hidden size, strategy, share of the layer, tokens of the request and chunks.
     """
     frames = []
     for model in ("bert-base", "bert-large"):
@@ -183,7 +185,7 @@ def save_efficiency() -> None:
         operations = profile_operations(config, seq_lens=(32, 128, 512))
         frames.append(operations.assign(hidden_size=config.hidden_size))
     made = f"one core of {machine.cpu_model()}, torch {torch.__version__}, {machine.now()[:10]}"
-    with atomic_write(EFFICIENCY) as file:
+    with atomic_write(path) as file:
         file.write(
             "# Rate of a share of a layer over that of the whole original layer of 128 tokens; float32, batch 1,\n"
             f"# weights fresh from memory. Measured on {made},\n"
@@ -193,4 +195,4 @@ def save_efficiency() -> None:
 
 
 if __name__ == "__main__":
-    save_efficiency()
+    save_efficiency(*sys.argv[1:2])

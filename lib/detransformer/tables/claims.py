@@ -7,7 +7,7 @@ import pandas as pd
 from detransformer.record.intervals import MIN_SAMPLES
 from detransformer.record.published import published_claim
 from detransformer.record.run import RunFolder
-from detransformer.tables.latency import VARIANTS, links_of, select, speedup, valid_rows
+from detransformer.tables.latency import NUM_ORIGINAL_LAYERS, VARIANTS, links_of, select, speedup, valid_rows
 from detransformer.tables.margins import margins
 
 COLUMNS = ["claim", "paper", "here", "kind", "how sure"]
@@ -23,7 +23,8 @@ def claims_table(run: RunFolder) -> pd.DataFrame:
     A claim without measured rows is left out.
     """
     latency = run.load_table("latency", "06_latency")
-    rows = [*latency_claims(latency), same_outputs(latency)]
+    by_core = run.load_table("pace_by_core") if run.has_table("pace_by_core") else None
+    rows = [*latency_claims(latency, by_core), same_outputs(latency)]
     if run.has_table("slow_links"):
         rows.insert(-1, slow_link_claim(run.load_table("slow_links")))
     if run.has_table("kept"):
@@ -33,8 +34,11 @@ def claims_table(run: RunFolder) -> pd.DataFrame:
     return pd.DataFrame([row for row in rows if row], columns=COLUMNS)
 
 
-def latency_claims(latency: pd.DataFrame) -> list[tuple | None]:
-    """Block over tensor parallelism, over the same runtime without decoupling, and over one device."""
+def latency_claims(latency: pd.DataFrame, by_core: pd.DataFrame | None = None) -> list[tuple | None]:
+    """Block over tensor parallelism, over the same runtime without decoupling, and over one device.
+
+    `by_core` is table `pace_by_core`.
+    """
     rows = valid_rows(latency)
     block = {"with the paper's plans": VARIANTS["paper"], "with our plans": VARIANTS["ours"]}
     tensor = {words: ("tp", method, 125) for words, method in block.items()}
@@ -46,10 +50,18 @@ def latency_claims(latency: pd.DataFrame) -> list[tuple | None]:
     paced = "; the one device is paced to its published latency"
     made = [
         ("Block over tensor parallelism (BERT-Base, 4 devices, 125 Mbps)", "max_speedup_over_tp", "bert-base", tensor),
-        (what, "", "bert-base", alike),
+        (what, "", "bert-base", alike, "" if by_core is None else _by_core(by_core)),
         ("Block parallelism over one device (BERT-Large, 4 devices, 500 Mbps)", stated, "bert-large", alone, paced),
     ]
     return [_speedup_row(rows, *claim) for claim in made]
+
+
+def _by_core(gains: pd.DataFrame) -> str:
+    """The range of what decoupling gains with the paper's Nb, as priced, over the cores that may set the pace."""
+    rows = gains[(gains["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (gains["core"] != "none")]
+    ranges = rows.groupby("bandwidth_mbps")["gain"].agg(["min", "max"])
+    parts = [f"{row.min:.2f} to {row.max:.2f} at {row.Index:g}" for row in ranges.itertuples()]
+    return f"; priced by {rows['core'].nunique()} cores {', '.join(parts)} Mbps"
 
 
 def _speedup_row(
