@@ -144,15 +144,19 @@ def test_the_claim_of_accuracy_is_the_longest_training_of_each_structure():
     shares = shares.assign(judged=["", *["does not hold"] * 3, ""])
     probes = shares.assign(task="retrieval@1", score=shares["mean"] / 2)
     claim = claims.accuracy_claim(shares, probes)
-    assert claim[2] == (
-        "probe: 95.0% (94.0 to 96.0) m Nb=2, Ndiv=4, 1,000 tokens, 90.0% (89.0 to 91.0) m, 3 layers, 1,000 tokens"
-    )
+    decoupled = "m Nb=2, Ndiv=4, 1,000 tokens: 95.0% (94.0 to 96.0) by probes"
+    assert claim[2] == f"{decoupled}; m, 3 layers, 1,000 tokens: 90.0% (89.0 to 91.0) by probes"
     assert "CoLA, SST-2, MRPC" in claim[4] and claims.accuracy_claim(shares.head(1), probes) is None
-    assert "counting words has 85.0% of the original there" in claim[4]
-    assert "falls from 30.0 to 28.5 (m Nb=2, Ndiv=4), 27.0 (m, 3 layers); one calibration each" in claim[4]
-    tuned = shares.assign(how="fine-tuned", share=shares["share"] - 20, num_seeds=3)
-    both = claims.accuracy_claim(pd.concat([shares, tuned]), probes)
-    assert (
-        both[2].startswith(claim[2] + "; fine-tuned: 75.0% (94.0 to 96.0) m Nb=2")
-        and "over 3 paired seeds or more" in both[4]
-    )
+    assert "counting words has 85.0%" in claim[4]
+    assert "falls from 30.0 to 28.5 and 27.0; one calibration each" in claim[4]
+    tuned = shares.iloc[[0, 2]].assign(how="fine-tuned", share=70.0, low=60.0, high=80.0, num_seeds=3)
+    claim = claims.accuracy_claim(pd.concat([shares, tuned]), probes)
+    assert claim[2] == f"{decoupled}, 70.0% (60.0 to 80.0) fine-tuned", "the others were not fine-tuned"
+    assert "over 3 paired seeds or more" in claim[4]
+
+
+def test_the_gain_of_decoupling_names_the_cores_that_may_set_the_pace(rows):
+    gains = [(4, "AVX2", 125, 1.2), (4, "AVX-512", 125, 1.1), (4, "none", 125, 1.3), (1, "AVX2", 125, 1.5)]
+    gains = pd.DataFrame(gains, columns=["num_original_layers", "core", "bandwidth_mbps", "gain"])
+    _, what, _ = claims.latency_claims(rows, gains)
+    assert what[4].endswith("; priced by 2 cores 1.10 to 1.20 at 125 Mbps")
