@@ -188,7 +188,7 @@ def probe(
     """
     folder, source = source_of(getattr(checkpoint, "checkpoint", checkpoint))
     model, found = None, {}
-    for name, config in tqdm(tasks.items(), desc=folder.name, unit="task", leave=False):
+    for name, config in tqdm(tasks.items(), desc=folder.name, unit="task", leave=False, disable=None):
         identity = config_hash("probe", source, name, config, data.name, data.fingerprint)
         path = Path(output_dir) / f"{name}-{identity}.npz"
         if not path.exists():

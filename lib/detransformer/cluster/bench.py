@@ -217,7 +217,7 @@ class Bench:
             scale, check = self.set_link(bandwidth_mbps, num_devices, scale, sends)
             can_slow = not self.time_scale and SLOWER * scale <= MAX_TIME_SCALE
             requests = list(itertools.product(range(repeats), range(num_trials)))
-            for turn, number in tqdm(requests, unit="request", desc=f"time scale {scale:g}", leave=False):
+            for turn, number in tqdm(requests, unit="request", desc=f"time scale {scale:g}", leave=False, disable=None):
                 if turn and not number:
                     check = check.joined(check_cluster(*where))
                 was_late, steal, result = _undisturbed(partial(measure, number, turn == repeats - 1), late)

@@ -79,7 +79,7 @@ def compute_outputs(
     found: dict[str, torch.Tensor] = {}
     num_rows, home, device = len(getattr(task, f"{split}_labels")), model.device, PartialState().device
     model.eval().to(device)
-    with tqdm(total=num_rows, desc=f"{task.name} {split}", unit="sample", leave=False) as bar:
+    with tqdm(total=num_rows, desc=f"{task.name} {split}", unit="sample", leave=False, disable=None) as bar:
         for batch in task.ordered_batches(split, batch_size):
             rows = batch.pop("rows")
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}

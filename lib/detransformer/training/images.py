@@ -156,7 +156,8 @@ def evaluate_images(model: nn.Module, data: ImageData, split: str = "test") -> f
     device = next(model.parameters()).device
     model.eval()
     right = 0
-    for batch in tqdm(data.ordered_batches(split, EVAL_BATCH), f"{split} accuracy", unit="batch", leave=False):
+    batches = data.ordered_batches(split, EVAL_BATCH)
+    for batch in tqdm(batches, f"{split} accuracy", unit="batch", leave=False, disable=None):
         predicted = model(pixel_values=batch["pixel_values"].to(device)).logits.argmax(-1).cpu()
         right += int((predicted == batch["labels"]).sum())
     return 100 * right / len(data.labels[split])
