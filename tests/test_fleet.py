@@ -60,9 +60,10 @@ def said_and_gone(line: Line) -> None:
 
 
 @pytest.fixture
-def started(tmp_path):
+def started(tmp_path, monkeypatch):
     """Makes a fleet of three; all that it says is in its `said`."""
     made = []
+    monkeypatch.setattr(roster, "SERVICE_SILENCE_S", 60.0)  # these workers send heartbeats only while they listen
 
     def start(**options) -> Fleet:
         said: list[tuple[str, str]] = []
