@@ -298,7 +298,7 @@ def test_a_session_answers_as_one_device_does_also_in_batches(session, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["killed", DAMAGE, "slow", STEP])
+@pytest.mark.parametrize("name", ["killed", "out of memory", DAMAGE, "slow", STEP])
 def test_a_fault_is_named_and_nothing_is_lost_wrong_or_answered_twice(session, model, name, tmp_path):
     """Some of the faults of `make chaos`, in as much time as a busy machine needs."""
     fault = FAULTS[name]
@@ -310,6 +310,7 @@ def test_a_fault_is_named_and_nothing_is_lost_wrong_or_answered_twice(session, m
         row = play(fault, Field(session, 2, tmp_path, clock and Path(clock)), clients)
     assert (row["lost"], row["wrong"], row["twice"]) == (0, 0, 0) and row["requests"] > 10, clients.errors
     assert row["served_s"] is not None and (row["named_s"] is not None or not fault.names), list(session.events)
+    assert session.wait_for_all(60), "the device is back"
 
 
 LARGE = "meta length > 1300 drop"  # frames of nearly full size are lost, as where a path takes only smaller ones
