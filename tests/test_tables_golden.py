@@ -159,4 +159,4 @@ def test_the_gain_of_decoupling_names_the_cores_that_may_set_the_pace(rows):
     gains = [(4, "AVX2", 125, 1.2), (4, "AVX-512", 125, 1.1), (4, "none", 125, 1.3), (1, "AVX2", 125, 1.5)]
     gains = pd.DataFrame(gains, columns=["num_original_layers", "core", "bandwidth_mbps", "gain"])
     _, what, _ = claims.latency_claims(rows, gains)
-    assert what[4].endswith("; priced by the rates of 2 cores: 1.10 to 1.20 at 125 Mbps")
+    assert what[4].endswith("; priced from 2 timings of cores: 1.10 to 1.20 at 125 Mbps")

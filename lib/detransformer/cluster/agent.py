@@ -49,7 +49,7 @@ def main() -> None:
     forkserver.ensure_running()  # it imports while this process does
     delay_s = keep(job, int(device), *map(float, delay))
     if delay_s:
-        os.execv(sys.executable, [*sys.orig_argv[:6], str(delay_s)])
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.name, path, device, model, str(delay_s)])
 
 
 def keep(job: dict, device: int, delay_s: float = 0.0) -> float:

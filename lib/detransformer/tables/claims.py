@@ -61,7 +61,7 @@ def _by_core(gains: pd.DataFrame) -> str:
     rows = gains[(gains["num_original_layers"] == NUM_ORIGINAL_LAYERS) & (gains["core"] != "none")]
     ranges = rows.groupby("bandwidth_mbps")["gain"].agg(["min", "max"])
     parts = [f"{row.min:.2f} to {row.max:.2f} at {row.Index:g}" for row in ranges.itertuples()]
-    return f"; priced by the rates of {rows['core'].nunique()} cores: {', '.join(parts)} Mbps"
+    return f"; priced from {rows['core'].nunique()} timings of cores: {', '.join(parts)} Mbps"
 
 
 def _speedup_row(
