@@ -1,5 +1,6 @@
 """The front's side of a cluster over real sockets; its workers are lines of this process that say what a test wants."""
 
+import ctypes
 import socket
 import subprocess
 import sys
@@ -140,6 +141,17 @@ def test_who_is_silent_or_does_not_come_is_named(started, monkeypatch):
     with pytest.raises(DeviceLost, match=r"b \(10.0.0.2\) and c \(10.0.0.3\) did not come within 1 s: come"):
         fleet.wait(1, ": come")
     assert all(kind == "waiting" and words.endswith("b (10.0.0.2) and c (10.0.0.3)") for kind, words in fleet.said)
+
+
+def test_a_front_that_was_held_up_itself_blames_no_device(started, monkeypatch):
+    monkeypatch.setattr(roster, "SILENCE_S", 2.0)
+    fleet, made = joined(started, monkeypatch)
+    for _ in range(3):  # nothing of this process runs, neither the front nor these workers
+        ctypes.PyDLL(None).usleep(2_500_000)
+        for each in made:
+            each.line.beat()
+        time.sleep(0.5)
+    assert fleet.devices == (0, 1, 2) and fleet.lost is None
 
 
 def test_hosts_that_differ_are_refused_or_left_out(started, monkeypatch):

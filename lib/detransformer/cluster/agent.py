@@ -22,7 +22,7 @@ from detransformer.cluster.hello import ENDED, await_message, meet, write_end
 from detransformer.cluster.roster import how_ended
 from detransformer.machine import die_with_parent
 
-HUNG_S = 10.0  # a worker without a heartbeat for this time is killed
+HUNG_S = 10  # a worker without a heartbeat for so many seconds is killed
 FAILURES_S = 20.0  # a worker that failed sooner is restarted after a delay, which doubles each time
 DELAY_S, MAX_DELAY_S = 1.0, 60.0
 MONITOR_S = 0.1
@@ -101,13 +101,13 @@ def keep(job: dict, device: int, delay_s: float = 0.0) -> float:
 
 def _watch(agent, sign: Path, ended: threading.Event) -> None:
     """Kills the agent's worker when its heartbeat stops: a process that hangs does not end by itself."""
-    seen, since = None, time.monotonic()
+    seen, silent_s = None, 0  # seconds in which this process looked: it may have been held up itself
     while not ended.wait(1.0):
         stamp = sign.stat().st_mtime_ns
-        if stamp != seen:
-            seen, since = stamp, time.monotonic()
-        elif time.monotonic() - since > HUNG_S:
-            since = time.monotonic()
+        silent_s = silent_s + 1 if stamp == seen else 0
+        seen = stamp
+        if silent_s > HUNG_S:
+            silent_s = 0
             pid = agent.get_worker_group().workers[0].id
             if pid:
                 os.kill(int(pid), signal.SIGKILL)

@@ -35,8 +35,8 @@ class Line:
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket, self.limit_bytes = connection, limit_bytes
-        self.heard_at = time.monotonic()
-        self._sent_at = 0.0
+        self.heard_at = self._looked_at = time.monotonic()
+        self._silent_s = self._sent_at = 0.0
         self._sending = threading.Lock()
         self._pending = bytearray()
         self.unread: list[Message] = []  # messages that arrived together with an awaited one
@@ -79,6 +79,16 @@ class Line:
         if time.monotonic() - self._sent_at >= BEAT_S:
             self.tell({})
 
+    def silent_for(self, limit_s: float) -> bool:
+        """Whether the other end has been silent for `limit_s`; to be asked several times a second.
+
+        Between two questions at most `BEAT_S` counts: a process that was itself held up may have missed heartbeats.
+        """
+        now = time.monotonic()
+        self._silent_s += min(now - self._looked_at, BEAT_S)
+        self._looked_at = now
+        return self._silent_s > limit_s
+
     def receive(self) -> list[Message] | None:
         """The complete messages without heartbeats; None if the line is closed or the bytes are not messages."""
         try:
@@ -87,7 +97,7 @@ class Line:
             return None
         if not data:
             return None
-        self.heard_at = time.monotonic()
+        self.heard_at, self._silent_s = time.monotonic(), 0.0
         self._pending += data
         found = []
         while len(self._pending) >= HEAD.size:

@@ -312,7 +312,7 @@ class Roster:
                 gone[device] = self._ended[device]
             elif member.closed_at and now - member.closed_at >= (0 if self.stays else CODE_S):
                 gone[device] = "is gone: its process ended"
-            elif not member.closed_at and now - member.line.heard_at > self._silence_s:
+            elif not member.closed_at and member.line.silent_for(self._silence_s):
                 gone[device] = f"has been silent for {self._silence_s:g} s"
         return gone
 

@@ -184,6 +184,6 @@ def keep_line(
                 orders.put(message)
         line.beat()
         end.alive()
-        if time.monotonic() - line.heard_at > job["silence_s"]:
+        if line.silent_for(job["silence_s"]):
             end("lost", f"{first} has been silent for {job['silence_s']:g} s: it is off, or its network is down.")
         messages = line.receive() if select.select([line], [], [], BEAT_S / 2)[0] else []
