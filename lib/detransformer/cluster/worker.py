@@ -13,7 +13,6 @@ import select
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
