@@ -15,7 +15,7 @@ FLOORS = (
     {"planning", "answers"},
     {"cluster"},
     {"training", "coformer", "service"},
-    {"tables"},
+    {"tables", "kernels"},
     {"notebooks", "doctor"},
     {"reproduce"},
     {"commands"},

@@ -4,12 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import nbformat
+import psutil
 import pytest
 import yaml
 
+from conftest import wait_until
 from detransformer.notebooks import NotebookFailed
 from detransformer.record.run import RunFolder
 from detransformer.reproduce import locked, redraw, reproduce, write_index
@@ -137,27 +138,37 @@ def test_dead_kernel_is_a_failed_notebook(clone):
         run_all(clone, only=["01"])
 
 
-def test_interrupted_run_continues_with_the_next_notebook(clone):
-    write_notebook(clone, "02_second", "import time; time.sleep(60)")
+def start_command(root) -> tuple[subprocess.Popen, int]:
+    """The command, and the process id of the kernel of its second notebook, which sleeps."""
+    said = root / "kernel"
+    sleeping = f"import os, pathlib, time\npathlib.Path({str(said)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    write_notebook(root, "02_second", sleeping)
     # The command finds the clone it runs from; the tiny one is put in its place.
     code = (
-        f"import pathlib, detransformer.reproduce as r; r.repository_root = lambda: pathlib.Path({str(clone)!r})\n"
+        f"import pathlib, detransformer.reproduce as r; r.repository_root = lambda: pathlib.Path({str(root)!r})\n"
         "from detransformer.cli import main; main()"
     )
-    options = ["reproduce", "--profile", str(clone / "tiny.yaml"), "--output", "results/run"]
-    command = [sys.executable, "-c", code, *options]
+    options = ["reproduce", "--profile", str(root / "tiny.yaml"), "--output", "results/run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=clone, text=True, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", code, *options], cwd=root, text=True, **pipes)
+    wait_until(lambda: said.is_file() and said.read_text(), 200)
+    return process, int(said.read_text())
+
+
+def test_a_killed_run_leaves_no_kernel(clone):
+    process, kernel = start_command(clone)
+    process.kill()
+    process.communicate(timeout=60)
+    wait_until(lambda: not psutil.pid_exists(kernel), 60)
+
+
+def test_interrupted_run_continues_with_the_next_notebook(clone):
+    process, kernel = start_command(clone)
     manifest_path = clone / "results" / "run" / "manifest.json"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        if manifest_path.is_file() and "02_second" in json.loads(manifest_path.read_text())["notebooks"]:
-            break
-        time.sleep(0.2)
-    time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
+    wait_until(lambda: not psutil.pid_exists(kernel), 60)
     assert "Traceback" not in stderr and stderr.strip().endswith("interrupted; what was finished is kept.")
     statuses = {n: e["status"] for n, e in json.loads(manifest_path.read_text())["notebooks"].items()}
     assert statuses == {"01_first": "done", "02_second": "interrupted"}

@@ -1,5 +1,6 @@
 """Finds the numbered notebooks of a clone and executes them with papermill."""
 
+import json
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import nbformat
 
 from detransformer.files import atomic_write
+from detransformer.kernels import COMMAND, VARIABLES, forking_process
 from detransformer.profiles import built_in_profiles
 from detransformer.record.run import RunFolder
 from detransformer.settings import named_folders
@@ -106,20 +108,18 @@ def this_interpreter() -> Iterator[None]:
 
     Its connection and IPython's own files go there too: a home folder may be read-only, or have start-up files.
     """
-    from ipykernel.kernelspec import write_kernel_spec
-
-    env = {"TOKENIZERS_PARALLELISM": "false"}
-    env["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads of a kernel must not spin beside the workers
+    env = dict(VARIABLES)
     for name, path in named_folders().items():  # resolved here: a kernel runs in notebooks/
         env[name] = str(path).replace("$", "$$")  # a spec expands ${NAME}
-    # tqdm must draw its bars as text: a saved widget could not be shown.
-    options = ["--IPKernelApp.exec_lines=import sys; sys.modules['tqdm.notebook'] = None"]
-    options.append("--IPKernelApp.log_level=50")  # no warnings about its own sockets
+    argv = [*COMMAND, f"{forking_process().name}/kernels", "-f", "{connection_file}"]
+    argv.append("--IPKernelApp.log_level=50")  # no warnings about its own sockets
+    spec = {"argv": argv, "env": env, "display_name": KERNEL, "language": "python"}
     places = ("JUPYTER_PATH", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     before = {name: os.environ[name] for name in places if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "kernels", KERNEL)
-        write_kernel_spec(place, overrides={"env": env}, extra_arguments=options)
+        place.mkdir(parents=True)
+        (place / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
         os.environ |= dict.fromkeys(places, folder)
         try:
             yield

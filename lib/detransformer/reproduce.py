@@ -34,7 +34,7 @@ from detransformer.record.run import RunFolder
 
 DATA = ("published", "measured")
 # Files and subpackages that no notebook's result depends on.
-FRAME = ("cli.py", "commands", "doctor.py", "reproduce.py", "notebooks.py", "profiles/__init__.py")
+FRAME = ("cli.py", "commands", "doctor.py", "reproduce.py", "notebooks.py", "kernels.py", "profiles/__init__.py")
 
 TEMPLATE = Path(__file__).with_name("index.html.jinja")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)  # LaTeX between dollars, in a line of its own or inline
