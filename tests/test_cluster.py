@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
+from detransformer.cluster import bench as bench_module
 from detransformer.cluster import network
 from detransformer.cluster.bench import Bench, measure_grid, timelines
 from detransformer.cluster.cells import Cell, grid
@@ -156,6 +157,25 @@ def test_bench_on_other_wires(cluster, float32_folder):
     plain = frame[frame["wire"] == "float32"]
     assert (plain["max_abs_error"] < 1e-4).all()
     assert rounded["reduce_scatter_count"].tolist() == [10, 0]
+
+
+def test_a_host_that_cannot_carry_the_links_is_given_more_time(cluster, monkeypatch):
+    """Also if only a check between two rounds shows it; with a time scale of the user's, the rows are rejected."""
+    scales = []
+
+    def check(session, *conditions) -> Check:
+        scales.append(session.time_scale)
+        return Check(*((50.0, 50.0) if len(scales) == 2 else (99.0, 99.0)), pacing_error=0.0)
+
+    monkeypatch.setattr(bench_module, "check_cluster", check)
+    conditions = dict(bandwidth_mbps=100.0, num_devices=2, scale=1.0, sends=True, num_trials=1, repeats=2)
+    trial = dict(measure=lambda number, is_last: cluster.time_scale, late=lambda result: 0.0)
+    found, scale, check_of_all = Bench(cluster).in_turn(**conditions, **trial)
+    assert [results for results, _ in found] == [[1.5, 1.5]] and scale == 1.5
+    assert scales == [1.0, 1.0, 1.5, 1.5, 1.5] and check_of_all.link_min_mbps == 99
+    scales.clear()
+    found, scale, check_of_all = Bench(cluster, time_scale=1.0).in_turn(**conditions, **trial)
+    assert [results for results, _ in found] == [[1.0, 1.0]] and check_of_all.link_min_mbps == 50
 
 
 def test_an_interrupted_grid_goes_on(cluster, float32_folder, tmp_path, monkeypatch):

@@ -199,7 +199,7 @@ class Bench:
 
         The host may share its processors: a request that was late, or during which other guests took much of the
         processors, is repeated, and the less disturbed attempt counts. If a request of the first round is late at every
-        attempt, all trials restart at `SLOWER` times the time scale.
+        attempt, or a later check fails, all trials restart at `SLOWER` times the time scale.
 
         Args:
             scale: the first time scale.
@@ -221,13 +221,17 @@ class Bench:
             for turn, number in tqdm(requests, unit="request", desc=f"time scale {scale:g}", leave=False, disable=None):
                 if turn and not number:
                     check = check.joined(check_cluster(*where))
+                    if can_slow and check.failures(bandwidth_mbps):
+                        break
                 was_late, steal, result = _undisturbed(partial(measure, number, turn == repeats - 1), late)
                 if was_late and not turn and can_slow:
                     break
                 found[number].append(result)
                 steals[number] = max(steals[number], steal)
             else:
-                return list(zip(found, steals, strict=True)), scale, check.joined(check_cluster(*where))
+                check = check.joined(check_cluster(*where))
+                if not can_slow or not check.failures(bandwidth_mbps):
+                    return list(zip(found, steals, strict=True)), scale, check
             scale *= SLOWER
 
     def set_link(self, bandwidth_mbps: float, num_devices: int, scale: float, sends: bool):
