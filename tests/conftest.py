@@ -16,6 +16,8 @@ from detransformer.models import decouple
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background jobs; processes that tests interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)  # would inherit it
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # of nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONGEST = ("test_hosts", "test_training_robust", "test_cli", "test_service", "test_training_jobs", "test_cluster")
 
