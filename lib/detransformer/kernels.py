@@ -16,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
-from pathlib import Path
 
+from detransformer.cluster.line import listen
 from detransformer.machine import die_with_parent
 
 INTERRUPT = b"i"  # the stand-in's message; the end of its connection ends the kernel
@@ -32,9 +32,7 @@ def forking_process() -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory(prefix="detransformer-", ignore_cleanup_errors=True)
     # Libraries read these when they are imported. A thread of OpenBLAS would make forking unsafe.
     settings = {"OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(Path(folder.name, "kernels")))
-        listener.listen()
+    with listen(f"{folder.name}/kernels") as listener:
         subprocess.Popen(
             [*COMMAND, "fork", str(listener.fileno())],
             stdin=subprocess.DEVNULL,

@@ -144,8 +144,8 @@ class Bench:
         room = KEPT_SHARE * psutil.virtual_memory().available / self.cluster.num_devices
         needed = itertools.accumulate(max(case.prediction.weights_bytes) for case in cases)
         options = dict(held_with=[held.to_dict() for held in held_with])
-        once = held_with or cases[0].cell.repeats == 1  # fresh memory can be slow: pages of a virtual machine
-        options["keep_models"] = 0 if once else sum(num_bytes <= room for num_bytes in needed)
+        replaced = held_with or cases[0].cell.repeats == 1  # a model that runs once need not stay
+        options["keep_models"] = 0 if replaced else sum(num_bytes <= room for num_bytes in needed)
         scale = self.time_scale or max(
             host_time_scale(self.cluster, c.config, c.profile, c.plan.device_ids, sends, c.plan.splits_layers)
             for c in cases
